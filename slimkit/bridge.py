@@ -1,0 +1,115 @@
+"""The only file that asks a torch model anything: names, modules, calls, modes, devices."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from slimkit.core import check
+from slimkit.core.batch import as_call
+from slimkit.core.errors import ArgumentError
+from slimkit.core.lazy import require
+from slimkit.core.log import logger
+
+require("torch")
+
+
+def _keep_torch_importable() -> None:
+    """torch_npu without its CANN libraries breaks ``import torch`` by autoload; switch that off and say so."""
+    if "torch" in sys.modules or importlib.util.find_spec("torch_npu") is None:
+        return
+    try:
+        for name in ("libhccl.so", "libascendcl.so"):
+            ctypes.CDLL(name)
+    except OSError as error:
+        os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
+        logger.warning("torch_npu is installed and its CANN libraries are not (%s): working without an NPU.", error)
+
+
+_keep_torch_importable()
+
+import torch  # noqa: E402
+
+
+def check_model(model: Any, name: str = "model") -> torch.nn.Module:
+    """Refuse anything but an nn.Module.
+
+    Example:
+        >>> check_model(torch.nn.Linear(2, 2)).in_features
+        2
+    """
+    if not isinstance(model, torch.nn.Module):
+        check.wrong_type(name, "a torch.nn.Module", model)
+    return model
+
+
+def get_module(model: torch.nn.Module, path: str) -> torch.nn.Module:
+    """The module at a dotted path; ArgumentError offers the nearest path."""
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        paths = [n for n, _ in model.named_modules()]
+        raise ArgumentError(f"the model has no module {path!r}{check.near(path, paths)}") from None
+
+
+def set_module(model: torch.nn.Module, path: str, module: torch.nn.Module) -> None:
+    """Put a module at a dotted path, in place."""
+    parent, _, child = path.rpartition(".")
+    setattr(get_module(model, parent), child, module)
+
+
+def device_of(model: torch.nn.Module) -> torch.device:
+    """The device of the first parameter or buffer; the CPU for a model without any."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
+def to_device(value: Any, device: torch.device | str) -> Any:
+    """Tensors in nested tuples, lists and dicts on a device; everything else as it is."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return {k: to_device(v, device) for k, v in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(to_device(v, device) for v in value)
+    return value
+
+
+def run(model: torch.nn.Module, batch: Any) -> Any:
+    """Call the model on one batch, moved to the model's device."""
+    args, kwargs = as_call(to_device(batch, device_of(model)))
+    return model(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; every module's own mode comes back afterwards, also after an error."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@contextlib.contextmanager
+def hooked(modules: Mapping[str, torch.nn.Module], seen: Callable[[str, Any, Any, Any], None]) -> Iterator[None]:
+    """Call ``seen(name, args, kwargs, output)`` after each forward of the modules, while the context is open."""
+
+    def hook(name: str) -> Callable[..., None]:
+        return lambda _module, args, kwargs, output: seen(name, args, kwargs, output)
+
+    handles = [m.register_forward_hook(hook(name), with_kwargs=True) for name, m in modules.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

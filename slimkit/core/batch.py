@@ -1,0 +1,47 @@
+"""Batches of data: how one becomes a call of the model, and what a data set of them must be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from slimkit.core import check
+
+
+def as_call(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """One batch as (args, kwargs): a tensor, a tuple or list of arguments, or a mapping of keyword arguments.
+
+    Example:
+        >>> as_call({"x": 1})
+        ((), {'x': 1})
+    """
+    if isinstance(batch, Mapping):
+        return (), dict(batch)
+    if isinstance(batch, (tuple, list)):
+        return tuple(batch), {}
+    return (batch,), {}
+
+
+def dataset(value: Any, name: str = "dataset") -> Iterable[Any]:
+    """Refuse a data set that is empty, cannot be iterated, or can be iterated only once.
+
+    Args:
+        value: a list of batches, a data loader, or anything else that gives a fresh iterator each time.
+        name: the argument's name, for the message.
+
+    Returns:
+        The same object.
+
+    Example:
+        >>> dataset([1, 2])
+        [1, 2]
+    """
+    if isinstance(value, (str, bytes, Mapping)) or (check.framework_of(value) is not None and hasattr(value, "shape")):
+        check.wrong_type(name, "a list of batches", value)
+    if not isinstance(value, Iterable):
+        check.wrong_type(name, "a list of batches", value)
+    if isinstance(value, Iterator):
+        check.wrong_type(name, "re-iterable (a list, a data loader); a generator can be read only once", value)
+    if next(iter(value), None) is None:
+        check.wrong_value(name, "a data set with at least one batch", value)
+    return value

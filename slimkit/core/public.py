@@ -1,0 +1,100 @@
+"""The table of public names: room -> name -> the module that holds it. Both doors, the tests and the docs read it."""
+
+from __future__ import annotations
+
+# A home that begins with "core." is shared by both wings; any other is a module of each wing.
+ROOMS: dict[str, dict[str, str]] = {
+    "prune": {
+        "Pruner": "prune",
+        "PruneTorch": "prune",
+        "PruneMindSpore": "prune",
+        "save_pruned": "prune",
+        "load_pruned": "prune",
+        "PruneConfig": "core.blocks",
+        "prune_model_weight": "weights",
+    },
+    "sparse": {
+        "SparseConfig": "core.sparse",
+        "Compressor": "sparse",
+        "freeze_zeros": "sparse",
+    },
+    "distill": {
+        "KnowledgeDistillConfig": "core.distill",
+        "DistillDualModels": "distill",
+        "get_distill_model": "distill",
+    },
+    "delta": {
+        "LoRADense": "delta",
+        "apply_delta": "delta",
+        "merge_delta": "delta",
+        "unmerge_delta": "delta",
+        "remove_delta": "delta",
+        "save_delta": "checkpoint",
+        "load_delta": "checkpoint",
+    },
+    "freeze": {
+        "freeze_modules": "freeze",
+        "freeze_delta": "freeze",
+        "freeze_from_config": "freeze",
+        "ModelFreezer": "freeze",
+    },
+    "checkpoint": {
+        "TrainableParamsCheckPoint": "checkpoint",
+        "save_delta": "checkpoint",
+        "load_delta": "checkpoint",
+    },
+    "train": {
+        "Trainer": "train",
+        "RunHistory": "core.history",
+        "InMemoryRunHistory": "core.history",
+        "TrainerRunConfig": "core.history",
+    },
+    "export": {
+        "export_onnx": "export",
+    },
+}
+
+# Names offered by the package top that belong to no room.
+TOP: dict[str, str] = {
+    "set_logger_level": "core.log",
+    "SlimkitError": "core.errors",
+    "ArgumentTypeError": "core.errors",
+    "ArgumentError": "core.errors",
+    "ConfigError": "core.errors",
+    "PatternError": "core.errors",
+    "GraphError": "core.errors",
+    "PlanError": "core.errors",
+    "UnsupportedError": "core.errors",
+    "MissingFrameworkError": "core.errors",
+    "FileFormatError": "core.errors",
+    "LinkPathError": "core.errors",
+    "AbsolutePathError": "core.errors",
+    "ReadYamlFileError": "core.errors",
+    "ModelConfigFreezeInfoError": "core.errors",
+}
+
+# Names that one wing alone offers, and why.
+ONLY: dict[str, tuple[str, str]] = {
+    "PruneTorch": ("slimkit", "named after its framework; Pruner is the name that both share"),
+    "PruneMindSpore": ("slimkit_ms", "named after its framework; Pruner is the name that both share"),
+}
+
+
+def homes(package: str, room: str | None = None) -> dict[str, str]:
+    """Names that a package top (or one of its rooms) offers, each with the module that holds it.
+
+    Args:
+        package: "slimkit" or "slimkit_ms".
+        room: a key of ROOMS, or None for the package top.
+
+    Returns:
+        name -> module, "core.x" for the shared core, "x" for a module of the wing.
+
+    Example:
+        >>> homes("slimkit", "train")["RunHistory"]
+        'core.history'
+    """
+    tables = [ROOMS[room]] if room else [*ROOMS.values(), TOP]
+    return {
+        name: home for table in tables for name, home in table.items() if name not in ONLY or ONLY[name][0] == package
+    }

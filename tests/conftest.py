@@ -1,0 +1,54 @@
+"""Fixtures of the whole suite: one `kit` per framework, seeds, and no network."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+# Set before any framework is imported: tests are offline, and idle threads must not spin on a small machine.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GLOG_v", "3")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import numpy as np
+import pytest
+
+from tests import kits
+
+INSTALLED = [name for name in kits.KITS if importlib.util.find_spec(name)]
+_made: dict[str, object] = {}
+
+
+@pytest.fixture(params=INSTALLED, scope="session")
+def kit(request):
+    """One framework behind the common face of tests/kits.py; the test runs once for each that is installed."""
+    if request.param not in _made:
+        _made[request.param] = kits.make(request.param)
+    return _made[request.param]
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+@pytest.fixture(autouse=True)
+def _seeds():
+    np.random.seed(0)
+    import sys
+
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
+    if "mindspore" in sys.modules:
+        sys.modules["mindspore"].set_seed(0)
+
+
+def pytest_collection_modifyitems(items):
+    """Folders named after a framework need it; a run without it leaves them out and says so in the header."""
+    missing = [folder for folder, name in (("only_torch", "torch"), ("only_ms", "mindspore")) if name not in INSTALLED]
+    items[:] = [item for item in items if not any(folder in item.path.parts for folder in missing)]
+
+
+def pytest_report_header():
+    return f"frameworks: {', '.join(INSTALLED) or 'none'}"
