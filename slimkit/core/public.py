@@ -29,8 +29,8 @@ ROOMS: dict[str, dict[str, str]] = {
         "merge_delta": "delta",
         "unmerge_delta": "delta",
         "remove_delta": "delta",
-        "save_delta": "checkpoint",
-        "load_delta": "checkpoint",
+        "save_delta": "delta",
+        "load_delta": "delta",
     },
     "freeze": {
         "freeze_modules": "freeze",
@@ -40,8 +40,8 @@ ROOMS: dict[str, dict[str, str]] = {
     },
     "checkpoint": {
         "TrainableParamsCheckPoint": "checkpoint",
-        "save_delta": "checkpoint",
-        "load_delta": "checkpoint",
+        "save_delta": "delta",
+        "load_delta": "delta",
     },
     "train": {
         "Trainer": "train",
