@@ -19,8 +19,9 @@ from slimkit.core import check, factory
 from slimkit.core.errors import ConfigError, SlimkitError
 from slimkit.core.files import atomic_directory, read_json, write_json
 from slimkit.core.log import logger
+from slimkit.core.measurement import Measurement
 from slimkit.core.recipe import Recipe
-from slimkit.core.report import Measurement, write_report
+from slimkit.core.report import write_report
 
 SHRINKING = ("prune", "cut", "sparsify")
 

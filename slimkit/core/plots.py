@@ -7,6 +7,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from slimkit.core.measurement import FIGURES, figures
+
 GREY, BLUE, RED, GREEN = "#aab4c3", "#2f6fde", "#d9542b", "#2a9d6f"
 MAX_LAYERS = 60
 
@@ -31,7 +33,7 @@ def _svg(width: float, height: float, draw: Callable[[Any], None], label: str) -
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    style = {
+    style: Any = {
         "svg.fonttype": "none",
         "svg.hashsalt": f"slimkit {label}",
         "font.family": "sans-serif",
@@ -59,8 +61,6 @@ def _svg(width: float, height: float, draw: Callable[[Any], None], label: str) -
 
 def shares(stages: Sequence[Mapping[str, Any]], dense_at: int) -> str:
     """Parameters, non-zero parameters, MACs and latency after each stage, as a share of the dense model's."""
-    from slimkit.core.report import FIGURES, figures
-
     base = figures(stages[dense_at])
     keys = [k for k in ("parameters", "nonzero", "macs", "latency_ms") if base[k]]
     colours = dict(zip(("parameters", "nonzero", "macs", "latency_ms"), (BLUE, "#8db4f5", GREEN, RED)))
