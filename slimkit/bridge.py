@@ -13,6 +13,7 @@ from typing import Any
 from slimkit.core import check
 from slimkit.core.batch import as_call
 from slimkit.core.errors import ArgumentError
+from slimkit.core.freeze import Entry
 from slimkit.core.lazy import require
 from slimkit.core.log import logger
 
@@ -113,3 +114,17 @@ def hooked(modules: Mapping[str, torch.nn.Module], seen: Callable[[str, Any, Any
     finally:
         for handle in handles:
             handle.remove()
+
+
+def parameter_entries(model: torch.nn.Module) -> list[tuple[torch.nn.Parameter, Entry]]:
+    """Every parameter with all its names, its size and whether it trains; a shared parameter comes once."""
+    found: dict[int, tuple[torch.nn.Parameter, list[str]]] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                names = found.setdefault(id(parameter), (parameter, []))[1]
+                names.append(f"{prefix}.{key}" if prefix else key)
+    return [
+        (p, Entry(tuple(names), p.numel(), p.requires_grad, p.is_floating_point() or p.is_complex()))
+        for p, names in found.values()
+    ]

@@ -9,6 +9,7 @@ from typing import Any
 from slimkit.core import check
 from slimkit.core.batch import as_call
 from slimkit.core.errors import ArgumentError
+from slimkit.core.freeze import Entry
 from slimkit.core.lazy import require
 
 require("mindspore")
@@ -84,3 +85,21 @@ def evaluating(model: nn.Cell) -> Iterator[None]:
 def as_numpy(tensor: ms.Tensor) -> Any:
     """A copy of a tensor's values; ``asnumpy`` alone may share memory with the tensor."""
     return tensor.asnumpy().copy()
+
+
+def parameter_entries(model: nn.Cell) -> list[tuple[ms.Parameter, Entry]]:
+    """Every parameter with all its names, its size and whether it trains; a shared parameter comes once.
+
+    The running statistics of a norm are parameters here and never train.
+    """
+    found: dict[int, tuple[ms.Parameter, list[str], bool]] = {}
+    for prefix, cell in model.cells_and_names():
+        for key, parameter in cell._params.items():
+            if parameter is not None:
+                may_train = key not in ("moving_mean", "moving_variance") and parameter.is_floating_point()
+                names = found.setdefault(id(parameter), (parameter, [], may_train))[1]
+                names.append(f"{prefix}.{key}" if prefix else key)
+    return [
+        (p, Entry(tuple(dict.fromkeys((*names, p.name))), p.size, p.requires_grad, may_train))
+        for p, names, may_train in found.values()
+    ]

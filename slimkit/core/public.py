@@ -37,6 +37,7 @@ ROOMS: dict[str, dict[str, str]] = {
         "freeze_delta": "freeze",
         "freeze_from_config": "freeze",
         "ModelFreezer": "freeze",
+        "trainable_summary": "freeze",
     },
     "checkpoint": {
         "TrainableParamsCheckPoint": "checkpoint",
