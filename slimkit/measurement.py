@@ -1,0 +1,108 @@
+"""What a torch model weighs: parameters, zeros, multiply-accumulates and latency, layer by layer."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import Any
+
+from slimkit import bridge
+from slimkit.core.measurement import LayerMeasurement, Measurement
+
+import torch
+from torch import nn
+
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+def measure_model(model: nn.Module, inputs: Any, latency_budget_s: float = 0.5) -> Measurement:
+    """Measure a model on one example input; the model is left as it was.
+
+    Args:
+        model: any module.
+        inputs: what `model(*inputs)` takes: a tensor, a tuple or list of arguments, or a dict of keyword arguments.
+        latency_budget_s: seconds to spend on timing forwards with one thread.
+
+    Returns:
+        The figures of the whole model and of each layer that holds a weight of two or more axes.
+
+    Example:
+        >>> measure_model(nn.Linear(4, 3), torch.ones(2, 4), 0.01).macs
+        24
+    """
+    layers = {n: m for n, m in model.named_modules() if _weights(m)}
+    macs: dict[str, int] = {}
+
+    def seen(name: str, args: Any, kwargs: Any, output: Any) -> None:
+        # A layer called twice works twice.
+        macs[name] = macs.get(name, 0) + _macs(layers[name], args, output)
+
+    with bridge.evaluating(model):
+        with bridge.hooked(layers, seen):
+            bridge.run(model, inputs)
+        latency_ms = _latency_ms(model, inputs, latency_budget_s)
+    rows = tuple(
+        LayerMeasurement(
+            name=name,
+            kind=type(layer).__name__,
+            shape=tuple(_weights(layer)[0].shape),
+            width=_width(layer),
+            parameters=sum(p.numel() for p in layer.parameters(recurse=False)),
+            zeros=sum(int((w == 0).sum()) for w in _weights(layer)),
+            macs=macs.get(name),
+        )
+        for name, layer in layers.items()
+    )
+    distinct = {id(w): int((w == 0).sum()) for layer in layers.values() for w in _weights(layer)}
+    return Measurement(
+        parameters=sum(p.numel() for p in model.parameters()),
+        trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        zeros=sum(distinct.values()),
+        macs=sum(macs.values()),
+        parameter_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
+        latency_ms=latency_ms,
+        layers=rows,
+    )
+
+
+def _weights(module: nn.Module) -> list[nn.Parameter]:
+    """The module's own parameters that are matrices or kernels, the weight first."""
+    found = {n: p for n, p in module.named_parameters(recurse=False) if p.ndim >= 2}
+    return sorted(found.values(), key=lambda p: p is not found.get("weight"))
+
+
+def _width(layer: nn.Module) -> int:
+    """Output channels or features."""
+    for attribute in ("out_features", "out_channels", "nf", "embedding_dim"):
+        if isinstance(value := getattr(layer, attribute, None), int):
+            return value
+    return int(_weights(layer)[0].shape[0])
+
+
+def _macs(layer: nn.Module, args: Any, output: Any) -> int:
+    """Each entry of a weight is used once at every position: pixel, token or sample."""
+    if isinstance(layer, nn.Embedding) or not isinstance(output, torch.Tensor):
+        return 0
+    if isinstance(layer, _TRANSPOSED):
+        positions = args[0].numel() // layer.in_channels
+    else:
+        positions = output.numel() // max(_width(layer), 1)
+    return positions * sum(w.numel() for w in _weights(layer))
+
+
+def _latency_ms(model: nn.Module, inputs: Any, budget_s: float) -> float:
+    device = bridge.device_of(model)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        times: list[float] = []
+        end = time.perf_counter() + budget_s
+        while len(times) < 3 or (time.perf_counter() < end and len(times) < 200):
+            began = time.perf_counter()
+            bridge.run(model, inputs)
+            if device.type != "cpu":
+                torch.accelerator.synchronize()
+            times.append(time.perf_counter() - began)
+    finally:
+        torch.set_num_threads(threads)
+    return round(1000 * statistics.median(times[1:]), 4)
