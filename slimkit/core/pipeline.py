@@ -73,7 +73,7 @@ class Wing(Protocol):
 
     def versions(self) -> dict[str, str]: ...
 
-    def build(self, recipe: Recipe, folder: Path, edits: list[dict[str, Any]]) -> Any: ...
+    def build(self, recipe: Recipe, folder: Path, edits: list[dict[str, Any]], example: Any) -> Any: ...
 
     def run(self, kind: str, options: Any, model: Any, context: StageContext) -> StageResult: ...
 
@@ -179,9 +179,10 @@ class _Run:
         """The model as it was after stage `at`, from the files."""
         self.wing.seed(self.recipe.seed)
         if at == 0:
-            return self.wing.build(self.recipe, self.folder, [])
+            return self.wing.build(self.recipe, self.folder, [], self.data["example"])
         directory = self._directory(at)
-        model = self.wing.build(self.recipe, self.folder, read_json(directory / "structure.json", "structure"))
+        edits = read_json(directory / "structure.json", "structure")
+        model = self.wing.build(self.recipe, self.folder, edits, self.data["example"])
         self.wing.load(model, directory / "model.safetensors")
         return model
 

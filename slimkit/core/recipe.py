@@ -51,7 +51,7 @@ class CutOptions(Strict):
     """Build a smaller instance of the model and cut its weights from a file (``prune_model_weight``)."""
 
     arguments: dict[str, Any] = Field(description="keyword arguments of the model factory that make it smaller")
-    weights: Reference = Field(description="weight file or folder, or a factory that returns its path")
+    weights: Reference | None = Field(None, description="factory of a weight file's path; null: the present model")
     steps: list[str] = Field(default=["prune_blocks"], description="prune_blocks, prune_bert_intra_block")
     pattern: str | None = Field(None, description="regular expression of a block's name; group 1 is its number")
     layers: dict[int, int] | None = Field(None, description="new block number: old block number")
