@@ -149,7 +149,9 @@ def _unbounded_repeats(parsed: Any, name: str, pattern: str, *, inside: bool) ->
             if inside and variable:
                 raise PatternError(f"{name} must not hold a repeat inside a repeat. Received: {pattern!r}")
             unbounded = high is _sre.MAXREPEAT or high > 64
-            count += unbounded + _unbounded_repeats(body, name, pattern, inside=inside or variable)
+            # A fixed repeat writes its body out that many times.
+            times = 1 if variable else high
+            count += unbounded + times * _unbounded_repeats(body, name, pattern, inside=inside or variable)
         elif operator is _sre.BRANCH:
             if inside:
                 raise PatternError(f"{name} must not hold alternatives inside a repeat. Received: {pattern!r}")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
 import torch
@@ -46,8 +47,10 @@ def build(layers: int = 6) -> nn.Module:
     folder = model_folder()
     bert = BertModel(BertConfig.from_pretrained(folder, num_hidden_layers=layers), add_pooling_layer=False)
     if layers == 6:
+        wanted = bert.state_dict()
         weights = load_file(folder / "model.safetensors")
-        bert.load_state_dict({name: w for name, w in weights.items() if not name.startswith("pooler.")})
+        # The file also holds the pooler, which mean pooling does without, and position numbers that BERT counts itself.
+        bert.load_state_dict({name: weights[name] for name in wanted})
     return SentenceEncoder(bert).eval()
 
 
