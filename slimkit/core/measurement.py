@@ -63,7 +63,9 @@ class Measurement:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, each layer with its sparsity."""
         plain = asdict(self)
-        plain["layers"] = [{**asdict(layer), "sparsity": round(layer.sparsity, 6)} for layer in self.layers]
+        plain["layers"] = [
+            {**asdict(layer), "shape": list(layer.shape), "sparsity": round(layer.sparsity, 6)} for layer in self.layers
+        ]
         return plain
 
 

@@ -165,6 +165,10 @@ class _Run:
         write_json(marker, identity)
         self.environment = identity["environment"]
 
+    def _seed(self, at: int) -> int:
+        """Each stage has a seed of its own, so that it does not matter what ran before it in this process."""
+        return (self.recipe.seed * 1000 + at) % 2**32 if at else self.recipe.seed
+
     def _directory(self, at: int) -> Path:
         return self.output / "stages" / f"{at:02d}-{self.kinds[at]}"
 
@@ -199,7 +203,7 @@ class _Run:
             self.model = self._restore(max(at - 1, 0))
         edits = read_json(self._directory(at - 1) / "structure.json", "structure") if at > 0 else []
         began = time.perf_counter()
-        self.wing.seed(self.recipe.seed * 1000 + at)
+        self.wing.seed(self._seed(at))
         with atomic_directory(directory) as temporary:
             result = StageResult(self.model)
             if at:
@@ -219,7 +223,7 @@ class _Run:
                 "name": directory.name,
                 "kind": kind,
                 "options": self.recipe.steps()[at - 1][1].model_dump(mode="json") if at else {},
-                "seed": self.recipe.seed * 1000 + at,
+                "seed": self._seed(at),
                 "seconds": round(seconds, 3),
                 "facts": result.facts,
                 "curves": result.curves,

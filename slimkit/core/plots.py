@@ -14,17 +14,16 @@ MAX_LAYERS = 60
 
 
 def all_plots(report: Mapping[str, Any]) -> dict[str, str]:
-    """Every picture the report has numbers for: name -> SVG text."""
+    """The report's pictures: name -> SVG text, empty where there are no numbers to draw."""
     stages = report["stages"]
     dense, final = stages[report["dense"]], stages[-1]
-    drawn = {
+    return {
         "shares": shares(stages, report["dense"]),
         "metrics": metrics(stages),
         "widths": widths(dense, final),
         "sparsity": sparsity(final),
         "curves": curves(stages),
     }
-    return {name: svg for name, svg in drawn.items() if svg}
 
 
 def _svg(width: float, height: float, draw: Callable[[Any], None], label: str) -> str:
@@ -53,7 +52,7 @@ def _svg(width: float, height: float, draw: Callable[[Any], None], label: str) -
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
     text = buffer.getvalue()
-    text = text[text.index("<svg") :]
+    text = re.sub(r"\s*<metadata>.*?</metadata>", "", text[text.index("<svg") :], count=1, flags=re.DOTALL)
     # The page scales the picture to its column; the viewBox keeps the proportions.
     text = re.sub(r'<svg ([^>]*?)height="[^"]*" ?', r"<svg \1", text, count=1)
     return re.sub(r'width="[\d.]+pt"', f'role="img" aria-label="{label}" width="100%"', text, count=1)

@@ -1,0 +1,140 @@
+"""The recipe's schema: what is accepted, and the key's path in front of every complaint."""
+
+from __future__ import annotations
+
+import copy
+import textwrap
+
+import pytest
+
+from slimkit.core import factory
+from slimkit.core.errors import ConfigError, FileFormatError
+from slimkit.core.recipe import Recipe, load_recipe, parse_recipe
+
+GOOD = {
+    "version": 1,
+    "name": "x",
+    "model": "m.py:f",
+    "data": {"factory": "m.py:d", "arguments": {"n": 3}},
+    "stages": [
+        {"prune": {"reserved_ratio": 0.5}},
+        {"distill": {"epochs": 1, "hidden": [{"teacher": "a", "student": "b", "loss": "HiddenMse"}]}},
+        {"cut": {"arguments": {"layers": 3}, "pattern": r"layer\.(\d+)\.", "layers": {0: 0, 1: 2}}},
+    ],
+}
+
+
+def test_a_good_recipe_is_read_in_order_and_is_immutable():
+    recipe = parse_recipe(GOOD)
+    assert [kind for kind, _ in recipe.steps()] == ["prune", "distill", "cut"]
+    assert recipe.steps()[0][1].alignment == 16
+    assert recipe.steps()[2][1].layers == {0: 0, 1: 2}
+    with pytest.raises(Exception, match="frozen"):
+        recipe.seed = 3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.update(modle=1), "modle: unknown key. Did you mean 'model'"),
+        (lambda c: c.pop("model"), "model: this key is required"),
+        (lambda c: c.update(version=2), "version: "),
+        (lambda c: c.update(name="../x"), "name: "),
+        (lambda c: c.update(seed=-1), "seed: "),
+        (lambda c: c.update(stages=[]), "stages: "),
+        (lambda c: c.update(model=3), "model: "),
+        (lambda c: c["data"].update(argumnets={}), "data.argumnets: unknown key. Did you mean 'arguments'"),
+        (
+            lambda c: c["stages"][0]["prune"].update(reserved_ratoi=1),
+            "stages[0].prune.reserved_ratoi: unknown key. Did you mean 'reserved_ratio'",
+        ),
+        (lambda c: c["stages"][0]["prune"].update(reserved_ratio=1.5), "stages[0].prune.reserved_ratio: "),
+        (lambda c: c["stages"][0]["prune"].update(reserved_ratio="0.5"), "stages[0].prune.reserved_ratio: "),
+        (lambda c: c["stages"][0]["prune"].pop("reserved_ratio"), "stages[0].prune.reserved_ratio: this key is"),
+        (lambda c: c["stages"].append({"purne": {}}), "stages[3]: a stage is one of train, finetune"),
+        (lambda c: c["stages"].append({"prune": {}, "train": {}}), "stages[3]: a stage is one of"),
+        (lambda c: c["stages"].append({"export": None}), "stages[3].export: "),
+        (lambda c: c["stages"][1]["distill"]["hidden"][0].update(wieght=1), "stages[1].distill.hidden[0].wieght"),
+    ],
+)
+def test_each_mistake_is_named_by_its_path(change, message):
+    content = copy.deepcopy(GOOD)
+    change(content)
+    with pytest.raises(ConfigError) as caught:
+        parse_recipe(content)
+    assert message in str(caught.value)
+    assert "\n  " not in str(caught.value), "one mistake, one line"
+
+
+def write(folder, text):
+    file = folder / "recipe.yaml"
+    file.write_text(textwrap.dedent(text))
+    return file
+
+
+YAML = """
+    version: 1
+    name: x
+    model: task.py:model
+    data: task.py:data
+    stages:
+      - train: {epochs: 2}
+"""
+
+
+def test_a_file_is_read_with_overrides(tmp_path):
+    file = write(tmp_path, YAML)
+    recipe = load_recipe(file, {"seed": 7, "stages.0.train.epochs": 5})
+    assert recipe.seed == 7
+    assert recipe.steps()[0][1].epochs == 5
+    for key in ("stages.5.train.epochs", "stages.x.train", "name.first"):
+        with pytest.raises(ConfigError, match="there is no such place"):
+            load_recipe(file, {key: 1})
+
+
+def test_bad_files_are_named(tmp_path):
+    with pytest.raises(FileFormatError, match="existing file"):
+        load_recipe(tmp_path / "missing.yaml")
+    with pytest.raises(ConfigError, match="the key 'name' is given twice"):
+        load_recipe(write(tmp_path, YAML + "    name: y\n"))
+    for text in ("a: [", "- 1", "", "!!python/object/apply:os.system ['true']"):
+        with pytest.raises(ConfigError):
+            load_recipe(write(tmp_path, text))
+
+
+def test_factories_are_found_called_and_blamed(tmp_path):
+    (tmp_path / "task.py").write_text(
+        "def model(width=1):\n    return width\ndef broken():\n    raise RuntimeError('no luck')\nnumber = 3\n"
+    )
+    (tmp_path / "bad.py").write_text("import a_module_that_is_not_there\n")
+    assert factory.make("task.py:model", tmp_path, "model") == 1
+    assert factory.make(factory.Factory(factory="task.py:model", arguments={"width": 4}), tmp_path, "model") == 4
+    assert factory.make("json:dumps", tmp_path, "model", [1]) == "[1]"
+    for reference, message in [
+        ("task.py:modle", "model: task.py has no function 'modle'. Did you mean 'model'"),
+        ("task.py:number", "has no function 'number'"),
+        ("task.py", "must be file.py:function"),
+        ("missing.py:f", "model: factory file must be an existing file"),
+        ("bad.py:f", "model: importing bad.py raised ModuleNotFoundError"),
+        ("no_such_package.module:f", "model: importing no_such_package.module raised"),
+        ("task.py:broken", "model: task.py:broken raised RuntimeError: no luck"),
+    ]:
+        with pytest.raises(ConfigError) as caught:
+            factory.make(reference, tmp_path, "model")
+        assert message in str(caught.value)
+
+
+def test_the_schema_can_be_exported():
+    schema = Recipe.model_json_schema()
+    assert schema["additionalProperties"] is False
+    assert "reserved_ratio" in schema["$defs"]["PruneOptions"]["properties"]
+
+
+def test_the_shipped_recipes_are_valid():
+    from pathlib import Path
+
+    folder = Path(__file__).parents[2] / "tools" / "recipes"
+    recipes = sorted(folder.glob("*.yaml"))
+    assert {r.stem for r in recipes} >= {"digits", "minilm"}
+    for file in recipes:
+        assert load_recipe(file).name == file.stem
