@@ -25,10 +25,14 @@ ROOMS: dict[str, dict[str, str]] = {
     },
     "delta": {
         "LoRADense": "delta",
+        "DeltaReport": "core.delta",
         "apply_delta": "delta",
         "merge_delta": "delta",
         "unmerge_delta": "delta",
         "remove_delta": "delta",
+        "set_delta": "delta",
+        "disable_delta": "delta",
+        "lora_plus_groups": "delta",
         "save_delta": "delta",
         "load_delta": "delta",
     },
@@ -38,6 +42,7 @@ ROOMS: dict[str, dict[str, str]] = {
         "freeze_from_config": "freeze",
         "ModelFreezer": "freeze",
         "trainable_summary": "freeze",
+        "FreezeReport": "core.freeze",
     },
     "checkpoint": {
         "TrainableParamsCheckPoint": "checkpoint",
@@ -52,6 +57,7 @@ ROOMS: dict[str, dict[str, str]] = {
     },
     "export": {
         "export_onnx": "export",
+        "export_mindir": "export",
     },
 }
 
@@ -78,6 +84,7 @@ TOP: dict[str, str] = {
 ONLY: dict[str, tuple[str, str]] = {
     "PruneTorch": ("slimkit", "named after its framework; Pruner is the name that both share"),
     "PruneMindSpore": ("slimkit_ms", "named after its framework; Pruner is the name that both share"),
+    "export_mindir": ("slimkit_ms", "MINDIR is MindSpore's own format"),
 }
 
 

@@ -1,0 +1,213 @@
+"""Saving the deltas of a model and putting them on another one, in either framework."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from slimkit.core import check, files, inject
+from slimkit.core.bundle import MANIFEST, compare_keys, compare_shapes, fingerprint, read_bundle, write_bundle
+from slimkit.core.delta import KINDS, PREFIX, DeltaReport, delta_name, spec_from_dict
+from slimkit.core.errors import ArgumentError, FileFormatError
+from slimkit.core.freeze import report_of
+from slimkit.core.log import logger
+
+Array = np.ndarray[Any, Any]
+
+
+class TravelHands(inject.Hands):
+    """What a wing adds for files: values out of tensors and into them, under names that both wings share."""
+
+    @abstractmethod
+    def value(self, tensor: Any) -> Array:
+        """A tensor's values as NumPy; bfloat16 as float32."""
+
+    @abstractmethod
+    def fill(self, tensor: Any, value: Array) -> None:
+        """Put values into a tensor, in place, in the tensor's own dtype and on its device."""
+
+    @abstractmethod
+    def sample(self, tensor: Any) -> Array:
+        """At most 64 evenly spaced values of a tensor, as float32."""
+
+    @abstractmethod
+    def weight(self, model: Any, path: str) -> Any:
+        """The weight of the layer at a path, as it was before any merging."""
+
+    @abstractmethod
+    def apply_kind(self, model: Any, kind: str, targets: list[str], **options: Any) -> DeltaReport:
+        """Put a delta other than lora on a model."""
+
+    @abstractmethod
+    def neutral(self, model: Any) -> dict[str, Any]:
+        """Base parameter and statistic -> tensor, by torch's names ("norm.weight", not "norm.gamma")."""
+
+
+def collect(
+    hands: TravelHands, model: Any, names: Any = None
+) -> tuple[list[dict[str, Any]], dict[str, Array], list[str], dict[str, Any]]:
+    """Everything a bundle holds of a model: records of the deltas, tensors, names of trained base tensors, the base."""
+    layers = hands.layers(model)
+    known = sorted({n for layer in layers.values() for n in layer.specs})
+    wanted = known if names is None else check.strings([names] if isinstance(names, str) else names, "names")
+    for name in wanted:
+        check.choice(name, known, "names")
+    tensors: dict[str, Array] = {}
+    deltas = []
+    for name in wanted:
+        for kind in KINDS:
+            chosen = {p: x for p, x in layers.items() if x.delta_kind == kind and name in x.specs}
+            if not chosen:
+                continue
+            records = {}
+            for path, layer in chosen.items():
+                records[path] = layer.describe(name)
+                for part, tensor in layer.parts(name).items():
+                    tensors[f"{path}.{part}" if path else part] = hands.value(tensor)
+            deltas.append({"name": name, "kind": kind, "layers": records})
+    extra = {}
+    for name, tensor in hands.neutral(model).items():
+        if PREFIX not in name and getattr(tensor, "requires_grad", False):
+            extra[name] = hands.value(tensor)
+    if not deltas and not extra:
+        raise ArgumentError("the model carries no delta and nothing in it trains: there is nothing to save.")
+    paths = [p for d in deltas for p in d["layers"]]
+    base = _base_of(hands, model, paths)
+    return deltas, {**tensors, **extra}, sorted(extra), base
+
+
+def _base_of(hands: TravelHands, model: Any, paths: list[str]) -> dict[str, Any]:
+    """Shapes and fingerprint of the weights under a delta."""
+    weights = {p: hands.weight(model, p) for p in dict.fromkeys(paths) if p}
+    weights = {p: w for p, w in weights.items() if w is not None}
+    return {
+        "fingerprint": fingerprint({p: (tuple(w.shape), hands.sample(w)) for p, w in weights.items()}),
+        "layers": {p: list(w.shape) for p, w in weights.items()},
+    }
+
+
+def save(hands: TravelHands, model: Any, directory: Any, names: Any = None) -> Path:
+    """Write a model's deltas, and what else trains, as a slimkit bundle; see `save_delta` of the wings."""
+    folder = files.as_path(directory, "directory")
+    deltas, tensors, extra, base = collect(hands, model, names)
+    return write_bundle(folder, deltas, tensors, extra, base)
+
+
+def is_bundle(directory: Any) -> bool:
+    """Whether a folder holds a slimkit bundle."""
+    folder = files.as_path(directory, "directory")
+    if not folder.is_dir():
+        raise FileFormatError(f"directory must be an existing folder. Received: {str(folder)!r}")
+    return (folder / MANIFEST).exists()
+
+
+def load(
+    hands: TravelHands,
+    model: Any,
+    directory: Any,
+    *,
+    name: str | None = None,
+    freeze: bool = True,
+    same_base: bool = False,
+) -> DeltaReport:
+    """Put the deltas of a bundle on a model, in place; see `load_delta` of the wings."""
+    manifest, tensors = read_bundle(directory)
+    deltas = _renamed(manifest["deltas"], name)
+    sites = hands.sites(model)
+    for path, shape in manifest["base"].get("layers", {}).items():
+        if path not in sites:
+            raise ArgumentError(
+                f"the delta in {directory} was trained on a model with a layer {path!r}, which this model does not "
+                f"have{check.near(path, list(sites))}"
+            )
+        have = tuple(hands.weight(model, path).shape)
+        if list(have) != list(shape):
+            raise ArgumentError(
+                f"the delta in {directory} was trained on a base where {path} has shape {tuple(shape)}; here it has "
+                f"{have}. A pruned base needs the delta trained on it."
+            )
+    base_tensors = hands.neutral(model)
+    compare_keys(
+        {n: 0 for n in manifest["extra"] if n in base_tensors}, dict.fromkeys(manifest["extra"], 0), "the base model"
+    )
+    compare_shapes(tensors, {n: tuple(base_tensors[n].shape) for n in manifest["extra"]}, str(directory))
+    notes = []
+    here = _base_of(hands, model, list(manifest["base"].get("layers", {})))
+    if here["fingerprint"] != manifest["base"].get("fingerprint"):
+        message = f"the base under {directory} had other weights than this model; outputs may differ"
+        if same_base:
+            raise ArgumentError(message)
+        logger.warning("%s", message)
+        notes.append(message)
+    described = put_on(hands, model, deltas, tensors, set(manifest["extra"]), freeze, str(directory))
+    for key in manifest["extra"]:
+        hands.fill(base_tensors[key], tensors[key])
+        base_tensors[key].requires_grad = True  # it is part of what was trained
+    summary = report_of([e for _, e in hands.entries(model)])
+    kinds = ", ".join(dict.fromkeys(d["kind"] for d in deltas))
+    named = ", ".join(dict.fromkeys(d["name"] for d in deltas))
+    return DeltaReport(kinds, named, described, trainable=str(summary).splitlines()[0], notes=tuple(notes))
+
+
+def put_on(
+    hands: TravelHands,
+    model: Any,
+    deltas: list[dict[str, Any]],
+    tensors: Mapping[str, Array],
+    extra: set[str],
+    freeze: bool,
+    where: str,
+) -> dict[str, Any]:
+    """Apply recorded deltas and fill them, in place; on any error what was put on comes off again."""
+    described: dict[str, Any] = {}
+    done: list[str] = []
+    wanted: dict[str, Any] = {}
+    try:
+        for delta in deltas:
+            report = apply_record(hands, model, delta, freeze)
+            done.append(delta["name"])
+            described.update(report.layers)
+            for path, layer in hands.layers(model).items():
+                if path in delta["layers"] and layer.delta_kind == delta["kind"]:
+                    for part, tensor in layer.parts(delta["name"], delta["file_name"]).items():
+                        wanted[f"{path}.{part}" if path else part] = tensor
+        found = {k: v for k, v in tensors.items() if k not in extra}
+        compare_keys(found, wanted, where)
+        compare_shapes(found, {k: tuple(t.shape) for k, t in wanted.items()}, where)
+    except Exception:
+        for name in done:
+            inject.remove(hands, model, name)
+        raise
+    for key, tensor in wanted.items():
+        hands.fill(tensor, tensors[key])
+    return described
+
+
+def apply_record(hands: TravelHands, model: Any, delta: Mapping[str, Any], freeze: bool) -> DeltaReport:
+    """Put one recorded delta on a model, its values still to be filled in."""
+    kind = check.choice(delta.get("kind"), KINDS, "kind")
+    records: Mapping[str, Any] = delta["layers"]
+    if kind == "lora":
+        plain = ("type", "shape")
+        specs = {p: spec_from_dict({k: v for k, v in r.items() if k not in plain}) for p, r in records.items()}
+        return inject.apply_layers(hands, model, kind, None, name=str(delta["name"]), freeze=freeze, specs=specs)
+    options = {k: v for k, v in next(iter(records.values())).items() if k not in ("type", "shape")}
+    return hands.apply_kind(model, kind, list(records), name=delta["name"], freeze=freeze, **options)
+
+
+def _renamed(deltas: list[Any], name: str | None) -> list[dict[str, Any]]:
+    """The records, the only delta under another name if one is given; `file_name` keeps the old one."""
+    for delta in deltas:
+        if not isinstance(delta, dict) or not isinstance(delta.get("layers"), dict):
+            raise FileFormatError("a record in the manifest is not a delta")
+        delta_name(delta.get("name"))
+    if name is not None:
+        names = {d["name"] for d in deltas}
+        if len(names) != 1:
+            raise ArgumentError(f"name works for a bundle with one delta; this one holds {', '.join(sorted(names))}.")
+        delta_name(name)
+    return [{**d, "name": name or d["name"], "file_name": d["name"]} for d in deltas]

@@ -1,0 +1,223 @@
+"""LoRADense: the linear layer with low-rank deltas."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from slimkit import bridge
+from slimkit.core import check
+from slimkit.core import shard as rules
+from slimkit.core.delta import (
+    DEFAULT_NAME,
+    LoraSpec,
+    check_alpha,
+    check_dropout,
+    key,
+)
+from slimkit.delta import initial
+from slimkit.delta.fused import lora_linear
+from slimkit.delta.layer import DenseBase
+from slimkit.delta.named import LoraLayer, Part
+from slimkit.delta.shard import ShardPlan, plan
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+__all__ = ["LoRADense", "bridge"]
+
+
+# parameter -> the operator that reads it, and which input it is there
+_SHARDED = {
+    "weight": ("org_dense_matmul", 1),
+    "bias": ("org_bias_add", 1),
+    "mindpet_delta_lora_a": ("lora_a_matmul", 1),
+    "mindpet_delta_lora_b": ("lora_b_matmul", 1),
+}
+
+
+class LoRADense(LoraLayer, DenseBase):
+    """A linear layer with a low-rank side branch: activation(x W' + bias + alpha / rank * dropout(x) a' b').
+
+    Args:
+        in_channels: width of the input.
+        out_channels: width of the output.
+        lora_rank: rows of a, columns of b.
+        lora_alpha: constant factor, not 0; works like a learning rate.
+        lora_dropout: share of the input dropped on the way into a, in [0, 1).
+        lora_a_init: start of a (lora_rank, in_channels): a tensor, a name, a number, or a function that fills a
+            tensor; "kaiming" is He-uniform with negative slope sqrt(5).
+        lora_b_init: start of b (out_channels, lora_rank); zero, so that training starts from the base.
+        param_init_type: dtype of a and b: torch.float16 or torch.float32.
+        compute_dtype: dtype of the computation: torch.float16, torch.float32, or None for the input's own.
+        weight_init: start of the weight (out_channels, in_channels).
+        bias_init: start of the bias (out_channels,).
+        has_bias: whether there is a bias.
+        activation: a name, a module or None; applied to the result.
+
+    Raises:
+        ArgumentTypeError: an argument is of the wrong type.
+        ArgumentError: a size below 1, lora_alpha 0, lora_dropout outside [0, 1), an initial tensor of another shape.
+        ActivationError: an unknown activation (also a KeyError).
+
+    Source:
+        Hu et al. 2022, "LoRA: Low-Rank Adaptation of Large Language Models", section 4.1.
+
+    Example:
+        >>> layer = LoRADense(4, 2, lora_rank=2, lora_alpha=4)
+        >>> layer(torch.ones(3, 4)).shape
+        torch.Size([3, 2])
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        lora_rank: int,
+        lora_alpha: float,
+        lora_dropout: float = 0.0,
+        lora_a_init: Any = "kaiming",
+        lora_b_init: Any = "zeros",
+        param_init_type: Any = torch.float32,
+        compute_dtype: Any = None,
+        weight_init: Any = "normal",
+        bias_init: Any = "zeros",
+        has_bias: bool = True,
+        activation: Any = None,
+    ) -> None:
+        check.positive(in_channels, "in_channels")
+        check.positive(out_channels, "out_channels")
+        check.positive(lora_rank, "lora_rank")
+        check_alpha(lora_alpha)
+        check_dropout(lora_dropout)
+        a_init = initial.kaiming if isinstance(lora_a_init, str) and lora_a_init == "kaiming" else lora_a_init
+        a_shape, b_shape = (lora_rank, in_channels), (out_channels, lora_rank)
+        initial.check_initial(a_init, "lora_a_init", a_shape, "(lora_rank, in_channels)")
+        initial.check_initial(lora_b_init, "lora_b_init", b_shape, "(out_channels, lora_rank)")
+        DenseBase.__init__(
+            self,
+            in_channels,
+            out_channels,
+            weight_init,
+            bias_init,
+            has_bias,
+            activation,
+            param_init_type,
+            compute_dtype,
+        )
+        self.lora_rank, self.lora_alpha = lora_rank, lora_alpha
+        self.start()
+        self.mindpet_delta_lora_a = initial.parameter(a_init, a_shape, param_init_type)
+        self.mindpet_delta_lora_b = initial.parameter(lora_b_init, b_shape, param_init_type)
+        self.specs[DEFAULT_NAME] = LoraSpec(lora_rank, float(lora_alpha), lora_dropout)
+        self.set_active({DEFAULT_NAME: 1.0})
+
+    @classmethod
+    def over(cls, linear: nn.Linear) -> LoRADense:
+        """The layer that takes a linear layer's place, with its very weight and bias and no delta yet."""
+        layer = cls.__new__(cls)
+        layer._over(linear)
+        layer.start()
+        return layer
+
+    def shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return (rank, self.in_features), (self.out_features, rank)
+
+    def product(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return b @ a
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        only = self._only
+        if self.compute_dtype is not None:
+            out = self._cast(input)
+        elif only is not None and not (self.training and only.dropout):
+            a, b = getattr(self, only.a), getattr(self, only.b)
+            out = lora_linear(input, self.weight, self.bias, a, b, only.scale)
+        else:
+            out = self._general(input, self.weight, self.bias)
+        return out if self.activation is None else self.activation(out)
+
+    def _cast(self, x: torch.Tensor) -> torch.Tensor:
+        kind = self.compute_dtype
+        bias = None if self.bias is None else self.bias.to(kind)
+        return self._general(x.to(kind), self.weight.to(kind), bias).to(x.dtype)
+
+    def _general(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """Any number of deltas of any sort, one after the other."""
+        out = F.linear(x, weight, bias)
+        for part in self._speaking:
+            spec = self.specs[part.name]
+            dropped = F.dropout(x, part.dropout, self.training) if part.dropout else x
+            a, b = self._factors(part)
+            if self.compute_dtype is not None:
+                a, b = a.to(x.dtype), b.to(x.dtype)
+            wide = dropped.to(a.dtype)
+            if spec.dora:
+                side = self._dora(part, wide, dropped, a, b, out if dropped is x else None, bias)
+            elif spec.keep_zeros:
+                side = F.linear(wide, part.scale * (b @ a) * (weight != 0))
+            else:
+                side = F.linear(F.linear(wide, a), b) * part.scale
+            out = out + side.to(out.dtype)
+        return out
+
+    def _dora(self, part: Part, x: Any, dropped: Any, a: Any, b: Any, out: Any, bias: Any) -> torch.Tensor:
+        """What DoRA adds: m / |W + sBA| (W + sBA) x - W x, the length held constant (Liu et al. 2024, sec. 4.3)."""
+        scale, weight = self.specs[part.name].scaling, self.weight
+        with torch.no_grad():
+            # |W + sBA|^2 by rows without building B A: |W|^2 + 2s <W A', B> + s^2 <B A A', B>
+            wide = weight.to(a.dtype)
+            square = (wide * wide).sum(1) + 2 * scale * ((wide @ a.t()) * b).sum(1)
+            square += scale * scale * ((b @ (a @ a.t())) * b).sum(1)
+            length = square.clamp_min_(0).sqrt_()
+        gain = getattr(self, key("lora", "magnitude", part.name)) / length  # (out,)
+        if out is None or len(self._speaking) > 1:
+            straight = F.linear(dropped, weight)
+        else:
+            straight = out if bias is None else out - bias
+        turned = F.linear(F.linear(x, a), b) * scale
+        return self.active[part.name] * ((gain - 1) * straight.to(a.dtype) + gain * turned)
+
+    def shard(
+        self,
+        strategy_org_dense_matmul: Any = None,
+        strategy_org_bias_add: Any = None,
+        strategy_lora_dropout: Any = None,
+        strategy_lora_a_matmul: Any = None,
+        strategy_lora_b_matmul: Any = None,
+        strategy_lora_mul: Any = None,
+        strategy_lora_add: Any = None,
+        strategy_activation: Any = None,
+    ) -> ShardPlan:
+        """Record how the layer's operators are distributed and return the DTensor plan; see docs/delta.md.
+
+        Args:
+            strategy_org_dense_matmul: ((batch, in), (out, in)) cuts of the matmul's two inputs.
+            strategy_org_bias_add: ((batch, out), (out,)).
+            strategy_lora_dropout: ((batch, in),).
+            strategy_lora_a_matmul: ((batch, in), (rank, in)).
+            strategy_lora_b_matmul: ((batch, rank), (out, rank)).
+            strategy_lora_mul: ((batch, out), ()).
+            strategy_lora_add: ((batch, out), (batch, out)).
+            strategy_activation: ((batch, out),).
+
+        Returns:
+            The plan; `plan.apply(mesh)` distributes the parameters.
+
+        Raises:
+            ShardError: a strategy does not fit its operator.
+        """
+        strategies = {
+            "org_dense_matmul": strategy_org_dense_matmul,
+            "org_bias_add": strategy_org_bias_add,
+            "lora_dropout": strategy_lora_dropout,
+            "lora_a_matmul": strategy_lora_a_matmul,
+            "lora_b_matmul": strategy_lora_b_matmul,
+            "lora_mul": strategy_lora_mul,
+            "lora_add": strategy_lora_add,
+            "activation": strategy_activation,
+        }
+        sizes = {"k": self.in_features, "n": self.out_features, "r": self.lora_rank}
+        return plan(
+            self, rules.LORA, strategies, sizes, _SHARDED, {"org_bias_add": self.bias, "activation": self.activation}
+        )
