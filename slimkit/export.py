@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import io
-import statistics
-import time
 import warnings
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -19,8 +14,8 @@ from slimkit import bridge
 from slimkit.core import check
 from slimkit.core.batch import as_call
 from slimkit.core.errors import UnsupportedError
-from slimkit.core.files import as_path, atomic_file
-from slimkit.core.lazy import library
+from slimkit.core.files import as_path
+from slimkit.core.onnxfile import OnnxReport, publish, unique
 
 import torch
 from torch import nn
@@ -29,40 +24,6 @@ from torch import nn
 # would write 18 in silence when asked for less.
 _OLDER_LIMIT = 17
 _NEWER_LIMIT = 20
-
-
-@dataclass(frozen=True)
-class OnnxReport:
-    """What was written and how well it agrees with the model.
-
-    Args:
-        path: the file.
-        opset: the opset of the default domain, read back from the file.
-        file_bytes: its size.
-        operators: operator -> how many nodes.
-        zeros: exact zeros among the file's weights of two or more axes.
-        weights: entries of those weights.
-        differences: output name -> largest absolute difference between onnxruntime and the model.
-        inputs: input names in order.
-    """
-
-    path: str
-    opset: int
-    file_bytes: int
-    operators: dict[str, int]
-    zeros: int
-    weights: int
-    differences: dict[str, float]
-    inputs: list[str]
-
-    @property
-    def max_difference(self) -> float:
-        """The largest difference over all outputs."""
-        return max(self.differences.values(), default=0.0)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return {**asdict(self), "max_difference": self.max_difference}
 
 
 class _Flat(nn.Module):
@@ -82,6 +43,9 @@ class _Flat(nn.Module):
         alone = len(self._slots) == 1
         return ["input" if alone else f"input_{i}" for i in range(len(self._slots))] + list(self._keys)
 
+    def arrays(self) -> dict[str, np.ndarray]:
+        return dict(zip(self.names(), (t.detach().cpu().numpy() for t in self.tensors())))
+
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         args, kwargs = list(self._args), dict(self._kwargs)
         args_given = iter(tensors)
@@ -89,17 +53,17 @@ class _Flat(nn.Module):
             args[slot] = next(args_given)
         for key in self._keys:
             kwargs[key] = next(args_given)
-        return tuple(t for _, t in _named_tensors(self.model(*args, **kwargs)))
+        return tuple(t for _, t in named_tensors(self.model(*args, **kwargs)))
 
 
-def _named_tensors(output: Any, name: str = "output") -> list[tuple[str, torch.Tensor]]:
+def named_tensors(output: Any, name: str = "output") -> list[tuple[str, torch.Tensor]]:
     """The tensors of a model's output, in order, each with a name."""
     if isinstance(output, torch.Tensor):
         return [(name, output)]
     if isinstance(output, Mapping):
-        return [pair for key, value in output.items() for pair in _named_tensors(value, str(key))]
+        return [pair for key, value in output.items() for pair in named_tensors(value, str(key))]
     if isinstance(output, tuple | list):
-        return [pair for i, value in enumerate(output) for pair in _named_tensors(value, f"{name}_{i}")]
+        return [pair for i, value in enumerate(output) for pair in named_tensors(value, f"{name}_{i}")]
     return []
 
 
@@ -139,7 +103,6 @@ def export_onnx(
     check.integer(opset, "opset", minimum=9, maximum=_NEWER_LIMIT)
     check.number(tolerance, "tolerance", minimum=0)
     target = as_path(path, "path")
-    onnx = library("onnx", "onnx")
     args, kwargs = as_call(bridge.to_device(inputs, bridge.device_of(model)))
     flat = _Flat(model, args, kwargs)
     if not flat.tensors():
@@ -147,32 +110,11 @@ def export_onnx(
     if sum(p.numel() * p.element_size() for p in model.parameters()) >= 2**31:
         raise UnsupportedError("the model is larger than 2 GB, which one ONNX file cannot hold.")
     with bridge.evaluating(model), _exportable_attention(model, opset):
-        expected = _named_tensors(bridge.run(model, inputs))
-        output_names = _unique([name for name, _ in expected])
-        data = _write(flat, opset, flat.names(), output_names, dynamic_batch)
-    proto = onnx.load_from_string(data)
-    written = next((o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")), None)
-    if written != opset:
-        raise UnsupportedError(f"the exporter wrote opset {written}, not the {opset} asked for. Try another opset.")
-    arrays = [t.detach().cpu().numpy() for _, t in expected]
-    feeds = dict(zip(flat.names(), (t.detach().cpu().numpy() for t in flat.tensors())))
-    differences = _compare(data, feeds, dict(zip(output_names, arrays)))
-    if not all(d <= tolerance for d in differences.values()):
-        shown = ", ".join(f"{k} {v:.3g}" for k, v in differences.items())
-        raise UnsupportedError(f"the ONNX file differs from the model by more than {tolerance:g}: {shown}")
-    with atomic_file(target) as handle:
-        handle.write(data)
-    weights = [onnx.numpy_helper.to_array(t) for t in proto.graph.initializer if len(t.dims) >= 2]
-    return OnnxReport(
-        path=str(target),
-        opset=written,
-        file_bytes=len(data),
-        operators=dict(sorted(Counter(node.op_type for node in proto.graph.node).items())),
-        zeros=sum(int((w == 0).sum()) for w in weights),
-        weights=sum(w.size for w in weights),
-        differences=differences,
-        inputs=list(feeds),
-    )
+        expected = named_tensors(bridge.run(model, inputs))
+        outputs = unique([name for name, _ in expected])
+        data = _write(flat, opset, flat.names(), outputs, dynamic_batch)
+    arrays = {name: tensor.detach().cpu().numpy() for name, (_, tensor) in zip(outputs, expected)}
+    return publish(data, target, opset, flat.arrays(), arrays, tolerance)
 
 
 def _write(flat: _Flat, opset: int, inputs: list[str], outputs: list[str], dynamic_batch: bool) -> bytes:
@@ -218,64 +160,6 @@ def _exportable_attention(model: nn.Module, opset: int) -> Iterator[None]:
         model.set_attn_implementation(used)
 
 
-def _unique(names: Sequence[str]) -> list[str]:
-    seen: Counter[str] = Counter()
-    unique = []
-    for name in names:
-        unique.append(name if not seen[name] else f"{name}_{seen[name]}")
-        seen[name] += 1
-    return unique
-
-
-def _session(file: bytes | str) -> Any:
-    runtime = library("onnxruntime", "onnx")
-    options = runtime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    return runtime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-
-
-def _compare(data: bytes, feeds: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """Largest absolute difference of each output; infinite where shapes or infinities disagree."""
-    session = _session(data)
-    known = {i.name for i in session.get_inputs()}
-    # An input that the graph does not use is not an input of the file.
-    results = session.run(list(expected), {k: v for k, v in feeds.items() if k in known})
-    differences = {}
-    for (name, want), got in zip(expected.items(), results):
-        if want.shape != got.shape or not np.array_equal(np.isfinite(want), np.isfinite(got)):
-            differences[name] = float("inf")
-        else:
-            gap = np.abs(np.nan_to_num(want.astype(np.float64)) - np.nan_to_num(got.astype(np.float64)))
-            differences[name] = float(gap.max(initial=0.0))
-    return differences
-
-
-def onnx_latency(files: Mapping[str, Any], inputs: Mapping[str, np.ndarray], budget_s: float = 2.0) -> dict[str, float]:
-    """Median milliseconds of each ONNX file in onnxruntime on this CPU, one thread, runs taken in turn.
-
-    Args:
-        files: label -> path; all take the same inputs.
-        inputs: input name -> array.
-        budget_s: seconds to spend on all of them together.
-
-    Returns:
-        label -> median milliseconds.
-    """
-    sessions = {label: _session(str(path)) for label, path in files.items()}
-    feeds = {label: {i.name: inputs[i.name] for i in session.get_inputs()} for label, session in sessions.items()}
-    times: dict[str, list[float]] = {label: [] for label in sessions}
-    end = time.perf_counter() + budget_s
-    while len(next(iter(times.values()))) < 5 or time.perf_counter() < end:
-        # In turn, so that a drift of the machine's speed meets all of them alike.
-        for label, session in sessions.items():
-            began = time.perf_counter()
-            session.run(None, feeds[label])
-            times[label].append(1000 * (time.perf_counter() - began))
-    return {label: statistics.median(values[1:]) for label, values in times.items()}
-
-
 def example_arrays(inputs: Any) -> dict[str, np.ndarray]:
     """The arrays that a file written by `export_onnx` for these inputs takes, by input name."""
-    flat = _Flat(nn.Identity(), *copy.copy(as_call(inputs)))
-    return dict(zip(flat.names(), (t.detach().cpu().numpy() for t in flat.tensors())))
+    return _Flat(nn.Identity(), *as_call(inputs)).arrays()

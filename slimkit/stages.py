@@ -16,6 +16,7 @@ from slimkit.core.blocks import PruneConfig
 from slimkit.core.distill import KnowledgeDistillConfig
 from slimkit.core.errors import ConfigError
 from slimkit.core.measurement import Measurement, show
+from slimkit.core.onnxfile import OnnxReport, onnx_latency
 from slimkit.core.pipeline import StageContext, StageResult, digest_mapping
 from slimkit.core.recipe import Recipe
 from slimkit.core.sparse import SparseConfig
@@ -245,7 +246,7 @@ class TorchWing:
     def _export(self, options: recipe.ExportOptions, model: nn.Module, context: StageContext) -> StageResult:
         example = context.data["example"]
 
-        def write(which: nn.Module, name: str) -> export.OnnxReport:
+        def write(which: nn.Module, name: str) -> OnnxReport:
             return export.export_onnx(
                 which,
                 example,
@@ -261,7 +262,7 @@ class TorchWing:
         if options.compare_dense:
             write(context.dense(), "dense.onnx")
             files = {"dense": context.directory / "dense.onnx", "final": context.directory / "model.onnx"}
-            times = export.onnx_latency(files, export.example_arrays(example))
+            times = onnx_latency(files, export.example_arrays(example))
             facts["latency_ms"] = times
             facts["latency_ratio"] = times["dense"] / times["final"]
             said += (

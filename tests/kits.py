@@ -78,6 +78,16 @@ class TorchKit:
     def values(self, model: Any) -> dict[str, np.ndarray]:
         return {n: self.array(p) for n, p in model.named_parameters()}
 
+    def assign(self, parameter: Any, values: np.ndarray) -> None:
+        with self.torch.no_grad():
+            parameter.copy_(self.torch.from_numpy(values))
+
+    def train_mode(self, model: Any, on: bool) -> None:
+        model.train(on)
+
+    def is_training(self, model: Any) -> bool:
+        return bool(model.training)
+
 
 class MindSporeKit:
     """What a behaviour test needs of MindSpore."""
@@ -146,6 +156,15 @@ class MindSporeKit:
 
     def values(self, model: Any) -> dict[str, np.ndarray]:
         return {p.name: self.array(p) for p in model.get_parameters()}
+
+    def assign(self, parameter: Any, values: np.ndarray) -> None:
+        parameter.set_data(self.ms.Tensor(values))
+
+    def train_mode(self, model: Any, on: bool) -> None:
+        model.set_train(on)
+
+    def is_training(self, model: Any) -> bool:
+        return bool(model.training)
 
 
 def make(name: str) -> Any:

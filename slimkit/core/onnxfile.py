@@ -1,0 +1,163 @@
+"""ONNX files: proven against the arrays they should give, timed, and described by what they hold."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from slimkit.core.errors import FileFormatError, UnsupportedError
+from slimkit.core.files import atomic_file
+from slimkit.core.lazy import library
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class OnnxReport:
+    """What was written and how well it agrees with the model.
+
+    Args:
+        path: the file.
+        opset: the opset of the default domain, read back from the file.
+        file_bytes: its size.
+        operators: operator -> how many nodes.
+        zeros: exact zeros among the file's weights of two or more axes.
+        weights: entries of those weights.
+        differences: output name -> largest absolute difference between onnxruntime and the model.
+        inputs: input names in order.
+    """
+
+    path: str
+    opset: int
+    file_bytes: int
+    operators: dict[str, int]
+    zeros: int
+    weights: int
+    differences: dict[str, float]
+    inputs: list[str]
+
+    @property
+    def max_difference(self) -> float:
+        """The largest difference over all outputs."""
+        return max(self.differences.values(), default=0.0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {**asdict(self), "max_difference": self.max_difference}
+
+
+def publish(
+    data: bytes, path: Path, opset: int, feeds: Mapping[str, Array], expected: Mapping[str, Array], tolerance: float
+) -> OnnxReport:
+    """Prove an ONNX file against the arrays it should give, and only then write it.
+
+    Args:
+        data: the file's bytes.
+        path: where it goes; it appears whole or not at all.
+        opset: the opset that was asked for.
+        feeds: input name -> array.
+        expected: output name -> array, in the file's order.
+        tolerance: largest absolute difference accepted.
+
+    Returns:
+        What was written.
+
+    Raises:
+        FileFormatError: the bytes are not an ONNX model.
+        UnsupportedError: the opset or the outputs are not those asked for.
+    """
+    onnx = library("onnx", "onnx")
+    try:
+        proto = onnx.load_from_string(data)
+    except Exception as error:  # protobuf raises its own kinds, which differ between its back ends
+        raise FileFormatError(f"the exporter's output is not an ONNX model: {error}") from error
+    written = next((o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")), None)
+    if written != opset:
+        raise UnsupportedError(f"the exporter wrote opset {written}, not the {opset} asked for. Ask for {written}.")
+    differences = _compare(data, feeds, expected)
+    if not all(d <= tolerance for d in differences.values()):
+        shown = ", ".join(f"{k} {v:.3g}" for k, v in differences.items())
+        raise UnsupportedError(f"the ONNX file differs from the model by more than {tolerance:g}: {shown}")
+    with atomic_file(path) as handle:
+        handle.write(data)
+    weights = [onnx.numpy_helper.to_array(t) for t in proto.graph.initializer if len(t.dims) >= 2]
+    return OnnxReport(
+        path=str(path),
+        opset=opset,
+        file_bytes=len(data),
+        operators=dict(sorted(Counter(node.op_type for node in proto.graph.node).items())),
+        zeros=sum(int((w == 0).sum()) for w in weights),
+        weights=sum(int(w.size) for w in weights),
+        differences=differences,
+        inputs=list(feeds),
+    )
+
+
+def unique(names: Sequence[str]) -> list[str]:
+    """The names, with a number behind each that came before.
+
+    Example:
+        >>> unique(["a", "a"])
+        ['a', 'a_1']
+    """
+    seen: Counter[str] = Counter()
+    unique = []
+    for name in names:
+        unique.append(name if not seen[name] else f"{name}_{seen[name]}")
+        seen[name] += 1
+    return unique
+
+
+def _session(file: bytes | str) -> Any:
+    runtime = library("onnxruntime", "onnx")
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    return runtime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+
+
+def _compare(data: bytes, feeds: Mapping[str, Array], expected: Mapping[str, Array]) -> dict[str, float]:
+    """Largest absolute difference of each output; infinite where shapes or infinities disagree."""
+    session = _session(data)
+    known = {i.name for i in session.get_inputs()}
+    # An input that the graph does not use is not an input of the file.
+    results = session.run(list(expected), {k: v for k, v in feeds.items() if k in known})
+    differences = {}
+    for (name, want), got in zip(expected.items(), results):
+        if want.shape != got.shape or not np.array_equal(np.isfinite(want), np.isfinite(got)):
+            differences[name] = float("inf")
+        else:
+            gap = np.abs(np.nan_to_num(want.astype(np.float64)) - np.nan_to_num(got.astype(np.float64)))
+            differences[name] = float(gap.max(initial=0.0))
+    return differences
+
+
+def onnx_latency(files: Mapping[str, Any], inputs: Mapping[str, Array], budget_s: float = 2.0) -> dict[str, float]:
+    """Median milliseconds of each ONNX file in onnxruntime on this CPU, one thread, runs taken in turn.
+
+    Args:
+        files: label -> path; all take the same inputs.
+        inputs: input name -> array.
+        budget_s: seconds to spend on all of them together.
+
+    Returns:
+        label -> median milliseconds.
+    """
+    sessions = {label: _session(str(path)) for label, path in files.items()}
+    feeds = {label: {i.name: inputs[i.name] for i in session.get_inputs()} for label, session in sessions.items()}
+    times: dict[str, list[float]] = {label: [] for label in sessions}
+    end = time.perf_counter() + budget_s
+    while len(next(iter(times.values()))) < 5 or time.perf_counter() < end:
+        # In turn, so that a drift of the machine's speed meets all of them alike.
+        for label, session in sessions.items():
+            began = time.perf_counter()
+            session.run(None, feeds[label])
+            times[label].append(1000 * (time.perf_counter() - began))
+    return {label: statistics.median(values[1:]) for label, values in times.items()}

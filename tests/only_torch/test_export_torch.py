@@ -1,0 +1,67 @@
+"""What only torch models have at export: both exporters, keyword inputs, Hugging Face outputs, open batch sizes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from slimkit import export_onnx
+from slimkit.core.onnxfile import onnx_latency
+from slimkit.export import example_arrays
+
+import torch
+from torch import nn
+
+
+@pytest.mark.parametrize("opset", [9, 18, 20])
+def test_old_and_new_opsets_are_written_as_asked(tmp_path, opset):
+    net = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 2))
+    report = export_onnx(net, torch.randn(3, 4), tmp_path / "net.onnx", opset=opset)
+    assert report.opset == opset
+    assert report.max_difference < 1e-5  # float32, 8 terms
+
+
+def test_an_open_batch_size_takes_other_batches(tmp_path):
+    import onnxruntime
+
+    net = nn.Linear(4, 2)
+    export_onnx(net, torch.randn(3, 4), tmp_path / "net.onnx", dynamic_batch=True)
+    session = onnxruntime.InferenceSession(tmp_path / "net.onnx")
+    x = torch.randn(7, 4)
+    found = session.run(None, {"input": x.numpy()})[0]
+    np.testing.assert_allclose(found, net(x).detach().numpy(), atol=1e-6)
+
+
+def test_a_bert_with_keyword_inputs_is_written_at_opset_13_and_keeps_its_attention(tmp_path):
+    from transformers import BertConfig, BertModel
+
+    config = BertConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+    )  # fmt: skip
+    model = BertModel(config).eval()
+    used = model.config._attn_implementation
+    batch = {"input_ids": torch.randint(0, 50, (2, 6)), "attention_mask": torch.ones(2, 6, dtype=torch.long)}
+    report = export_onnx(model, batch, tmp_path / "bert.onnx")
+    assert report.opset == 13
+    assert report.inputs == ["input_ids", "attention_mask"]
+    assert set(report.differences) == {"last_hidden_state", "pooler_output"}
+    assert model.config._attn_implementation == used
+
+
+def test_latency_is_measured_in_turn(tmp_path):
+    x = torch.randn(1, 4)
+    for name in ("a", "b"):
+        export_onnx(nn.Linear(4, 2), x, tmp_path / f"{name}.onnx")
+    found = onnx_latency({n: tmp_path / f"{n}.onnx" for n in "ab"}, example_arrays(x), budget_s=0.05)
+    assert set(found) == {"a", "b"}
+    assert all(0 < ms < 1000 for ms in found.values())
+
+
+def test_a_model_that_cannot_be_written_leaves_no_file(tmp_path):
+    class Odd(nn.Module):
+        def forward(self, x):
+            return torch.linalg.svdvals(x)
+
+    with pytest.raises(ValueError, match="cannot be written as ONNX opset 13"):
+        export_onnx(Odd(), torch.randn(3, 3), tmp_path / "odd.onnx")
+    assert list(tmp_path.iterdir()) == []
