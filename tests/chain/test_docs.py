@@ -1,0 +1,79 @@
+"""Every Python block of the README and the documentation runs, page by page, offline."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import INSTALLED
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted([*ROOT.glob("README*.md"), *(ROOT / "docs").glob("**/*.md")])
+BLOCK = re.compile(r"^```python[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\[[^\]]*\]\(([^)#\s]+)(?:#[^)]*)?\)")
+
+
+def blocks(page: Path) -> list[str]:
+    return [textwrap.dedent(b) for b in BLOCK.findall(page.read_text(encoding="utf-8"))]
+
+
+def needs(code: str) -> set[str]:
+    """Frameworks that a block needs, by what it imports."""
+    found = set()
+    if re.search(r"\bslimkit_ms\b|\bmindspore\b", code):
+        found.add("mindspore")
+    if re.search(r"\bimport torch\b|\bfrom torch\b|\bslimkit\b(?!_ms|\.core)", code):
+        found.add("torch")
+    return found
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p)], ids=lambda p: str(p.relative_to(ROOT)))
+def test_code_blocks_run(page, tmp_path):
+    runnable = [b for b in blocks(page) if needs(b) <= set(INSTALLED)]
+    # Each block stands at its own line of the page, so that a traceback points into the documentation.
+    parts = []
+    for number, block in enumerate(runnable, 1):
+        parts.append(f"exec(compile({block!r}, '{page.name} block {number}', 'exec'), globals())")
+    script = tmp_path / "page.py"
+    script.write_text("import warnings\nwarnings.simplefilter('ignore')\n" + "\n".join(parts) + "\n", encoding="utf-8")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "GLOG_v": "3"}
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, timeout=300, cwd=tmp_path, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_between_pages_lead_somewhere(page):
+    for target in LINK.findall(page.read_text(encoding="utf-8")):
+        if "://" not in target and not target.startswith("mailto:"):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}, which does not exist"
+
+
+def test_readme_keeps_its_promise_of_a_short_example():
+    first = blocks(ROOT / "README.md")[0]
+    assert len([line for line in first.splitlines() if line.strip()]) <= 12
+
+
+def test_the_site_builds_without_a_warning(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")],
+        capture_output=True, text=True, timeout=300, cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "site" / "index.html").exists()
+
+
+def test_every_page_is_in_the_navigation():
+    import yaml
+
+    config = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    for page in (ROOT / "docs").glob("**/*.md"):
+        assert str(page.relative_to(ROOT / "docs")) in config, f"{page.name} is in no menu"
+    assert yaml.safe_load(config.replace("!!python/name:", ""))["strict"] is True
