@@ -138,3 +138,17 @@ def test_the_shipped_recipes_are_valid():
     assert {r.stem for r in recipes} >= {"digits", "minilm"}
     for file in recipes:
         assert load_recipe(file).name == file.stem
+
+
+def test_the_page_on_recipes_names_every_key():
+    from pathlib import Path
+
+    from slimkit.core import recipe
+
+    page = (Path(__file__).parents[2] / "docs" / "run.md").read_text(encoding="utf-8")
+    options = [m.model_fields[kind].annotation for kind, m in recipe._STAGES.items()]
+    for model in [Recipe, *options]:
+        for key in model.model_fields:
+            assert f"`{key}`" in page, f"docs/run.md says nothing about {model.__name__}.{key}"
+    for kind in recipe._STAGES:
+        assert f"`{kind}`" in page
