@@ -12,8 +12,10 @@ from typing import Any
 
 from slimkit.core import check
 from slimkit.core.batch import as_call
+from slimkit.core.coupling import Structure, Target, computed_names
 from slimkit.core.errors import ArgumentError
 from slimkit.core.freeze import Entry
+from slimkit.core.heads import Heads, heads_told_by
 from slimkit.core.lazy import require
 from slimkit.core.log import logger
 
@@ -128,3 +130,44 @@ def parameter_entries(model: torch.nn.Module) -> list[tuple[torch.nn.Parameter, 
         (p, Entry(tuple(names), p.numel(), p.requires_grad, p.is_floating_point() or p.is_complex()))
         for p, names in found.values()
     ]
+
+
+def structure(model: torch.nn.Module) -> Structure:
+    """What weight pruning asks of a model: shapes, kinds of layer, attention heads, tied and computed tensors."""
+    state = {n: t for n, t in model.state_dict(keep_vars=True).items() if isinstance(t, torch.Tensor)}
+    kinds: dict[str, str] = {}
+    heads: dict[str, Heads] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        kind = _kind(module)
+        for key in (*module._parameters, *module._buffers):
+            fused = isinstance(module, torch.nn.MultiheadAttention) and key.startswith("in_proj")
+            kinds[f"{path}.{key}" if path else key] = "linear" if fused else kind
+        told = heads_told_by(module)
+        if told is None and "att" in type(module).__name__.lower():
+            told = heads_told_by(getattr(module, "config", None))
+        if told is None and path == "":
+            told = heads_told_by(getattr(model, "config", None))
+        if told is not None:
+            heads[path] = told
+    groups: dict[int, list[str]] = {}
+    for name, tensor in state.items():
+        groups.setdefault(id(tensor), []).append(name)
+    return Structure(
+        targets={n: Target(tuple(t.shape), kinds.get(n, "other")) for n, t in state.items()},
+        heads=heads,
+        tied=tuple(tuple(g) for g in groups.values() if len(g) > 1),
+        ignorable=computed_names([n for n, _ in model.named_buffers() if n not in state]),
+        rotary=any("rotary" in type(m).__name__.lower() for m in model.modules()),
+    )
+
+
+def _kind(module: torch.nn.Module) -> str:
+    """The kind of layer, in the words of core.coupling; Hugging Face's Conv1D is a Linear stored transposed."""
+    name = type(module).__name__
+    if isinstance(module, torch.nn.Linear):
+        return "linear"
+    if isinstance(module, torch.nn.Embedding):
+        return "embedding"
+    if isinstance(module, (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)):
+        return "conv"
+    return "linear_t" if name == "Conv1D" else "norm" if "norm" in name.lower() else "other"
