@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from slimkit.core import check
 from slimkit.core.batch import as_call
+from slimkit.core.coupling import Structure, Target
 from slimkit.core.errors import ArgumentError
 from slimkit.core.freeze import Entry
+from slimkit.core.heads import Heads, heads_told_by
 from slimkit.core.lazy import require
 
 require("mindspore")
@@ -58,10 +60,19 @@ def rename_parameters(model: nn.Cell) -> None:
                 parameter.name = f"{prefix}.{key}" if prefix else key
 
 
-def forget_graphs(model: nn.Cell) -> None:
-    """Drop compiled graphs, in place: after surgery MindSpore would go on computing the old network."""
+def forget_graphs(model: nn.Cell, keep: Collection[str] = ()) -> None:
+    """Drop compiled graphs, in place: after surgery MindSpore would go on computing the old network.
+
+    Args:
+        model: the cell.
+        keep: compiled phases that stay.
+    """
+    executor = getattr(nn.cell, "_cell_graph_executor", None)
     for _, cell in model.cells_and_names():
-        cell.compile_cache.clear()
+        gone = {phase for phase in cell.compile_cache if phase not in keep}
+        if gone and executor is not None:
+            executor.del_net_res(cell, gone)
+        cell.compile_cache.difference_update(gone)
 
 
 def run(model: nn.Cell, batch: Any) -> Any:
@@ -73,13 +84,16 @@ def run(model: nn.Cell, batch: Any) -> Any:
 @contextlib.contextmanager
 def evaluating(model: nn.Cell) -> Iterator[None]:
     """Eval mode; every cell's own mode comes back afterwards, also after an error."""
-    modes = [(cell, cell.training) for _, cell in model.cells_and_names()]
+    # The phase chooses among compiled graphs: left at "predict", a training cell would run its evaluation graph.
+    modes = [(cell, cell.training, cell._phase, dict(cell.get_flags())) for _, cell in model.cells_and_names()]
     model.set_train(False)
     try:
         yield
     finally:
-        for cell, mode in modes:
-            cell.training = mode
+        for cell, mode, phase, flags in modes:
+            cell.training, cell._phase = mode, phase
+            cell.get_flags().clear()
+            cell.get_flags().update(flags)
 
 
 def as_numpy(tensor: ms.Tensor) -> Any:
@@ -103,3 +117,64 @@ def parameter_entries(model: nn.Cell) -> list[tuple[ms.Parameter, Entry]]:
         (p, Entry(tuple(dict.fromkeys((*names, p.name))), p.size, p.requires_grad, may_train))
         for p, names, may_train in found.values()
     ]
+
+
+# Running statistics of a norm: parameters in MindSpore, state rather than weights everywhere else.
+STATISTICS = ("moving_mean", "moving_variance")
+
+
+def parameter_paths(model: nn.Cell) -> list[tuple[ms.Parameter, list[str]]]:
+    """Every parameter with the paths it is held under, in order; a shared parameter comes once."""
+    found: dict[int, tuple[ms.Parameter, list[str]]] = {}
+    for prefix, cell in model.cells_and_names():
+        for key, parameter in cell._params.items():
+            if parameter is not None:
+                found.setdefault(id(parameter), (parameter, []))[1].append(f"{prefix}.{key}" if prefix else key)
+    return list(found.values())
+
+
+def is_layer(cell: nn.Cell | None) -> bool:
+    """Whether a cell is a convolution or a dense layer, of the nn or the mint family."""
+    kinds = (nn.Dense, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Conv1dTranspose, nn.Conv2dTranspose, nn.Conv3dTranspose)
+    return isinstance(cell, kinds) or any(
+        kind.__module__.startswith("mindspore.mint.nn") and kind.__name__ in ("Linear", "Conv2d", "Conv3d")
+        for kind in type(cell).__mro__
+    )
+
+
+def structure(model: nn.Cell) -> Structure:
+    """What weight pruning asks of a cell: shapes, kinds of layer, attention heads and tied tensors."""
+    kinds: dict[int, str] = {}
+    names: dict[int, list[str]] = {}
+    targets: dict[str, Target] = {}
+    heads: dict[str, Heads] = {}
+    for path, cell in model.cells_and_names():
+        for key, parameter in cell._params.items():
+            if parameter is not None:
+                fused = isinstance(cell, nn.MultiheadAttention) and key.startswith("in_proj")
+                kinds.setdefault(id(parameter), "linear" if fused else _kind(cell))
+        told = heads_told_by(cell)
+        if told is None and (path == "" or "att" in type(cell).__name__.lower()):
+            told = heads_told_by(getattr(cell, "config", None))
+        if told is not None:
+            heads[path] = told
+    for parameter in model.get_parameters():
+        names.setdefault(id(parameter), []).append(parameter.name)
+        targets[parameter.name] = Target(tuple(parameter.shape), kinds.get(id(parameter), "other"))
+    return Structure(
+        targets=targets,
+        heads=heads,
+        tied=tuple(tuple(group) for group in names.values() if len(group) > 1),
+        rotary=any("rotary" in type(c).__name__.lower() for _, c in model.cells_and_names()),
+    )
+
+
+def _kind(cell: nn.Cell) -> str:
+    """The kind of layer, in the words of core.coupling."""
+    if isinstance(cell, nn.Dense):
+        return "linear"
+    if isinstance(cell, nn.Embedding):
+        return "embedding"
+    if isinstance(cell, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return "conv"
+    return "norm" if "norm" in type(cell).__name__.lower() else "other"
