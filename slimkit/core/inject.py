@@ -37,6 +37,10 @@ class Hands(ABC):
     def put(self, model: Any, modules: Mapping[str, Any]) -> None:
         """Put modules at their paths, in place."""
 
+    def changed(self, model: Any) -> None:
+        """Forget what was compiled from the model as it was before; nothing where nothing is."""
+        return
+
     @abstractmethod
     def make(self, kind: str, module: Any, options: Mapping[str, Any]) -> Any:
         """The delta layer that takes a module's place, sharing its parameters; a LoRA layer has no delta yet."""
@@ -105,7 +109,6 @@ def apply_layers(
         described = {p: {"type": sites[p].kind, **options} for p in paths}
     made: dict[int, Any] = {}
     new: dict[str, Any] = {}
-    grown: list[Any] = []
     for path in paths:
         module = hands.module(model, path)
         if id(module) in made:
@@ -118,7 +121,7 @@ def apply_layers(
         layer = standing.get(path)
         if layer is not None and name not in layer.specs:
             layer.add(name, (specs or {})[path], dtype, fresh=fresh)
-            grown.append(layer)
+            new[path] = layer
     hands.put(model, new)
     _remember_flags(hands, model)
     _set_flags(hands, model, flags)
@@ -173,6 +176,7 @@ def merge(hands: Hands, model: Any, *, unload: bool = False) -> DeltaReport:
     for layer in {id(x): x for x in layers.values()}.values():
         if layer.unmerged is None:
             layer.merge()
+    hands.changed(model)
     if unload:
         for layer in layers.values():
             layer.unmerged = None  # the merged weight is the weight from now on
@@ -187,6 +191,7 @@ def unmerge(hands: Hands, model: Any) -> DeltaReport:
         raise ArgumentError("the deltas of this model are not merged.")
     for layer in {id(x): x for x in layers.values()}.values():
         layer.unmerge()
+    hands.changed(model)
     return DeltaReport("lora", "unmerged", {p: {"deltas": list(x.specs)} for p, x in layers.items()})
 
 
@@ -206,6 +211,7 @@ def remove(hands: Hands, model: Any, names: Any = None) -> DeltaReport:
         if path not in empty:
             for name in [n for n in gone if n in layer.specs]:
                 layer.drop(name)
+    hands.changed(model)
     _restore(hands, model, empty)
     return DeltaReport("", ", ".join(gone), {p: d for p, d in described.items() if d["removed"]})
 
@@ -236,6 +242,7 @@ def activate(hands: Hands, model: Any, names: Any) -> dict[str, float]:
         raise ArgumentError(f"the deltas are merged ({merged[0]}); unmerge them before choosing others.")
     for layer in layers.values():
         layer.set_active(weights)
+    hands.changed(model)
     return weights
 
 

@@ -90,7 +90,7 @@ class TorchHands(TravelHands):
     def put(self, model: nn.Module, modules: Mapping[str, Any]) -> None:
         for path, module in modules.items():
             parent = bridge.get_module(model, path.rpartition(".")[0])
-            if isinstance(parent, nn.TransformerEncoderLayer) and isinstance(module, DeltaLayer):
+            if isinstance(parent, nn.TransformerEncoderLayer) and getattr(module, "delta_kind", ""):
                 # Its fast path reads the weights and would pass the delta by; a hook makes it call the layers.
                 module.register_forward_pre_hook(_nothing)
             bridge.set_module(model, path, module)

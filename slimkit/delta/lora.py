@@ -14,10 +14,11 @@ from slimkit.core.delta import (
     check_dropout,
     key,
 )
+from slimkit.core.named import Part
 from slimkit.delta import initial
 from slimkit.delta.fused import lora_linear
 from slimkit.delta.layer import DenseBase
-from slimkit.delta.named import LoraLayer, Part
+from slimkit.delta.named import LoraLayer
 from slimkit.delta.shard import ShardPlan, plan
 
 import torch

@@ -105,8 +105,7 @@ class LoRAConv1D(_Over, nn.Module):
         return out
 
     def _lengths(self, weight: torch.Tensor) -> torch.Tensor:
-        # DoRA holds the length constant; the weight is stored transposed, so its outputs are columns.
-        return torch.linalg.vector_norm(weight.detach(), dim=0)
+        return torch.linalg.vector_norm(weight.detach(), dim=0)  # stored transposed: outputs are columns
 
     def _per_output(self, values: torch.Tensor) -> torch.Tensor:
         return values.unsqueeze(0)

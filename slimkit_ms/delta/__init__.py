@@ -1,0 +1,28 @@
+"""The delta room: layers with small trainable parts, and the calls that put them on a model and take them off."""
+
+from slimkit.core.delta import DeltaReport
+from slimkit_ms.delta.inject import (
+    apply_delta,
+    disable_delta,
+    lora_plus_groups,
+    merge_delta,
+    remove_delta,
+    set_delta,
+    unmerge_delta,
+)
+from slimkit_ms.delta.lora import LoRADense
+from slimkit_ms.delta.travel import load_delta, save_delta
+
+__all__ = [
+    "DeltaReport",
+    "LoRADense",
+    "apply_delta",
+    "disable_delta",
+    "load_delta",
+    "lora_plus_groups",
+    "merge_delta",
+    "remove_delta",
+    "save_delta",
+    "set_delta",
+    "unmerge_delta",
+]

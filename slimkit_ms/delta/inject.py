@@ -1,0 +1,202 @@
+"""Deltas on a MindSpore model: put on, choose, merge, take off."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from slimkit.core import check
+from slimkit.core import inject as steps
+from slimkit.core.delta import KINDS, DeltaReport
+from slimkit_ms import bridge
+from slimkit_ms.delta.hands import hands
+
+from mindspore import nn
+
+
+def apply_delta(
+    model: nn.Cell,
+    kind: str = "lora",
+    targets: str | Sequence[str] | None = None,
+    *,
+    name: str = "default",
+    exclude: Sequence[str] | None = None,
+    freeze: bool = True,
+    also_train: Sequence[str] | None = None,
+    strict: bool = True,
+    dtype: Any = None,
+    **options: Any,
+) -> DeltaReport:
+    """Put a delta on a model, in place: small trainable parameters beside weights that stay as they are.
+
+    Args:
+        model: any model.
+        kind: lora, adapter or low_rank_adapter (swap layers), prefix or prompt (act on the whole model).
+        targets: layers by globs over whole module paths (["*query", "*value"]), a plain path for everything below
+            it, or "all-linear" (the default): every linear layer but the output embedding. Not for prompt.
+        name: one of several deltas on the same base.
+        exclude: globs of targets left alone.
+        freeze: stop everything else from training; `remove_delta` puts the flags back.
+        also_train: globs of base parameters that train as well, for example ["*classifier*"].
+        strict: whether an unmatched pattern or an unfit layer is an error; otherwise it is in the report.
+        dtype: of the new parameters; None means float32, also over a half-precision base, which trains stably.
+        options: of the kind. lora: rank, alpha (None: twice the rank), dropout, rslora, dora, init ("kaiming",
+            "gaussian", "pissa"), ranks and alphas ({glob: number}), keep_zeros (None: on sparse layers). adapter:
+            bottleneck_size, non_linearity. low_rank_adapter: reduction_factor, low_rank_size, low_rank_w_init,
+            non_linearity. prefix: prefix_token_num, mid_dim, dropout_rate, init, text. prompt: num_virtual_tokens,
+            init, text, tokenizer.
+
+    Returns:
+        The layers changed, what was skipped, and the share of parameters that train now (print it).
+
+    Raises:
+        ArgumentTypeError, ArgumentError: an argument is of the wrong type or value, a name is taken, a rank exceeds a
+            layer's size.
+        PatternError: no target matched, or (strict) a pattern matched nothing.
+        UnsupportedError: a target is of a kind that the delta cannot go on.
+        In every case the model is as it was.
+
+    Example:
+        >>> net = nn.SequentialCell(nn.Dense(8, 8), nn.ReLU(), nn.Dense(8, 2))
+        >>> print(apply_delta(net, "lora", targets=["0"], rank=2, alpha=4))
+        lora 'default' on 1 layers
+        32 of 122 parameters train (26.2295%), in 2 tensors
+    """
+    bridge.check_model(model)
+    kind = check.choice(kind.lower() if isinstance(kind, str) else kind, KINDS, "kind")
+    return steps.apply_layers(
+        hands,
+        model,
+        kind,
+        "all-linear" if targets is None else targets,
+        name=name,
+        exclude=exclude,
+        freeze=freeze,
+        also_train=also_train,
+        strict=strict,
+        dtype=dtype,
+        **options,
+    )
+
+
+def merge_delta(model: nn.Cell, *, unload: bool = False) -> DeltaReport:
+    """Add every active LoRA to the weights, in place, so that the model runs at the base's speed.
+
+    Args:
+        model: a model with LoRA on it. A layer whose delta keeps zeros stays as sparse as it was.
+        unload: also put the original layers back, now with merged weights, and forget the deltas. Otherwise a copy
+            of each weight is kept, and `unmerge_delta` restores it bit for bit.
+
+    Returns:
+        The layers merged.
+
+    Raises:
+        ArgumentError: no delta, or merged already.
+        UnsupportedError: a delta that cannot be merged (adapters), or a weight shared with another module.
+
+    Example:
+        >>> net = nn.SequentialCell(nn.Dense(4, 4))
+        >>> report = apply_delta(net, "lora", ["0"], rank=2)
+        >>> sorted(merge_delta(net, unload=True).layers)
+        ['0']
+    """
+    return steps.merge(hands, bridge.check_model(model), unload=unload)
+
+
+def unmerge_delta(model: nn.Cell) -> DeltaReport:
+    """Put back the weights as they were before `merge_delta`, bit for bit, in place; the deltas speak again.
+
+    Args:
+        model: a model with merged deltas.
+
+    Returns:
+        The layers restored.
+
+    Raises:
+        ArgumentError: nothing is merged.
+    """
+    return steps.unmerge(hands, bridge.check_model(model))
+
+
+def remove_delta(model: nn.Cell, names: str | Sequence[str] | None = None) -> DeltaReport:
+    """Take deltas off a model, in place; without any left it is bit for bit what it was, flags included.
+
+    Args:
+        model: a model with deltas, merged or not.
+        names: the deltas to take off; None means all.
+
+    Returns:
+        The layers changed.
+
+    Raises:
+        ArgumentError: no delta, or none of that name.
+        UnsupportedError: a layer was built by hand as a delta layer, so that there is none to put back.
+    """
+    return steps.remove(hands, bridge.check_model(model), names)
+
+
+def set_delta(model: nn.Cell, names: str | Sequence[str] | Mapping[str, float]) -> dict[str, float]:
+    """Choose which named LoRAs speak, in place.
+
+    Args:
+        model: a model with LoRAs.
+        names: one name, several, or {name: weight} for a weighted combination; all others fall silent.
+
+    Returns:
+        The deltas that speak, with their weights.
+
+    Raises:
+        ArgumentError: an unknown name, or the deltas are merged.
+
+    Example:
+        >>> net = nn.SequentialCell(nn.Dense(4, 4))
+        >>> for name in ("formal", "brief"):
+        ...     report = apply_delta(net, "lora", ["0"], rank=2, name=name)
+        >>> set_delta(net, {"formal": 0.7, "brief": 0.3})
+        {'formal': 0.7, 'brief': 0.3}
+    """
+    return steps.activate(hands, bridge.check_model(model), names)
+
+
+@contextlib.contextmanager
+def disable_delta(model: nn.Cell) -> Iterator[None]:
+    """Run the base alone while the context is open; the deltas speak again afterwards, also after an error.
+
+    Args:
+        model: a model with LoRAs, not merged.
+    """
+    before = steps.active_weights(hands, bridge.check_model(model))
+    steps.activate(hands, model, {})
+    try:
+        yield
+    finally:
+        steps.activate(hands, model, before)
+
+
+def lora_plus_groups(model: nn.Cell, lr: float, ratio: float = 16.0, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+    """Optimizer groups in which LoRA's b learns `ratio` times as fast as everything else that trains.
+
+    Args:
+        model: a model with LoRA on it.
+        lr: learning rate of a (and of all else that trains).
+        ratio: learning rate of b over that of a; 16 is the paper's advice.
+        weight_decay: of all groups.
+
+    Returns:
+        Parameter groups for any optimizer.
+
+    Raises:
+        ArgumentError: no lora_b trains.
+
+    Source:
+        Hayou, Ghosh & Yu 2024, "LoRA+", section 4.
+
+    Example:
+        >>> net = nn.SequentialCell(nn.Dense(4, 4))
+        >>> report = apply_delta(net, "lora", ["0"], rank=2)
+        >>> [group["lr"] for group in lora_plus_groups(net, 1e-4)]
+        [0.0016, 0.0001]
+    """
+    named = [(p.name, p) for p in bridge.check_model(model).trainable_params()]
+    return steps.plus_groups(named, lr, ratio, weight_decay)

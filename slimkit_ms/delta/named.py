@@ -1,0 +1,104 @@
+"""Named LoRAs on one MindSpore layer: their tensors, and what they add to the weight."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from slimkit.core.delta import LoraSpec, key
+from slimkit.core.named import NamedLoras, Part
+from slimkit_ms import bridge
+from slimkit_ms.delta import initial
+from slimkit_ms.delta.layer import DeltaLayer
+
+import mindspore as ms
+from mindspore import ops
+
+__all__ = ["LoraLayer", "bridge"]
+
+
+class LoraLayer(NamedLoras, DeltaLayer):
+    """Named LoRAs on one layer with a weight."""
+
+    delta_kind = "lora"
+    weight_name = "weight"
+
+    def add(self, name: str, spec: LoraSpec, dtype: Any = None, *, fresh: bool = True) -> None:
+        """Add a delta that changes nothing yet, in place, and let it speak.
+
+        Args:
+            name: its name.
+            spec: its rank, scale and start.
+            dtype: of its parameters; None means float32.
+            fresh: whether to compute its start; not needed when values are filled in afterwards.
+        """
+        kind = dtype or ms.float32
+        a_shape, b_shape = self.shapes(spec.rank)
+        a: Any = "zeros"
+        b: Any = "zeros"
+        if fresh and spec.init == "pissa":
+            first, second = self._principal(spec)
+            a, b = ms.Tensor(first), ms.Tensor(second)
+        elif fresh and spec.init == "gaussian":
+            a = ms.common.initializer.Normal(1 / spec.rank)
+        elif fresh:
+            a = initial.kaiming()
+        a_key, b_key = key("lora", "a", name), key("lora", "b", name)
+        # Looked up by name, the class attribute of another delta must never answer for one that is missing.
+        self.insert_param_to_cell(a_key, initial.parameter(a, a_shape, kind, a_key))  # type: ignore[attr-defined]
+        self.insert_param_to_cell(b_key, initial.parameter(b, b_shape, kind, b_key))  # type: ignore[attr-defined]
+        if spec.init == "pissa":
+            for part, source in (("a0", a_key), ("b0", b_key)):
+                object.__setattr__(self, key("lora", part, name), ms.Tensor(bridge.as_numpy(getattr(self, source))))
+        if spec.dora:
+            length = self._lengths(bridge.as_numpy(self.weight).astype(np.float32))
+            m_key = key("lora", "magnitude", name)
+            self.insert_param_to_cell(m_key, ms.Parameter(ms.Tensor(length, kind), name=m_key))  # type: ignore[attr-defined]
+        self.take(name, spec)
+
+    def merged_weight(self) -> Any:
+        base = bridge.as_numpy(self.weight)
+        total = base.astype(np.float32)
+        for part in self.active_parts():
+            total = total + self.change(part, base.astype(np.float32))
+        return total.astype(base.dtype)
+
+    def copy_weight(self) -> Any:
+        return bridge.as_numpy(self.weight)
+
+    def write_weight(self, value: Any) -> None:
+        self.weight.set_data(ms.Tensor(value, self.weight.dtype))
+
+    def change(self, part: Part, base: Any) -> Any:
+        """What one delta adds to the base weight, in the weight's layout, as NumPy."""
+        spec, weight = self.specs[part.name], self.active[part.name]
+        a, b = (bridge.as_numpy(x).astype(np.float32) for x in self._factors(part))
+        delta = self.product(a, b)
+        if spec.keep_zeros:
+            return part.scale * delta * (base != 0)
+        if not spec.dora:
+            return part.scale * delta
+        turned = base + spec.scaling * delta
+        length = bridge.as_numpy(getattr(self, key("lora", "magnitude", part.name))).astype(np.float32)
+        return weight * ((length / self._lengths(turned))[:, None] * turned - base)
+
+    def _lengths(self, weight: Any) -> Any:
+        return np.linalg.norm(weight, axis=1)
+
+    def _factors(self, part: Part) -> tuple[Any, Any]:
+        a, b = getattr(self, part.a), getattr(self, part.b)
+        if self.specs[part.name].init == "pissa":
+            # What PiSSA took out of the base is subtracted here, so the base itself is never touched.
+            a = ops.concat((a, getattr(self, key("lora", "a0", part.name))), 0)
+            b = ops.concat((b, -getattr(self, key("lora", "b0", part.name))), 1)
+        return a, b
+
+    def _principal(self, spec: LoraSpec) -> tuple[Any, Any]:
+        """PiSSA's start: scaling * b @ a is the best rank-r approximation of the weight (Meng et al. 2024, sec. 3)."""
+        u, s, vt = np.linalg.svd(bridge.as_numpy(self.weight).astype(np.float32), full_matrices=False)
+        root = np.sqrt(s[: spec.rank] / spec.scaling)
+        return root[:, None] * vt[: spec.rank], u[:, : spec.rank] * root
+
+    def extend_repr(self) -> str:
+        return f"{super().extend_repr()}, {self.words()}"  # type: ignore[misc]

@@ -1,0 +1,83 @@
+"""Saving the deltas of a MindSpore model and putting them on another one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from slimkit.core import check, travel
+from slimkit.core.delta import DeltaReport
+from slimkit_ms import bridge
+from slimkit_ms.delta.hands import hands
+
+from mindspore import nn
+
+FORMATS = ("slimkit", "peft")
+
+
+def save_delta(
+    model: nn.Cell,
+    directory: str | os.PathLike[str],
+    *,
+    names: str | Sequence[str] | None = None,
+    format: str = "slimkit",
+) -> Path:
+    """Save what was trained: the deltas, and every base parameter that trains (a head, biases).
+
+    Args:
+        model: a model with deltas, or one in which `freeze_delta(model, "bitfit")` left something to train.
+        directory: a folder; made if missing.
+        names: the named deltas to save; None means all.
+        format: "slimkit" (a bundle that opens in either framework) or "peft" (files that Hugging Face PEFT loads; one
+            delta of lora, prefix or prompt).
+
+    Returns:
+        The folder.
+
+    Raises:
+        ArgumentError: nothing to save, an unknown name or format.
+        OSError: the folder cannot be written; an earlier bundle there is left as it was.
+
+    Example:
+        >>> import tempfile
+        >>> from slimkit_ms.delta import apply_delta
+        >>> net = nn.SequentialCell(nn.Dense(4, 4))
+        >>> report = apply_delta(net, "lora", ["0"], rank=2)
+        >>> folder = save_delta(net, tempfile.mkdtemp())
+        >>> sorted(p.name for p in folder.iterdir())
+        ['delta.safetensors', 'manifest.json']
+    """
+    bridge.check_model(model)
+    check.choice(format, FORMATS, "format")
+    return travel.save(hands, model, directory, names)
+
+
+def load_delta(
+    model: nn.Cell,
+    directory: str | os.PathLike[str],
+    *,
+    name: str | None = None,
+    freeze: bool = True,
+    same_base: bool = False,
+) -> DeltaReport:
+    """Put saved deltas on a model, in place: a slimkit bundle of either framework, or a Hugging Face PEFT adapter.
+
+    Args:
+        model: a model like the one the delta was trained on, without the delta.
+        directory: the folder.
+        name: put the delta on under this name; None keeps its own.
+        freeze: stop everything else from training.
+        same_base: refuse a base whose weights are not those the delta was trained on; otherwise the log and the report
+            say so.
+
+    Returns:
+        The layers changed, and the share of parameters that train now.
+
+    Raises:
+        FileFormatError: the files are damaged, or a tensor is missing, left over, transposed or of another shape.
+        ArgumentError: the model lacks a layer, or has one of another shape; a name is taken; (same_base) other weights.
+        In every case the model is as it was.
+    """
+    bridge.check_model(model)
+    return travel.load(hands, model, directory, name=name, freeze=check.boolean(freeze, "freeze"), same_base=same_base)
