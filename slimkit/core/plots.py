@@ -154,6 +154,7 @@ def curves(stages: Sequence[Mapping[str, Any]]) -> str:
             axes.plot(
                 range(1, len(values) + 1), values, color=BLUE, linewidth=1.4, marker="." if len(values) < 30 else ""
             )
+            axes.xaxis.get_major_locator().set_params(integer=True)
             axes.set_title(stage["name"])
             axes.set_xlabel("epoch" if stage["curves"].get("per_epoch") else "step")
         grid[0].set_ylabel("loss")
