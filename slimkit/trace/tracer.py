@@ -1,0 +1,395 @@
+"""Run a torch model once on shapes alone and write down every operator it dispatches."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from slimkit import bridge
+from slimkit.core import check
+from slimkit.core.batch import as_call
+from slimkit.core.errors import GraphError
+from slimkit.core.graph import Graph
+from slimkit.core.log import logger
+from slimkit.trace.aten import POINTWISE, READERS, UNIFORM
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# Results that a Hugging Face model returns beside its answer; they tie nothing that the answer does not.
+BYPRODUCTS = frozenset(
+    "past_key_values hidden_states attentions encoder_last_hidden_state encoder_hidden_states encoder_attentions "
+    "decoder_hidden_states decoder_attentions cross_attentions reshaped_hidden_states router_logits aux_loss".split()
+)
+
+# Normalisations and softmax keep their input's shape; their shape functions are written in Python and slow.
+_SAME_SHAPE = frozenset(
+    "native_batch_norm _native_batch_norm_legit_no_training native_layer_norm native_group_norm _softmax _safe_softmax "
+    "_log_softmax gelu silu sigmoid relu hardswish hardsigmoid hardtanh relu_ silu_ hardswish_ hardtanh_ leaky_relu "
+    "leaky_relu_ tanh rsqrt cos sin exp neg pow clone mish elu".split()
+)
+_SEVERAL = frozenset(
+    "native_batch_norm _native_batch_norm_legit_no_training native_layer_norm native_group_norm".split()
+)
+
+
+class _Unforeseeable(Exception):
+    """The model asks for a value that shapes alone cannot give."""
+
+
+class Recorder(TorchDispatchMode):
+    """Watches one forward pass.
+
+    Parameters are replaced by shape-only twins, whole numbers and masks are computed for real, so that Python code that
+    looks at token ids, positions or shapes runs as it always does.
+
+    Args:
+        sizes: paths of parameters and buffers -> shape to pretend, for a rehearsal of a cut.
+        real: compute everything for real instead (models that look at activations).
+    """
+
+    def __init__(self, model: nn.Module, sizes: Mapping[str, tuple[int, ...]] | None = None, real: bool = False) -> None:
+        super().__init__()
+        self.graph = Graph()
+        self.real = real
+        self.scopes: list[str] = [""]
+        self._sizes = sizes or {}
+        self._numbers: dict[int, int] = {}
+        self._alive: list[Any] = []
+        self._twins: dict[int, torch.Tensor] = {}
+        self._owners: dict[int, str] = {}
+        self._storages: dict[tuple[int, tuple[int, ...]], torch.Tensor] = {}
+        self._sources: dict[str, torch.Tensor] = {}
+        for path, tensor in named_tensors(model):
+            if id(tensor) in self._owners:
+                self.graph.aliases[path] = self._owners[id(tensor)]
+                continue
+            self._owners[id(tensor)] = path
+            self._sources[path] = tensor
+            self.graph.shapes[path] = tuple(self._sizes.get(path, tensor.shape))
+            if not isinstance(tensor, nn.Parameter):
+                self.graph.buffers.add(path)
+            if tensor.device.type != "meta" and tensor.numel():
+                self._storages[(tensor.data_ptr(), tuple(tensor.shape))] = tensor
+
+    # Values ----------------------------------------------------------------------------------------------------
+
+    def twin(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor that stands for a parameter in this pass."""
+        key = id(tensor)
+        found = self._twins.get(key)
+        if found is not None:
+            return found
+        path = self._owners[key]
+        shape = self.graph.shapes[path]
+        if self.real:
+            made = tensor.detach()
+            for axis, size in enumerate(shape):
+                made = made.narrow(axis, 0, size)
+        else:
+            made = torch.empty(shape, dtype=tensor.dtype, device="meta")
+        self._twins[key] = made
+        self._number(made, "param", path)
+        return made
+
+    def _number(self, tensor: torch.Tensor, kind: str = "result", path: str = "") -> int:
+        number = self.graph.add_value(tensor.shape, kind, path)
+        self._numbers[id(tensor)] = number
+        self._alive.append(tensor)
+        return number
+
+    def input(self, tensor: torch.Tensor) -> torch.Tensor:
+        """An argument of the model, without values if it is not made of whole numbers."""
+        made = tensor.detach()
+        if not self.real:
+            made = made.to("meta") if tensor.is_floating_point() or tensor.is_complex() else made.to("cpu")
+        if made is tensor or tensor.is_floating_point():
+            made = made.clone() if made is tensor else made
+            self._number(made, "input")
+        return made
+
+    def value(self, tensor: torch.Tensor) -> int:
+        number = self._numbers.get(id(tensor))
+        if number is not None:
+            return number
+        alike = tensor.numel() <= 1 or (
+            tensor.device.type != "meta" and tensor.numel() <= 100_000 and bool((tensor == tensor.flatten()[0]).all())
+        )
+        return self._number(tensor, "uniform" if alike else "constant")
+
+    def _known(self, value: Any) -> bool:
+        return id(value) in self._numbers and self.graph.values[self._numbers[id(value)]].kind not in (
+            "constant",
+            "uniform_real",
+        )
+
+    # Operators -------------------------------------------------------------------------------------------------
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        name = func._opname
+        tensors: list[torch.Tensor] = []
+        args = [self._stand_in(a, tensors) for a in args]
+        for key, item in kwargs.items():
+            if isinstance(item, torch.Tensor):
+                kwargs[key] = self._stand_in(item, tensors)
+        followed = any(id(t) in self._numbers and t.device.type == "meta" for t in tensors) or (
+            self.real and any(self._followed_real(t) for t in tensors)
+        )
+        if not followed:
+            if not self.real and "device" in kwargs:
+                kwargs["device"] = torch.device("cpu")
+            return func(*args, **kwargs)
+        return self._run(func, name, args, kwargs, tensors)
+
+    def _followed_real(self, tensor: torch.Tensor) -> bool:
+        number = self._numbers.get(id(tensor))
+        return number is not None and self.graph.values[number].kind in ("param", "input", "result")
+
+    def _stand_in(self, value: Any, tensors: list[torch.Tensor]) -> Any:
+        if isinstance(value, torch.Tensor):
+            key = id(value)
+            if key not in self._numbers:
+                if key in self._owners:
+                    value = self.twin(value)
+                elif key in self._twins:
+                    value = self._twins[key]
+                elif value.device.type != "meta" and value.numel():
+                    owner = self._storages.get((value.data_ptr(), tuple(value.shape)))
+                    if owner is not None and owner.dtype == value.dtype:  # reached through .data
+                        value = self.twin(owner)
+            tensors.append(value)
+            return value
+        if isinstance(value, (list, tuple)) and any(isinstance(v, torch.Tensor) for v in value):
+            return [self._stand_in(v, tensors) for v in value]
+        return value
+
+    def _run(self, func: Any, name: str, args: list[Any], kwargs: dict[str, Any], tensors: list[torch.Tensor]) -> Any:
+        if name == "nonzero":
+            self.graph.notes.append(f"{self.scopes[-1] or 'model'}: nonzero of an activation was taken to find every index")
+            return torch.ones(tuple(args[0].shape), dtype=torch.bool).nonzero()
+        if not self.real and name == "index":
+            args[1] = self._plain_indices(args[1])
+        result, shown = self._compute(func, name, args, kwargs)
+        outs = [o for o in (shown if isinstance(shown, (tuple, list)) else (shown,)) if isinstance(o, torch.Tensor)]
+        if outs:
+            self._record(func, name, args, kwargs, outs)
+        for given, own in zip(args, [shown]):
+            if given is own and given is not result:
+                result = given
+        return result
+
+    def _plain_indices(self, indices: list[Any]) -> list[Any]:
+        """Boolean masks as the whole numbers they stand for, which shapes alone can follow."""
+        out: list[Any] = []
+        for index in indices:
+            if isinstance(index, torch.Tensor) and index.dtype in (torch.bool, torch.uint8):
+                if index.device.type == "meta":
+                    raise _Unforeseeable("an activation is used as a mask to select elements")
+                out.extend(index.nonzero().unbind(1))
+            else:
+                out.append(index)
+        return out
+
+    def _compute(self, func: Any, name: str, args: list[Any], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        """(what the model gets, what the graph sees): they differ where a real constant is written in place."""
+        if self.real:
+            out = func(*args, **kwargs)
+            return out, out
+        if name in _SAME_SHAPE and args[0].device.type == "meta":
+            if name.endswith("_"):
+                return args[0], args[0]
+            first = torch.empty(args[0].shape, dtype=args[0].dtype, device="meta")
+            out = (first,) if name in _SEVERAL else first
+            return ((first, None, None) if name in _SEVERAL else first), out
+        moved = [self._moved(a) for a in args]
+        for key, item in kwargs.items():
+            kwargs[key] = self._moved(item)
+        if "device" in kwargs:
+            kwargs["device"] = torch.device("meta")
+        shown = func(*moved, **kwargs)
+        if args and isinstance(args[0], torch.Tensor) and shown is moved[0]:
+            if args[0].device.type != "meta":
+                # A constant that now holds activations: from here on its twin stands for it.
+                self._twins[id(args[0])] = shown
+                self._alive.append(args[0])
+                self.value(args[0])
+                self._numbers[id(shown)] = self._numbers.pop(id(args[0]))
+            return args[0], shown
+        return shown, shown
+
+    def _moved(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return value if value.device.type == "meta" else torch.empty_strided(
+                value.shape, value.stride(), dtype=value.dtype, device="meta"
+            )
+        if isinstance(value, list) and any(isinstance(v, torch.Tensor) for v in value):
+            return [self._moved(v) for v in value]
+        return value
+
+    def _record(self, func: Any, name: str, args: list[Any], kwargs: dict[str, Any], outs: list[torch.Tensor]) -> None:
+        if name in UNIFORM:
+            self._number(outs[0], "uniform")
+            return
+        reader = READERS.get(name)
+        if reader is None and name.endswith("_"):
+            reader = READERS.get(name[:-1])
+        if reader is not None:
+            reader(self._emit, args, kwargs, outs)
+        elif name in POINTWISE or torch.Tag.pointwise in func.tags:
+            self._emit("elementwise", [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)], outs, fn=name)
+        else:
+            given = [a for item in (*args, *kwargs.values()) for a in (item if isinstance(item, list) else [item])]
+            self._emit("opaque", [a for a in given if isinstance(a, torch.Tensor)], outs, fn=name)
+        for out in outs:
+            if id(out) not in self._numbers:
+                self._emit("opaque", [a for a in args if isinstance(a, torch.Tensor)], [out], fn=name)
+
+    def _emit(self, op: str, inputs: Any, outputs: Any, **attrs: Any) -> None:
+        sources = [self.value(i) if isinstance(i, torch.Tensor) else None for i in inputs]
+        made = [self._number(o) for o in outputs]
+        self.graph.add(op, sources, made, scope=self.scopes[-1], **attrs)
+
+
+def named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters and floating-point buffers by path, tied ones under every one of their names."""
+    yield from model.named_parameters(remove_duplicate=False)
+    for path, buffer in model.named_buffers(remove_duplicate=False):
+        if buffer.is_floating_point():
+            yield path, buffer
+
+
+@contextlib.contextmanager
+def _watched(model: nn.Module, recorder: Recorder) -> Iterator[list[nn.Module]]:
+    """Module scopes and the order of the layers, while the context is open."""
+    order: dict[nn.Module, None] = {}
+    paths = {m: n for n, m in model.named_modules()}
+    handles = []
+
+    def enter(module: nn.Module, _args: Any) -> None:
+        recorder.scopes.append(paths[module])
+
+    def leave(module: nn.Module, _args: Any, _out: Any) -> None:
+        recorder.scopes.pop()
+        order.setdefault(module)
+
+    def seen(module: nn.Module, _args: Any) -> None:
+        order.setdefault(module)
+
+    for module in paths:
+        if is_layer(module):
+            handles.append(module.register_forward_pre_hook(seen))
+        elif module._modules or module._parameters or type(module).__module__.partition(".")[0] != "torch":
+            handles.append(module.register_forward_pre_hook(enter))
+            handles.append(module.register_forward_hook(leave))
+    layers: list[nn.Module] = []
+    try:
+        yield layers
+        layers.extend(m for m in order if is_layer(m))
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def is_layer(module: nn.Module) -> bool:
+    """Whether `un_prune_list` counts a module: Conv, ConvTranspose, Linear and their subclasses, and HF's Conv1D."""
+    return isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)) or type(module).__name__ == "Conv1D"
+
+
+def _answers(output: Any) -> Iterator[torch.Tensor]:
+    if isinstance(output, torch.Tensor):
+        yield output
+    elif isinstance(output, Mapping):
+        for key, value in output.items():
+            if key not in BYPRODUCTS:
+                yield from _answers(value)
+    elif isinstance(output, (tuple, list)):
+        for value in output:
+            yield from _answers(value)
+    elif hasattr(output, "__dict__") and type(output).__name__.endswith(("Output", "Result")):
+        yield from _answers(vars(output))
+
+
+class Trace:
+    """A model's graph together with what it took to make it, so that it can be made again with other shapes.
+
+    Args:
+        graph: the neutral graph.
+        real: whether the model had to be computed for real.
+    """
+
+    def __init__(self, graph: Graph, real: bool) -> None:
+        self.graph = graph
+        self.real = real
+
+
+def example(model: nn.Module, inputs: Any) -> Any:
+    """The inputs given, or the example that a Hugging Face model carries."""
+    if inputs is None:
+        inputs = getattr(model, "dummy_inputs", None)
+    if inputs is None:
+        check.wrong_value(
+            "inputs", "an example of what the model takes (a tensor, tuple, list or dict): this model carries none", inputs
+        )
+    return inputs
+
+
+def trace(
+    model: nn.Module, inputs: Any, sizes: Mapping[str, tuple[int, ...]] | None = None, real: bool | None = None
+) -> Trace:
+    """Trace a model into the neutral graph.
+
+    Args:
+        model: any torch module; it is not changed, and runs in eval mode.
+        inputs: an example: a tensor, a tuple or list of arguments, or a dict of keyword arguments. Only shapes matter, and
+            the values of whole-number tensors.
+        sizes: shapes to pretend for some parameters, by path.
+        real: True computes activations, False never does; None computes them only where shapes are not enough.
+
+    Returns:
+        The trace.
+
+    Raises:
+        GraphError: the model does not run on this example.
+    """
+    if not real:
+        try:
+            return Trace(_trace(model, inputs, sizes, False), False)
+        except Exception as error:
+            if real is False:
+                raise GraphError(f"the model does not run on the example given: {type(error).__name__}: {error}") from error
+            logger.info("shapes alone do not carry the trace (%s); computing it for real", error)
+    try:
+        return Trace(_trace(model, inputs, sizes, True), True)
+    except Exception as error:
+        raise GraphError(f"the model does not run on the example given: {type(error).__name__}: {error}") from error
+
+
+def _trace(model: nn.Module, inputs: Any, sizes: Mapping[str, tuple[int, ...]] | None, real: bool) -> Graph:
+    recorder = Recorder(model, sizes, real)
+    args, kwargs = as_call(inputs)
+    device = bridge.device_of(model)
+
+    def prepare(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return recorder.input(value.to(device) if real else value)
+        if isinstance(value, Mapping):
+            return {k: prepare(v) for k, v in value.items()}
+        if isinstance(value, (tuple, list)):
+            return type(value)(prepare(v) for v in value) if type(value) in (tuple, list) else value
+        return value
+
+    args, kwargs = prepare(args), prepare(kwargs)
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with bridge.evaluating(model), _watched(model, recorder) as layers, recorder:
+            output = model(*args, **kwargs)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+    paths = {m: n for n, m in model.named_modules()}
+    recorder.graph.layers = [paths[m] for m in layers]
+    recorder.graph.outputs = [recorder.value(t) for t in _answers(output)]
+    return recorder.graph
