@@ -178,3 +178,15 @@ def _kind(cell: nn.Cell) -> str:
     if isinstance(cell, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         return "conv"
     return "norm" if "norm" in type(cell).__name__.lower() else "other"
+
+
+def is_plain_layer(cell: nn.Cell) -> bool:
+    """Whether a cell is a layer or a container of MindSpore itself, whose code takes its shapes from its parameters.
+
+    Layers made of others, such as attention, compute with sizes of their own and are not plain.
+    """
+    if not type(cell).__module__.startswith("mindspore."):
+        return False
+    return isinstance(cell, (nn.SequentialCell, nn.CellList, nn.CellDict)) or not any(
+        getattr(child, "_params", None) for child in cell.cells()
+    )

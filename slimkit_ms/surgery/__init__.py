@@ -1,0 +1,147 @@
+"""A plan's kept indices -> a cut cell, proven by compiling it anew, or the cell as it was."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from itertools import islice
+from typing import Any
+
+from slimkit.core.errors import GraphError
+from slimkit_ms import bridge
+from slimkit_ms.surgery.layers import Keep, Undo, cut_layers, cut_parameters
+from slimkit_ms.surgery.sizes import Predict, Sizes, Slot, find_sizes
+from slimkit_ms.trace import Mark, Traced, trace_marked
+
+from mindspore import nn
+
+__all__ = ["Knife", "RefusedError", "Undo"]
+
+_TRIES = 12
+
+
+class RefusedError(Exception):
+    """A class whose code does not go along with a cut, whatever its sizes are set to.
+
+    Args:
+        kind: the class; None where it cannot be told.
+        why: what went wrong.
+    """
+
+    def __init__(self, kind: type | None, why: str) -> None:
+        super().__init__(why)
+        self.kind, self.why = kind, why
+
+
+class Knife:
+    """Cuts one cell, and remembers what it learnt about the cell's classes.
+
+    Args:
+        model: the cell.
+        inputs: what it was traced with.
+        traced: its trace.
+    """
+
+    def __init__(self, model: nn.Cell, inputs: Any, traced: Traced) -> None:
+        self._model, self._inputs, self._traced = model, inputs, traced
+        self._orders: dict[type, dict[Slot, int]] = {}
+
+    def cut(self, keep: Keep, groups: Mapping[str, int], predict: Predict) -> Undo:
+        """Cut the cell, in place, and prove the result by compiling it; on an error the cell is as it was.
+
+        Args:
+            keep: path of a parameter -> for each axis the kept indices, or None where all stay.
+            groups: path of a grouped layer -> its number of groups after the cut.
+            predict: number of a traced value -> its shape after the cut.
+
+        Returns:
+            What was replaced, to put it back.
+
+        Raises:
+            RefusedError: the code of some class does not go along with the cut.
+            UnsupportedError: a parameter cannot be cut.
+        """
+        undo = Undo(self._model)
+        try:
+            cut_parameters(self._model, keep, undo)
+            sizes = find_sizes(self._model, self._traced.marks, predict, undo)
+            self._fit(sizes, groups, predict, undo)
+        except BaseException:
+            undo.take_back()
+            raise
+        bridge.forget_graphs(self._model)
+        return undo
+
+    def _fit(self, sizes: Sizes, groups: Mapping[str, int], predict: Predict, undo: Undo) -> None:
+        """Set the sizes that cells compute with until the compiled graph has the shapes it must have, in place."""
+        tried: dict[type, int] = defaultdict(int)
+        while True:
+            undo.take_back_attributes()
+            cut_layers(self._model, groups, undo)
+            sizes.write(self._model, self._orders, undo)
+            wrong = self._wrong(predict)
+            if wrong is None:
+                return
+            kind, why = wrong
+            orders = [] if kind is None else list(islice(sizes.orders(kind), _TRIES))
+            tried[kind or object] += 1
+            if kind is None or tried[kind] >= len(orders):
+                raise RefusedError(kind, why)
+            self._orders[kind] = orders[tried[kind]]
+
+    def _wrong(self, predict: Predict) -> tuple[type | None, str] | None:
+        """The first class whose code makes another shape than it must, and what it made."""
+        try:
+            after = trace_marked(self._model, self._inputs).marks
+        except GraphError as error:
+            return self._blame(error), str(error)
+        made = _by_place(after)
+        for place, marks in _by_place(self._traced.marks).items():
+            others = made.get(place, [])
+            if len(others) != len(marks):
+                continue  # operators that do nothing to sizes of one are left out by the compiler
+            for mark, other in zip(marks, others):
+                for number, shape in zip(mark.values, other.shapes):
+                    if predict(number) != shape:
+                        why = f"{place[0] or 'the model'}: {mark.op} makes {shape} where it must make {predict(number)}"
+                        return self._owner(mark.scope), why
+        return None
+
+    def _owner(self, scope: str) -> type | None:
+        """The class of the innermost cell around a scope whose code is not MindSpore's own."""
+        cells = dict(self._model.cells_and_names())
+        while True:
+            cell = cells.get(scope)
+            if cell is not None and not bridge.is_plain_layer(cell):
+                return type(cell)
+            if not scope:
+                return None
+            scope = scope.rpartition(".")[0]
+
+    def _blame(self, error: GraphError) -> type | None:
+        """The class in whose code the compiler stopped: the innermost one that its report points at."""
+        places = re.findall(r"In file (\S+?):(\d+)", str(error.__cause__))
+        kinds: dict[type, tuple[str, range]] = {}
+        for _, cell in self._model.cells_and_names():
+            if type(cell) not in kinds and not bridge.is_plain_layer(cell):
+                try:
+                    lines, start = inspect.getsourcelines(type(cell))
+                    kinds[type(cell)] = (inspect.getsourcefile(type(cell)) or "", range(start, start + len(lines)))
+                except (OSError, TypeError):
+                    continue
+        found = [
+            kind
+            for file, line in places
+            for kind, (source, lines) in kinds.items()
+            if source == file and int(line) in lines
+        ]
+        return found[-1] if found else None
+
+
+def _by_place(marks: list[Mark]) -> dict[tuple[str, str], list[Mark]]:
+    places: dict[tuple[str, str], list[Mark]] = defaultdict(list)
+    for mark in marks:
+        places[mark.scope, mark.op].append(mark)
+    return places
