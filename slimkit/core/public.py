@@ -54,6 +54,7 @@ ROOMS: dict[str, dict[str, str]] = {
         "RunHistory": "core.history",
         "InMemoryRunHistory": "core.history",
         "TrainerRunConfig": "core.history",
+        "TrainerCallback": "core.callbacks",
     },
     "export": {
         "export_onnx": "export",

@@ -1,0 +1,332 @@
+"""The trainer for PyTorch, on accelerate: one device or many, mixed precision, resumable to the bit."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from slimkit import bridge
+from slimkit.core import check, files, packing
+from slimkit.core.batch import as_call
+from slimkit.core.errors import ConfigError, FileFormatError
+from slimkit.core.lazy import door as _door
+from slimkit.core.lazy import library
+from slimkit.core.loading import LoaderOptions, epoch_batches, is_samples, split_batch
+from slimkit.core.train import TrainerLoop
+from slimkit.core.updates import TrainOptions
+
+import torch
+
+__getattr__, __dir__ = _door("slimkit", "train")
+
+
+class Trainer(TrainerLoop):
+    """Train, evaluate, checkpoint and resume a model with accelerate underneath.
+
+    Args:
+        model: trained in place. A model whose first output is its loss, or that returns an object with `.loss`, needs
+            neither loss_func nor compute_loss; a `DistillDualModels` mixes its soft losses with loss_func's.
+        loss_func: f(outputs, targets) -> scalar, for batches of (inputs, targets).
+        optimizer: an optimizer over the model's parameters, or f(parameters) -> optimizer; None: AdamW with rate 1e-3
+            over the parameters that want a gradient.
+        callbacks: objects with methods of `TrainerCallback`.
+        compute_loss: f(model, batch) -> scalar, for any batch.
+        metrics: name -> f(outputs, targets) -> number, averaged over samples in evaluation.
+        run_history: where metrics go; None: in memory.
+        mixed_precision: "no", "fp16", "bf16"; None: what accelerate was launched with.
+
+    Raises:
+        ArgumentTypeError: an argument of another kind.
+        ConfigError: both loss_func and compute_loss.
+
+    Example:
+        >>> batches = [(torch.ones(4, 3), torch.ones(4, 1))] * 3
+        >>> trainer = Trainer(torch.nn.Linear(3, 1), torch.nn.functional.mse_loss)
+        >>> len(trainer.train(batches, num_epochs=2).get_metric_values("train_loss_epoch"))
+        2
+    """
+
+    framework = "torch"
+
+    def __init__(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
+        super().__init__(bridge.check_model(model), *args, **kwargs)
+        self._accelerator: Any = None
+        self._run_model: torch.nn.Module = model
+        self._run_optimizer: Any = None
+        self._scheduler: Any = None
+        self._clip: tuple[float | None, float | None] = (None, None)
+        self._kept_modes: dict[torch.nn.Module, bool] = {}
+
+    @property
+    def accelerator(self) -> Any:
+        """The accelerate.Accelerator of this trainer, made when first needed."""
+        if self._accelerator is None:
+            accelerate = library("accelerate", "torch")
+            state = accelerate.state.AcceleratorState
+            asked = self.mixed_precision
+            if asked is not None and state._shared_state and state._shared_state.get("_mixed_precision") != asked:
+                # accelerate keeps one precision for the process; a second trainer may want another.
+                state._reset_state()
+            on_cpu = bridge.device_of(self.model).type == "cpu" and not torch.accelerator.is_available()
+            self._accelerator = accelerate.Accelerator(mixed_precision=asked, cpu=on_cpu)
+            self.mixed_precision = str(self._accelerator.mixed_precision)
+        return self._accelerator
+
+    def _processes(self) -> tuple[int, int, int]:
+        run = self.accelerator
+        return run.process_index, run.num_processes, run.local_process_index
+
+    def _start(self, seed: int | None) -> int:
+        if seed is None:
+            seed = int(torch.randint(2**31, ()).item())
+            if self.accelerator.num_processes > 1:
+                seed = library("accelerate.utils", "torch").broadcast_object_list([seed])[0]
+            return seed
+        # Each process draws its own dropout.
+        torch.manual_seed(seed + self._processes()[0])
+        np.random.seed(seed % 2**32)
+        random.seed(seed)
+        return seed
+
+    def _prepare(self, options: TrainOptions) -> None:
+        run = self.accelerator
+        if self.optimizer is None or not hasattr(self.optimizer, "step"):
+            wanted = [p for p in self.model.parameters() if p.requires_grad]
+            if not wanted:
+                raise ConfigError("model: no parameter wants a gradient, so there is nothing to train")
+            make = self.optimizer or (lambda parameters: torch.optim.AdamW(parameters, lr=1e-3))
+            self.optimizer = check.function(make, "optimizer")(wanted)
+        self._run_model, self._run_optimizer = run.prepare(self.model, self.optimizer)
+        # The scheduler is left outside accelerate, which would step it once per process.
+        self._scheduler = options.scheduler(self.optimizer)
+        self._clip = (options.clip_value, options.clip_norm)
+
+    def _finish(self) -> None:
+        if self._accelerator is not None:
+            self.model = self._accelerator.unwrap_model(self._run_model, keep_fp32_wrapper=False)
+            self._accelerator.free_memory()
+        self._run_model, self._run_optimizer = self.model, None
+
+    def _modes(self, training: bool) -> None:
+        if training:
+            self._kept_modes = {m: m.training for m in self.model.modules()}
+            # Modules put into eval mode on purpose inside a training model (frozen batch norms) stay there.
+            if not self.model.training:
+                self.model.train()
+        else:
+            for module, mode in self._kept_modes.items():
+                module.training = mode
+            self._kept_modes = {}
+
+    def _learning_rate(self) -> float | None:
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def _loader(self, dataset: Any, batch_size: int, options: LoaderOptions) -> Iterable[Any]:
+        if is_samples(dataset):
+            batches = epoch_batches(
+                len(dataset),
+                batch_size,
+                seed=options.seed,
+                epoch=options.epoch,
+                shuffle=options.shuffle,
+                drop_last=options.drop_last,
+                rank=options.rank,
+                world=options.world if options.epoch else 1,
+            )
+            if not options.epoch:
+                batches = batches[options.rank :: options.world]
+            return _Ready(
+                torch.utils.data.DataLoader(
+                    dataset, batch_sampler=batches, collate_fn=options.collate_fn, **options.rest
+                ),
+                options,
+                sharded=True,
+            )
+        if not isinstance(dataset, Iterable) or isinstance(dataset, (Iterator, str, bytes, Mapping, torch.Tensor)):
+            check.wrong_type("dataset", "a map-style data set, a list of batches or a data loader", dataset)
+        return _Ready(dataset, options)
+
+    def _loss(self, model: torch.nn.Module, batch: Any) -> tuple[torch.Tensor, Any, Any]:
+        """(loss, what metrics see of the outputs, targets) of one batch."""
+        if self.compute_loss is not None:
+            return self.compute_loss(model, batch), None, None
+        if self.loss_func is None:
+            args, kwargs = as_call(batch)
+            outputs = model(*args, **kwargs)
+            loss = outputs["loss"] if isinstance(outputs, Mapping) and "loss" in outputs else outputs
+            loss = loss[0] if isinstance(loss, (tuple, list)) else loss
+            if not isinstance(loss, torch.Tensor) or loss.ndim:
+                raise ConfigError("the model's output holds no scalar loss: give loss_func or compute_loss")
+            return loss, None, None
+        inputs, targets = split_batch(batch)
+        args, kwargs = as_call(inputs)
+        outputs = model(*args, **kwargs)
+        if hasattr(self.model, "get_total_loss"):
+            outputs = outputs[1]
+            return self.model.get_total_loss(self.loss_func(outputs, targets)), outputs, targets
+        return self.loss_func(outputs, targets), outputs, targets
+
+    def _update(self, batches: list[Any]) -> torch.Tensor:
+        run, model, total = self.accelerator, self._run_model, None
+        for i, batch in enumerate(batches):
+            waits = contextlib.nullcontext() if i + 1 == len(batches) else run.no_sync(model)
+            with waits:
+                loss = self._loss(model, bridge.to_device(batch, run.device))[0] / len(batches)
+                run.backward(loss)
+            loss = loss.detach()
+            total = loss if total is None else total + loss
+        value, norm = self._clip
+        if value is not None:
+            run.clip_grad_value_(model.parameters(), value)
+        if norm is not None:
+            run.clip_grad_norm_(model.parameters(), norm)
+        self._run_optimizer.step()
+        if self._scheduler is not None and not self._run_optimizer.step_was_skipped:
+            self._scheduler.step()
+        self._run_optimizer.zero_grad()
+        assert total is not None
+        return total
+
+    def _to_floats(self, losses: list[Any]) -> list[float]:
+        stacked = torch.stack([loss.float() for loss in losses])
+        if self.accelerator.num_processes > 1:
+            stacked = self.accelerator.reduce(stacked, "mean")
+        return [float(v) for v in stacked.tolist()]
+
+    def _evaluate_batches(self, batches: Iterable[Any]) -> dict[str, float]:
+        run, model = self.accelerator, self.model
+        device = run.device if self._run_optimizer is not None else bridge.device_of(model)
+        names = ["loss", *self.metrics]
+        sums = torch.zeros(len(names) + 1, dtype=torch.float64)
+        with bridge.evaluating(model), run.autocast():
+            for batch in batches:
+                batch = bridge.to_device(batch, device)
+                loss, outputs, targets = self._loss(model, batch)
+                if self.metrics and outputs is None:
+                    raise ConfigError("metrics need loss_func and batches of (inputs, targets)")
+                n = _count(batch)
+                values = [float(loss), *(float(f(outputs, targets)) for f in self.metrics.values())]
+                sums += n * torch.tensor([*values, 1.0], dtype=torch.float64)
+        if run.num_processes > 1:
+            sums = run.reduce(sums.to(run.device), "sum").cpu()
+        if not sums[-1]:
+            check.wrong_value("dataset", "a data set with at least one batch", batches)
+        return {name: float(total / sums[-1]) for name, total in zip(names, sums)}
+
+    def _save_state(self, folder: Path) -> dict[str, Any]:
+        from safetensors.torch import save
+
+        tensors: dict[str, torch.Tensor] = {}
+
+        def keep(value: Any) -> str | None:
+            if not isinstance(value, torch.Tensor):
+                return None
+            # A copy: safetensors refuses tensors that share memory, and two states may.
+            name = f"t{len(tensors)}"
+            tensors[name] = value.detach().cpu().clone().contiguous()
+            return name
+
+        state: dict[str, Any] = {
+            "weights": self.accelerator.unwrap_model(self._run_model).state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": None if self._scheduler is None else _plain(self._scheduler.state_dict()),
+            "scaler": None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict(),
+            "random": {"torch": torch.get_rng_state(), "python": random.getstate(), "numpy": np.random.get_state()},
+        }
+        if torch.accelerator.is_available():
+            module = torch.get_device_module(self.accelerator.device)
+            state["random"]["device"] = module.get_rng_state()
+        packed = packing.pack(state, keep)
+        with files.atomic_file(folder / "state.safetensors") as handle:
+            handle.write(save(tensors))
+        return packed
+
+    def _load_state(self, folder: Path, state: dict[str, Any]) -> None:
+        from safetensors import SafetensorError
+        from safetensors.torch import load
+
+        file = files.readable_file(folder / "state.safetensors", "resume_from")
+        try:
+            tensors = load(file.read_bytes())
+        except SafetensorError as error:
+            raise FileFormatError(f"{file} is damaged: {error}") from None
+        found = packing.unpack(state, tensors.__getitem__)
+        self.accelerator.unwrap_model(self._run_model).load_state_dict(found["weights"])
+        self.optimizer.load_state_dict(found["optimizer"])
+        if (found["scheduler"] is None) != (self._scheduler is None):
+            raise ConfigError("resume_from: one of the checkpoint and this run has a scheduler, the other has none")
+        if self._scheduler is not None:
+            self._scheduler.load_state_dict(found["scheduler"])
+        if self.accelerator.scaler is not None and found["scaler"]:
+            self.accelerator.scaler.load_state_dict(found["scaler"])
+        torch.set_rng_state(found["random"]["torch"])
+        random.setstate(found["random"]["python"])
+        np.random.set_state(found["random"]["numpy"])
+        if "device" in found["random"] and torch.accelerator.is_available():
+            torch.get_device_module(self.accelerator.device).set_rng_state(found["random"]["device"])
+
+
+class _Ready:
+    """Ready batches: the order that a loader draws follows seed and epoch, and the model's own draws do not move."""
+
+    def __init__(self, batches: Iterable[Any], options: LoaderOptions, sharded: bool = False) -> None:
+        self.batches, self.options = batches, options
+        sampler = getattr(batches, "sampler", None)
+        self.sharded = sharded or isinstance(sampler, torch.utils.data.DistributedSampler)
+
+    def __len__(self) -> int:
+        n = len(self.batches)  # type: ignore[arg-type]
+        return n if self.sharded else -(-n // self.options.world)
+
+    def __iter__(self) -> Iterator[Any]:
+        options = self.options
+        sampler = getattr(self.batches, "sampler", None)
+        if sampler is not None and hasattr(sampler, "set_epoch"):
+            sampler.set_epoch(options.epoch)
+        with torch.random.fork_rng(devices=[]):
+            # A loader seeds its workers and its shuffling from the global generator, at the first batch.
+            torch.manual_seed(options.seed * 1_000_003 + options.epoch)
+            for source in (self.batches, sampler):
+                if isinstance(generator := getattr(source, "generator", None), torch.Generator):
+                    generator.manual_seed(options.seed * 1_000_003 + options.epoch)
+            iterator = iter(self.batches)
+            first = next(iterator, iterator)
+        if first is iterator:
+            return
+        if self.sharded or options.world == 1:
+            yield first
+            yield from iterator
+            return
+        yield from self._share(first, iterator)
+
+    def _share(self, first: Any, rest: Iterator[Any]) -> Iterator[Any]:
+        """Every world-th batch; the last round of an epoch is filled up with the first batch."""
+        world, rank, whole = self.options.world, self.options.rank, [first]
+        for batch in rest:
+            whole.append(batch)
+            if len(whole) == world:
+                yield whole[rank]
+                whole = []
+        if whole:
+            yield whole[rank] if rank < len(whole) else first
+
+
+def _count(batch: Any) -> int:
+    """Samples in a batch: the length of its first tensor."""
+    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else [batch]
+    for value in values:
+        if isinstance(value, torch.Tensor) and value.ndim:
+            return len(value)
+        if isinstance(value, (Mapping, tuple, list)):
+            return _count(value)
+    return 1
+
+
+def _plain(state: dict[str, Any]) -> dict[str, Any]:
+    """A scheduler's state without what cannot be written, which its own maker supplies again."""
+    return {k: v for k, v in state.items() if not callable(v) and not (isinstance(v, list) and any(map(callable, v)))}
