@@ -1,0 +1,114 @@
+"""The array namespace of an input, and the factorisations and selections that namespaces spell differently."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from slimkit.core.errors import ArgumentError
+from slimkit.core.log import logger
+
+Array = Any  # an array of NumPy or torch: anything array_api_compat knows
+
+
+@lru_cache(maxsize=None)
+def _tell(what: str, where: str, why: str) -> None:
+    # The cache makes it once a process.
+    logger.warning("%s is missing on %s (%s): using float64 on the CPU.", what, where, why)
+
+
+def namespace(array: Array) -> Any:
+    """The array API namespace of an array."""
+    import array_api_compat
+
+    return array_api_compat.array_namespace(array)
+
+
+def device_of(array: Array) -> Any:
+    """The device of an array, as its namespace takes it."""
+    import array_api_compat
+
+    return array_api_compat.device(array)
+
+
+def to_numpy(array: Array) -> np.ndarray[Any, Any]:
+    """A NumPy array with the same values, in main memory."""
+    return np.asarray(array.cpu() if hasattr(array, "cpu") else array)
+
+
+def like(values: np.ndarray[Any, Any], model: Array) -> Array:
+    """NumPy values as an array of the kind and device of `model`."""
+    xp = namespace(model)
+    return xp.asarray(values, device=device_of(model))
+
+
+def kth_smallest(rows: Array, k: int) -> Array:
+    """The k-th smallest entry of each row, k counted from 1, as a column."""
+    xp = namespace(rows)
+    if hasattr(xp, "kthvalue"):
+        if rows.shape[0] == 1 and rows.shape[1] > 1 << 16:
+            return _kth_of_long(rows, k)
+        return xp.kthvalue(rows, k, 1, True)[0]
+    if hasattr(xp, "partition"):
+        return xp.partition(rows, k - 1, axis=1)[:, k - 1 : k]
+    return xp.sort(rows, axis=1)[:, k - 1 : k]
+
+
+def _kth_of_long(rows: Array, k: int) -> Array:
+    # torch selects on one thread; numpy's introselect is several times faster on the CPU.
+    if str(device_of(rows)) == "cpu":
+        values = to_numpy(rows)
+        return like(np.partition(values, k - 1, axis=1)[:, k - 1 : k], rows)
+    return namespace(rows).kthvalue(rows, k, 1, True)[0]
+
+
+def cholesky(matrix: Array) -> Array | None:
+    """Lower Cholesky factor; None when the matrix is not positive definite in its own precision."""
+    xp = namespace(matrix)
+    try:
+        factor = xp.linalg.cholesky(matrix)
+    except Exception as error:
+        if "LinAlgError" in type(error).__name__:
+            return None
+        if not isinstance(error, (NotImplementedError, RuntimeError, TypeError)):
+            raise
+        return _on_cpu(_cholesky_numpy, matrix, error)
+    return factor if bool(xp.all(xp.isfinite(factor))) else None
+
+
+def inverse_lower(factor: Array) -> Array:
+    """Inverse of a lower triangular matrix."""
+    xp = namespace(factor)
+    if hasattr(xp.linalg, "solve_triangular"):
+        eye = xp.eye(factor.shape[0], dtype=factor.dtype, device=device_of(factor))
+        try:
+            return xp.linalg.solve_triangular(factor, eye, upper=False)
+        except (NotImplementedError, RuntimeError) as error:
+            return _on_cpu(_inverse_lower_numpy, factor, error)
+    return _inverse_lower_numpy(factor)
+
+
+def _cholesky_numpy(matrix: np.ndarray[Any, Any]) -> np.ndarray[Any, Any] | None:
+    try:
+        return np.linalg.cholesky(matrix)
+    except np.linalg.LinAlgError:
+        return None
+
+
+def _inverse_lower_numpy(factor: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    from scipy.linalg import get_lapack_funcs
+
+    (trtri,) = get_lapack_funcs(("trtri",), (factor,))
+    inverse, info = trtri(np.asfortranarray(factor), lower=1)
+    if info:
+        raise ArgumentError(f"a triangular factor is singular at row {info}.")
+    return np.tril(inverse)
+
+
+def _on_cpu(function: Any, matrix: Array, error: Exception) -> Array | None:
+    """Run a factorisation in float64 on the CPU where the device or the dtype lacks it, and say so once."""
+    _tell(function.__name__.strip("_").removesuffix("_numpy"), str(device_of(matrix)), str(error)[:200])
+    result = function(to_numpy(matrix).astype(np.float64))
+    return None if result is None else like(result.astype(np.float32), matrix)

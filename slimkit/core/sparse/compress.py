@@ -1,0 +1,267 @@
+"""The walk over a model: choose the layers, calibrate them in order, solve each, and give account."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+from slimkit.core import batch as batches
+from slimkit.core import check, match
+from slimkit.core.errors import ArgumentError, PatternError
+from slimkit.core.log import logger, progress
+from slimkit.core.sparse.backend import Array
+from slimkit.core.sparse.config import SparseConfig
+from slimkit.core.sparse.layer import Layer
+from slimkit.core.sparse.moments import Moments
+from slimkit.core.sparse.solve import Solved, solve
+
+Seen = Callable[[str, Array, Array], None]
+
+
+class Stage(Protocol):
+    """A part of the model through which calibration data can be sent again and again.
+
+    Attributes:
+        feeds: layers in the order they are called; those that share one input together.
+    """
+
+    feeds: Sequence[tuple[str, ...]]
+
+    def replay(self, names: Sequence[str], seen: Seen) -> None:
+        """Send every batch through, calling ``seen(name, x, dense_x or None)`` at each call of the layers."""
+
+    def advance(self) -> None:
+        """Take the outputs of the part as it is now as the inputs of the next."""
+
+
+class Host(Protocol):
+    """What the walk asks of a model in some framework."""
+
+    def layers(self) -> tuple[dict[str, Layer], dict[str, str]]:
+        """Every layer that can be sparse by name, and those that cannot with the reason."""
+
+    def weight(self, name: str) -> Array:
+        """The layer's weight as an array."""
+
+    def store(self, name: str, weight: Array, bias_shift: Array | None) -> None:
+        """Put a weight in place, in the parameter's own dtype and device, and shift the bias."""
+
+    def stages(self, dataset: Iterable[Any], names: Sequence[str], paired: bool) -> Iterator[Stage]:
+        """The parts of the model, first to last."""
+
+    def snapshot(self, names: Sequence[str]) -> Callable[[], None]:
+        """Remember the weights and biases of the layers; the function returned puts them back."""
+
+    def reduce(self, arrays: Sequence[Array], count: int) -> tuple[list[Array], int]:
+        """Sums over all processes."""
+
+
+def select(layers: Mapping[str, Layer], skipped: dict[str, str], config: SparseConfig) -> tuple[list[str], list[str]]:
+    """The layers that a configuration asks for, and its patterns that match none.
+
+    Args:
+        layers: every layer that can be sparse.
+        skipped: name -> reason; layers that the pattern does not fit are added, in place.
+        config: targets, ignore, pattern, strict.
+
+    Returns:
+        Names in the model's order, and the unmatched patterns.
+
+    Raises:
+        PatternError: a pattern matches no layer, and `config.strict`.
+        ArgumentError: nothing is left, or the n:m pattern does not fit a layer and `config.strict`.
+    """
+    paths = {path: name for name, layer in layers.items() for path in (name, *layer.aliases)}
+    known = [*paths, *skipped]
+    wanted = match.match(known, config.targets, whole_modules=True) if config.targets is not None else None
+    left = match.match(known, config.ignore, whole_modules=True)
+    if config.strict:
+        if wanted is not None:
+            match.demand(wanted, known, "SparseConfig.targets")
+        match.demand(left, known, "SparseConfig.ignore")
+        refused = [f"{n!r} ({skipped[n]})" for n in (wanted.names if wanted else ()) if n in skipped and n not in left.names]
+        if refused and not any(n in paths for n in (wanted.names if wanted else ())):
+            raise ArgumentError(f"SparseConfig.targets must match layers that can be sparse. Received: {', '.join(refused)}")
+    chosen = {paths[n] for n in (wanted.names if wanted else paths) if n in paths} - {
+        paths[n] for n in left.names if n in paths
+    }
+    names = [n for n in layers if n in chosen]
+    if config.nm is not None:
+        unfit = [n for n in names if layers[n].n_channels % config.nm.group]
+        if unfit and config.strict:
+            raise ArgumentError(
+                f"SparseConfig.pattern {config.pattern!r} needs input channels in multiples of {config.nm.group}; "
+                f"{', '.join(f'{n!r} has {layers[n].n_channels}' for n in unfit)}. Put them into `ignore`."
+            )
+        for n in unfit:
+            skipped[n] = f"{layers[n].n_channels} input channels are no multiple of {config.nm.group}"
+        names = [n for n in names if n not in skipped]
+    unmatched = [*(wanted.unmatched if wanted else ()), *left.unmatched]
+    if not names:
+        raise PatternError(
+            f"no layer is left to make sparse: of {len(layers)} that can be, `targets` and `ignore` leave none"
+            + ("" if layers else " (the model has no Linear, Conv1D or Conv2d)")
+        )
+    return names, unmatched
+
+
+def compress(host: Host, config: SparseConfig, dataset: Any) -> tuple[dict[str, Any], dict[str, Array]]:
+    """Make a model sparse, in place; on any error it is as it was.
+
+    Args:
+        host: the model.
+        config: what to do.
+        dataset: a re-iterable of batches; None for a method that needs no data.
+
+    Returns:
+        The report (plain JSON values) and the masks (layer -> boolean array, True where the weight stays).
+    """
+    began = time.perf_counter()
+    layers, skipped = host.layers()
+    names, unmatched = select(layers, skipped, config)
+    if config.needs_data:
+        batches.dataset(dataset)
+    restore = host.snapshot(names)
+    solved: dict[str, dict[str, Any]] = {}
+    masks: dict[str, Array] = {}
+    ratios = dict.fromkeys(names, config.sparse_ratio)
+
+    def settle(name: str, moments: Moments | None) -> None:
+        start = time.perf_counter()
+        result: Solved = solve(layers[name], host.weight(name), moments, ratios[name], config)
+        host.store(name, result.weight, result.bias_shift)
+        solved[name] = {**result.account, "seconds": round(time.perf_counter() - start, 4)}
+        masks[name] = result.keep
+
+    try:
+        if not config.needs_data:
+            for name in progress(names, "layers"):
+                settle(name, None)
+        else:
+            _calibrated(host, config, dataset, layers, names, settle)
+    except BaseException:
+        restore()
+        raise
+    return _report(config, layers, names, solved, skipped, unmatched, time.perf_counter() - began), masks
+
+
+def _calibrated(
+    host: Host,
+    config: SparseConfig,
+    dataset: Any,
+    layers: Mapping[str, Layer],
+    names: Sequence[str],
+    settle: Callable[[str, Moments | None], None],
+) -> None:
+    done: set[str] = set()
+
+    def groups() -> Iterator[tuple[Stage | None, list[tuple[str, ...]]]]:
+        for stage in host.stages(dataset, names, config.paired):
+            if config.sequential:
+                for feed in stage.feeds:
+                    yield stage, [feed]
+            else:
+                yield stage, list(stage.feeds)
+            stage.advance()
+
+    bar = iter(progress(list(names), "layers"))
+    for stage, feeds in groups():
+        if not feeds:
+            continue
+        moments = {feed[0]: Moments(layers[feed[0]], config.paired) for feed in feeds}
+        stage.replay(list(moments), lambda name, x, dense: moments[name].add(x, dense))  # noqa: B023
+        for feed in feeds:
+            shared = moments.pop(feed[0])
+            _over_processes(host, shared)
+            for name in feed:
+                next(bar, None)
+                shared.layer = layers[name]
+                settle(name, shared)
+                done.add(name)
+    for name in names:
+        if name not in done:  # no batch ever reached it: an expert nobody chose, a head that was not asked
+            next(bar, None)
+            settle(name, Moments(layers[name]))
+    next(bar, None)
+
+
+def _over_processes(host: Host, moments: Moments) -> None:
+    if moments.gram is None:
+        return
+    arrays, moments.count = host.reduce(moments.state(), moments.count)
+    for array, total in zip(moments.state(), arrays):
+        if array is not total:
+            array[...] = total
+
+
+def _report(
+    config: SparseConfig,
+    layers: Mapping[str, Layer],
+    names: Sequence[str],
+    solved: Mapping[str, dict[str, Any]],
+    skipped: Mapping[str, str],
+    unmatched: Sequence[str],
+    seconds: float,
+) -> dict[str, Any]:
+    weights, zeros = (sum(solved[n][key] for n in names) for key in ("weights", "zeros"))
+    fallbacks = {n: solved[n]["fallback"] for n in names if "fallback" in solved[n]}
+    for name, reason in fallbacks.items():
+        logger.warning("%s: %s; it was sparsified by magnitude.", name, reason)
+    for name, reason in skipped.items():
+        logger.warning("%s was left alone: %s.", name, reason)
+    return {
+        "config": config.to_dict(),
+        "layers": {n: solved[n] for n in names},
+        "fallbacks": fallbacks,
+        "skipped": dict(skipped),
+        "ignored": [n for n in layers if n not in set(names) and n not in skipped],
+        "unmatched": list(unmatched),
+        "weights": weights,
+        "zeros": zeros,
+        "ratio": zeros / weights,
+        "seconds": round(seconds, 3),
+    }
+
+
+class BaseCompressor:
+    """Makes a model sparse, in place; each wing says how it asks its models.
+
+    Args:
+        model: the model.
+        cfg: what to do.
+
+    Attributes:
+        compressed_model: the model after `compress`, None before.
+        masks: layer name -> boolean array, True where the weight stays; empty before `compress`.
+    """
+
+    def __init__(self, model: Any, cfg: SparseConfig) -> None:
+        self._host = self._ask(model)
+        self._model = model
+        self._config = check.instance(cfg, SparseConfig, "cfg")
+        self.compressed_model: Any = None
+        self.masks: dict[str, Any] = {}
+
+    def _ask(self, model: Any) -> Host:
+        raise NotImplementedError
+
+    def compress(self, dataset: Any = None) -> dict[str, Any]:
+        """Make the model sparse, in place.
+
+        Args:
+            dataset: a list (or any re-iterable) of batches: a tensor, a tuple or list of arguments, or a dict of
+                keyword arguments. "magnitude" needs none.
+
+        Returns:
+            The report: "layers" (a row each: method, ratio, rows, output_error ...), "fallbacks", "skipped",
+            "ignored", "unmatched", "weights", "zeros", "ratio", "seconds" and "config"; plain JSON values.
+
+        Raises:
+            ArgumentTypeError: the data set is no list of batches, or can be read only once.
+            ArgumentError: it is empty, it gives NaN or infinite inputs, or a pattern does not fit.
+            PatternError: a pattern matches no layer.
+        """
+        report, self.masks = compress(self._host, self._config, dataset)
+        self.compressed_model = self._model
+        return report

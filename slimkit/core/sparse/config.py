@@ -1,0 +1,143 @@
+"""The configuration of sparsity."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, asdict, dataclass, fields
+from typing import Any
+
+from slimkit.core import check
+from slimkit.core.errors import ArgumentTypeError, ConfigError
+from slimkit.core.sparse.pattern import NM, parse
+
+METHODS = ("magnitude", "wanda", "hessian", "par", "par_v2")
+DEFAULT_RATIO = 0.5
+
+
+@dataclass(frozen=True)
+class SparseConfig:
+    """What to make zero, how much of it and how.
+
+    Args:
+        mode: "sparse", the only one; kept because existing scripts pass it.
+        method: "magnitude" (smallest absolute weights, needs no data), "wanda" (weights times input norms), "hessian"
+            (SparseGPT's second-order sweep), "par" (alternating support search and exact refit) or "par_v2" (the same, longer, with
+            swaps).
+        sparse_ratio: share of each layer's weights that become zero, 0 < ratio < 1.
+        progressive: reach the ratio in `progressive_steps` steps, each refitting what is left.
+        uniform: every layer gets the same ratio; False measures each layer's sensitivity and spreads the same total.
+        pattern: None, or "n:m": of every m consecutive input channels n stay ("2:4", "4:8"); Ascend writes 2:4 as
+            "4:2", and both are read. The pattern fixes the ratio.
+        targets: globs (or "re:...") over layer names; None takes every Linear, Conv1D of Hugging Face and Conv2d.
+        ignore: globs (or "re:...") of layers to leave alone.
+        damping: what is added to the Hessian's diagonal, as a share of its mean (SparseGPT's default).
+        block_size: columns whose mask the hessian sweep chooses at once (SparseGPT's default).
+        sequential: calibrate each layer on the inputs that the already sparsified layers before it produce.
+        asymmetric: fit those inputs to the *dense* model's outputs and correct the bias; None does so for par and
+            par_v2. Needs `sequential`.
+        min_tokens: a layer that saw fewer calibration rows falls back to magnitude, and the report says so.
+        progressive_steps: how many steps `progressive` takes.
+        strict: raise when a pattern matches no layer, or an n:m pattern does not fit a layer; False lists it in
+            the report instead.
+
+    Raises:
+        ArgumentTypeError: a field has the wrong type.
+        ArgumentError: a field has a value that is not allowed.
+        ConfigError: two fields contradict each other.
+
+    Example:
+        >>> SparseConfig(method="hessian", sparse_ratio=0.6).sparse_ratio
+        0.6
+        >>> SparseConfig(method="par", pattern="4:2").nm
+        NM(keep=2, group=4)
+    """
+
+    mode: str = "sparse"
+    method: str = "magnitude"
+    sparse_ratio: float = DEFAULT_RATIO
+    progressive: bool = False
+    uniform: bool = True
+    _: KW_ONLY
+    pattern: str | None = None
+    targets: Sequence[str] | None = None
+    ignore: Sequence[str] = ()
+    damping: float = 0.01
+    block_size: int = 128
+    sequential: bool = True
+    asymmetric: bool | None = None
+    min_tokens: int = 16
+    progressive_steps: int = 4
+    strict: bool = True
+
+    def __post_init__(self) -> None:
+        check.choice(self.mode, ("sparse",), "SparseConfig.mode")
+        check.choice(self.method, METHODS, "SparseConfig.method")
+        check.ratio(self.sparse_ratio, "SparseConfig.sparse_ratio")
+        for name in ("progressive", "uniform", "sequential", "strict"):
+            check.boolean(getattr(self, name), f"SparseConfig.{name}")
+        if self.asymmetric is not None:
+            check.boolean(self.asymmetric, "SparseConfig.asymmetric")
+        check.number(self.damping, "SparseConfig.damping", minimum=0.0)
+        check.positive(self.block_size, "SparseConfig.block_size")
+        check.integer(self.min_tokens, "SparseConfig.min_tokens", minimum=0)
+        check.integer(self.progressive_steps, "SparseConfig.progressive_steps", minimum=2)
+        if self.targets is not None:
+            object.__setattr__(self, "targets", tuple(check.strings(self.targets, "SparseConfig.targets")))
+        if not isinstance(self.ignore, (list, tuple)):
+            check.wrong_type("SparseConfig.ignore", "a list of str", self.ignore)
+        object.__setattr__(
+            self, "ignore", tuple(check.strings(self.ignore, "SparseConfig.ignore")) if self.ignore else ()
+        )
+        self._check_together()
+
+    def _check_together(self) -> None:
+        nm = self.nm
+        if nm is not None:
+            if self.sparse_ratio not in (nm.ratio, DEFAULT_RATIO):
+                raise ConfigError(
+                    f"SparseConfig.sparse_ratio must be {nm.ratio} (or left at its default) with pattern "
+                    f"{self.pattern!r}, which fixes it. Received: {self.sparse_ratio}"
+                )
+            object.__setattr__(self, "sparse_ratio", nm.ratio)
+            if not self.uniform:
+                raise ConfigError("SparseConfig.uniform must be True with a pattern, which fixes every layer's ratio.")
+            if self.progressive:
+                raise ConfigError("SparseConfig.progressive must be False with a pattern, which fixes the ratio.")
+        if self.asymmetric and not self.sequential:
+            raise ConfigError("SparseConfig.asymmetric needs sequential=True: both inputs must come from one pass.")
+        if self.asymmetric and self.method in ("magnitude", "wanda"):
+            raise ConfigError(f"SparseConfig.asymmetric needs a method that refits weights. Received: {self.method!r}")
+
+    @property
+    def nm(self) -> NM | None:
+        """The n:m pattern, or None."""
+        return None if self.pattern is None else parse(self.pattern, "SparseConfig.pattern")
+
+    @property
+    def paired(self) -> bool:
+        """Whether layers are fitted to the dense model's outputs."""
+        return self.sequential and (self.method in ("par", "par_v2") if self.asymmetric is None else self.asymmetric)
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether calibration data is read."""
+        return self.method != "magnitude" or not self.uniform
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain JSON values."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> SparseConfig:
+        """The configuration that `to_dict` described; an unknown key is refused with the nearest known one.
+
+        Example:
+            >>> SparseConfig.from_dict({"method": "wanda"}).method
+            'wanda'
+        """
+        if not isinstance(values, Mapping):
+            raise ArgumentTypeError(f"SparseConfig.from_dict needs a mapping. Received: {type(values).__name__}")
+        known = [f.name for f in fields(cls)]
+        for key in values:
+            check.choice(key, known, "a key of SparseConfig")
+        return cls(**values)

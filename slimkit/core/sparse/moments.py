@@ -1,0 +1,92 @@
+"""Sums over calibration rows: the second moments that every data-driven method needs."""
+
+from __future__ import annotations
+
+from slimkit.core.errors import ArgumentError
+from slimkit.core.sparse.backend import Array, device_of, namespace
+from slimkit.core.sparse.layer import Layer
+
+
+class Moments:
+    """Second moments of one layer's inputs, summed in float32 over every row of every batch.
+
+    Args:
+        layer: the layer.
+        paired: also sum the products with the dense model's inputs.
+
+    Attributes:
+        count: rows seen.
+        gram: (groups, n_in, n_in) sum of x x^T, None before the first row.
+        total: (groups, n_in) sum of x.
+        cross: (groups, n_in, n_in) sum of dense x times sparse x^T; None when not paired.
+        dense_total: (groups, n_in) sum of the dense x.
+    """
+
+    def __init__(self, layer: Layer, paired: bool = False) -> None:
+        self.layer = layer
+        self.paired = paired
+        self.count = 0
+        self.gram: Array = None
+        self.total: Array = None
+        self.cross: Array = None
+        self.dense_total: Array = None
+        self.dense_square = 0.0
+
+    def add(self, x: Array, dense: Array = None) -> None:
+        """Add the rows of one call's input.
+
+        Args:
+            x: the input of the sparse model's layer, padded already for a convolution.
+            dense: the input of the same layer in the dense model, row by row the same tokens; None when unknown.
+        """
+        xp = namespace(x)
+        if dense is None or dense.shape != x.shape:
+            self.paired = False  # routing sent other tokens here: rows no longer correspond
+            self.cross = self.dense_total = None
+        pieces = (
+            zip(self.layer.rows(x), self.layer.rows(dense)) if self.paired else ((r, None) for r in self.layer.rows(x))
+        )
+        for rows, dense_rows in pieces:
+            rows = xp.astype(rows, xp.float32)
+            if self.gram is None:
+                shape, device = (rows.shape[0], rows.shape[2], rows.shape[2]), device_of(rows)
+                self.gram = xp.zeros(shape, dtype=xp.float32, device=device)
+                self.total = xp.zeros(shape[:2], dtype=xp.float32, device=device)
+                if self.paired:
+                    self.cross = xp.zeros(shape, dtype=xp.float32, device=device)
+                    self.dense_total = xp.zeros(shape[:2], dtype=xp.float32, device=device)
+            turned = xp.permute_dims(rows, (0, 2, 1))
+            self.count += rows.shape[1]
+            self.gram += turned @ rows
+            self.total += xp.sum(rows, axis=1)
+            if self.paired:
+                dense_rows = xp.astype(dense_rows, xp.float32)
+                self.cross += xp.permute_dims(dense_rows, (0, 2, 1)) @ rows
+                self.dense_total += xp.sum(dense_rows, axis=1)
+                self.dense_square += float(xp.sum(dense_rows * dense_rows))
+
+    def check_finite(self) -> None:
+        """Refuse moments of inputs that were NaN or infinite, naming the layer."""
+        if self.gram is not None:
+            xp = namespace(self.gram)
+            if not bool(xp.all(xp.isfinite(self.gram))) or (
+                self.cross is not None and not bool(xp.all(xp.isfinite(self.cross)))
+            ):
+                raise ArgumentError(
+                    f"dataset must give finite inputs to every layer. Received: NaN or infinity (or sums beyond "
+                    f"float32) at the input of {self.layer.name!r}"
+                )
+
+    @property
+    def related(self) -> bool:
+        """Whether dense and sparse rows are the same tokens: their cosine is far from zero."""
+        if self.cross is None:
+            return False
+        xp = namespace(self.cross)
+        inner = float(xp.sum(xp.linalg.diagonal(self.cross)))
+        sparse = float(xp.sum(xp.linalg.diagonal(self.gram)))
+        return inner > 0.5 * (self.dense_square * sparse) ** 0.5 > 0
+
+    def state(self) -> list[Array]:
+        """The arrays to sum over processes."""
+        return [a for a in (self.gram, self.total, self.cross, self.dense_total) if a is not None]

@@ -1,0 +1,250 @@
+"""One layer: its weight and the moments of its inputs in, its sparse weight, bias and account out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from slimkit.core.errors import ArgumentError
+from slimkit.core.sparse import pattern as patterns
+from slimkit.core.sparse.backend import Array, device_of, namespace
+from slimkit.core.sparse.config import SparseConfig
+from slimkit.core.sparse.layer import Layer
+from slimkit.core.sparse.moments import Moments
+from slimkit.core.sparse.par import Schedule, refine
+from slimkit.core.sparse.pattern import NM
+from slimkit.core.sparse.sweep import inverse_factor, sweep
+
+
+@dataclass(frozen=True)
+class Solved:
+    """What a layer becomes.
+
+    Args:
+        weight: in the shape of the layer's own weight, float32.
+        keep: boolean, same shape; True where the weight stays.
+        bias_shift: what to add to the bias, or None.
+        account: the layer's row of the report.
+    """
+
+    weight: Array
+    keep: Array
+    bias_shift: Array | None
+    account: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One group of a layer: make `target` sparse so that its outputs under `gram` change least.
+
+    Args:
+        weight: (out, n) the trained weight.
+        target: (out, n) what to come close to; the weight itself unless the dense model's outputs are the aim.
+        gram: (n, n) mean of x x^T, with ones on the diagonal of dead columns.
+        dead: (n,) columns whose input is always zero, or None.
+        ratio: share to drop.
+        nm: the n:m pattern, or None.
+        config: the rest.
+        count: rows behind the gram.
+    """
+
+    weight: Array
+    target: Array
+    gram: Array
+    dead: Array | None
+    ratio: float
+    nm: NM | None
+    config: SparseConfig
+    count: int
+
+
+def magnitude(p: Problem) -> tuple[Array, Array, dict[str, Any]]:
+    """Drop the smallest absolute weights of the matrix."""
+    xp = namespace(p.weight)
+    scores = xp.abs(p.weight)
+    n_zeros = round(p.ratio * p.weight.shape[0] * p.weight.shape[1])
+    keep = patterns.keep_nm(scores, p.nm) if p.nm else patterns.keep_all_but(scores, n_zeros)
+    return xp.where(keep, p.weight, 0.0), keep, {}
+
+
+def wanda(p: Problem) -> tuple[Array, Array, dict[str, Any]]:
+    """Drop the smallest |weight| times input norm of each row (Sun et al. 2024, section 3)."""
+    xp = namespace(p.weight)
+    norm = xp.sqrt(xp.linalg.diagonal(p.gram))
+    if p.dead is not None:
+        norm = xp.where(p.dead, 0.0, norm)
+    scores = xp.abs(p.weight) * norm
+    if p.nm:
+        keep = patterns.keep_nm(scores, p.nm)
+    else:
+        keep = patterns.keep_all_but_rows(scores, round(p.ratio * p.weight.shape[1]))
+    return xp.where(keep, p.weight, 0.0), keep, {}
+
+
+def hessian(p: Problem) -> tuple[Array, Array, dict[str, Any]]:
+    """SparseGPT's sweep (Frantar & Alistarh 2023, algorithm 1)."""
+    upper, damping = inverse_factor(p.gram, p.config.damping)
+    weight, keep = p.target, None
+    for ratio in steps_to(p.ratio, p.config):
+        weight, keep = sweep(weight, upper, ratio, p.nm, p.config.block_size, dead=p.dead)
+    return weight, keep, {"damping": damping}
+
+
+def par(p: Problem) -> tuple[Array, Array, dict[str, Any]]:
+    """Support search by ADMM from the sweep's support, then a refit of what stays."""
+    return refine(p.target, p.gram, p.ratio, p.nm, p.dead, p.count, Schedule.short(), p.config)
+
+
+def par_v2(p: Problem) -> tuple[Array, Array, dict[str, Any]]:
+    """A longer search than par, with swaps between dropped and kept weights."""
+    return refine(p.target, p.gram, p.ratio, p.nm, p.dead, p.count, Schedule.long(), p.config)
+
+
+SOLVERS: dict[str, Callable[[Problem], tuple[Array, Array, dict[str, Any]]]] = {
+    "magnitude": magnitude,
+    "wanda": wanda,
+    "hessian": hessian,
+    "par": par,
+    "par_v2": par_v2,
+}
+
+
+def steps_to(ratio: float, config: SparseConfig) -> list[float]:
+    """The ratios that a progressive run passes through; the last is the one asked for.
+
+    Example:
+        >>> steps_to(0.5, SparseConfig())
+        [0.5]
+    """
+    if not config.progressive:
+        return [ratio]
+    n = config.progressive_steps
+    # Cubic (Zhu & Gupta 2017): most is dropped while much is left to make up for it.
+    return [ratio * (1 - (1 - k / n) ** 3) for k in range(1, n + 1)]
+
+
+def solve(layer: Layer, weight: Array, moments: Moments | None, ratio: float, config: SparseConfig) -> Solved:
+    """Make one layer sparse.
+
+    Args:
+        layer: the layer.
+        weight: its weight, floating point.
+        moments: sums over its inputs; None for a method that needs none.
+        ratio: share of its weights to drop.
+        config: method, pattern and the rest.
+
+    Returns:
+        The new weight, its mask, a bias correction and the report row. A layer with too few rows, or whose inputs
+        are all zero, falls back to magnitude and says so in the row's "fallback".
+
+    Raises:
+        ArgumentError: the weight or the inputs are not finite.
+    """
+    xp = namespace(weight)
+    matrix = xp.astype(layer.to_matrix(weight), xp.float32)
+    if not bool(xp.all(xp.isfinite(matrix))):
+        raise ArgumentError(f"the weight of {layer.name!r} must be finite. Received: NaN or infinity")
+    account: dict[str, Any] = {"kind": layer.kind, "shape": list(layer.shape), "method": config.method}
+    method = config.method
+    if moments is not None:
+        moments.check_finite()
+        account["rows"] = moments.count
+        reason = _no_use(moments, config)
+        if reason and method != "magnitude":
+            method = account["method"] = "magnitude"
+            account["fallback"] = reason
+    grams, targets, shifts = _targets(matrix, moments, config, method)
+    weights, keeps = [], []
+    nothing = error = power = 0.0
+    for g in range(layer.groups):
+        gram, dead = (None, None) if grams is None else _alive(grams[g])
+        start, size = g * layer.n_out * layer.n_in, layer.n_out * layer.n_in
+        problem = Problem(
+            weight=matrix[g],
+            target=matrix[g] if targets is None else targets[g],
+            gram=gram,
+            dead=dead,
+            # Groups of few weights (depthwise) take turns in rounding, so that the layer's total is exact.
+            ratio=patterns.zeros_between(ratio, start, start + size) / size if layer.groups > 1 else ratio,
+            nm=config.nm,
+            config=config,
+            count=moments.count if moments else 0,
+        )
+        new, keep, facts = SOLVERS[method](problem)
+        account.update(facts)
+        weights.append(new)
+        keeps.append(keep)
+        if gram is not None:
+            error += quadratic(problem.target - new, gram)
+            power += quadratic(problem.target, gram)
+    new, keep = xp.stack(weights), xp.stack(keeps)
+    nothing = int(xp.sum(xp.astype(keep, xp.int64)))
+    account |= {"weights": layer.size, "zeros": layer.size - nothing, "ratio": 1 - nothing / layer.size}
+    if power > 0:
+        account["output_error"] = (max(error, 0.0) / power) ** 0.5
+    shift = None
+    if shifts is not None:
+        dense_mean, sparse_mean = shifts
+        shift = (matrix @ dense_mean[..., None] - new @ sparse_mean[..., None]).reshape(-1)
+    return Solved(layer.from_matrix(new), layer.from_matrix(keep), shift, account)
+
+
+def quadratic(difference: Array, gram: Array) -> float:
+    """The mean squared output that a weight difference makes: tr(D gram D^T)."""
+    xp = namespace(difference)
+    return float(xp.sum((difference @ gram) * difference))
+
+
+def _no_use(moments: Moments, config: SparseConfig) -> str | None:
+    if moments.count < max(1, config.min_tokens):
+        return f"saw {moments.count} calibration rows, fewer than min_tokens={config.min_tokens}"
+    xp = namespace(moments.gram)
+    if not bool(xp.any(moments.gram)):
+        return "its inputs are all zero"
+    return None
+
+
+def _alive(gram: Array) -> tuple[Array, Array | None]:
+    """A gram whose dead columns have ones on the diagonal, and which columns those are."""
+    xp = namespace(gram)
+    diagonal = xp.linalg.diagonal(gram)
+    dead = diagonal <= 0
+    if not bool(xp.any(dead)):
+        return gram, None
+    return gram + xp.eye(gram.shape[0], dtype=gram.dtype, device=device_of(gram)) * xp.astype(dead, gram.dtype), dead
+
+
+def _targets(
+    matrix: Array, moments: Moments | None, config: SparseConfig, method: str
+) -> tuple[Array | None, Array | None, tuple[Array, Array] | None]:
+    """Mean grams, targets and (dense, sparse) input means; the last two only when dense inputs are known.
+
+    With dense inputs x and sparse inputs s, the best dense-output weights are W E[x s^T] E[s s^T]^-1; with a bias,
+    both moments are taken about the means and the bias carries the rest.
+    """
+    if moments is None or moments.gram is None:
+        return None, None, None
+    xp = namespace(moments.gram)
+    grams = moments.gram / moments.count
+    if method in ("magnitude", "wanda") or not config.paired or not moments.related:
+        return grams, None, None
+    cross = moments.cross / moments.count
+    shifts = None
+    if moments.layer.has_bias:
+        sparse_mean, dense_mean = moments.total / moments.count, moments.dense_total / moments.count
+        grams = grams - sparse_mean[:, :, None] * sparse_mean[:, None, :]
+        cross = cross - dense_mean[:, :, None] * sparse_mean[:, None, :]
+        shifts = (dense_mean, sparse_mean)
+        # Rounding may leave a column that never varies slightly below zero.
+        diagonal = xp.clip(xp.linalg.diagonal(grams), 0.0, None)
+        eye = xp.eye(grams.shape[1], dtype=grams.dtype, device=device_of(grams))
+        grams = grams * (1 - eye) + eye * diagonal[:, :, None]
+    targets = []
+    for g in range(grams.shape[0]):
+        gram, _ = _alive(grams[g])
+        upper, share = inverse_factor(gram, config.damping)
+        # W (cross + ridge) (gram + ridge)^-1: with equal inputs it is W exactly, and few rows pull it towards W.
+        difference = matrix[g] @ (cross[g] - grams[g])
+        targets.append(matrix[g] + (difference @ upper.T) @ upper)
+    return grams, xp.stack(targets), shifts

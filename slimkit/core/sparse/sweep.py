@@ -1,0 +1,121 @@
+"""The optimal-brain-surgeon sweep: drop weights column by column and let the later columns make up for them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from slimkit.core.errors import ArgumentError
+from slimkit.core.sparse import pattern as patterns
+from slimkit.core.sparse.backend import Array, cholesky, device_of, inverse_lower, namespace
+from slimkit.core.sparse.pattern import NM
+
+# Columns updated one by one before a matrix product carries their errors to the rest of the block.
+INNER = 32
+
+
+def inverse_factor(gram: Array, damping: float) -> tuple[Array, float]:
+    """Upper triangular U with U^T U = (gram + damping)^-1, from one factorisation.
+
+    Turned round, gram is P gram P = L L^T, so its inverse is (P L^-1 P)^T (P L^-1 P), and P L^-1 P is upper triangular:
+    one Cholesky and one triangular inverse where the published steps factor twice and invert in between.
+
+    Args:
+        gram: (n, n) symmetric, float32, no zero on its diagonal.
+        damping: what is added to the diagonal, as a share of its mean.
+
+    Returns:
+        U in float32, and the damping that it took: the one asked for, in float64 if float32 fails, then ten times
+        as much up to 1000 times.
+
+    Raises:
+        ArgumentError: even that is not positive definite.
+    """
+    xp = namespace(gram)
+    mean = float(xp.mean(xp.linalg.diagonal(gram)))
+    attempts = [(xp.float32, damping)] + [(xp.float64, max(damping, 1e-6) * 10**k) for k in range(4)]
+    for dtype, share in attempts:
+        try:
+            turned = xp.astype(xp.flip(gram, axis=(0, 1)), dtype)
+        except (TypeError, RuntimeError):
+            continue  # the device has no float64
+        factor = cholesky(turned + share * mean * xp.eye(gram.shape[0], dtype=dtype, device=device_of(gram)))
+        if factor is not None:
+            upper = xp.astype(xp.flip(inverse_lower(factor), axis=(0, 1)), xp.float32)
+            if bool(xp.all(xp.isfinite(upper))):
+                return upper, share
+    raise ArgumentError(
+        f"the Hessian of {gram.shape[0]} inputs is not positive definite even with {attempts[-1][1]:g} of its mean added. "
+        "Give more calibration data, or use method='wanda'."
+    )
+
+
+def sweep(
+    weight: Array,
+    upper: Array,
+    ratio: float,
+    nm: NM | None,
+    block: int,
+    *,
+    dead: Array | None = None,
+    keep: Array | None = None,
+) -> tuple[Array, Array]:
+    """Choose and drop weights in one pass over the columns (Frantar & Alistarh 2023, algorithm 1).
+
+    Blocks of `block` columns choose their mask together; inside, columns go in small groups whose errors reach the
+    rest of the block by one product, and whole blocks reach the rest of the matrix by one more.
+
+    Args:
+        weight: (out, n) float32.
+        upper: (n, n), what `inverse_factor` gives.
+        ratio: share to drop; exact over the matrix, and to within one entry in each block.
+        nm: the n:m pattern, which is chosen every m columns instead.
+        block: columns that choose together.
+        dead: (n,) columns whose input is always zero: they go first.
+        keep: (out, n) a mask to apply instead of choosing one.
+
+    Returns:
+        The new weight and its mask, both (out, n); True in the mask stays.
+    """
+    xp = namespace(weight)
+    n_out, n = weight.shape
+    w = _own(xp, weight.T)  # (n, out): a column is contiguous
+    mask = xp.ones((n, n_out), dtype=xp.bool, device=device_of(weight)) if keep is None else _own(xp, keep.T)
+    scale = xp.linalg.diagonal(upper)[:, None]  # (n, 1)
+    alive = None if dead is None else xp.astype(~dead, xp.float32)[:, None]
+    inner = INNER
+    if nm is not None:
+        inner = nm.group * max(1, INNER // nm.group)
+        block = inner * max(1, block // inner)
+
+    def scores(first: int, last: int) -> Any:
+        value = (w[first:last] / scale[first:last]) ** 2
+        return value if alive is None else value * alive[first:last]
+
+    for start in range(0, n, block):
+        stop = min(start + block, n)
+        error = xp.zeros((stop - start, n_out), dtype=weight.dtype, device=device_of(weight))
+        if nm is None and keep is None:
+            n_zeros = patterns.zeros_between(ratio, start * n_out, stop * n_out)
+            mask[start:stop] = patterns.keep_all_but(scores(start, stop), n_zeros)
+        for first in range(start, stop, inner):
+            last = min(first + inner, stop)
+            for j in range(first, last):
+                if nm is not None and keep is None and j % nm.group == 0:
+                    mask[j : j + nm.group] = patterns.keep_nm(scores(j, j + nm.group).T, nm).T
+                kept = xp.where(mask[j], w[j], 0.0)  # (out,)
+                error[j - start] = (w[j] - kept) / upper[j, j]  # what column j can no longer say
+                w[j] = kept
+                if j + 1 < last:
+                    w[j + 1 : last] -= upper[j, j + 1 : last, None] * error[j - start]
+            if last < stop:
+                w[last:stop] -= upper[first:last, last:stop].T @ error[first - start : last - start]
+        if stop < n:
+            w[stop:] -= upper[start:stop, stop:].T @ error
+    return _own(xp, w.T), _own(xp, mask.T)
+
+
+def _own(xp: Any, array: Array) -> Array:
+    """A contiguous copy: the caller's array stays as it was, and a column is read without strides."""
+    copy = xp.empty(array.shape, dtype=array.dtype, device=device_of(array))
+    copy[...] = array
+    return copy

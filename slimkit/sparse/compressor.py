@@ -1,0 +1,16 @@
+"""The Compressor of PyTorch models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from slimkit import bridge
+from slimkit.core.sparse.compress import BaseCompressor, Host
+from slimkit.sparse.host import TorchHost
+
+
+class Compressor(BaseCompressor):
+    __doc__ = BaseCompressor.__doc__
+
+    def _ask(self, model: Any) -> Host:
+        return TorchHost(bridge.check_model(model))

@@ -1,0 +1,117 @@
+"""Keeping zeros at zero while a torch model goes on training, whatever optimizer moves it."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from slimkit import bridge
+from slimkit.core.sparse.masks import demand_masks
+from slimkit.sparse.host import kind_of
+
+import torch
+
+
+class FrozenZeros:
+    """A handle on zeros that stay; as a context manager it lets them go at its end.
+
+    Attributes:
+        masks: layer name -> boolean tensor, True where the entry may change.
+    """
+
+    def __init__(self, layers: Mapping[str, torch.nn.Module], masks: Mapping[str, torch.Tensor]) -> None:
+        self.masks = dict(masks)
+        self._pairs = [(layers[name].weight, ~mask) for name, mask in masks.items()]
+        self._handles: list[Any] = []
+        for index, (weight, _) in enumerate(self._pairs):
+            if weight.requires_grad:
+                # Gradients too: an optimizer's moments would otherwise remember what the zeros wanted to become.
+                self._handles.append(weight.register_hook(partial(_masked, self._pairs, index)))
+        for module in layers.values():
+            # The hook holds this handle, so the zeros stay for as long as the layer lives.
+            self._handles.append(module.register_forward_pre_hook(partial(_before_forward, self)))
+        step = torch.optim.optimizer.register_optimizer_step_post_hook
+        self._handles.append(step(partial(_after_step, weakref.ref(self))))
+        self.apply()
+
+    def apply(self) -> None:
+        """Set the entries to zero again, in place: for weights changed by hand, such as a merged delta."""
+        with torch.no_grad():
+            for index, (weight, drop) in enumerate(self._pairs):
+                if drop.device != weight.device:
+                    drop = drop.to(weight.device)
+                    self._pairs[index] = (weight, drop)
+                weight.masked_fill_(drop, 0)
+
+    def remove(self) -> None:
+        """Let the zeros go: from here on they train like any other entry."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def __enter__(self) -> FrozenZeros:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+
+def _masked(pairs: list[tuple[torch.Tensor, torch.Tensor]], index: int, grad: torch.Tensor) -> torch.Tensor:
+    return grad.masked_fill(pairs[index][1].to(grad.device), 0)
+
+
+def _before_forward(zeros: FrozenZeros, *_: Any) -> None:
+    zeros.apply()
+
+
+def _after_step(zeros: weakref.ReferenceType[FrozenZeros], *_: Any) -> None:
+    alive = zeros()
+    if alive is not None and alive._handles:
+        alive.apply()
+
+
+def freeze_zeros(
+    model: torch.nn.Module,
+    masks: Mapping[str, Any] | None = None,
+    *,
+    targets: Sequence[str] | None = None,
+) -> FrozenZeros:
+    """Keep the zeros of a model's layers at zero through further training with any optimizer, in place.
+
+    Args:
+        model: a sparse model.
+        masks: layer name -> boolean array, True where the weight may change, as `Compressor.masks` gives it; None
+            takes every entry that is exactly zero now.
+        targets: globs (or "re:...") of layers; None takes every Linear, Conv1D and Conv2d that has zeros.
+
+    Returns:
+        A handle with `remove()` and `apply()`, usable as a context manager.
+
+    Raises:
+        PatternError: a target matches no layer.
+        ArgumentError: no layer has a zero, or a mask's name or shape does not fit.
+
+    Example:
+        >>> layer = torch.nn.Linear(2, 1)
+        >>> _ = layer.weight.data[0, 0].zero_()
+        >>> freeze_zeros(torch.nn.Sequential(layer)).masks["0"].tolist()
+        [[False, True]]
+    """
+    bridge.check_model(model)
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if kind_of(module) is not None and isinstance(module._parameters.get("weight"), torch.nn.Parameter)
+    }
+    shapes = {name: tuple(module.weight.shape) for name, module in layers.items()}
+    if masks is None:
+        names = demand_masks(shapes, None, targets)
+        found = {n: layers[n].weight.detach() != 0 for n in names}
+        found = {n: m for n, m in found.items() if not bool(m.all())}
+        demand_masks(shapes, found, None)
+    else:
+        names = demand_masks(shapes, masks, targets)
+        found = {n: torch.as_tensor(masks[n], device=layers[n].weight.device).bool() for n in names}
+    return FrozenZeros({n: layers[n] for n in found}, found)

@@ -1,0 +1,158 @@
+"""Sending calibration data through a MindSpore cell while watching some layers' inputs."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from slimkit_ms import bridge
+
+import mindspore as ms
+from mindspore import nn
+
+Array = np.ndarray[Any, Any]
+Seen = Callable[[str, Array, Array | None], None]
+
+
+class _Enough(Exception):
+    """Raised inside a forward to end it: every layer that was watched has been seen."""
+
+
+def _enough(*_: Any) -> None:
+    raise _Enough
+
+
+@contextlib.contextmanager
+def watching(model: nn.Cell, seen: Mapping[str, Callable[[Any], None]], until: str | None = None) -> Iterator[None]:
+    """Eval mode, layer by layer, calling ``seen[path](input)`` before each call of the cells at those paths.
+
+    Compiled graphs know no hooks, so the work is done in PyNative mode.
+    """
+    mode = ms.get_context("mode")
+    handles = []
+
+    def hook(call: Callable[[Any], None]) -> Callable[..., None]:
+        return lambda _cell, inputs: call(inputs[0])
+
+    try:
+        ms.set_context(mode=ms.PYNATIVE_MODE)
+        for path, call in seen.items():
+            handles.append(bridge.get_module(model, path).register_forward_pre_hook(hook(call)))
+        if until is not None:
+            handles.append(bridge.get_module(model, until).register_forward_pre_hook(_enough))
+        with bridge.evaluating(model), contextlib.suppress(_Enough):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        ms.set_context(mode=mode)
+
+
+def trace(
+    model: nn.Cell, dataset: Iterable[Any], cells: Mapping[str, nn.Cell]
+) -> tuple[list[tuple[str, ...]], set[str]]:
+    """Learn in which order layers are called, which always share one input, and which are called more than once."""
+    calls: dict[str, list[str]] = {}
+    repeated: set[str] = set()
+    for index, batch in enumerate(dataset):
+        alive: list[Any] = []  # kept, so that an id stands for one tensor
+        first: dict[int, str] = {}
+        called: set[str] = set()
+
+        def seen(name: str, x: Any) -> None:
+            alive.append(x)  # noqa: B023
+            if name in called:  # noqa: B023
+                repeated.add(name)
+            called.add(name)  # noqa: B023
+            calls.setdefault(name, []).append(f"{index}:{first.setdefault(id(x), name)}")  # noqa: B023
+
+        with watching(model, {n: (lambda x, n=n: seen(n, x)) for n in cells}):
+            bridge.run(model, batch)
+    shared: dict[tuple[str, ...], list[str]] = {}
+    for name, steps in calls.items():
+        # Convolutions unfold by their own geometry, so only matrix layers share moments.
+        alone = isinstance(cells[name], nn.Conv2d)
+        shared.setdefault((name if alone else "", *steps), []).append(name)
+    return [tuple(names) for names in shared.values()], repeated
+
+
+def as_input(cell: nn.Cell, x: ms.Tensor) -> Array:
+    """A layer's input as a float32 NumPy array, padded already for a convolution."""
+    values = bridge.as_numpy(x.astype(ms.float32))
+    return np.pad(values, [(0, 0), (0, 0), *_pads(cell, values.shape[2:])]) if isinstance(cell, nn.Conv2d) else values
+
+
+def _pads(cell: nn.Conv2d, size: tuple[int, ...]) -> list[tuple[int, int]]:
+    """(before, after) of both axes: what pad_mode "pad" says, what "same" works out, nothing for "valid"."""
+    if cell.pad_mode == "pad":
+        pad = cell.padding
+        top, bottom, left, right = (pad,) * 4 if isinstance(pad, int) else pad
+        return [(top, bottom), (left, right)]
+    if cell.pad_mode == "valid":
+        return [(0, 0), (0, 0)]
+    pads = []
+    for i, length in enumerate(size):
+        kernel, stride = cell.kernel_size[i], last_two(cell.stride)[i]
+        reach = (kernel - 1) * last_two(cell.dilation)[i] + 1
+        total = max(0, (-(-length // stride) - 1) * stride + reach - length)
+        pads.append((total // 2, total - total // 2))
+    return pads
+
+
+def last_two(value: Any) -> tuple[int, int]:
+    """Vertical and horizontal of a stride or dilation that MindSpore may keep as 1, 2 or 4 numbers."""
+    return (value, value) if isinstance(value, int) else (int(value[-2]), int(value[-1]))
+
+
+class CellStage:
+    """A whole cell as one stage.
+
+    Args:
+        model: the cell that becomes sparse.
+        dense: its twin that stays dense, or None.
+        dataset: batches.
+        names: the layers.
+        feeds: layers in the order they are called; those that share an input together.
+        repeated: layers that are called more than once in a forward.
+    """
+
+    def __init__(
+        self,
+        model: nn.Cell,
+        dense: nn.Cell | None,
+        dataset: Iterable[Any],
+        names: Sequence[str],
+        feeds: Sequence[tuple[str, ...]],
+        repeated: set[str],
+    ) -> None:
+        self.model, self.dense, self.dataset = model, dense, dataset
+        self.cells = {name: bridge.get_module(model, name) for name in names}
+        self.feeds, self.repeated = list(feeds), repeated
+
+    def replay(self, names: Sequence[str], seen: Seen) -> None:
+        """Send every batch through; the forward ends once the layers have been seen."""
+        last = max((i for i, feed in enumerate(self.feeds) if set(feed) & set(names)), default=-1)
+        until = self.feeds[last + 1][0] if last + 1 < len(self.feeds) and not self.repeated else None
+        for batch in self.dataset:
+            waiting: dict[str, list[Array]] = {n: [] for n in names}
+            if self.dense is not None:
+                self._watch(self.dense, names, batch, until, lambda n, x: waiting[n].append(x))  # noqa: B023
+
+            def both(name: str, x: Array) -> None:
+                queue = waiting[name]  # noqa: B023
+                seen(name, x, queue.pop(0) if queue else None)
+
+            self._watch(self.model, names, batch, until, both)
+
+    def advance(self) -> None:
+        """Nothing follows a whole cell."""
+
+    def _watch(
+        self, model: nn.Cell, names: Sequence[str], batch: Any, until: str | None, seen: Callable[[str, Array], None]
+    ) -> None:
+        calls = {n: (lambda x, n=n: seen(n, as_input(self.cells[n], x))) for n in names}
+        with watching(model, calls, until):
+            bridge.run(model, batch)
