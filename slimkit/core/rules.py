@@ -24,7 +24,7 @@ class Relations:
 
     Attributes:
         dims: for each value, one axis expression a dimension.
-        roles: (parameter, axis) -> "out", "in", "norm", "bias" or "table".
+        roles: (parameter, axis) -> "out", "in", "norm", "layer_norm", "bias" or "table".
         outs: parameter of a Conv or Linear -> the axis expression of the channels that layer makes.
         groups: scope -> (attribute, group axis) of grouped convolutions and group norms.
         opaque: (operator, scope) of nodes that no rule covers.
@@ -333,7 +333,7 @@ def _layer_norm(r: Relations, node: Node, x: list[Dims]) -> list[Dims]:
     for number, dims in zip(node.inputs[1:], x[1:]):
         for place, (axis, dim) in enumerate(zip(axes, dims or ())):
             same(x[0][axis], dim)
-            r.role(number, place, "norm")
+            r.role(number, place, "layer_norm")
     return [list(x[0])] + [[fixed(s, "statistics") for s in r.shape(node, k)] for k in range(1, len(node.outputs))]
 
 

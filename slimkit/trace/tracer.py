@@ -369,16 +369,22 @@ def trace(
 
 def _trace(model: nn.Module, inputs: Any, sizes: Mapping[str, tuple[int, ...]] | None, real: bool) -> Graph:
     recorder = Recorder(model, sizes, real)
+    record(recorder, model, inputs)
+    return recorder.graph
+
+
+def record(recorder: Recorder, model: nn.Module, inputs: Any) -> None:
+    """Run the model once under a recorder; after an error its graph holds what ran before."""
     args, kwargs = as_call(inputs)
     device = bridge.device_of(model)
 
     def prepare(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
-            return recorder.input(value.to(device) if real else value)
+            return recorder.input(value.to(device) if recorder.real else value)
         if isinstance(value, Mapping):
             return {k: prepare(v) for k, v in value.items()}
-        if isinstance(value, (tuple, list)):
-            return type(value)(prepare(v) for v in value) if type(value) in (tuple, list) else value
+        if type(value) in (tuple, list):
+            return type(value)(prepare(v) for v in value)
         return value
 
     args, kwargs = prepare(args), prepare(kwargs)
@@ -392,4 +398,3 @@ def _trace(model: nn.Module, inputs: Any, sizes: Mapping[str, tuple[int, ...]] |
     paths = {m: n for n, m in model.named_modules()}
     recorder.graph.layers = [paths[m] for m in layers]
     recorder.graph.outputs = [recorder.value(t) for t in _answers(output)]
-    return recorder.graph

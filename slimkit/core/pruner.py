@@ -1,0 +1,421 @@
+"""The pruner of both wings: settings, analysis, plan and report; a wing only traces, reads and cuts."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from slimkit.core import check
+from slimkit.core.allocate import Account, Allocation, allocate
+from slimkit.core.attributes import config_changes, new_value, scope_sizes
+from slimkit.core.batch import dataset
+from slimkit.core.dims import FREE, find, leaves
+from slimkit.core.errors import GraphError
+from slimkit.core.graph import Graph
+from slimkit.core.importance import NAMES, best, scores
+from slimkit.core.log import logger
+from slimkit.core.match import demand, match
+from slimkit.core.plan import Plan, make_desc
+from slimkit.core.solve import WRITTEN, Coupling, Index, View, size_of
+
+Changes = dict[str, dict[str, tuple[int, int]]]
+Array = np.ndarray[Any, Any]
+
+
+class Wing(Protocol):
+    """What a framework does for the pruner; everything else is written once, here."""
+
+    framework: str
+
+    @abstractmethod
+    def trace(self) -> Graph:
+        """The model's graph."""
+
+    @abstractmethod
+    def rehearse(self, plan: Plan) -> tuple[Graph, str | None]:
+        """The graph of the model as it would be after the cut, as far as it ran, and the error that stopped it."""
+
+    @abstractmethod
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every parameter and floating-point buffer by path, tied ones once."""
+
+    @abstractmethod
+    def buffers(self) -> set[str]:
+        """The paths among `shapes` that are no parameters."""
+
+    @abstractmethod
+    def read(self, path: str) -> Array | None:
+        """A parameter's values, float32 or float64, not to be written to; None where it has none (meta device)."""
+
+    @abstractmethod
+    def integers(self) -> dict[str, dict[str, int]]:
+        """Module path -> its whole-number attributes, without those that the cut of its own weights settles."""
+
+    @abstractmethod
+    def config(self) -> dict[str, int]:
+        """Whole-number fields of the model's configuration; empty without one."""
+
+    @abstractmethod
+    def gradients(self, data: Iterable[Any], loss: Callable[..., Any] | None, square: bool) -> dict[str, Array]:
+        """Mean gradient of each parameter over the batches, or the mean of its square."""
+
+    @abstractmethod
+    def activations(self, data: Iterable[Any], layers: Sequence[str]) -> dict[str, Array]:
+        """Mean absolute output of each channel of each layer."""
+
+    @abstractmethod
+    def cut(self, plan: Plan, names: Mapping[str, str]) -> None:
+        """Cut the model in place; on an error the model is as it was."""
+
+
+class PrunerBase:
+    """Structural pruning of one model.
+
+    Args:
+        wing: the framework's side.
+    """
+
+    def __init__(self, wing: Wing) -> None:
+        self._wing = wing
+        self._coupling: Coupling | None = None
+        self._method: str | Callable[[Array], float] = lambda weights: float(np.abs(weights).mean())
+        self._default_method = True
+        self._calibration: Any = None
+        self._loss: Callable[..., Any] | None = None
+        self._seed = 0
+        self._node_ratio = 0.5
+        self._alignment = 16
+        self._budget = "params"
+        self._allocation = "uniform"
+        self._report: dict[str, Any] = {}
+
+    # Settings --------------------------------------------------------------------------------------------------
+
+    def set_importance_evaluation_function(
+        self,
+        function: str | Callable[[Array], float],
+        *,
+        calibration: Any = None,
+        loss: Callable[..., Any] | None = None,
+        seed: int = 0,
+    ) -> Any:
+        """Choose how channels are scored.
+
+        Args:
+            function: l1, l2, bn_scale, taylor, hessian, activation, lamp or random; or a function of one output channel's
+                weights (NumPy, without the output axis) that returns a float. Unset, channels score mean |w|.
+            calibration: batches, for taylor, hessian and activation.
+            loss: for taylor and hessian: (model outputs, batch) -> scalar loss; unset, the outputs' own `.loss`, or the
+                mean squared output.
+            seed: of "random".
+
+        Returns:
+            This pruner.
+
+        Raises:
+            ArgumentError: an unknown name, or calibration missing.
+        """
+        if not callable(function):
+            check.choice(function, NAMES, "function")
+            if NAMES[function] and calibration is None:
+                check.wrong_value("calibration", f"a list of batches for the importance {function!r}", calibration)
+        if calibration is not None:
+            dataset(calibration, "calibration")
+        if loss is not None:
+            check.function(loss, "loss")
+        self._method, self._default_method = function, False
+        self._calibration, self._loss, self._seed = calibration, loss, check.integer(seed, "seed")
+        return self
+
+    def set_node_reserved_ratio(self, ratio: float) -> Any:
+        """Set the least share of its channels that each node keeps.
+
+        Args:
+            ratio: strictly between 0 and 1; 0.5 unless set, since a layer cut further seldom recovers.
+
+        Returns:
+            This pruner.
+        """
+        self._node_ratio = check.ratio(ratio, "ratio")
+        return self
+
+    def set_alignment(self, alignment: int) -> Any:
+        """Set the number that kept widths are multiples of.
+
+        Args:
+            alignment: 16 unless set, the block size of Ascend's cube unit; 1 for none.
+
+        Returns:
+            This pruner.
+        """
+        self._alignment = check.positive(alignment, "alignment")
+        return self
+
+    def set_budget(self, budget: str) -> Any:
+        """Choose what the ratio counts.
+
+        Args:
+            budget: "params", or "macs" for multiplications of one forward pass on the example.
+
+        Returns:
+            This pruner.
+        """
+        self._budget = check.choice(budget, ("params", "macs"), "budget")
+        return self
+
+    def set_allocation(self, allocation: str) -> Any:
+        """Choose how the budget is shared among the nodes.
+
+        Args:
+            allocation: "uniform": every node keeps the same share, which keeps repeated blocks equal; "global": the least
+                important channels of the whole model go first.
+
+        Returns:
+            This pruner.
+        """
+        self._allocation = check.choice(allocation, ("uniform", "global"), "allocation")
+        return self
+
+    # Work ------------------------------------------------------------------------------------------------------
+
+    def analysis(
+        self, reserved_ratio: float = 0.75, un_prune_list: Sequence[int | str] | None = None
+    ) -> tuple[int, dict[str, Any]]:
+        """Plan a cut; the model is untouched.
+
+        Args:
+            reserved_ratio: share of the parameters (or multiplications) to keep, in (0, 1].
+            un_prune_list: layers whose outputs stay whole: numbers (Conv and Linear layers in the order they run, negatives
+                from the end) or names; [0, -1] unless given.
+
+        Returns:
+            (parameters left, exactly; the plan as plain data for `prune_by_desc`).
+
+        Raises:
+            ArgumentError: a ratio or layer out of range.
+            GraphError: the model could not be traced.
+        """
+        check.ratio(reserved_ratio, "reserved_ratio", one=True)
+        coupling = self._solved()
+        whole = self._layers([0, -1] if un_prune_list is None else un_prune_list)
+        for _ in range(50):
+            view = coupling.view(whole)
+            allocation, account = self._allocate(view, reserved_ratio)
+            desc = self._describe(view, allocation, reserved_ratio, whole)
+            if self._rehearse(view, Plan(desc), allocation.keep):
+                break
+        else:
+            raise GraphError("the model's code contradicts every plan; its report() names the places")
+        left = Account(view).count(np.array([allocation.keep[n] for n in view.counts], dtype=np.int64))
+        self._fill_report(view, allocation, account, left, reserved_ratio)
+        desc["made"]["left_params"] = left
+        return left, desc
+
+    def prune(self, reserved_ratio: float = 0.75, un_prune_list: Sequence[int | str] | None = None) -> dict[str, Any]:
+        """Plan a cut and make it, in place; arguments as in `analysis`.
+
+        Returns:
+            The plan as plain data; `prune_by_desc` replays it on a fresh model.
+
+        Raises:
+            ArgumentError: a ratio or layer out of range.
+            GraphError: the model could not be traced.
+        """
+        _, desc = self.analysis(reserved_ratio, un_prune_list)
+        self._cut(Plan(desc))
+        return desc
+
+    def prune_by_desc(self, desc: dict[str, Any]) -> Any:
+        """Replay a plan on a fresh model of the same make, in place.
+
+        Args:
+            desc: what `prune` or `analysis` returned, possibly after a trip through JSON.
+
+        Returns:
+            The pruned model.
+
+        Raises:
+            PlanError: the plan was made for another model; the message names the first mismatch.
+        """
+        return self._cut(Plan(desc))
+
+    def report(self) -> dict[str, Any]:
+        """What the last analysis or cut found: sizes, what stays whole and why, operators without a rule, notes."""
+        if not self._report:
+            coupling = self._solved()
+            view = coupling.view()
+            self._report = self._common(view)
+        return dict(self._report)
+
+    # Inside ----------------------------------------------------------------------------------------------------
+
+    def _solved(self) -> Coupling:
+        if self._coupling is None:
+            self._coupling = Coupling(self._wing.trace())
+        return self._coupling
+
+    def _layers(self, wanted: Sequence[int | str]) -> list[str]:
+        layers = self._solved().graph.layers
+        if isinstance(wanted, (str, bytes)) or not isinstance(wanted, (list, tuple)):
+            check.wrong_type("un_prune_list", "a list of ints or names", wanted)
+        out = []
+        for item in wanted:
+            if isinstance(item, str):
+                found = match(layers, [item], whole_modules=True)
+                demand(found, layers, "un_prune_list")
+                out.extend(found.names)
+                continue
+            check.integer(item, "un_prune_list", -len(layers), len(layers) - 1)
+            out.append(layers[item])
+        return out
+
+    def _allocate(self, view: View, ratio: float) -> tuple[Allocation, Account]:
+        account = Account(view, self._budget)
+        full = np.array(list(view.counts.values()), dtype=np.int64)
+        target = ratio * account.count(full)
+        self._scores = self._score(view)
+        chunks = None
+        if self._allocation == "global":
+            chunks = {n: np.sort(s if self._method == "lamp" else s / max(s.mean(), 1e-30)) for n, s in self._scores.items()}
+        alike = [(v.size, v.kind, len(v.places)) for v in view.variables]
+        return allocate(account, full.tolist(), target, self._node_ratio, self._alignment, chunks, alike), account
+
+    def _score(self, view: View) -> dict[str, Array]:
+        key = tuple((v.name, v.size, len(v.places)) for v in view.variables)
+        if getattr(self, "_scored", None) == (key, self._method, id(self._calibration)):
+            return self._scores
+        method: Any = "l1" if self._default_method else self._method
+        need = NAMES.get(method, "") if isinstance(method, str) else ""
+        gradients = activations = None
+        if need in ("gradient", "square"):
+            gradients = self._wing.gradients(self._calibration, self._loss, need == "square")
+        elif need == "activation":
+            activations = self._wing.activations(self._calibration, view.coupling.graph.layers)
+        shapes = view.coupling.graph.shapes
+
+        def read(path: str) -> Array:
+            values = self._wing.read(path)
+            return np.zeros(shapes[path], dtype=np.float32) if values is None else values
+
+        if all(self._wing.read(v.places[0][0]) is None for v in view.variables[:1]):
+            made = {v.name: np.ones(v.size) for v in view.variables}  # a model without values: counts only
+        else:
+            made = scores(view, read, method, gradients=gradients, activations=activations, seed=self._seed)
+        self._scored = (key, self._method, id(self._calibration))
+        return made
+
+    def _describe(self, view: View, allocation: Allocation, ratio: float, whole: list[str]) -> dict[str, Any]:
+        keep: dict[str, Index] = {n: best(self._scores[n], k) for n, k in allocation.keep.items()}
+        sizes = scope_sizes(view, allocation.keep)
+        attributes: Changes = {}
+        for module, numbers in self._wing.integers().items():
+            for name, old in numbers.items():
+                new = new_value(name, old, sizes.get(module, {}))
+                if new is not None:
+                    attributes.setdefault(module, {})[name] = (old, new)
+        config = config_changes(self._wing.config(), view, allocation.keep)
+        made = {
+            "framework": self._wing.framework,
+            "reserved_ratio": ratio,
+            "budget": self._budget,
+            "importance": self._method if isinstance(self._method, str) else getattr(self._method, "__name__", "function"),
+            "allocation": self._allocation,
+            "alignment": self._alignment,
+            "node_reserved_ratio": self._node_ratio,
+            "un_prune": whole,
+        }
+        return make_desc(view, keep, attributes, config, made)
+
+    def _rehearse(self, view: View, plan: Plan, counts: Mapping[str, int]) -> bool:
+        """Run the cut model on shapes alone and compare; pin what the model's code contradicts."""
+        if not plan.keep:
+            return True
+        graph, relations = view.coupling.graph, view.coupling.relations
+        other, error = self._wing.rehearse(plan)
+        for place, node in enumerate(graph.nodes):
+            if place >= len(other.nodes):
+                break
+            twin = other.nodes[place]
+            if twin.op != node.op or len(twin.outputs) != len(node.outputs):
+                return self._pin(view, place, "another operator ran after the cut")
+            for mine, theirs in zip(node.outputs, twin.outputs):
+                for dim, size in zip(relations.dims[mine], other.values[theirs].shape):
+                    if any(x.elastic and x.kind == FREE for x in map(find, leaves(dim))):
+                        continue
+                    if size_of(view.expression(dim), counts) != size:
+                        return self._pin(view, place, f"{size} where {size_of(view.expression(dim), counts)} was planned")
+        if len(other.nodes) < len(graph.nodes) or error:
+            return self._pin(view, min(len(other.nodes), len(graph.nodes) - 1), error or "fewer operators ran")
+        return True
+
+    def _pin(self, view: View, place: int, what: str) -> bool:
+        coupling = view.coupling
+        node = coupling.graph.nodes[place]
+        reason = f"{WRITTEN} {node.scope or 'the model'}"
+        logger.info("%s (%s at %s)", reason, what, node.op)
+        dims = [d for n in (*node.inputs, *node.outputs) if n is not None for d in coupling.relations.dims[n]]
+        done = False
+        for dim in dims:
+            if not isinstance(view.expression(dim), int):
+                done = coupling.pin(dim, reason) or done
+        if not done:
+            # Nothing at the operator itself: everything its module touches.
+            for other in coupling.graph.nodes:
+                if other.scope == node.scope:
+                    for number in other.outputs:
+                        for dim in coupling.relations.dims[number]:
+                            if not isinstance(view.expression(dim), int):
+                                done = coupling.pin(dim, reason) or done
+        if not done:
+            raise GraphError(f"the pruned model would not run: {what} in {node.op} of {node.scope or 'the model'!r}")
+        return False
+
+    def _cut(self, plan: Plan) -> Any:
+        names = plan.match(self._wing.shapes())
+        self._wing.cut(plan, names)
+        # Everything known about the model was about the uncut one.
+        self._coupling, self._scored = None, None
+        shapes, buffers = self._wing.shapes(), self._wing.buffers()
+        left = sum(int(np.prod(s)) for p, s in shapes.items() if p not in buffers)
+        self._report = {**self._report, "left_params": left}
+        return getattr(self._wing, "model", None)
+
+    def _common(self, view: View) -> dict[str, Any]:
+        graph = view.coupling.graph
+        return {
+            "params": sum(int(np.prod(s)) for p, s in graph.shapes.items() if p not in graph.buffers),
+            "variables": {
+                v.name: {"size": v.size, "kind": v.kind, "layers": list(v.layers), "axes": [f"{p}:{a}" for p, a, _ in v.places]}
+                for v in view.variables
+            },
+            "whole": {reason: list(places) for reason, places in view.whole.items()},
+            "without_rule": [f"{name} in {scope or 'the model'}" for name, scope in view.coupling.relations.opaque],
+            "notes": list(dict.fromkeys(graph.notes)),
+        }
+
+    def _fill_report(self, view: View, allocation: Allocation, account: Account, left: int, ratio: float) -> None:
+        self._report = self._common(view)
+        before = account.count(np.array(list(view.counts.values()), dtype=np.int64))
+        for name, entry in self._report["variables"].items():
+            entry["keep"] = allocation.keep[name]
+        self._report.update(
+            asked=ratio,
+            budget=self._budget,
+            reached=allocation.total / before if before else 1.0,
+            left_params=left,
+            held_back=[
+                {"variable": n, "layers": self._report["variables"][n]["layers"], "keeps": allocation.keep[n]}
+                for n in allocation.held_back
+            ],
+        )
+        missed = allocation.total > allocation.target * 1.02
+        if missed and not allocation.held_back:
+            self._report["notes"].append("nothing more can be pruned: every other axis stays whole")
+        if missed:
+            logger.warning(
+                "asked to keep %.3f of the %s, reached %.3f; report() says what holds it back", ratio, self._budget,
+                self._report["reached"],
+            )

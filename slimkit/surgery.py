@@ -1,0 +1,214 @@
+"""Cutting a torch model: parameters, buffers and the attributes that speak of their sizes, all or nothing."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from slimkit import bridge
+from slimkit.attention import PrunedMultiheadAttention
+from slimkit.core.errors import PlanError
+from slimkit.core.plan import Plan
+from slimkit.trace.tracer import is_layer, named_tensors
+
+import torch
+from torch import nn
+
+Shapes = Mapping[str, tuple[int, ...]]
+_NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+_SETTLED = (*_NORMS, nn.modules.conv._ConvNd, nn.Linear, nn.Embedding, nn.MultiheadAttention, nn.PReLU)
+
+
+def tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and floating-point buffers by path, tied ones once, under their first name."""
+    found: dict[int, str] = {}
+    out = {}
+    for path, tensor in named_tensors(model):
+        if id(tensor) not in found:
+            found[id(tensor)] = path
+            out[path] = tensor
+    return out
+
+
+def integers(model: nn.Module) -> dict[str, dict[str, int]]:
+    """Module path -> whole-number attributes, without those that its own weights settle."""
+    out = {}
+    for path, module in model.named_modules():
+        if isinstance(module, _SETTLED) or is_layer(module):
+            continue
+        numbers = {k: v for k, v in vars(module).items() if type(v) is int and v > 1 and not k.startswith("_")}
+        if numbers:
+            out[path] = numbers
+    return out
+
+
+def settled(path: str, module: nn.Module, shapes: Shapes, groups: Mapping[str, tuple[str, int]]) -> dict[str, Any]:
+    """Attributes of a known layer as its weights' shapes tell them.
+
+    Args:
+        path: the module's path.
+        module: the layer.
+        shapes: shapes of all parameters after the cut.
+        groups: module path -> (attribute, number of groups after the cut).
+
+    Returns:
+        attribute -> new value; empty for a module that is no known layer.
+    """
+    weight = shapes.get(f"{path}.weight" if path else "weight")
+    if isinstance(module, nn.modules.conv._ConvNd) and weight:
+        n_groups = groups[path][1] if path in groups else module.groups
+        made, read = (weight[1] * n_groups, weight[0]) if module.transposed else (weight[0], weight[1] * n_groups)
+        return {"out_channels": made, "in_channels": read, "groups": n_groups}
+    if isinstance(module, nn.Linear) and weight:
+        return {"out_features": weight[0], "in_features": weight[1]}
+    if type(module).__name__ == "Conv1D" and weight:
+        return {"nx": weight[0], "nf": weight[1]}
+    if isinstance(module, nn.modules.batchnorm._NormBase):
+        shape = weight or shapes.get(f"{path}.running_mean")
+        return {"num_features": shape[0]} if shape else {}
+    if isinstance(module, nn.GroupNorm):
+        out = {"num_groups": groups[path][1]} if path in groups else {}
+        return {**out, "num_channels": weight[0]} if weight else out
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)) and weight:
+        return {"normalized_shape": tuple(weight)}
+    if isinstance(module, nn.Embedding) and weight:
+        return {"embedding_dim": weight[1]}
+    if isinstance(module, nn.PReLU) and weight:
+        return {"num_parameters": weight[0]}
+    if isinstance(module, nn.MultiheadAttention):
+        return _attention(path, module, shapes)
+    return {}
+
+
+def _attention(path: str, module: nn.MultiheadAttention, shapes: Shapes) -> dict[str, Any]:
+    embed = shapes[f"{path}.out_proj.weight"][0]
+    inner = shapes[f"{path}.out_proj.weight"][1]
+    head_dim = module.head_dim
+    out: dict[str, Any] = {"embed_dim": embed, "num_heads": inner // head_dim}
+    for name in ("k", "v"):
+        separate = shapes.get(f"{path}.{name}_proj_weight")
+        out[f"{name}dim"] = separate[1] if separate else embed
+    if inner != embed or embed % out["num_heads"] or embed // out["num_heads"] != head_dim:
+        # torch's own forward takes the size of a head from the width of its input.
+        out.update(__class__=PrunedMultiheadAttention, _qkv_same_embed_dim=False)
+    return out
+
+
+class Changes:
+    """Attribute changes that can be taken back."""
+
+    def __init__(self) -> None:
+        self._done: list[tuple[Any, str, Any]] = []
+
+    def set(self, owner: Any, name: str, value: Any) -> None:
+        old = getattr(owner, name)
+        if old is value or (type(old) is type(value) and old == value):
+            return
+        self._done.append((owner, name, old))
+        setattr(owner, name, value)
+
+    def undo(self) -> None:
+        for owner, name, old in reversed(self._done):
+            setattr(owner, name, old)
+        self._done.clear()
+
+
+def rewrite(model: nn.Module, plan: Plan, shapes: Shapes, names: Mapping[str, str], changes: Changes) -> None:
+    """Make every attribute tell the widths after the cut, in place; `changes` can take it back.
+
+    Args:
+        model: the model.
+        plan: the plan.
+        shapes: shapes of all parameters after the cut, by the model's own paths.
+        names: the plan's parameter paths -> the model's.
+        changes: receives what was done.
+
+    Raises:
+        PlanError: an attribute of the plan is missing or says something else in this model.
+    """
+    modules = dict(model.named_modules())
+    touched = {names[p].rpartition(".")[0] for p in plan.indices}
+    touched |= {p.rpartition(".")[0] for p in touched} | set(plan.groups)
+    for path, module in modules.items():
+        if path in touched:
+            for name, value in settled(path, module, shapes, plan.groups).items():
+                changes.set(module, name, value)
+    for path, wanted in plan.attributes.items():
+        if path not in modules:
+            raise PlanError(f"desc was made for a model with a module {path!r}, and this model has none")
+        for name, (old, new) in wanted.items():
+            here = getattr(modules[path], name, None)
+            if plan.desc["made"].get("framework") == "torch" and here != old:
+                raise PlanError(f"desc was made for a model whose {path}.{name} is {old}, and here it is {here!r}")
+            if here == old:
+                changes.set(modules[path], name, new)
+    config = getattr(model, "config", None)
+    for name, (old, new) in plan.config.items():
+        if config is not None and getattr(config, name, None) == old:
+            changes.set(config, name, new)
+
+
+@contextlib.contextmanager
+def rehearsing(model: nn.Module, plan: Plan, names: Mapping[str, str]) -> Iterator[dict[str, tuple[int, ...]]]:
+    """Attributes as after the cut while the context is open; gives the shapes after the cut."""
+    changes = Changes()
+    try:
+        shapes = shapes_after(model, plan, names)
+        rewrite(model, plan, shapes, names, changes)
+        yield shapes
+    finally:
+        changes.undo()
+
+
+def shapes_after(model: nn.Module, plan: Plan, names: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
+    """Shapes of all parameters and buffers after the cut, tied ones under each of their names."""
+    wanted = {names[p]: s for p, s in plan.sizes().items()}
+    first = {id(t): p for p, t in tensors(model).items()}
+    return {p: wanted.get(first[id(t)], tuple(t.shape)) for p, t in named_tensors(model)}
+
+
+def cut(model: nn.Module, plan: Plan, names: Mapping[str, str]) -> None:
+    """Cut parameters, buffers and attributes, in place; on an error the model is as it was.
+
+    Args:
+        model: the model.
+        plan: what to keep.
+        names: the plan's parameter paths -> the model's.
+    """
+    found = tensors(model)
+    old: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]] = []
+    changes = Changes()
+    try:
+        rewrite(model, plan, shapes_after(model, plan, names), names, changes)
+        for path, axes in plan.indices.items():
+            tensor = found[names[path]]
+            fresh = _select(tensor.detach(), [a for a in axes])
+            old.append((tensor, tensor.data, tensor.grad))
+            # The Parameter itself stays, so that tied names, hooks and references go on meaning it.
+            tensor.grad = None
+            tensor.data = fresh
+    except BaseException:
+        for tensor, data, grad in old:
+            tensor.data = data
+            tensor.grad = grad
+        changes.undo()
+        raise
+
+
+def _select(tensor: torch.Tensor, axes: list[np.ndarray[Any, Any] | None]) -> torch.Tensor:
+    # The axis that shrinks most goes first, so that later ones copy less.
+    order = sorted((len(i) / tensor.shape[a], a) for a, i in enumerate(axes) if i is not None)
+    for _, axis in order:
+        index = axes[axis]
+        assert index is not None
+        if len(index) < tensor.shape[axis]:
+            tensor = tensor.index_select(axis, torch.from_numpy(index).to(tensor.device))
+    return tensor.contiguous()
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The model's device, as the bridge tells it."""
+    return bridge.device_of(model)
