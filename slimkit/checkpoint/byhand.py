@@ -1,0 +1,236 @@
+"""Saving an object by hand and loading it again, on PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from slimkit import bridge
+from slimkit.core import check, files, placing, saving
+from slimkit.core.errors import ArgumentError
+from slimkit.core.openweights import open_weights
+from slimkit.core.placing import LoadReport
+from slimkit.core.saving import Items, Saving
+from slimkit.core.weightfile import Array, Arrays, Entry, Weights, tag_of
+from slimkit.torchfile import TorchFile, restored, stored, write_torch
+from slimkit.torchfile import tag_of as torch_tag_of
+
+import torch
+
+ENDINGS = (".safetensors", ".pt", ".pth", ".bin")
+
+
+def save_checkpoint(
+    save_obj: Any,
+    ckpt_file_name: Any,
+    choice_func: Callable[[str], bool] | None = None,
+    append_dict: Mapping[str, Any] | None = None,
+    async_save: bool = False,
+    *,
+    manifest: bool = True,
+) -> Saving:
+    """Save a module, a sub-module, or any tensors, numbers and strings, atomically.
+
+    Args:
+        save_obj: a module (its state dict), a dict name -> value, or a list of {"name": ..., "data": ...}; values are
+            tensors, NumPy arrays, numbers or strings.
+        ckpt_file_name: .safetensors, .pt, .pth or .bin; a name without an ending gets .safetensors.
+        choice_func: save only the names for which it is true.
+        append_dict: more names and values to save along, as {"epoch_size": 10}.
+        async_save: copy everything now, write in the background; `.wait()` on the result raises what went wrong.
+        manifest: write FILE.manifest.json, by which a load finds the first damaged tensor.
+
+    Returns:
+        A `Saving` with `.path`, `.done` and `.wait()`.
+
+    Raises:
+        ArgumentTypeError, ArgumentError: an object, name or value that cannot be saved.
+        LinkPathError: the file is a symbolic link.
+        OSError: the disk is full or the folder cannot be written; an older file is as it was.
+
+    Example:
+        >>> import tempfile
+        >>> path = tempfile.mkdtemp() + "/hyper.safetensors"
+        >>> save_checkpoint([{"name": "epoch_size", "data": 10}, {"name": "w", "data": torch.ones(2)}], path).done
+        True
+        >>> load_checkpoint(path)["epoch_size"]
+        10
+    """
+    path = _path_to_save(ckpt_file_name)
+    items = items_of(save_obj, append_dict).chosen(choice_func)
+    return write(path, items, async_save=async_save, manifest=manifest)
+
+
+def write(path: Path, items: Items, *, async_save: bool, manifest: bool) -> Saving:
+    """Write items in the format of the path's ending."""
+    writer = None if path.suffix == ".safetensors" else _write_torch
+    return saving.save(path, items, async_save=async_save, with_manifest=manifest, writer=writer)
+
+
+def _path_to_save(name: Any) -> Path:
+    path = files.as_path(name, "ckpt_file_name")
+    if not path.suffix:
+        path = path.with_name(path.name + ENDINGS[0])
+    if path.suffix not in ENDINGS:
+        raise ArgumentError(
+            f"ckpt_file_name must end in {', '.join(ENDINGS)}; convert_checkpoint writes .ckpt. Received: {str(path)!r}"
+        )
+    return path
+
+
+def _write_torch(path: Path, items: Items, tensors: Iterable[tuple[str, Array]]) -> None:
+    write_torch(path, {n: restored(a, items.entries[n].dtype) for n, a in tensors}, items.values)
+
+
+def items_of(save_obj: Any, append_dict: Mapping[str, Any] | None = None) -> Items:
+    """What a module, a dict or a list holds; a tensor with two names in a module is saved under the first."""
+    if isinstance(save_obj, torch.nn.Module):
+        items, seen = Items(), set()
+        for name, tensor in save_obj.state_dict(keep_vars=True).items():
+            if isinstance(tensor, torch.Tensor) and id(tensor) not in seen:
+                seen.add(id(tensor))
+                items.add(name, *described(tensor))
+    elif isinstance(save_obj, (Mapping, list, tuple)):
+        items = saving.gather(save_obj, _described_or_none)
+    else:
+        check.wrong_type("save_obj", "a torch.nn.Module, a dict, or a list of {'name': ..., 'data': ...}", save_obj)
+    if append_dict is not None:
+        check.instance(append_dict, dict, "append_dict", "a dict of names and values")
+        more = saving.gather(append_dict, _described_or_none)
+        for name, entry in more.entries.items():
+            items.add(name, entry, more.fetch[name])
+        for name, value in more.values.items():
+            items.add_value(name, value)
+    return items
+
+
+def described(tensor: torch.Tensor) -> tuple[Entry, Callable[[], Array]]:
+    """A tensor's entry, and how its stored values are fetched."""
+    return Entry(torch_tag_of(tensor), tuple(tensor.shape)), partial(stored, tensor)
+
+
+def _described_or_none(value: Any) -> tuple[Entry, Callable[[], Array]] | None:
+    if isinstance(value, torch.Tensor):
+        return described(value)
+    if isinstance(value, (np.ndarray, np.generic)):
+        array = np.asarray(value)
+        return Entry(tag_of(array), tuple(array.shape)), lambda: array
+    return None
+
+
+def load_checkpoint(
+    ckpt_file_name: Any,
+    net: torch.nn.Module | None = None,
+    strict_load: bool = False,
+    filter_prefix: str | Sequence[str] | None = None,
+    choice_func: Callable[[str], bool] | None = None,
+    *,
+    verify: bool = True,
+) -> dict[str, Any]:
+    """Read a checkpoint into a dict, which may be edited and saved again; load it into a module if one is given.
+
+    Args:
+        ckpt_file_name: .safetensors, .pt, .pth, .bin, a sharded index, a Hugging Face directory, or MindSpore's .ckpt.
+        net: also load into this module, in place, as `load_param_into_net` does.
+        strict_load: for `net`, as `load_param_into_net` says.
+        filter_prefix: names that begin so (or with one of a list) are left out.
+        choice_func: only names for which it is true are read.
+        verify: hold every tensor against FILE.manifest.json, where there is one.
+
+    Returns:
+        name -> tensor on the CPU, number or string.
+
+    Raises:
+        FileFormatError: the file is missing or damaged; the first bad tensor is named.
+        PatternError: a filter that matches nothing.
+        PlanError: it does not fit the module.
+    """
+    with open_weights(ckpt_file_name, TorchFile, "ckpt_file_name") as source:
+        make = lambda _name, array, dtype: restored(array, dtype).clone()
+        found = placing.read_all(source, make, filter_prefix, choice_func, verify=verify)
+    if net is not None:
+        load_param_into_net(net, found, strict_load)
+    return found
+
+
+def load_param_into_net(
+    net: torch.nn.Module,
+    parameter_dict: Any,
+    strict_load: bool = False,
+    filter_prefix: str | Sequence[str] | None = None,
+    choice_func: Callable[[str], bool] | None = None,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    report_only: bool = False,
+    verify: bool = True,
+) -> LoadReport:
+    """Load a checkpoint into a module, in place; nothing is changed unless all of it fits.
+
+    Args:
+        net: the module.
+        parameter_dict: what `load_checkpoint` returned, or a path to read tensor by tensor.
+        strict_load: names must be equal and every parameter must get a value. False: a name also matches where one of
+            the two ends with the other ("net.conv.weight" and "conv.weight"), and parameters may keep their values.
+        filter_prefix: names in the checkpoint that begin so (or with one of a list) are not loaded.
+        choice_func: only names in the checkpoint for which it is true are loaded.
+        optimizer: also restore the state that `TrainableParamsCheckPoint(optimizer_state=True)` saved.
+        report_only: what does not fit is only reported.
+        verify: hold every tensor against FILE.manifest.json, where there is one.
+
+    Returns:
+        A `LoadReport`: loaded, missing, unused, mismatched, renamed, filtered, values, verified.
+
+    Raises:
+        PlanError: a tensor without a place, a differing shape, or with strict_load a parameter without a value.
+        PatternError: a filter that matches nothing.
+        FileFormatError: the file is damaged; the first bad tensor is named.
+
+    Example:
+        >>> layer = torch.nn.Linear(2, 1)
+        >>> load_param_into_net(layer, {"net.weight": torch.ones(1, 2)}).missing
+        ['bias']
+    """
+    bridge.check_model(net, "net")
+    state = {n: t for n, t in net.state_dict(keep_vars=True).items() if isinstance(t, torch.Tensor)}
+    groups: dict[int, list[str]] = {}
+    for name, tensor in state.items():
+        groups.setdefault(id(tensor), []).append(name)
+
+    def assign(name: str, array: Array, dtype: str) -> None:
+        with torch.no_grad():
+            state[name].copy_(restored(array, dtype))
+
+    with _opened(parameter_dict) as source:
+        restore = None
+        if optimizer is not None:
+            from slimkit.checkpoint.trainable import plan_optimizer
+
+            restore = plan_optimizer(net, check.instance(optimizer, torch.optim.Optimizer, "optimizer"), source)
+        report = placing.load_into(
+            source,
+            {n: Entry(torch_tag_of(t), tuple(t.shape)) for n, t in state.items()},
+            assign,
+            verify=verify,
+            strict_load=strict_load,
+            filter_prefix=filter_prefix,
+            choice_func=choice_func,
+            report_only=report_only,
+            tied=groups.values(),
+            optimizer_apart=restore is not None,
+        )
+        if restore is not None:
+            restore()
+        return report
+
+
+def _opened(parameter_dict: Any) -> Weights:
+    if not isinstance(parameter_dict, Mapping):
+        return open_weights(parameter_dict, TorchFile, "parameter_dict")
+    items = saving.gather(parameter_dict, _described_or_none)
+    source = Arrays({n: (f(), items.entries[n].dtype) for n, f in items.fetch.items()})
+    source.values = items.values
+    return source

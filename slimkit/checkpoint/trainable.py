@@ -1,0 +1,276 @@
+"""A callback that saves the trainable parameters only: for slimkit's trainer, Hugging Face, Lightning, plain loops."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from slimkit.checkpoint.byhand import described, write
+from slimkit.core import check, files, placing
+from slimkit.core.errors import PlanError
+from slimkit.core.placing import values_of
+from slimkit.core.savepolicy import CheckpointConfig, SavePolicy, appended
+from slimkit.core.saving import Items, Saving
+from slimkit.core.weightfile import Weights
+from slimkit.torchfile import restored
+
+import torch
+
+# An optimizer's state lies under OPTIMIZER + "state.<parameter>.<slot>" and OPTIMIZER + "group.<number>.<key>".
+OPTIMIZER = placing.OPTIMIZER
+
+
+class TrainableParamsCheckPoint:
+    """Save the parameters that train, and nothing else, in the course of a training.
+
+    One object serves four ways: in the callbacks of slimkit's `Trainer`, of Hugging Face's, of Lightning's, or in your
+    own loop by `step_end(model)` after each update and `end(model)` after the last. Files are called
+    PREFIX-EPOCH_STEP.safetensors. Where several processes train together, the first one writes.
+
+    Args:
+        directory: an absolute path that is no symbolic link; made if it does not exist.
+        prefix: how the files' names begin; "_1", "_2" ... is added where another run has used it.
+        config: when to save and what to keep; None is CheckpointConfig().
+        batch_norm_statistics: also save running means and variances, which are no parameters.
+        optimizer_state: also save the optimizer's moments and settings, for going on exactly where it was.
+
+    Raises:
+        ArgumentTypeError: `config` is no CheckpointConfig.
+        ArgumentError: `directory` is None or empty, or `prefix` holds a slash.
+        LinkPathError: `directory` is a symbolic link.
+        AbsolutePathError: `directory` is relative.
+
+    Example:
+        >>> import tempfile
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 1))
+        >>> _ = model[0].requires_grad_(False)
+        >>> saver = TrainableParamsCheckPoint(tempfile.mkdtemp())
+        >>> saver.step_end(model)
+        >>> from slimkit import load_checkpoint
+        >>> sorted(load_checkpoint(saver.latest_ckpt_file_name))
+        ['1.bias', '1.weight']
+    """
+
+    def __init__(
+        self,
+        directory: Any,
+        prefix: str = "DELTA_CKP",
+        config: CheckpointConfig | None = None,
+        *,
+        batch_norm_statistics: bool = False,
+        optimizer_state: bool = False,
+    ) -> None:
+        if config is not None:
+            check.instance(config, CheckpointConfig, "config")
+        self.config = config or CheckpointConfig()
+        self.directory = files.save_directory(directory)
+        if "/" in check.text(prefix, "prefix"):
+            check.wrong_value("prefix", "a name without '/'", prefix)
+        self.batch_norm_statistics = check.boolean(batch_norm_statistics, "batch_norm_statistics")
+        self.optimizer_state = check.boolean(optimizer_state, "optimizer_state")
+        self.directory.mkdir(parents=True, exist_ok=True)
+        c = self.config
+        self._policy = SavePolicy(
+            self.directory,
+            prefix,
+            f".{c.format}",
+            c.save_checkpoint_steps,
+            c.save_checkpoint_seconds,
+            c.keep_checkpoint_max,
+            c.keep_checkpoint_per_n_minutes,
+        )
+        self._saving: Saving | None = None
+        self._latest = ""
+        self._step = self._epoch = self._before_epoch = 0
+
+    @property
+    def latest_ckpt_file_name(self) -> str:
+        """The file written last, or ""."""
+        return self._latest
+
+    def step_end(
+        self,
+        model: torch.nn.Module,
+        *,
+        step: int | None = None,
+        epoch: int | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+    ) -> None:
+        """Save if it is time, after one update of the parameters.
+
+        Args:
+            model: the trained model.
+            step: updates done so far, over all epochs; None counts the calls.
+            epoch: the epoch, from 1; None goes on with the last one named.
+            optimizer: needed where optimizer_state was asked for.
+        """
+        self._step = self._step + 1 if step is None else step
+        if epoch is not None and epoch != self._epoch:
+            self._before_epoch = self._step - 1
+        self._epoch = epoch or self._epoch or 1
+        self._save(model, optimizer, last=False)
+
+    def end(self, model: torch.nn.Module, *, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Save what the last step left, and wait for a save in the background."""
+        if self._step:
+            self._save(model, optimizer, last=True)
+        if self._saving is not None:
+            self._saving.wait()
+
+    def _save(self, model: torch.nn.Module, optimizer: Any, *, last: bool) -> None:
+        if not self._policy.due(self._step, last=last):
+            return
+        if self._saving is not None:
+            self._saving.wait()
+        saved = self.config.saved_network if self.config.saved_network is not None else model
+        items = trainable_items(saved, statistics=self.batch_norm_statistics)
+        if self.optimizer_state:
+            _add_optimizer(items, unwrapped(saved), optimizer)
+        now = {"epoch_num": self._epoch, "step_num": self._step}
+        for name, value in appended(self.config.append_info).items():
+            items.add_value(name, now.get(name, value))
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if distributed and torch.distributed.get_rank() != 0:
+            self._policy.last_step = self._step
+            return
+        path = self._policy.next_file(self._epoch, self._step - self._before_epoch, self._step)
+        self._saving = write(path, items, async_save=self.config.async_save, manifest=True)
+        self._latest = str(path)
+
+    # The four callers differ in what they pass; what they pass tells them apart.
+
+    def on_step_end(self, caller: Any, *more: Any, **named: Any) -> None:
+        """Called by slimkit's trainer with itself, by Hugging Face's with arguments, state and control."""
+        if more:
+            state = more[0]
+            self.step_end(
+                named["model"],
+                step=state.global_step,
+                epoch=max(1, math.ceil(state.epoch or 0)),
+                optimizer=_plain_optimizer(named.get("optimizer")),
+            )
+        else:
+            self.step_end(
+                caller.model, step=caller.global_step, epoch=caller.epoch, optimizer=_plain_optimizer(caller.optimizer)
+            )
+
+    def on_train_batch_end(self, trainer: Any, module: torch.nn.Module, *_: Any) -> None:
+        """Called by Lightning after each batch."""
+        if trainer.global_step != self._step:
+            optimizer = _plain_optimizer(trainer.optimizers[0])
+            self.step_end(module, step=trainer.global_step, epoch=trainer.current_epoch + 1, optimizer=optimizer)
+
+    def on_train_end(self, caller: Any, *more: Any, **named: Any) -> None:
+        """Called by all three trainers after the last step."""
+        if "model" in named:
+            self.end(named["model"], optimizer=_plain_optimizer(named.get("optimizer")))
+        elif more:
+            self.end(more[0], optimizer=_plain_optimizer(caller.optimizers[0]))
+        else:
+            self.end(caller.model, optimizer=_plain_optimizer(caller.optimizer))
+
+    @property
+    def state_key(self) -> str:
+        """What Lightning calls this callback by."""
+        return f"{type(self).__qualname__}{self.directory}{self._policy.prefix}"
+
+    _legacy_state_key = state_key
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: Lightning's own checkpoints need not hold this callback."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to load."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        # Trainers call every hook there is; the others mean nothing here.
+        if name.startswith("on_") or name in ("setup", "teardown"):
+            return lambda *_args, **_named: None
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+
+def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
+    """The user's own module inside data-parallel and compiled ones."""
+    while type(model).__name__ in ("DistributedDataParallel", "DataParallel", "OptimizedModule"):
+        model = getattr(model, "module", None) or model._orig_mod
+    return model
+
+
+def _plain_optimizer(optimizer: Any) -> Any:
+    """The optimizer inside accelerate's or Lightning's wrapper."""
+    while not isinstance(optimizer, torch.optim.Optimizer) and hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return getattr(optimizer, "optimizer", optimizer)
+
+
+def trainable_items(model: torch.nn.Module, *, statistics: bool) -> Items:
+    """The parameters of a model that want a gradient, and on request the running statistics of its batch norms."""
+    items = Items()
+    model = unwrapped(model)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            items.add(name, *described(_whole(parameter)))
+    for path, module in model.named_modules() if statistics else ():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            for key, buffer in module.named_buffers(recurse=False):
+                items.add(f"{path}.{key}" if path else key, *described(buffer))
+    return items
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that several devices share parts of, put together."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def _add_optimizer(items: Items, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+    check.instance(optimizer, torch.optim.Optimizer, "optimizer", "the optimizer, as optimizer_state=True asks")
+    assert optimizer is not None
+    names = {id(p): n for n, p in model.named_parameters()}
+    for number, group in enumerate(optimizer.param_groups):
+        for key, value in group.items():
+            if isinstance(value, (bool, int, float, str)):
+                items.add_value(f"{OPTIMIZER}group.{number}.{key}", value)
+        for parameter in group["params"]:
+            for slot, value in optimizer.state.get(parameter, {}).items():
+                name = f"{OPTIMIZER}state.{names.get(id(parameter), '?')}.{slot}"
+                if isinstance(value, torch.Tensor):
+                    items.add(name, *described(_whole(value)))
+
+
+def plan_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer, source: Weights) -> Callable[[], None]:
+    """Check an optimizer's state in a checkpoint against the optimizer; returns what puts it there, in place."""
+    parameters = dict(unwrapped(model).named_parameters())
+    own = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    slots: list[tuple[torch.nn.Parameter, str, str]] = []
+    for name, entry in source.entries.items():
+        if not name.startswith(OPTIMIZER + "state."):
+            continue
+        path, _, slot = name[len(OPTIMIZER) + 6 :].rpartition(".")
+        parameter = parameters.get(path)
+        if parameter is None or id(parameter) not in own:
+            raise PlanError(f"{name!r}: the optimizer has no parameter {path!r}.")
+        if entry.shape not in ((), (1,), tuple(parameter.shape)):
+            raise PlanError(f"{name!r} has shape {list(entry.shape)}, its parameter has {list(parameter.shape)}.")
+        slots.append((parameter, slot, name))
+    if not slots:
+        raise PlanError(f"{source.path} holds no optimizer state; it was saved without optimizer_state=True.")
+    settings: list[tuple[dict[str, Any], str, Any]] = []
+    for name, value in values_of(source).items():
+        if name.startswith(OPTIMIZER + "group."):
+            number, _, key = name[len(OPTIMIZER) + 6 :].partition(".")
+            if not number.isdigit() or int(number) >= len(optimizer.param_groups):
+                raise PlanError(f"{name!r}: the optimizer has {len(optimizer.param_groups)} parameter groups.")
+            settings.append((optimizer.param_groups[int(number)], key, value))
+
+    def restore() -> None:
+        for parameter, slot, name in slots:
+            value = restored(source.raw(name), source.entries[name].dtype).clone()
+            # A step count stays on the CPU in its own type; moments live where the parameter does.
+            moment = value.shape == parameter.shape
+            optimizer.state[parameter][slot] = value.to(parameter.device) if moment else value
+        for group, key, value in settings:
+            group[key] = value
+
+    return restore
