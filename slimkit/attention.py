@@ -74,7 +74,13 @@ class PrunedMultiheadAttention(nn.MultiheadAttention):
                 continue
             if mask.dtype == torch.bool:
                 mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(mask, float("-inf"))
-            if mask is not attn_mask and padding is not None and mask.dim() == 2 and total is None and attn_mask is None:
+            if (
+                mask is not attn_mask
+                and padding is not None
+                and mask.dim() == 2
+                and total is None
+                and attn_mask is None
+            ):
                 mask = mask.view(n_batch, 1, 1, -1)
             elif mask.dim() == 3:
                 # torch gives one mask a batch element and head; a pruned module may have fewer heads than the mask was made for.

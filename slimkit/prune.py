@@ -47,8 +47,8 @@ class TorchWing:
 
     def rehearse(self, plan: Plan) -> tuple[Graph, str | None]:
         names = {p: p for p in plan.shapes}
-        with surgery.rehearsing(self.model, plan, names) as shapes:
-            recorder = Recorder(self.model, shapes, real=bool(self._real))
+        with surgery.rehearsing(self.model, plan, names, bool(self._real)):
+            recorder = Recorder(self.model, real=bool(self._real))
             try:
                 record(recorder, self.model, example(self.model, self.inputs))
             except Exception as error:
@@ -182,7 +182,9 @@ def save_pruned(directory: Any, model: nn.Module, desc: dict[str, Any]) -> None:
     for path, shape in wanted.items():
         if path not in found or tuple(found[path].shape) != shape:
             here = list(found[path].shape) if path in found else "nothing"
-            raise FileFormatError(f"model must be the one that desc pruned: {path} should be {list(shape)}, here it is {here}")
+            raise FileFormatError(
+                f"model must be the one that desc pruned: {path} should be {list(shape)}, here it is {here}"
+            )
     state = model.state_dict()
     seen: dict[int, str] = {}
     tensors, tied = {}, {}

@@ -110,9 +110,16 @@ class Changes:
         self._done.append((owner, name, old))
         setattr(owner, name, value)
 
+    def put(self, store: dict[str, Any], key: str, value: Any) -> None:
+        self._done.append((store, key, store[key]))
+        store[key] = value
+
     def undo(self) -> None:
         for owner, name, old in reversed(self._done):
-            setattr(owner, name, old)
+            if isinstance(owner, dict):
+                owner[name] = old
+            else:
+                setattr(owner, name, old)
         self._done.clear()
 
 
@@ -152,15 +159,41 @@ def rewrite(model: nn.Module, plan: Plan, shapes: Shapes, names: Mapping[str, st
 
 
 @contextlib.contextmanager
-def rehearsing(model: nn.Module, plan: Plan, names: Mapping[str, str]) -> Iterator[dict[str, tuple[int, ...]]]:
-    """Attributes as after the cut while the context is open; gives the shapes after the cut."""
+def rehearsing(model: nn.Module, plan: Plan, names: Mapping[str, str], real: bool = False) -> Iterator[None]:
+    """Attributes and shapes of the model as after the cut, while the context is open; values are made up.
+
+    Args:
+        model: the model; it is as it was when the context closes.
+        plan: the plan.
+        names: the plan's parameter paths -> the model's.
+        real: the stand-ins hold numbers, for models that must be computed.
+    """
     changes = Changes()
     try:
         shapes = shapes_after(model, plan, names)
         rewrite(model, plan, shapes, names, changes)
-        yield shapes
+        stand_ins: dict[int, torch.Tensor] = {}
+        for path, tensor in tensors(model).items():
+            if shapes[path] != tuple(tensor.shape):
+                stand_ins[id(tensor)] = _stand_in(tensor, shapes[path], real)
+        for module in model.modules():
+            for store in (module._parameters, module._buffers):
+                for key, tensor in store.items():
+                    if id(tensor) in stand_ins:
+                        changes.put(store, key, stand_ins[id(tensor)])
+        yield
     finally:
         changes.undo()
+
+
+def _stand_in(tensor: torch.Tensor, shape: tuple[int, ...], real: bool) -> torch.Tensor:
+    made = torch.empty(shape, dtype=tensor.dtype, device="meta")
+    if real:
+        made = tensor.detach()
+        for axis, size in enumerate(shape):
+            made = made.narrow(axis, 0, size)
+        made = made.clone()
+    return nn.Parameter(made, requires_grad=False) if isinstance(tensor, nn.Parameter) else made
 
 
 def shapes_after(model: nn.Module, plan: Plan, names: Mapping[str, str]) -> dict[str, tuple[int, ...]]:

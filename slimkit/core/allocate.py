@@ -28,7 +28,9 @@ class Account:
 
     def __init__(self, view: View, what: str = "params") -> None:
         buffers, full = view.coupling.graph.buffers, view.counts
-        terms = [e for p, e in view.axes.items() if p not in buffers] if what == "params" else [e for _, e in view.costs]
+        terms = (
+            [e for p, e in view.axes.items() if p not in buffers] if what == "params" else [e for _, e in view.costs]
+        )
         self._build(terms, full)
 
     @classmethod
@@ -137,7 +139,9 @@ def allocate(
     """
     full = np.asarray(sizes, dtype=np.int64)
     steps = account.steps(alignment, full)
-    floors = np.minimum(full, np.maximum(-(-np.ceil(full * floor_ratio - 1e-9).astype(np.int64) // steps) * steps, steps))
+    floors = np.minimum(
+        full, np.maximum(-(-np.ceil(full * floor_ratio - 1e-9).astype(np.int64) // steps) * steps, steps)
+    )
     if not len(full) or account.count(full) <= target:
         return Allocation(dict(zip(account.names, full.tolist())), account.count(full), target, [])
     if account.count(floors) >= target:

@@ -37,7 +37,9 @@ def scope_sizes(view: View, counts: Mapping[str, int]) -> dict[str, Sizes]:
             for part, label in _parts(expr, kinds):
                 old = size_of(part, full)
                 new = size_of(part, counts)
-                sizes.setdefault(old, {}).setdefault(label if isinstance(part, (str, list)) else "whole", set()).add(new)
+                sizes.setdefault(old, {}).setdefault(label if isinstance(part, (str, list)) else "whole", set()).add(
+                    new
+                )
         out[scope] = sizes
     return out
 

@@ -62,7 +62,11 @@ def make_desc(
 
 
 def _mentions(expr: Expr, names: set[str]) -> bool:
-    return expr in names if isinstance(expr, str) else isinstance(expr, list) and any(_mentions(e, names) for e in expr[1:])
+    return (
+        expr in names
+        if isinstance(expr, str)
+        else isinstance(expr, list) and any(_mentions(e, names) for e in expr[1:])
+    )
 
 
 def _without(expr: Expr, used: set[str], full: Mapping[str, int]) -> Expr:
@@ -99,7 +103,9 @@ class Plan:
             for name, index in self.keep.items():
                 sound = index.ndim == 1 and len(index) and (np.diff(index) > 0).all()
                 if not sound or index[0] < 0 or index[-1] >= self.full[name]:
-                    raise PlanError(f"desc keeps indices of {name} that are not ascending within 0..{self.full[name] - 1}")
+                    raise PlanError(
+                        f"desc keeps indices of {name} that are not ascending within 0..{self.full[name] - 1}"
+                    )
             self.indices = {
                 path: [kept(e, self.full, self.keep) if not isinstance(e, int) else None for e in exprs]
                 for path, exprs in self.axes.items()
@@ -138,7 +144,9 @@ class Plan:
         for path, shape in self.shapes.items():
             name = path if path in shapes else plain.get(_plain(path))
             if name is None:
-                raise PlanError(f"desc was made for a model with {path!r} {list(shape)}, and this model has no such parameter")
+                raise PlanError(
+                    f"desc was made for a model with {path!r} {list(shape)}, and this model has no such parameter"
+                )
             if not _same_shape(tuple(shapes[name]), shape):
                 raise PlanError(
                     f"desc was made for {path!r} of shape {list(shape)}, and this model's is {list(shapes[name])}. "
@@ -147,7 +155,9 @@ class Plan:
             names[path] = name
         extra = [p for p in shapes if p not in set(names.values())]
         if extra:
-            raise PlanError(f"desc was made for a model without {extra[0]!r} {list(shapes[extra[0]])}, and this one has it")
+            raise PlanError(
+                f"desc was made for a model without {extra[0]!r} {list(shapes[extra[0]])}, and this one has it"
+            )
         return names
 
 

@@ -279,7 +279,9 @@ class PrunerBase:
         self._scores = self._score(view)
         chunks = None
         if self._allocation == "global":
-            chunks = {n: np.sort(s if self._method == "lamp" else s / max(s.mean(), 1e-30)) for n, s in self._scores.items()}
+            chunks = {
+                n: np.sort(s if self._method == "lamp" else s / max(s.mean(), 1e-30)) for n, s in self._scores.items()
+            }
         alike = [(v.size, v.kind, len(v.places)) for v in view.variables]
         return allocate(account, full.tolist(), target, self._node_ratio, self._alignment, chunks, alike), account
 
@@ -321,7 +323,9 @@ class PrunerBase:
             "framework": self._wing.framework,
             "reserved_ratio": ratio,
             "budget": self._budget,
-            "importance": self._method if isinstance(self._method, str) else getattr(self._method, "__name__", "function"),
+            "importance": self._method
+            if isinstance(self._method, str)
+            else getattr(self._method, "__name__", "function"),
             "allocation": self._allocation,
             "alignment": self._alignment,
             "node_reserved_ratio": self._node_ratio,
@@ -346,7 +350,9 @@ class PrunerBase:
                     if any(x.elastic and x.kind == FREE for x in map(find, leaves(dim))):
                         continue
                     if size_of(view.expression(dim), counts) != size:
-                        return self._pin(view, place, f"{size} where {size_of(view.expression(dim), counts)} was planned")
+                        return self._pin(
+                            view, place, f"{size} where {size_of(view.expression(dim), counts)} was planned"
+                        )
         if len(other.nodes) < len(graph.nodes) or error:
             return self._pin(view, min(len(other.nodes), len(graph.nodes) - 1), error or "fewer operators ran")
         return True
@@ -388,7 +394,12 @@ class PrunerBase:
         return {
             "params": sum(int(np.prod(s)) for p, s in graph.shapes.items() if p not in graph.buffers),
             "variables": {
-                v.name: {"size": v.size, "kind": v.kind, "layers": list(v.layers), "axes": [f"{p}:{a}" for p, a, _ in v.places]}
+                v.name: {
+                    "size": v.size,
+                    "kind": v.kind,
+                    "layers": list(v.layers),
+                    "axes": [f"{p}:{a}" for p, a, _ in v.places],
+                }
                 for v in view.variables
             },
             "whole": {reason: list(places) for reason, places in view.whole.items()},
@@ -416,6 +427,8 @@ class PrunerBase:
             self._report["notes"].append("nothing more can be pruned: every other axis stays whole")
         if missed:
             logger.warning(
-                "asked to keep %.3f of the %s, reached %.3f; report() says what holds it back", ratio, self._budget,
+                "asked to keep %.3f of the %s, reached %.3f; report() says what holds it back",
+                ratio,
+                self._budget,
                 self._report["reached"],
             )

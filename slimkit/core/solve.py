@@ -204,7 +204,9 @@ class View:
 
     def _collect_heads(self, dim: Dim) -> None:
         dim = find(dim)
-        if dim.kind == PRODUCT and any(x.inner or x.reason == SCALE for p in dim.parts[1:] for x in map(find, leaves(p))):
+        if dim.kind == PRODUCT and any(
+            x.inner or x.reason == SCALE for p in dim.parts[1:] for x in map(find, leaves(p))
+        ):
             self._heads.update(x for x in map(find, leaves(dim.parts[0])) if self._free(x))
         for part in dim.parts:
             self._collect_heads(part)
@@ -323,4 +325,3 @@ def linear_form(expr: Expr, order: Mapping[str, int]) -> tuple[int, dict[int, in
             slopes = {k: v * other for k, v in slopes.items()} | {k: v * constant for k, v in more.items()}
             constant *= other
     return constant, slopes
-

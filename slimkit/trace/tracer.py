@@ -46,16 +46,15 @@ class Recorder(TorchDispatchMode):
     looks at token ids, positions or shapes runs as it always does.
 
     Args:
-        sizes: paths of parameters and buffers -> shape to pretend, for a rehearsal of a cut.
+        model: the model that will run.
         real: compute everything for real instead (models that look at activations).
     """
 
-    def __init__(self, model: nn.Module, sizes: Mapping[str, tuple[int, ...]] | None = None, real: bool = False) -> None:
+    def __init__(self, model: nn.Module, real: bool = False) -> None:
         super().__init__()
         self.graph = Graph()
         self.real = real
         self.scopes: list[str] = [""]
-        self._sizes = sizes or {}
         self._numbers: dict[int, int] = {}
         self._alive: list[Any] = []
         self._twins: dict[int, torch.Tensor] = {}
@@ -68,7 +67,7 @@ class Recorder(TorchDispatchMode):
                 continue
             self._owners[id(tensor)] = path
             self._sources[path] = tensor
-            self.graph.shapes[path] = tuple(self._sizes.get(path, tensor.shape))
+            self.graph.shapes[path] = tuple(tensor.shape)
             if not isinstance(tensor, nn.Parameter):
                 self.graph.buffers.add(path)
             if tensor.device.type != "meta" and tensor.numel():
@@ -82,16 +81,9 @@ class Recorder(TorchDispatchMode):
         found = self._twins.get(key)
         if found is not None:
             return found
-        path = self._owners[key]
-        shape = self.graph.shapes[path]
-        if self.real:
-            made = tensor.detach()
-            for axis, size in enumerate(shape):
-                made = made.narrow(axis, 0, size)
-        else:
-            made = torch.empty(shape, dtype=tensor.dtype, device="meta")
+        made = tensor.detach() if self.real else torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
         self._twins[key] = made
-        self._number(made, "param", path)
+        self._number(made, "param", self._owners[key])
         return made
 
     def _number(self, tensor: torch.Tensor, kind: str = "result", path: str = "") -> int:
@@ -118,12 +110,6 @@ class Recorder(TorchDispatchMode):
             tensor.device.type != "meta" and tensor.numel() <= 100_000 and bool((tensor == tensor.flatten()[0]).all())
         )
         return self._number(tensor, "uniform" if alike else "constant")
-
-    def _known(self, value: Any) -> bool:
-        return id(value) in self._numbers and self.graph.values[self._numbers[id(value)]].kind not in (
-            "constant",
-            "uniform_real",
-        )
 
     # Operators -------------------------------------------------------------------------------------------------
 
@@ -168,7 +154,9 @@ class Recorder(TorchDispatchMode):
 
     def _run(self, func: Any, name: str, args: list[Any], kwargs: dict[str, Any], tensors: list[torch.Tensor]) -> Any:
         if name == "nonzero":
-            self.graph.notes.append(f"{self.scopes[-1] or 'model'}: nonzero of an activation was taken to find every index")
+            self.graph.notes.append(
+                f"{self.scopes[-1] or 'model'}: nonzero of an activation was taken to find every index"
+            )
             return torch.ones(tuple(args[0].shape), dtype=torch.bool).nonzero()
         if not self.real and name == "index":
             args[1] = self._plain_indices(args[1])
@@ -222,8 +210,10 @@ class Recorder(TorchDispatchMode):
 
     def _moved(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
-            return value if value.device.type == "meta" else torch.empty_strided(
-                value.shape, value.stride(), dtype=value.dtype, device="meta"
+            return (
+                value
+                if value.device.type == "meta"
+                else torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
             )
         if isinstance(value, list) and any(isinstance(v, torch.Tensor) for v in value):
             return [self._moved(v) for v in value]
@@ -239,7 +229,9 @@ class Recorder(TorchDispatchMode):
         if reader is not None:
             reader(self._emit, args, kwargs, outs)
         elif name in POINTWISE or torch.Tag.pointwise in func.tags:
-            self._emit("elementwise", [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)], outs, fn=name)
+            self._emit(
+                "elementwise", [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)], outs, fn=name
+            )
         else:
             given = [a for item in (*args, *kwargs.values()) for a in (item if isinstance(item, list) else [item])]
             self._emit("opaque", [a for a in given if isinstance(a, torch.Tensor)], outs, fn=name)
@@ -331,21 +323,20 @@ def example(model: nn.Module, inputs: Any) -> Any:
         inputs = getattr(model, "dummy_inputs", None)
     if inputs is None:
         check.wrong_value(
-            "inputs", "an example of what the model takes (a tensor, tuple, list or dict): this model carries none", inputs
+            "inputs",
+            "an example of what the model takes (a tensor, tuple, list or dict): this model carries none",
+            inputs,
         )
     return inputs
 
 
-def trace(
-    model: nn.Module, inputs: Any, sizes: Mapping[str, tuple[int, ...]] | None = None, real: bool | None = None
-) -> Trace:
+def trace(model: nn.Module, inputs: Any, real: bool | None = None) -> Trace:
     """Trace a model into the neutral graph.
 
     Args:
         model: any torch module; it is not changed, and runs in eval mode.
         inputs: an example: a tensor, a tuple or list of arguments, or a dict of keyword arguments. Only shapes matter, and
             the values of whole-number tensors.
-        sizes: shapes to pretend for some parameters, by path.
         real: True computes activations, False never does; None computes them only where shapes are not enough.
 
     Returns:
@@ -356,19 +347,21 @@ def trace(
     """
     if not real:
         try:
-            return Trace(_trace(model, inputs, sizes, False), False)
+            return Trace(_trace(model, inputs, False), False)
         except Exception as error:
             if real is False:
-                raise GraphError(f"the model does not run on the example given: {type(error).__name__}: {error}") from error
+                raise GraphError(
+                    f"the model does not run on the example given: {type(error).__name__}: {error}"
+                ) from error
             logger.info("shapes alone do not carry the trace (%s); computing it for real", error)
     try:
-        return Trace(_trace(model, inputs, sizes, True), True)
+        return Trace(_trace(model, inputs, True), True)
     except Exception as error:
         raise GraphError(f"the model does not run on the example given: {type(error).__name__}: {error}") from error
 
 
-def _trace(model: nn.Module, inputs: Any, sizes: Mapping[str, tuple[int, ...]] | None, real: bool) -> Graph:
-    recorder = Recorder(model, sizes, real)
+def _trace(model: nn.Module, inputs: Any, real: bool) -> Graph:
+    recorder = Recorder(model, real)
     record(recorder, model, inputs)
     return recorder.graph
 
