@@ -1,0 +1,131 @@
+"""The distillation losses for PyTorch; slimkit.core.distill_losses defines them, these must agree to 1e-5."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+from slimkit import bridge  # noqa: F401  (says in one line that torch is missing)
+from slimkit.core.distill import LossTerm
+from slimkit.core.distill_losses import MASKED_KEY, MASKED_SCORE
+
+import torch
+from torch import Tensor
+from torch.nn.functional import log_softmax, softmax
+
+Loss: TypeAlias = Callable[[Tensor, Tensor, LossTerm, "Tensor | None"], Tensor]
+
+
+def row_mean(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean over rows, or over the rows whose mask is 1."""
+    return values.mean() if mask is None else (values * mask).sum() / mask.sum().clamp(min=1)
+
+
+def places(x: Tensor) -> Tensor:
+    """A map (batch, width, h, w) as (batch, h*w, width); anything else as it is."""
+    return x if x.ndim != 4 else x.flatten(2).transpose(1, 2)
+
+
+def pool(x: Tensor, how: str, mask: Tensor | None) -> Tensor:
+    """(batch, length, width) -> (batch, width)."""
+    if how == "first":
+        return x[:, 0]
+    if mask is None:
+        return x.mean(1)
+    weight = mask[:, :, None]
+    return (x * weight).sum(1) / weight.sum(1).clamp(min=1)
+
+
+def kd_cross_entropy(s: Tensor, t: Tensor, term: LossTerm, mask: Tensor | None) -> Tensor:
+    """-sum p_t log p_s."""
+    p = softmax(t / term.temperature, -1)
+    return row_mean(-(p * log_softmax(s / term.temperature, -1)).sum(-1), mask)
+
+
+def kd_mse(s: Tensor, t: Tensor, term: LossTerm, mask: Tensor | None) -> Tensor:
+    """Squared difference of logits."""
+    return row_mean(((s - t) / term.temperature).square().mean(-1), mask)
+
+
+def kd_kl_div(s: Tensor, t: Tensor, term: LossTerm, mask: Tensor | None) -> Tensor:
+    """KL(teacher || student)."""
+    log_t = log_softmax(t / term.temperature, -1)
+    return row_mean((log_t.exp() * (log_t - log_softmax(s / term.temperature, -1))).sum(-1), mask)
+
+
+def hard_kd_cross_entropy(s: Tensor, t: Tensor, term: LossTerm, mask: Tensor | None) -> Tensor:
+    """Cross entropy against the teacher's most likely class."""
+    return row_mean(-log_softmax(s, -1).gather(-1, t.argmax(-1, keepdim=True)).squeeze(-1), mask)
+
+
+def hidden_mse(s: Tensor, t: Tensor, term: LossTerm, mask: Tensor | None) -> Tensor:
+    """Squared difference of hidden states."""
+    if mask is None:
+        return torch.nn.functional.mse_loss(places(s), places(t))
+    return row_mean((places(s) - places(t)).square().mean(-1), mask)
+
+
+def hidden_cosine(s: Tensor, t: Tensor, term: LossTerm, mask: Tensor | None) -> Tensor:
+    """1 - cosine of hidden states."""
+    s, t = places(s), places(t)
+    lengths = [x.square().sum(-1).clamp(min=1e-16).sqrt() for x in (s, t)]
+    return row_mean(1 - (s * t).sum(-1) / lengths[0] / lengths[1], mask)
+
+
+def states(x: Tensor, n_samples: int | None = None) -> Tensor:
+    """Hidden states as (samples, places, width)."""
+    x = places(x)
+    return x if x.ndim == 3 else x.reshape(n_samples or 1, -1, x.shape[-1])
+
+
+def _pairs_mean(values: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is None:
+        return values.mean()
+    mask = mask.reshape(values.shape[0], -1)
+    pairs = mask[:, :, None] * mask[:, None, :]
+    return (values * pairs).sum() / pairs.sum().clamp(min=1)
+
+
+def mmd(s: Tensor, t: Tensor, term: LossTerm, mask: Tensor | None) -> Tensor:
+    """Squared difference of Gram matrices over width."""
+    n = term.func_param[0] if term.func_param else None
+    gram_s, gram_t = (x @ x.transpose(1, 2) / x.shape[-1] for x in (states(s, n), states(t, n)))
+    return _pairs_mean((gram_s - gram_t).square(), mask)
+
+
+def attention_mse(s: Tensor, t: Tensor, term: LossTerm, mask: Tensor | None) -> Tensor:
+    """Squared difference of attention maps."""
+    s, t = (torch.where(x <= MASKED_SCORE, torch.zeros_like(x), x) for x in (s, t))
+    if s.ndim == 3:
+        s, t = s[:, None], t[:, None]
+    if s.shape[1] != t.shape[1]:
+        s, t = s.mean(1, keepdim=True), t.mean(1, keepdim=True)
+    return _pairs_mean((s - t).square().mean(1), mask)
+
+
+def relation(s: Tensor, t: Tensor, term: LossTerm, mask: Tensor | None) -> Tensor:
+    """KL between the scaled dot-product relations of states."""
+    heads = term.func_param[0] if term.func_param else 1
+    logs = []
+    for x in (states(s), states(t)):
+        x = x.unflatten(-1, (heads, -1)).transpose(1, 2)  # (samples, heads, places, width / heads)
+        scores = x @ x.transpose(2, 3) / (x.shape[-1] ** 0.5 * term.temperature)
+        if mask is not None:
+            scores = scores + (1 - mask.reshape(x.shape[0], 1, 1, -1)) * MASKED_KEY
+        logs.append(log_softmax(scores, -1))
+    log_s, log_t = logs
+    divergence = (log_t.exp() * (log_t - log_s)).sum(-1).mean(1)  # (samples, places)
+    return row_mean(divergence, None if mask is None else mask.reshape(divergence.shape))
+
+
+LOSSES: dict[str, Loss] = {
+    "KDCrossEntropy": kd_cross_entropy,
+    "KDMse": kd_mse,
+    "KDKLDiv": kd_kl_div,
+    "HardKDCrossEntropy": hard_kd_cross_entropy,
+    "HiddenMse": hidden_mse,
+    "HiddenCosine": hidden_cosine,
+    "MMD": mmd,
+    "AttentionMse": attention_mse,
+    "Relation": relation,
+}
