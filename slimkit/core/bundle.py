@@ -62,7 +62,8 @@ def write_bundle(
         },
     }
     # The manifest goes last: until it is there, its digests refuse the new tensors beside the old manifest.
-    files.write_tensors(folder / TENSORS, dict(sorted(tensors.items())), {"format": "np", "bundle": FORMAT})
+    # One metadata key: the writer puts several into random order, and equal bundles would differ in their bytes.
+    files.write_tensors(folder / TENSORS, dict(sorted(tensors.items())), {"format": FORMAT})
     files.write_json(folder / MANIFEST, manifest)
     return folder
 

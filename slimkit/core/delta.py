@@ -22,6 +22,13 @@ KINDS: dict[str, tuple[str, ...]] = {
     "prefix": (),
     "prompt": (),
 }
+OPTIONS: dict[str, tuple[str, ...]] = {
+    "lora": ("rank", "alpha", "dropout", "rslora", "dora", "init", "keep_zeros", "ranks", "alphas"),
+    "adapter": ("bottleneck_size", "non_linearity"),
+    "low_rank_adapter": ("reduction_factor", "low_rank_size", "low_rank_w_init", "non_linearity"),
+    "prefix": ("prefix_token_num", "mid_dim", "dropout_rate", "projection"),
+    "prompt": ("num_virtual_tokens", "init", "text_ids"),
+}
 LORA_INITS = ("kaiming", "gaussian", "pissa")
 
 # The names MindSpore's get_activation knows, which the documents refer to; both wings offer all of them.
@@ -40,6 +47,47 @@ class ActivationError(ArgumentError, ArgumentTypeError, KeyError):
     """An activation of that name does not exist; a KeyError where the documents say so, a ValueError elsewhere."""
 
     __str__ = Exception.__str__  # KeyError would show the message in quotes
+
+
+class SizeError(ArgumentError, ArgumentTypeError):
+    """A size below 1: the documents promise a TypeError for one class and a ValueError for another."""
+
+
+def size(value: Any, name: str) -> int:
+    """A positive int; a bool or another type is a TypeError, 0 and below are a TypeError and a ValueError alike."""
+    check.instance(value, int, name, "a positive int")
+    if value < 1:
+        raise SizeError(f"{name} must be a positive int. Received: {value!r}")
+    return int(value)
+
+
+def rate(value: Any, name: str) -> float:
+    """A dropout rate, int or float, in [0, 1)."""
+    check.instance(value, (int, float), name, "a float")
+    return check.ratio(value, name, zero=True)
+
+
+def check_prefix(prefix_token_num: Any, batch_size: Any) -> int:
+    """Prefix tokens per sample; the number of tokens must be a multiple of the batch."""
+    tokens, batch = size(prefix_token_num, "prefix_token_num"), size(batch_size, "batch_size")
+    if tokens % batch:
+        check.wrong_value("prefix_token_num", f"a multiple of batch_size = {batch}", tokens)
+    return tokens // batch
+
+
+def check_pairs(rows: int, labels: int) -> int:
+    """The number of samples behind logits that rdrop_repeat doubled."""
+    if rows % 2 or rows == 0:
+        check.wrong_value("logits", "of an even number of rows, two for each sample (see rdrop_repeat)", rows)
+    if labels != rows:
+        check.wrong_value("label_ids", f"of {rows} rows, as many as the logits", labels)
+    return rows // 2
+
+
+def check_rdrop_alpha(alpha: Any) -> float:
+    """R-Drop's weight: an int or float."""
+    check.instance(alpha, (int, float), "alpha", "an int or float")
+    return float(alpha)
 
 
 def activation_name(value: Any, name: str) -> str:
@@ -97,7 +145,7 @@ def check_shape(shape: Sequence[int], wanted: Sequence[int], name: str, words: s
 
 def check_reduction(hidden_size: int, reduction_factor: int, argument: str = "hidden_size") -> int:
     """The bottleneck's width, hidden_size // reduction_factor; ArgumentError when nothing would be left."""
-    check.positive(reduction_factor, "reduction_factor")
+    size(reduction_factor, "reduction_factor")
     if reduction_factor > hidden_size:
         check.wrong_value("reduction_factor", f"at most {argument} = {hidden_size}", reduction_factor)
     return hidden_size // reduction_factor

@@ -42,7 +42,7 @@ class Hands(ABC):
         return
 
     @abstractmethod
-    def make(self, kind: str, module: Any, options: Mapping[str, Any]) -> Any:
+    def make(self, kind: str, module: Any, name: str, dtype: Any, options: Mapping[str, Any]) -> Any:
         """The delta layer that takes a module's place, sharing its parameters; a LoRA layer has no delta yet."""
 
     @abstractmethod
@@ -78,6 +78,8 @@ def apply_layers(
     Everything is decided and built before the model is touched.
     """
     rules.delta_name(name)
+    for option in options:
+        check.choice(option, rules.OPTIONS[kind], f"option of {kind}")
     sites = hands.sites(model)
     standing = hands.layers(model)
     for path, layer in standing.items():
@@ -114,9 +116,9 @@ def apply_layers(
         if id(module) in made:
             new[path] = made[id(module)]
         elif path not in standing:
-            layer = made[id(module)] = new[path] = hands.make(kind, module, options)
-            if specs is not None:
-                layer.add(name, specs[path], dtype, fresh=fresh)
+            layer = made[id(module)] = new[path] = hands.make(kind, module, name, dtype, options)
+            if kind == "lora":
+                layer.add(name, (specs or {})[path], dtype, fresh=fresh)
     for path in paths:
         layer = standing.get(path)
         if layer is not None and name not in layer.specs:

@@ -1,11 +1,11 @@
-"""The book-keeping of named LoRAs on one layer: which exist, which speak and how loud, and whether they are merged."""
+"""The book-keeping of the deltas on one layer: which exist, which speak and how loud, and whether they are merged."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from typing import Any, NamedTuple
 
-from slimkit.core.delta import LoraSpec, key
+from slimkit.core.delta import DEFAULT_NAME, LoraSpec, key
 from slimkit.core.errors import ArgumentError
 
 PARTS = ("a", "b", "magnitude", "a0", "b0")
@@ -119,3 +119,15 @@ class NamedLoras:
         """The deltas, for a printed model."""
         deltas = ", ".join(f"{n}: rank {s.rank}" for n, s in self.specs.items())
         return f"lora=({deltas})" + (", merged" if self.unmerged is not None else "")
+
+
+class OneAdapter:
+    """The book-keeping of a layer that ends in one adapter."""
+
+    def begin(self, options: dict[str, Any], name: str = DEFAULT_NAME) -> None:
+        """Note the adapter's name and options."""
+        self.specs: dict[str, dict[str, Any]] = {name: options}
+
+    def describe(self, name: str) -> dict[str, Any]:
+        """The adapter's options as plain values."""
+        return dict(self.specs[name])

@@ -118,12 +118,14 @@ def load(
     manifest, tensors = read_bundle(directory)
     deltas = _renamed(manifest["deltas"], name)
     sites = hands.sites(model)
-    for path, shape in manifest["base"].get("layers", {}).items():
-        if path not in sites:
+    base_layers = manifest["base"].get("layers", {})
+    for path in dict.fromkeys([*base_layers, *(p for d in deltas for p in d["layers"])]):
+        if path and path not in sites:
             raise ArgumentError(
                 f"the delta in {directory} was trained on a model with a layer {path!r}, which this model does not "
                 f"have{check.near(path, list(sites))}"
             )
+    for path, shape in base_layers.items():
         have = tuple(hands.weight(model, path).shape)
         if list(have) != list(shape):
             raise ArgumentError(
@@ -136,7 +138,7 @@ def load(
     )
     compare_shapes(tensors, {n: tuple(base_tensors[n].shape) for n in manifest["extra"]}, str(directory))
     notes = []
-    here = _base_of(hands, model, list(manifest["base"].get("layers", {})))
+    here = _base_of(hands, model, list(base_layers))
     if here["fingerprint"] != manifest["base"].get("fingerprint"):
         message = f"the base under {directory} had other weights than this model; outputs may differ"
         if same_base:

@@ -1,6 +1,7 @@
 """The delta room: layers with small trainable parts, and the calls that put them on a model and take them off."""
 
 from slimkit.core.delta import DeltaReport
+from slimkit.delta.adapter import AdapterDense, AdapterLayer
 from slimkit.delta.inject import (
     apply_delta,
     disable_delta,
@@ -11,16 +12,29 @@ from slimkit.delta.inject import (
     unmerge_delta,
 )
 from slimkit.delta.lora import LoRADense
+from slimkit.delta.low_rank_adapter import LowRankAdapterDense, LowRankAdapterLayer
+from slimkit.delta.prefix import PrefixEncoder, PrefixLayer
+from slimkit.delta.prompt import PromptTuning
+from slimkit.delta.rdrop import RDropLoss, rdrop_repeat
 from slimkit.delta.travel import load_delta, save_delta
 
 __all__ = [
+    "AdapterDense",
+    "AdapterLayer",
     "DeltaReport",
     "LoRADense",
+    "LowRankAdapterDense",
+    "LowRankAdapterLayer",
+    "PrefixEncoder",
+    "PrefixLayer",
+    "PromptTuning",
+    "RDropLoss",
     "apply_delta",
     "disable_delta",
     "load_delta",
     "lora_plus_groups",
     "merge_delta",
+    "rdrop_repeat",
     "remove_delta",
     "save_delta",
     "set_delta",

@@ -11,9 +11,11 @@ from slimkit.core.bundle import sample_places
 from slimkit.core.delta import PREFIX, Site
 from slimkit.core.freeze import Entry
 from slimkit.core.travel import TravelHands
+from slimkit.delta.adapter import AdapterDense
 from slimkit.delta.layer import DeltaLayer
 from slimkit.delta.lora import LoRADense
 from slimkit.delta.lora_layers import LoRAConv1D, LoRAConv2d, LoRAEmbedding
+from slimkit.delta.low_rank_adapter import LowRankAdapterDense
 
 import torch
 from torch import nn
@@ -24,6 +26,7 @@ _LORA: dict[str, Any] = {
     "conv2d": LoRAConv2d,
     "conv1d": LoRAConv1D,
 }
+_ADAPTERS: dict[str, Any] = {"adapter": AdapterDense, "low_rank_adapter": LowRankAdapterDense}
 # A subclass with a forward of its own computes something else: it is not taken for what it derives from.
 _PLAIN = ((nn.Linear, "linear"), (nn.Embedding, "embedding"), (nn.Conv2d, "conv2d"))
 
@@ -88,15 +91,18 @@ class TorchHands(TravelHands):
         return bridge.get_module(model, path)
 
     def put(self, model: nn.Module, modules: Mapping[str, Any]) -> None:
-        for path, module in modules.items():
+        layer: Any
+        for path, layer in modules.items():
             parent = bridge.get_module(model, path.rpartition(".")[0])
-            if isinstance(parent, nn.TransformerEncoderLayer) and getattr(module, "delta_kind", ""):
+            if isinstance(parent, nn.TransformerEncoderLayer) and isinstance(layer, DeltaLayer):
                 # Its fast path reads the weights and would pass the delta by; a hook makes it call the layers.
-                module.register_forward_pre_hook(_nothing)
-            bridge.set_module(model, path, module)
+                layer.register_forward_pre_hook(_nothing)  # type: ignore[attr-defined]
+            bridge.set_module(model, path, layer)
 
-    def make(self, kind: str, module: nn.Module, options: Mapping[str, Any]) -> Any:
-        return _LORA[kind_of(module)].over(module)
+    def make(self, kind: str, module: nn.Module, name: str, dtype: Any, options: Mapping[str, Any]) -> Any:
+        if kind == "lora":
+            return _LORA[kind_of(module)].over(module)
+        return _ADAPTERS[kind].over(module, name, dtype, dict(options))
 
     def is_sparse(self, module: nn.Module) -> bool:
         weight = module.weight

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from slimkit import bridge
-from slimkit.core import check
 from slimkit.core import shard as rules
 from slimkit.core.delta import (
     DEFAULT_NAME,
@@ -13,6 +12,7 @@ from slimkit.core.delta import (
     check_alpha,
     check_dropout,
     key,
+    size,
 )
 from slimkit.core.named import Part
 from slimkit.delta import initial
@@ -86,9 +86,9 @@ class LoRADense(LoraLayer, DenseBase):
         has_bias: bool = True,
         activation: Any = None,
     ) -> None:
-        check.positive(in_channels, "in_channels")
-        check.positive(out_channels, "out_channels")
-        check.positive(lora_rank, "lora_rank")
+        size(in_channels, "in_channels")
+        size(out_channels, "out_channels")
+        size(lora_rank, "lora_rank")
         check_alpha(lora_alpha)
         check_dropout(lora_dropout)
         a_init = initial.kaiming if isinstance(lora_a_init, str) and lora_a_init == "kaiming" else lora_a_init

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -12,14 +12,17 @@ from slimkit.core.delta import PREFIX, Site
 from slimkit.core.freeze import Entry
 from slimkit.core.travel import TravelHands
 from slimkit_ms import bridge
+from slimkit_ms.delta.adapter import AdapterDense
 from slimkit_ms.delta.layer import DeltaLayer
 from slimkit_ms.delta.lora import LoRADense
 from slimkit_ms.delta.lora_layers import LoRAConv2d, LoRAEmbedding
+from slimkit_ms.delta.low_rank_adapter import LowRankAdapterDense
 
 import mindspore as ms
 from mindspore import nn
 
 _LORA: dict[str, Any] = {"linear": LoRADense, "embedding": LoRAEmbedding, "conv2d": LoRAConv2d}
+_ADAPTERS: dict[str, Any] = {"adapter": AdapterDense, "low_rank_adapter": LowRankAdapterDense}
 # A subclass with a construct of its own computes something else: it is not taken for what it derives from.
 _PLAIN = ((nn.Dense, "linear"), (nn.Embedding, "embedding"), (nn.Conv2d, "conv2d"))
 # MindSpore's parameter -> the same in torch
@@ -61,20 +64,30 @@ def _site(cell: nn.Cell) -> Site:
     return Site(kind, (shape[0], int(weight.size // max(shape[0], 1))), name, True, reason)
 
 
+def _walk(cell: nn.Cell, path: str = "") -> Iterator[tuple[str, nn.Cell]]:
+    """Every path with its cell; unlike cells_and_names, a shared cell comes under each of its paths."""
+    yield path, cell
+    for name, child in cell._cells.items():
+        if child is not None:
+            yield from _walk(child, f"{path}.{name}" if path else name)
+
+
 class MindSporeHands(TravelHands):
     """The MindSpore wing's answers."""
 
     def sites(self, model: nn.Cell) -> dict[str, Site]:
-        return {p: _site(c) for p, c in model.cells_and_names() if p and PREFIX not in p}
+        return {p: _site(c) for p, c in _walk(model) if p and PREFIX not in p}
 
     def layers(self, model: nn.Cell) -> dict[str, Any]:
-        return {p: c for p, c in model.cells_and_names() if isinstance(c, DeltaLayer)}
+        return {p: c for p, c in _walk(model) if isinstance(c, DeltaLayer)}
 
     def module(self, model: nn.Cell, path: str) -> nn.Cell:
-        return bridge.get_module(model, path)
+        for part in path.split(".") if path else ():
+            model = model._cells[part]
+        return model
 
     def put(self, model: nn.Cell, modules: Mapping[str, Any]) -> None:
-        cells = dict(model.cells_and_names())
+        cells = dict(_walk(model))
         for path, cell in modules.items():
             parent_path, _, child = path.rpartition(".")
             parent = cells[parent_path]
@@ -82,16 +95,18 @@ class MindSporeHands(TravelHands):
             parent._cells[child] = cell
             if isinstance(parent, nn.SequentialCell):
                 parent.cell_list = list(parent._cells.values())
-            for name, parameter in cell._params.items():
-                if PREFIX in name and parameter is not None:
+            for name, parameter in cell.parameters_and_names():
+                if PREFIX in name and not parameter.name.endswith(f".{name}"):
                     parameter.name = f"{path}.{name}"
         bridge.forget_graphs(model)
 
     def changed(self, model: nn.Cell) -> None:
         bridge.forget_graphs(model)
 
-    def make(self, kind: str, module: nn.Cell, options: Mapping[str, Any]) -> Any:
-        return _LORA[kind_of(module)].over(module)
+    def make(self, kind: str, module: nn.Cell, name: str, dtype: Any, options: Mapping[str, Any]) -> Any:
+        if kind == "lora":
+            return _LORA[kind_of(module)].over(module)
+        return _ADAPTERS[kind].over(module, name, dtype, dict(options))
 
     def is_sparse(self, module: nn.Cell) -> bool:
         weight = _weight(module).asnumpy()
@@ -121,7 +136,7 @@ class MindSporeHands(TravelHands):
         return flat[sample_places(flat.size)].astype(np.float32)
 
     def weight(self, model: nn.Cell, path: str) -> Any:
-        cell = bridge.get_module(model, path)
+        cell = self.module(model, path)
         merged = getattr(cell, "unmerged", None)
         return _weight(cell) if merged is None else merged
 

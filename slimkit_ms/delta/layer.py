@@ -5,13 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from slimkit.core import check
+from slimkit.core import shard as rules
+from slimkit.core.delta import size
+from slimkit.core.named import OneAdapter
 from slimkit_ms import bridge
 from slimkit_ms.delta import initial
+from slimkit_ms.delta.shard import check_only, record
 
 import mindspore as ms
 from mindspore import nn, ops
 
-__all__ = ["DeltaLayer", "DenseBase", "bridge", "take_over"]
+__all__ = ["AdapterBase", "DeltaLayer", "DenseBase", "bridge", "take_over"]
 
 
 class DeltaLayer:
@@ -65,8 +69,8 @@ class DenseBase(DeltaLayer, nn.Dense):
         param_init_type: Any = ms.float32,
         compute_dtype: Any = ms.float16,
     ) -> None:
-        check.positive(in_channels, "in_channels")
-        check.positive(out_channels, "out_channels")
+        size(in_channels, "in_channels")
+        size(out_channels, "out_channels")
         check.boolean(has_bias, "has_bias")
         initial.dtype(param_init_type, "param_init_type")
         initial.dtype(compute_dtype, "compute_dtype", optional=True)
@@ -91,3 +95,63 @@ class DenseBase(DeltaLayer, nn.Dense):
         take_over(self, dense)
         self.compute_dtype = None
         self.cast = ops.Cast()
+
+    def dense(self, x: Any) -> Any:
+        """activation(x W' + bias), in the compute dtype and back."""
+        kind = x.dtype if self.compute_dtype is None else self.compute_dtype
+        flat = self.cast(self.reshape(x, (-1, x.shape[-1])), kind)
+        out = self.matmul(flat, self.cast(self.weight, kind))
+        if self.has_bias:
+            out = self.bias_add(out, self.cast(self.bias, kind))
+        if self.activation_flag:
+            out = self.activation(out)
+        return self.cast(self.reshape(out, x.shape[:-1] + (self.out_channels,)), x.dtype)
+
+
+class AdapterBase(OneAdapter, DenseBase):
+    """A dense layer that ends in an adapter; the kinds add the adapter."""
+
+    strategies: dict[str, Any]
+
+    @classmethod
+    def build(cls, *args: Any, **options: Any) -> tuple[str, Any]:
+        """The adapter for an output of that width, and the attribute that holds it."""
+        raise AttributeError
+
+    @classmethod
+    def over(cls, dense: nn.Dense, name: str, dtype: Any, options: dict[str, Any]) -> Any:
+        """The layer that takes a dense layer's place, with its very weight and bias and a new adapter."""
+        layer = cls.__new__(cls)
+        attribute, adapter = cls.build(dense.out_channels, dtype or ms.float32, **options)
+        layer._over(dense)
+        layer.insert_child_to_cell(attribute, adapter)
+        layer.begin(dict(options), name)
+        return layer
+
+    @property
+    def adapter(self) -> nn.Cell:
+        """The adapter."""
+        return self._cells[f"mindpet_delta_{self.delta_kind}"]
+
+    def parts(self, name: str, spelled: str | None = None) -> dict[str, Any]:
+        """Path below the layer -> tensor of everything the adapter consists of."""
+        return {f"mindpet_delta_{self.delta_kind}.{n}": p for n, p in self.adapter.parameters_and_names()}
+
+    def _own(self) -> tuple[dict[str, int], dict[str, Any]]:
+        operators = {
+            "matmul_org": self.matmul,
+            "bias_org": self.bias_add if self.has_bias else None,
+            "activation_org": self.activation,
+        }
+        return {"k": self.in_channels, "n": self.out_channels}, operators
+
+    def check_own(self, strategies: dict[str, Any]) -> None:
+        """Check the dense half's strategies before the adapter's are recorded."""
+        check_only(self, rules.DENSE, strategies, *self._own())
+
+    def record_own(self, strategies: dict[str, Any]) -> Any:
+        """Record the dense half's strategies beside the adapter's, in place."""
+        record(self, rules.DENSE, strategies, *self._own())
+        mine: dict[str, Any] = self.strategies
+        self.strategies = {**mine, **self.adapter.strategies}
+        return self

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from slimkit.core import check
 from slimkit.core import shard as rules
-from slimkit.core.delta import DEFAULT_NAME, LoraSpec, check_alpha, check_dropout, key
+from slimkit.core.delta import DEFAULT_NAME, LoraSpec, check_alpha, check_dropout, key, size
 from slimkit_ms import bridge
 from slimkit_ms.delta import initial
 from slimkit_ms.delta.layer import DenseBase
@@ -68,9 +67,9 @@ class LoRADense(LoraLayer, DenseBase):
         has_bias: bool = True,
         activation: Any = None,
     ) -> None:
-        check.positive(in_channels, "in_channels")
-        check.positive(out_channels, "out_channels")
-        check.positive(lora_rank, "lora_rank")
+        size(in_channels, "in_channels")
+        size(out_channels, "out_channels")
+        size(lora_rank, "lora_rank")
         check_alpha(lora_alpha)
         check_dropout(lora_dropout)
         a_init = initial.kaiming() if isinstance(lora_a_init, str) and lora_a_init == "kaiming" else lora_a_init
@@ -171,7 +170,7 @@ class LoRADense(LoraLayer, DenseBase):
         side = self.lora_b_matmul(self.lora_a_matmul(x, a), b) * scale
         return self.part_weights[i] * ((gain - 1) * straight + gain * side)
 
-    def shard(  # type: ignore[override]
+    def shard(
         self,
         strategy_org_dense_matmul: Any = None,
         strategy_org_bias_add: Any = None,

@@ -38,7 +38,7 @@ class LoRAEmbedding(_Over, nn.Embedding):
     """An embedding with low-rank deltas: table[i] + scaling * b a[:, i]."""
 
     @property
-    def weight(self) -> Any:  # type: ignore[override]
+    def weight(self) -> Any:
         """The table, under the name that other layers use."""
         return self.embedding_table
 

@@ -10,7 +10,7 @@ from slimkit_ms import bridge
 
 from mindspore import nn, ops
 
-__all__ = ["bridge", "record"]
+__all__ = ["bridge", "check_only", "record"]
 
 
 def record(
@@ -32,13 +32,24 @@ def record(
     Raises:
         ShardError: a strategy does not fit; nothing is recorded.
     """
-    absent = tuple(name for name, operator in operators.items() if operator is None)
-    activations = {n: type(o).__name__ for n, o in operators.items() if isinstance(o, nn.Cell)}
-    recorded = rules.check_strategies(type(layer).__name__, axes, strategies, sizes, absent, activations)
+    recorded = check_only(layer, axes, strategies, sizes, operators)
     for name, strategy in recorded.items():
         for primitive, its in _primitives(operators[name], strategy):
             primitive.shard(its)
     layer.strategies = recorded
+
+
+def check_only(
+    layer: nn.Cell,
+    axes: Mapping[str, tuple[str, ...]],
+    strategies: Mapping[str, Any],
+    sizes: Mapping[str, int],
+    operators: Mapping[str, Any],
+) -> dict[str, rules.Strategy]:
+    """Check a layer's strategies without recording any; the arguments are those of `record`."""
+    absent = tuple(name for name, operator in operators.items() if operator is None)
+    activations = {n: type(o).__name__ for n, o in operators.items() if isinstance(o, nn.Cell)}
+    return rules.check_strategies(type(layer).__name__, axes, strategies, sizes, absent, activations)
 
 
 def _primitives(operator: Any, strategy: rules.Strategy) -> list[tuple[Any, rules.Strategy]]:

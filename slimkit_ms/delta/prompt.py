@@ -1,0 +1,47 @@
+"""Prompt tuning: trained embeddings of virtual tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from slimkit.core.delta import size
+from slimkit_ms import bridge
+
+import mindspore as ms
+from mindspore import nn
+
+__all__ = ["PromptTuning", "bridge", "ms"]
+
+
+class PromptTuning(nn.Cell):
+    """An embedding of virtual tokens, to be put in front of a text's own.
+
+    Args:
+        num_virtual_tokens: length of the prompt.
+        token_dim: width of an embedded token; the model's hidden size.
+        num_transformer_submodules: 1 for a decoder or encoder, 2 for both together.
+
+    Raises:
+        ArgumentTypeError: a size is not a positive int.
+
+    Source:
+        Lester, Al-Rfou & Constant 2021, "The Power of Scale for Parameter-Efficient Prompt Tuning", section 2.
+
+    Example:
+        >>> PromptTuning(3, 8)(ms.Tensor([[0, 1, 2]])).shape
+        (1, 3, 8)
+    """
+
+    def __init__(self, num_virtual_tokens: int, token_dim: int, num_transformer_submodules: int = 1) -> None:
+        size(num_virtual_tokens, "num_virtual_tokens")
+        size(token_dim, "token_dim")
+        size(num_transformer_submodules, "num_transformer_submodules")
+        super().__init__()
+        self.num_virtual_tokens, self.token_dim = num_virtual_tokens, token_dim
+        self.num_transformer_submodules = num_transformer_submodules
+        total = num_virtual_tokens * num_transformer_submodules
+        self.mindpet_delta_prompttuning_embedding = nn.Embedding(total, token_dim)
+
+    def construct(self, prompt_ids: Any) -> Any:
+        """(batch, tokens) ids to (batch, tokens, token_dim) embeddings."""
+        return self.mindpet_delta_prompttuning_embedding(prompt_ids)

@@ -1,0 +1,210 @@
+"""The delta bundle: saved, opened again, refused when it does not belong; in both frameworks and across them."""
+
+import json
+
+import numpy as np
+import pytest
+
+from slimkit.core.errors import FileFormatError
+from tests.both.test_delta_apply import KINDS, same, snapshot, stir
+
+
+def build(kit, width=8, seed=0):
+    net = kit.named(
+        embed=kit.linear(6, width),
+        body=kit.named(query=kit.linear(width, 8), act=kit.relu(), value=kit.linear(8, 8), norm=kit.layer_norm(8)),
+        head=kit.linear(8, 3),
+    )
+    kit.train_mode(kit.fill(net, seed), False)
+    return net
+
+
+@pytest.fixture
+def x(kit, rng):
+    return kit.tensor(rng.standard_normal((5, 6)).astype(np.float32))
+
+
+def out(kit, net, x):
+    return kit.array(net(x))
+
+
+@pytest.mark.parametrize(("kind", "options"), KINDS)
+def test_saved_and_loaded_gives_the_same_outputs(kit, x, tmp_path, kind, options):
+    net = build(kit)
+    kit.slim.apply_delta(net, kind, ["*query", "*value"], also_train=["head", "body.norm"], **options)
+    stir(kit, net)
+    stir(kit, net, what="head", seed=4)
+    stir(kit, net, what="norm", seed=5)
+    y1 = out(kit, net, x)
+    kit.slim.save_delta(net, tmp_path / "d")
+    fresh = build(kit)
+    report = kit.slim.load_delta(fresh, tmp_path / "d")
+    np.testing.assert_array_equal(out(kit, fresh, x), y1)
+    assert report.notes == ()
+    trains = {n for n, p in kit.params(fresh).items() if kit.trains(p)}
+    assert trains == {n for n, p in kit.params(net).items() if kit.trains(p)}
+    kit.slim.save_delta(fresh, tmp_path / "again")
+    for name in ("manifest.json", "delta.safetensors"):
+        assert (tmp_path / "d" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+
+
+def test_the_bundle_holds_only_what_was_trained(kit, tmp_path):
+    net = build(kit)
+    kit.slim.apply_delta(net, "lora", ["*query"], rank=2)
+    kit.slim.save_delta(net, tmp_path / "d")
+    manifest = json.loads((tmp_path / "d" / "manifest.json").read_text())
+    assert set(manifest["tensors"]) == {"body.query.mindpet_delta_lora_a", "body.query.mindpet_delta_lora_b"}
+    assert manifest["base"]["layers"] == {"body.query": [8, 8]}
+    assert "/" not in json.dumps(manifest)  # no path of the machine it was made on
+
+
+def test_bitfit_travels_without_any_layer(kit, x, tmp_path):
+    net = build(kit)
+    kit.slim.freeze_delta(net, "bitfit")
+    stir(kit, net, what="bias")
+    stir(kit, net, what="beta")
+    kit.slim.save_delta(net, tmp_path / "d")
+    manifest = json.loads((tmp_path / "d" / "manifest.json").read_text())
+    assert set(manifest["extra"]) == {"embed.bias", "body.query.bias", "body.value.bias", "body.norm.bias", "head.bias"}
+    fresh = build(kit)
+    kit.slim.load_delta(fresh, tmp_path / "d")
+    np.testing.assert_array_equal(out(kit, fresh, x), out(kit, net, x))
+
+
+def test_a_merged_model_saves_the_same_bundle(kit, tmp_path):
+    net = build(kit)
+    kit.slim.apply_delta(net, "lora", rank=2)
+    stir(kit, net)
+    kit.slim.save_delta(net, tmp_path / "open")
+    kit.slim.merge_delta(net)
+    kit.slim.save_delta(net, tmp_path / "merged")
+    for name in ("manifest.json", "delta.safetensors"):
+        assert (tmp_path / "open" / name).read_bytes() == (tmp_path / "merged" / name).read_bytes()
+
+
+def test_several_deltas_travel_together_or_one_by_one(kit, x, tmp_path):
+    net = build(kit)
+    for seed, name in enumerate(("p", "q")):
+        kit.slim.apply_delta(net, "lora", ["*query"], rank=2, name=name)
+        stir(kit, net, seed, what=f"_{name}")
+    kit.slim.save_delta(net, tmp_path / "both")
+    kit.slim.save_delta(net, tmp_path / "q", names="q")
+    fresh = build(kit)
+    kit.slim.load_delta(fresh, tmp_path / "both")
+    np.testing.assert_array_equal(out(kit, fresh, x), out(kit, net, x))
+    other = build(kit)
+    kit.slim.load_delta(other, tmp_path / "q", name="r")
+    kit.slim.load_delta(other, tmp_path / "q", name="default")
+    kit.slim.set_delta(net, "q")
+    for name in ("r", "default"):
+        kit.slim.set_delta(other, name)
+        np.testing.assert_array_equal(out(kit, other, x), out(kit, net, x))
+    with pytest.raises(ValueError, match="one delta"):
+        kit.slim.load_delta(build(kit), tmp_path / "both", name="r")
+    with pytest.raises(ValueError, match="'p', 'q'"):
+        kit.slim.save_delta(net, tmp_path / "z", names="z")
+
+
+@pytest.fixture
+def saved(kit, tmp_path):
+    net = build(kit)
+    kit.slim.apply_delta(net, "lora", ["*query"], rank=2, also_train=["head.bias"])
+    stir(kit, net)
+    return kit.slim.save_delta(net, tmp_path / "d")
+
+
+def refuse(kit, folder, net, error, words, **options):
+    before = snapshot(kit, net)
+    with pytest.raises(error, match=words) as caught:
+        kit.slim.load_delta(net, folder, **options)
+    assert isinstance(caught.value, kit.slim.SlimkitError)
+    assert same(snapshot(kit, net), before)
+
+
+def test_a_base_of_another_shape_is_named(kit, saved):
+    refuse(kit, saved, build(kit, width=10), ValueError, r"body\.query has shape \(8, 8\); here it has \(8, 10\)")
+    refuse(kit, saved, kit.named(query=kit.linear(8, 8)), ValueError, r"'body\.query', which this model does not have")
+
+
+def test_another_base_is_reported_or_refused(kit, saved):
+    assert "other weights" in kit.slim.load_delta(build(kit, seed=3), saved).notes[0]
+    refuse(kit, saved, build(kit, seed=3), ValueError, "other weights", same_base=True)
+
+
+def test_a_taken_name_is_refused(kit, saved):
+    net = build(kit)
+    kit.slim.load_delta(net, saved)
+    refuse(kit, saved, net, ValueError, "default")
+
+
+def damage_manifest(folder, change):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    change(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+BAD_MANIFESTS = [
+    (lambda m: m.update(version=2), "version 2"),
+    (lambda m: m.update(format="other"), "not the manifest"),
+    (lambda m: m.pop("deltas"), "deltas"),
+    (lambda m: m.update(tensors=[]), "tensors"),
+    (lambda m: m["tensors"].popitem(), "left over"),
+    (lambda m: m["tensors"].update(ghost={"shape": [1], "sha256": ""}), "missing: ghost"),
+    (lambda m: m["tensors"]["head.bias"].update(sha256="0" * 64), "head.bias.*digest"),
+    (lambda m: m["tensors"]["head.bias"].update(shape=[4]), "head.bias.*shape"),
+    (lambda m: m["deltas"][0].update(name="a.b"), "name"),
+    (lambda m: m["deltas"][0].update(kind="nope"), "kind"),
+    (lambda m: m["deltas"][0].update(layers=3), "not a delta"),
+    (lambda m: m["deltas"][0]["layers"]["body.query"].update(rank=3), "shape"),
+    (lambda m: m["deltas"][0]["layers"]["body.query"].update(rank="2"), "rank"),
+    (lambda m: m["deltas"][0]["layers"]["body.query"].update(ramk=2), "rank"),
+    (lambda m: m["deltas"][0]["layers"].update({"body.nope": {"rank": 2}}), r"body\.nope"),
+    (lambda m: m.update(extra=["head.bais"]), "head.bais"),
+]
+
+
+@pytest.mark.parametrize(("change", "words"), BAD_MANIFESTS)
+def test_a_damaged_manifest_is_refused_and_changes_nothing(kit, saved, change, words):
+    damage_manifest(saved, change)
+    refuse(kit, saved, build(kit), (ValueError, TypeError), words)
+
+
+@pytest.mark.parametrize("cut", [0, 4, 40, -8])
+def test_a_truncated_file_is_refused(kit, saved, cut):
+    file = saved / "delta.safetensors"
+    data = file.read_bytes()
+    file.write_bytes(data[:cut])
+    refuse(kit, saved, build(kit), FileFormatError, "safetensors")
+    flipped = bytearray(data)
+    flipped[-3] ^= 1
+    file.write_bytes(bytes(flipped))
+    refuse(kit, saved, build(kit), FileFormatError, "digest")
+
+
+def test_paths_are_checked(kit, saved, tmp_path):
+    refuse(kit, tmp_path / "missing", build(kit), FileFormatError, "missing")
+    refuse(kit, "", build(kit), ValueError, "directory")
+    refuse(kit, 3, build(kit), TypeError, "directory")
+    with pytest.raises(ValueError, match="format"):
+        kit.slim.save_delta(build(kit), tmp_path / "x", format="pft")
+
+
+def test_an_interrupted_save_never_loads_as_a_mixture(kit, saved, x, monkeypatch):
+    from slimkit.core import files
+
+    net = build(kit)
+    kit.slim.load_delta(net, saved)
+    stir(kit, net, seed=9)
+
+    def full(*_args, **_kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files, "write_json", full)
+    with pytest.raises(OSError, match="space"):
+        kit.slim.save_delta(net, saved)
+    monkeypatch.undo()
+    refuse(kit, saved, build(kit), FileFormatError, "digest")
+    kit.slim.save_delta(net, saved)
+    fresh = build(kit)
+    kit.slim.load_delta(fresh, saved)
+    np.testing.assert_array_equal(out(kit, fresh, x), out(kit, net, x))
