@@ -18,7 +18,7 @@ from slimkit.core.weightfile import STORED, Array, Entry, Weights, as_bytes, in_
 # Checkpoint { repeated Value value = 1 },
 # Value { string tag = 1; TensorProto tensor = 2; MapTensorProto maptensor = 3 },
 # TensorProto { repeated int64 dims = 1; string tensor_type = 2; bytes tensor_content = 3 }.
-_TYPES = {
+TYPES = {
     "BOOL": "Bool",
     "U8": "UInt8",
     "I8": "Int8",
@@ -33,7 +33,7 @@ _TYPES = {
     "F64": "Float64",
     "BF16": "BFloat16",
 }
-_TAGS = {name: tag for tag, name in _TYPES.items()}
+TAGS = {name: tag for tag, name in TYPES.items()}
 
 # Names the numbers that were plain Python values: {name: "int" | "float" | "bool"}. To MindSpore it is a string.
 NUMBERS = "slimkit.numbers"
@@ -80,10 +80,10 @@ class Ckpt(Weights):
                 if tag in strings or tag in self._parts:
                     raise self._damaged(f"{tag!r} stands twice")
                 strings[tag] = (offset, length)
-            elif kind not in _TAGS:
+            elif kind not in TAGS:
                 raise self._damaged(f"tensor {tag!r} has the unknown element type {kind[:40]!r}")
             else:
-                self._add(tag, dims, _TAGS[kind], offset, length, follows=last == tag)
+                self._add(tag, dims, TAGS[kind], offset, length, follows=last == tag)
             last = tag
         for tag, entry in self.entries.items():
             held = sum(length for _, length in self._parts[tag])
@@ -252,7 +252,7 @@ def stream_ckpt(
     """
     values = dict(values or {})
     for name, entry in entries.items():
-        if entry.dtype not in _TYPES:
+        if entry.dtype not in TYPES:
             raise UnsupportedError(f"tensor {name!r}: .ckpt files cannot hold elements of type {entry.dtype}.")
     with files.atomic_file(path) as handle:
         total = 0
@@ -267,7 +267,7 @@ def stream_ckpt(
             content = as_bytes(array, entries[name])
             for at in range(0, max(len(content), 1), _SLICE_BYTES):
                 part = content[at : at + _SLICE_BYTES]
-                put(_head(name, entries[name].shape, _TYPES[entries[name].dtype], len(part)), part)
+                put(_head(name, entries[name].shape, TYPES[entries[name].dtype], len(part)), part)
         kinds = {}
         for name, value in values.items():
             if isinstance(value, str):
@@ -276,7 +276,7 @@ def stream_ckpt(
                 kinds[name] = type(value).__name__
                 dtype = _NUMBER[kinds[name]][0]
                 content = as_bytes(np.array(value, STORED[dtype]), Entry(dtype, ()))
-                put(_head(name, (), _TYPES[dtype], len(content)), content)
+                put(_head(name, (), TYPES[dtype], len(content)), content)
         if kinds:
             _put_text(put, NUMBERS, json.dumps(kinds))
         if crc:

@@ -1,0 +1,247 @@
+"""Saving an object by hand and loading it again, on MindSpore."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+
+from slimkit.core import check, files, placing, saving
+from slimkit.core.ckpt import TAGS, TYPES
+from slimkit.core.errors import ArgumentError, FileFormatError
+from slimkit.core.openweights import open_weights
+from slimkit.core.placing import LoadReport
+from slimkit.core.saving import Items, Saving
+from slimkit.core.weightfile import Array, Arrays, Entry, Weights, decode, tag_of
+from slimkit_ms import bridge
+
+import mindspore as ms
+from mindspore import nn
+
+ENDINGS = (".ckpt", ".safetensors")
+
+
+def save_checkpoint(
+    save_obj: Any,
+    ckpt_file_name: Any,
+    choice_func: Callable[[str], bool] | None = None,
+    append_dict: Mapping[str, Any] | None = None,
+    async_save: bool = False,
+    *,
+    manifest: bool = True,
+) -> Saving:
+    """Save a cell, a sub-cell, or any tensors, numbers and strings, atomically.
+
+    Args:
+        save_obj: a cell (its parameters), a dict name -> value, or a list of {"name": ..., "data": ...}; values are
+            tensors, parameters, NumPy arrays, numbers or strings.
+        ckpt_file_name: .ckpt or .safetensors; a name without an ending gets .ckpt. MindSpore itself reads both.
+        choice_func: save only the names for which it is true.
+        append_dict: more names and values to save along, as {"epoch_size": 10}.
+        async_save: copy everything now, write in the background; `.wait()` on the result raises what went wrong.
+        manifest: write FILE.manifest.json, by which a load finds the first damaged tensor; without it a .ckpt ends with
+            MindSpore's own checksum.
+
+    Returns:
+        A `Saving` with `.path`, `.done` and `.wait()`.
+
+    Raises:
+        ArgumentTypeError, ArgumentError: an object, name or value that cannot be saved.
+        LinkPathError: the file is a symbolic link.
+        OSError: the disk is full or the folder cannot be written; an older file is as it was.
+
+    Example:
+        >>> import tempfile
+        >>> path = tempfile.mkdtemp() + "/hyper.ckpt"
+        >>> save_checkpoint([{"name": "epoch_size", "data": 10}, {"name": "w", "data": ms.Tensor([1.0])}], path).done
+        True
+        >>> load_checkpoint(path)["epoch_size"]
+        10
+    """
+    path = _path_to_save(ckpt_file_name)
+    items = items_of(save_obj, append_dict).chosen(choice_func)
+    return saving.save(path, items, async_save=async_save, with_manifest=manifest, crc=not manifest)
+
+
+def _path_to_save(name: Any) -> Path:
+    path = files.as_path(name, "ckpt_file_name")
+    if not path.suffix:
+        path = path.with_name(path.name + ENDINGS[0])
+    if path.suffix not in ENDINGS:
+        raise ArgumentError(f"ckpt_file_name must end in {' or '.join(ENDINGS)}. Received: {str(path)!r}")
+    return path
+
+
+def items_of(save_obj: Any, append_dict: Mapping[str, Any] | None = None) -> Items:
+    """What a cell, a dict or a list holds."""
+    if isinstance(save_obj, nn.Cell):
+        items = parameter_items(save_obj.get_parameters())
+    elif isinstance(save_obj, (list, tuple)) and save_obj and all(isinstance(v, ms.Parameter) for v in save_obj):
+        items = parameter_items(save_obj)
+    elif isinstance(save_obj, (Mapping, list, tuple)):
+        items = saving.gather(save_obj, _described_or_none)
+    else:
+        check.wrong_type("save_obj", "a mindspore.nn.Cell, a dict, or a list of {'name': ..., 'data': ...}", save_obj)
+    if append_dict is not None:
+        check.instance(append_dict, dict, "append_dict", "a dict of names and values")
+        more = saving.gather(append_dict, _described_or_none)
+        for name, entry in more.entries.items():
+            items.add(name, entry, more.fetch[name])
+        for name, value in more.values.items():
+            items.add_value(name, value)
+    return items
+
+
+def parameter_items(parameters: Any) -> Items:
+    """Parameters under their names; one that several cells share comes once."""
+    items, seen = Items(), set()
+    for parameter in parameters:
+        if id(parameter) not in seen:
+            seen.add(id(parameter))
+            items.add(parameter.name, *described(parameter))
+    return items
+
+
+def described(tensor: ms.Tensor) -> tuple[Entry, Callable[[], Array]]:
+    """A tensor's entry, and how its stored values are fetched."""
+    return Entry(_tag(tensor), tuple(tensor.shape)), partial(stored, tensor)
+
+
+def _tag(tensor: ms.Tensor) -> str:
+    kind = str(tensor.dtype)
+    if kind not in TAGS:
+        raise ArgumentError(f"checkpoints cannot hold tensors of type {kind}; they hold {', '.join(TYPES.values())}.")
+    return TAGS[kind]
+
+
+def stored(tensor: ms.Tensor) -> Array:
+    """A tensor's values in the stored form of weight files: NumPy, bfloat16 as bits."""
+    array = np.asarray(tensor.asnumpy())
+    return array.view(np.uint16) if str(tensor.dtype) == "BFloat16" else array
+
+
+def restored(array: Array, dtype: str) -> ms.Tensor:
+    """The tensor of a stored array."""
+    values = decode(array, dtype)
+    return ms.Tensor(values, ms.bfloat16) if dtype == "BF16" else ms.Tensor(values)
+
+
+def _described_or_none(value: Any) -> tuple[Entry, Callable[[], Array]] | None:
+    if isinstance(value, ms.Tensor):
+        return described(value)
+    if isinstance(value, (np.ndarray, np.generic)):
+        array = np.asarray(value)
+        return Entry(tag_of(array), tuple(array.shape)), lambda: array
+    return None
+
+
+def load_checkpoint(
+    ckpt_file_name: Any,
+    net: nn.Cell | None = None,
+    strict_load: bool = False,
+    filter_prefix: str | Sequence[str] | None = None,
+    choice_func: Callable[[str], bool] | None = None,
+    *,
+    verify: bool = True,
+) -> dict[str, Any]:
+    """Read a checkpoint into a dict, which may be edited and saved again; load it into a cell if one is given.
+
+    Args:
+        ckpt_file_name: .ckpt, .safetensors, a sharded index of the latter, or a folder with either.
+        net: also load into this cell, in place, as `load_param_into_net` does.
+        strict_load: for `net`, as `load_param_into_net` says.
+        filter_prefix: names that begin so (or with one of a list) are left out.
+        choice_func: only names for which it is true are read.
+        verify: hold every tensor against FILE.manifest.json, where there is one.
+
+    Returns:
+        name -> Parameter, number or string.
+
+    Raises:
+        FileFormatError: the file is missing or damaged, or a PyTorch file; the first bad tensor is named.
+        PatternError: a filter that matches nothing.
+        PlanError: it does not fit the cell.
+    """
+    with open_weights(ckpt_file_name, _refuse_torch, "ckpt_file_name") as source:
+        make = lambda name, array, dtype: ms.Parameter(restored(array, dtype), name=name)
+        found = placing.read_all(source, make, filter_prefix, choice_func, verify=verify)
+    if net is not None:
+        load_param_into_net(net, found, strict_load)
+    return found
+
+
+def load_param_into_net(
+    net: nn.Cell,
+    parameter_dict: Any,
+    strict_load: bool = False,
+    filter_prefix: str | Sequence[str] | None = None,
+    choice_func: Callable[[str], bool] | None = None,
+    *,
+    optimizer: nn.Cell | None = None,
+    report_only: bool = False,
+    verify: bool = True,
+) -> LoadReport:
+    """Load a checkpoint into a cell, in place; nothing is changed unless all of it fits.
+
+    Args:
+        net: the cell.
+        parameter_dict: what `load_checkpoint` returned, or a path to read tensor by tensor.
+        strict_load: names must be equal and every parameter must get a value. False: a name also matches where one of
+            the two ends with the other ("net.conv.weight" and "conv.weight"), and parameters may keep their values.
+        filter_prefix: names in the checkpoint that begin so (or with one of a list) are not loaded.
+        choice_func: only names in the checkpoint for which it is true are loaded.
+        optimizer: also restore the state that `TrainableParamsCheckPoint(optimizer_state=True)` saved.
+        report_only: what does not fit is only reported.
+        verify: hold every tensor against FILE.manifest.json, where there is one.
+
+    Returns:
+        A `LoadReport`: loaded, missing, unused, mismatched, renamed, filtered, values, verified.
+
+    Raises:
+        PlanError: a tensor without a place, a differing shape, or with strict_load a parameter without a value.
+        PatternError: a filter that matches nothing.
+        FileFormatError: the file is damaged; the first bad tensor is named.
+
+    Example:
+        >>> layer = nn.Dense(2, 1)
+        >>> load_param_into_net(layer, {"net.weight": ms.Tensor([[1.0, 1.0]])}).missing
+        ['bias']
+    """
+    bridge.check_model(net, "net")
+    parameters = {p.name: p for p in net.get_parameters()}
+    if optimizer is not None:
+        check.instance(optimizer, nn.Optimizer, "optimizer")
+        parameters.update({p.name: p for p in optimizer.get_parameters()})
+
+    def assign(name: str, array: Array, dtype: str) -> None:
+        parameters[name].set_data(ms.Tensor(decode(array, dtype), parameters[name].dtype))
+
+    with _opened(parameter_dict) as source:
+        return placing.load_into(
+            source,
+            {n: Entry(_tag(p), tuple(p.shape)) for n, p in parameters.items()},
+            assign,
+            verify=verify,
+            strict_load=strict_load,
+            filter_prefix=filter_prefix,
+            choice_func=choice_func,
+            report_only=report_only,
+        )
+
+
+def _opened(parameter_dict: Any) -> Weights:
+    if not isinstance(parameter_dict, Mapping):
+        return open_weights(parameter_dict, _refuse_torch, "parameter_dict")
+    items = saving.gather(parameter_dict, _described_or_none)
+    source = Arrays({n: (f(), items.entries[n].dtype) for n, f in items.fetch.items()})
+    source.values = items.values
+    return source
+
+
+def _refuse_torch(path: Path) -> NoReturn:
+    raise FileFormatError(
+        f"{path} is a PyTorch file; MindSpore reads .ckpt and .safetensors. convert_checkpoint makes one of the other."
+    )
