@@ -12,6 +12,7 @@ from slimkit.core.sparse.masks import demand_masks
 from slimkit.sparse.host import kind_of
 
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook  # torch.optim itself hides this module
 
 
 class FrozenZeros:
@@ -32,8 +33,7 @@ class FrozenZeros:
         for module in layers.values():
             # The hook holds this handle, so the zeros stay for as long as the layer lives.
             self._handles.append(module.register_forward_pre_hook(partial(_before_forward, self)))
-        step = torch.optim.optimizer.register_optimizer_step_post_hook
-        self._handles.append(step(partial(_after_step, weakref.ref(self))))
+        self._handles.append(register_optimizer_step_post_hook(partial(_after_step, weakref.ref(self))))
         self.apply()
 
     def apply(self) -> None:
