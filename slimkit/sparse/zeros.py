@@ -30,19 +30,25 @@ class FrozenZeros:
             if weight.requires_grad:
                 # Gradients too: an optimizer's moments would otherwise remember what the zeros wanted to become.
                 self._handles.append(weight.register_hook(partial(_masked, self._pairs, index)))
-        for module in layers.values():
+        for index, name in enumerate(masks):
             # The hook holds this handle, so the zeros stay for as long as the layer lives.
-            self._handles.append(module.register_forward_pre_hook(partial(_before_forward, self)))
+            self._handles.append(layers[name].register_forward_pre_hook(partial(_before_forward, self, index)))
         self._handles.append(register_optimizer_step_post_hook(partial(_after_step, weakref.ref(self))))
         self.apply()
 
     def apply(self) -> None:
         """Set the entries to zero again, in place: for weights changed by hand, such as a merged delta."""
+        for index in range(len(self._pairs)):
+            self._apply_one(index)
+
+    def _apply_one(self, index: int) -> None:
+        weight, drop = self._pairs[index]
+        if drop.device != weight.device:
+            drop = drop.to(weight.device)
+            self._pairs[index] = (weight, drop)
         with torch.no_grad():
-            for index, (weight, drop) in enumerate(self._pairs):
-                if drop.device != weight.device:
-                    drop = drop.to(weight.device)
-                    self._pairs[index] = (weight, drop)
+            # Writing bumps the version that a pending backward checks, so nothing is written that is zero already.
+            if bool(weight.masked_select(drop).any()):
                 weight.masked_fill_(drop, 0)
 
     def remove(self) -> None:
@@ -62,8 +68,8 @@ def _masked(pairs: list[tuple[torch.Tensor, torch.Tensor]], index: int, grad: to
     return grad.masked_fill(pairs[index][1].to(grad.device), 0)
 
 
-def _before_forward(zeros: FrozenZeros, *_: Any) -> None:
-    zeros.apply()
+def _before_forward(zeros: FrozenZeros, index: int, *_: Any) -> None:
+    zeros._apply_one(index)
 
 
 def _after_step(zeros: weakref.ReferenceType[FrozenZeros], *_: Any) -> None:
