@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from slimkit import freeze_zeros
+
 import torch
 from torch import nn
-
-from slimkit import freeze_zeros
 
 
 def half_zero(model):
