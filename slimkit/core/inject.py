@@ -89,6 +89,11 @@ def apply_layers(
         paths, skipped, unmatched = rules.choose(sites, kind, targets, exclude, strict=strict)
     else:
         paths, skipped, unmatched = list(specs), {}, ()
+        for path in paths:
+            site = sites[path]
+            if site.kind not in rules.KINDS[kind] or site.reason:
+                why = site.reason or f"a {site.type_name} cannot take {kind}"
+                raise UnsupportedError(f"{path}: {why}.")
     taken = [p for p in paths if p in standing and name in standing[p].specs]
     if taken:
         raise ArgumentError(f"{taken[0]} carries a delta named {name!r} already; choose another name or remove it.")

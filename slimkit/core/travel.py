@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from slimkit.core import check, files, inject
+from slimkit.core import check, files, inject, peft
 from slimkit.core.bundle import MANIFEST, compare_keys, compare_shapes, fingerprint, read_bundle, write_bundle
-from slimkit.core.delta import KINDS, PREFIX, DeltaReport, delta_name, spec_from_dict
+from slimkit.core.delta import KINDS, PREFIX, DeltaReport, delta_name, key, spec_from_dict
 from slimkit.core.errors import ArgumentError, FileFormatError
 from slimkit.core.freeze import report_of
 from slimkit.core.log import logger
@@ -41,6 +41,31 @@ class TravelHands(inject.Hands):
     @abstractmethod
     def apply_kind(self, model: Any, kind: str, targets: list[str], **options: Any) -> DeltaReport:
         """Put a delta other than lora on a model."""
+
+    def about(self, model: Any) -> dict[str, Any]:
+        """What PEFT's configuration says of the base: its task, and where it came from."""
+        name = getattr(getattr(model, "config", None), "_name_or_path", None)
+        return {"task_type": peft.task_type(type(model).__name__), "base_model_name_or_path": name or None}
+
+    @abstractmethod
+    def load_prompt(
+        self,
+        model: Any,
+        kind: str,
+        config: Mapping[str, Any],
+        tensors: Mapping[str, Array],
+        *,
+        name: str,
+        freeze: bool,
+        where: str,
+    ) -> DeltaReport:
+        """Put a PEFT prefix or prompt on a model."""
+
+    @abstractmethod
+    def save_prompt(
+        self, model: Any, delta: Mapping[str, Any], tensors: Mapping[str, Array], folder: Path, about: dict[str, Any]
+    ) -> None:
+        """Write a prefix or prompt as PEFT's files."""
 
     @abstractmethod
     def neutral(self, model: Any) -> dict[str, Any]:
@@ -75,14 +100,13 @@ def collect(
             extra[name] = hands.value(tensor)
     if not deltas and not extra:
         raise ArgumentError("the model carries no delta and nothing in it trains: there is nothing to save.")
-    paths = [p for d in deltas for p in d["layers"]]
-    base = _base_of(hands, model, paths)
+    base = _base_of(hands, model, {p: p for d in deltas for p in d["layers"]})
     return deltas, {**tensors, **extra}, sorted(extra), base
 
 
-def _base_of(hands: TravelHands, model: Any, paths: list[str]) -> dict[str, Any]:
-    """Shapes and fingerprint of the weights under a delta."""
-    weights = {p: hands.weight(model, p) for p in dict.fromkeys(paths) if p}
+def _base_of(hands: TravelHands, model: Any, paths: Mapping[str, str]) -> dict[str, Any]:
+    """Shapes and fingerprint of the weights under a delta, by the names on the left."""
+    weights = {old: hands.weight(model, new) for old, new in paths.items()}
     weights = {p: w for p, w in weights.items() if w is not None}
     return {
         "fingerprint": fingerprint({p: (tuple(w.shape), hands.sample(w)) for p, w in weights.items()}),
@@ -97,14 +121,6 @@ def save(hands: TravelHands, model: Any, directory: Any, names: Any = None) -> P
     return write_bundle(folder, deltas, tensors, extra, base)
 
 
-def is_bundle(directory: Any) -> bool:
-    """Whether a folder holds a slimkit bundle."""
-    folder = files.as_path(directory, "directory")
-    if not folder.is_dir():
-        raise FileFormatError(f"directory must be an existing folder. Received: {str(folder)!r}")
-    return (folder / MANIFEST).exists()
-
-
 def load(
     hands: TravelHands,
     model: Any,
@@ -113,46 +129,120 @@ def load(
     name: str | None = None,
     freeze: bool = True,
     same_base: bool = False,
+    rename: Any = None,
 ) -> DeltaReport:
-    """Put the deltas of a bundle on a model, in place; see `load_delta` of the wings."""
-    manifest, tensors = read_bundle(directory)
+    """Put saved deltas on a model, in place; see `load_delta` of the wings."""
+    folder = files.as_path(directory, "directory")
+    if not folder.is_dir():
+        raise FileFormatError(f"directory must be an existing folder. Received: {str(folder)!r}")
+    if name is not None:
+        delta_name(name)
+    check.boolean(freeze, "freeze")
+    check.boolean(same_base, "same_base")
+    if not (folder / MANIFEST).exists() and peft.is_adapter(folder):
+        return _load_peft(hands, model, folder, name or "default", freeze, rename)
+    manifest, tensors = read_bundle(folder)
     deltas = _renamed(manifest["deltas"], name)
-    sites = hands.sites(model)
-    base_layers = manifest["base"].get("layers", {})
-    for path in dict.fromkeys([*base_layers, *(p for d in deltas for p in d["layers"])]):
-        if path and path not in sites:
-            raise ArgumentError(
-                f"the delta in {directory} was trained on a model with a layer {path!r}, which this model does not "
-                f"have{check.near(path, list(sites))}"
-            )
-    for path, shape in base_layers.items():
-        have = tuple(hands.weight(model, path).shape)
+    extra = {n: tensors.pop(n) for n in manifest["extra"] if n in tensors}
+    if len(extra) != len(manifest["extra"]):
+        lost = [str(n) for n in manifest["extra"] if n not in extra]
+        raise FileFormatError(f"{folder}: 'extra' names tensors that the file does not hold: {', '.join(lost)}")
+    shapes = manifest["base"].get("layers", {})
+    paths = [*shapes, *(p for d in deltas for p in d["layers"])]
+    new_path = dict(zip(dict.fromkeys(paths), peft.rename_paths(dict.fromkeys(paths, 0), rename)))
+    if rename is not None:
+        tensors, extra = peft.rename_paths(tensors, rename), peft.rename_paths(extra, rename)
+        deltas = [{**d, "layers": {new_path[p]: r for p, r in d["layers"].items()}} for d in deltas]
+    _check_paths(hands, model, new_path.values(), str(folder))
+    for path, shape in shapes.items():
+        have = tuple(hands.weight(model, new_path[path]).shape)
         if list(have) != list(shape):
             raise ArgumentError(
-                f"the delta in {directory} was trained on a base where {path} has shape {tuple(shape)}; here it has "
+                f"the delta in {folder} was trained on a base where {path} has shape {tuple(shape)}; here it has "
                 f"{have}. A pruned base needs the delta trained on it."
             )
-    base_tensors = hands.neutral(model)
-    compare_keys(
-        {n: 0 for n in manifest["extra"] if n in base_tensors}, dict.fromkeys(manifest["extra"], 0), "the base model"
-    )
-    compare_shapes(tensors, {n: tuple(base_tensors[n].shape) for n in manifest["extra"]}, str(directory))
     notes = []
-    here = _base_of(hands, model, list(base_layers))
+    here = _base_of(hands, model, {p: new_path[p] for p in shapes})
     if here["fingerprint"] != manifest["base"].get("fingerprint"):
-        message = f"the base under {directory} had other weights than this model; outputs may differ"
+        message = f"the base under {folder} had other weights than this model; outputs may differ"
         if same_base:
             raise ArgumentError(message)
         logger.warning("%s", message)
         notes.append(message)
-    described = put_on(hands, model, deltas, tensors, set(manifest["extra"]), freeze, str(directory))
-    for key in manifest["extra"]:
-        hands.fill(base_tensors[key], tensors[key])
-        base_tensors[key].requires_grad = True  # it is part of what was trained
+    return _finish(hands, model, deltas, tensors, extra, freeze, str(folder), tuple(notes))
+
+
+def _check_paths(hands: TravelHands, model: Any, paths: Iterable[str], where: str) -> None:
+    sites = hands.sites(model)
+    for path in paths:
+        if path not in sites:
+            raise ArgumentError(
+                f"the delta in {where} was trained on a model with a layer {path!r}, which this model does not "
+                f"have{check.near(path, list(sites))}. load_delta(..., rename=...) translates paths."
+            )
+
+
+def _finish(
+    hands: TravelHands,
+    model: Any,
+    deltas: list[dict[str, Any]],
+    tensors: Mapping[str, Array],
+    extra: Mapping[str, Array],
+    freeze: bool,
+    where: str,
+    notes: tuple[str, ...] = (),
+) -> DeltaReport:
+    """Check the base's tensors, put the deltas on, then fill both."""
+    base = hands.neutral(model)
+    compare_keys({n: 0 for n in extra if n in base}, dict.fromkeys(extra, 0), "the base model")
+    compare_shapes(extra, {n: tuple(base[n].shape) for n in extra}, where)
+    described = put_on(hands, model, deltas, tensors, freeze, where)
+    for spelled, value in extra.items():
+        hands.fill(base[spelled], value)
+        base[spelled].requires_grad = True  # it is part of what was trained
     summary = report_of([e for _, e in hands.entries(model)])
     kinds = ", ".join(dict.fromkeys(d["kind"] for d in deltas))
     named = ", ".join(dict.fromkeys(d["name"] for d in deltas))
-    return DeltaReport(kinds, named, described, trainable=str(summary).splitlines()[0], notes=tuple(notes))
+    return DeltaReport(kinds, named, described, trainable=str(summary).splitlines()[0], notes=notes)
+
+
+def _load_peft(hands: TravelHands, model: Any, folder: Path, name: str, freeze: bool, rename: Any) -> DeltaReport:
+    """Put a Hugging Face PEFT adapter on a model, in place."""
+    config, tensors = peft.read_files(folder)
+    kind = peft.KINDS[config["peft_type"]]
+    if kind == "lora":
+        record, parts, extra = peft.read_lora(config, tensors, name)
+        record["layers"] = peft.rename_paths(record["layers"], rename)
+        parts, extra = peft.rename_paths(parts, rename), peft.rename_paths(extra, rename)
+        _check_paths(hands, model, record["layers"], str(folder))
+        return _finish(hands, model, [record], parts, extra, freeze, str(folder))
+    return hands.load_prompt(model, kind, config, tensors, name=name, freeze=freeze, where=str(folder))
+
+
+def save_peft(hands: TravelHands, model: Any, directory: Any, names: Any = None) -> Path:
+    """Write one delta as Hugging Face PEFT's files; see `save_delta` of the wings."""
+    folder = files.as_path(directory, "directory")
+    deltas, tensors, extra, _ = collect(hands, model, names)
+    if len(deltas) != 1 or deltas[0]["kind"] not in peft.KINDS.values():
+        kinds = ", ".join(f"{d['kind']} {d['name']!r}" for d in deltas) or "none"
+        raise ArgumentError(f"PEFT's files hold one delta of lora, prefix or prompt; choose it by names. Here: {kinds}")
+    delta = deltas[0]
+    about = hands.about(model)
+    if delta["kind"] != "lora":
+        hands.save_prompt(model, delta, tensors, folder, about)
+        return folder
+    specs = {p: spec_from_dict(r) for p, r in delta["layers"].items()}
+    by_path: dict[str, dict[str, Array]] = {p: {} for p in specs}
+    for path, spelled in by_path.items():
+        for part in ("a", "b", "magnitude", "a0", "b0"):
+            value = tensors.get(f"{path}.{key('lora', part, delta['name'])}")
+            if value is not None:
+                spelled[part] = value
+    whole = hands.neutral(model)
+    modules = {n.rpartition(".")[0] for n in extra}
+    kept = {n: hands.value(t) for n, t in whole.items() if n.rpartition(".")[0] in modules and PREFIX not in n}
+    peft.write_lora(folder, specs, by_path, hands.sites(model), kept, about)
+    return folder
 
 
 def put_on(
@@ -160,7 +250,6 @@ def put_on(
     model: Any,
     deltas: list[dict[str, Any]],
     tensors: Mapping[str, Array],
-    extra: set[str],
     freeze: bool,
     where: str,
 ) -> dict[str, Any]:
@@ -177,15 +266,14 @@ def put_on(
                 if path in delta["layers"] and layer.delta_kind == delta["kind"]:
                     for part, tensor in layer.parts(delta["name"], delta["file_name"]).items():
                         wanted[f"{path}.{part}" if path else part] = tensor
-        found = {k: v for k, v in tensors.items() if k not in extra}
-        compare_keys(found, wanted, where)
-        compare_shapes(found, {k: tuple(t.shape) for k, t in wanted.items()}, where)
+        compare_keys(tensors, wanted, where)
+        compare_shapes(tensors, {k: tuple(t.shape) for k, t in wanted.items()}, where)
     except Exception:
         for name in done:
             inject.remove(hands, model, name)
         raise
-    for key, tensor in wanted.items():
-        hands.fill(tensor, tensors[key])
+    for spelled, tensor in wanted.items():
+        hands.fill(tensor, tensors[spelled])
     return described
 
 

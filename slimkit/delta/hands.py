@@ -137,6 +137,12 @@ class TorchHands(TravelHands):
     def neutral(self, model: nn.Module) -> dict[str, Any]:
         return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
+    def load_prompt(self, model: Any, kind: str, config: Any, tensors: Any, **options: Any) -> Any:
+        raise AttributeError
+
+    def save_prompt(self, model: Any, delta: Any, tensors: Any, folder: Any, about: Any) -> None:
+        raise AttributeError
+
     def apply_kind(self, model: nn.Module, kind: str, targets: list[str], **options: Any) -> Any:
         from slimkit.delta.inject import apply_delta
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from slimkit import bridge
@@ -49,7 +49,8 @@ def save_delta(
         ['delta.safetensors', 'manifest.json']
     """
     bridge.check_model(model)
-    check.choice(format, FORMATS, "format")
+    if check.choice(format, FORMATS, "format") == "peft":
+        return travel.save_peft(hands, model, directory, names)
     return travel.save(hands, model, directory, names)
 
 
@@ -60,6 +61,7 @@ def load_delta(
     name: str | None = None,
     freeze: bool = True,
     same_base: bool = False,
+    rename: Mapping[str, str] | Callable[[str], str] | None = None,
 ) -> DeltaReport:
     """Put saved deltas on a model, in place: a slimkit bundle of either framework, or a Hugging Face PEFT adapter.
 
@@ -70,6 +72,7 @@ def load_delta(
         freeze: stop everything else from training.
         same_base: refuse a base whose weights are not those the delta was trained on; otherwise the log and the report
             say so.
+        rename: how paths in the file are called here: {beginning: beginning}, or a function of a path.
 
     Returns:
         The layers changed, and the share of parameters that train now.
@@ -80,4 +83,4 @@ def load_delta(
         In every case the model is as it was.
     """
     bridge.check_model(model)
-    return travel.load(hands, model, directory, name=name, freeze=check.boolean(freeze, "freeze"), same_base=same_base)
+    return travel.load(hands, model, directory, name=name, freeze=freeze, same_base=same_base, rename=rename)

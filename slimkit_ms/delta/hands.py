@@ -149,6 +149,12 @@ class MindSporeHands(TravelHands):
                     found[f"{prefix}.{name}" if prefix else name] = parameter
         return found
 
+    def load_prompt(self, model: Any, kind: str, config: Any, tensors: Any, **options: Any) -> Any:
+        raise AttributeError
+
+    def save_prompt(self, model: Any, delta: Any, tensors: Any, folder: Any, about: Any) -> None:
+        raise AttributeError
+
     def apply_kind(self, model: nn.Cell, kind: str, targets: list[str], **options: Any) -> Any:
         from slimkit_ms.delta.inject import apply_delta
 
