@@ -2,155 +2,36 @@
 
 from __future__ import annotations
 
-import pickle
-import struct
-import zipfile
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from slimkit import bridge  # noqa: F401 - says in one line that torch is missing
-from slimkit.core import files
-from slimkit.core.errors import FileFormatError
-from slimkit.core.weightfile import Array, Entry, Weights
+from slimkit.core import files, torchfile
+from slimkit.core.torchfile import tag_of as tag_of
+from slimkit.core.weightfile import Array
 
 import torch
 
-_DTYPES = {
-    torch.bool: "BOOL",
-    torch.uint8: "U8",
-    torch.int8: "I8",
-    torch.uint16: "U16",
-    torch.int16: "I16",
-    torch.uint32: "U32",
-    torch.int32: "I32",
-    torch.uint64: "U64",
-    torch.int64: "I64",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float32: "F32",
-    torch.float64: "F64",
-    torch.complex64: "C64",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-}
-TORCH_DTYPES = {tag: dtype for dtype, tag in _DTYPES.items()}
 
-# Under these keys training scripts put the weights beside an optimizer or an epoch.
-_WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "net", "weights")
-
-# What the restricted unpickler and the tensor rebuilders raise on damaged or hostile files.
-_LOAD_ERRORS = (
-    pickle.UnpicklingError,
-    RuntimeError,
-    ValueError,
-    KeyError,
-    IndexError,
-    AttributeError,
-    TypeError,
-    AssertionError,
-    EOFError,
-    OSError,
-    MemoryError,
-    OverflowError,
-    RecursionError,
-    NotImplementedError,
-    struct.error,
-)
-
-
-class TorchFile(Weights):
+class TorchFile(torchfile.TorchFile):
     """One torch.save file of tensors; its data stay on the disk until a tensor is asked for."""
 
     def __init__(self, path: files.PathLike) -> None:
-        super().__init__(Path(path))
-        size = self.path.stat().st_size
-        zipped = self._check_zip(size)
-        try:
-            found = torch.load(self.path, map_location="cpu", weights_only=True, mmap=zipped)
-        except _LOAD_ERRORS as error:
-            raise self._damaged(str(error).partition("\n")[0][:300]) from None
-        if not isinstance(found, Mapping):
-            raise self._damaged(f"it holds a {type(found).__name__}, not a dict of tensors")
-        self._tensors: dict[str, torch.Tensor] = {}
-        for name, value in _unwrapped(found).items():
-            if not isinstance(name, str):
-                raise self._damaged(f"the name {str(name)[:40]} is no str")
-            if isinstance(value, torch.Tensor):
-                self._add(name, value, size)
-            elif isinstance(value, (bool, int, float, str)):
-                self.values[name] = value
-        if not self._tensors:
-            raise self._damaged("it holds no tensor")
-
-    def _damaged(self, why: str) -> FileFormatError:
-        return FileFormatError(f"{self.path} is not a PyTorch weight file that loads with weights_only=True: {why}")
-
-    def _check_zip(self, size: int) -> bool:
-        if not zipfile.is_zipfile(self.path):
-            return False
-        try:
-            with zipfile.ZipFile(self.path) as archive:
-                members = archive.infolist()
-        except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError, UnicodeDecodeError) as error:
-            raise self._damaged(str(error)) from None
-        # torch.save stores without compression; anything else is a bomb or no weight file.
-        if any(m.compress_type != zipfile.ZIP_STORED for m in members) or sum(m.file_size for m in members) > size:
-            raise self._damaged("its parts are compressed or claim more bytes than the file has")
-        return True
-
-    def _add(self, name: str, tensor: torch.Tensor, size: int) -> None:
-        if tensor.layout is not torch.strided or tensor.is_quantized or tensor.dtype not in _DTYPES:
-            raise self._damaged(f"tensor {name!r} is of kind {tensor.dtype}, {tensor.layout}")
-        entry = Entry(_DTYPES[tensor.dtype], tuple(tensor.shape))
-        # A stride of zero makes a small storage look like terabytes.
-        if entry.nbytes > size or tensor.untyped_storage().nbytes() > size:
-            raise self._damaged(f"tensor {name!r} claims {entry.nbytes} bytes in a file of {size}")
-        self.entries[name] = entry
-        self._tensors[name] = tensor.detach()
-
-    def raw(self, name: str) -> Array:
-        return stored(self._tensors[name])
-
-    def close(self) -> None:
-        self._tensors.clear()
-
-
-def _unwrapped(found: Mapping[Any, Any]) -> Mapping[Any, Any]:
-    """The dict of tensors inside what training scripts save around it."""
-    for _ in range(4):
-        if any(isinstance(v, torch.Tensor) for v in found.values()):
-            return found
-        inner = [found[k] for k in _WRAPPERS if isinstance(found.get(k), Mapping)]
-        if len(inner) != 1:
-            return found
-        found = inner[0]
-    return found
-
-
-def tag_of(tensor: torch.Tensor) -> str:
-    """The element type's name in weight files."""
-    return _DTYPES[tensor.dtype]
+        super().__init__(path, torch)
 
 
 def stored(tensor: torch.Tensor) -> Array:
     """A tensor's values in the stored form of weight files: NumPy, on the CPU, bfloat16 and float8 as bits."""
-    tensor = tensor.detach().cpu().contiguous()
-    if tensor.dtype in (torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2):
-        tensor = tensor.view(torch.uint16 if tensor.element_size() == 2 else torch.uint8)
-    return tensor.numpy()
+    return torchfile.stored(tensor, torch)
 
 
 def restored(array: Array, dtype: str) -> torch.Tensor:
     """The tensor of a stored array; shares its memory."""
-    tensor = torch.from_numpy(array if array.flags.writeable else array.copy())
-    wanted = TORCH_DTYPES[dtype]
-    return tensor if tensor.dtype == wanted else tensor.view(wanted)
+    return torchfile.restored(array, dtype, torch)
 
 
 def write_torch(
     path: files.PathLike, tensors: Mapping[str, torch.Tensor], values: Mapping[str, Any] | None = None
 ) -> None:
     """Write tensors, numbers and strings as one torch.save file, atomically; it loads with weights_only=True."""
-    with files.atomic_file(path) as handle:
-        torch.save({**tensors, **(values or {})}, handle)
+    torchfile.write_torch(path, tensors, values, torch)
