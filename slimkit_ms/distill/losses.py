@@ -1,0 +1,262 @@
+"""The distillation losses for MindSpore; slimkit.core.distill_losses defines them, these must agree to 1e-5."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from slimkit.core.distill import LossTerm
+from slimkit.core.distill_losses import MASKED_KEY, MASKED_SCORE
+from slimkit_ms import bridge  # noqa: F401  (says in one line that MindSpore is missing)
+
+import mindspore as ms
+from mindspore import nn, ops
+
+# Each construct is what the graph compiler reads: plain operators, None for "no mask" decided at compile time.
+
+
+def row_mean(values: Any, mask: Any) -> Any:
+    """Mean over rows, or over the rows whose mask is 1."""
+    if mask is None:
+        return values.mean()
+    return (values * mask).sum() / ops.maximum(mask.sum(), 1.0)
+
+
+def places(x: Any) -> Any:
+    """A map (batch, width, h, w) as (batch, h*w, width); anything else as it is."""
+    if x.ndim != 4:
+        return x
+    return x.reshape((x.shape[0], x.shape[1], -1)).swapaxes(1, 2)
+
+
+def pool(x: Any, how: str, mask: Any) -> Any:
+    """(batch, length, width) -> (batch, width)."""
+    if how == "first":
+        return x[:, 0]
+    if mask is None:
+        return x.mean(1)
+    weight = mask.expand_dims(2)
+    return (x * weight).sum(1) / ops.maximum(weight.sum(1), 1.0)
+
+
+def states(x: Any, n_samples: int) -> Any:
+    """Hidden states as (samples, places, width)."""
+    x = places(x)
+    if x.ndim == 3:
+        return x
+    return x.reshape((n_samples, -1, x.shape[-1]))
+
+
+def pairs_mean(values: Any, mask: Any) -> Any:
+    """Mean over pairs of positions, or over those where both are real."""
+    if mask is None:
+        return values.mean()
+    mask = mask.reshape((values.shape[0], -1))
+    pairs = mask.expand_dims(2) * mask.expand_dims(1)
+    return (values * pairs).sum() / ops.maximum(pairs.sum(), 1.0)
+
+
+class Loss(nn.Cell):
+    """One loss with its temperature and parameter as constants of the graph."""
+
+    def __init__(self, term: LossTerm) -> None:
+        super().__init__()
+        self.temperature = float(term.temperature)
+        self.parameter = int(term.func_param[0]) if term.func_param else 1
+
+
+class KDCrossEntropy(Loss):
+    """-sum p_t log p_s."""
+
+    def construct(self, s, t, mask):
+        p = ops.softmax(t / self.temperature, -1)
+        return row_mean(-(p * ops.log_softmax(s / self.temperature, -1)).sum(-1), mask)
+
+
+class KDMse(Loss):
+    """Squared difference of logits."""
+
+    def construct(self, s, t, mask):
+        return row_mean(ops.square((s - t) / self.temperature).mean(-1), mask)
+
+
+class KDKLDiv(Loss):
+    """KL(teacher || student)."""
+
+    def construct(self, s, t, mask):
+        log_t = ops.log_softmax(t / self.temperature, -1)
+        return row_mean((ops.exp(log_t) * (log_t - ops.log_softmax(s / self.temperature, -1))).sum(-1), mask)
+
+
+class HardKDCrossEntropy(Loss):
+    """Cross entropy against the teacher's most likely class."""
+
+    def construct(self, s, t, mask):
+        chosen = ops.argmax(t, -1).expand_dims(-1)
+        return row_mean(-ops.gather_elements(ops.log_softmax(s, -1), -1, chosen).squeeze(-1), mask)
+
+
+class HiddenMse(Loss):
+    """Squared difference of hidden states."""
+
+    def construct(self, s, t, mask):
+        return row_mean(ops.square(places(s) - places(t)).mean(-1), mask)
+
+
+class HiddenCosine(Loss):
+    """1 - cosine of hidden states."""
+
+    def construct(self, s, t, mask):
+        s = places(s)
+        t = places(t)
+        length_s = ops.sqrt(ops.maximum(ops.square(s).sum(-1), 1e-16))
+        length_t = ops.sqrt(ops.maximum(ops.square(t).sum(-1), 1e-16))
+        return row_mean(1.0 - (s * t).sum(-1) / length_s / length_t, mask)
+
+
+class MMD(Loss):
+    """Squared difference of Gram matrices over width."""
+
+    def construct(self, s, t, mask):
+        s = states(s, self.parameter)
+        t = states(t, self.parameter)
+        gram_s = ops.bmm(s, s.swapaxes(1, 2)) / s.shape[-1]
+        gram_t = ops.bmm(t, t.swapaxes(1, 2)) / t.shape[-1]
+        return pairs_mean(ops.square(gram_s - gram_t), mask)
+
+
+class AttentionMse(Loss):
+    """Squared difference of attention maps."""
+
+    def construct(self, s, t, mask):
+        s = ops.select(s <= MASKED_SCORE, ops.zeros_like(s), s)
+        t = ops.select(t <= MASKED_SCORE, ops.zeros_like(t), t)
+        if s.ndim == 3:
+            s = s.expand_dims(1)
+            t = t.expand_dims(1)
+        if s.shape[1] != t.shape[1]:
+            s = s.mean(1, keep_dims=True)
+            t = t.mean(1, keep_dims=True)
+        return pairs_mean(ops.square(s - t).mean(1), mask)
+
+
+class Relation(Loss):
+    """KL between the scaled dot-product relations of states."""
+
+    def relations(self, x, mask):
+        """Logarithms of the relations, (samples, heads, places, places)."""
+        x = states(x, 1)
+        width = x.shape[2] // self.parameter
+        x = x.reshape((x.shape[0], x.shape[1], self.parameter, width)).swapaxes(1, 2)
+        scores = ops.matmul(x, x.swapaxes(2, 3)) / (float(width) ** 0.5 * self.temperature)
+        if mask is not None:
+            scores = scores + (1.0 - mask.reshape((x.shape[0], 1, 1, -1))) * MASKED_KEY
+        return ops.log_softmax(scores, -1)
+
+    def construct(self, s, t, mask):
+        log_s = self.relations(s, mask)
+        log_t = self.relations(t, mask)
+        divergence = (ops.exp(log_t) * (log_t - log_s)).sum(-1).mean(1)
+        if mask is not None:
+            mask = mask.reshape(divergence.shape)
+        return row_mean(divergence, mask)
+
+
+LOSSES: dict[str, type[Loss]] = {
+    kind.__name__: kind
+    for kind in (
+        KDCrossEntropy,
+        KDMse,
+        KDKLDiv,
+        HardKDCrossEntropy,
+        HiddenMse,
+        HiddenCosine,
+        MMD,
+        AttentionMse,
+        Relation,
+    )
+}
+
+
+class BuiltIn(nn.Cell):
+    """A built-in loss, through the projection when the label has one."""
+
+    def __init__(self, term: LossTerm) -> None:
+        super().__init__(auto_prefix=False)
+        self.loss = LOSSES[term.func_name](term)
+        self.may_project = term.func_name in ("HiddenMse", "HiddenCosine")
+        self.projects = False
+
+    def construct(self, s, t, mask, projection):
+        if self.projects:
+            return self.loss(ops.matmul(places(s), projection.swapaxes(0, 1)), places(t), mask)
+        return self.loss(s, t, mask)
+
+
+class Custom(nn.Cell):
+    """A user's loss, with a mask only if there is one."""
+
+    def __init__(self, loss: nn.Cell, term: LossTerm) -> None:
+        super().__init__(auto_prefix=False)
+        self.loss = loss
+        self.may_project = self.projects = False
+        self.temperature = float(term.temperature)
+        self.tempered = term.temperature != 1
+
+    def construct(self, s, t, mask, projection):
+        if self.tempered and mask is None:
+            return self.loss(s, t, temperature=self.temperature)
+        if self.tempered:
+            return self.loss(s, t, temperature=self.temperature, mask=mask)
+        if mask is None:
+            return self.loss(s, t)
+        return self.loss(s, t, mask=mask)
+
+
+class Terms(nn.Cell):
+    """All losses of one soft label: (student, teacher, mask, projection) -> one value each.
+
+    Args:
+        label: the soft label.
+        custom: custom losses by name.
+    """
+
+    def __init__(self, label: Any, custom: dict[str, nn.Cell]) -> None:
+        super().__init__(auto_prefix=False)
+        self.members = nn.CellList(
+            [BuiltIn(t) if t.func_name in LOSSES else Custom(custom[t.func_name], t) for t in label.losses],
+            auto_prefix=False,
+        )
+        self.factors = tuple(float(t.factor) for t in label.losses)
+        self.pool = label.pool
+        self.uses_mask = label.mask is not None
+        self.projects = False
+
+    def project(self) -> None:
+        """From now on compare hidden states through the projection."""
+        self.projects = True
+        for member in self.members:
+            member.projects = member.may_project
+
+    def construct(self, s, t, mask, projection):
+        s = s.astype(ms.float32)
+        t = t.astype(ms.float32)
+        if self.uses_mask:
+            mask = mask.astype(ms.float32)
+        else:
+            mask = None
+        if self.pool is not None:
+            s = pool(s, self.pool, mask)
+            t = pool(t, self.pool, mask)
+            mask = None
+        values: tuple = ()
+        for member in self.members:
+            values = values + (member(s, t, mask, projection),)
+        return values
+
+    def weighted(self, s, t, mask, projection):
+        """The sum of the terms with their factors."""
+        values = self.construct(s, t, mask, projection)
+        total = values[0] * self.factors[0]
+        for i in range(1, len(self.factors)):
+            total = total + values[i] * self.factors[i]
+        return total
