@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -39,6 +39,10 @@ class Hands(ABC):
 
     def changed(self, model: Any) -> None:
         """Forget what was compiled from the model as it was before; nothing where nothing is."""
+        return
+
+    def settle(self, model: Any) -> None:
+        """Undo what a delta needed around the layers, once the last one is off."""
         return
 
     @abstractmethod
@@ -139,6 +143,32 @@ def apply_layers(
     return DeltaReport(kind, name, described, skipped, unmatched, summary, tuple(notes))
 
 
+def apply_in_place(
+    hands: Hands,
+    model: Any,
+    kind: str,
+    put: Callable[..., dict[str, dict[str, Any]]],
+    *,
+    name: str,
+    freeze: bool,
+    also_train: Any,
+    options: Mapping[str, Any],
+) -> DeltaReport:
+    """Put a delta on a model that swaps no layer (prefix, prompt), in place; `put` does it and says where."""
+    rules.delta_name(name)
+    check.boolean(freeze, "freeze")
+    for option in options:
+        check.choice(option, rules.OPTIONS[kind], f"option of {kind}")
+    flags = _planned_flags(hands, model, freeze, also_train)
+    described = put(name=name, **options)
+    _remember_flags(hands, model)
+    _set_flags(hands, model, flags)
+    hands.changed(model)
+    summary = str(report_of([e for _, e in hands.entries(model)])).splitlines()[0]
+    logger.info("%s %r on %d layers: %s", kind, name, len(described), summary)
+    return DeltaReport(kind, name, described, trainable=summary)
+
+
 def _planned_flags(hands: Hands, model: Any, freeze: bool, also_train: Any) -> dict[str, bool]:
     """Base parameter -> whether it shall train once the delta is on."""
     entries = [e for _, e in hands.entries(model)]
@@ -224,16 +254,22 @@ def remove(hands: Hands, model: Any, names: Any = None) -> DeltaReport:
 
 
 def _restore(hands: Hands, model: Any, layers: Mapping[str, Any]) -> None:
-    """Put the original layers back; when none is left, the flags too."""
-    by_hand = [p for p, layer in layers.items() if layer.original is None]
+    """Put the original layers back, or take off what stands beside them; when nothing is left, the flags too."""
+    beside = {id(x): x for x in layers.values() if hasattr(x, "revert")}
+    swapped = {p: x for p, x in layers.items() if id(x) not in beside}
+    by_hand = [p for p, layer in swapped.items() if layer.original is None]
     if by_hand:
         raise UnsupportedError(f"{by_hand[0]} was built as a delta layer; there is no layer to put back in its place.")
-    for layer in layers.values():
+    for layer in swapped.values():
         layer.original.training = layer.training
-    hands.put(model, {p: layer.original for p, layer in layers.items()})
-    if not hands.layers(model) and hasattr(model, FLAGS):
-        _set_flags(hands, model, getattr(model, FLAGS))
-        delattr(model, FLAGS)
+    hands.put(model, {p: layer.original for p, layer in swapped.items()})
+    for layer in beside.values():
+        layer.revert()
+    if not hands.layers(model):
+        hands.settle(model)
+        if hasattr(model, FLAGS):
+            _set_flags(hands, model, getattr(model, FLAGS))
+            delattr(model, FLAGS)
 
 
 def activate(hands: Hands, model: Any, names: Any) -> dict[str, float]:

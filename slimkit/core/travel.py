@@ -39,7 +39,7 @@ class TravelHands(inject.Hands):
         """The weight of the layer at a path, as it was before any merging."""
 
     @abstractmethod
-    def apply_kind(self, model: Any, kind: str, targets: list[str], **options: Any) -> DeltaReport:
+    def apply_kind(self, model: Any, kind: str, targets: list[str] | None, **options: Any) -> DeltaReport:
         """Put a delta other than lora on a model."""
 
     def about(self, model: Any) -> dict[str, Any]:
@@ -175,7 +175,7 @@ def load(
 def _check_paths(hands: TravelHands, model: Any, paths: Iterable[str], where: str) -> None:
     sites = hands.sites(model)
     for path in paths:
-        if path not in sites:
+        if path not in sites and PREFIX not in path:
             raise ArgumentError(
                 f"the delta in {where} was trained on a model with a layer {path!r}, which this model does not "
                 f"have{check.near(path, list(sites))}. load_delta(..., rename=...) translates paths."
@@ -282,10 +282,9 @@ def apply_record(hands: TravelHands, model: Any, delta: Mapping[str, Any], freez
     kind = check.choice(delta.get("kind"), KINDS, "kind")
     records: Mapping[str, Any] = delta["layers"]
     if kind == "lora":
-        plain = ("type", "shape")
-        specs = {p: spec_from_dict({k: v for k, v in r.items() if k not in plain}) for p, r in records.items()}
+        specs = {p: spec_from_dict(r) for p, r in records.items()}
         return inject.apply_layers(hands, model, kind, None, name=str(delta["name"]), freeze=freeze, specs=specs)
-    options = {k: v for k, v in next(iter(records.values())).items() if k not in ("type", "shape")}
+    options = next(iter(records.values()))
     return hands.apply_kind(model, kind, list(records), name=delta["name"], freeze=freeze, **options)
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 from slimkit import bridge
+from slimkit.core import inject, peft
 from slimkit.core.bundle import sample_places
 from slimkit.core.delta import PREFIX, Site
+from slimkit.core.errors import UnsupportedError
 from slimkit.core.freeze import Entry
 from slimkit.core.travel import TravelHands
 from slimkit.delta.adapter import AdapterDense
@@ -16,6 +19,8 @@ from slimkit.delta.layer import DeltaLayer
 from slimkit.delta.lora import LoRADense
 from slimkit.delta.lora_layers import LoRAConv1D, LoRAConv2d, LoRAEmbedding
 from slimkit.delta.low_rank_adapter import LowRankAdapterDense
+from slimkit.delta.prefix_model import Prefixed, forget_shift
+from slimkit.delta.prompt_model import PromptFront
 
 import torch
 from torch import nn
@@ -137,13 +142,61 @@ class TorchHands(TravelHands):
     def neutral(self, model: nn.Module) -> dict[str, Any]:
         return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
+    def settle(self, model: nn.Module) -> None:
+        forget_shift(model)
+
     def load_prompt(self, model: Any, kind: str, config: Any, tensors: Any, **options: Any) -> Any:
-        raise AttributeError
+        where = options.pop("where")
+        tokens = int(config.get("num_virtual_tokens") or 0)
+        if kind == "prompt":
+            report = self.apply_kind(model, kind, None, num_virtual_tokens=tokens, **options)
+            (front,) = (m for m in self.layers(model).values() if isinstance(m, PromptFront))
+            rows = front.mindpet_delta_prompttuning_embedding.weight
+            with self._or_remove(model, options["name"]):
+                self.fill(rows, peft.read_prompt(tensors, tuple(rows.shape), where))
+            return report
+        report = self.apply_kind(model, kind, None, prefix_token_num=tokens, **options)
+        layers = [x for x in self.layers(model).values() if isinstance(x, Prefixed)]
+        with self._or_remove(model, options["name"]):
+            widths = [part.shape[1] for x in layers for part in x.parts("").values()]
+            flat = peft.read_prompt(tensors, (tokens, sum(widths)), where)
+            for layer, pair in zip(layers, peft.split_prefix(flat, len(layers))):
+                for part, value in zip(layer.parts("").values(), pair):
+                    self.fill(part, value)
+        return report
+
+    @contextlib.contextmanager
+    def _or_remove(self, model: nn.Module, name: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception:
+            inject.remove(self, model, name)
+            raise
 
     def save_prompt(self, model: Any, delta: Any, tensors: Any, folder: Any, about: Any) -> None:
-        raise AttributeError
+        layers = [x for p, x in self.layers(model).items() if p in delta["layers"]]
+        if delta["kind"] == "prompt":
+            rows = layers[0].mindpet_delta_prompttuning_embedding.weight
+            more: dict[str, Any] = {
+                "peft_type": "PROMPT_TUNING",
+                "prompt_tuning_init": "RANDOM",
+                "token_dim": rows.shape[1],
+            }
+        else:
+            with bridge.evaluating(model):
+                rows = torch.cat([part for x in layers for part in x.rows()], 1)
+            heads = layers[0].prefix_heads
+            if any(x.prefix_heads != heads or x.rows()[0].shape != layers[0].rows()[0].shape for x in layers):
+                raise UnsupportedError("PEFT's prefix has the same shape in every layer; this one has not.")
+            more = {"peft_type": "PREFIX_TUNING", "token_dim": rows.shape[1] // (2 * len(layers))}
+            more["encoder_hidden_size"], more["num_attention_heads"] = more["token_dim"], heads
+        config = getattr(model, "config", None)
+        more.setdefault("num_attention_heads", getattr(config, "num_attention_heads", 1))
+        more["num_layers"] = len(layers) if delta["kind"] == "prefix" else getattr(config, "num_hidden_layers", 1)
+        more.update(num_virtual_tokens=rows.shape[0], num_transformer_submodules=1, inference_mode=True)
+        peft.write_files(folder, {**about, **more}, {"prompt_embeddings": self.value(rows)})
 
-    def apply_kind(self, model: nn.Module, kind: str, targets: list[str], **options: Any) -> Any:
+    def apply_kind(self, model: nn.Module, kind: str, targets: list[str] | None, **options: Any) -> Any:
         from slimkit.delta.inject import apply_delta
 
         return apply_delta(model, kind, targets, **options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,8 @@ from slimkit.core import check
 from slimkit.core import inject as steps
 from slimkit.core.delta import KINDS, DeltaReport
 from slimkit.delta.hands import hands
+from slimkit.delta.prefix_model import put_prefix
+from slimkit.delta.prompt_model import FRONT, put_prompt
 
 from torch import nn
 
@@ -44,8 +47,9 @@ def apply_delta(
         options: of the kind. lora: rank, alpha (None: twice the rank), dropout, rslora, dora, init ("kaiming",
             "gaussian", "pissa"), ranks and alphas ({glob: number}), keep_zeros (None: on sparse layers). adapter:
             bottleneck_size, non_linearity. low_rank_adapter: reduction_factor, low_rank_size, low_rank_w_init,
-            non_linearity. prefix: prefix_token_num, mid_dim, dropout_rate, init, text. prompt: num_virtual_tokens,
-            init, text, tokenizer.
+            non_linearity. prefix: prefix_token_num, projection, mid_dim, dropout_rate, text_ids, inputs (one batch,
+            where a model has no dummy inputs of its own). prompt: num_virtual_tokens, init ("vocabulary", "random"),
+            text_ids.
 
     Returns:
         The layers changed, what was skipped, and the share of parameters that train now (print it).
@@ -65,6 +69,15 @@ def apply_delta(
     """
     bridge.check_model(model)
     kind = check.choice(kind.lower() if isinstance(kind, str) else kind, KINDS, "kind")
+    if kind in ("prefix", "prompt"):
+        put = functools.partial(put_prefix, model, targets, dtype=dtype, strict=strict)
+        if kind == "prompt":
+            if targets is not None and not all(t.endswith(FRONT) for t in targets):
+                check.wrong_value("targets", "None for prompt, which stands in front of the whole model", targets)
+            put = functools.partial(put_prompt, model, dtype=dtype)
+        return steps.apply_in_place(
+            hands, model, kind, put, name=name, freeze=freeze, also_train=also_train, options=options
+        )
     return steps.apply_layers(
         hands,
         model,

@@ -155,7 +155,7 @@ class MindSporeHands(TravelHands):
     def save_prompt(self, model: Any, delta: Any, tensors: Any, folder: Any, about: Any) -> None:
         raise AttributeError
 
-    def apply_kind(self, model: nn.Cell, kind: str, targets: list[str], **options: Any) -> Any:
+    def apply_kind(self, model: nn.Cell, kind: str, targets: list[str] | None, **options: Any) -> Any:
         from slimkit_ms.delta.inject import apply_delta
 
         return apply_delta(model, kind, targets, **options)
