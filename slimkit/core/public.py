@@ -60,6 +60,8 @@ ROOMS: dict[str, dict[str, str]] = {
         "load_checkpoint": "checkpoint",
         "load_param_into_net": "checkpoint",
         "LoadReport": "core.placing",
+        "convert_checkpoint": "convert",
+        "ConvertReport": "core.convert",
         "save_delta": "delta",
         "load_delta": "delta",
     },
@@ -73,6 +75,13 @@ ROOMS: dict[str, dict[str, str]] = {
     "export": {
         "export_onnx": "export",
         "export_mindir": "export",
+    },
+    "ascend": {
+        "check_onnx": "core.ascend",
+        "OnnxCheck": "core.ascend",
+        "padded_waste": "core.ascend",
+        "save_w16a16s": "ascend",
+        "load_w16a16s": "core.ascend",
     },
 }
 

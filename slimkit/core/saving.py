@@ -125,6 +125,7 @@ def write_items(
     with_manifest: bool = True,
     crc: bool = False,
     writer: Writer | None = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write one checkpoint atomically, then its manifest.
 
@@ -134,6 +135,7 @@ def write_items(
         with_manifest: write FILE.manifest.json too.
         crc: for .ckpt, end it with MindSpore's own checksum.
         writer: writes another format; gets the path, the items and the stream of their tensors.
+        metadata: more str -> str pairs for the header of a safetensors file.
     """
     target = Path(path)
     digests = manifest.Digests(items.entries)
@@ -144,8 +146,8 @@ def write_items(
     elif target.suffix == ".ckpt":
         stream_ckpt(target, items.entries, stream, items.values, crc=crc)
     else:
-        metadata = {VALUES: json.dumps(items.values)} if items.values else {}
-        stream_safetensors(target, items.entries, stream, metadata)
+        held = {VALUES: json.dumps(items.values)} if items.values else {}
+        stream_safetensors(target, items.entries, stream, {**(metadata or {}), **held})
     if with_manifest:
         digests.write(target)
 
