@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 from slimkit.core import check
@@ -131,6 +131,37 @@ def parameter_paths(model: nn.Cell) -> list[tuple[ms.Parameter, list[str]]]:
             if parameter is not None:
                 found.setdefault(id(parameter), (parameter, []))[1].append(f"{prefix}.{key}" if prefix else key)
     return list(found.values())
+
+
+def is_weight(parameter: ms.Parameter, path: str) -> bool:
+    """Whether a parameter is a weight rather than state: floating point, and no running statistic."""
+    return parameter.is_floating_point() and path.rpartition(".")[2] not in STATISTICS
+
+
+@contextlib.contextmanager
+def pynative() -> Iterator[None]:
+    """Run operators one by one, so that hooks and Python code see them; the mode that was set comes back afterwards."""
+    mode = ms.get_context("mode")
+    ms.set_context(mode=ms.PYNATIVE_MODE)
+    try:
+        yield
+    finally:
+        ms.set_context(mode=mode)
+
+
+@contextlib.contextmanager
+def hooked(cells: Mapping[str, nn.Cell], seen: Callable[[str, Any], None]) -> Iterator[None]:
+    """Call ``seen(name, output)`` after each run of the cells, while the context is open; only in PyNative mode."""
+
+    def hook(name: str) -> Callable[..., None]:
+        return lambda _cell, _inputs, output: seen(name, output)
+
+    handles = [cell.register_forward_hook(hook(name)) for name, cell in cells.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def is_layer(cell: nn.Cell | None) -> bool:

@@ -11,14 +11,16 @@ from typing import Any
 
 from slimkit.core.errors import GraphError
 from slimkit_ms import bridge
+from slimkit_ms.surgery.foretell import Foretold
 from slimkit_ms.surgery.layers import Keep, Undo, cut_layers, cut_parameters
-from slimkit_ms.surgery.sizes import Predict, Sizes, Slot, find_sizes
+from slimkit_ms.surgery.sizes import Attributes, Sizes, Slot, find_sizes, write_attributes
 from slimkit_ms.trace import Mark, Traced, trace_marked
 
 from mindspore import nn
 
-__all__ = ["Knife", "RefusedError", "Undo"]
+__all__ = ["Attributes", "Foretold", "Keep", "Knife", "RefusedError", "Undo", "cut_by_attributes"]
 
+# Choices of sizes tried for one class before its code counts as contradicting the cut.
 _TRIES = 12
 
 
@@ -28,11 +30,39 @@ class RefusedError(Exception):
     Args:
         kind: the class; None where it cannot be told.
         why: what went wrong.
+        axes: (number of a traced value, axis) that came out with another size; empty where the compiler stopped.
     """
 
-    def __init__(self, kind: type | None, why: str) -> None:
+    def __init__(self, kind: type | None, why: str, axes: tuple[tuple[int, int], ...] = ()) -> None:
         super().__init__(why)
-        self.kind, self.why = kind, why
+        self.kind, self.why, self.axes = kind, why, axes
+
+
+def cut_by_attributes(model: nn.Cell, keep: Keep, groups: Mapping[str, int], attributes: Attributes) -> Undo:
+    """Cut a cell, in place, with the sizes that its plan names, and without proof; on an error the cell is as it was.
+
+    Args:
+        model: the cell.
+        keep: path of a parameter -> for each axis the kept indices, or None where all stay.
+        groups: path of a grouped layer -> its number of groups after the cut.
+        attributes: path of a cell -> attribute -> (before, after).
+
+    Returns:
+        What was replaced, to put it back.
+
+    Raises:
+        UnsupportedError: a parameter cannot be cut.
+    """
+    undo = Undo(model)
+    try:
+        cut_parameters(model, keep, undo)
+        cut_layers(model, groups, undo)
+        write_attributes(model, attributes, undo)
+    except BaseException:
+        undo.take_back()
+        raise
+    bridge.forget_graphs(model)
+    return undo
 
 
 class Knife:
@@ -42,19 +72,24 @@ class Knife:
         model: the cell.
         inputs: what it was traced with.
         traced: its trace.
+
+    Attributes:
+        written: after a cut: path of a cell -> attribute -> (before, after), beyond what its own weights say.
     """
 
     def __init__(self, model: nn.Cell, inputs: Any, traced: Traced) -> None:
         self._model, self._inputs, self._traced = model, inputs, traced
         self._orders: dict[type, dict[Slot, int]] = {}
+        self.written: Attributes = {}
 
-    def cut(self, keep: Keep, groups: Mapping[str, int], predict: Predict) -> Undo:
+    def cut(self, keep: Keep, groups: Mapping[str, int], foretold: Foretold, attributes: Attributes) -> Undo:
         """Cut the cell, in place, and prove the result by compiling it; on an error the cell is as it was.
 
         Args:
             keep: path of a parameter -> for each axis the kept indices, or None where all stay.
             groups: path of a grouped layer -> its number of groups after the cut.
-            predict: number of a traced value -> its shape after the cut.
+            foretold: the shapes of all traced values after the cut.
+            attributes: sizes to try first: path of a cell -> attribute -> (before, after).
 
         Returns:
             What was replaced, to put it back.
@@ -63,40 +98,53 @@ class Knife:
             RefusedError: the code of some class does not go along with the cut.
             UnsupportedError: a parameter cannot be cut.
         """
+        if attributes:
+            undo = cut_by_attributes(self._model, keep, groups, attributes)
+            if self._wrong(foretold) is None:
+                self.written = attributes
+                return undo
+            undo.take_back()
         undo = Undo(self._model)
         try:
             cut_parameters(self._model, keep, undo)
-            sizes = find_sizes(self._model, self._traced.marks, predict, undo)
-            self._fit(sizes, groups, predict, undo)
+            sizes = find_sizes(self._model, self._traced, foretold, undo)
+            self._fit(sizes, groups, foretold, undo)
+            self.written = sizes.written(self._model)
         except BaseException:
             undo.take_back()
             raise
         bridge.forget_graphs(self._model)
         return undo
 
-    def _fit(self, sizes: Sizes, groups: Mapping[str, int], predict: Predict, undo: Undo) -> None:
+    def _fit(self, sizes: Sizes, groups: Mapping[str, int], foretold: Foretold, undo: Undo) -> None:
         """Set the sizes that cells compute with until the compiled graph has the shapes it must have, in place."""
         tried: dict[type, int] = defaultdict(int)
+        first: dict[type | None, RefusedError] = {}
+        chosen = dict(self._orders)
         while True:
             undo.take_back_attributes()
             cut_layers(self._model, groups, undo)
-            sizes.write(self._model, self._orders, undo)
-            wrong = self._wrong(predict)
+            sizes.write(self._model, chosen, undo)
+            wrong = self._wrong(foretold)
             if wrong is None:
+                self._orders = chosen
                 return
-            kind, why = wrong
-            orders = [] if kind is None else list(islice(sizes.orders(kind), _TRIES))
-            tried[kind or object] += 1
-            if kind is None or tried[kind] >= len(orders):
-                raise RefusedError(kind, why)
-            self._orders[kind] = orders[tried[kind]]
+            kind = wrong.kind
+            first.setdefault(kind, wrong)
+            if kind is None:
+                raise wrong
+            orders = list(islice(sizes.orders(kind), _TRIES))
+            tried[kind] += 1
+            if tried[kind] >= len(orders):
+                raise first[kind]
+            chosen[kind] = orders[tried[kind]]
 
-    def _wrong(self, predict: Predict) -> tuple[type | None, str] | None:
+    def _wrong(self, foretold: Foretold) -> RefusedError | None:
         """The first class whose code makes another shape than it must, and what it made."""
         try:
             after = trace_marked(self._model, self._inputs).marks
         except GraphError as error:
-            return self._blame(error), str(error)
+            return RefusedError(self._blame(error), str(error))
         made = _by_place(after)
         for place, marks in _by_place(self._traced.marks).items():
             others = made.get(place, [])
@@ -104,9 +152,15 @@ class Knife:
                 continue  # operators that do nothing to sizes of one are left out by the compiler
             for mark, other in zip(marks, others):
                 for number, shape in zip(mark.values, other.shapes):
-                    if predict(number) != shape:
-                        why = f"{place[0] or 'the model'}: {mark.op} makes {shape} where it must make {predict(number)}"
-                        return self._owner(mark.scope), why
+                    expected = foretold.shape(number)
+                    axes = tuple(
+                        (number, axis)
+                        for axis, (want, have) in enumerate(zip(expected, shape))
+                        if want is not None and want != have
+                    )
+                    if axes:
+                        why = f"{place[0] or 'the model'}: {mark.op} makes {shape} where it must make {expected}"
+                        return RefusedError(self._owner(mark.scope), why, axes)
         return None
 
     def _owner(self, scope: str) -> type | None:

@@ -161,7 +161,7 @@ def _parameters(model: nn.Cell) -> Graph:
     for parameter, (path, *further) in bridge.parameter_paths(model):
         graph.shapes[path] = tuple(parameter.shape)
         graph.aliases.update(dict.fromkeys(further, path))
-        if path.rpartition(".")[2] in bridge.STATISTICS or not parameter.is_floating_point():
+        if not bridge.is_weight(parameter, path):
             graph.buffers.add(path)
     return graph
 

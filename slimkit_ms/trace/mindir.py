@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 import os
 import tempfile
 from collections import Counter
@@ -202,6 +203,7 @@ def _flatten(proto: Any, paths: dict[str, str]) -> Flat:
         shapes = next((_shape(a) for a in node.attribute if a.name == "shape"), None)
         attrs = {**attrs, **{a.name: _attribute(a) for a in node.attribute if a.name != "shape"}}
         records.append(Record(op, inputs, node.output[0].removeprefix(prefix), attrs, shapes, _scope(node.domain)))
+    _place(records, paths)
     result = [_returned(o.name, prefix, constants) for o in graph.output]
     hidden = [
         name.removeprefix(prefix)
@@ -218,6 +220,53 @@ def _flatten(proto: Any, paths: dict[str, str]) -> Flat:
         [function.name for function in proto.functions],
         hidden,
     )
+
+
+def _place(records: list[Record], paths: dict[str, str]) -> None:
+    """Put every operator into the cell whose code runs it, in place.
+
+    MindSpore compiles methods of tensors without a scope, and cells of one class under the scope of the first of them.
+    What reads a parameter certainly runs where that parameter lives; the rest lies in the innermost cell around these.
+    """
+    owner: dict[str, str] = {name: path.rpartition(".")[0] for name, path in paths.items()}
+    certain: dict[int, str] = {}
+    for place, record in enumerate(records):
+        owners = [owner[name] for name in record.inputs if isinstance(name, str) and owner.get(name)]
+        if record.op == "Load" and owners:
+            owner[record.output] = owners[0]
+        elif owners:
+            certain[place] = record.scope = owners[0]
+    above: dict[str, dict[str, None]] = {}
+    for place, record in enumerate(records):
+        made_by = (name for name in record.inputs if isinstance(name, str))
+        gathered = {scope: None for name in made_by for scope in above.get(name, ())}
+        above[record.output] = {certain[place]: None} if place in certain else gathered
+    below: dict[str, dict[str, None]] = {}
+    for place, record in reversed(list(enumerate(records))):
+        if record.op in ("Load", "UpdateState", "Depend"):
+            continue  # an order of execution, and no flow of data
+        read_by = {certain[place]: None} if place in certain else below.get(record.output, {})
+        for name in record.inputs:
+            if isinstance(name, str):
+                below.setdefault(name, {}).update(read_by)
+    for place, record in enumerate(records):
+        around = [*above[record.output], *below.get(record.output, ())]
+        if place not in certain and around and not f"{record.scope}.".startswith(f"{(cell := _around(around))}."):
+            record.scope = cell
+        elif place not in certain and not record.scope and above[record.output] and below.get(record.output):
+            record.scope = _around(around)
+
+
+def _around(scopes: list[str]) -> str:
+    """The innermost cell around several.
+
+    Example:
+        >>> _around(["a.b.c", "a.b.d"])
+        'a.b'
+    """
+    words = [scope.split(".") for scope in scopes]
+    common = itertools.takewhile(lambda level: len(set(level)) == 1, zip(*words))
+    return ".".join(level[0] for level in common)
 
 
 def _returned(name: str, prefix: str, constants: dict[str, Constant]) -> Any:

@@ -1,0 +1,317 @@
+"""Structural pruning of MindSpore cells: `PruneMindSpore`, and files that keep a pruned cell."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from slimkit.core import files
+from slimkit.core.batch import as_call
+from slimkit.core.dims import find, leaves
+from slimkit.core.errors import FileFormatError, GraphError
+from slimkit.core.graph import Graph
+from slimkit.core.lazy import door
+from slimkit.core.plan import Plan
+from slimkit.core.pruner import PrunerBase
+from slimkit.core.rules import SCALE, Relations
+from slimkit.core.solve import Coupling, View
+from slimkit_ms import bridge
+from slimkit_ms.surgery import Attributes, Foretold, Keep, Knife, RefusedError, cut_by_attributes
+from slimkit_ms.surgery.adapt import Adapter
+from slimkit_ms.trace import Traced, trace_marked
+
+import mindspore as ms
+from mindspore import nn, ops
+
+__getattr__, __dir__ = door("slimkit_ms", room="prune")
+
+Array = np.ndarray[Any, Any]
+
+
+class MindSporeWing:
+    """A MindSpore cell as the pruner of the core sees it.
+
+    Args:
+        model: the cell.
+        inputs: an example of what it takes, or None.
+    """
+
+    framework = "mindspore"
+
+    def __init__(self, model: nn.Cell, inputs: Any) -> None:
+        self.model = bridge.check_model(model, "network")
+        self.inputs = inputs
+        self.traced: Traced | None = None
+        self.knife: Knife | None = None
+        self._proven: Any = None
+
+    def trace(self) -> Graph:
+        self.traced = trace_marked(self.model, self.inputs)
+        self.knife = Knife(self.model, self.inputs, self.traced)
+        return self.traced.graph
+
+    def prove(self, plan: Plan, relations: Relations) -> Attributes:
+        """Cut the cell, compile it, put everything back; returns the sizes that its code had to be told.
+
+        Raises:
+            RefusedError: the code of some class does not go along.
+        """
+        assert self.knife is not None
+        keep = self._keep(plan, {p: p for p in plan.shapes})
+        groups = {path: count for path, (_, count) in plan.groups.items()}
+        self.knife.cut(keep, groups, Foretold(relations, keep), {}).take_back()
+        self._proven = (plan.desc["variables"], plan.desc["axes"])
+        return self.knife.written
+
+    def rehearse(self, plan: Plan) -> tuple[Graph, str | None, set[str]]:
+        undo = self._cut_blind(plan, {p: p for p in plan.shapes})
+        try:
+            return trace_marked(self.model, self.inputs).graph, None, set()
+        except GraphError as error:
+            return Graph(), str(error), set()
+        finally:
+            undo.take_back()
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {paths[0]: tuple(p.shape) for p, paths in bridge.parameter_paths(self.model)}
+
+    def buffers(self) -> set[str]:
+        return {paths[0] for p, paths in bridge.parameter_paths(self.model) if not bridge.is_weight(p, paths[0])}
+
+    def read(self, path: str) -> Array | None:
+        values = _by_path(self.model)[path].asnumpy()
+        return values if values.dtype in (np.float32, np.float64) else values.astype(np.float32)
+
+    def integers(self) -> dict[str, dict[str, int]]:
+        return {}  # which numbers a cell's code builds shapes from is found by trying, in `prove`
+
+    def config(self) -> dict[str, int]:
+        config = getattr(self.model, "config", None)
+        fields = vars(config) if hasattr(config, "__dict__") else {}
+        return {k: v for k, v in fields.items() if type(v) is int and v > 1 and not k.startswith("_")}
+
+    def gradients(self, data: Iterable[Any], loss: Callable[..., Any] | None, square: bool) -> dict[str, Array]:
+        weights = {paths[0]: p for p, paths in bridge.parameter_paths(self.model) if bridge.is_weight(p, paths[0])}
+        trained = {path: p.requires_grad for path, p in weights.items()}
+        total: dict[str, Array] = {}
+        number = 0
+        with bridge.evaluating(self.model), bridge.pynative():
+            try:
+                for p in weights.values():
+                    p.requires_grad = True
+                gradient = ms.value_and_grad(
+                    lambda batch: _loss_of(self.model, batch, loss), None, ms.ParameterTuple(weights.values())
+                )
+                for batch in data:
+                    number += 1
+                    for path, found in zip(weights, gradient(batch)[1], strict=True):
+                        value = found.asnumpy().astype(np.float32)
+                        value = value * value if square else value
+                        total[path] = total[path] + value if path in total else value.copy()
+            finally:
+                for path, p in weights.items():
+                    p.requires_grad = trained[path]
+        return {path: value / number for path, value in total.items()}
+
+    def activations(self, data: Iterable[Any], layers: Sequence[str]) -> dict[str, Array]:
+        totals: dict[str, Array] = {}
+        number: dict[str, int] = {}
+
+        def seen(name: str, output: Any) -> None:
+            values = np.abs(output.asnumpy())
+            axis = -1 if values.ndim < 3 or _is_dense(bridge.get_module(self.model, name)) else 1
+            flat = np.moveaxis(values, axis, -1).reshape(-1, values.shape[axis])
+            totals[name] = totals.get(name, 0) + flat.sum(0, dtype=np.float64)
+            number[name] = number.get(name, 0) + len(flat)
+
+        cells = {name: bridge.get_module(self.model, name) for name in layers}
+        with bridge.evaluating(self.model), bridge.pynative(), bridge.hooked(cells, seen):
+            for batch in data:
+                bridge.run(self.model, batch)
+        return {name: totals[name] / number[name] for name in totals}
+
+    def cut(self, plan: Plan, names: Mapping[str, str]) -> None:
+        proven = (plan.desc["variables"], plan.desc["axes"]) == self._proven
+        if self.inputs is None or proven or not plan.keep:
+            self._cut_blind(plan, names)
+        else:
+            if self.knife is None:
+                self.trace()
+            assert self.traced is not None
+            assert self.knife is not None
+            keep = self._keep(plan, names)
+            groups = {path: count for path, (_, count) in plan.groups.items()}
+            foretold = Foretold(Relations(self.traced.graph), keep)
+            try:
+                self.knife.cut(keep, groups, foretold, plan.attributes)
+            except RefusedError as error:
+                raise GraphError(f"the pruned model would not run: {error.why}") from None
+        self._write_config(plan)
+        self.traced = self.knife = self._proven = None
+
+    def _cut_blind(self, plan: Plan, names: Mapping[str, str]) -> Any:
+        groups = {path: count for path, (_, count) in plan.groups.items()}
+        return cut_by_attributes(self.model, self._keep(plan, names), groups, plan.attributes)
+
+    def _keep(self, plan: Plan, names: Mapping[str, str]) -> Keep:
+        shapes = self.shapes()
+        return {names[p]: _aligned(shapes[names[p]], index) for p, index in plan.indices.items()}
+
+    def _write_config(self, plan: Plan) -> None:
+        config = getattr(self.model, "config", None)
+        for name, (old, new) in plan.config.items():
+            if config is not None and getattr(config, name, None) == old:
+                setattr(config, name, new)
+
+
+def _aligned(shape: tuple[int, ...], index: Sequence[Any]) -> list[Any]:
+    """Kept indices by this parameter's own axes: MindSpore gives a 1-d kernel one axis of size one more than torch."""
+    found, left = [], list(index)
+    for axis, size in enumerate(shape):
+        spare = len(left) < len(shape) - axis
+        found.append(None if spare and size == 1 else left.pop(0))
+    return found
+
+
+def _by_path(model: nn.Cell) -> dict[str, ms.Parameter]:
+    return {paths[0]: parameter for parameter, paths in bridge.parameter_paths(model)}
+
+
+def _is_dense(cell: nn.Cell) -> bool:
+    return bridge.is_layer(cell) and "Conv" not in type(cell).__name__
+
+
+def _loss_of(model: nn.Cell, batch: Any, loss: Callable[..., Any] | None) -> ms.Tensor:
+    args, kwargs = as_call(batch)
+    output = model(*args, **kwargs)
+    if loss is not None:
+        return loss(output, batch)
+    while not isinstance(output, ms.Tensor):
+        output = next(iter(output.values() if isinstance(output, Mapping) else output))
+    return ops.mean(ops.square(output))
+
+
+class PruneMindSpore(PrunerBase):
+    """Structural pruning of a MindSpore cell: whole channels, heads and hidden features, coupled ones together.
+
+    Args:
+        network: the cell; any architecture that MindSpore can compile.
+        inputs: an example of what it takes: a tensor, a tuple or list of arguments, or a dict of keyword arguments.
+            Only shapes matter, and MindSpore needs them; without an example only `prune_by_desc` works.
+
+    Raises:
+        ArgumentTypeError: `network` is no mindspore.nn.Cell.
+
+    Example:
+        >>> net = nn.SequentialCell(nn.Dense(8, 64), nn.ReLU(), nn.Dense(64, 64), nn.ReLU(), nn.Dense(64, 4))
+        >>> desc = PruneMindSpore(net, ops.ones((1, 8))).prune(0.5)
+        >>> net[2].out_channels
+        32
+    """
+
+    _wing: MindSporeWing
+
+    def __init__(self, network: nn.Cell, inputs: Any = None) -> None:
+        super().__init__(MindSporeWing(network, inputs))
+        self._adapter: Adapter | None = None
+        self._attributes: Attributes = {}
+
+    def analysis(
+        self, reserved_ratio: float = 0.75, un_prune_list: Sequence[int | str] | None = None
+    ) -> tuple[int, dict[str, Any]]:
+        self._attributes = {}
+        left, desc = super().analysis(reserved_ratio, un_prune_list)
+        desc["attributes"] = {path: {n: list(v) for n, v in found.items()} for path, found in self._attributes.items()}
+        return left, desc
+
+    analysis.__doc__ = PrunerBase.analysis.__doc__
+
+    def _solved(self) -> Coupling:
+        fresh = self._coupling is None
+        coupling = super()._solved()
+        if fresh:
+            # A cell has one number for the size of its heads, so that values cannot be cut without queries and keys,
+            # whose size the attention's scale depends on. Known beforehand, it need not be found out by compiling.
+            inner = {
+                leaf for dims in coupling.relations.dims for d in dims for leaf in map(find, leaves(d)) if leaf.inner
+            }
+            for leaf in inner:
+                coupling.pin(leaf, SCALE)
+        return coupling
+
+    def _rehearse(self, view: View, plan: Plan, counts: Mapping[str, int]) -> bool:
+        """Cut, compile and put back; where the code contradicts the plan, narrow what the next plan may do."""
+        if not plan.keep:
+            return True
+        try:
+            self._attributes = self._wing.prove(plan, view.coupling.relations)
+            return True
+        except RefusedError as refused:
+            assert self._wing.traced is not None
+            if self._adapter is None or self._adapter.coupling is not view.coupling:
+                self._adapter = Adapter(self._wing.model, self._wing.traced, view.coupling)
+            if not self._adapter.narrow(refused):
+                raise GraphError(f"the pruned model would not run: {refused.why}") from None
+            return False
+
+
+Pruner = PruneMindSpore
+
+
+def save_pruned(directory: Any, model: nn.Cell, desc: dict[str, Any]) -> None:
+    """Write a pruned cell: `plan.json` and `model.safetensors`, no pickle; the folder appears whole or not at all.
+
+    Args:
+        directory: an absolute path.
+        model: the pruned cell.
+        desc: the plan that pruned it.
+
+    Raises:
+        PlanError: `desc` is no plan.
+        FileFormatError: the cell's shapes are not those that the plan leaves.
+    """
+    folder = files.save_directory(directory)
+    plan = Plan(desc)
+    found = _by_path(bridge.check_model(model))
+    for path, shape in {**plan.shapes, **plan.sizes()}.items():
+        if path not in found or tuple(found[path].shape) != shape:
+            here = list(found[path].shape) if path in found else "nothing"
+            raise FileFormatError(
+                f"model must be the one that desc pruned: {path} should be {list(shape)}, here it is {here}"
+            )
+    with files.atomic_directory(folder) as temporary:
+        files.write_json(temporary / "plan.json", plan.desc)
+        files.write_tensors(
+            temporary / "model.safetensors", {p: bridge.as_numpy(t) for p, t in found.items()}, {"format": "np"}
+        )
+
+
+def load_pruned(directory: Any, model: nn.Cell) -> nn.Cell:
+    """Cut a fresh, unpruned cell by a saved plan and load the saved weights, in place.
+
+    Args:
+        directory: what `save_pruned` wrote.
+        model: a cell of the original make.
+
+    Returns:
+        The same cell, pruned.
+
+    Raises:
+        PlanError: the plan belongs to another model.
+        FileFormatError: a file is damaged, or a tensor is missing, left over or of the wrong shape.
+    """
+    folder = files.as_path(directory, "directory")
+    plan = Plan(files.read_json(folder / "plan.json", "directory/plan.json"))
+    tensors, _ = files.read_tensors(folder / "model.safetensors", "directory/model.safetensors")
+    wing = MindSporeWing(model, None)
+    names = plan.match(wing.shapes())
+    wanted = {names[p]: shape for p, shape in {**plan.shapes, **plan.sizes()}.items()}
+    odd = sorted({p for p in {*wanted, *tensors} if p not in tensors or wanted.get(p) != tensors[p].shape})
+    if odd:
+        raise FileFormatError(f"{folder} must hold exactly this model's tensors; these differ: {odd[:5]}")
+    wing.cut(plan, names)
+    for path, parameter in _by_path(model).items():
+        parameter.set_data(ms.Tensor(tensors[path]))
+    return model
