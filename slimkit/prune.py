@@ -45,15 +45,15 @@ class TorchWing:
         self._real = found.real
         return found.graph
 
-    def rehearse(self, plan: Plan) -> tuple[Graph, str | None]:
+    def rehearse(self, plan: Plan) -> tuple[Graph, str | None, set[str]]:
         names = {p: p for p in plan.shapes}
-        with surgery.rehearsing(self.model, plan, names, bool(self._real)):
+        with surgery.rehearsing(self.model, plan, names, bool(self._real)) as remade:
             recorder = Recorder(self.model, real=bool(self._real))
             try:
                 record(recorder, self.model, example(self.model, self.inputs))
-            except Exception as error:
-                return recorder.graph, f"{type(error).__name__}: {error}"
-        return recorder.graph, None
+            except Exception as error:  # noqa: BLE001  (whatever the model's code raises is a finding)
+                return recorder.graph, f"{type(error).__name__}: {error}", remade
+        return recorder.graph, None, remade
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {p: tuple(t.shape) for p, t in surgery.tensors(self.model).items()}

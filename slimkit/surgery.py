@@ -159,7 +159,7 @@ def rewrite(model: nn.Module, plan: Plan, shapes: Shapes, names: Mapping[str, st
 
 
 @contextlib.contextmanager
-def rehearsing(model: nn.Module, plan: Plan, names: Mapping[str, str], real: bool = False) -> Iterator[None]:
+def rehearsing(model: nn.Module, plan: Plan, names: Mapping[str, str], real: bool = False) -> Iterator[set[str]]:
     """Attributes and shapes of the model as after the cut, while the context is open; values are made up.
 
     Args:
@@ -167,6 +167,9 @@ def rehearsing(model: nn.Module, plan: Plan, names: Mapping[str, str], real: boo
         plan: the plan.
         names: the plan's parameter paths -> the model's.
         real: the stand-ins hold numbers, for models that must be computed.
+
+    Yields:
+        The modules that the cut replaces by a class of ours.
     """
     changes = Changes()
     try:
@@ -181,7 +184,7 @@ def rehearsing(model: nn.Module, plan: Plan, names: Mapping[str, str], real: boo
                 for key, tensor in store.items():
                     if id(tensor) in stand_ins:
                         changes.put(store, key, stand_ins[id(tensor)])
-        yield
+        yield {p for p, m in model.named_modules() if isinstance(m, PrunedMultiheadAttention)}
     finally:
         changes.undo()
 
@@ -193,7 +196,7 @@ def _stand_in(tensor: torch.Tensor, shape: tuple[int, ...], real: bool) -> torch
         for axis, size in enumerate(shape):
             made = made.narrow(axis, 0, size)
         made = made.clone()
-    return nn.Parameter(made, requires_grad=False) if isinstance(tensor, nn.Parameter) else made
+    return nn.Parameter(made, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
 
 
 def shapes_after(model: nn.Module, plan: Plan, names: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
@@ -218,7 +221,7 @@ def cut(model: nn.Module, plan: Plan, names: Mapping[str, str]) -> None:
         rewrite(model, plan, shapes_after(model, plan, names), names, changes)
         for path, axes in plan.indices.items():
             tensor = found[names[path]]
-            fresh = _select(tensor.detach(), [a for a in axes])
+            fresh = _select(tensor.detach(), axes)
             old.append((tensor, tensor.data, tensor.grad))
             # The Parameter itself stays, so that tied names, hooks and references go on meaning it.
             tensor.grad = None

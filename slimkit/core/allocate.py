@@ -204,10 +204,12 @@ def _improve(
     """Move single variables (groups of alike ones first) by one step while that comes nearer to the target."""
     labels = list(alike) if alike is not None else list(range(len(full)))
     together = [np.flatnonzero([x == label for x in labels]) for label in dict.fromkeys(labels)]
-    for moves in (together, [np.array([k]) for k in range(len(full))]):
+    # Blocks that are alike stay alike unless that alone misses the target by more than a point.
+    single = [np.array([k]) for k in range(len(full))]
+    for moves, near in ((together, tolerance), (single, max(tolerance, 0.01 * account.count(full) / target))):
         for _ in range(200):
             away = account.count(counts) - target
-            if abs(away) <= tolerance * target:
+            if abs(away) <= near * target:
                 return counts
             sign = -1 if away > 0 else 1
             best, best_away = None, abs(away)

@@ -10,6 +10,8 @@ from slimkit.core.solve import Expr, View, size_of
 # old size -> label ("heads", "hidden", "width", "whole") -> sizes it becomes
 Sizes = dict[int, dict[str, set[int]]]
 
+_HEADS = re.compile(r"(^|_)n?heads?$|(^|_)n_head$|nhead")
+_HIDDEN = re.compile(r"hidden_size|d_model|n_embd|embed_dim|hidden_dim|^dim$|model_dim|embedding_size")
 # Numbers that never say a width, whatever they happen to equal.
 _OTHER = re.compile(
     r"(^|_)(idx|index|id|ids|layer_id|layers|blocks|depth|window|patch|image|img|kernel|stride|padding|pad|dilation|vocab|"
@@ -65,8 +67,8 @@ def _label(expr: Expr, kinds: Mapping[str, str]) -> str:
     return "width"
 
 
-def new_value(name: str, old: int, sizes: Sizes) -> int | None:
-    """What an attribute should say after pruning, or None where it speaks of something else or cannot be told.
+def new_values(name: str, old: int, sizes: Sizes) -> list[int]:
+    """What an attribute may have to say after pruning, the likeliest first; its old value is among them.
 
     Args:
         name: the attribute's name, a hint where one size has several futures.
@@ -74,34 +76,24 @@ def new_value(name: str, old: int, sizes: Sizes) -> int | None:
         sizes: what the module's code saw.
 
     Returns:
-        The new value.
+        One value where it is certain; several where only trying can tell.
 
     Example:
-        >>> new_value("num_heads", 8, {8: {"heads": {4}, "whole": {8}}})
-        4
+        >>> new_values("num_heads", 8, {8: {"heads": {4}, "whole": {8}}})
+        [4]
+        >>> new_values("split_size", 64, {64: {"width": {48}, "whole": {64}}})
+        [64, 48]
     """
     if _OTHER.search(name) or old not in sizes:
-        return None
+        return [old]
     labels = sizes[old]
-    if re.search(r"(^|_)(heads?|nhead)$|^n_head|num_(attention|key_value)_heads|n_heads|kv_heads|nheads", name):
-        wanted = ["heads"]
-    elif "head" in name:
-        return None  # head_dim, attention_head_size: the size of a head never changes
-    elif re.search(r"hidden_size|d_model|n_embd|embed_dim|hidden_dim|^dim$|model_dim|^embed", name):
-        # all_head_size and embed_dim of an attention module may also mean heads * head size
-        wanted = ["hidden", "width"] if "hidden" in labels else ["width"]
-    else:
-        wanted = ["width", "hidden"]
-    for label in wanted:
-        news = labels.get(label, set())
-        if len(news) == 1:
-            new = next(iter(news))
-            if label != "heads" and "whole" in labels and old in labels["whole"] and new != old:
-                continue
-            return new if new != old else None
-        if news:
-            return None
-    return None
+    if _HEADS.search(name):
+        return sorted(labels.get("heads", {old}))[:1] if len(labels.get("heads", ())) <= 1 else [old]
+    if "head" in name and "all_head" not in name:
+        return [old]  # head_dim, attention_head_size: the size of a head never changes
+    order = ["hidden", "whole", "width"] if _HIDDEN.search(name) else ["whole", "width", "hidden"]
+    values = [new for label in order for new in sorted(labels.get(label, ()))]
+    return list(dict.fromkeys(values)) or [old]
 
 
 def config_changes(fields: Mapping[str, int], view: View, counts: Mapping[str, int]) -> dict[str, tuple[int, int]]:
@@ -130,11 +122,11 @@ def config_changes(fields: Mapping[str, int], view: View, counts: Mapping[str, i
     for name, old in fields.items():
         if _OTHER.search(name.replace("max_position", "max")):
             continue
-        if re.search(r"heads?$|n_head$|nhead", name):
+        if _HEADS.search(name):
             news = by_kind["heads"].get(old, set())
         elif "head" in name:
             continue
-        elif re.search(r"hidden_size|d_model|n_embd|embed_dim|^dim$|hidden_dim$|embedding_size", name):
+        elif _HIDDEN.search(name):
             news = by_kind["hidden"].get(old, set()) or (set() if old in whole else by_kind["width"].get(old, set()))
         else:
             news = set() if old in whole else by_kind["width"].get(old, set())

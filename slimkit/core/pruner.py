@@ -10,7 +10,7 @@ import numpy as np
 
 from slimkit.core import check
 from slimkit.core.allocate import Account, Allocation, allocate
-from slimkit.core.attributes import config_changes, new_value, scope_sizes
+from slimkit.core.attributes import config_changes, new_values, scope_sizes
 from slimkit.core.batch import dataset
 from slimkit.core.dims import FREE, find, leaves
 from slimkit.core.errors import GraphError
@@ -35,8 +35,8 @@ class Wing(Protocol):
         """The model's graph."""
 
     @abstractmethod
-    def rehearse(self, plan: Plan) -> tuple[Graph, str | None]:
-        """The graph of the model as it would be after the cut, as far as it ran, and the error that stopped it."""
+    def rehearse(self, plan: Plan) -> tuple[Graph, str | None, set[str]]:
+        """The graph of the cut model as far as it ran, the error that stopped it, and the modules that surgery remakes."""
 
     @abstractmethod
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -71,6 +71,34 @@ class Wing(Protocol):
         """Cut the model in place; on an error the model is as it was."""
 
 
+_COPIES = frozenset({"identity"})
+_LAYOUT = frozenset({"identity", "reshape", "transpose", "expand"})
+_ANOTHER = "another operator ran after the cut"
+
+
+def _differences(
+    view: View, other: Graph, counts: Mapping[str, int], ignored: frozenset[str], error: str | None, remade: set[str]
+) -> tuple[int, str] | None:
+    """The first operator at which the rehearsed graph is not the planned one, and what came instead."""
+    graph, relations = view.coupling.graph, view.coupling.relations
+    before = [k for k, node in enumerate(graph.nodes) if node.op not in ignored and node.scope not in remade]
+    after = [node for node in other.nodes if node.op not in ignored and node.scope not in remade]
+    for place, twin in zip(before, after):
+        node = graph.nodes[place]
+        if twin.op != node.op or len(twin.outputs) != len(node.outputs):
+            return place, _ANOTHER
+        for mine, theirs in zip(node.outputs, twin.outputs):
+            for dim, size in zip(relations.dims[mine], other.values[theirs].shape):
+                if any(x.elastic and x.kind == FREE for x in map(find, leaves(dim))):
+                    continue
+                planned = size_of(view.expression(dim), counts)
+                if planned != size:
+                    return place, f"{size} where {planned} was planned"
+    if len(after) < len(before) or error:
+        return (before[min(len(after), len(before) - 1)] if before else 0), error or "fewer operators ran"
+    return None
+
+
 class PrunerBase:
     """Structural pruning of one model.
 
@@ -91,6 +119,10 @@ class PrunerBase:
         self._budget = "params"
         self._allocation = "uniform"
         self._report: dict[str, Any] = {}
+        # Attributes that may say one of several numbers: how many, which one is tried, how often a module was retried.
+        self._doubts: dict[str, dict[str, int]] = {}
+        self._choices: dict[tuple[str, str], int] = {}
+        self._tried: dict[str, int] = {}
 
     # Settings --------------------------------------------------------------------------------------------------
 
@@ -200,6 +232,7 @@ class PrunerBase:
         """
         check.ratio(reserved_ratio, "reserved_ratio", one=True)
         coupling = self._solved()
+        self._choices, self._tried = {}, {}
         whole = self._layers([0, -1] if un_prune_list is None else un_prune_list)
         for _ in range(50):
             view = coupling.view(whole)
@@ -312,11 +345,15 @@ class PrunerBase:
     def _describe(self, view: View, allocation: Allocation, ratio: float, whole: list[str]) -> dict[str, Any]:
         keep: dict[str, Index] = {n: best(self._scores[n], k) for n, k in allocation.keep.items()}
         sizes = scope_sizes(view, allocation.keep)
+        self._doubts = {}
         attributes: Changes = {}
         for module, numbers in self._wing.integers().items():
             for name, old in numbers.items():
-                new = new_value(name, old, sizes.get(module, {}))
-                if new is not None:
+                choices = new_values(name, old, sizes.get(module, {}))
+                if len(choices) > 1:
+                    self._doubts.setdefault(module, {})[name] = len(choices)
+                new = choices[self._choices.get((module, name), 0) % len(choices)]
+                if new != old:
                     attributes.setdefault(module, {})[name] = (old, new)
         config = config_changes(self._wing.config(), view, allocation.keep)
         made = {
@@ -337,47 +374,43 @@ class PrunerBase:
         """Run the cut model on shapes alone and compare; pin what the model's code contradicts."""
         if not plan.keep:
             return True
-        graph, relations = view.coupling.graph, view.coupling.relations
-        other, error = self._wing.rehearse(plan)
-        for place, node in enumerate(graph.nodes):
-            if place >= len(other.nodes):
-                break
-            twin = other.nodes[place]
-            if twin.op != node.op or len(twin.outputs) != len(node.outputs):
-                return self._pin(view, place, "another operator ran after the cut")
-            for mine, theirs in zip(node.outputs, twin.outputs):
-                for dim, size in zip(relations.dims[mine], other.values[theirs].shape):
-                    if any(x.elastic and x.kind == FREE for x in map(find, leaves(dim))):
-                        continue
-                    if size_of(view.expression(dim), counts) != size:
-                        return self._pin(
-                            view, place, f"{size} where {size_of(view.expression(dim), counts)} was planned"
-                        )
-        if len(other.nodes) < len(graph.nodes) or error:
-            return self._pin(view, min(len(other.nodes), len(graph.nodes) - 1), error or "fewer operators ran")
-        return True
+        other, error, remade = self._wing.rehearse(plan)
+        found = _differences(view, other, counts, _COPIES, error, remade)
+        if found and found[1] == _ANOTHER:
+            # How a tensor lies in memory decides whether torch copies or views it; only the mathematics must agree.
+            found = _differences(view, other, counts, _LAYOUT, error, remade)
+        return found is None or self._pin(view, *found)
 
     def _pin(self, view: View, place: int, what: str) -> bool:
+        """Give in to the model's code: tie, try another attribute, or keep whole what an operator touches."""
         coupling = view.coupling
         node = coupling.graph.nodes[place]
         reason = f"{WRITTEN} {node.scope or 'the model'}"
-        logger.info("%s (%s at %s)", reason, what, node.op)
-        dims = [d for n in (*node.inputs, *node.outputs) if n is not None for d in coupling.relations.dims[n]]
-        done = False
-        for dim in dims:
-            if not isinstance(view.expression(dim), int):
-                done = coupling.pin(dim, reason) or done
-        if not done:
-            # Nothing at the operator itself: everything its module touches.
-            for other in coupling.graph.nodes:
-                if other.scope == node.scope:
-                    for number in other.outputs:
-                        for dim in coupling.relations.dims[number]:
-                            if not isinstance(view.expression(dim), int):
-                                done = coupling.pin(dim, reason) or done
-        if not done:
-            raise GraphError(f"the pruned model would not run: {what} in {node.op} of {node.scope or 'the model'!r}")
-        return False
+        logger.debug("%s (%s at %s)", reason, what, node.op)
+        if coupling.tie(place) or self._try_another(node.scope) or coupling.tie_widths(place):
+            return False
+        # Where nothing is left at the operator itself: everything its module touches.
+        near = [other for other in coupling.graph.nodes if other.scope == node.scope]
+        for nodes in ([node], near):
+            numbers = [n for other in nodes for n in (*other.inputs, *other.outputs) if n is not None]
+            dims = [d for n in numbers for d in coupling.relations.dims[n] if not isinstance(view.expression(d), int)]
+            if any([coupling.pin(dim, reason) for dim in dims]):
+                return False
+        raise GraphError(f"the pruned model would not run: {what} in {node.op} of {node.scope or 'the model'!r}")
+
+    def _try_another(self, scope: str) -> bool:
+        """Let the doubtful attributes of a module say the next combination of what they may; False when all were tried."""
+        doubts = self._doubts.get(scope, {})
+        combination = self._tried.get(scope, 0) + 1
+        if not doubts or combination >= min(64, int(np.prod(list(doubts.values())))):
+            for name in doubts:
+                self._choices.pop((scope, name), None)
+            return False
+        self._tried[scope] = combination
+        for name, number in doubts.items():
+            self._choices[scope, name] = combination % number
+            combination //= number
+        return True
 
     def _cut(self, plan: Plan) -> Any:
         names = plan.match(self._wing.shapes())

@@ -28,6 +28,7 @@ class Relations:
         outs: parameter of a Conv or Linear -> the axis expression of the channels that layer makes.
         groups: scope -> (attribute, group axis) of grouped convolutions and group norms.
         opaque: (operator, scope) of nodes that no rule covers.
+        averaged: axes over which a mean or a similar number is taken.
         costs: multiplications of one node, as a list of axis expressions to be multiplied.
     """
 
@@ -42,6 +43,7 @@ class Relations:
         self.opaque: list[tuple[str, str]] = []
         self.costs: list[tuple[str, list[Dim]]] = []
         self._scales: list[Dim] = []
+        self.averaged: list[Dim] = []
         self.params: dict[str, Dims] = {}
         for number, value in enumerate(graph.values):
             self.dims[number] = self._source(value.kind, value.path, value.shape)
@@ -71,7 +73,8 @@ class Relations:
     def _relate(self, node: Node) -> None:
         inputs: list[Any] = [None if i is None else self.dims[i] for i in node.inputs]
         results = RULES[node.op](self, node, inputs)
-        live = any(i is not None and self.live[i] for i in node.inputs)
+        # Looked-up rows are activations even where the tracer knows the indices.
+        live = node.op == "embedding" or any(i is not None and self.live[i] for i in node.inputs)
         for number, dims in zip(node.outputs, results):
             shape = self.graph.values[number].shape
             if len(dims) != len(shape) or any(d.size != s for d, s in zip(dims, shape)):
@@ -359,6 +362,8 @@ def _reduce(r: Relations, node: Node, x: list[Dims]) -> list[Dims]:
     axes, fn = set(node.attrs["axes"]), str(node.attrs.get("fn", "mean"))
     for axis in axes if fn in BY_INDEX else ():
         fix(x[0][axis], f"reduced by {fn}")
+    if fn != "sum":
+        r.averaged.extend(x[0][axis] for axis in axes)
     out = [ONE if i in axes else d for i, d in enumerate(x[0]) if i not in axes or node.attrs.get("keepdim")]
     return [out] * len(node.outputs)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from slimkit.core.dims import FREE, PRODUCT, Dim, find, leaves
+from slimkit.core.dims import FREE, PRODUCT, Dim, find, leaves, unify
 from slimkit.core.graph import Graph
 from slimkit.core.rules import SCALE, Relations
 
@@ -47,8 +47,35 @@ class Coupling:
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
+        self.tied: set[int] = set()
         self.relations = Relations(graph)
         self.pinned: dict[Dim, str] = {}
+
+    def tie(self, place: int) -> bool:
+        """Demand that a split's parts stay equal, since the code divides by their number; tells whether that was new."""
+        node = self.graph.nodes[place]
+        if place in self.tied or node.op != "split" or len(set(node.attrs["sizes"])) > 1:
+            return False
+        self.tied.add(place)
+        parts = [self.relations.dims[n][node.attrs["axis"]] for n in node.outputs]
+        for part in parts[1:]:
+            unify(parts[0], part)
+        return True
+
+    def tie_widths(self, place: int) -> bool:
+        """Demand that a reshape's axis equals the others of its size in the same module, as its code takes for granted."""
+        node, dims = self.graph.nodes[place], self.relations.dims
+        if node.op != "reshape" or -1 - place in self.tied:
+            return False
+        self.tied.add(-1 - place)
+        near = [n for other in self.graph.nodes if other.scope == node.scope for n in (*other.inputs, *other.outputs)]
+        done = False
+        for dim in (d for n in node.inputs if n is not None for d in dims[n]):
+            if any(x.kind == FREE and x not in self.pinned for x in map(find, leaves(dim))):
+                for other in (d for n in near if n is not None for d in dims[n] if d.size == dim.size):
+                    done = done or find(other) is not find(dim)
+                    unify(other, dim)
+        return done
 
     def pin(self, dim: Dim, reason: str) -> bool:
         """Exclude every variable of an axis for good; tells whether that changed anything."""
@@ -142,8 +169,8 @@ class View:
                 return
             outside = [pair for pair in open_ if not all(x.inner for x in pair[1])] or open_
             first = outside[0]
-            # Two or three groups are too coarse to choose from; their channels are not.
-            best = first if find(first[0]).size >= 4 else max(outside, key=lambda pair: find(pair[0]).size)
+            # A few groups are too coarse to choose from; their channels are not.
+            best = first if find(first[0]).size >= 8 else max(outside, key=lambda pair: find(pair[0]).size)
             for part, free in open_:
                 if part is not best[0]:
                     for leaf in free:
@@ -181,6 +208,7 @@ class View:
             for leaf in dict.fromkeys(map(find, leaves(dim))):
                 if leaf in self._names:
                     makers.setdefault(self._names[leaf], []).append(path.rpartition(".")[0])
+        averaged = {x for dim in relations.averaged for x in map(find, leaves(dim))}
         for leaf, name in self._names.items():
             variable = by_name.get(name)
             if variable is None:
@@ -189,8 +217,10 @@ class View:
             roles = {role for _, _, role in variable.places}
             if self._is_heads(leaf, relations):
                 variable.kind = "heads"
-            elif roles & {"layer_norm", "table"} or any(
-                relations.roles.get((path, 0)) == "table" for path, _, _ in variable.places
+            elif (
+                roles & {"layer_norm", "table"}
+                or leaf in averaged
+                or any(relations.roles.get((path, 0)) == "table" for path, _, _ in variable.places)
             ):
                 variable.kind = "hidden"
 
@@ -226,8 +256,8 @@ def _simplify(op: str, parts: list[Expr]) -> Expr:
     for part in parts:
         nested = isinstance(part, list) and part[0] == op
         for item in part[1:] if nested else [part]:  # type: ignore[index]
-            if isinstance(item, int) and flat and isinstance(flat[-1], int):
-                flat[-1] = flat[-1] * item if op == "*" else flat[-1] + item
+            if op == "+" and isinstance(item, int) and flat and isinstance(flat[-1], int):
+                flat[-1] += item
             else:
                 flat.append(item)
     if op == "*":

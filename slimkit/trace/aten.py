@@ -117,6 +117,18 @@ def _mv(emit: Emit, a: Sequence[Any], kw: dict[str, Any], out: Sequence[Any]) ->
     emit("matmul", a[:2], out)
 
 
+def _grouped_mm(emit: Emit, a: Sequence[Any], kw: dict[str, Any], out: Sequence[Any]) -> None:
+    x, weight = a[0], a[1]
+    if x.dim() != 2 or weight.dim() != 3:
+        emit("opaque", [x, weight], out, fn="_grouped_mm")
+        return
+    # Rows of x meet one of the stacked weights each; for the coupling it is all of them, summed.
+    wide, every = x.new_empty((1, *x.shape), device="meta"), x.new_empty((len(weight), *out[0].shape), device="meta")
+    emit("reshape", [x], [wide])
+    emit("matmul", [wide, weight], [every])
+    emit("reduce", [every], out, axes=[0], keepdim=False, fn="sum")
+
+
 def _linear(emit: Emit, a: Sequence[Any], kw: dict[str, Any], out: Sequence[Any]) -> None:
     emit("linear", [a[0], a[1], _arg(a, kw, 2, "bias", None)], out)
 
@@ -243,6 +255,11 @@ def _copy(emit: Emit, a: Sequence[Any], kw: dict[str, Any], out: Sequence[Any]) 
     emit("elementwise", a[:2], out, fn="copy")
 
 
+def _as_strided(emit: Emit, a: Sequence[Any], kw: dict[str, Any], out: Sequence[Any]) -> None:
+    same = list(a[1]) == list(a[0].shape)
+    emit("identity" if same else "opaque", a[:1], out, fn="as_strided")
+
+
 def _repeat(emit: Emit, a: Sequence[Any], kw: dict[str, Any], out: Sequence[Any]) -> None:
     repeats, x = list(a[1]), a[0]
     if len(repeats) > _rank(x):
@@ -304,6 +321,7 @@ READERS: dict[str, Reader] = {
     "addmm": _addmm,
     "addmv": _addmm,
     "baddbmm": _addmm,
+    "_grouped_mm": _grouped_mm,
     "linear": _linear,
     "convolution": _convolution,
     "_convolution": _convolution,
@@ -372,6 +390,7 @@ READERS: dict[str, Reader] = {
     "channel_shuffle": _channel_shuffle,
     "native_channel_shuffle": _channel_shuffle,
     "im2col": _im2col,
+    "as_strided_": _as_strided,
     "copy_": _copy,
     "copy": _copy,
 }
@@ -386,5 +405,5 @@ POINTWISE = frozenset(
     "masked_fill masked_fill_ where clamp clamp_ clamp_min clamp_max gelu silu silu_ mish mish_ hardswish hardswish_ "
     "hardsigmoid hardsigmoid_ hardtanh hardtanh_ relu relu_ relu6 leaky_relu leaky_relu_ elu elu_ prelu _prelu_kernel softplus "
     "pow fmod remainder lerp addcmul addcdiv glu_ sigmoid_ tanh_ add_ mul_ sub_ div_ rsub nan_to_num rrelu "
-    "rrelu_with_noise log_sigmoid_forward native_dropout threshold threshold_".split()
+    "rrelu_with_noise floor_divide log_sigmoid_forward native_dropout threshold threshold_".split()
 )

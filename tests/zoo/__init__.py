@@ -1,0 +1,1 @@
+"""Small networks of many families, for the pruning tests."""
