@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from slimkit.cli_check import check
 from slimkit.core.errors import ConfigError, SlimkitError
 
 app = typer.Typer(
@@ -18,6 +19,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.command()(check)
 
 
 @app.callback(invoke_without_command=True)
@@ -35,7 +37,9 @@ def _options(
 @app.command()
 def run(
     recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.")],
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder of the run; runs/NAME by default.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder of the run; runs/NAME by default.")
+    ] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Change one key, e.g. stages.1.prune.reserved_ratio=0.6."),

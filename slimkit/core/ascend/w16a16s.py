@@ -1,0 +1,289 @@
+"""W16A16S folders: sparse float16 weights as MindIE's tools expect them before they compress them for the 310P."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from slimkit.core import check, files, match
+from slimkit.core.errors import ArgumentError, FileFormatError
+
+Array = np.ndarray[Any, Any]
+
+WEIGHTS = "quant_model_weights.safetensors"
+DESCRIPTION = "quant_model_description.json"
+CONFIG = "config.json"
+KIND = "W16A16S"
+DENSE = "FLOAT"
+VERSION = "1.0.0"
+_HEAD = ("model_quant_type", "version")
+
+# What a tensor's share of zeros must be to be called sparse when no targets are given.
+_LEAST_ZEROS = 0.05
+# The ratio that the peer tool's documentation uses as its default, and what we call near it.
+ADVISED_RATIO = 0.3
+_NEAR = 0.1
+_FLOAT16_MAX = 65504.0
+# What inference needs beside the weights, copied when the config comes from a folder.
+_COMPANIONS = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "vocab.json", "vocab.txt",
+    "merges.txt", "added_tokens.json", "generation_config.json", "chat_template.jinja",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class W16A16SReport:
+    """What was written.
+
+    Args:
+        directory: the folder.
+        sparse: tensor -> share of zeros, for those marked W16A16S.
+        dense: tensors marked FLOAT.
+        zero_ratio: share of zeros over all W16A16S tensors.
+        underflowed: values that were not zero and are in float16.
+        weight_bytes: bytes of all tensors.
+        copied: files copied beside them.
+        advice: what to consider; may be empty.
+    """
+
+    directory: str
+    sparse: dict[str, float]
+    dense: list[str]
+    zero_ratio: float
+    underflowed: int
+    weight_bytes: int
+    copied: list[str]
+    advice: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class W16A16S:
+    """A W16A16S folder in memory.
+
+    Args:
+        tensors: name -> array, float16 where it is a float.
+        kinds: name -> "W16A16S" or "FLOAT".
+        config: what config.json says.
+    """
+
+    tensors: dict[str, Array]
+    kinds: dict[str, str]
+    config: dict[str, Any]
+
+
+def save_arrays(
+    directory: files.PathLike,
+    weights: Mapping[str, Array],
+    config: Mapping[str, Any] | files.PathLike,
+    *,
+    targets: Sequence[str] | None = None,
+) -> W16A16SReport:
+    """Write weights as a W16A16S folder; floats become float16.
+
+    Args:
+        directory: the folder; made if missing, other files in it are left alone. A reader sees the old folder, no
+            folder, or the new one: the description is taken away first and written last.
+        weights: name -> array, by Hugging Face's names.
+        config: what config.json shall say, or a Hugging Face folder whose config.json and tokenizer files are taken.
+        targets: globs over tensor names that are marked W16A16S. None: every matrix called "*.weight" of which at least
+            5 % are zeros.
+
+    Returns:
+        What was written, with advice on the ratio.
+
+    Raises:
+        ArgumentTypeError, ArgumentError: an argument of the wrong type, no sparse tensor, or a value beyond float16.
+        PatternError: a target matches nothing.
+        FileFormatError: the folder of `config` holds no readable config.json.
+    """
+    folder = files.as_path(directory, "directory")
+    check.instance(weights, Mapping, "weights", "a dict of tensor name -> array")
+    halves, underflowed = _halves(weights)
+    sparse = _sparse(halves, targets)
+    settings, companions = _config(config)
+    kinds = {name: KIND if name in sparse else DENSE for name in halves}
+    description = {"model_quant_type": KIND, "version": VERSION, **kinds}
+    # float16 is the only float on the 310P; the words differ between releases of transformers.
+    settings.update({key: "float16" for key in ("torch_dtype", "dtype") if key in settings})
+    settings.setdefault("torch_dtype", "float16")
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / DESCRIPTION).unlink(missing_ok=True)
+    files.write_tensors(folder / WEIGHTS, halves, {"format": "pt"})
+    files.write_json(folder / CONFIG, settings)
+    copied = []
+    for source in companions:
+        if source.parent.resolve() != folder.resolve():
+            with files.atomic_file(folder / source.name) as handle, open(source, "rb") as reader:
+                shutil.copyfileobj(reader, handle)
+        copied.append(source.name)
+    files.write_json(folder / DESCRIPTION, description)
+    total = sum(halves[name].size for name in sparse)
+    ratio = sum(share * halves[name].size for name, share in sparse.items()) / total
+    return W16A16SReport(
+        directory=str(folder),
+        sparse=sparse,
+        dense=[name for name, kind in kinds.items() if kind == DENSE],
+        zero_ratio=ratio,
+        underflowed=underflowed,
+        weight_bytes=sum(v.nbytes for v in halves.values()),
+        copied=copied,
+        advice=_advice(ratio, sparse, underflowed),
+    )
+
+
+def _halves(weights: Mapping[str, Array]) -> tuple[dict[str, Array], int]:
+    """The tensors with every float as float16, and how many values vanished on the way."""
+    halves: dict[str, Array] = {}
+    underflowed = 0
+    for name, value in weights.items():
+        if not isinstance(name, str) or not name or name in _HEAD:
+            check.wrong_value("weights", f"named by non-empty str other than {', '.join(_HEAD)}", name)
+        array = np.asarray(value)
+        # bfloat16 from ml_dtypes has no NumPy kind of its own.
+        if array.dtype.kind == "f" or array.dtype.name == "bfloat16":
+            wide = array.astype(np.float32)
+            largest = float(np.abs(wide).max(initial=0.0))
+            if not largest <= _FLOAT16_MAX:
+                raise ArgumentError(
+                    f"weights[{name!r}] must be finite and at most {_FLOAT16_MAX:g}, which float16 holds. Received: "
+                    f"{largest:g}. Rescale the layer or leave it out."
+                )
+            half = wide.astype(np.float16)
+            underflowed += int(((wide != 0) & (half == 0)).sum())
+            halves[name] = half
+        elif array.dtype.kind in "iub":
+            halves[name] = array
+        else:
+            check.wrong_type(f"weights[{name!r}]", "an array of floats, integers or bool", array)
+    if not halves:
+        check.wrong_value("weights", "at least one tensor", dict(weights))
+    return halves, underflowed
+
+
+def _sparse(halves: Mapping[str, Array], targets: Sequence[str] | None) -> dict[str, float]:
+    """The tensors to mark as sparse, each with its share of zeros."""
+    matrices = {n: v for n, v in halves.items() if v.ndim == 2 and v.dtype == np.float16 and v.size}
+    shares = {n: 1 - np.count_nonzero(v) / v.size for n, v in matrices.items()}
+    if targets is not None:
+        found = match.match(list(halves), check.strings(targets, "targets"), whole_modules=True)
+        match.demand(found, list(halves), "targets")
+        chosen = {n: shares[n] for n in found.names if n in shares}
+    else:
+        chosen = {n: s for n, s in shares.items() if n.endswith(".weight") and s >= _LEAST_ZEROS}
+    if not chosen:
+        raise ArgumentError(
+            f"weights must hold a sparse matrix (at least {_LEAST_ZEROS:.0%} zeros). Received: none among "
+            f"{len(matrices)} matrices. Sparsify the model first."
+        )
+    return chosen
+
+
+def config_told_by(model: Any, config: Any) -> Any:
+    """The config that was given, or what a Hugging Face model says of itself.
+
+    Args:
+        model: the model; only `model.config.to_dict()` is asked.
+        config: a dict, a folder, or None.
+
+    Raises:
+        ArgumentError: None was given and the model has no such config.
+    """
+    if config is not None:
+        return config
+    own: Any = getattr(model, "config", None)
+    if not callable(getattr(own, "to_dict", None)):
+        check.wrong_value("config", "a dict or a Hugging Face folder, as the model has no config of its own", config)
+    # Through JSON, so that what cannot be written shows here and nothing of the model is shared.
+    return json.loads(json.dumps(own.to_dict(), default=str))
+
+
+def _config(config: Mapping[str, Any] | files.PathLike) -> tuple[dict[str, Any], list[Path]]:
+    """What config.json shall say, and the files to copy beside it."""
+    if isinstance(config, Mapping):
+        return dict(config), []
+    folder = files.as_path(config, "config")
+    settings = files.read_json(folder / CONFIG, "config.json")
+    if not isinstance(settings, dict):
+        raise FileFormatError(f"{folder / CONFIG} is not a JSON object.")
+    return settings, [folder / name for name in _COMPANIONS if (folder / name).is_file()]
+
+
+def _advice(ratio: float, sparse: Mapping[str, float], underflowed: int) -> list[str]:
+    advice = []
+    if ratio > ADVISED_RATIO + _NEAR:
+        advice.append(
+            f"{ratio:.0%} of the sparse matrices are zero; the documented tool works with {ADVISED_RATIO:.0%}. Check "
+            "the accuracy on real inputs."
+        )
+    elif ratio < ADVISED_RATIO - _NEAR:
+        advice.append(
+            f"only {ratio:.0%} of the sparse matrices are zero; with {ADVISED_RATIO:.0%}, the documented tool's own "
+            "ratio, there is more to compress."
+        )
+    uneven = [name for name, share in sparse.items() if share < _LEAST_ZEROS]
+    if uneven:
+        advice.append(f"{len(uneven)} matrices are marked sparse with hardly a zero, the first is {uneven[0]}.")
+    if underflowed:
+        advice.append(f"{underflowed} values became zero in float16.")
+    return advice
+
+
+def load_w16a16s(directory: files.PathLike) -> W16A16S:
+    """Read a W16A16S folder and check that its files agree.
+
+    Args:
+        directory: the folder.
+
+    Returns:
+        Tensors, their kinds and the config.
+
+    Raises:
+        FileFormatError: a file is missing or damaged, the description is of another kind, or the two disagree.
+        LinkPathError: a file is a symbolic link.
+
+    Source:
+        The layout of MindIE's documentation, "W16A16SC sparse quantization":
+        https://www.hiascend.com/document/detail/zh/mindie/230/mindiellm/llmdev/mindie_llm0529.html
+
+    Example:
+        >>> _ = save_arrays("/tmp/w16a16s", {"fc.weight": np.eye(4)}, {"model_type": "none"})
+        >>> load_w16a16s("/tmp/w16a16s").kinds
+        {'fc.weight': 'W16A16S'}
+    """
+    folder = files.as_path(directory, "directory")
+    description = files.read_json(folder / DESCRIPTION, DESCRIPTION)
+    if not isinstance(description, dict) or description.get("model_quant_type") != KIND:
+        raise FileFormatError(f"{folder / DESCRIPTION} does not describe a {KIND} model.")
+    # Older tools leave the version out.
+    if description.get("version", VERSION) != VERSION:
+        raise FileFormatError(
+            f"{folder / DESCRIPTION} is of version {description['version']!r}; this slimkit reads {VERSION}."
+        )
+    kinds = {name: kind for name, kind in description.items() if name not in _HEAD}
+    odd = next((name for name, kind in kinds.items() if kind not in (KIND, DENSE)), None)
+    if odd is not None:
+        raise FileFormatError(f"{folder / DESCRIPTION}: {odd!r} must be {KIND} or {DENSE}. Received: {kinds[odd]!r}")
+    tensors, _ = files.read_tensors(folder / WEIGHTS, WEIGHTS)
+    if set(tensors) != set(kinds):
+        missing, unknown = sorted(set(kinds) - set(tensors)), sorted(set(tensors) - set(kinds))
+        raise FileFormatError(
+            f"{folder}: described but not there: {missing[:3]}; there but not described: {unknown[:3]}"
+        )
+    for name, value in tensors.items():
+        if value.dtype.kind == "f" and value.dtype != np.float16:
+            raise FileFormatError(f"{folder / WEIGHTS}: {name} must be float16. Received: {value.dtype.name}")
+    config = files.read_json(folder / CONFIG, CONFIG)
+    if not isinstance(config, dict):
+        raise FileFormatError(f"{folder / CONFIG} is not a JSON object.")
+    return W16A16S({name: tensors[name] for name in kinds}, kinds, config)
