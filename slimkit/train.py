@@ -104,6 +104,8 @@ class Trainer(TrainerLoop):
         self._run_model, self._run_optimizer = run.prepare(self.model, self.optimizer)
         # The scheduler is left outside accelerate, which would step it once per process.
         self._scheduler = options.scheduler(self.optimizer)
+        if self._scheduler is not None and not hasattr(self._scheduler, "step"):
+            self._scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._scheduler)
         self._clip = (options.clip_value, options.clip_norm)
 
     def _finish(self) -> None:

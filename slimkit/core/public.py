@@ -71,6 +71,9 @@ ROOMS: dict[str, dict[str, str]] = {
         "InMemoryRunHistory": "core.history",
         "TrainerRunConfig": "core.history",
         "TrainerCallback": "core.callbacks",
+        "constant_schedule": "core.schedules",
+        "cosine_schedule": "core.schedules",
+        "linear_schedule": "core.schedules",
     },
     "export": {
         "export_onnx": "export",

@@ -121,7 +121,7 @@ class DistillDualModels(nn.Cell):
             scale: what the loss is multiplied by before gradients are taken; 1 when there is no loss scaling.
         """
         scale = check.number(scale, "scale", minimum=0)
-        self.inner_factor.set_data(ms.Tensor(self.soft_share * scale, ms.float32))
+        ops.assign(self.inner_factor, ms.Tensor(self.soft_share * scale, ms.float32))
 
     def get_student_model(self) -> nn.Cell:
         """The student, with every parameter name as before; the distillation model goes on when it is called again."""

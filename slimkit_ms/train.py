@@ -1,0 +1,394 @@
+"""The trainer for MindSpore: one loop with the torch wing's, on value_and_grad, in PyNative and GRAPH mode."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from slimkit.core import check, files
+from slimkit.core.errors import ConfigError
+from slimkit.core.lazy import door as _door
+from slimkit.core.loading import LoaderOptions, epoch_batches, is_samples, split_batch
+from slimkit.core.packing import pack, unpack
+from slimkit.core.train import TrainerLoop
+from slimkit.core.updates import TrainOptions
+from slimkit_ms import bridge
+
+import mindspore as ms
+from mindspore import nn, ops
+
+__getattr__, __dir__ = _door("slimkit_ms", "train")
+
+
+class Trainer(TrainerLoop):
+    """Train, evaluate, checkpoint and resume a cell.
+
+    Args:
+        model: trained in place. A cell whose (first) output is its loss needs neither loss_func nor compute_loss; a
+            `DistillDualModels` is one.
+        loss_func: f(outputs, targets) -> scalar, for batches of (inputs, targets).
+        optimizer: an optimizer over the cell's parameters, or f(parameters) -> optimizer; None: AdamW with rate 1e-3
+            over the parameters that want a gradient.
+        callbacks: objects with methods of `TrainerCallback`.
+        compute_loss: f(model, batch) -> scalar, for any batch.
+        metrics: name -> f(outputs, targets) -> number, averaged over samples in evaluation.
+        run_history: where metrics go; None: in memory.
+        mixed_precision: "no", "fp16" or "bf16" (the latter has no CPU kernels); None: "no".
+
+    Raises:
+        ArgumentTypeError: an argument of another kind.
+        ConfigError: both loss_func and compute_loss.
+
+    Example:
+        >>> batches = [(ops.ones((4, 3)), ops.ones((4, 1)))] * 3
+        >>> trainer = Trainer(nn.Dense(3, 1), nn.MSELoss())
+        >>> len(trainer.train(batches, num_epochs=2).get_metric_values("train_loss_epoch"))
+        2
+    """
+
+    framework = "mindspore"
+
+    def __init__(self, model: nn.Cell, *args: Any, **kwargs: Any) -> None:
+        super().__init__(bridge.check_model(model), *args, **kwargs)
+        self._objective: nn.Cell | None = None
+        self._gradient: Any = None
+        self._reducer: Any = None
+        self._scheduler: Any = None
+        self._rate: Any = None
+        self._clip: tuple[float | None, float | None] = (None, None)
+        self._kept_modes: list[tuple[nn.Cell, bool]] = []
+
+    def _processes(self) -> tuple[int, int, int]:
+        from mindspore import communication
+
+        if not communication.GlobalComm.INITED:
+            if os.environ.get("MS_ROLE") != "MS_WORKER":
+                return 0, 1, 0
+            communication.init()
+        rank, world = communication.get_rank(), communication.get_group_size()
+        return rank, world, int(os.environ.get("LOCAL_RANK", rank))
+
+    def _start(self, seed: int | None) -> int:
+        if seed is None:
+            # Processes would have to agree on a number; one they all can compute is the global seed.
+            return int(ms.get_seed() or 0) if self._processes()[1] > 1 else int(np.random.randint(2**31))
+        ms.set_seed(seed)
+        np.random.seed(seed % 2**32)
+        random.seed(seed)
+        return seed
+
+    def _prepare(self, options: TrainOptions) -> None:
+        if not isinstance(self.optimizer, nn.Cell):
+            wanted = self.model.trainable_params()
+            if not wanted:
+                raise ConfigError("model: no parameter wants a gradient, so there is nothing to train")
+            make = self.optimizer or _adamw
+            self.optimizer = check.function(make, "optimizer")(wanted)
+        world = self._processes()[1]
+        if world > 1:
+            ms.set_auto_parallel_context(parallel_mode=ms.ParallelMode.DATA_PARALLEL, gradients_mean=True)
+            self._reducer = nn.DistributedGradReducer(self.optimizer.parameters, mean=True)
+        self._objective = Objective(self.model, self.loss_func, self.compute_loss)
+        if self.mixed_precision in ("fp16", "bf16"):
+            kind = ms.float16 if self.mixed_precision == "fp16" else ms.bfloat16
+            self._objective = ms.amp.auto_mixed_precision(self._objective, "O1", kind)
+        self._gradient = ms.value_and_grad(self._objective, None, self.optimizer.parameters)
+        self._scheduler = options.scheduler(self.optimizer)
+        self._rate = None if self._scheduler is None or hasattr(self._scheduler, "step") else self._learning_rate()
+        if self._rate is not None:
+            self._set_rate(self.global_step)
+        self._clip = (options.clip_value, options.clip_norm)
+
+    def _finish(self) -> None:
+        self._objective = self._gradient = self._reducer = None
+
+    def _modes(self, training: bool) -> None:
+        if training:
+            self._kept_modes = [(cell, cell.training) for _, cell in self.model.cells_and_names()]
+            # Cells put into eval mode on purpose inside a training cell (frozen batch norms) stay there.
+            if not self.model.training:
+                self.model.set_train(True)
+        else:
+            for cell, mode in self._kept_modes:
+                cell.training = mode
+            self._kept_modes = []
+
+    def _learning_rate(self) -> float | None:
+        rate = getattr(self.optimizer, "learning_rate", None)
+        if rate is None and getattr(self.optimizer, "param_groups", None):
+            rate = self.optimizer.param_groups[0]["lr"]
+        if isinstance(rate, nn.Cell):  # a schedule of MindSpore's own
+            rate = rate(self.optimizer.global_step).asnumpy().reshape(-1)[0]
+        elif isinstance(rate, ms.Tensor):
+            rate = rate.asnumpy().reshape(-1)[0]
+        return None if rate is None else float(rate)
+
+    def _set_rate(self, step: int) -> None:
+        rate = self._rate * float(self._scheduler(step))
+        groups = getattr(self.optimizer, "param_groups", None)
+        for held in [g["lr"] for g in groups] if groups else [self.optimizer.learning_rate]:
+            if not isinstance(held, ms.Parameter):
+                raise ConfigError("create_scheduler_fn: the optimizer's learning rate is a schedule already")
+            # assign, for set_data is not seen by an optimizer that has run before.
+            ops.assign(held, ms.Tensor(rate, held.dtype).reshape(held.shape))
+
+    def _loader(self, dataset: Any, batch_size: int, options: LoaderOptions) -> Iterable[Any]:
+        if hasattr(dataset, "create_tuple_iterator"):
+            return _Pipeline(dataset, options)
+        if is_samples(dataset):
+            whole = options.epoch == 0
+            batches = epoch_batches(
+                len(dataset),
+                batch_size,
+                seed=options.seed,
+                epoch=options.epoch,
+                shuffle=options.shuffle,
+                drop_last=options.drop_last,
+                rank=options.rank,
+                world=1 if whole else options.world,
+            )
+            if whole:
+                batches = batches[options.rank :: options.world]
+            if options.rest:
+                raise ConfigError(f"dataloader_kwargs: only shuffle and drop_last here. Received: {list(options.rest)}")
+            return _Samples(dataset, batches, options.collate_fn or _stack)
+        if not isinstance(dataset, Iterable) or isinstance(dataset, (Iterator, str, bytes, Mapping, ms.Tensor)):
+            check.wrong_type("dataset", "a mindspore.dataset, a map-style data set or a list of batches", dataset)
+        return _Shared(dataset, options)
+
+    def _call(self, batch: Any) -> tuple[Any, ...]:
+        """A batch as the positional arguments of the objective."""
+        batch = _tensors(batch)
+        if self.compute_loss is not None:
+            return (batch,)
+        if self.loss_func is not None:
+            inputs, targets = split_batch(batch)
+            return (*self._positional(inputs), targets)
+        return self._positional(batch)
+
+    def _positional(self, inputs: Any) -> tuple[Any, ...]:
+        if isinstance(inputs, Mapping):
+            names = list(inspect.signature(self.model.construct).parameters)
+            if set(inputs) != set(names[: len(inputs)]):
+                raise ConfigError(
+                    f"a mapping's keys must be the model's first arguments {names}. Received: {list(inputs)}"
+                )
+            return tuple(inputs[k] for k in names[: len(inputs)])
+        return tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
+
+    def _update(self, batches: list[Any]) -> Any:
+        total: Any = None
+        gradients: Any = None
+        for batch in batches:
+            loss, found = self._gradient(*self._call(batch))
+            total = loss if total is None else total + loss
+            gradients = found if gradients is None else tuple(a + b for a, b in zip(gradients, found))
+        if len(batches) > 1:
+            total = total / len(batches)
+            gradients = tuple(g / len(batches) for g in gradients)
+        if self._reducer is not None:
+            gradients = self._reducer(gradients)
+        value, norm = self._clip
+        if value is not None:
+            gradients = tuple(ops.clamp(g, -value, value) for g in gradients)
+        if norm is not None:
+            gradients = ops.clip_by_global_norm(gradients, norm)
+        self.optimizer(gradients)
+        if self._rate is not None:
+            self._set_rate(self.global_step + 1)
+        elif self._scheduler is not None:
+            self._scheduler.step()
+        return total
+
+    def _to_floats(self, losses: list[Any]) -> list[float]:
+        stacked = np.array([float(loss.asnumpy()) for loss in losses])
+        return [float(v) for v in self._all_sum(stacked) / self._processes()[1]]
+
+    def _all_sum(self, values: np.ndarray) -> np.ndarray:
+        if self._processes()[1] == 1:
+            return values
+        return _AllSum()(ms.Tensor(values, ms.float32)).asnumpy().astype(np.float64)
+
+    def _evaluate_batches(self, batches: Iterable[Any]) -> dict[str, float]:
+        objective = Objective(self.model, self.loss_func, self.compute_loss)
+        names = ["loss", *self.metrics]
+        sums = np.zeros(len(names) + 1)
+        with bridge.evaluating(self.model):
+            for batch in batches:
+                arguments = self._call(batch)
+                if self.metrics and (self.loss_func is None or self.compute_loss is not None):
+                    raise ConfigError("metrics need loss_func and batches of (inputs, targets)")
+                if self.loss_func is not None:
+                    outputs = self.model(*arguments[:-1])
+                    values = [self.loss_func(outputs, arguments[-1])]
+                    values += [f(outputs, arguments[-1]) for f in self.metrics.values()]
+                else:
+                    values = [objective(*arguments)]
+                n = _count(batch)
+                sums += n * np.array([*(float(v) for v in values), 1.0])
+        sums = self._all_sum(sums)
+        if not sums[-1]:
+            check.wrong_value("dataset", "a data set with at least one batch", batches)
+        return {name: float(total / sums[-1]) for name, total in zip(names, sums)}
+
+    def _held(self) -> dict[str, ms.Parameter]:
+        held = {f"model.{i}": p for i, p in enumerate(self.model.get_parameters())}
+        mine = {id(p) for p in held.values()}
+        extra = [p for p in self.optimizer.get_parameters() if id(p) not in mine]
+        return {**held, **{f"optimizer.{i}": p for i, p in enumerate(extra)}}
+
+    def _save_state(self, folder: Path) -> dict[str, Any]:
+        arrays, names = {}, {}
+        for key, parameter in self._held().items():
+            # NumPy knows no bfloat16; float32 holds each of its values.
+            plain = parameter.astype(ms.float32) if parameter.dtype == ms.bfloat16 else parameter
+            arrays[key] = bridge.as_numpy(plain)
+            names[key] = f"{parameter.name} {tuple(parameter.shape)}"
+        files.write_tensors(folder / "state.safetensors", arrays)
+        state = {"python": random.getstate(), "numpy": np.random.get_state(), "names": names}
+        if hasattr(self._scheduler, "state_dict"):
+            state["scheduler"] = self._scheduler.state_dict()
+        return pack(state, lambda value: None)
+
+    def _load_state(self, folder: Path, state: dict[str, Any]) -> None:
+        arrays, _ = files.read_tensors(folder / "state.safetensors", "resume_from")
+        found = unpack(state, arrays.__getitem__)
+        held = self._held()
+        shown = {key: f"{p.name} {tuple(p.shape)}" for key, p in held.items()}
+        if shown != found["names"]:
+            kept = found["names"]
+            key = next(k for k in {**shown, **kept} if shown.get(k) != kept.get(k))
+            raise ConfigError(f"resume_from: the checkpoint holds {kept.get(key)} where the run has {shown.get(key)}")
+        for key, parameter in held.items():
+            ops.assign(parameter, ms.Tensor(arrays[key].reshape(parameter.shape), parameter.dtype))
+        if hasattr(self._scheduler, "load_state_dict") and "scheduler" in found:
+            self._scheduler.load_state_dict(found["scheduler"])
+        random.setstate(found["python"])
+        np.random.set_state(found["numpy"])
+
+
+class Objective(nn.Cell):
+    """The model with its loss, parameter names unchanged."""
+
+    def __init__(self, model: nn.Cell, loss_func: Any, compute_loss: Any) -> None:
+        super().__init__(auto_prefix=False)
+        self.model = model
+        self.loss_func = loss_func
+        self.compute_loss = compute_loss
+        self.computes = compute_loss is not None
+        self.compares = loss_func is not None
+
+    def construct(self, *args):
+        if self.computes:
+            return self.compute_loss(self.model, args[0])
+        if self.compares:
+            return self.loss_func(self.model(*args[:-1]), args[-1])
+        output = self.model(*args)
+        if isinstance(output, tuple):
+            return output[0]
+        return output
+
+
+class _AllSum(nn.Cell):
+    def __init__(self) -> None:
+        super().__init__()
+        self.reduce = ops.AllReduce(ops.ReduceOp.SUM)
+
+    def construct(self, x):
+        return self.reduce(x)
+
+
+class _Samples:
+    """A map-style data set in batches."""
+
+    def __init__(self, dataset: Any, batches: list[list[int]], collate: Callable[[list[Any]], Any]) -> None:
+        self.dataset, self.batches, self.collate = dataset, batches, collate
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self.batches:
+            yield self.collate([self.dataset[i] for i in batch])
+
+
+class _Shared:
+    """Ready batches: every world-th; the last round of an epoch is filled up with the first batch."""
+
+    def __init__(self, batches: Iterable[Any], options: LoaderOptions) -> None:
+        self.batches, self.options = batches, options
+
+    def __len__(self) -> int:
+        return _share(len(self.batches), self.options.world)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[Any]:
+        world, rank = self.options.world, self.options.rank
+        first, turn = None, []
+        for batch in self.batches:
+            first = batch if first is None else first
+            turn.append(batch)
+            if len(turn) == world:
+                yield turn[rank]
+                turn = []
+        if turn:
+            yield turn[rank] if rank < len(turn) else first
+
+
+class _Pipeline(_Shared):
+    """A mindspore.dataset pipeline; its shuffling follows seed and epoch."""
+
+    def __len__(self) -> int:
+        return _share(self.batches.get_dataset_size(), self.options.world)  # type: ignore[attr-defined]
+
+    def __iter__(self) -> Iterator[Any]:
+        before = ms.dataset.config.get_seed()
+        ms.dataset.config.set_seed((self.options.seed * 1_000_003 + self.options.epoch) % 2**32)
+        pipeline: Any = self.batches
+        self.batches = pipeline.create_tuple_iterator(num_epochs=1)
+        ms.dataset.config.set_seed(before)
+        try:
+            yield from super().__iter__()
+        finally:
+            self.batches = pipeline
+
+
+def _share(n_batches: int, world: int) -> int:
+    return -(-n_batches // world)
+
+
+def _adamw(parameters: list[ms.Parameter]) -> nn.Cell:
+    return ms.experimental.optim.AdamW(parameters, lr=1e-3)
+
+
+def _stack(samples: list[Any]) -> Any:
+    first = samples[0]
+    if isinstance(first, Mapping):
+        return {k: _stack([s[k] for s in samples]) for k in first}
+    if isinstance(first, (tuple, list)):
+        return tuple(_stack(list(column)) for column in zip(*samples))
+    return ms.Tensor(np.stack([s.asnumpy() if isinstance(s, ms.Tensor) else np.asarray(s) for s in samples]))
+
+
+def _tensors(value: Any) -> Any:
+    if isinstance(value, (np.ndarray, np.generic)):
+        return ms.Tensor(value)
+    if isinstance(value, Mapping):
+        return {k: _tensors(v) for k, v in value.items()}
+    return tuple(_tensors(v) for v in value) if isinstance(value, (tuple, list)) else value
+
+
+def _count(batch: Any) -> int:
+    """Samples in a batch: the length of its first tensor."""
+    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else [batch]
+    for value in values:
+        if isinstance(value, (Mapping, tuple, list)):
+            return _count(value)
+        if getattr(value, "ndim", 0):
+            return len(value)
+    return 1
