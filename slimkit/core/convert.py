@@ -78,6 +78,8 @@ def convert(
     check.choice(path.suffix, (".ckpt", ".safetensors", ".pt", ".pth", ".bin"), "the ending of dst")
     check.boolean(strict, "strict")
     check.boolean(with_manifest, "manifest")
+    if inputs is not None and (source_net is None or result_net is None):
+        raise ArgumentError("inputs needs both networks, source_net and result_net, to run.")
     with open_weights(src, lambda p: TorchFile(p, torch()), "src") as source:
         if source.path.resolve() == path.resolve():
             raise ArgumentError(f"dst must be another file than src. Received: {str(path)!r}")
@@ -97,7 +99,7 @@ def convert(
 
 def _write_torch(torch: Callable[[], Any], path: Path, items: Items, tensors: Iterable[tuple[str, Array]]) -> None:
     library = torch()
-    held = {n: restored(np.ascontiguousarray(a), items.entries[n].dtype, library) for n, a in tensors}
+    held = {n: restored(np.asarray(a, order="C"), items.entries[n].dtype, library) for n, a in tensors}
     write_torch(path, held, items.values, library)
 
 
@@ -133,8 +135,6 @@ def _direction(source: Weights, path: Path, to: str | None, source_net: Any, res
 def _prove(job: Job, source: Weights, source_net: Any, result_net: Any, inputs: Any) -> float | None:
     if inputs is None:
         return None
-    if source_net is None:
-        raise ArgumentError("inputs needs both networks, source_net and result_net, to run.")
     assign(source_net, {name: source.read(origin) for name, origin in job.origins.items()})
     entries = job.entries(source)
     assign(result_net, {n: decode(a, entries[n].dtype) for n, a in job.tensors(source)})

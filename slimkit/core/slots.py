@@ -117,12 +117,12 @@ def assign(net: Any, values: Mapping[str, Array]) -> None:
         state = net.state_dict(keep_vars=True)
         with torch.no_grad():
             for name, array in values.items():
-                state[name].copy_(torch.from_numpy(np.ascontiguousarray(array)))
+                state[name].copy_(torch.from_numpy(np.asarray(array, order="C")))
         return
     tensor = sys.modules["mindspore"].Tensor
     parameters = {p.name: p for p in net.get_parameters()}
     for name, array in values.items():
-        parameters[name].set_data(tensor(np.ascontiguousarray(array), parameters[name].dtype))
+        parameters[name].set_data(tensor(np.asarray(array, order="C"), parameters[name].dtype))
 
 
 def outputs(net: Any, inputs: Any) -> list[Array]:

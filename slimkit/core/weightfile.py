@@ -99,14 +99,14 @@ def encode(values: Array, dtype: str) -> Array:
         '0x3f80'
     """
     if dtype == "BF16":
-        bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+        bits = np.asarray(values, np.float32, order="C").view(np.uint32)
         rounded = ((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype(
             np.uint16
         )
         return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
     if dtype.startswith("F8"):
         raise UnsupportedError(f"tensors of type {dtype} can be copied as they are, not computed with.")
-    return np.ascontiguousarray(values, STORED[dtype])
+    return np.asarray(values, STORED[dtype], order="C")
 
 
 class Weights:
@@ -320,5 +320,5 @@ def in_order(entries: Mapping[str, Entry], tensors: Iterable[tuple[str, Array]])
 
 def as_bytes(array: Array, entry: Entry) -> memoryview:
     """The bytes of a stored array, little-endian, without a copy where it is contiguous already."""
-    stored = np.ascontiguousarray(array, STORED[entry.dtype])
+    stored = np.asarray(array, STORED[entry.dtype], order="C")
     return stored.reshape(-1).view(np.uint8).data if stored.size else memoryview(b"")
