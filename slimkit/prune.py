@@ -39,8 +39,10 @@ class TorchWing:
         self.model = bridge.check_model(model, "network")
         self.inputs = inputs
         self._real: bool | None = None
+        self._found: dict[str, torch.Tensor] = {}
 
     def trace(self) -> Graph:
+        self._found = surgery.tensors(self.model)
         found = trace(self.model, example(self.model, self.inputs), real=self._real)
         self._real = found.real
         return found.graph
@@ -62,7 +64,7 @@ class TorchWing:
         return {p for p, t in surgery.tensors(self.model).items() if not isinstance(t, nn.Parameter)}
 
     def read(self, path: str) -> Array | None:
-        tensor = surgery.tensors(self.model)[path].detach()
+        tensor = self._found[path].detach()
         if tensor.device.type == "meta":
             return None
         if tensor.dtype not in (torch.float32, torch.float64):

@@ -37,9 +37,9 @@ def integers(model: nn.Module) -> dict[str, dict[str, int]]:
     """Module path -> whole-number attributes, without those that its own weights settle."""
     out = {}
     for path, module in model.named_modules():
-        if isinstance(module, _SETTLED) or is_layer(module):
+        if type(module).__module__.startswith("torch.nn.") or isinstance(module, _SETTLED) or is_layer(module):
             continue
-        numbers = {k: v for k, v in vars(module).items() if type(v) is int and v > 1 and not k.startswith("_")}
+        numbers = {k: v for k, v in vars(module).items() if type(v) is int and v > 1 and k[0] != "_"}
         if numbers:
             out[path] = numbers
     return out

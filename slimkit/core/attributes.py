@@ -96,20 +96,23 @@ def new_values(name: str, old: int, sizes: Sizes) -> list[int]:
     return list(dict.fromkeys(values)) or [old]
 
 
-def config_changes(fields: Mapping[str, int], view: View, counts: Mapping[str, int]) -> dict[str, tuple[int, int]]:
+def config_changes(
+    fields: Mapping[str, int], view: View, counts: Mapping[str, int], scopes: Mapping[str, Sizes]
+) -> dict[str, tuple[int, int]]:
     """Fields of a model's configuration that one new value can say, with (before, after).
 
     Args:
         fields: the configuration's whole numbers.
         view: the coupling.
         counts: kept indices of each variable.
+        scopes: what `scope_sizes` gave for them.
 
     Returns:
         The fields to rewrite; one whose layers now disagree is left out.
     """
     by_kind: dict[str, dict[int, set[int]]] = {"heads": {}, "hidden": {}, "width": {}}
     kv: dict[int, set[int]] = {}
-    for scope in scope_sizes(view, counts).values():
+    for scope in scopes.values():
         for old, labels in scope.items():
             for label, news in labels.items():
                 if label == "heads":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -95,7 +94,7 @@ class Plan:
                 f"desc must be of version {VERSION}, which this slimkit reads. Received: {desc.get('version')!r}"
             )
         try:
-            self.desc = copy.deepcopy(desc)
+            self.desc: Mapping[str, Any] = desc
             self.shapes = {p: tuple(int(n) for n in s) for p, s in desc["shapes"].items()}
             self.full = {n: int(v["size"]) for n, v in desc["variables"].items()}
             self.keep = {n: np.asarray(v["keep"], dtype=np.int64) for n, v in desc["variables"].items()}

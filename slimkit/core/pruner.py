@@ -344,10 +344,11 @@ class PrunerBase:
 
     def _describe(self, view: View, allocation: Allocation, ratio: float, whole: list[str]) -> dict[str, Any]:
         keep: dict[str, Index] = {n: best(self._scores[n], k) for n, k in allocation.keep.items()}
-        sizes = scope_sizes(view, allocation.keep)
+        integers, fields = self._wing.integers(), self._wing.config()
+        sizes = scope_sizes(view, allocation.keep) if integers or fields else {}
         self._doubts = {}
         attributes: Changes = {}
-        for module, numbers in self._wing.integers().items():
+        for module, numbers in integers.items():
             for name, old in numbers.items():
                 choices = new_values(name, old, sizes.get(module, {}))
                 if len(choices) > 1:
@@ -355,7 +356,7 @@ class PrunerBase:
                 new = choices[self._choices.get((module, name), 0) % len(choices)]
                 if new != old:
                     attributes.setdefault(module, {})[name] = (old, new)
-        config = config_changes(self._wing.config(), view, allocation.keep)
+        config = config_changes(fields, view, allocation.keep, sizes)
         made = {
             "framework": self._wing.framework,
             "reserved_ratio": ratio,

@@ -13,6 +13,7 @@ from slimkit.core.errors import GraphError
 from slimkit.core.graph import Graph
 from slimkit.core.log import logger
 from slimkit.trace.aten import POINTWISE, READERS, UNIFORM
+from slimkit.trace.shapes import max_pool, quick
 
 import torch
 from torch import nn
@@ -72,6 +73,11 @@ class Recorder(TorchDispatchMode):
                 self.graph.buffers.add(path)
             if tensor.device.type != "meta" and tensor.numel():
                 self._storages[(tensor.data_ptr(), tuple(tensor.shape))] = tensor
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # The guard that torch would wrap around every operator imports its compiler, which takes seconds.
+        return False
 
     # Values ----------------------------------------------------------------------------------------------------
 
@@ -192,10 +198,18 @@ class Recorder(TorchDispatchMode):
             first = torch.empty(args[0].shape, dtype=args[0].dtype, device="meta")
             out = (first,) if name in _SEVERAL else first
             return ((first, None, None) if name in _SEVERAL else first), out
-        if name == "_grouped_mm" and len(args[0].shape) == 2 and len(args[1].shape) == 3:
-            # Its shape function insists on bfloat16 even where the kernel does not.
-            made = torch.empty((args[0].shape[0], args[1].shape[2]), dtype=args[0].dtype, device="meta")
+        known = quick(name, args, kwargs)
+        if known is not None:
+            made = (
+                args[0]
+                if name.endswith("_")
+                else torch.empty(known, dtype=(args[0][0] if name == "cat" else args[0]).dtype, device="meta")
+            )
             return made, made
+        pooled = max_pool(args) if name == "max_pool2d_with_indices" and not kwargs else None
+        if pooled is not None:
+            both = tuple(torch.empty(pooled, dtype=t, device="meta") for t in (args[0].dtype, torch.int64))
+            return both, both
         moved = [self._moved(a) for a in args]
         for key, item in kwargs.items():
             kwargs[key] = self._moved(item)
