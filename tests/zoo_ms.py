@@ -1,4 +1,4 @@
-"""Small MindSpore networks, one for each way in which channels get coupled; imported only where MindSpore is installed."""
+"""Small MindSpore networks, one for each way in which channels get coupled."""
 
 from __future__ import annotations
 
@@ -293,7 +293,10 @@ class Vit(nn.Cell):
         self.norms = nn.CellList([nn.LayerNorm((width,)) for _ in range(2 * layers)])
         self.attentions = nn.CellList([FusedAttention(width, heads) for _ in range(layers)])
         self.mlps = nn.CellList(
-            [nn.SequentialCell(nn.Dense(width, 4 * width), nn.GELU(), nn.Dense(4 * width, width)) for _ in range(layers)]
+            [
+                nn.SequentialCell(nn.Dense(width, 4 * width), nn.GELU(), nn.Dense(4 * width, width))
+                for _ in range(layers)
+            ]
         )
         self.norm, self.head = nn.LayerNorm((width,)), nn.Dense(width, 10)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import linecache
 import re
 from collections import defaultdict
 from collections.abc import Mapping
@@ -22,6 +23,7 @@ __all__ = ["Attributes", "Foretold", "Keep", "Knife", "RefusedError", "Undo", "c
 
 # Choices of sizes tried for one class before its code counts as contradicting the cut.
 _TRIES = 12
+Axes = tuple[tuple[int, int], ...]
 
 
 class RefusedError(Exception):
@@ -31,11 +33,13 @@ class RefusedError(Exception):
         kind: the class; None where it cannot be told.
         why: what went wrong.
         axes: (number of a traced value, axis) that came out with another size; empty where the compiler stopped.
+        child: the layer inside the class that the compiler stopped at; empty where it was none.
+        near: axes, as above, of what a reshape that the compiler stopped at was given; empty where it was none.
     """
 
-    def __init__(self, kind: type | None, why: str, axes: tuple[tuple[int, int], ...] = ()) -> None:
+    def __init__(self, kind: type | None, why: str, axes: Axes = (), child: str = "", near: Axes = ()) -> None:
         super().__init__(why)
-        self.kind, self.why, self.axes = kind, why, axes
+        self.kind, self.why, self.axes, self.child, self.near = kind, why, axes, child, near
 
 
 def cut_by_attributes(model: nn.Cell, keep: Keep, groups: Mapping[str, int], attributes: Attributes) -> Undo:
@@ -144,7 +148,8 @@ class Knife:
         try:
             after = trace_marked(self._model, self._inputs).marks
         except GraphError as error:
-            return RefusedError(self._blame(error), str(error))
+            kind, child = self._blame(error)
+            return RefusedError(kind, str(error), child=child, near=self._near(error, foretold))
         made = _by_place(after)
         for place, marks in _by_place(self._traced.marks).items():
             others = made.get(place, [])
@@ -163,6 +168,21 @@ class Knife:
                         return RefusedError(self._owner(mark.scope), why, axes)
         return None
 
+    def _near(self, error: GraphError, foretold: Foretold) -> Axes:
+        """The changed axes of all values that have the shape that a reshape could not take."""
+        told = re.search(r"x_shape: [^{]*\{([\d, ]+)\}", str(error))
+        if not told:
+            return ()
+        shape = tuple(int(n) for n in told[1].split(","))
+        return tuple(
+            (number, axis)
+            for mark in self._traced.marks
+            for number, before in zip(mark.values, mark.shapes)
+            if foretold.shape(number) == shape
+            for axis, (old, new) in enumerate(zip(before, shape))
+            if old != new
+        )
+
     def _owner(self, scope: str) -> type | None:
         """The class of the innermost cell around a scope whose code is not MindSpore's own."""
         cells = dict(self._model.cells_and_names())
@@ -174,24 +194,26 @@ class Knife:
                 return None
             scope = scope.rpartition(".")[0]
 
-    def _blame(self, error: GraphError) -> type | None:
-        """The class in whose code the compiler stopped: the innermost one that its report points at."""
-        places = re.findall(r"In file (\S+?):(\d+)", str(error.__cause__))
+    def _blame(self, error: GraphError) -> tuple[type | None, str]:
+        """The innermost class that the compiler's report points at, and the layer that its code was calling."""
         kinds: dict[type, tuple[str, range]] = {}
         for _, cell in self._model.cells_and_names():
             if type(cell) not in kinds and not bridge.is_plain_layer(cell):
                 try:
-                    lines, start = inspect.getsourcelines(type(cell))
-                    kinds[type(cell)] = (inspect.getsourcefile(type(cell)) or "", range(start, start + len(lines)))
+                    text, start = inspect.getsourcelines(type(cell))
+                    kinds[type(cell)] = (inspect.getsourcefile(type(cell)) or "", range(start, start + len(text)))
                 except (OSError, TypeError):
                     continue
-        found = [
-            kind
-            for file, line in places
-            for kind, (source, lines) in kinds.items()
-            if source == file and int(line) in lines
-        ]
-        return found[-1] if found else None
+        found: tuple[type | None, str] = (None, "")
+        for file, line, first, last in re.findall(
+            r"In file (\S+?):(\d+)[~\d]*(?:, (\d+)~(\d+))?", str(error.__cause__)
+        ):
+            for kind, (source, lines) in kinds.items():
+                if source == file and int(line) in lines:
+                    code = linecache.getline(file, int(line))[int(first or 0) : int(last or 0)]
+                    called = re.match(r"self\.(\w+)\(", code)
+                    found = kind, called[1] if called else ""
+        return found
 
 
 def _by_place(marks: list[Mark]) -> dict[tuple[str, str], list[Mark]]:

@@ -15,10 +15,11 @@ from mindspore import nn
 class Adapter:
     """Narrows a coupling, step by step, until a model's code goes along with its cuts.
 
-    Where the compiled graph shows the axis that came out wrong, that axis stays whole. Where the compiler stopped, the
-    reason may be that code such as mindcv's attention folds its heads back into the width of its input, so that both
-    must stay equal: the next step ties them index by index, and the width is then pruned a head at a time. The last
-    step keeps everything whole that the class touches.
+    Where the compiled graph shows the axis that came out wrong, that axis stays whole; where the compiler stopped at a
+    layer, what that layer reads. The reason may also be that code such as mindcv's attention folds its heads back into
+    the width of its input, so that both must stay equal: the next step ties them index by index, and the width is then
+    pruned a head at a time. The last steps keep whole what the failing reshape was given, then all that the class
+    touches.
 
     Args:
         model: the cell.
@@ -38,12 +39,16 @@ class Adapter:
         if sum(self.coupling.pin(relations.dims[n][axis], f"{WRITTEN} {name}") for n, axis in refused.axes):
             return True
         paths = [path for path, cell in self._model.cells_and_names() if type(cell) is refused.kind]
+        if refused.child and sum(self._keep_read(f"{path}.{refused.child}".lstrip("."), name) for path in paths):
+            return True
         if refused.kind is not None and refused.kind not in self._tied:
             self._tied.add(refused.kind)
             if sum(map(self._tie, paths)):
                 note = f"{name} folds its heads back into the width it is given: that width is pruned a head at a time"
                 self.coupling.graph.notes.append(note)
                 return True
+        if sum(self.coupling.pin(relations.dims[n][axis], f"{WRITTEN} {name}") for n, axis in refused.near):
+            return True
         return sum(self._keep_whole(path, name) for path in paths) > 0
 
     def _nodes(self, path: str) -> list[Node]:
@@ -56,6 +61,12 @@ class Adapter:
             if scope != path and scope.startswith(inside) and bridge.is_plain_layer(cell)
         }
         return [n for n in self._traced.graph.nodes if n.scope == path or n.scope in plain]
+
+    def _keep_read(self, path: str, name: str) -> bool:
+        """Keep whole what one layer reads."""
+        dims = self.coupling.relations.dims
+        read = [n.inputs[0] for n in self._traced.graph.nodes if n.scope == path and n.op in ("linear", "conv")]
+        return sum(self.coupling.pin(d, f"{WRITTEN} {name}") for n in read if n is not None for d in dims[n]) > 0
 
     def _tie(self, path: str) -> bool:
         """Unify the width that the cell is given with what its own code hands on at the same width, index by index."""
