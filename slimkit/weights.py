@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from slimkit import bridge
 from slimkit.core import check
+from slimkit.core.batch import dataset
 from slimkit.core.blocks import PruneConfig
 from slimkit.core.cut import plan_weights
+from slimkit.core.influence import Influence, LayerSuggestion, find_stack, first_tensor, mask_of
+from slimkit.core.lazy import library
+from slimkit.core.log import progress
 from slimkit.core.openweights import open_weights, source_config
 from slimkit.torchfile import TorchFile
 
@@ -59,3 +64,51 @@ def prune_model_weight(
             for name, values in plan.tensors(source):
                 tensors[name].copy_(torch.from_numpy(values))
     return plan.report
+
+
+def suggest_layer_map(model_or_file: Any, calibration: Any, keep: int, blocks: str | None = None) -> LayerSuggestion:
+    """Measure which blocks of a large transformer hardly change what runs through them; suggest keeping the others.
+
+    The measure is block influence, 1 - mean cosine between a block's input and output over all tokens (ShortGPT, Men
+    et al. 2024, sec. 2.2): a block that hardly turns its input is missed least.
+
+    Args:
+        model_or_file: the large model, or a Hugging Face directory to load it from (needs transformers).
+        calibration: batches as the model takes them: tensors, tuples, or dicts of keyword arguments; where a dict has
+            an attention_mask, only its tokens count.
+        keep: how many blocks stay.
+        blocks: path of the blocks' parent; None takes the heaviest stack of numbered blocks of one class.
+
+    Returns:
+        A `LayerSuggestion`, whose pattern and layer_id_map go into `PruneConfig.add_blocks_params`.
+
+    Raises:
+        ArgumentError: no blocks were found, or `keep` is more than there are.
+
+    Example:
+        >>> model = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(3)))
+        >>> with torch.no_grad():
+        ...     _ = model[1].weight.copy_(torch.eye(4)), model[1].bias.zero_()
+        >>> suggest_layer_map(model, [torch.randn(8, 4)], keep=2).layer_id_map
+        {0: 0, 1: 2}
+    """
+    batches = dataset(calibration, "calibration")
+    if isinstance(model_or_file, (str, os.PathLike)):
+        model = library("transformers", "hf").AutoModel.from_pretrained(os.fspath(model_or_file))
+    else:
+        model = bridge.check_model(model_or_file, "model_or_file")
+    modules = dict(model.named_modules())
+    sizes = {n: sum(p.numel() for p in m.parameters()) for n, m in modules.items()}
+    found = Influence(find_stack({n: type(m).__name__ for n, m in modules.items()}, sizes, blocks), keep)
+    mask: Any = None
+
+    def seen(path: str, args: Any, kwargs: Any, output: Any) -> None:
+        before, after = first_tensor((*args, kwargs)), first_tensor(output)
+        found.add(path, before.float().cpu().numpy(), after.float().cpu().numpy(), mask)
+
+    with bridge.evaluating(model), bridge.hooked({p: modules[p] for p in found.paths}, seen):
+        for batch in progress(batches, "batches"):
+            given = mask_of(batch)
+            mask = None if given is None else torch.as_tensor(given).cpu().numpy()
+            bridge.run(model, batch)
+    return found.suggestion()

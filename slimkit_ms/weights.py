@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
+
 from slimkit.core import check
+from slimkit.core.batch import dataset
 from slimkit.core.blocks import PruneConfig
 from slimkit.core.cut import plan_weights
 from slimkit.core.errors import FileFormatError
+from slimkit.core.influence import Influence, LayerSuggestion, find_stack, first_tensor, mask_of
+from slimkit.core.log import progress
 from slimkit.core.openweights import open_weights, source_config
 from slimkit_ms import bridge
 
@@ -60,6 +66,58 @@ def prune_model_weight(
         for name, values in plan.tensors(source):
             parameters[name].set_data(ms.Tensor(values, parameters[name].dtype))
     return plan.report
+
+
+def suggest_layer_map(model_or_file: Any, calibration: Any, keep: int, blocks: str | None = None) -> LayerSuggestion:
+    """Measure which blocks of a large transformer hardly change what runs through them; suggest keeping the others.
+
+    The measure is block influence, 1 - mean cosine between a block's input and output over all tokens (ShortGPT, Men
+    et al. 2024, sec. 2.2): a block that hardly turns its input is missed least.
+
+    Args:
+        model_or_file: the large model, a cell.
+        calibration: batches as the model takes them: tensors, tuples, or dicts of keyword arguments; where a dict has
+            an attention_mask, only its tokens count.
+        keep: how many blocks stay.
+        blocks: path of the blocks' parent; None takes the heaviest stack of numbered blocks of one class.
+
+    Returns:
+        A `LayerSuggestion`, whose pattern and layer_id_map go into `PruneConfig.add_blocks_params`.
+
+    Raises:
+        ArgumentError: no blocks were found, or `keep` is more than there are.
+
+    Example:
+        >>> model = nn.SequentialCell(*(nn.Dense(4, 4) for _ in range(3)))
+        >>> _ = model[1].weight.set_data(ms.ops.eye(4, 4)), model[1].bias.set_data(ms.ops.zeros(4))
+        >>> suggest_layer_map(model, [ms.ops.randn(8, 4)], keep=2).layer_id_map
+        {0: 0, 1: 2}
+    """
+    batches = dataset(calibration, "calibration")
+    model = bridge.check_model(model_or_file, "model_or_file")
+    cells = dict(model.cells_and_names())
+    sizes = {n: sum(p.size for p in c.get_parameters()) for n, c in cells.items()}
+    found = Influence(find_stack({n: type(c).__name__ for n, c in cells.items()}, sizes, blocks), keep)
+    mask: Any = None
+
+    def hook(path: str) -> Callable[..., None]:
+        def seen(_cell: nn.Cell, args: Any, output: Any) -> None:
+            before, after = bridge.as_numpy(first_tensor(args)), bridge.as_numpy(first_tensor(output))
+            found.add(path, before, after, mask)
+
+        return seen
+
+    handles = [cells[p].register_forward_hook(hook(p)) for p in found.paths]
+    try:
+        with bridge.evaluating(model), bridge.pynative():
+            for batch in progress(batches, "batches"):
+                given = mask_of(batch)
+                mask = None if given is None else np.asarray(given.asnumpy() if hasattr(given, "asnumpy") else given)
+                bridge.run(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found.suggestion()
 
 
 def _refuse_torch(path: Path) -> NoReturn:

@@ -12,6 +12,8 @@ ROOMS: dict[str, dict[str, str]] = {
         "load_pruned": "prune",
         "PruneConfig": "core.blocks",
         "prune_model_weight": "weights",
+        "suggest_layer_map": "weights",
+        "LayerSuggestion": "core.influence",
     },
     "sparse": {
         "SparseConfig": "core.sparse",
