@@ -69,14 +69,14 @@ class Weight:
 
 @dataclass(frozen=True)
 class Node:
-    """One operator. `attributes` holds numbers, strings and lists of them; graphs inside are nodes of their own."""
+    """One operator and its whole numbers; graphs inside it are nodes of their own."""
 
     name: str
     operator: str
     domain: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
-    attributes: Mapping[str, Any]
+    numbers: Mapping[str, int]
 
 
 @dataclass(frozen=True)
@@ -152,8 +152,18 @@ class _Reader:
     def refuse(self, what: str) -> FileFormatError:
         return FileFormatError(f"{self.path} is a damaged ONNX file: {what}")
 
+    def text(self, value: Any) -> str:
+        """A string of the file; protobuf hands over bytes where they are not UTF-8."""
+        if not isinstance(value, str):
+            raise self.refuse("it holds a name that is not UTF-8 text")
+        return value
+
+    def texts(self, values: Any) -> tuple[str, ...]:
+        return tuple(self.text(value) for value in values)
+
     def read(self, proto: Any, shapes: Mapping[str, Sequence[int]] | None) -> OnnxGraph:
-        opsets = {("" if o.domain == "ai.onnx" else o.domain): int(o.version) for o in proto.opset_import}
+        domains = self.texts(o.domain for o in proto.opset_import)
+        opsets = {("" if d == "ai.onnx" else d): int(o.version) for d, o in zip(domains, proto.opset_import)}
         if not proto.HasField("graph") or not proto.ir_version or "" not in opsets:
             raise self.refuse("it holds no graph, or no version of the default operators")
         if not proto.graph.node and not proto.graph.output:
@@ -168,34 +178,34 @@ class _Reader:
             weights=self.weights,
             inputs=inputs,
             shapes=self._inferred(proto, inputs),
-            functions=frozenset((f.domain, f.name) for f in proto.functions),
+            functions=frozenset((self.text(f.domain), self.text(f.name)) for f in proto.functions),
         )
 
     def _graph(self, graph: Any, outer: frozenset[str]) -> list[Value]:
         """Collect a graph's weights and nodes, inner graphs included; returns what a caller feeds."""
         for tensor in graph.initializer:
-            self.weights[tensor.name] = self._weight(tensor, tensor.name)
+            self.weights[self.text(tensor.name)] = self._weight(tensor, tensor.name)
         for sparse in graph.sparse_initializer:
             self.weights.pop(sparse.values.name, None)
         own = {t.name for t in graph.initializer} | {s.values.name for s in graph.sparse_initializer}
         inputs = [self._value(i) for i in graph.input if i.name not in own]
-        known = set(outer) | own | {i.name for i in graph.input}
+        known = set(outer) | own | {self.text(i.name) for i in graph.input}
         for node in graph.node:
-            for name in node.input:
+            for name in self.texts(node.input):
                 if name and name not in known:
                     raise self.refuse(f"{node.op_type} {node.name!r} reads {name!r}, which nothing before it writes")
             self._node(node, frozenset(known))
-            known.update(name for name in node.output if name)
+            known.update(name for name in self.texts(node.output) if name)
         for output in graph.output:
             if output.name not in known:
                 raise self.refuse(f"nothing writes its output {output.name!r}")
         return inputs
 
     def _node(self, node: Any, known: frozenset[str]) -> None:
-        if not node.op_type:
+        if not self.text(node.op_type):
             raise self.refuse(f"the node {node.name!r} has no operator")
         kinds = self.onnx.AttributeProto
-        attributes: dict[str, Any] = {}
+        numbers: dict[str, int] = {}
         inner = []
         for attribute in node.attribute:
             if attribute.type == kinds.GRAPH:
@@ -205,15 +215,12 @@ class _Reader:
             elif attribute.type == kinds.TENSOR:
                 if node.op_type == "Constant" and node.output:
                     self.weights[node.output[0]] = self._weight(attribute.t, node.output[0])
-            elif attribute.type in (kinds.INT, kinds.FLOAT):
-                attributes[attribute.name] = attribute.i if attribute.type == kinds.INT else attribute.f
-            elif attribute.type == kinds.INTS:
-                attributes[attribute.name] = list(attribute.ints)
-            elif attribute.type == kinds.STRING:
-                attributes[attribute.name] = attribute.s.decode("utf-8", "replace")
-        domain = "" if node.domain == "ai.onnx" else node.domain
+            elif attribute.type == kinds.INT:
+                numbers[self.text(attribute.name)] = int(attribute.i)
+        domain = "" if node.domain == "ai.onnx" else self.text(node.domain)
+        inputs, outputs = self.texts(node.input), self.texts(node.output)
         self.nodes.append(
-            Node(node.name, node.op_type, domain, tuple(node.input), tuple(node.output), attributes)
+            Node(self.text(node.name), node.op_type, domain, inputs, outputs, numbers)
         )  # fmt: skip
         for graph in inner:
             self._graph(graph, known)
@@ -256,7 +263,7 @@ class _Reader:
         return Weight(name, shape, dtype, "", False, tensor)
 
     def _external(self, tensor: Any, name: str, shape: tuple[int, ...], dtype: str, needed: int | None) -> Weight:
-        told = {entry.key: entry.value for entry in tensor.external_data}
+        told = {self.text(entry.key): self.text(entry.value) for entry in tensor.external_data}
         location = told.get("location", "")
         try:
             offset = int(told.get("offset") or 0)

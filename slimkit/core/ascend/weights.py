@@ -48,7 +48,7 @@ def layers_of(graph: OnnxGraph) -> list[Layer]:
             continue
         order = _order(node, len(weight.shape))
         if order is not None:
-            groups = max(int(node.attributes.get("group", 1)), 1) if node.operator.startswith("Conv") else 1
+            groups = max(node.numbers.get("group", 1), 1) if node.operator.startswith("Conv") else 1
             shape = tuple(weight.shape[i] for i in order)
             found.append(Layer(node, weight, order, shape, groups, _rows(node, graph)))
     return found
@@ -60,7 +60,7 @@ def _order(node: Node, axes: int) -> tuple[int, ...] | None:
     if node.operator == "ConvTranspose" and axes > 2:
         return (1, 0, *range(2, axes))
     if node.operator == "Gemm" and axes == 2:
-        return (0, 1) if node.attributes.get("transB") else (1, 0)
+        return (0, 1) if node.numbers.get("transB") else (1, 0)
     if node.operator == "MatMul" and axes == 2:
         return (1, 0)
     return None
@@ -117,18 +117,23 @@ def lint_padding(layers: list[Layer], device: Target, precision: str, wastes: li
                 f"choose widths that are multiples of {max(block)}; in pruning set_alignment({max(block)})",
                 device.sources["blocks"].url,
             )  # fmt: skip
-        elif device.row_bytes and len(layer.shape) == 2:
-            yield from _rows_of(layer, waste.dtype, device, device.row_bytes)
+    for dtype in dict.fromkeys(waste.dtype for _, waste in counted):
+        matrices = [layer for layer, waste in counted if waste.dtype == dtype and len(layer.shape) == 2]
+        if device.row_bytes:
+            yield from _short_rows(matrices, dtype, device, device.row_bytes)
 
 
-def _rows_of(layer: Layer, dtype: str, device: Target, wanted: int) -> Iterator[Finding]:
-    """The rows that the layer reads and writes, where they are no multiple of what full bandwidth wants."""
+def _short_rows(found: list[Layer], dtype: str, device: Target, wanted: int) -> Iterator[Finding]:
+    """The rows that layers read and write, where they are no multiple of what full bandwidth wants."""
     size = ITEM_BYTES[dtype]
-    short = [width * size for width in layer.shape if width * size % wanted]
-    if short:
+    short = {layer.name: [w * size for w in layer.shape if w * size % wanted] for layer in found}
+    names = [name for name, widths in short.items() if widths]
+    if names:
+        widths = sorted({w for widths in short.values() for w in widths})
+        shown = ", ".join(map(str, widths[:6])) + (" ..." if len(widths) > 6 else "")
         yield Finding(
-            "info", "row-bytes", layer.name,
-            f"rows of {' and '.join(map(str, dict.fromkeys(short)))} bytes; full bandwidth wants multiples of {wanted}",
+            "info", "row-bytes", names[0],
+            f"{len(names)} layers read or write rows of {shown} bytes; full bandwidth wants multiples of {wanted}",
             f"widths that are multiples of {wanted // size}", device.sources["rows"].url,
         )  # fmt: skip
 
