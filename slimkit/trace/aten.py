@@ -108,7 +108,7 @@ def _spatial(space: int, n_inputs: int = 1) -> Reader:
 
 
 def _addmm(emit: Emit, a: Sequence[Any], kw: dict[str, Any], out: Sequence[Any]) -> None:
-    made = torch.empty_like(out[0])
+    made = torch.empty(out[0].shape, dtype=out[0].dtype, device="meta")
     emit("matmul", a[1:3], [made])
     emit("elementwise", [a[0], made], out, fn="add")
 
