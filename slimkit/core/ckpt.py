@@ -85,6 +85,8 @@ class Ckpt(Weights):
             else:
                 self._add(tag, dims, TAGS[kind], offset, length, follows=last == tag)
             last = tag
+        if not self.entries and not strings:
+            raise self._damaged("it holds no record")
         for tag, entry in self.entries.items():
             held = sum(length for _, length in self._parts[tag])
             if held != entry.nbytes:

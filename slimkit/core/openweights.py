@@ -78,14 +78,15 @@ def locate(path: files.PathLike, name: str = "weight_file_path") -> Path:
     """
     found = files.as_path(path, name)
     if found.is_dir():
-        for candidate in (INDEXES[0], WHOLE[0], INDEXES[1], WHOLE[1]):
-            if (found / candidate).is_file():
-                return found / candidate
-        raise FileFormatError(f"{name} is a folder without {', '.join((*WHOLE, *INDEXES))}. Received: {str(found)!r}")
-    if not found.is_file():
+        candidates = [found / n for n in (INDEXES[0], WHOLE[0], INDEXES[1], WHOLE[1])]
+        whole = next((c for c in candidates if c.is_file() or c.is_symlink()), None)
+        if whole is None:
+            raise FileFormatError(
+                f"{name} is a folder without {', '.join((*WHOLE, *INDEXES))}. Received: {str(found)!r}"
+            )
+        found = whole
+    elif not (found.is_file() or found.is_symlink()):
         raise FileFormatError(f"{name} must be an existing file or folder. Received: {str(found)!r}")
-    if not found.is_symlink() or not found.resolve().is_file():
-        return found
     plain_file(found)
     return found
 

@@ -113,6 +113,8 @@ def save(
     """Write items now, or take a copy of them now and write it in the background."""
     check.boolean(async_save, "async_save")
     check.boolean(with_manifest, "manifest")
+    if not items.entries and not items.values:
+        raise ArgumentError("save_obj must hold at least one tensor, number or string. Received: nothing to save")
     held = items.snapshot() if async_save else items
     work = partial(write_items, path, held, with_manifest=with_manifest, writer=writer, crc=crc)
     return Saving(path, work, async_save)

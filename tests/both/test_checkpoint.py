@@ -213,6 +213,7 @@ def test_an_error_in_the_background_is_raised_by_wait(kit, room, tmp_path, monke
         ([{"name": "a"}], ArgumentTypeError),
         ([{"name": "a", "data": None}], ArgumentTypeError),
         ({"a": [1, 2]}, ArgumentTypeError),
+        ({}, ArgumentError),
         ({"": 1}, ArgumentError),
         ({3: 1}, ArgumentTypeError),
         ({"a": 1 << 70}, ArgumentError),
