@@ -96,6 +96,8 @@ def read_lora(
                 embeddings.add(path)
         elif ".lora_" in stem:
             raise FileFormatError(f"the key {full!r} is none that slimkit knows{check.near(stem, list(_PARTS))}.")
+        elif ".base_layer." in stem and stem.partition(".base_layer.")[2] == "weight":
+            continue  # PEFT adds an embedding's own table to the file; the base has it already
         else:
             extra[stem.replace(".base_layer.", ".")] = value
     dora = bool(config.get("use_dora"))
@@ -187,7 +189,7 @@ def write_lora(
             )
     arrays.update({f"{_ROOT}{name}": value for name, value in extra.items()})
     config = {
-        **about,
+        **_with_head(about, modules),
         "peft_type": "LORA",
         "inference_mode": True,
         "r": next(iter(ranks.values())),
@@ -206,6 +208,14 @@ def write_lora(
     write_files(folder, config, arrays)
 
 
+def _with_head(about: Mapping[str, Any], modules: Sequence[str]) -> dict[str, Any]:
+    """The task, unless PEFT would then look for a head that the file does not hold."""
+    heads = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+    wanted = heads.get(str(about.get("task_type")))
+    kept = wanted is None or any(m.rpartition(".")[2] in wanted for m in modules)
+    return {**about, "task_type": about.get("task_type") if kept else None}
+
+
 def _targets(paths: list[str], every: list[str]) -> list[str] | str:
     """PEFT's target_modules: the paths, or where an ending would match more, one regular expression."""
     chosen = set(paths)
@@ -221,11 +231,26 @@ def write_files(folder: files.PathLike, config: Mapping[str, Any], tensors: Mapp
     files.write_json(where / CONFIG, dict(config))
 
 
-def read_prompt(tensors: Mapping[str, Array], shape: Sequence[int], where: str) -> Array:
+def split_prompt(tensors: Mapping[str, Array]) -> tuple[dict[str, Array], dict[str, Array]]:
+    """A prefix or prompt adapter's tensors: the prompt, and whole base tensors (`modules_to_save`) by their names."""
+    prompt = {k: v for k, v in tensors.items() if not k.startswith("base_model.")}
+    return prompt, {k.removeprefix("base_model."): v for k, v in tensors.items() if k not in prompt}
+
+
+def write_prompt(
+    folder: files.PathLike, rows: Array, extra: Mapping[str, Array], about: Mapping[str, Any], config: Mapping[str, Any]
+) -> None:
+    """Write a prefix or prompt as PEFT's two files, with whole base parameters that were trained beside it."""
+    modules = sorted({name.rpartition(".")[0] for name in extra})
+    tensors = {"prompt_embeddings": rows, **{f"base_model.{name}": value for name, value in extra.items()}}
+    write_files(folder, {**_with_head(about, modules), **config, "modules_to_save": modules or None}, tensors)
+
+
+def read_prompt(prompt: Mapping[str, Array], shape: Sequence[int], where: str) -> Array:
     """The one tensor of a prefix or prompt adapter, its shape checked."""
-    compare_keys(tensors, {"prompt_embeddings": 0}, where)
-    compare_shapes(tensors, {"prompt_embeddings": tuple(shape)}, where)
-    return tensors["prompt_embeddings"]
+    compare_keys(prompt, {"prompt_embeddings": 0}, where)
+    compare_shapes(prompt, {"prompt_embeddings": tuple(shape)}, where)
+    return prompt["prompt_embeddings"]
 
 
 def split_prefix(flat: Array, n_layers: int) -> list[tuple[Array, Array]]:
@@ -247,7 +272,7 @@ def rename_paths(values: Mapping[str, Any], rename: Any) -> dict[str, Any]:
         check.instance(rename, Mapping, "rename", "a mapping of beginnings or a function")
         pairs = dict(rename)
         for old in pairs:
-            if not any(key.startswith(old) for key in values):
+            if values and not any(key.startswith(old) for key in values):
                 raise PatternError(f"rename must name beginnings of paths in the file. Received: {old!r}")
 
         def rename(key: str) -> str:

@@ -62,10 +62,12 @@ class TravelHands(inject.Hands):
         """Put a PEFT prefix or prompt on a model."""
 
     @abstractmethod
-    def save_prompt(
-        self, model: Any, delta: Mapping[str, Any], tensors: Mapping[str, Array], folder: Path, about: dict[str, Any]
-    ) -> None:
-        """Write a prefix or prompt as PEFT's files."""
+    def prompt_rows(self, model: Any, delta: Mapping[str, Any]) -> tuple[Array, dict[str, Any]]:
+        """A prefix or prompt as PEFT's one tensor, and what PEFT's configuration says of it."""
+
+    @abstractmethod
+    def may_train(self, tensor: Any) -> bool:
+        """Whether an optimizer may touch a tensor of the base: a parameter that is no running statistic."""
 
     @abstractmethod
     def neutral(self, model: Any) -> dict[str, Any]:
@@ -197,13 +199,19 @@ def _finish(
     compare_keys({n: 0 for n in extra if n in base}, dict.fromkeys(extra, 0), "the base model")
     compare_shapes(extra, {n: tuple(base[n].shape) for n in extra}, where)
     described = put_on(hands, model, deltas, tensors, freeze, where)
-    for spelled, value in extra.items():
-        hands.fill(base[spelled], value)
-        base[spelled].requires_grad = True  # it is part of what was trained
+    _fill_base(hands, base, extra)
     summary = report_of([e for _, e in hands.entries(model)])
     kinds = ", ".join(dict.fromkeys(d["kind"] for d in deltas))
     named = ", ".join(dict.fromkeys(d["name"] for d in deltas))
     return DeltaReport(kinds, named, described, trainable=str(summary).splitlines()[0], notes=notes)
+
+
+def _fill_base(hands: TravelHands, base: Mapping[str, Any], extra: Mapping[str, Array]) -> None:
+    """Overwrite base tensors that were trained with the delta, in place; they train from now on."""
+    for name, value in extra.items():
+        hands.fill(base[name], value)
+        if hands.may_train(base[name]):
+            base[name].requires_grad = True
 
 
 def _load_peft(hands: TravelHands, model: Any, folder: Path, name: str, freeze: bool, rename: Any) -> DeltaReport:
@@ -216,7 +224,13 @@ def _load_peft(hands: TravelHands, model: Any, folder: Path, name: str, freeze: 
         parts, extra = peft.rename_paths(parts, rename), peft.rename_paths(extra, rename)
         _check_paths(hands, model, record["layers"], str(folder))
         return _finish(hands, model, [record], parts, extra, freeze, str(folder))
-    return hands.load_prompt(model, kind, config, tensors, name=name, freeze=freeze, where=str(folder))
+    prompt, extra = peft.split_prompt(tensors)
+    base = hands.neutral(model)
+    compare_keys({n: 0 for n in extra if n in base}, dict.fromkeys(extra, 0), "the base model")
+    compare_shapes(extra, {n: tuple(base[n].shape) for n in extra}, str(folder))
+    report = hands.load_prompt(model, kind, config, prompt, name=name, freeze=freeze, where=str(folder))
+    _fill_base(hands, base, extra)
+    return report
 
 
 def save_peft(hands: TravelHands, model: Any, directory: Any, names: Any = None) -> Path:
@@ -228,8 +242,12 @@ def save_peft(hands: TravelHands, model: Any, directory: Any, names: Any = None)
         raise ArgumentError(f"PEFT's files hold one delta of lora, prefix or prompt; choose it by names. Here: {kinds}")
     delta = deltas[0]
     about = hands.about(model)
+    whole = hands.neutral(model)
+    modules = {n.rpartition(".")[0] for n in extra}
+    kept = {n: hands.value(t) for n, t in whole.items() if n.rpartition(".")[0] in modules and PREFIX not in n}
     if delta["kind"] != "lora":
-        hands.save_prompt(model, delta, tensors, folder, about)
+        rows, config = hands.prompt_rows(model, delta)
+        peft.write_prompt(folder, rows, kept, about, config)
         return folder
     specs = {p: spec_from_dict(r) for p, r in delta["layers"].items()}
     by_path: dict[str, dict[str, Array]] = {p: {} for p in specs}
@@ -238,9 +256,6 @@ def save_peft(hands: TravelHands, model: Any, directory: Any, names: Any = None)
             value = tensors.get(f"{path}.{key('lora', part, delta['name'])}")
             if value is not None:
                 spelled[part] = value
-    whole = hands.neutral(model)
-    modules = {n.rpartition(".")[0] for n in extra}
-    kept = {n: hands.value(t) for n, t in whole.items() if n.rpartition(".")[0] in modules and PREFIX not in n}
     peft.write_lora(folder, specs, by_path, hands.sites(model), kept, about)
     return folder
 

@@ -173,7 +173,10 @@ class TorchHands(TravelHands):
             inject.remove(self, model, name)
             raise
 
-    def save_prompt(self, model: Any, delta: Any, tensors: Any, folder: Any, about: Any) -> None:
+    def may_train(self, tensor: Any) -> bool:
+        return isinstance(tensor, nn.Parameter)
+
+    def prompt_rows(self, model: Any, delta: Any) -> tuple[Any, dict[str, Any]]:
         layers = [x for p, x in self.layers(model).items() if p in delta["layers"]]
         if delta["kind"] == "prompt":
             rows = layers[0].mindpet_delta_prompttuning_embedding.weight
@@ -194,7 +197,7 @@ class TorchHands(TravelHands):
         more.setdefault("num_attention_heads", getattr(config, "num_attention_heads", 1))
         more["num_layers"] = len(layers) if delta["kind"] == "prefix" else getattr(config, "num_hidden_layers", 1)
         more.update(num_virtual_tokens=rows.shape[0], num_transformer_submodules=1, inference_mode=True)
-        peft.write_files(folder, {**about, **more}, {"prompt_embeddings": self.value(rows)})
+        return self.value(rows), more
 
     def apply_kind(self, model: nn.Module, kind: str, targets: list[str] | None, **options: Any) -> Any:
         from slimkit.delta.inject import apply_delta

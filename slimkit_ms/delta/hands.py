@@ -152,7 +152,10 @@ class MindSporeHands(TravelHands):
     def load_prompt(self, model: Any, kind: str, config: Any, tensors: Any, **options: Any) -> Any:
         raise AttributeError
 
-    def save_prompt(self, model: Any, delta: Any, tensors: Any, folder: Any, about: Any) -> None:
+    def may_train(self, tensor: Any) -> bool:
+        return "moving_" not in tensor.name
+
+    def prompt_rows(self, model: Any, delta: Any) -> tuple[Any, dict[str, Any]]:
         raise AttributeError
 
     def apply_kind(self, model: nn.Cell, kind: str, targets: list[str] | None, **options: Any) -> Any:
