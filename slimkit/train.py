@@ -128,6 +128,13 @@ class Trainer(TrainerLoop):
     def _learning_rate(self) -> float | None:
         return float(self.optimizer.param_groups[0]["lr"])
 
+    def _optimized(self) -> list[Any]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def _optimize(self, parameters: list[Any]) -> None:
+        # Into the first group and not a new one: a scheduler knows the groups it was made with.
+        self.optimizer.param_groups[0]["params"].extend(parameters)
+
     def _loader(self, dataset: Any, batch_size: int, options: LoaderOptions) -> Iterable[Any]:
         if is_samples(dataset):
             batches = epoch_batches(
@@ -249,15 +256,7 @@ class Trainer(TrainerLoop):
         return packed
 
     def _load_state(self, folder: Path, state: dict[str, Any]) -> None:
-        from safetensors import SafetensorError
-        from safetensors.torch import load
-
-        file = files.readable_file(folder / "state.safetensors", "resume_from")
-        try:
-            tensors = load(file.read_bytes())
-        except SafetensorError as error:
-            raise FileFormatError(f"{file} is damaged: {error}") from None
-        found = packing.unpack(state, tensors.__getitem__)
+        found = self._unpacked(folder, state)
         self.accelerator.unwrap_model(self._run_model).load_state_dict(found["weights"])
         self.optimizer.load_state_dict(found["optimizer"])
         if (found["scheduler"] is None) != (self._scheduler is None):
@@ -271,6 +270,21 @@ class Trainer(TrainerLoop):
         np.random.set_state(found["random"]["numpy"])
         if "device" in found["random"] and torch.accelerator.is_available():
             torch.get_device_module(self.accelerator.device).set_rng_state(found["random"]["device"])
+
+    def _load_model(self, folder: Path, state: dict[str, Any]) -> None:
+        self.accelerator.unwrap_model(self._run_model).load_state_dict(self._unpacked(folder, state)["weights"])
+
+    def _unpacked(self, folder: Path, state: dict[str, Any]) -> dict[str, Any]:
+        from safetensors import SafetensorError
+        from safetensors.torch import load
+
+        file = files.readable_file(folder / "state.safetensors", "checkpoint")
+        try:
+            tensors = load(file.read_bytes())
+        except SafetensorError as error:
+            raise FileFormatError(f"{file} is damaged: {error}") from None
+        found: dict[str, Any] = packing.unpack(state, tensors.__getitem__)
+        return found
 
 
 class _Ready:

@@ -5,20 +5,21 @@ from __future__ import annotations
 import inspect
 import os
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from slimkit.core import check, files
-from slimkit.core.errors import ConfigError
+from slimkit.core.errors import ConfigError, UnsupportedError
 from slimkit.core.lazy import door as _door
 from slimkit.core.loading import LoaderOptions, epoch_batches, is_samples, split_batch
 from slimkit.core.packing import pack, unpack
 from slimkit.core.train import TrainerLoop
 from slimkit.core.updates import TrainOptions
 from slimkit_ms import bridge
+from slimkit_ms.loading import Pipeline, Samples, Shared, count, stack, tensors
 
 import mindspore as ms
 from mindspore import nn, ops
@@ -138,9 +139,17 @@ class Trainer(TrainerLoop):
             # assign, for set_data is not seen by an optimizer that has run before.
             ops.assign(held, ms.Tensor(rate, held.dtype).reshape(held.shape))
 
+    def _optimized(self) -> list[Any]:
+        return list(self.optimizer.parameters)
+
+    def _optimize(self, parameters: list[Any]) -> None:
+        raise UnsupportedError(
+            "a MindSpore optimizer takes no parameters later: make it over all parameters before freezing some"
+        )
+
     def _loader(self, dataset: Any, batch_size: int, options: LoaderOptions) -> Iterable[Any]:
         if hasattr(dataset, "create_tuple_iterator"):
-            return _Pipeline(dataset, options)
+            return Pipeline(dataset, options)
         if is_samples(dataset):
             whole = options.epoch == 0
             batches = epoch_batches(
@@ -157,14 +166,14 @@ class Trainer(TrainerLoop):
                 batches = batches[options.rank :: options.world]
             if options.rest:
                 raise ConfigError(f"dataloader_kwargs: only shuffle and drop_last here. Received: {list(options.rest)}")
-            return _Samples(dataset, batches, options.collate_fn or _stack)
+            return Samples(dataset, batches, options.collate_fn or stack)
         if not isinstance(dataset, Iterable) or isinstance(dataset, (Iterator, str, bytes, Mapping, ms.Tensor)):
             check.wrong_type("dataset", "a mindspore.dataset, a map-style data set or a list of batches", dataset)
-        return _Shared(dataset, options)
+        return Shared(dataset, options)
 
     def _call(self, batch: Any) -> tuple[Any, ...]:
         """A batch as the positional arguments of the objective."""
-        batch = _tensors(batch)
+        batch = tensors(batch)
         if self.compute_loss is not None:
             return (batch,)
         if self.loss_func is not None:
@@ -207,7 +216,7 @@ class Trainer(TrainerLoop):
         return total
 
     def _to_floats(self, losses: list[Any]) -> list[float]:
-        stacked = np.array([float(loss.asnumpy()) for loss in losses])
+        stacked = np.array([float(loss) for loss in losses])
         return [float(v) for v in self._all_sum(stacked) / self._processes()[1]]
 
     def _all_sum(self, values: np.ndarray) -> np.ndarray:
@@ -230,7 +239,7 @@ class Trainer(TrainerLoop):
                     values += [f(outputs, arguments[-1]) for f in self.metrics.values()]
                 else:
                     values = [objective(*arguments)]
-                n = _count(batch)
+                n = count(batch)
                 sums += n * np.array([*(float(v) for v in values), 1.0])
         sums = self._all_sum(sums)
         if not sums[-1]:
@@ -265,12 +274,25 @@ class Trainer(TrainerLoop):
             kept = found["names"]
             key = next(k for k in {**shown, **kept} if shown.get(k) != kept.get(k))
             raise ConfigError(f"resume_from: the checkpoint holds {kept.get(key)} where the run has {shown.get(key)}")
-        for key, parameter in held.items():
-            ops.assign(parameter, ms.Tensor(arrays[key].reshape(parameter.shape), parameter.dtype))
+        self._assign(held, arrays)
         if hasattr(self._scheduler, "load_state_dict") and "scheduler" in found:
             self._scheduler.load_state_dict(found["scheduler"])
         random.setstate(found["python"])
         np.random.set_state(found["numpy"])
+
+    def _load_model(self, folder: Path, state: dict[str, Any]) -> None:
+        arrays, _ = files.read_tensors(folder / "state.safetensors", "checkpoint")
+        kept = unpack(state, arrays.__getitem__)["names"]
+        held = {f"model.{i}": p for i, p in enumerate(self.model.get_parameters())}
+        shown = {key: f"{p.name} {tuple(p.shape)}" for key, p in held.items()}
+        if shown != {k: v for k, v in kept.items() if k.startswith("model.")}:
+            raise ConfigError("directory: the checkpoint holds the weights of another model")
+        self._assign(held, arrays)
+
+    def _assign(self, held: Mapping[str, ms.Parameter], arrays: Mapping[str, np.ndarray]) -> None:
+        for key, parameter in held.items():
+            # assign, for set_data is not seen by what has run before.
+            ops.assign(parameter, ms.Tensor(arrays[key].reshape(parameter.shape), parameter.dtype))
 
 
 class Objective(nn.Cell):
@@ -304,91 +326,5 @@ class _AllSum(nn.Cell):
         return self.reduce(x)
 
 
-class _Samples:
-    """A map-style data set in batches."""
-
-    def __init__(self, dataset: Any, batches: list[list[int]], collate: Callable[[list[Any]], Any]) -> None:
-        self.dataset, self.batches, self.collate = dataset, batches, collate
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[Any]:
-        for batch in self.batches:
-            yield self.collate([self.dataset[i] for i in batch])
-
-
-class _Shared:
-    """Ready batches: every world-th; the last round of an epoch is filled up with the first batch."""
-
-    def __init__(self, batches: Iterable[Any], options: LoaderOptions) -> None:
-        self.batches, self.options = batches, options
-
-    def __len__(self) -> int:
-        return _share(len(self.batches), self.options.world)  # type: ignore[arg-type]
-
-    def __iter__(self) -> Iterator[Any]:
-        world, rank = self.options.world, self.options.rank
-        first, turn = None, []
-        for batch in self.batches:
-            first = batch if first is None else first
-            turn.append(batch)
-            if len(turn) == world:
-                yield turn[rank]
-                turn = []
-        if turn:
-            yield turn[rank] if rank < len(turn) else first
-
-
-class _Pipeline(_Shared):
-    """A mindspore.dataset pipeline; its shuffling follows seed and epoch."""
-
-    def __len__(self) -> int:
-        return _share(self.batches.get_dataset_size(), self.options.world)  # type: ignore[attr-defined]
-
-    def __iter__(self) -> Iterator[Any]:
-        before = ms.dataset.config.get_seed()
-        ms.dataset.config.set_seed((self.options.seed * 1_000_003 + self.options.epoch) % 2**32)
-        pipeline: Any = self.batches
-        self.batches = pipeline.create_tuple_iterator(num_epochs=1)
-        ms.dataset.config.set_seed(before)
-        try:
-            yield from super().__iter__()
-        finally:
-            self.batches = pipeline
-
-
-def _share(n_batches: int, world: int) -> int:
-    return -(-n_batches // world)
-
-
 def _adamw(parameters: list[ms.Parameter]) -> nn.Cell:
     return ms.experimental.optim.AdamW(parameters, lr=1e-3)
-
-
-def _stack(samples: list[Any]) -> Any:
-    first = samples[0]
-    if isinstance(first, Mapping):
-        return {k: _stack([s[k] for s in samples]) for k in first}
-    if isinstance(first, (tuple, list)):
-        return tuple(_stack(list(column)) for column in zip(*samples))
-    return ms.Tensor(np.stack([s.asnumpy() if isinstance(s, ms.Tensor) else np.asarray(s) for s in samples]))
-
-
-def _tensors(value: Any) -> Any:
-    if isinstance(value, (np.ndarray, np.generic)):
-        return ms.Tensor(value)
-    if isinstance(value, Mapping):
-        return {k: _tensors(v) for k, v in value.items()}
-    return tuple(_tensors(v) for v in value) if isinstance(value, (tuple, list)) else value
-
-
-def _count(batch: Any) -> int:
-    """Samples in a batch: the length of its first tensor."""
-    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else [batch]
-    for value in values:
-        if isinstance(value, (Mapping, tuple, list)):
-            return _count(value)
-        if getattr(value, "ndim", 0):
-            return len(value)
-    return 1

@@ -29,6 +29,8 @@ class Resumable(ABC):
     _first: int
     _losses: list[Any]  # of updates since the last flush, still on the device
     _pending: list[float]  # of the epoch being run
+    _terms: dict[str, list[Any]]  # the parts of those losses, if the model tells them
+    _term_values: dict[str, list[float]]
 
     @abstractmethod
     def _processes(self) -> tuple[int, int, int]:
@@ -45,6 +47,10 @@ class Resumable(ABC):
     @abstractmethod
     def _load_state(self, folder: Path, state: dict[str, Any]) -> None:
         """Take back what `_save_state` wrote."""
+
+    @abstractmethod
+    def _load_model(self, folder: Path, state: dict[str, Any]) -> None:
+        """Take back the model's weights alone."""
 
     def save_checkpoint(self, directory: str | Path) -> Path:
         """Write everything that `train(resume_from=...)` needs: weights, optimizer, scheduler, random state, history.
@@ -79,7 +85,10 @@ class Resumable(ABC):
                         k: _json(list(history.get_metric_values(k))) for k in sorted(history.get_metric_names())
                     },
                     "pending": _json(self._pending),
-                    "callbacks": [c.state_dict() if hasattr(c, "state_dict") else None for c in self.callbacks],
+                    "terms": {name: _json(values) for name, values in self._term_values.items()},
+                    "callbacks": [
+                        [type(c).__name__, c.state_dict()] for c in self.callbacks if hasattr(c, "state_dict")
+                    ],
                     "state": state,
                 },
             )
@@ -91,16 +100,36 @@ class Resumable(ABC):
             return
         values = self._to_floats(self._losses)
         self._losses = []
+        for name, found in self._terms.items():
+            # Once an epoch would do; a checkpoint within the epoch must not forget them.
+            self._term_values[name] = self._term_values.get(name, []) + self._to_floats(found)
+        self._terms = {}
         self._pending = self._pending + values
         for value in values:
             self.run_history.update_metric("train_loss_step", value)
         if not all(map(math.isfinite, values)):
             logger.warning("epoch %d: a training loss is not finite", self.epoch)
 
-    def _resume(self, folder: Path) -> None:
-        kept = files.read_json(folder / "trainer.json", "resume_from")
+    def load_weights(self, directory: str | Path) -> None:
+        """Take the model's weights, and nothing else, out of a checkpoint, in place: the best epoch's, for example.
+
+        Args:
+            directory: a folder that `save_checkpoint` wrote.
+
+        Raises:
+            FileFormatError: no such checkpoint.
+        """
+        folder = files.as_path(directory, "directory")
+        self._load_model(folder, self._read(folder, "directory")["state"])
+
+    def _read(self, folder: Path, name: str) -> dict[str, Any]:
+        kept = files.read_json(folder / "trainer.json", name)
         if not isinstance(kept, dict) or kept.get("version") != VERSION or kept.get("framework") != self.framework:
             raise FileFormatError(f"{folder} holds no checkpoint of this trainer (version {VERSION}, {self.framework})")
+        return kept
+
+    def _resume(self, folder: Path) -> None:
+        kept = self._read(folder, "resume_from")
         assert self.run_config is not None
         for name, now in (
             ("seed", self.seed),
@@ -109,6 +138,10 @@ class Resumable(ABC):
         ):
             if kept[name] != now:
                 raise ConfigError(f"resume_from: the checkpoint was made with {name} {kept[name]}, this run has {now}")
+        states = self._states(kept["callbacks"])
+        for callback, state in states:
+            if hasattr(callback, "on_resume"):
+                callback.on_resume(self, state)
         self._load_state(folder, kept["state"])
         self.run_history.reset()
         for name, values in kept["history"].items():
@@ -119,9 +152,23 @@ class Resumable(ABC):
         self.epoch, self.step_in_epoch = kept["epoch"], kept["step_in_epoch"]
         self.global_step, self._first = kept["global_step"], kept["first_epoch"]
         self._pending = [_unjson(v) for v in kept["pending"]]
-        for callback, state in zip(self.callbacks, kept["callbacks"]):
-            if state is not None and hasattr(callback, "load_state_dict"):
+        self._term_values = {name: [_unjson(v) for v in values] for name, values in kept["terms"].items()}
+        for callback, state in states:
+            if hasattr(callback, "load_state_dict"):
                 callback.load_state_dict(state)
+
+    def _states(self, kept: list[list[Any]]) -> list[tuple[Any, Any]]:
+        """Each callback with the state that one of its kind left in the checkpoint, in order."""
+        left, found = list(kept), []
+        for callback in self.callbacks:
+            for entry in left:
+                if entry[0] == type(callback).__name__:
+                    found.append((callback, entry[1]))
+                    left.remove(entry)
+                    break
+        if left:
+            logger.warning("the checkpoint's callbacks %s have no successor in this run", [kind for kind, _ in left])
+        return found
 
 
 def _json(values: list[Any]) -> list[Any]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from slimkit.core import check
 from slimkit.core.callbacks import TrainerCallback
-from slimkit.core.errors import ConfigError
+from slimkit.core.errors import ConfigError, UnsupportedError
 from slimkit.core.history import InMemoryRunHistory, RunHistory, TrainerRunConfig
 from slimkit.core.loading import LoaderOptions
 from slimkit.core.log import logger
@@ -67,7 +67,7 @@ class TrainerLoop(Resumable):
         self.step_in_epoch = 0
         self.seed = 0
         self.stop_reason: str | None = None
-        self._losses, self._pending = [], []
+        self._losses, self._pending, self._terms, self._term_values = [], [], {}, {}
 
     # What a wing adds.
 
@@ -98,6 +98,14 @@ class TrainerLoop(Resumable):
     @abstractmethod
     def _learning_rate(self) -> float | None:
         """The learning rate of the first group of parameters."""
+
+    @abstractmethod
+    def _optimized(self) -> list[Any]:
+        """The parameters that the optimizer holds."""
+
+    @abstractmethod
+    def _optimize(self, parameters: list[Any]) -> None:
+        """Give the optimizer more parameters."""
 
     @abstractmethod
     def _finish(self) -> None:
@@ -166,7 +174,7 @@ class TrainerLoop(Resumable):
         if reset_run_history:
             self.run_history.reset()
         self.stop_reason, self.global_step, self.step_in_epoch = None, 0, 0
-        self._losses, self._pending = [], []
+        self._losses, self._pending, self._terms, self._term_values = [], [], {}, {}
         self.epoch = self._first = first = self.run_history.current_epoch
         last = first + options.num_epochs - 1
         self.seed = self._start(seed)
@@ -249,6 +257,21 @@ class TrainerLoop(Resumable):
         kwargs = {"shuffle": False, **(dataloader_kwargs or {})}
         return self._evaluate_batches(self._loader(dataset, size, LoaderOptions(0, 0, rank, world, collate_fn, kwargs)))
 
+    def add_parameters(self, parameters: Sequence[Any]) -> None:
+        """Let the optimizer train more parameters (which were frozen when it was made), in place.
+
+        Args:
+            parameters: those the optimizer holds already are left alone.
+        """
+        held = {id(p) for p in self._optimized()}
+        fresh = [p for p in parameters if id(p) not in held]
+        if fresh and self._processes()[1] > 1:
+            raise UnsupportedError(
+                "parameters cannot join a distributed run: make the optimizer over all of them first"
+            )
+        if fresh:
+            self._optimize(fresh)
+
     def stop(self, reason: str) -> None:
         """End the run after this update (in a step's callback) or this epoch; callbacks call it.
 
@@ -274,19 +297,26 @@ class TrainerLoop(Resumable):
         if done and len(list(islice(batches, done))) < done:
             raise ConfigError(f"resume_from: the checkpoint read {done} batches of this epoch, which has fewer")
         if not done:
-            self._pending = []
+            self._pending, self._term_values = [], {}
         while (
             self.stop_reason is None
             and not self._spent(options)
             and (group := list(islice(batches, options.accumulation)))
         ):
             self._losses.append(self._update(group))
+            # A distillation model tells the value of each term of its loss.
+            parts = getattr(self.model, "losses", None)
+            if isinstance(parts, Mapping):
+                for name, value in parts.items():
+                    self._terms.setdefault(name, []).append(value)
             self.global_step += 1
             self.step_in_epoch += 1
             self._fire("on_step_end")
         self._flush()
         if self._pending:
             self.run_history.update_metric("train_loss_epoch", math.fsum(self._pending) / len(self._pending))
+        for name, values in self._term_values.items():
+            self.run_history.update_metric(f"train_{name}_epoch", math.fsum(values) / len(values))
         rate = self._learning_rate()
         if rate is not None:
             self.run_history.update_metric("learning_rate", rate)

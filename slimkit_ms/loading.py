@@ -1,0 +1,101 @@
+"""Data sets as batches of MindSpore tensors: map-style ones, pipelines and ready batches, shared between processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from slimkit.core.loading import LoaderOptions
+from slimkit_ms import bridge  # noqa: F401  (says in one line that MindSpore is missing)
+
+import mindspore as ms
+
+
+class Samples:
+    """A map-style data set in batches."""
+
+    def __init__(self, dataset: Any, batches: list[list[int]], collate: Callable[[list[Any]], Any]) -> None:
+        self.dataset, self.batches, self.collate = dataset, batches, collate
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self.batches:
+            yield self.collate([self.dataset[i] for i in batch])
+
+
+class Shared:
+    """Ready batches: every world-th; the last round of an epoch is filled up with the first batch."""
+
+    def __init__(self, batches: Iterable[Any], options: LoaderOptions) -> None:
+        self.batches, self.options = batches, options
+
+    def __len__(self) -> int:
+        return _share(len(self.batches), self.options.world)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[Any]:
+        world, rank = self.options.world, self.options.rank
+        first, turn = None, []
+        for batch in self.batches:
+            first = batch if first is None else first
+            turn.append(batch)
+            if len(turn) == world:
+                yield turn[rank]
+                turn = []
+        if turn:
+            yield turn[rank] if rank < len(turn) else first
+
+
+class Pipeline(Shared):
+    """A mindspore.dataset pipeline; its shuffling follows seed and epoch."""
+
+    def __len__(self) -> int:
+        return _share(self.batches.get_dataset_size(), self.options.world)  # type: ignore[attr-defined]
+
+    def __iter__(self) -> Iterator[Any]:
+        before = ms.dataset.config.get_seed()
+        ms.dataset.config.set_seed((self.options.seed * 1_000_003 + self.options.epoch) % 2**32)
+        pipeline: Any = self.batches
+        self.batches = pipeline.create_tuple_iterator(num_epochs=1)
+        ms.dataset.config.set_seed(before)
+        try:
+            yield from super().__iter__()
+        finally:
+            self.batches = pipeline
+
+
+def _share(n_batches: int, world: int) -> int:
+    return -(-n_batches // world)
+
+
+def stack(samples: list[Any]) -> Any:
+    """A batch out of samples, structure kept."""
+    first = samples[0]
+    if isinstance(first, Mapping):
+        return {k: stack([s[k] for s in samples]) for k in first}
+    if isinstance(first, (tuple, list)):
+        return tuple(stack(list(column)) for column in zip(*samples))
+    return ms.Tensor(np.stack([s.asnumpy() if isinstance(s, ms.Tensor) else np.asarray(s) for s in samples]))
+
+
+def tensors(value: Any) -> Any:
+    """NumPy arrays in nested values as tensors."""
+    if isinstance(value, (np.ndarray, np.generic)):
+        return ms.Tensor(value)
+    if isinstance(value, Mapping):
+        return {k: tensors(v) for k, v in value.items()}
+    return tuple(tensors(v) for v in value) if isinstance(value, (tuple, list)) else value
+
+
+def count(batch: Any) -> int:
+    """Samples in a batch: the length of its first tensor."""
+    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else [batch]
+    for value in values:
+        if isinstance(value, (Mapping, tuple, list)):
+            return count(value)
+        if getattr(value, "ndim", 0):
+            return len(value)
+    return 1
