@@ -86,12 +86,14 @@ class TorchFile(Weights):
         return FileFormatError(f"{self.path} is not a PyTorch weight file that loads with weights_only=True: {why}")
 
     def _check_zip(self, size: int) -> bool:
-        if not zipfile.is_zipfile(self.path):
-            return False
+        with open(self.path, "rb") as handle:
+            # torch.load tells a zip by its first bytes, so whatever it would open as one is looked into here.
+            if handle.read(2) != b"PK":
+                return False
         try:
             with zipfile.ZipFile(self.path) as archive:
                 members = archive.infolist()
-        except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError, UnicodeDecodeError) as error:
+        except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError, struct.error, IndexError) as error:
             raise self._damaged(str(error)) from None
         # torch.save stores without compression; anything else is a bomb or no weight file.
         if any(m.compress_type != zipfile.ZIP_STORED for m in members) or sum(m.file_size for m in members) > size:

@@ -1,18 +1,23 @@
 """Torch files: what loads, and what must never be executed or believed."""
 
 import io
+import os
 import pickle
+import random
 import zipfile
 
 import numpy as np
 import pytest
 
+from slimkit.checkpoint import load_checkpoint, save_checkpoint
 from slimkit.core.blocks import PruneConfig
 from slimkit.core.errors import FileFormatError
 from slimkit.torchfile import TorchFile, restored, stored, write_torch
 from slimkit.weights import prune_model_weight
 
 import torch
+
+FUZZED = int(os.environ.get("SLIMKIT_FUZZ", "300"))
 
 
 @pytest.mark.parametrize("ending", ["pt", "pth", "pkl", "bin"])
@@ -94,3 +99,32 @@ def test_a_file_of_something_else_is_refused(tmp_path):
     torch.save({"w": torch.zeros(3).to_sparse()}, tmp_path / "sparse.pt")
     with pytest.raises(FileFormatError, match="'w'"):
         TorchFile(tmp_path / "sparse.pt")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("zipped", [True, False])
+def test_fuzzed_torch_files_end_in_an_error_or_in_the_very_values(tmp_path, zipped):
+    from slimkit.core import manifest
+    from slimkit.core.errors import SlimkitError
+
+    tensors = {"a.weight": torch.arange(12.0).reshape(3, 4), "b": torch.tensor([1, 2, 3])}
+    path = save_checkpoint(tensors, tmp_path / "w.pt").path
+    torch.save(tensors, path, _use_new_zipfile_serialization=zipped)
+    good, chance, refused = path.read_bytes(), random.Random(0), 0
+    assert manifest.sidecar(path).exists()
+    for _ in range(FUZZED):
+        bad = bytearray(good)
+        for _ in range(chance.choice((1, 2, 6))):
+            at = chance.randrange(len(bad))
+            if chance.random() < 0.8:
+                bad[at] = chance.randrange(256)
+            else:
+                del bad[at : at + chance.randrange(1, 9)]
+        path.write_bytes(bytes(bad))
+        try:
+            found = load_checkpoint(path)
+        except SlimkitError:
+            refused += 1
+        else:
+            assert all(torch.equal(found[n], t) for n, t in tensors.items())
+    assert refused > 0.3 * FUZZED  # much of a zip is padding that nothing depends on
