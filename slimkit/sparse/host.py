@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from slimkit import bridge
+from slimkit.core.sparse.compress import Stage
 from slimkit.core.sparse.layer import Layer
 from slimkit.sparse.stages import BlockInputs, BlockStage, ModelStage, trace
 
@@ -25,7 +26,9 @@ class TorchHost:
         found: dict[str, Layer] = {}
         skipped: dict[str, str] = {}
         owner: dict[int, str] = {}
-        tables = {id(m.weight) for m in self.model.modules() if isinstance(m, (torch.nn.Embedding, torch.nn.EmbeddingBag))}
+        tables = {
+            id(m.weight) for m in self.model.modules() if isinstance(m, (torch.nn.Embedding, torch.nn.EmbeddingBag))
+        }
         for name, module in self.model.named_modules(remove_duplicate=False):
             kind = kind_of(module)
             if kind is None:
@@ -76,7 +79,7 @@ class TorchHost:
 
         return restore
 
-    def stages(self, dataset: Iterable[Any], names: Sequence[str], paired: bool) -> Iterator[ModelStage]:
+    def stages(self, dataset: Iterable[Any], names: Sequence[str], paired: bool) -> Iterator[Stage]:
         """The parts of the model: what comes before a chain of blocks, each block, and the rest; or the whole."""
         modules = {}
         for name in names:
@@ -137,7 +140,7 @@ def _describe(name: str, kind: str, module: torch.nn.Module, weight: torch.Tenso
     shape, has_bias = tuple(weight.shape), module.bias is not None
     if kind != "conv2d":
         return Layer(name, kind, shape, has_bias=has_bias)
-    return Layer(name, kind, shape, module.groups, tuple(module.stride), tuple(module.dilation), has_bias)  # type: ignore[arg-type]
+    return Layer(name, kind, shape, module.groups, tuple(module.stride), tuple(module.dilation), has_bias)
 
 
 def dense_twin(model: torch.nn.Module, changing: Iterable[torch.nn.Module]) -> torch.nn.Module:

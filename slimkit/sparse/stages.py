@@ -27,7 +27,7 @@ def _enough(*_: Any) -> None:
 @contextlib.contextmanager
 def quiet(model: torch.nn.Module) -> Iterator[None]:
     """Eval mode without gradients, caches or fused paths that would pass the layers by."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     cache = getattr(config, "use_cache", None)
     fast = torch.backends.mha.get_fastpath_enabled()
     try:
@@ -85,6 +85,7 @@ def trace(model: torch.nn.Module, dataset: Iterable[Any], modules: Modules, bloc
     """Learn in which order layers are called, which share one input, and whether the blocks form a chain."""
     calls: dict[str, list[str]] = {}
     found = Trace(chained=len(blocks) > 1)
+    place = {b: i for i, b in enumerate(blocks)}
     watched = {p: m for p, (_, m) in modules.items()} | {b: bridge.get_module(model, b) for b in blocks}
     for index, batch in enumerate(dataset):
         alive: list[Any] = []  # kept, so that an id stands for one tensor
@@ -106,7 +107,6 @@ def trace(model: torch.nn.Module, dataset: Iterable[Any], modules: Modules, bloc
             called.add(name)  # noqa: B023
             calls.setdefault(name, []).append(f"{index}:{first.setdefault(id(x), name)}")  # noqa: B023
 
-        place = {b: i for i, b in enumerate(blocks)}
         with quiet(model), bridge.hooked(watched, seen):
             bridge.run(model, batch)
         found.chained = found.chained and len(outputs) == len(blocks)
@@ -328,4 +328,3 @@ class BlockInputs:
     def put(self, index: int, hidden: torch.Tensor, dense: bool = False) -> None:
         """The hidden states that the next block gets."""
         self._hidden[dense][index] = hidden
-

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from slimkit.core.sparse.compress import Stage
 from slimkit.core.sparse.layer import Layer
 from slimkit_ms import bridge
 from slimkit_ms.sparse.stages import CellStage, last_two, trace
@@ -77,7 +78,7 @@ class MindSporeHost:
 
         return restore
 
-    def stages(self, dataset: Iterable[Any], names: Sequence[str], paired: bool) -> Iterator[CellStage]:
+    def stages(self, dataset: Iterable[Any], names: Sequence[str], paired: bool) -> Iterator[Stage]:
         """The whole cell as one stage; its layers in the order they are called."""
         cells = {name: bridge.get_module(self.model, name) for name in names}
         dense = copy.deepcopy(self.model) if paired else None
@@ -86,11 +87,11 @@ class MindSporeHost:
 
     def reduce(self, arrays: Sequence[Array], count: int) -> tuple[list[Array], int]:
         """Sums over all processes of mindspore.communication, when it runs."""
-        from mindspore.communication import management
-
-        if not management._is_initialized() or management.get_group_size() < 2:
-            return list(arrays), count
         from mindspore import ops
+        from mindspore.communication import GlobalComm, get_group_size
+
+        if not GlobalComm.INITED or get_group_size() < 2:
+            return list(arrays), count
 
         total = ops.AllReduce()
         summed = [bridge.as_numpy(total(ms.Tensor(a))) for a in arrays]
@@ -110,5 +111,3 @@ def _describe(name: str, kind: str, cell: nn.Cell) -> Layer:
     if kind == "linear":
         return Layer(name, kind, shape, has_bias=has_bias)
     return Layer(name, kind, shape, cell.group, last_two(cell.stride), last_two(cell.dilation), has_bias)
-
-

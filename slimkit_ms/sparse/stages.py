@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -69,7 +70,7 @@ def trace(
             called.add(name)  # noqa: B023
             calls.setdefault(name, []).append(f"{index}:{first.setdefault(id(x), name)}")  # noqa: B023
 
-        with watching(model, {n: (lambda x, n=n: seen(n, x)) for n in cells}):
+        with watching(model, {n: partial(seen, n) for n in cells}):
             bridge.run(model, batch)
     shared: dict[tuple[str, ...], list[str]] = {}
     for name, steps in calls.items():
@@ -153,6 +154,9 @@ class CellStage:
     def _watch(
         self, model: nn.Cell, names: Sequence[str], batch: Any, until: str | None, seen: Callable[[str, Array], None]
     ) -> None:
-        calls = {n: (lambda x, n=n: seen(n, as_input(self.cells[n], x))) for n in names}
+        def call(name: str, x: ms.Tensor) -> None:
+            seen(name, as_input(self.cells[name], x))
+
+        calls = {n: partial(call, n) for n in names}
         with watching(model, calls, until):
             bridge.run(model, batch)

@@ -31,8 +31,8 @@ class Masked(nn.Cell):
 class FrozenZeros:
     """A handle on zeros that stay; as a context manager it lets them go at its end.
 
-    Hooks have no effect in compiled graphs, so the mask is part of each layer's forward: a zero gets no gradient, and an
-    optimizer leaves it where it is.
+    Hooks have no effect in compiled graphs, so the mask is part of each layer's forward: a zero gets no gradient, and
+    an optimizer leaves it where it is.
 
     Attributes:
         masks: layer name -> boolean array, True where the entry may change.

@@ -19,8 +19,12 @@ def chain(kit):
 
 def batches(kit, n=4, rows=32, width=16, seed=1):
     rng = np.random.default_rng(seed)
-    mix = rng.standard_normal((width, width)) / 4
-    return [kit.tensor((rng.standard_normal((rows, width)) @ mix).astype(np.float32)) for _ in range(n)]
+    mix = rng.standard_normal((width // 4, width))  # correlated channels, as activations are
+
+    def draw():
+        return rng.standard_normal((rows, width // 4)) @ mix + 0.3 * rng.standard_normal((rows, width))
+
+    return [kit.tensor(draw().astype(np.float32)) for _ in range(n)]
 
 
 def weights(kit, model):
@@ -44,7 +48,7 @@ def test_every_method_reaches_the_exact_ratio(kit, method):
         rows = report["layers"][layer]
         assert (weight == 0).sum() == rows["zeros"]
         assert abs((weight == 0).mean() - 0.6) < 0.04  # wanda rounds in every row: 16 * 0.6 -> 10
-        assert ((weight != 0) == kit.array(masks[layer]) if kit.name == "torch" else masks[layer]).all()
+        assert ((weight != 0) == np.asarray(masks[layer])).all()
     assert json.loads(json.dumps(report)) == report
     assert report["skipped"] == {}
     assert report["unmatched"] == []
@@ -69,21 +73,22 @@ def test_same_masks_and_values_in_every_kit(method):
 
 
 def test_better_methods_leave_less_error(kit):
-    model, data = chain(kit), batches(kit, n=8)
-    dense = kit.array(model(data[0]))
+    data = batches(kit, n=8, rows=64, width=48)
     error = {}
     for method in METHODS:
-        model = chain(kit)
+        model = kit.fill(kit.sequential(kit.linear(48, 40, bias=False)))
+        dense = [kit.array(model(x)) for x in data]
         run(kit, model, data, method=method)
-        error[method] = np.linalg.norm(kit.array(model(data[0])) - dense)
-    assert error["hessian"] < 0.8 * min(error["wanda"], error["magnitude"])
-    assert error["par"] < error["hessian"] * 1.02
+        error[method] = np.linalg.norm(np.concatenate([kit.array(model(x)) - d for x, d in zip(data, dense)]))
+    assert error["hessian"] < 0.7 * error["wanda"] < 0.7 * error["magnitude"]
+    assert error["par"] < error["hessian"] * 0.9
+    assert error["par_v2"] <= error["par"] * 1.01
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "4:2", "4:8", "1:4"])
 @pytest.mark.parametrize("method", ["magnitude", "hessian", "par"])
 def test_pattern_holds_along_input_channels(kit, method, pattern):
-    model = kit.fill(kit.sequential(kit.linear(16, 12), kit.linear(12 if pattern != "4:8" else 12, 8)))
+    model = kit.fill(kit.sequential(kit.linear(16, 12), kit.linear(12, 8)))
     config = {"ignore": ["1"]} if pattern == "4:8" else {}
     run(kit, model, batches(kit), method=method, pattern=pattern, **config)
     keep, group = {"2:4": (2, 4), "4:2": (2, 4), "4:8": (4, 8), "1:4": (1, 4)}[pattern]
@@ -184,7 +189,7 @@ def test_nan_inputs_name_the_layer_and_leave_the_model(kit):
 def test_an_error_in_the_middle_leaves_the_model(kit):
     model = chain(kit)
     before = kit.values(model)
-    with pytest.raises(Exception, match=""):
+    with pytest.raises((RuntimeError, ValueError)):
         run(kit, model, [batches(kit)[0], kit.tensor(np.ones((4, 7), np.float32))], method="hessian")
     assert all((before[n] == v).all() for n, v in kit.values(model).items())
 

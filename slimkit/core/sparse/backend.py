@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -10,10 +10,13 @@ import numpy as np
 from slimkit.core.errors import ArgumentError
 from slimkit.core.log import logger
 
+# Up to this many columns moments and factors are float64: two libraries then agree to the last bits that matter.
+NARROW = 256
+
 Array = Any  # an array of NumPy or torch: anything array_api_compat knows
 
 
-@lru_cache(maxsize=None)
+@cache
 def _tell(what: str, where: str, why: str) -> None:
     # The cache makes it once a process.
     logger.warning("%s is missing on %s (%s): using float64 on the CPU.", what, where, why)
@@ -31,6 +34,19 @@ def device_of(array: Array) -> Any:
     import array_api_compat
 
     return array_api_compat.device(array)
+
+
+def precision(array: Array, width: int) -> Any:
+    """The dtype to calculate in: float32, or float64 for narrow layers, which costs nothing there.
+
+    Args:
+        array: an array on the device that will calculate.
+        width: columns of the matrices to factor.
+    """
+    xp = namespace(array)
+    # NPUs and MPS have no float64.
+    wide = width > NARROW or not str(device_of(array)).startswith(("cpu", "cuda"))
+    return xp.float32 if wide else xp.float64
 
 
 def to_numpy(array: Array) -> np.ndarray[Any, Any]:
@@ -112,3 +128,15 @@ def _on_cpu(function: Any, matrix: Array, error: Exception) -> Array | None:
     _tell(function.__name__.strip("_").removesuffix("_numpy"), str(device_of(matrix)), str(error)[:200])
     result = function(to_numpy(matrix).astype(np.float64))
     return None if result is None else like(result.astype(np.float32), matrix)
+
+
+def eigh(matrix: Array) -> tuple[Array, Array]:
+    """Eigenvalues (ascending) and eigenvectors (columns) of a symmetric matrix."""
+    xp = namespace(matrix)
+    try:
+        values, vectors = xp.linalg.eigh(matrix)
+    except (NotImplementedError, RuntimeError) as error:
+        _tell("eigh", str(device_of(matrix)), str(error)[:200])
+        numbers = np.linalg.eigh(to_numpy(matrix).astype(np.float64))
+        values, vectors = (like(a.astype(np.float32), matrix) for a in numbers)
+    return values, vectors

@@ -26,7 +26,7 @@ class Stage(Protocol):
         feeds: layers in the order they are called; those that share one input together.
     """
 
-    feeds: Sequence[tuple[str, ...]]
+    feeds: list[tuple[str, ...]]
 
     def replay(self, names: Sequence[str], seen: Seen) -> None:
         """Send every batch through, calling ``seen(name, x, dense_x or None)`` at each call of the layers."""
@@ -80,9 +80,13 @@ def select(layers: Mapping[str, Layer], skipped: dict[str, str], config: SparseC
         if wanted is not None:
             match.demand(wanted, known, "SparseConfig.targets")
         match.demand(left, known, "SparseConfig.ignore")
-        refused = [f"{n!r} ({skipped[n]})" for n in (wanted.names if wanted else ()) if n in skipped and n not in left.names]
+        refused = [
+            f"{n!r} ({skipped[n]})" for n in (wanted.names if wanted else ()) if n in skipped and n not in left.names
+        ]
         if refused and not any(n in paths for n in (wanted.names if wanted else ())):
-            raise ArgumentError(f"SparseConfig.targets must match layers that can be sparse. Received: {', '.join(refused)}")
+            raise ArgumentError(
+                f"SparseConfig.targets must match layers that can be sparse. Received: {', '.join(refused)}"
+            )
     chosen = {paths[n] for n in (wanted.names if wanted else paths) if n in paths} - {
         paths[n] for n in left.names if n in paths
     }
@@ -156,7 +160,7 @@ def _calibrated(
 ) -> None:
     done: set[str] = set()
 
-    def groups() -> Iterator[tuple[Stage | None, list[tuple[str, ...]]]]:
+    def groups() -> Iterator[tuple[Stage, list[tuple[str, ...]]]]:
         for stage in host.stages(dataset, names, config.paired):
             if config.sequential:
                 for feed in stage.feeds:

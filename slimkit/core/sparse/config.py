@@ -21,8 +21,8 @@ class SparseConfig:
     Args:
         mode: "sparse", the only one; kept because existing scripts pass it.
         method: "magnitude" (smallest absolute weights, needs no data), "wanda" (weights times input norms), "hessian"
-            (SparseGPT's second-order sweep), "par" (alternating support search and exact refit) or "par_v2" (the same, longer, with
-            swaps).
+            (SparseGPT's second-order sweep), "par" (alternating support search and refit) or "par_v2" (the same,
+            longer, with swaps).
         sparse_ratio: share of each layer's weights that become zero, 0 < ratio < 1.
         progressive: reach the ratio in `progressive_steps` steps, each refitting what is left.
         uniform: every layer gets the same ratio; False measures each layer's sensitivity and spreads the same total.

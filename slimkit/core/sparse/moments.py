@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from slimkit.core.errors import ArgumentError
-from slimkit.core.sparse.backend import Array, device_of, namespace
+from slimkit.core.sparse.backend import Array, device_of, namespace, precision
 from slimkit.core.sparse.layer import Layer
 
 
 class Moments:
-    """Second moments of one layer's inputs, summed in float32 over every row of every batch.
+    """Second moments of one layer's inputs, summed in float32 (float64 when narrow) over every row of every batch.
 
     Args:
         layer: the layer.
@@ -47,20 +47,21 @@ class Moments:
             zip(self.layer.rows(x), self.layer.rows(dense)) if self.paired else ((r, None) for r in self.layer.rows(x))
         )
         for rows, dense_rows in pieces:
-            rows = xp.astype(rows, xp.float32)
+            dtype = precision(rows, rows.shape[2])
+            rows = xp.astype(rows, dtype)
             if self.gram is None:
                 shape, device = (rows.shape[0], rows.shape[2], rows.shape[2]), device_of(rows)
-                self.gram = xp.zeros(shape, dtype=xp.float32, device=device)
-                self.total = xp.zeros(shape[:2], dtype=xp.float32, device=device)
+                self.gram = xp.zeros(shape, dtype=dtype, device=device)
+                self.total = xp.zeros(shape[:2], dtype=dtype, device=device)
                 if self.paired:
-                    self.cross = xp.zeros(shape, dtype=xp.float32, device=device)
-                    self.dense_total = xp.zeros(shape[:2], dtype=xp.float32, device=device)
+                    self.cross = xp.zeros(shape, dtype=dtype, device=device)
+                    self.dense_total = xp.zeros(shape[:2], dtype=dtype, device=device)
             turned = xp.permute_dims(rows, (0, 2, 1))
             self.count += rows.shape[1]
             self.gram += turned @ rows
             self.total += xp.sum(rows, axis=1)
             if self.paired:
-                dense_rows = xp.astype(dense_rows, xp.float32)
+                dense_rows = xp.astype(dense_rows, dtype)
                 self.cross += xp.permute_dims(dense_rows, (0, 2, 1)) @ rows
                 self.dense_total += xp.sum(dense_rows, axis=1)
                 self.dense_square += float(xp.sum(dense_rows * dense_rows))

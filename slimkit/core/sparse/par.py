@@ -1,44 +1,183 @@
-"""par: alternating support search (ADMM) and refit on the same objective as the sweep."""
+"""par: alternating support search (ADMM) and refit, on the sweep's objective with well-estimated moments."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-from slimkit.core.sparse.backend import Array
-from slimkit.core.sparse.config import SparseConfig
+from slimkit.core.sparse import pattern as patterns
+from slimkit.core.sparse import shrink
+from slimkit.core.sparse.backend import Array, device_of, namespace
 from slimkit.core.sparse.pattern import NM
-from slimkit.core.sparse.sweep import inverse_factor, sweep
+from slimkit.core.sparse.sweep import inverse_factor
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long to search."""
+    """How long and how finely to search.
+
+    Args:
+        rounds: steps of the support search; the ratio is reached after half of them.
+        first, last: the penalty that ties the two copies of the weights; it grows from one to the other.
+        refits: conjugate gradient steps on the final support.
+        swaps: rounds of exchanging kept and dropped weights after it.
+        nonlinear: shrink the moments' eigenvalues one by one instead of all together.
+    """
 
     rounds: int
+    first: float
+    last: float
+    refits: int
+    swaps: int
+    nonlinear: bool
 
-    @classmethod
-    def short(cls) -> Schedule:
-        """par's."""
-        return cls(8)
 
-    @classmethod
-    def long(cls) -> Schedule:
-        """par_v2's."""
-        return cls(30)
+PAR = Schedule(rounds=8, first=1.0, last=1.0, refits=5, swaps=0, nonlinear=False)
+PAR_V2 = Schedule(rounds=30, first=0.3, last=3.0, refits=12, swaps=8, nonlinear=True)
+
+# Never divide by less: rows that are fitted already have a gradient of zero.
+TINY = 1e-30
 
 
 def refine(
     target: Array,
     gram: Array,
-    ratio: float,
+    ratios: list[float],
     nm: NM | None,
     dead: Array | None,
     count: int,
     schedule: Schedule,
-    config: SparseConfig,
 ) -> tuple[Array, Array, dict[str, Any]]:
-    """Stub"""
-    upper, damping = inverse_factor(gram, config.damping)
-    weight, keep = sweep(target, upper, ratio, nm, config.block_size, dead=dead)
-    return weight, keep, {"damping": damping}
+    """Find a sparse matrix whose outputs come close to the target's.
+
+    Columns are scaled to unit variance, and the correlations shrunk towards what more rows would show: with about as
+    many rows as columns the sample's small directions are mostly noise, and a refit would fit it. Then two copies of
+    the weights are pulled together, one fitting the outputs, one sparse (Boyd et al. 2011, section 9; Boza 2024),
+    while the ratio rises; last, what stays is refitted by conjugate gradients on its support.
+
+    Args:
+        target: (out, n) float32.
+        gram: (n, n) mean of x x^T, ones on the diagonal of dead columns.
+        ratios: shares to drop, one after the other; the last is the one asked for.
+        nm: the n:m pattern, or None.
+        dead: (n,) columns whose input is always zero: they go first.
+        count: rows behind the gram.
+        schedule: how long to search.
+
+    Returns:
+        The new weight, its mask, and facts for the report.
+    """
+    xp = namespace(target)
+    scale = xp.sqrt(xp.linalg.diagonal(gram))  # (n,)
+    correlation, inverse, facts = _estimate(gram / scale[:, None] / scale[None, :], count, schedule)
+    goal = target * scale
+    allowed = None if dead is None else ~dead[None, :] & xp.ones(target.shape, dtype=xp.bool, device=device_of(target))
+    sparse, keep = goal, allowed
+    for ratio in ratios:
+        sparse, keep = _search(goal, correlation, inverse, ratio, nm, allowed, schedule)
+        allowed = keep
+    sparse = refit(goal, sparse, keep, correlation, schedule.refits)
+    if schedule.swaps:
+        sparse, keep = _swap(goal, sparse, keep, correlation, nm, schedule)
+    return xp.where(keep, sparse / scale, 0.0), keep, facts
+
+
+def _estimate(correlation: Array, count: int, schedule: Schedule) -> tuple[Array, Any, dict[str, Any]]:
+    """The shrunk correlations, a function penalty -> (correlations + penalty)^-1, and facts for the report."""
+    xp = namespace(correlation)
+    n = correlation.shape[0]
+    eye = xp.eye(n, dtype=correlation.dtype, device=device_of(correlation))
+    if schedule.nonlinear and count > n + n // 8 and n > 8:
+        values, vectors = shrink.nonlinear(correlation, count)
+        shrunk = (vectors * values) @ vectors.T
+        return shrunk, lambda penalty: (vectors / (values + penalty)) @ vectors.T, {"shrinkage": "nonlinear"}
+    shrunk, share = shrink.linear(correlation, count)
+
+    def inverse(penalty: float) -> Array:
+        upper, _ = inverse_factor(shrunk + penalty * eye, 0.0)
+        return upper.T @ upper
+
+    return shrunk, inverse, {"shrinkage": round(share, 6)}
+
+
+def _search(
+    goal: Array, correlation: Array, inverse: Any, ratio: float, nm: NM | None, allowed: Array | None, s: Schedule
+) -> tuple[Array, Array]:
+    """Support search: V fits the outputs, Z is sparse, U remembers where they disagree."""
+    xp = namespace(goal)
+    fixed = goal @ correlation
+    z, u, keep = goal, xp.zeros_like(goal), allowed
+    penalty, step = s.first, (s.last / s.first) ** (1 / s.rounds)
+    solver = inverse(penalty)
+    for k in range(s.rounds):
+        v = (fixed + penalty * (z - u)) @ solver
+        u = u + v
+        rising = ratio * (1 - max(0.0, 1 - 2 * (k + 1) / s.rounds) ** 3)  # cubic, as Zhu & Gupta 2017
+        scores = xp.abs(u)
+        if allowed is not None:
+            scores = xp.where(allowed, scores, -1.0)
+        keep = (
+            patterns.keep_nm(scores, nm)
+            if nm
+            else patterns.keep_all_but(scores, round(rising * goal.shape[0] * goal.shape[1]))
+        )
+        z = xp.where(keep, u, 0.0)
+        u = u - z
+        if s.first != s.last:
+            penalty, u = penalty * step, u / step
+            solver = inverse(penalty)
+    return z, keep
+
+
+def refit(goal: Array, start: Array, keep: Array, correlation: Array, steps: int) -> Array:
+    """Fit each row on its own support by conjugate gradients; the unit diagonal is preconditioner enough.
+
+    Args:
+        goal: (out, n) what to come close to.
+        start: (out, n) where to begin, zero off the support.
+        keep: (out, n) the support.
+        correlation: (n, n) positive definite.
+        steps: matrix products to spend.
+
+    Returns:
+        (out, n), zero off the support.
+    """
+    xp = namespace(goal)
+    mask = xp.astype(keep, goal.dtype)
+    fitted = start * mask
+    residual = ((goal - fitted) @ correlation) * mask
+    direction = residual
+    power = xp.sum(residual * residual, axis=1, keepdims=True)
+    for _ in range(steps):
+        image = (direction @ correlation) * mask
+        length = power / xp.clip(xp.sum(direction * image, axis=1, keepdims=True), TINY, None)
+        fitted = fitted + length * direction
+        residual = residual - length * image
+        new = xp.sum(residual * residual, axis=1, keepdims=True)
+        direction = residual + new / xp.clip(power, TINY, None) * direction
+        power = new
+    return fitted
+
+
+def _swap(
+    goal: Array, sparse: Array, keep: Array, correlation: Array, nm: NM | None, s: Schedule
+) -> tuple[Array, Array]:
+    """Exchange weights whose gradient is large for kept ones that are small; a row that gains nothing steps shorter."""
+    xp = namespace(goal)
+    n_zeros = xp.sum(xp.astype(~keep, xp.int64), axis=1, keepdims=True)
+    length = xp.ones_like(goal[:, :1])
+    loss = _losses(goal - sparse, correlation)
+    for _ in range(s.swaps):
+        scores = xp.abs(sparse + length * ((goal - sparse) @ correlation))
+        tried = patterns.keep_nm(scores, nm) if nm else patterns.keep_by_row(scores, n_zeros)
+        fitted = refit(goal, sparse, tried, correlation, s.refits // 2)
+        new = _losses(goal - fitted, correlation)
+        better = new < loss
+        sparse, keep = xp.where(better, fitted, sparse), xp.where(better, tried, keep)
+        loss, length = xp.where(better, new, loss), xp.where(better, length, length / 2)
+    return refit(goal, sparse, keep, correlation, s.refits // 2), keep
+
+
+def _losses(difference: Array, correlation: Array) -> Array:
+    xp = namespace(difference)
+    return xp.sum((difference @ correlation) * difference, axis=1, keepdims=True)

@@ -6,7 +6,7 @@ import re
 from typing import Any, NamedTuple
 
 from slimkit.core import check
-from slimkit.core.sparse.backend import Array, kth_smallest, namespace
+from slimkit.core.sparse.backend import Array, device_of, kth_smallest, namespace
 
 
 class NM(NamedTuple):
@@ -67,9 +67,9 @@ def keep_all_but_rows(scores: Array, n_zeros: int) -> Array:
     """Keep all but the `n_zeros` smallest scores of each row; of equal scores the first go."""
     xp = namespace(scores)
     if n_zeros <= 0:
-        return xp.ones(scores.shape, dtype=xp.bool, device=_device(scores))
+        return xp.ones(scores.shape, dtype=xp.bool, device=device_of(scores))
     if n_zeros >= scores.shape[1]:
-        return xp.zeros(scores.shape, dtype=xp.bool, device=_device(scores))
+        return xp.zeros(scores.shape, dtype=xp.bool, device=device_of(scores))
     limit = kth_smallest(scores, n_zeros)  # (rows, 1)
     keep = scores > limit
     spare = (scores.shape[1] - n_zeros) - xp.sum(xp.astype(keep, xp.int64), axis=1, keepdims=True)
@@ -94,7 +94,7 @@ def keep_nm(scores: Array, nm: NM) -> Array:
     """
     xp = namespace(scores)
     grouped = scores.reshape(scores.shape[0], -1, nm.group)
-    beaten = xp.zeros(grouped.shape, dtype=xp.int32, device=_device(scores))
+    beaten = xp.zeros(grouped.shape, dtype=xp.int32, device=device_of(scores))
     for i in range(nm.group):
         for j in range(nm.group):
             if i != j:
@@ -104,7 +104,8 @@ def keep_nm(scores: Array, nm: NM) -> Array:
     return (beaten < nm.keep).reshape(scores.shape)
 
 
-def _device(array: Array) -> Any:
-    import array_api_compat
-
-    return array_api_compat.device(array)
+def keep_by_row(scores: Array, n_zeros: Array) -> Array:
+    """Keep all but the smallest scores of each row, as many as `n_zeros` (rows, 1) says for it."""
+    xp = namespace(scores)
+    order = xp.argsort(scores, axis=1, stable=True)
+    return xp.argsort(order, axis=1, stable=True) >= n_zeros

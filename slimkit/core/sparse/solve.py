@@ -8,11 +8,11 @@ from typing import Any
 
 from slimkit.core.errors import ArgumentError
 from slimkit.core.sparse import pattern as patterns
-from slimkit.core.sparse.backend import Array, device_of, namespace
+from slimkit.core.sparse.backend import Array, device_of, namespace, precision
 from slimkit.core.sparse.config import SparseConfig
 from slimkit.core.sparse.layer import Layer
 from slimkit.core.sparse.moments import Moments
-from slimkit.core.sparse.par import Schedule, refine
+from slimkit.core.sparse.par import PAR, PAR_V2, refine
 from slimkit.core.sparse.pattern import NM
 from slimkit.core.sparse.sweep import inverse_factor, sweep
 
@@ -92,13 +92,13 @@ def hessian(p: Problem) -> tuple[Array, Array, dict[str, Any]]:
 
 
 def par(p: Problem) -> tuple[Array, Array, dict[str, Any]]:
-    """Support search by ADMM from the sweep's support, then a refit of what stays."""
-    return refine(p.target, p.gram, p.ratio, p.nm, p.dead, p.count, Schedule.short(), p.config)
+    """Support search by ADMM on shrunk moments, then a refit of what stays."""
+    return refine(p.target, p.gram, steps_to(p.ratio, p.config), p.nm, p.dead, p.count, PAR)
 
 
 def par_v2(p: Problem) -> tuple[Array, Array, dict[str, Any]]:
     """A longer search than par, with swaps between dropped and kept weights."""
-    return refine(p.target, p.gram, p.ratio, p.nm, p.dead, p.count, Schedule.long(), p.config)
+    return refine(p.target, p.gram, steps_to(p.ratio, p.config), p.nm, p.dead, p.count, PAR_V2)
 
 
 SOLVERS: dict[str, Callable[[Problem], tuple[Array, Array, dict[str, Any]]]] = {
@@ -142,7 +142,7 @@ def solve(layer: Layer, weight: Array, moments: Moments | None, ratio: float, co
         ArgumentError: the weight or the inputs are not finite.
     """
     xp = namespace(weight)
-    matrix = xp.astype(layer.to_matrix(weight), xp.float32)
+    matrix = xp.astype(layer.to_matrix(weight), precision(weight, layer.n_in))
     if not bool(xp.all(xp.isfinite(matrix))):
         raise ArgumentError(f"the weight of {layer.name!r} must be finite. Received: NaN or infinity")
     account: dict[str, Any] = {"kind": layer.kind, "shape": list(layer.shape), "method": config.method}
@@ -156,7 +156,7 @@ def solve(layer: Layer, weight: Array, moments: Moments | None, ratio: float, co
             account["fallback"] = reason
     grams, targets, shifts = _targets(matrix, moments, config, method)
     weights, keeps = [], []
-    nothing = error = power = 0.0
+    error = power = 0.0
     for g in range(layer.groups):
         gram, dead = (None, None) if grams is None else _alive(grams[g])
         start, size = g * layer.n_out * layer.n_in, layer.n_out * layer.n_in
@@ -179,8 +179,8 @@ def solve(layer: Layer, weight: Array, moments: Moments | None, ratio: float, co
             error += quadratic(problem.target - new, gram)
             power += quadratic(problem.target, gram)
     new, keep = xp.stack(weights), xp.stack(keeps)
-    nothing = int(xp.sum(xp.astype(keep, xp.int64)))
-    account |= {"weights": layer.size, "zeros": layer.size - nothing, "ratio": 1 - nothing / layer.size}
+    left = int(xp.sum(xp.astype(keep, xp.int64)))
+    account |= {"weights": layer.size, "zeros": layer.size - left, "ratio": 1 - left / layer.size}
     if power > 0:
         account["output_error"] = (max(error, 0.0) / power) ** 0.5
     shift = None
@@ -243,7 +243,7 @@ def _targets(
     targets = []
     for g in range(grams.shape[0]):
         gram, _ = _alive(grams[g])
-        upper, share = inverse_factor(gram, config.damping)
+        upper, _ = inverse_factor(gram, config.damping)
         # W (cross + ridge) (gram + ridge)^-1: with equal inputs it is W exactly, and few rows pull it towards W.
         difference = matrix[g] @ (cross[g] - grams[g])
         targets.append(matrix[g] + (difference @ upper.T) @ upper)

@@ -20,19 +20,19 @@ def inverse_factor(gram: Array, damping: float) -> tuple[Array, float]:
     one Cholesky and one triangular inverse where the published steps factor twice and invert in between.
 
     Args:
-        gram: (n, n) symmetric, float32, no zero on its diagonal.
+        gram: (n, n) symmetric, no zero on its diagonal.
         damping: what is added to the diagonal, as a share of its mean.
 
     Returns:
-        U in float32, and the damping that it took: the one asked for, in float64 if float32 fails, then ten times
-        as much up to 1000 times.
+        U in the gram's dtype, and the damping that it took: the one asked for, in float64 if float32 fails, then ten
+        times as much up to 1000 times.
 
     Raises:
         ArgumentError: even that is not positive definite.
     """
     xp = namespace(gram)
     mean = float(xp.mean(xp.linalg.diagonal(gram)))
-    attempts = [(xp.float32, damping)] + [(xp.float64, max(damping, 1e-6) * 10**k) for k in range(4)]
+    attempts = [(gram.dtype, damping)] + [(xp.float64, max(damping, 1e-6) * 10**k) for k in range(4)]
     for dtype, share in attempts:
         try:
             turned = xp.astype(xp.flip(gram, axis=(0, 1)), dtype)
@@ -40,12 +40,12 @@ def inverse_factor(gram: Array, damping: float) -> tuple[Array, float]:
             continue  # the device has no float64
         factor = cholesky(turned + share * mean * xp.eye(gram.shape[0], dtype=dtype, device=device_of(gram)))
         if factor is not None:
-            upper = xp.astype(xp.flip(inverse_lower(factor), axis=(0, 1)), xp.float32)
+            upper = xp.astype(xp.flip(inverse_lower(factor), axis=(0, 1)), gram.dtype)
             if bool(xp.all(xp.isfinite(upper))):
                 return upper, share
     raise ArgumentError(
-        f"the Hessian of {gram.shape[0]} inputs is not positive definite even with {attempts[-1][1]:g} of its mean added. "
-        "Give more calibration data, or use method='wanda'."
+        f"the Hessian of {gram.shape[0]} inputs is not positive definite even with {attempts[-1][1]:g} of its mean "
+        "added. Give more calibration data, or use method='wanda'."
     )
 
 
@@ -65,7 +65,7 @@ def sweep(
     rest of the block by one product, and whole blocks reach the rest of the matrix by one more.
 
     Args:
-        weight: (out, n) float32.
+        weight: (out, n).
         upper: (n, n), what `inverse_factor` gives.
         ratio: share to drop; exact over the matrix, and to within one entry in each block.
         nm: the n:m pattern, which is chosen every m columns instead.
@@ -81,7 +81,7 @@ def sweep(
     w = _own(xp, weight.T)  # (n, out): a column is contiguous
     mask = xp.ones((n, n_out), dtype=xp.bool, device=device_of(weight)) if keep is None else _own(xp, keep.T)
     scale = xp.linalg.diagonal(upper)[:, None]  # (n, 1)
-    alive = None if dead is None else xp.astype(~dead, xp.float32)[:, None]
+    alive = None if dead is None else xp.astype(~dead, weight.dtype)[:, None]
     inner = INNER
     if nm is not None:
         inner = nm.group * max(1, INNER // nm.group)
