@@ -134,7 +134,8 @@ class View:
                 continue
             self.axes[path] = [self.expression(d) for d in dims]
             for axis, dim in enumerate(dims):
-                role = relations.roles.get((path, axis), "out" if axis == 0 else "other")
+                # A vector without a role is a bias or a scale: a tracer may show Linear's bias as an addition.
+                role = relations.roles.get((path, axis), "out" if axis == 0 and len(dims) > 1 else "other")
                 for leaf in dict.fromkeys(map(find, leaves(dim))):
                     name = self._names.get(leaf)
                     if name is None:
