@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,14 +11,17 @@ from typing import Any
 import numpy as np
 
 from slimkit.core import check, files
+from slimkit.core.ascend.shapes import Shape, infer
 from slimkit.core.errors import FileFormatError
 from slimkit.core.lazy import library
 
 Array = np.ndarray[Any, Any]
-Shape = tuple[int | None, ...]
 
 # Protocol buffers hold less than 2 GiB; a larger file cannot be an ONNX model.
 LIMIT_BYTES = 2**31
+
+# Operators whose rows a check counts.
+_MULTIPLIERS = ("MatMul", "Gemm", "Conv", "ConvTranspose")
 
 # Bytes of one entry, for the types whose entries are whole bytes.
 _ITEM_BYTES = {
@@ -320,19 +323,10 @@ class _Reader:
             else:
                 # Small ones are shapes and axes, which the inference needs the values of.
                 graph.initializer.append(tensor)
-        try:
-            found = onnx.shape_inference.infer_shapes(copy, strict_mode=False, data_prop=True)
-        except (onnx.shape_inference.InferenceError, RuntimeError, ValueError, TypeError):
-            # Unknown shapes cost the multiply-accumulate counts and nothing else; the findings say which are missing.
-            found = copy
-        return dict(self._shapes([*found.graph.value_info, *found.graph.output, *found.graph.input]))
+        needed = [n.outputs[0] for n in self.nodes if n.operator in _MULTIPLIERS and n.outputs]
+        fixed = all(v.shape is not None and None not in v.shape for v in inputs)
+        return infer(onnx, copy, needed if fixed else [])
 
     def _info(self, name: str, dtype: str, shape: Shape) -> Any:
         number = self.onnx.TensorProto.DataType.Value({v: k for k, v in _NAMES.items()}.get(dtype, dtype).upper())
         return self.onnx.helper.make_tensor_value_info(name, number, list(shape))
-
-    def _shapes(self, infos: Sequence[Any]) -> Iterator[tuple[str, Shape]]:
-        for info in infos:
-            if info.type.HasField("tensor_type") and info.type.tensor_type.HasField("shape"):
-                dims = info.type.tensor_type.shape.dim
-                yield info.name, tuple(int(d.dim_value) if d.HasField("dim_value") else None for d in dims)

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from slimkit.core.ascend.findings import Finding
-from slimkit.core.ascend.onnxgraph import Node, OnnxGraph, Shape, Weight
+from slimkit.core.ascend.onnxgraph import Node, OnnxGraph, Weight
 from slimkit.core.ascend.padding import LayerWaste, layer_waste
+from slimkit.core.ascend.shapes import Shape
 from slimkit.core.ascend.targets import ITEM_BYTES, Target
 
 Array = np.ndarray[Any, Any]
