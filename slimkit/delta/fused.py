@@ -52,8 +52,9 @@ class _LoraLinear(torch.autograd.Function):
 
 def lora_linear_plain(x: Any, weight: Any, bias: Any, a: Any, b: Any, scale: float) -> torch.Tensor:
     """The same in plain calls: for tracing, autocast, mixed dtypes and distributed tensors."""
+    out = F.linear(x, weight, bias)
     side = F.linear(F.linear(x.to(a.dtype), a), b) * scale
-    return F.linear(x, weight, bias) + side.to(x.dtype)
+    return out + side.to(out.dtype)
 
 
 def lora_linear(x: Any, weight: Any, bias: Any, a: Any, b: Any, scale: float) -> torch.Tensor:
