@@ -24,6 +24,7 @@ ROOMS: dict[str, dict[str, str]] = {
         "KnowledgeDistillConfig": "core.distill",
         "DistillDualModels": "distill",
         "get_distill_model": "distill",
+        "TeacherCache": "distill",
     },
     "delta": {
         "LoRADense": "delta",

@@ -218,7 +218,8 @@ class DistillDualModels(nn.Module):
         pairs = []
         for place, label in enumerate(self.spec.soft_labels):
             student = seen_s[place] if label.s_module else pick(output_s, label.s_output_idx, "student")
-            teacher = seen_t[place] if label.t_module else pick(output_t, label.t_output_idx, "teacher")
+            known = label.t_module or not isinstance(self.teacher_model, nn.Module)
+            teacher = seen_t[place] if known else pick(output_t, label.t_output_idx, "teacher")
             pairs.append((student, teacher.to(student.device, non_blocking=True)))
         return pairs
 
@@ -304,7 +305,10 @@ def get_distill_model(
     modes = {m: m.training for m in teacher.modules()} if isinstance(teacher, nn.Module) else {}
     dual = None
     try:
-        dual = DistillDualModels(teacher, student, config.spec(), custom)
+        spec = config.spec()
+        if not isinstance(teacher, nn.Module):
+            teacher.check(spec)
+        dual = DistillDualModels(teacher, student, spec, custom)
         if inputs is not None:
             args, kwargs = as_call(bridge.to_device(inputs, bridge.device_of(student)))
             dual._fit(args, kwargs)

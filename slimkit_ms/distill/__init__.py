@@ -1,8 +1,9 @@
 """Distillation for MindSpore: a teacher, a student and the losses between them as one cell to train."""
 
 from slimkit.core.lazy import door as _door
+from slimkit_ms.distill.cache import TeacherCache
 from slimkit_ms.distill.dual import DistillDualModels, get_distill_model
 
-__all__ = ["DistillDualModels", "get_distill_model"]
+__all__ = ["DistillDualModels", "TeacherCache", "get_distill_model"]
 
 __getattr__, __dir__ = _door("slimkit_ms", "distill")

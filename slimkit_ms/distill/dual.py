@@ -159,7 +159,7 @@ class DistillDualModels(nn.Cell):
                     student, teacher, mask = self._noted(place, args, kwargs)
                 else:
                     student = choose(student_output, s_index)
-                    teacher = choose(teacher_output, t_index)
+                    teacher = self._told(place) if self.cached else choose(teacher_output, t_index)
                     if isinstance(mask_place, str):
                         mask = kwargs[mask_place]
                 if not self.trains_teacher:
@@ -189,6 +189,9 @@ class DistillDualModels(nn.Cell):
                     "inputs=one example batch to get_distill_model, or the key widths, before making the optimizer"
                 )
         return student, teacher, self._mask(label, args, kwargs)
+
+    def _told(self, place: int) -> Any:
+        return self._seen["t"][place]
 
     def _look_up(self, args: Any, kwargs: Any) -> Any:
         output, seen = self.teacher_model.lookup(args, kwargs)
@@ -237,9 +240,8 @@ class DistillDualModels(nn.Cell):
                     student = (
                         self._seen["s"].get(place) if label.s_module else pick(output_s, label.s_output_idx, "student")
                     )
-                    teacher = (
-                        self._seen["t"].get(place) if label.t_module else pick(output_t, label.t_output_idx, "teacher")
-                    )
+                    noted = label.t_module or self.cached
+                    teacher = self._seen["t"].get(place) if noted else pick(output_t, label.t_output_idx, "teacher")
                     if student is None or teacher is None:
                         raise ConfigError(f"a module of {label.label} did not run in this forward")
                     widths = self._widths(place)
@@ -384,6 +386,10 @@ def get_distill_model(
     for name, instance in custom.items():
         bridge.check_model(instance, f"custom loss {name!r}")
     spec = config.spec()
+    if hasattr(teacher, "lookup"):
+        teacher.check(spec)
+        if ms.get_context("mode") == ms.GRAPH_MODE:
+            raise ConfigError("teacher: a cache is read by Python, which GRAPH mode does not run; use PYNATIVE_MODE")
     inner = any(label.t_module is not None for label in spec.soft_labels)
     if inner and inputs is None and ms.get_context("mode") == ms.GRAPH_MODE:
         raise ConfigError("inputs: inner layers in GRAPH mode need one example batch, for their shapes")
