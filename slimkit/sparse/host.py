@@ -19,6 +19,7 @@ class TorchHost:
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.model = model
+        self.keeps_masks = True
         self._layers: dict[str, Layer] = {}
 
     def layers(self) -> tuple[dict[str, Layer], dict[str, str]]:
@@ -38,7 +39,7 @@ class TorchHost:
                 skipped[name] = "its weight is computed, not a parameter"
             elif not weight.is_floating_point():
                 skipped[name] = f"its weight is {weight.dtype}, which has no linear algebra"
-            elif weight.device.type == "meta":
+            elif weight.device.type == "meta" and self.keeps_masks:
                 skipped[name] = "its weight is on the meta device"
             elif id(weight) in tables:
                 skipped[name] = "its weight is tied to an embedding"
@@ -62,6 +63,9 @@ class TorchHost:
             module.weight.copy_(weight)
             if bias_shift is not None:
                 module.bias.copy_(module.bias.float() + bias_shift)
+
+    def settled(self, name: str, row: dict[str, Any]) -> None:
+        """Nothing to do: the report is made at the end."""
 
     def snapshot(self, names: Sequence[str]) -> Callable[[], None]:
         """Remember weights and biases in main memory; the function returned puts them back."""

@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from slimkit import bridge
+from slimkit.core.errors import UnsupportedError
 
 import torch
 import torch.nn.functional as F
@@ -108,7 +111,7 @@ def trace(model: torch.nn.Module, dataset: Iterable[Any], modules: Modules, bloc
             calls.setdefault(name, []).append(f"{index}:{first.setdefault(id(x), name)}")  # noqa: B023
 
         with quiet(model), bridge.hooked(watched, seen):
-            bridge.run(model, batch)
+            _run(model, batch)
         found.chained = found.chained and len(outputs) == len(blocks)
     shared: dict[tuple[str, ...], list[str]] = {}
     for name, steps in calls.items():
@@ -116,6 +119,16 @@ def trace(model: torch.nn.Module, dataset: Iterable[Any], modules: Modules, bloc
         alone = isinstance(bridge.get_module(model, name), torch.nn.Conv2d)
         shared.setdefault((name if alone else "", *steps), []).append(name)
     found.feeds = [tuple(names) for names in shared.values()]
+    return found
+
+
+def trace_block(path: str, block: torch.nn.Module, inputs: BlockInputs, modules: Modules) -> Trace:
+    """The same for one block that is fed from memory; `modules` carries whole paths."""
+    start = len(path) + 1
+    inner = {p[start:]: (name[start:], m) for p, (name, m) in modules.items()}
+    found = trace(block, [inputs.call(path, i) for i in range(len(inputs.valid))], inner)
+    found.feeds = [tuple(f"{path}.{n}" for n in feed) for feed in found.feeds]
+    found.repeated = {f"{path}.{n}" for n in found.repeated}
     return found
 
 
@@ -315,6 +328,78 @@ class BlockInputs:
                 with quiet(dense), bridge.hooked({blocks[0]: head}, seen):
                     bridge.run(dense, batch)
                 self._hidden[True].append(first[0])
+
+    @classmethod
+    def of_stubs(
+        cls,
+        model: torch.nn.Module,
+        calls: Sequence[Bound],
+        valid: Sequence[torch.Tensor | None],
+        blocks: Sequence[str],
+    ) -> BlockInputs:
+        """The same for a model of whose blocks only the first is in memory: the others pass their input on.
+
+        Args:
+            model: the model, ready to run up to and including its first block.
+            calls: the batches.
+            valid: which tokens of each batch are no padding.
+            blocks: the blocks' paths, a chain.
+        """
+        self = cls.__new__(cls)
+        self.valid, self._hidden, self._others, self.paired = list(valid), {False: [], True: []}, [], True
+        modules = {b: bridge.get_module(model, b) for b in blocks}
+        wraps: list[bool] = []
+
+        def look(_path: str, _args: Any, _kwargs: Any, output: Any) -> None:
+            wraps.append(isinstance(output, (tuple, list)))
+            raise _Enough
+
+        for call in calls[:1]:
+            with quiet(model), bridge.hooked({blocks[0]: modules[blocks[0]]}, look), contextlib.suppress(_Enough):
+                _run(model, call)
+        for call in calls:
+            others: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+            first: list[torch.Tensor] = []
+
+            def stub(path: str, *args: Any, **kwargs: Any) -> Any:
+                x = input_of(args, kwargs)
+                first.append(x)  # noqa: B023
+                blank = {k: _HIDDEN if v is x else v for k, v in kwargs.items()}
+                others[path] = (tuple(_HIDDEN if a is x else a for a in args), blank)  # noqa: B023
+                if path == blocks[-1]:
+                    raise _Enough
+                return (x,) if wraps[0] else x
+
+            try:
+                for path, module in modules.items():
+                    module.__dict__["forward"] = partial(stub, path)
+                with quiet(model), contextlib.suppress(_Enough):
+                    _run(model, call)
+            finally:
+                for module in modules.values():
+                    module.__dict__.pop("forward", None)
+            if len(others) != len(blocks) or any(x is not first[0] for x in first):
+                raise UnsupportedError("src must be a model whose blocks pass hidden states straight to the next.")
+            self._others.append(others)
+            self._hidden[False].append(first[0].detach())
+            self._hidden[True].append(first[0].detach())
+        return self
+
+    def save(self, folder: Path) -> None:
+        """Write the hidden states of every batch, one file each."""
+        from safetensors.torch import save_file
+
+        for index, (sparse, dense) in enumerate(zip(self._hidden[False], self._hidden[True])):
+            states = {"sparse": sparse.contiguous(), "dense": dense.contiguous().clone()}
+            save_file(states, folder / f"{index:06d}.safetensors")
+
+    def load(self, folder: Path) -> None:
+        """Take back what `save` wrote."""
+        from safetensors.torch import load_file
+
+        for index in range(len(self.valid)):
+            found = load_file(folder / f"{index:06d}.safetensors")
+            self._hidden[False][index], self._hidden[True][index] = found["sparse"], found["dense"]
 
     def call(self, path: str, index: int, dense: bool = False) -> Any:
         """One batch's call of a block as (args, kwargs)."""

@@ -24,6 +24,7 @@ class MindSporeHost:
 
     def __init__(self, model: nn.Cell) -> None:
         self.model = model
+        self.keeps_masks = True
 
     def layers(self) -> tuple[dict[str, Layer], dict[str, str]]:
         """Every Dense and Conv2d by name, and those that cannot be sparse with the reason."""
@@ -62,6 +63,9 @@ class MindSporeHost:
         if bias_shift is not None:
             bias = bridge.as_numpy(cell.bias.astype(ms.float32)) + bias_shift
             cell.bias.set_data(ms.Tensor(bias.astype(np.float32)).astype(cell.bias.dtype))
+
+    def settled(self, name: str, row: dict[str, Any]) -> None:
+        """Nothing to do: the report is made at the end."""
 
     def snapshot(self, names: Sequence[str]) -> Callable[[], None]:
         """Remember weights and biases; the function returned puts them back."""

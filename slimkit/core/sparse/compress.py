@@ -36,7 +36,16 @@ class Stage(Protocol):
 
 
 class Host(Protocol):
-    """What the walk asks of a model in some framework."""
+    """What the walk asks of a model in some framework.
+
+    Attributes:
+        keeps_masks: whether the whole model, and so all its masks, may be in memory at once.
+    """
+
+    keeps_masks: bool
+
+    def settled(self, name: str, row: dict[str, Any]) -> None:
+        """Learn that a layer is done, and its row of the report."""
 
     def layers(self) -> tuple[dict[str, Layer], dict[str, str]]:
         """Every layer that can be sparse by name, and those that cannot with the reason."""
@@ -136,14 +145,16 @@ def compress(host: Host, config: SparseConfig, dataset: Any) -> tuple[dict[str, 
         result: Solved = solve(layers[name], host.weight(name), moments, ratios[name], config)
         host.store(name, result.weight, result.bias_shift)
         solved[name] = {**result.account, "seconds": round(time.perf_counter() - start, 4)}
-        masks[name] = result.keep
+        if host.keeps_masks:
+            masks[name] = result.keep
+        host.settled(name, solved[name])
 
     try:
-        if not config.needs_data:
+        if not config.needs_data and host.keeps_masks:
             for name in progress(names, "layers"):
                 settle(name, None)
         else:
-            _calibrated(host, config, dataset, layers, names, settle)
+            _calibrated(host, config, dataset, layers, names, settle, solved)
     except BaseException:
         restore()
         raise
@@ -157,16 +168,26 @@ def _calibrated(
     layers: Mapping[str, Layer],
     names: Sequence[str],
     settle: Callable[[str, Moments | None], None],
+    solved: dict[str, dict[str, Any]],
 ) -> None:
     done: set[str] = set()
 
     def groups() -> Iterator[tuple[Stage, list[tuple[str, ...]]]]:
         for stage in host.stages(dataset, names, config.paired):
+            rows = getattr(stage, "rows", None)
+            if rows is not None:  # an earlier run did it
+                solved.update(rows)
+                done.update(rows)
+                continue
             if config.sequential:
                 for feed in stage.feeds:
                     yield stage, [feed]
             else:
                 yield stage, list(stage.feeds)
+            for name in getattr(stage, "names", ()):
+                if name not in done:  # its block leaves memory now, reached or not
+                    settle(name, Moments(layers[name]) if config.needs_data else None)
+                    done.add(name)
             stage.advance()
 
     bar = iter(progress(list(names), "layers"))

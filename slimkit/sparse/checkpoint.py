@@ -1,0 +1,310 @@
+"""Checkpoints larger than memory: one block of a Hugging Face model at a time, resumable at any moment."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from slimkit import bridge
+from slimkit.core import batch as batches
+from slimkit.core import check, files
+from slimkit.core.errors import UnsupportedError
+from slimkit.core.lazy import library
+from slimkit.core.sparse import SparseConfig, shards
+from slimkit.core.sparse.compress import Stage, compress
+from slimkit.sparse.host import TorchHost, block_paths
+from slimkit.sparse.stages import BlockInputs, BlockStage, Bound, trace_block, valid_tokens
+
+import torch
+
+STATE = ".slimkit-sparse"
+
+
+def sparsify_checkpoint(
+    src: Any, dst: Any, cfg: SparseConfig, dataset: Any, *, names: Callable[[str], str] | None = None
+) -> dict[str, Any]:
+    """Make a Hugging Face checkpoint directory sparse, holding one block of it in memory at a time.
+
+    Each finished block is written to `dst` with the activations that leave it; a run that is killed goes on from the last
+    finished block when called again, and ends in the same bytes. Only the layers inside the model's blocks change.
+
+    Args:
+        src: directory with config.json and .safetensors weights, in one file or in shards.
+        dst: directory for the result, absent or holding an unfinished run of the same job.
+        cfg: what to do; `uniform=False` needs the whole model and is refused.
+        dataset: a list (or any re-iterable that repeats itself) of batches of CPU tensors; not needed for "magnitude".
+        names: parameter name of the transformers class -> tensor name in the files, for checkpoints whose names differ by
+            more than the base model's prefix.
+
+    Returns:
+        The report of `Compressor.compress`.
+
+    Raises:
+        FileFormatError: `src` is damaged or holds no safetensors.
+        UnsupportedError: the model has no chain of blocks, a tensor is not found, or `dst` was begun with other inputs.
+    """
+    source, target = files.as_path(src, "src"), files.as_path(dst, "dst")
+    check.instance(cfg, SparseConfig, "cfg")
+    if not cfg.uniform:
+        raise UnsupportedError("sparsify_checkpoint needs uniform=True: sensitivities are measured on a whole model.")
+    if source.resolve() == target.resolve():
+        check.wrong_value("dst", "another directory than src", str(target))
+    places = shards.locate(source)
+    data = list(batches.dataset(dataset)) if cfg.needs_data else []
+    state = target / STATE
+    if target.exists() and any(target.iterdir()) and not (state / "job.json").exists():
+        check.wrong_value("dst", "absent, empty, or an unfinished run", str(target))
+    digests = {f.name: files.digest_file(f) for f in sorted({p.file for p in places.values()})}
+    job = {"config": cfg.to_dict(), "source": digests, "dataset": _digest(data), "threads": torch.get_num_threads()}
+    shards.same_job(state, job)
+    report_file = target / "sparse_report.json"
+    if report_file.exists():
+        return files.read_json(report_file)
+    host = CheckpointHost(source, state, places, names)
+    report, _ = compress(host, cfg, data)
+    for row in report["layers"].values():
+        row.pop("seconds", None)  # the same job writes the same bytes
+    report = {k: v for k, v in report.items() if k != "seconds"}
+    _finish(source, target, host.finished())
+    files.write_json(report_file, report)
+    for leftover in state.iterdir():
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+        elif leftover.name != "job.json":
+            leftover.unlink()
+    return report
+
+
+def _digest(data: Sequence[Any]) -> str:
+    digest = hashlib.sha256()
+
+    def feed(value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        elif isinstance(value, dict) or hasattr(value, "items"):
+            for key, item in value.items():
+                digest.update(str(key).encode())
+                feed(item)
+        elif isinstance(value, (tuple, list)):
+            for item in value:
+                feed(item)
+        else:
+            digest.update(repr(value).encode())
+
+    for batch in data:
+        feed(batch)
+        digest.update(b"|")
+    return digest.hexdigest()
+
+
+def _finish(source: Path, target: Path, replaced: dict[str, shards.Place]) -> None:
+    weights = {p.file for p in shards.locate(source).values()}
+    for file in sorted(source.iterdir()):
+        if file in weights or not file.is_file():
+            continue
+        if file.suffix not in (".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".safetensors"):
+            with open(file, "rb") as old, files.atomic_file(target / file.name) as new:
+                shutil.copyfileobj(old, new)
+    for file in sorted(weights):
+        shards.rewrite(file, target / file.name, replaced)
+
+
+class CheckpointHost(TorchHost):
+    """A model whose blocks come from files one by one, and go back to files."""
+
+    def __init__(
+        self, source: Path, state: Path, places: dict[str, shards.Place], names: Callable[[str], str] | None
+    ) -> None:
+        super().__init__(_empty_model(source))
+        self._state, self._places, self._names = state, places, names
+        self._blocks: list[str] = []
+        self._own: dict[str, Any] = {}
+        self.keeps_masks = False
+
+    def layers(self) -> tuple[dict[str, Any], dict[str, str]]:
+        """The layers inside the blocks; those outside are listed as left alone."""
+        found, skipped = super().layers()
+        self._blocks = block_paths(self.model, {n: (n, None) for n in found})
+        if not self._blocks:
+            raise UnsupportedError(f"src must be a model with a list of equal blocks. Received: {type(self.model).__name__}")
+        for name in list(found):
+            if not name.startswith(tuple(b + "." for b in self._blocks)):
+                skipped[name] = "outside the blocks"
+                del found[name]
+        self._layers = found
+        return dict(found), skipped
+
+    def snapshot(self, names: Sequence[str]) -> Callable[[], None]:
+        """Nothing to remember: the source stays as it is."""
+        return lambda: None
+
+    def stages(self, dataset: Iterable[Any], names: Sequence[str], paired: bool) -> Iterator[Stage]:
+        """One stage a block: loaded, made sparse, written, and let go."""
+        with_data = bool(dataset)
+        done = self._done()
+        inputs = self._capture(dataset) if with_data else None
+        if inputs is not None and done:
+            inputs.load(self._state / f"activations-{done:05d}")
+        for index, path in enumerate(self._blocks):
+            mine = [n for n in names if n.startswith(path + ".")]
+            if index < done:
+                rows = files.read_json(self._state / f"block-{index:05d}.json")
+                yield _Done(mine, rows)
+                continue
+            block = self._load(path)
+            dense = copy.deepcopy(block) if paired and inputs is not None else None
+            modules = {n: (n, bridge.get_module(self.model, n)) for n in mine}
+            if inputs is None:
+                stage: Any = _Undata(mine)
+            else:
+                found = trace_block(path, block, inputs, modules)
+                stage = BlockStage(path, block, dense, inputs, modules, found.feeds, found.repeated)
+            stage.names = mine
+            yield stage
+            self._write(index, path, block, stage, inputs)
+            self._release(path)
+            del block, dense, stage
+
+    def finished(self) -> dict[str, shards.Place]:
+        """Where the new bytes of every changed tensor lie."""
+        found: dict[str, shards.Place] = {}
+        for index in range(len(self._blocks)):
+            found |= shards.header(self._state / f"block-{index:05d}.safetensors")
+        return found
+
+    def settled(self, name: str, row: dict[str, Any]) -> None:
+        """Keep a layer's row of the report, to be written with its block."""
+        self._own[name] = row
+
+    def _done(self) -> int:
+        done = 0
+        while (self._state / f"block-{done:05d}.json").exists():
+            done += 1
+        return done
+
+    def _key(self, name: str) -> str:
+        if self._names is not None:
+            name = self._names(name)
+        prefix = getattr(self.model, "base_model_prefix", "") + "."
+        for key in (name, name.removeprefix(prefix), prefix + name):
+            for old, new in (("", ""), (".weight", ".gamma"), (".bias", ".beta")):
+                if key.endswith(old) and key.removesuffix(old) + new in self._places:
+                    return key.removesuffix(old) + new
+        raise UnsupportedError(
+            f"src must hold a tensor for {name!r}, under this name or with the prefix {prefix!r} added or left out; "
+            "pass `names` for files that name it otherwise."
+        )
+
+    def _read(self, parameters: Iterable[str]) -> dict[str, torch.Tensor]:
+        from safetensors import safe_open
+
+        values: dict[str, torch.Tensor] = {}
+        by_file: dict[Path, list[tuple[str, str]]] = {}
+        for name in parameters:
+            key = self._key(name)
+            by_file.setdefault(self._places[key].file, []).append((name, key))
+        for file, pairs in by_file.items():
+            with safe_open(str(file), framework="pt") as handle:
+                for name, key in pairs:
+                    values[name] = handle.get_tensor(key).clone()  # not a view of the mapped file
+        return values
+
+    def _load(self, path: str) -> torch.nn.Module:
+        block = bridge.get_module(self.model, path)
+        values = self._read(f"{path}.{n}" for n, _ in block.named_parameters())
+        block.load_state_dict({n[len(path) + 1 :]: v for n, v in values.items()}, strict=False, assign=True)
+        return block.requires_grad_(False)
+
+    def _release(self, path: str) -> None:
+        block = bridge.get_module(self.model, path)
+        block.load_state_dict(
+            {n: torch.empty_like(p, device="meta") for n, p in block.named_parameters()}, strict=False, assign=True
+        )
+
+    def _capture(self, dataset: Iterable[Any]) -> BlockInputs:
+        """Run what comes before the blocks, then note how each block is called."""
+        inside = tuple(b + "." for b in self._blocks)
+        head = self.model.get_output_embeddings() if hasattr(self.model, "get_output_embeddings") else None
+        late = {id(p) for p in head.parameters()} if head is not None else set()
+        table = self.model.get_input_embeddings().weight
+        outside = [
+            n for n, p in self.model.named_parameters() if not n.startswith(inside) and (id(p) not in late or p is table)
+        ]
+        early = []
+        for name in outside:
+            with contextlib.suppress(UnsupportedError):  # a fresh head has no weights, and runs after the blocks
+                self._key(name)
+                early.append(name)
+        self.model.load_state_dict(self._read(early), strict=False, assign=True)
+        self._load(self._blocks[0])
+        inputs = BlockInputs.of_stubs(self.model, [_bound(b) for b in dataset], [valid_tokens(b) for b in dataset], self._blocks)
+        self._release(self._blocks[0])
+        self.model.load_state_dict(
+            {n: torch.empty_like(self.model.get_parameter(n), device="meta") for n in early}, strict=False, assign=True
+        )
+        return inputs
+
+    def _write(self, index: int, path: str, block: torch.nn.Module, stage: Any, inputs: BlockInputs | None) -> None:
+        from safetensors.torch import save
+
+        changed = {}
+        for name in stage.names:
+            module = bridge.get_module(self.model, name)
+            for part in ("weight", "bias"):
+                value = getattr(module, part)
+                if value is not None:
+                    changed[self._key(f"{name}.{part}")] = value.detach().contiguous()
+        with files.atomic_file(self._state / f"block-{index:05d}.safetensors") as handle:
+            handle.write(save(changed))
+        if inputs is not None:
+            with files.atomic_directory(self._state / f"activations-{index + 1:05d}") as folder:
+                inputs.save(folder)
+        # Last: its presence says that the block is done.
+        files.write_json(self._state / f"block-{index:05d}.json", {n: self._own[n] for n in stage.names})
+        shutil.rmtree(self._state / f"activations-{index:05d}", ignore_errors=True)
+
+
+class _Undata:
+    """A block of a method that needs no data."""
+
+    def __init__(self, names: list[str]) -> None:
+        self.names = names
+        self.feeds: list[tuple[str, ...]] = []
+
+    def replay(self, names: Sequence[str], seen: Any) -> None:
+        """No data."""
+
+    def advance(self) -> None:
+        """No activations."""
+
+
+class _Done(_Undata):
+    """A block that an earlier run finished."""
+
+    def __init__(self, names: list[str], rows: dict[str, Any]) -> None:
+        super().__init__(names)
+        self.rows = rows
+
+
+def _bound(batch: Any) -> Bound:
+    return Bound(*batches.as_call(batch))
+
+
+def _empty_model(source: Path) -> torch.nn.Module:
+    """The checkpoint's model without weights; buffers are real, for they are computed, not stored."""
+    transformers = library("transformers", "hf")
+    accelerate = library("accelerate", "torch")
+    config = transformers.AutoConfig.from_pretrained(str(source))
+    kinds = getattr(config, "architectures", None) or []
+    kind = next((getattr(transformers, k) for k in kinds if hasattr(transformers, k)), None)
+    with accelerate.init_empty_weights(include_buffers=False):
+        model = kind(config) if kind is not None else transformers.AutoModel.from_config(config)
+    if hasattr(model.config, "use_cache"):
+        model.config.use_cache = False
+    return model.eval()
