@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from slimkit import bridge, surgery
+from slimkit.compensate import compensate
 from slimkit.core import files
 from slimkit.core.errors import FileFormatError
 from slimkit.core.graph import Graph
@@ -121,8 +123,16 @@ class TorchWing:
                 bridge.run(self.model, batch)
         return {name: totals[name] / number[name] for name in totals}
 
-    def cut(self, plan: Plan, names: Mapping[str, str]) -> None:
-        surgery.cut(self.model, plan, names)
+    def cut(self, plan: Plan, names: Mapping[str, str]) -> Callable[[], None]:
+        return surgery.cut(self.model, plan, names)
+
+    def snapshot(self) -> nn.Module:
+        return copy.deepcopy(self.model)
+
+    def compensate(
+        self, dense: Any, plan: Plan, layers: Sequence[str], data: Iterable[Any], damping: float
+    ) -> dict[str, Any]:
+        return compensate(dense, self.model, plan, layers, data, damping)
 
 
 def _loss_of(model: nn.Module, batch: Any, loss: Callable[..., Any] | None) -> torch.Tensor:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
-from slimkit import bridge
 from slimkit.attention import PrunedMultiheadAttention
 from slimkit.core.errors import PlanError
 from slimkit.core.plan import Plan
@@ -206,17 +205,28 @@ def shapes_after(model: nn.Module, plan: Plan, names: Mapping[str, str]) -> dict
     return {p: wanted.get(first[id(t)], tuple(t.shape)) for p, t in named_tensors(model)}
 
 
-def cut(model: nn.Module, plan: Plan, names: Mapping[str, str]) -> None:
+def cut(model: nn.Module, plan: Plan, names: Mapping[str, str]) -> Callable[[], None]:
     """Cut parameters, buffers and attributes, in place; on an error the model is as it was.
 
     Args:
         model: the model.
         plan: what to keep.
         names: the plan's parameter paths -> the model's.
+
+    Returns:
+        A call that takes the cut back.
     """
     found = tensors(model)
     old: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]] = []
     changes = Changes()
+
+    def undo() -> None:
+        for tensor, data, grad in old:
+            tensor.grad = None
+            tensor.data = data
+            tensor.grad = grad
+        changes.undo()
+
     try:
         rewrite(model, plan, shapes_after(model, plan, names), names, changes)
         for path, axes in plan.indices.items():
@@ -227,11 +237,9 @@ def cut(model: nn.Module, plan: Plan, names: Mapping[str, str]) -> None:
             tensor.grad = None
             tensor.data = fresh
     except BaseException:
-        for tensor, data, grad in old:
-            tensor.data = data
-            tensor.grad = grad
-        changes.undo()
+        undo()
         raise
+    return undo
 
 
 def _select(tensor: torch.Tensor, axes: list[np.ndarray[Any, Any] | None]) -> torch.Tensor:
@@ -243,8 +251,3 @@ def _select(tensor: torch.Tensor, axes: list[np.ndarray[Any, Any] | None]) -> to
         if len(index) < tensor.shape[axis]:
             tensor = tensor.index_select(axis, torch.from_numpy(index).to(tensor.device))
     return tensor.contiguous()
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """The model's device, as the bridge tells it."""
-    return bridge.device_of(model)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from slimkit.core.allocate import Account, Allocation, allocate
 from slimkit.core.attributes import config_changes, new_values, scope_sizes
 from slimkit.core.batch import dataset
 from slimkit.core.dims import FREE, find, leaves
-from slimkit.core.errors import GraphError
+from slimkit.core.errors import GraphError, UnsupportedError
 from slimkit.core.graph import Graph
 from slimkit.core.importance import NAMES, best, scores
 from slimkit.core.log import logger
@@ -67,8 +67,22 @@ class Wing(Protocol):
         """Mean absolute output of each channel of each layer."""
 
     @abstractmethod
-    def cut(self, plan: Plan, names: Mapping[str, str]) -> None:
-        """Cut the model in place; on an error the model is as it was."""
+    def cut(self, plan: Plan, names: Mapping[str, str]) -> Callable[[], None] | None:
+        """Cut the model in place and return a call that takes it back; on an error the model is as it was."""
+
+
+class RepairingWing(Wing, Protocol):
+    """A wing that can also repair what it cut."""
+
+    @abstractmethod
+    def snapshot(self) -> Any:
+        """A copy of the model before the cut."""
+
+    @abstractmethod
+    def compensate(
+        self, dense: Any, plan: Plan, layers: Sequence[str], data: Iterable[Any], damping: float
+    ) -> dict[str, Any]:
+        """Refit the cut model's layers to the outputs of the snapshot, in place."""
 
 
 _COPIES = frozenset({"identity"})
@@ -118,6 +132,8 @@ class PrunerBase:
         self._alignment = 16
         self._budget = "params"
         self._allocation = "uniform"
+        self._repair: Any = None
+        self._damping = 0.01
         self._report: dict[str, Any] = {}
         # Attributes that may say one of several numbers: how many, which one is tried, how often a module was retried.
         self._doubts: dict[str, dict[str, int]] = {}
@@ -211,6 +227,24 @@ class PrunerBase:
         self._allocation = check.choice(allocation, ("uniform", "global"), "allocation")
         return self
 
+    def set_compensation(self, calibration: Any, damping: float = 0.01) -> Any:
+        """Repair the cut model from calibration data: each layer is refitted to its original's outputs, no labels needed.
+
+        Args:
+            calibration: batches; some hundred samples do. None switches it off.
+            damping: pull towards the cut weights, relative to the inputs' mean square; 0.01 unless given.
+
+        Returns:
+            This pruner.
+        """
+        if calibration is not None:
+            dataset(calibration, "calibration")
+        if not hasattr(self._wing, "compensate"):
+            raise UnsupportedError(f"compensation is not offered for {self._wing.framework} models")
+        self._repair = calibration
+        self._damping = check.number(damping, "damping", minimum=0)
+        return self
+
     # Work ------------------------------------------------------------------------------------------------------
 
     def analysis(
@@ -258,7 +292,19 @@ class PrunerBase:
             GraphError: the model could not be traced.
         """
         _, desc = self.analysis(reserved_ratio, un_prune_list)
-        self._cut(Plan(desc))
+        layers = self._solved().graph.layers
+        if self._repair is None:
+            self._cut(Plan(desc))
+            return desc
+        wing, plan = cast(RepairingWing, self._wing), Plan(desc)
+        dense = wing.snapshot()
+        undo = self._cut(plan)
+        try:
+            self._report["compensation"] = wing.compensate(dense, plan, layers, self._repair, self._damping)
+        except BaseException:
+            if undo is not None:
+                undo()
+            raise
         return desc
 
     def prune_by_desc(self, desc: dict[str, Any]) -> Any:
@@ -273,7 +319,8 @@ class PrunerBase:
         Raises:
             PlanError: the plan was made for another model; the message names the first mismatch.
         """
-        return self._cut(Plan(desc))
+        self._cut(Plan(desc))
+        return getattr(self._wing, "model", None)
 
     def report(self) -> dict[str, Any]:
         """What the last analysis or cut found: sizes, what stays whole and why, operators without a rule, notes."""
@@ -415,13 +462,13 @@ class PrunerBase:
 
     def _cut(self, plan: Plan) -> Any:
         names = plan.match(self._wing.shapes())
-        self._wing.cut(plan, names)
+        undo = self._wing.cut(plan, names)
         # Everything known about the model was about the uncut one.
         self._coupling, self._scored = None, None
         shapes, buffers = self._wing.shapes(), self._wing.buffers()
         left = sum(int(np.prod(s)) for p, s in shapes.items() if p not in buffers)
         self._report = {**self._report, "left_params": left}
-        return getattr(self._wing, "model", None)
+        return undo
 
     def _common(self, view: View) -> dict[str, Any]:
         graph = view.coupling.graph

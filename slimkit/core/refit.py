@@ -1,0 +1,67 @@
+"""Least-squares repair of a cut layer from second moments: kept weights learn to say what dropped ones said."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, Any]
+
+
+class Moments:
+    """Sums of products of a layer's inputs after the cut with themselves and with the outputs wanted.
+
+    Args:
+        n_in: number of inputs after the cut, without the constant one.
+        n_out: number of outputs.
+        bias: whether a constant input stands for the bias.
+    """
+
+    def __init__(self, n_in: int, n_out: int, bias: bool) -> None:
+        self.bias = bias
+        self.inputs = np.zeros((n_in + bias, n_in + bias))
+        self.outputs = np.zeros((n_out, n_in + bias))
+        self.number = 0
+
+    def add(self, x: Array, y: Array) -> None:
+        """Add rows of inputs (n, n_in) and of wanted outputs (n, n_out)."""
+        x = np.asarray(x, dtype=np.float64)
+        if self.bias:
+            x = np.concatenate([x, np.ones((len(x), 1))], axis=1)
+        self.inputs += x.T @ x
+        self.outputs += np.asarray(y, dtype=np.float64).T @ x
+        self.number += len(x)
+
+
+def refit(moments: Moments, weight: Array, bias: Array | None, damping: float) -> tuple[Array, Array | None]:
+    """The weights nearest to the cut ones whose outputs are nearest to the wanted ones (ridge regression).
+
+    Minimises |Y - W X|^2 + damping * mean diagonal * |W - weight|^2, the objective of FLAP's bias and SlimGPT's weight
+    compensation (An et al. 2024, sec. 3.3; Ling et al. 2024, sec. 3.2) with the cut network's own inputs as X.
+
+    Args:
+        moments: sums over the calibration data.
+        weight: (n_out, n_in) after the cut.
+        bias: (n_out,) or None.
+        damping: strength of the pull towards the cut weights, relative to the inputs' mean square.
+
+    Returns:
+        (weight, bias).
+
+    Example:
+        >>> m = Moments(1, 1, bias=False); m.add(np.array([[1.0], [2.0]]), np.array([[3.0], [6.0]]))
+        >>> refit(m, np.array([[0.0]]), None, 1e-9)[0].round(6).tolist()
+        [[3.0]]
+    """
+    start = np.asarray(weight, dtype=np.float64)
+    if moments.bias:
+        start = np.concatenate([start, np.asarray(bias, dtype=np.float64)[:, None]], axis=1)
+    gram = moments.inputs.copy()
+    ridge = damping * max(float(np.trace(gram)) / len(gram), np.finfo(np.float64).tiny)
+    gram[np.diag_indices_from(gram)] += ridge
+    wrong = moments.outputs - start @ moments.inputs  # (n_out, n_in) what the cut weights leave unexplained
+    found = start + np.linalg.solve(gram, wrong.T).T
+    if moments.bias:
+        return found[:, :-1], found[:, -1]
+    return found, None
