@@ -19,6 +19,8 @@ ROOMS: dict[str, dict[str, str]] = {
         "SparseConfig": "core.sparse",
         "Compressor": "sparse",
         "freeze_zeros": "sparse",
+        "FrozenZeros": "sparse",
+        "sparsify_checkpoint": "sparse",
     },
     "distill": {
         "KnowledgeDistillConfig": "core.distill",
@@ -122,6 +124,7 @@ ONLY: dict[str, tuple[str, str]] = {
     "PruneTorch": ("slimkit", "named after its framework; Pruner is the name that both share"),
     "PruneMindSpore": ("slimkit_ms", "named after its framework; Pruner is the name that both share"),
     "export_mindir": ("slimkit_ms", "MINDIR is MindSpore's own format"),
+    "sparsify_checkpoint": ("slimkit", "walks models of transformers, which MindSpore cannot build"),
 }
 
 

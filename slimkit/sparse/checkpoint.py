@@ -62,6 +62,8 @@ def sparsify_checkpoint(
     digests = {f.name: files.digest_file(f) for f in sorted({p.file for p in places.values()})}
     job = {"config": cfg.to_dict(), "source": digests, "dataset": _digest(data), "threads": torch.get_num_threads()}
     shards.same_job(state, job)
+    for part in target.rglob(".*.part"):  # a killed writer cannot clean up after itself
+        shutil.rmtree(part) if part.is_dir() else part.unlink()
     report_file = target / "sparse_report.json"
     if report_file.exists():
         return files.read_json(report_file)

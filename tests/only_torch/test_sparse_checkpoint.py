@@ -1,0 +1,200 @@
+"""Checkpoints block by block: equal to the whole model at once, resumed to the same bytes, refused when inputs change."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import shutil
+import signal
+import time
+
+import pytest
+
+from slimkit.core.errors import ArgumentError, FileFormatError, UnsupportedError
+from slimkit.core.sparse import SparseConfig
+
+import torch
+
+SMALL = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "vocab_size": 64,
+    "max_position_embeddings": 64,
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    # A fork is only safe with one thread, and the number of threads belongs to a job's identity.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def build(family):
+    import transformers as hf
+
+    torch.manual_seed(0)
+    if family == "llama":
+        return hf.LlamaForCausalLM(hf.LlamaConfig(num_key_value_heads=2, **SMALL))
+    if family == "qwen2":
+        return hf.Qwen2ForCausalLM(hf.Qwen2Config(num_key_value_heads=2, **SMALL))
+    if family == "qwen3":
+        return hf.Qwen3ForCausalLM(hf.Qwen3Config(num_key_value_heads=2, head_dim=8, **SMALL))
+    if family == "mistral":
+        return hf.MistralForCausalLM(hf.MistralConfig(num_key_value_heads=2, **SMALL))
+    if family == "bert":
+        return hf.BertModel(hf.BertConfig(**SMALL))
+    if family == "opt":
+        return hf.OPTForCausalLM(
+            hf.OPTConfig(
+                hidden_size=32,
+                ffn_dim=48,
+                word_embed_proj_dim=32,
+                num_hidden_layers=3,
+                num_attention_heads=4,
+                vocab_size=64,
+                max_position_embeddings=64,
+            )
+        )
+    return hf.GPT2LMHeadModel(hf.GPT2Config(n_embd=32, n_layer=3, n_head=4, vocab_size=64, n_positions=64))
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    made = {}
+
+    def make(family):
+        if family not in made:
+            made[family] = tmp_path_factory.mktemp(family)
+            build(family).save_pretrained(made[family], max_shard_size="30KB")
+        return made[family]
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def data():
+    generator = torch.Generator().manual_seed(1)
+    ids = [torch.randint(0, 64, (4, 16), generator=generator) for _ in range(3)]
+    return [{"input_ids": i, "attention_mask": torch.ones_like(i)} for i in ids]
+
+
+def tree(folder):
+    return {
+        str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest()
+        for f in sorted(folder.rglob("*"))
+        if f.is_file()
+    }
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "gpt2", "opt", "bert"])
+def test_block_by_block_equals_the_whole_model(family, source, data, tmp_path):
+    from slimkit.sparse import Compressor, sparsify_checkpoint
+
+    config = SparseConfig(method="hessian" if family == "gpt2" else "par")
+    report = sparsify_checkpoint(source(family), tmp_path / "out", config, data)
+    kind = type(build(family))
+    ours = kind.from_pretrained(tmp_path / "out").eval()
+    whole = kind.from_pretrained(source(family)).eval()
+    left = [n for n, why in report["skipped"].items() if "tied" not in why]
+    Compressor(whole, SparseConfig(method=config.method, ignore=left)).compress(data)
+    for (name, a), b in zip(ours.state_dict().items(), whole.state_dict().values()):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=0, msg=name)  # the same text on the same numbers
+    assert report["ratio"] == 0.5
+
+
+def test_no_data_is_needed_for_magnitude(source, tmp_path):
+    from slimkit.sparse import sparsify_checkpoint
+
+    assert sparsify_checkpoint(source("llama"), tmp_path / "out", SparseConfig(), None)["ratio"] == 0.5
+
+
+def test_killed_at_twenty_random_moments_the_bytes_are_the_same(source, data, tmp_path):
+    from slimkit.sparse import sparsify_checkpoint
+
+    config = SparseConfig(method="hessian")
+    began = time.monotonic()
+    sparsify_checkpoint(source("llama"), tmp_path / "whole", config, data)
+    seconds = time.monotonic() - began
+    dice = random.Random(0)
+    killed = 0
+    for index in range(20):
+        target = tmp_path / f"killed{index}"
+        child = os.fork()
+        if child == 0:
+            sparsify_checkpoint(source("llama"), target, config, data)
+            os._exit(0)
+        time.sleep(dice.uniform(0.02, seconds))
+        os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        killed += os.WIFSIGNALED(status)
+        sparsify_checkpoint(source("llama"), target, config, data)
+        assert tree(target) == tree(tmp_path / "whole")
+        shutil.rmtree(target)
+    assert killed >= 10
+
+
+def test_a_changed_job_is_refused_by_name(source, data, tmp_path, monkeypatch):
+    from slimkit.sparse import checkpoint
+
+    def stop(self, index, *rest):
+        raise KeyboardInterrupt
+
+    config = SparseConfig(method="hessian")
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.CheckpointHost, "_write", stop)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint.sparsify_checkpoint(source("llama"), tmp_path / "out", config, data)
+    for change, word in (
+        ((source("llama"), SparseConfig(method="hessian", sparse_ratio=0.6), data), "config"),
+        ((source("llama"), config, data[:2]), "dataset"),
+        ((source("qwen2"), config, data), "source"),
+    ):
+        with pytest.raises(UnsupportedError, match=word):
+            checkpoint.sparsify_checkpoint(change[0], tmp_path / "out", *change[1:])
+    assert checkpoint.sparsify_checkpoint(source("llama"), tmp_path / "out", config, data)["ratio"] == 0.5
+
+
+def test_what_cannot_be_done_is_refused(source, data, tmp_path):
+    from slimkit.sparse import sparsify_checkpoint
+
+    with pytest.raises(ArgumentError, match="dst"):
+        sparsify_checkpoint(source("llama"), source("llama"), SparseConfig(), None)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "precious").write_text("x")
+    with pytest.raises(ArgumentError, match="dst"):
+        sparsify_checkpoint(source("llama"), tmp_path / "full", SparseConfig(), None)
+    with pytest.raises(UnsupportedError, match="uniform"):
+        sparsify_checkpoint(source("llama"), tmp_path / "a", SparseConfig(uniform=False), data)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileFormatError, match="safetensors"):
+        sparsify_checkpoint(tmp_path / "empty", tmp_path / "b", SparseConfig(), None)
+    broken = tmp_path / "broken"
+    shutil.copytree(source("llama"), broken)
+    shard = sorted(broken.glob("*.safetensors"))[0]
+    shard.write_bytes(shard.read_bytes()[:-10])
+    with pytest.raises(FileFormatError, match="shorter"):
+        sparsify_checkpoint(broken, tmp_path / "c", SparseConfig(), None)
+
+
+def test_names_of_another_layout_are_mapped(source, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    from slimkit.sparse import sparsify_checkpoint
+
+    other = tmp_path / "other"
+    build("llama").save_pretrained(other)
+    file = next(other.glob("*.safetensors"))
+    save_file({k.replace("mlp", "ffn"): v for k, v in load_file(file).items()}, file)
+    with pytest.raises(UnsupportedError, match="mlp"):
+        sparsify_checkpoint(other, tmp_path / "out", SparseConfig(), None)
+    shutil.rmtree(tmp_path / "out")
+    report = sparsify_checkpoint(
+        other, tmp_path / "out", SparseConfig(), None, names=lambda name: name.replace("mlp", "ffn")
+    )
+    assert report["ratio"] == 0.5
