@@ -67,7 +67,9 @@ class Weight:
             found: Array = np.asarray(onnx.numpy_helper.to_array(self._proto))
         except (ValueError, TypeError, OverflowError) as error:
             raise FileFormatError(f"the tensor {self.name!r} does not hold what it says: {error}") from None
-        return np.asarray(found.astype(np.float32) != 0).reshape(self.shape)
+        if self.dtype == "bfloat16":
+            found = found.astype(np.float32)
+        return np.asarray(found != 0).reshape(self.shape)
 
 
 @dataclass(frozen=True)
