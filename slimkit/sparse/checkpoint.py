@@ -30,16 +30,16 @@ def sparsify_checkpoint(
 ) -> dict[str, Any]:
     """Make a Hugging Face checkpoint directory sparse, holding one block of it in memory at a time.
 
-    Each finished block is written to `dst` with the activations that leave it; a run that is killed goes on from the last
-    finished block when called again, and ends in the same bytes. Only the layers inside the model's blocks change.
+    Each finished block is written to `dst` with the activations that leave it; a run that is killed goes on from the
+    last finished block when called again, and ends in the same bytes. Only layers inside the model's blocks change.
 
     Args:
         src: directory with config.json and .safetensors weights, in one file or in shards.
         dst: directory for the result, absent or holding an unfinished run of the same job.
         cfg: what to do; `uniform=False` needs the whole model and is refused.
         dataset: a list (or any re-iterable that repeats itself) of batches of CPU tensors; not needed for "magnitude".
-        names: parameter name of the transformers class -> tensor name in the files, for checkpoints whose names differ by
-            more than the base model's prefix.
+        names: parameter name of the transformers class -> tensor name in the files, for checkpoints whose names
+            differ by more than the base model's prefix.
 
     Returns:
         The report of `Compressor.compress`.
@@ -134,7 +134,9 @@ class CheckpointHost(TorchHost):
         found, skipped = super().layers()
         self._blocks = block_paths(self.model, {n: (n, None) for n in found})
         if not self._blocks:
-            raise UnsupportedError(f"src must be a model with a list of equal blocks. Received: {type(self.model).__name__}")
+            raise UnsupportedError(
+                f"src must be a model with a list of equal blocks. Received: {type(self.model).__name__}"
+            )
         for name in list(found):
             if not name.startswith(tuple(b + "." for b in self._blocks)):
                 skipped[name] = "outside the blocks"
@@ -236,7 +238,9 @@ class CheckpointHost(TorchHost):
         late = {id(p) for p in head.parameters()} if head is not None else set()
         table = self.model.get_input_embeddings().weight
         outside = [
-            n for n, p in self.model.named_parameters() if not n.startswith(inside) and (id(p) not in late or p is table)
+            n
+            for n, p in self.model.named_parameters()
+            if not n.startswith(inside) and (id(p) not in late or p is table)
         ]
         early = []
         for name in outside:
@@ -245,7 +249,9 @@ class CheckpointHost(TorchHost):
                 early.append(name)
         self.model.load_state_dict(self._read(early), strict=False, assign=True)
         self._load(self._blocks[0])
-        inputs = BlockInputs.of_stubs(self.model, [_bound(b) for b in dataset], [valid_tokens(b) for b in dataset], self._blocks)
+        inputs = BlockInputs.of_stubs(
+            self.model, [_bound(b) for b in dataset], [valid_tokens(b) for b in dataset], self._blocks
+        )
         self._release(self._blocks[0])
         self.model.load_state_dict(
             {n: torch.empty_like(self.model.get_parameter(n), device="meta") for n in early}, strict=False, assign=True

@@ -9,7 +9,16 @@ from typing import Any
 from slimkit import bridge
 from slimkit.core.sparse.compress import Stage
 from slimkit.core.sparse.layer import Layer
-from slimkit.sparse.stages import BlockInputs, BlockStage, ModelStage, trace
+from slimkit.sparse.stages import (
+    BlockInputs,
+    BlockStage,
+    ModelStage,
+    as_input,
+    hidden_of,
+    quiet,
+    trace,
+    valid_tokens,
+)
 
 import torch
 
@@ -116,11 +125,26 @@ class TorchHost:
         if after:
             yield ModelStage(self.model, dense, dataset, modules, after, found.repeated)
 
+    def outputs(self, batch: Any) -> Any:
+        """The model's first output for a batch, as a float32 NumPy array without the rows of padding."""
+        with quiet(self.model):
+            output = bridge.run(self.model, batch)
+        if isinstance(output, Mapping):
+            output = next(v for v in output.values() if isinstance(v, torch.Tensor))
+        output = as_input(self.model, hidden_of(output), valid_tokens(batch))
+        return output.float().cpu().numpy()
+
+    def processes(self) -> int:
+        """How many processes of torch.distributed share the calibration data."""
+        import torch.distributed as dist
+
+        return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
     def reduce(self, arrays: Sequence[torch.Tensor], count: int) -> tuple[list[torch.Tensor], int]:
         """Sums over all processes of torch.distributed, when it runs."""
         import torch.distributed as dist
 
-        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        if self.processes() < 2:
             return list(arrays), count
         total = torch.tensor([count], device=arrays[0].device)
         for array in (*arrays, total):

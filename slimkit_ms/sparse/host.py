@@ -11,7 +11,7 @@ import numpy as np
 from slimkit.core.sparse.compress import Stage
 from slimkit.core.sparse.layer import Layer
 from slimkit_ms import bridge
-from slimkit_ms.sparse.stages import CellStage, last_two, trace
+from slimkit_ms.sparse.stages import CellStage, last_two, trace, watching
 
 import mindspore as ms
 from mindspore import nn
@@ -89,12 +89,24 @@ class MindSporeHost:
         feeds, repeated = trace(self.model, dataset, cells)
         yield CellStage(self.model, dense, dataset, names, feeds, repeated)
 
+    def outputs(self, batch: Any) -> Array:
+        """The cell's first output for a batch, as a float32 NumPy array."""
+        with watching(self.model, {}):
+            output = bridge.run(self.model, batch)
+        output = output[0] if isinstance(output, (tuple, list)) else output
+        return bridge.as_numpy(output.astype(ms.float32))
+
+    def processes(self) -> int:
+        """How many processes of mindspore.communication share the calibration data."""
+        from mindspore.communication import GlobalComm, get_group_size
+
+        return get_group_size() if GlobalComm.INITED else 1
+
     def reduce(self, arrays: Sequence[Array], count: int) -> tuple[list[Array], int]:
         """Sums over all processes of mindspore.communication, when it runs."""
         from mindspore import ops
-        from mindspore.communication import GlobalComm, get_group_size
 
-        if not GlobalComm.INITED or get_group_size() < 2:
+        if self.processes() < 2:
             return list(arrays), count
 
         total = ops.AllReduce()

@@ -230,6 +230,20 @@ def test_progressive_reaches_the_ratio(kit):
     assert report["ratio"] == 0.5
 
 
+@pytest.mark.parametrize("method", ["magnitude", "hessian"])
+def test_measured_ratios_keep_the_total_and_are_never_worse(kit, method):
+    data = batches(kit)
+    equal, spread = chain(kit), chain(kit)
+    dense = np.concatenate([kit.array(equal(x)) for x in data])
+    run(kit, equal, data, method=method)
+    report, _ = run(kit, spread, data, method=method, uniform=False)
+    facts = report["allocation"]
+    error = [np.linalg.norm(np.concatenate([kit.array(m(x)) for x in data]) - dense) for m in (equal, spread)]
+    assert error[1] <= error[0]
+    assert abs(report["ratio"] - 0.5) < 0.005  # one weight in each layer's rounding
+    assert facts["kept"] == ("measured" if facts["measured_error"] < facts["uniform_error"] else "uniform")
+
+
 def test_wrong_model_and_config(kit):
     with pytest.raises(ArgumentTypeError, match="model"):
         kit.slim.Compressor(3, SparseConfig())

@@ -1,4 +1,4 @@
-"""Checkpoints block by block: equal to the whole model at once, resumed to the same bytes, refused when inputs change."""
+"""Checkpoints block by block: equal to the whole model, resumed to the same bytes, refused when inputs change."""
 
 from __future__ import annotations
 

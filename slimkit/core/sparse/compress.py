@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 from slimkit.core import batch as batches
 from slimkit.core import check, match
-from slimkit.core.errors import ArgumentError, PatternError
+from slimkit.core.errors import ArgumentError, PatternError, UnsupportedError
 from slimkit.core.log import logger, progress
+from slimkit.core.sparse.allocate import REACH, spread
 from slimkit.core.sparse.backend import Array
 from slimkit.core.sparse.config import SparseConfig
 from slimkit.core.sparse.layer import Layer
 from slimkit.core.sparse.moments import Moments
 from slimkit.core.sparse.solve import Solved, solve
+
+# Batches whose outputs judge a choice of ratios.
+PROBE_BATCHES = 4
 
 Seen = Callable[[str, Array, Array], None]
 
@@ -61,6 +67,12 @@ class Host(Protocol):
 
     def snapshot(self, names: Sequence[str]) -> Callable[[], None]:
         """Remember the weights and biases of the layers; the function returned puts them back."""
+
+    def outputs(self, batch: Any) -> Any:
+        """The model's first output for a batch, as a NumPy array without the rows of padding."""
+
+    def processes(self) -> int:
+        """How many processes share the calibration data."""
 
     def reduce(self, arrays: Sequence[Array], count: int) -> tuple[list[Array], int]:
         """Sums over all processes."""
@@ -136,29 +148,93 @@ def compress(host: Host, config: SparseConfig, dataset: Any) -> tuple[dict[str, 
     if config.needs_data:
         batches.dataset(dataset)
     restore = host.snapshot(names)
+    try:
+        if config.uniform:
+            rows, masks, allocation = *_once(host, config, dataset, layers, names, None), None
+        else:
+            rows, masks, allocation = _better(host, config, dataset, layers, names, restore)
+    except BaseException:
+        restore()
+        raise
+    report = _report(config, layers, names, rows, skipped, unmatched, time.perf_counter() - began)
+    return report | ({"allocation": allocation} if allocation else {}), masks
+
+
+def _once(
+    host: Host,
+    config: SparseConfig,
+    dataset: Any,
+    layers: Mapping[str, Layer],
+    names: Sequence[str],
+    ratios: Mapping[str, float] | None,
+) -> tuple[dict[str, dict[str, Any]], dict[str, Array]]:
+    """One walk over the model with the ratios given, or the same one for every layer."""
     solved: dict[str, dict[str, Any]] = {}
     masks: dict[str, Array] = {}
-    ratios = dict.fromkeys(names, config.sparse_ratio)
 
     def settle(name: str, moments: Moments | None) -> None:
         start = time.perf_counter()
-        result: Solved = solve(layers[name], host.weight(name), moments, ratios[name], config)
+        ratio = config.sparse_ratio if ratios is None else ratios[name]
+        result: Solved = solve(layers[name], host.weight(name), moments, ratio, config)
         host.store(name, result.weight, result.bias_shift)
         solved[name] = {**result.account, "seconds": round(time.perf_counter() - start, 4)}
         if host.keeps_masks:
             masks[name] = result.keep
         host.settled(name, solved[name])
 
-    try:
-        if not config.needs_data and host.keeps_masks:
-            for name in progress(names, "layers"):
-                settle(name, None)
-        else:
-            _calibrated(host, config, dataset, layers, names, settle, solved)
-    except BaseException:
-        restore()
-        raise
-    return _report(config, layers, names, solved, skipped, unmatched, time.perf_counter() - began), masks
+    if config.method == "magnitude" and host.keeps_masks:
+        for name in progress(names, "layers"):
+            settle(name, None)
+    else:
+        _calibrated(host, config, dataset, layers, names, settle, solved)
+    return solved, masks
+
+
+def _better(
+    host: Host,
+    config: SparseConfig,
+    dataset: Any,
+    layers: Mapping[str, Layer],
+    names: Sequence[str],
+    restore: Callable[[], None],
+) -> tuple[dict[str, dict[str, Any]], dict[str, Array], dict[str, Any]]:
+    """The better of equal and measured ratios, by the change of the model's own outputs on the calibration data."""
+    if host.processes() > 1:
+        raise UnsupportedError("SparseConfig.uniform=False needs one process: sensitivities are measured on all data.")
+    probes = list(itertools.islice(dataset, PROBE_BATCHES))
+    dense = [host.outputs(batch) for batch in probes]
+    power = sum(float((d * d).sum()) for d in dense) or 1.0
+
+    def error() -> float:
+        change = sum(float(((host.outputs(batch) - d) ** 2).sum()) for batch, d in zip(probes, dense))
+        return (change / power) ** 0.5
+
+    around = [max(0.02, config.sparse_ratio - REACH), min(0.98, config.sparse_ratio + REACH)]
+    alone = replace(config, method="magnitude", uniform=True, progressive=False, asymmetric=None)
+    costs: dict[str, list[float]] = {}
+    for name in progress(names, "sensitivities"):
+        back = host.snapshot([name])
+        costs[name] = []
+        for ratio in around:
+            host.store(name, solve(layers[name], host.weight(name), None, ratio, alone).weight, None)
+            costs[name].append(error() ** 2)
+            back()
+    ratios = spread(costs, around, {n: layers[n].size for n in names}, config.sparse_ratio)
+    equal = _once(host, config, dataset, layers, names, None)
+    equal_error, keep_equal = error(), host.snapshot(names)
+    restore()
+    measured = _once(host, config, dataset, layers, names, ratios)
+    measured_error = error()
+    facts = {"uniform_error": equal_error, "measured_error": measured_error, "probe_batches": len(probes)}
+    if measured_error < equal_error:
+        return *measured, {"kept": "measured", **facts}
+    logger.warning(
+        "measured ratios change the outputs by %.4g, equal ones by %.4g: kept equal ratios.",
+        measured_error,
+        equal_error,
+    )
+    keep_equal()
+    return *equal, {"kept": "uniform", **facts}
 
 
 def _calibrated(

@@ -1,4 +1,4 @@
-"""A checkpoint directory of safetensors shards: where each tensor lies, and the same shards with some tensors replaced."""
+"""A checkpoint directory of safetensors shards: where each tensor lies, and copies with some tensors replaced."""
 
 from __future__ import annotations
 
