@@ -13,7 +13,7 @@ import numpy as np
 
 from slimkit.core import files
 from slimkit.core.errors import FileFormatError, UnsupportedError
-from slimkit.core.weightfile import STORED, Array, Entry, Weights, as_bytes, in_order, read_into
+from slimkit.core.weightfile import STORED, Array, Entry, Piece, Weights, file_chunks, in_order, parts, read_into
 
 # Checkpoint { repeated Value value = 1 },
 # Value { string tag = 1; TensorProto tensor = 2; MapTensorProto maptensor = 3 },
@@ -228,6 +228,12 @@ class Ckpt(Weights):
             at += length
         return array
 
+    def piece(self, name: str) -> Piece:
+        spans = self._parts[name]
+        return Piece(
+            self.entries[name].shape, lambda: file_chunks(self._handle, spans, f"{self.path}: tensor {name!r}")
+        )
+
     def close(self) -> None:
         self._handle.close()
 
@@ -235,7 +241,7 @@ class Ckpt(Weights):
 def stream_ckpt(
     path: files.PathLike,
     entries: Mapping[str, Entry],
-    tensors: Iterable[tuple[str, Array]],
+    tensors: Iterable[tuple[str, Any]],
     values: Mapping[str, Any] | None = None,
     *,
     crc: bool = False,
@@ -266,10 +272,18 @@ def stream_ckpt(
                 total = zlib.crc32(part, total) if crc else 0
 
         for name, array in in_order(entries, tensors):
-            content = as_bytes(array, entries[name])
-            for at in range(0, max(len(content), 1), _SLICE_BYTES):
-                part = content[at : at + _SLICE_BYTES]
-                put(_head(name, entries[name].shape, TYPES[entries[name].dtype], len(part)), part)
+            entry = entries[name]
+            left, room = entry.nbytes, 0
+            if not left:
+                put(_head(name, entry.shape, TYPES[entry.dtype], 0))
+            for part in parts(array, entry):
+                while len(part):
+                    if not room:
+                        room = min(left, _SLICE_BYTES)
+                        put(_head(name, entry.shape, TYPES[entry.dtype], room))
+                    taken = min(room, len(part))
+                    put(part[:taken])
+                    left, room, part = left - taken, room - taken, part[taken:]
         kinds = {}
         for name, value in values.items():
             if isinstance(value, str):
@@ -277,7 +291,7 @@ def stream_ckpt(
             else:
                 kinds[name] = type(value).__name__
                 dtype = _NUMBER[kinds[name]][0]
-                content = as_bytes(np.array(value, STORED[dtype]), Entry(dtype, ()))
+                content = np.array(value, STORED[dtype]).tobytes()
                 put(_head(name, (), TYPES[dtype], len(content)), content)
         if kinds:
             _put_text(put, NUMBERS, json.dumps(kinds))

@@ -87,8 +87,10 @@ def convert(
         direction = _direction(source, path, to, source_net, result_net)
         job = plan_conversion(source, direction, source_net, result_net, name_map, choice_func, strict=strict)
         items = Items(job.entries(source), {}, placing.values_of(source))
-        items.fetch = {n: partial(job.one, source, m) for n, m in job.moves.items()}
         writer = partial(_write_torch, torch) if path.suffix in (".pt", ".pth", ".bin") else None
+        # torch.save wants every tensor at hand; the other formats take them chunk by chunk.
+        one = job.piece if writer is None else job.one
+        items.fetch = {n: partial(one, source, m) for n, m in job.moves.items()}
         metadata = {"format": "pt" if direction == "torch" else "ms"}
         saving.write_items(path, items, with_manifest=with_manifest, writer=writer, metadata=metadata)
         largest = _prove(job, source, source_net, result_net, inputs)

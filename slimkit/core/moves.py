@@ -15,7 +15,7 @@ from slimkit.core.blocks import pair_names
 from slimkit.core.errors import PatternError, PlanError
 from slimkit.core.match import bounded_regex
 from slimkit.core.slots import ROLES, Slot, slots
-from slimkit.core.weightfile import Array, Entry, Weights
+from slimkit.core.weightfile import Array, Entry, Piece, Weights
 
 _TABLES = re.compile(r"(embed|\bemb\b|wte|wpe|lookup)", re.IGNORECASE)
 _TO_MINDSPORE = {"running_mean": "moving_mean", "running_var": "moving_variance"}
@@ -195,6 +195,12 @@ class Job:
             return np.zeros(move.shape, np.int64)
         array = source.raw(move.source)
         return array.T if move.layout == "transpose" else array.reshape(move.shape)
+
+    def piece(self, source: Weights, move: Move) -> Any:
+        """One tensor of the result for a file: passed on in chunks where its bytes stay in order."""
+        if move.source is None or move.layout == "transpose":
+            return self.one(source, move)
+        return Piece(move.shape, source.piece(move.source).chunks)
 
 
 def plan_conversion(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -39,6 +39,7 @@ STORED: dict[str, np.dtype[Any]] = {
 _TAGS = {dtype: tag for tag, dtype in STORED.items() if tag not in ("BF16", "F8_E4M3", "F8_E5M2")}
 
 MAX_HEADER_BYTES = 100_000_000  # the bound of the safetensors format itself
+CHUNK_BYTES = 4 << 20  # small enough to stay in a processor's cache between reading, hashing and writing
 
 
 @dataclass(frozen=True)
@@ -134,10 +135,16 @@ class Weights:
         """One tensor as numbers; bfloat16 as float32."""
         return decode(self.raw(name), self.entries[name].dtype)
 
+    def piece(self, name: str) -> Piece:
+        """One tensor's stored bytes, to be passed on."""
+        shape = self.entries[name].shape
+        return Piece(shape, lambda: parts(self.raw(name), self.entries[name]))
+
     def verify(self, names: Iterable[str]) -> None:
         """Read tensors once and forget them, so that a damaged one is found before anything is changed."""
         for name in names:
-            self.raw(name)
+            for _ in self.piece(name).chunks():
+                pass
 
     def close(self) -> None:
         """Let go of the file."""
@@ -230,6 +237,11 @@ class Safetensors(Weights):
         read_into(self._handle, self._begin + self._offsets[name], array, f"{self.path}: tensor {name!r}")
         return array
 
+    def piece(self, name: str) -> Piece:
+        entry = self.entries[name]
+        span = (self._begin + self._offsets[name], entry.nbytes)
+        return Piece(entry.shape, lambda: file_chunks(self._handle, [span], f"{self.path}: tensor {name!r}"))
+
     def close(self) -> None:
         self._handle.close()
 
@@ -248,6 +260,9 @@ class Sharded(Weights):
 
     def raw(self, name: str) -> Array:
         return self._shards[self._home[name]].raw(name)
+
+    def piece(self, name: str) -> Piece:
+        return self._shards[self._home[name]].piece(name)
 
     def close(self) -> None:
         for shard in self._shards.values():
@@ -283,7 +298,7 @@ def _no_duplicates(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
 def stream_safetensors(
     path: files.PathLike,
     entries: Mapping[str, Entry],
-    tensors: Iterable[tuple[str, Array]],
+    tensors: Iterable[tuple[str, Any]],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write a safetensors file while its tensors are still being made, atomically.
@@ -304,10 +319,24 @@ def stream_safetensors(
     with files.atomic_file(path) as handle:
         handle.write(len(text).to_bytes(8, "little") + text)
         for name, array in in_order(entries, tensors):
-            handle.write(as_bytes(array, entries[name]))
+            for part in parts(array, entries[name]):
+                handle.write(part)
 
 
-def in_order(entries: Mapping[str, Entry], tensors: Iterable[tuple[str, Array]]) -> Iterator[tuple[str, Array]]:
+class Piece:
+    """The stored bytes of one tensor that passes from file to file without ever being held whole.
+
+    Args:
+        shape: the tensor's shape.
+        chunks: gives its bytes in order; each view is good until the next one is asked for.
+    """
+
+    def __init__(self, shape: tuple[int, ...], chunks: Callable[[], Iterator[memoryview]]) -> None:
+        self.shape = shape
+        self.chunks = chunks
+
+
+def in_order(entries: Mapping[str, Entry], tensors: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
     """Pass tensors on while checking that they are the announced ones, all of them, in order."""
     expected = iter(entries)
     for name, array in tensors:
@@ -318,7 +347,24 @@ def in_order(entries: Mapping[str, Entry], tensors: Iterable[tuple[str, Array]])
         raise ValueError(f"tensor {left!r} was announced and never came")
 
 
-def as_bytes(array: Array, entry: Entry) -> memoryview:
-    """The bytes of a stored array, little-endian, without a copy where it is contiguous already."""
-    stored = np.asarray(array, STORED[entry.dtype], order="C")
-    return stored.reshape(-1).view(np.uint8).data if stored.size else memoryview(b"")
+def parts(array: Any, entry: Entry) -> Iterator[memoryview]:
+    """The bytes of a tensor for its file, little-endian: at once, or chunk by chunk for a Piece."""
+    if isinstance(array, Piece):
+        passed = 0
+        for chunk in array.chunks():
+            passed += len(chunk)
+            yield chunk
+        if passed != entry.nbytes:
+            raise ValueError(f"{passed} bytes came where {entry.nbytes} were announced")
+    elif array.size:
+        yield np.asarray(array, STORED[entry.dtype], order="C").reshape(-1).view(np.uint8).data
+
+
+def file_chunks(handle: IO[bytes], spans: Iterable[tuple[int, int]], what: str) -> Iterator[memoryview]:
+    """The bytes of some spans (offset, length) of a file, through one buffer that is filled again and again."""
+    buffer = np.empty(CHUNK_BYTES, np.uint8)
+    for offset, length in spans:
+        for at in range(0, length, CHUNK_BYTES):
+            part = buffer[: min(CHUNK_BYTES, length - at)]
+            read_into(handle, offset + at, part, what)
+            yield part.data

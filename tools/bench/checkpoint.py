@@ -1,0 +1,173 @@
+"""Checkpoints timed against bounds in one run: saving a delta, converting a gigabyte, cutting a model out of a file.
+
+Run: python tools/bench/checkpoint.py [--gigabytes 1] [--folder /tmp]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+
+def median_ms(work: Callable[[], object], repeats: int) -> float:
+    times = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        work()
+        times.append((time.perf_counter() - began) * 1e3)
+    return statistics.median(times)
+
+
+def peak_mb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def saving_a_delta(folder: Path) -> dict[str, float]:
+    """1 % of a model of 100 M parameters, against safetensors' own save_file of the same tensors."""
+    from safetensors.torch import save_file
+
+    from slimkit.checkpoint import TrainableParamsCheckPoint, save_checkpoint
+
+    import torch
+
+    model = torch.nn.ModuleList(torch.nn.Linear(1000, 1000, bias=False) for _ in range(100)).requires_grad_(False)
+    model[50].requires_grad_(True)
+    tensors = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+    saver = TrainableParamsCheckPoint(folder / "delta")
+    plain, synced, ours, callback = [], [], [], []
+    for number in range(25):  # one after the other, so that a busy moment hits all
+        plain.append(median_ms(lambda: save_file(tensors, folder / "plain.safetensors"), 1))
+
+        def save_and_sync() -> None:
+            save_file(tensors, folder / "plain.safetensors")
+            with open(folder / "plain.safetensors", "rb") as handle:
+                os.fsync(handle.fileno())
+
+        synced.append(median_ms(save_and_sync, 1))
+        ours.append(median_ms(lambda: save_checkpoint(tensors, folder / "ours.safetensors"), 1))
+        callback.append(median_ms(lambda n=number: saver.step_end(model, step=n + 1), 1))
+    found = {
+        "save_file_ms": statistics.median(plain),
+        "save_file_fsync_ms": statistics.median(synced),
+        "save_checkpoint_ms": statistics.median(ours),
+        "trainable_callback_ms": statistics.median(callback),
+    }
+    found["ratio_to_save_file"] = statistics.median(c / p for c, p in zip(callback, plain, strict=True))
+    found["ratio_to_save_file_fsync"] = statistics.median(c / p for c, p in zip(callback, synced, strict=True))
+    return found
+
+
+CONVERT = """
+import json, resource, sys, time
+from slimkit import convert_checkpoint
+import slimkit.convert
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+before, began = peak(), time.perf_counter()
+convert_checkpoint(sys.argv[1], sys.argv[2], manifest=sys.argv[3] == "1")
+print(json.dumps({"seconds": time.perf_counter() - began, "grown_mb": peak() - before}))
+"""
+
+
+def converting(folder: Path, gigabytes: float) -> dict[str, float]:
+    """A sharded safetensors checkpoint into one .ckpt, against copying the same bytes to the same disk."""
+    from slimkit.core import files
+
+    shards, per_shard = 4, 8
+    side = int((gigabytes * (1 << 30) / 4 / shards / per_shard) ** 0.5)
+    source = folder / "source"
+    table = {}
+    rng = np.random.default_rng(0)
+    for shard in range(shards):
+        tensors = {
+            f"layers.{shard}.{i}.weight": rng.standard_normal((side, side), dtype=np.float32) for i in range(per_shard)
+        }
+        files.write_tensors(source / f"model-{shard}.safetensors", tensors)
+        table |= dict.fromkeys(tensors, f"model-{shard}.safetensors")
+    files.write_json(source / "model.safetensors.index.json", {"weight_map": table})
+    total_mb = sum(p.stat().st_size for p in source.iterdir()) / (1 << 20)
+    largest_mb = max(p.stat().st_size for p in source.iterdir()) / (1 << 20)
+
+    def copy() -> None:
+        for path in source.glob("*.safetensors"):
+            shutil.copyfile(path, folder / "copy")
+            with open(folder / "copy", "rb+") as handle:
+                os.fsync(handle.fileno())
+
+    copies, runs, bare = [], [], []
+    grown = 0.0
+    for _ in range(3):
+        copies.append(median_ms(copy, 1) / 1e3)
+        for with_manifest, into in (("1", runs), ("0", bare)):
+            done = subprocess.run(
+                [sys.executable, "-c", CONVERT, str(source), str(folder / "out.ckpt"), with_manifest],
+                capture_output=True,
+                text=True,
+                check=True,
+            )
+            result = json.loads(done.stdout.splitlines()[-1])
+            into.append(result["seconds"])
+            grown = max(grown, result["grown_mb"])
+    return {
+        "mb": total_mb,
+        "largest_shard_mb": largest_mb,
+        "copy_mb_per_s": total_mb / statistics.median(copies),
+        "convert_mb_per_s": total_mb / statistics.median(runs),
+        "convert_without_manifest_mb_per_s": total_mb / statistics.median(bare),
+        "share_of_copy_rate": statistics.median(copies) / statistics.median(runs),
+        "grown_mb": grown,
+        "grown_by_largest_shard": grown / largest_mb,
+    }
+
+
+def cutting(folder: Path) -> dict[str, float]:
+    """A BERT-base file (415 MB) cut to 6 layers of half the FFN width; the peer needed .44 s and 616 MB more."""
+    from slimkit.core.blocks import PruneConfig
+    from slimkit.weights import prune_model_weight
+
+    import torch
+    from transformers import BertConfig, BertModel
+
+    path = folder / "bert.pt"
+    torch.save(BertModel(BertConfig()).state_dict(), path)
+    small = BertModel(BertConfig(num_hidden_layers=6, intermediate_size=1536))
+    found = {}
+    for selection in ("first", "importance"):
+        config = PruneConfig().set_steps(["prune_blocks", "prune_bert_intra_block"]).set_selection(selection)
+        config.add_blocks_params(r"encoder.layer.(\d+).", {i: 2 * i for i in range(6)})
+        before = peak_mb()
+        found[f"{selection}_s"] = median_ms(lambda c=config: prune_model_weight(small, c, path), 3) / 1e3
+        found[f"{selection}_grown_mb"] = peak_mb() - before
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--gigabytes", type=float, default=1.0)
+    parser.add_argument("--folder", default=None)
+    asked = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=asked.folder) as name:
+        folder = Path(name)
+        for title, work in (
+            ("saving a delta of 1 % of 100 M parameters", lambda: saving_a_delta(folder)),
+            (f"converting {asked.gigabytes:g} GB", lambda: converting(folder, asked.gigabytes)),
+            ("cutting BERT-base", lambda: cutting(folder)),
+        ):
+            print(title)
+            for key, value in work().items():
+                print(f"  {key:36s} {value:10.2f}")
+
+
+if __name__ == "__main__":
+    main()
