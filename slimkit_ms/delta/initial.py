@@ -10,6 +10,7 @@ from slimkit.core import check
 from slimkit.core import delta as rules
 from slimkit.core.delta import activation_name, check_shape, initializer_name
 from slimkit_ms import bridge
+from slimkit_ms.delta.shardable import Gelu, LeakyRelu, Silu, Softmin, Tanhshrink
 
 import mindspore as ms
 from mindspore import nn, ops
@@ -62,24 +63,24 @@ _ACTIVATIONS: dict[str, Callable[[], nn.Cell]] = {
     "elu": nn.ELU,
     "celu": nn.CELU,
     "selu": nn.SeLU,
-    "gelu": nn.GELU,
+    "gelu": Gelu,
     "fast_gelu": nn.FastGelu,
-    "silu": nn.SiLU,
+    "silu": Silu,
     "mish": nn.Mish,
     "hswish": nn.HSwish,
     "hsigmoid": nn.HSigmoid,
     "sigmoid": nn.Sigmoid,
     "tanh": nn.Tanh,
-    "leakyrelu": nn.LeakyReLU,
-    "leaky_relu": nn.LeakyReLU,
+    "leakyrelu": LeakyRelu,
+    "leaky_relu": LeakyRelu,
     "logsigmoid": nn.LogSigmoid,
     "softmax": nn.Softmax,
     "logsoftmax": nn.LogSoftmax,
-    "softmin": nn.Softmin,
+    "softmin": Softmin,
     "softsign": nn.Softsign,
     "softshrink": nn.SoftShrink,
     "hshrink": nn.HShrink,
-    "tanhshrink": nn.Tanhshrink,
+    "tanhshrink": Tanhshrink,
     "prelu": nn.PReLU,
 }
 assert set(_ACTIVATIONS) == set(rules.ACTIVATIONS)

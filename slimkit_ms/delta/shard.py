@@ -33,9 +33,9 @@ def record(
         ShardError: a strategy does not fit; nothing is recorded.
     """
     recorded = check_only(layer, axes, strategies, sizes, operators)
-    for name, strategy in recorded.items():
-        for primitive, its in _primitives(operators[name], strategy):
-            primitive.shard(its)
+    pairs = [pair for name, strategy in recorded.items() for pair in _primitives(operators[name], strategy)]
+    for primitive, its in pairs:
+        primitive.shard(its)
     layer.strategies = recorded
 
 
@@ -56,6 +56,17 @@ def _primitives(operator: Any, strategy: rules.Strategy) -> list[tuple[Any, rule
     """The primitives behind an operator, each with the strategy that fits its number of inputs."""
     if isinstance(operator, ops.Primitive):
         return [(operator, strategy)]
-    # An activation is a cell around one or several primitives, each over the same cut.
-    found = [p for _, cell in operator.cells_and_names() for p in cell._primitives.values() if p is not None]
-    return [(p, strategy[:1]) for p in found if hasattr(p, "shard")]
+    # An activation is a cell around one or several primitives, each over the same cut of the same values.
+    found: list[tuple[Any, rules.Strategy]] = []
+    for name, primitive in operator._primitives.items():
+        if name in getattr(operator, "scalars", ("mul", "add") if isinstance(operator, nn.LogSigmoid) else ()):
+            found.append((primitive, (strategy[0], ())))
+        elif name in getattr(operator, "pairs", ()):
+            found.append((primitive, (strategy[0], strategy[0])))
+        elif isinstance(operator, nn.PReLU):
+            found.append((primitive, (strategy[0], (1,))))
+        else:
+            found.append((primitive, strategy[:1]))
+    if not found:
+        raise rules.ShardError(f"{type(operator).__name__} has no operator of its own that takes a strategy.")
+    return found
