@@ -16,7 +16,7 @@ from slimkit.core.batch import as_call
 from slimkit.core.errors import ConfigError, FileFormatError
 from slimkit.core.lazy import door as _door
 from slimkit.core.lazy import library
-from slimkit.core.loading import LoaderOptions, epoch_batches, is_samples, split_batch
+from slimkit.core.loading import LoaderOptions, is_samples, plan_batches, split_batch
 from slimkit.core.train import TrainerLoop
 from slimkit.core.updates import TrainOptions
 
@@ -137,18 +137,7 @@ class Trainer(TrainerLoop):
 
     def _loader(self, dataset: Any, batch_size: int, options: LoaderOptions) -> Iterable[Any]:
         if is_samples(dataset):
-            batches = epoch_batches(
-                len(dataset),
-                batch_size,
-                seed=options.seed,
-                epoch=options.epoch,
-                shuffle=options.shuffle,
-                drop_last=options.drop_last,
-                rank=options.rank,
-                world=options.world if options.epoch else 1,
-            )
-            if not options.epoch:
-                batches = batches[options.rank :: options.world]
+            batches = plan_batches(len(dataset), batch_size, options)
             return _Ready(
                 torch.utils.data.DataLoader(
                     dataset, batch_sampler=batches, collate_fn=options.collate_fn, **options.rest

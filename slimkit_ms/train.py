@@ -14,7 +14,7 @@ import numpy as np
 from slimkit.core import check, files
 from slimkit.core.errors import ConfigError, UnsupportedError
 from slimkit.core.lazy import door as _door
-from slimkit.core.loading import LoaderOptions, epoch_batches, is_samples, split_batch
+from slimkit.core.loading import LoaderOptions, is_samples, plan_batches, split_batch
 from slimkit.core.packing import pack, unpack
 from slimkit.core.train import TrainerLoop
 from slimkit.core.updates import TrainOptions
@@ -151,19 +151,7 @@ class Trainer(TrainerLoop):
         if hasattr(dataset, "create_tuple_iterator"):
             return Pipeline(dataset, options)
         if is_samples(dataset):
-            whole = options.epoch == 0
-            batches = epoch_batches(
-                len(dataset),
-                batch_size,
-                seed=options.seed,
-                epoch=options.epoch,
-                shuffle=options.shuffle,
-                drop_last=options.drop_last,
-                rank=options.rank,
-                world=1 if whole else options.world,
-            )
-            if whole:
-                batches = batches[options.rank :: options.world]
+            batches = plan_batches(len(dataset), batch_size, options)
             if options.rest:
                 raise ConfigError(f"dataloader_kwargs: only shuffle and drop_last here. Received: {list(options.rest)}")
             return Samples(dataset, batches, options.collate_fn or stack)

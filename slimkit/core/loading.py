@@ -81,6 +81,28 @@ class LoaderOptions:
         self.rest = rest
 
 
+def plan_batches(n_samples: int, batch_size: int, options: LoaderOptions) -> list[list[int]]:
+    """The batches of this process: an epoch of training, or its share of an evaluation, where nothing is read twice.
+
+    Args:
+        n_samples: size of the data set.
+        batch_size: samples a process reads at a time.
+        options: seed, process, and the epoch, which is 0 for an evaluation.
+    """
+    evaluates = options.epoch == 0
+    batches = epoch_batches(
+        n_samples,
+        batch_size,
+        seed=options.seed,
+        epoch=options.epoch,
+        shuffle=options.shuffle,
+        drop_last=options.drop_last,
+        rank=0 if evaluates else options.rank,
+        world=1 if evaluates else options.world,
+    )
+    return batches[options.rank :: options.world] if evaluates else batches
+
+
 def split_batch(batch: Any) -> tuple[Any, Any]:
     """(inputs, targets) of a batch for `loss_func`: the last of a tuple, or the key labels or targets of a mapping.
 
