@@ -121,6 +121,7 @@ TOP: dict[str, str] = {
 
 # Names that one wing alone offers, and why.
 ONLY: dict[str, tuple[str, str]] = {
+    "CheckpointConfig": ("slimkit", "MindSpore has its own class of that name, and slimkit_ms takes it"),
     "PruneTorch": ("slimkit", "named after its framework; Pruner is the name that both share"),
     "PruneMindSpore": ("slimkit_ms", "named after its framework; Pruner is the name that both share"),
     "export_mindir": ("slimkit_ms", "MINDIR is MindSpore's own format"),
