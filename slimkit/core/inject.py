@@ -209,6 +209,8 @@ def merge(hands: Hands, model: Any, *, unload: bool = False) -> DeltaReport:
             raise UnsupportedError(
                 f"the weight of {path} is shared with another module, which merging would change; untie them first."
             )
+    if unload:
+        _refuse_built(layers)
     described = {p: {n: s.to_dict() for n, s in layer.specs.items()} for p, layer in layers.items()}
     for layer in {id(x): x for x in layers.values()}.values():
         if layer.unmerged is None:
@@ -240,10 +242,11 @@ def remove(hands: Hands, model: Any, names: Any = None) -> DeltaReport:
     for name in gone:
         check.choice(name, known, "names")
     described = {p: {"removed": [n for n in x.specs if n in gone]} for p, x in layers.items()}
+    empty = {p: x for p, x in layers.items() if all(n in gone for n in x.specs)}
+    _refuse_built(empty)
     for layer in {id(x): x for x in layers.values()}.values():
         if getattr(layer, "unmerged", None) is not None:
             layer.unmerge()
-    empty = {p: x for p, x in layers.items() if all(n in gone for n in x.specs)}
     for path, layer in layers.items():
         if path not in empty:
             for name in [n for n in gone if n in layer.specs]:
@@ -253,13 +256,17 @@ def remove(hands: Hands, model: Any, names: Any = None) -> DeltaReport:
     return DeltaReport("", ", ".join(gone), {p: d for p, d in described.items() if d["removed"]})
 
 
+def _refuse_built(layers: Mapping[str, Any]) -> None:
+    """Refuse to take off what the model was built with."""
+    built = [p for p, x in layers.items() if not hasattr(x, "revert") and x.original is None]
+    if built:
+        raise UnsupportedError(f"{built[0]} was built as a delta layer; there is no layer to put back in its place.")
+
+
 def _restore(hands: Hands, model: Any, layers: Mapping[str, Any]) -> None:
     """Put the original layers back, or take off what stands beside them; when nothing is left, the flags too."""
     beside = {id(x): x for x in layers.values() if hasattr(x, "revert")}
     swapped = {p: x for p, x in layers.items() if id(x) not in beside}
-    by_hand = [p for p, layer in swapped.items() if layer.original is None]
-    if by_hand:
-        raise UnsupportedError(f"{by_hand[0]} was built as a delta layer; there is no layer to put back in its place.")
     for layer in swapped.values():
         layer.original.training = layer.training
     hands.put(model, {p: layer.original for p, layer in swapped.items()})

@@ -66,6 +66,14 @@ class TravelHands(inject.Hands):
         """A prefix or prompt as PEFT's one tensor, and what PEFT's configuration says of it."""
 
     @abstractmethod
+    def tables(self, model: Any, kind: str) -> list[Any]:
+        """The embedding tables of prefix encoders or prompts that were built into the model by hand."""
+
+    @abstractmethod
+    def table_facts(self, model: Any, kind: str) -> dict[str, Any]:
+        """What PEFT's configuration says of the one table: token_dim, num_layers, num_attention_heads."""
+
+    @abstractmethod
     def may_train(self, tensor: Any) -> bool:
         """Whether an optimizer may touch a tensor of the base: a parameter that is no running statistic."""
 
@@ -97,8 +105,10 @@ def collect(
                     tensors[f"{path}.{part}" if path else part] = hands.value(tensor)
             deltas.append({"name": name, "kind": kind, "layers": records})
     extra = {}
+    # A delta layer built into the model by hand may hold parameters that no record speaks of: they travel by name.
+    spoken = {f"{p}.{part}" if p else part for p, x in layers.items() for n in x.specs for part in x.parts(n)}
     for name, tensor in hands.neutral(model).items():
-        if PREFIX not in name and getattr(tensor, "requires_grad", False):
+        if name not in spoken and getattr(tensor, "requires_grad", False):
             extra[name] = hands.value(tensor)
     if not deltas and not extra:
         raise ArgumentError("the model carries no delta and nothing in it trains: there is nothing to save.")
@@ -228,7 +238,15 @@ def _load_peft(hands: TravelHands, model: Any, folder: Path, name: str, freeze: 
     base = hands.neutral(model)
     compare_keys({n: 0 for n in extra if n in base}, dict.fromkeys(extra, 0), "the base model")
     compare_shapes(extra, {n: tuple(base[n].shape) for n in extra}, str(folder))
-    report = hands.load_prompt(model, kind, config, prompt, name=name, freeze=freeze, where=str(folder))
+    tables = hands.tables(model, kind)
+    if tables:
+        # The model was built with a prefix or prompt of its own: the file's values go there.
+        if len(tables) > 1:
+            raise ArgumentError(f"the model holds {len(tables)} {kind} tables; the file has values for one.")
+        hands.fill(tables[0], peft.read_prompt(prompt, tuple(tables[0].shape), str(folder)))
+        report = DeltaReport(kind, name, {})
+    else:
+        report = hands.load_prompt(model, kind, config, prompt, name=name, freeze=freeze, where=str(folder))
     _fill_base(hands, base, extra)
     return report
 
@@ -237,6 +255,14 @@ def save_peft(hands: TravelHands, model: Any, directory: Any, names: Any = None)
     """Write one delta as Hugging Face PEFT's files; see `save_delta` of the wings."""
     folder = files.as_path(directory, "directory")
     deltas, tensors, extra, _ = collect(hands, model, names)
+    for kind, words in (("prefix", "PREFIX_TUNING"), ("prompt", "PROMPT_TUNING")):
+        tables = hands.tables(model, kind) if not deltas else []
+        if len(tables) == 1:
+            rows = hands.value(tables[0])
+            config = {"peft_type": words, "num_virtual_tokens": rows.shape[0], "num_transformer_submodules": 1}
+            config.update(hands.table_facts(model, kind), inference_mode=True)
+            peft.write_prompt(folder, rows, {}, hands.about(model), config)
+            return folder
     if len(deltas) != 1 or deltas[0]["kind"] not in peft.KINDS.values():
         kinds = ", ".join(f"{d['kind']} {d['name']!r}" for d in deltas) or "none"
         raise ArgumentError(f"PEFT's files hold one delta of lora, prefix or prompt; choose it by names. Here: {kinds}")
@@ -274,9 +300,13 @@ def put_on(
     wanted: dict[str, Any] = {}
     try:
         for delta in deltas:
-            report = apply_record(hands, model, delta, freeze)
-            done.append(delta["name"])
-            described.update(report.layers)
+            built_in = _built_in(hands, model, delta)
+            described.update(built_in)
+            left = {p: r for p, r in delta["layers"].items() if p not in built_in}
+            if left:
+                report = apply_record(hands, model, {**delta, "layers": left}, freeze)
+                done.append(delta["name"])
+                described.update(report.layers)
             for path, layer in hands.layers(model).items():
                 if path in delta["layers"] and layer.delta_kind == delta["kind"]:
                     for part, tensor in layer.parts(delta["name"], delta["file_name"]).items():
@@ -290,6 +320,26 @@ def put_on(
     for spelled, tensor in wanted.items():
         hands.fill(tensor, tensors[spelled])
     return described
+
+
+def _built_in(hands: TravelHands, model: Any, delta: Mapping[str, Any]) -> dict[str, Any]:
+    """The recorded layers that the model was built with: they are there already, and only want values."""
+    layers = hands.layers(model)
+    found = {}
+    for path, record in delta["layers"].items():
+        layer = layers.get(path)
+        if layer is None or hasattr(layer, "revert") or layer.original is not None or delta["name"] not in layer.specs:
+            continue
+        if layer.delta_kind != delta["kind"]:
+            raise ArgumentError(f"{path} was built as {layer.delta_kind!r}; the file holds {delta['kind']!r}.")
+        own = layer.describe(delta["name"])
+        differs = [k for k, v in record.items() if k in own and k not in ("init", "dropout") and own[k] != v]
+        if differs:
+            raise ArgumentError(
+                f"{path} was built with {differs[0]}={own[differs[0]]!r}; the file says {record[differs[0]]!r}."
+            )
+        found[path] = dict(own)
+    return found
 
 
 def apply_record(hands: TravelHands, model: Any, delta: Mapping[str, Any], freeze: bool) -> DeltaReport:

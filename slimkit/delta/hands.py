@@ -19,7 +19,9 @@ from slimkit.delta.layer import DeltaLayer
 from slimkit.delta.lora import LoRADense
 from slimkit.delta.lora_layers import LoRAConv1D, LoRAConv2d, LoRAEmbedding
 from slimkit.delta.low_rank_adapter import LowRankAdapterDense
+from slimkit.delta.prefix import PrefixEncoder
 from slimkit.delta.prefix_model import Prefixed, forget_shift
+from slimkit.delta.prompt import PromptTuning
 from slimkit.delta.prompt_model import PromptFront
 
 import torch
@@ -172,6 +174,25 @@ class TorchHands(TravelHands):
         except Exception:
             inject.remove(self, model, name)
             raise
+
+    def tables(self, model: nn.Module, kind: str) -> list[Any]:
+        found: list[Any] = []
+        for module in model.modules():
+            if kind == "prefix" and isinstance(module, PrefixEncoder) and not module.prefix_projection:
+                found.append(module.mindpet_delta_ptuning2_embedding.weight)
+            if kind == "prompt" and isinstance(module, PromptTuning) and not isinstance(module, DeltaLayer):
+                found.append(module.mindpet_delta_prompttuning_embedding.weight)
+        return found
+
+    def table_facts(self, model: nn.Module, kind: str) -> dict[str, Any]:
+        for module in model.modules():
+            if kind == "prefix" and isinstance(module, PrefixEncoder):
+                width = module.num_heads * module.kv_channels
+                facts = {"num_layers": module.num_layers, "num_attention_heads": module.num_heads, "token_dim": width}
+                return {**facts, "encoder_hidden_size": width}
+            if kind == "prompt" and isinstance(module, PromptTuning):
+                return {"token_dim": module.token_dim, "num_layers": 1, "num_attention_heads": 1}
+        return {}
 
     def may_train(self, tensor: Any) -> bool:
         return isinstance(tensor, nn.Parameter)

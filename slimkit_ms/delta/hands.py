@@ -9,6 +9,7 @@ import numpy as np
 
 from slimkit.core.bundle import sample_places
 from slimkit.core.delta import PREFIX, Site
+from slimkit.core.errors import UnsupportedError
 from slimkit.core.freeze import Entry
 from slimkit.core.travel import TravelHands
 from slimkit_ms import bridge
@@ -17,6 +18,8 @@ from slimkit_ms.delta.layer import DeltaLayer
 from slimkit_ms.delta.lora import LoRADense
 from slimkit_ms.delta.lora_layers import LoRAConv2d, LoRAEmbedding
 from slimkit_ms.delta.low_rank_adapter import LowRankAdapterDense
+from slimkit_ms.delta.prefix import PrefixEncoder
+from slimkit_ms.delta.prompt import PromptTuning
 
 import mindspore as ms
 from mindspore import nn
@@ -150,13 +153,33 @@ class MindSporeHands(TravelHands):
         return found
 
     def load_prompt(self, model: Any, kind: str, config: Any, tensors: Any, **options: Any) -> Any:
-        raise AttributeError
+        layer = "PrefixEncoder" if kind == "prefix" else "PromptTuning"
+        raise UnsupportedError(f"the model holds no {layer} to load this into; build one in (docs/delta.md).")
+
+    def tables(self, model: nn.Cell, kind: str) -> list[Any]:
+        found: list[Any] = []
+        for module in (c for _, c in model.cells_and_names()):
+            if kind == "prefix" and isinstance(module, PrefixEncoder) and not module.prefix_projection:
+                found.append(module.mindpet_delta_ptuning2_embedding.embedding_table)
+            if kind == "prompt" and isinstance(module, PromptTuning) and not isinstance(module, DeltaLayer):
+                found.append(module.mindpet_delta_prompttuning_embedding.embedding_table)
+        return found
+
+    def table_facts(self, model: nn.Cell, kind: str) -> dict[str, Any]:
+        for module in (c for _, c in model.cells_and_names()):
+            if kind == "prefix" and isinstance(module, PrefixEncoder):
+                width = module.num_heads * module.kv_channels
+                facts = {"num_layers": module.num_layers, "num_attention_heads": module.num_heads, "token_dim": width}
+                return {**facts, "encoder_hidden_size": width}
+            if kind == "prompt" and isinstance(module, PromptTuning):
+                return {"token_dim": module.token_dim, "num_layers": 1, "num_attention_heads": 1}
+        return {}
 
     def may_train(self, tensor: Any) -> bool:
         return "moving_" not in tensor.name
 
     def prompt_rows(self, model: Any, delta: Any) -> tuple[Any, dict[str, Any]]:
-        raise AttributeError
+        raise UnsupportedError(f"no {delta['kind']} of an unedited model exists in MindSpore.")
 
     def apply_kind(self, model: nn.Cell, kind: str, targets: list[str] | None, **options: Any) -> Any:
         from slimkit_ms.delta.inject import apply_delta

@@ -9,6 +9,7 @@ from typing import Any
 from slimkit.core import check
 from slimkit.core import inject as steps
 from slimkit.core.delta import KINDS, DeltaReport
+from slimkit.core.errors import UnsupportedError
 from slimkit_ms import bridge
 from slimkit_ms.delta.hands import hands
 
@@ -32,9 +33,10 @@ def apply_delta(
 
     Args:
         model: any model.
-        kind: lora, adapter or low_rank_adapter (swap layers), prefix or prompt (act on the whole model).
+        kind: lora, adapter or low_rank_adapter. Prefix and prompt are layers to build in: PrefixLayer, PrefixEncoder,
+            PromptTuning.
         targets: layers by globs over whole module paths (["*query", "*value"]), a plain path for everything below
-            it, or "all-linear" (the default): every linear layer but the output embedding. Not for prompt.
+            it, or "all-linear" (the default): every linear layer but the output embedding.
         name: one of several deltas on the same base.
         exclude: globs of targets left alone.
         freeze: stop everything else from training; `remove_delta` puts the flags back.
@@ -44,8 +46,7 @@ def apply_delta(
         options: of the kind. lora: rank, alpha (None: twice the rank), dropout, rslora, dora, init ("kaiming",
             "gaussian", "pissa"), ranks and alphas ({glob: number}), keep_zeros (None: on sparse layers). adapter:
             bottleneck_size, non_linearity. low_rank_adapter: reduction_factor, low_rank_size, low_rank_w_init,
-            non_linearity. prefix: prefix_token_num, mid_dim, dropout_rate, init, text. prompt: num_virtual_tokens,
-            init, text, tokenizer.
+            non_linearity.
 
     Returns:
         The layers changed, what was skipped, and the share of parameters that train now (print it).
@@ -65,6 +66,11 @@ def apply_delta(
     """
     bridge.check_model(model)
     kind = check.choice(kind.lower() if isinstance(kind, str) else kind, KINDS, "kind")
+    if not KINDS[kind]:
+        layer = "PrefixLayer or PrefixEncoder" if kind == "prefix" else "PromptTuning"
+        raise UnsupportedError(
+            f"{kind} cannot be put on a finished MindSpore model: build {layer} into its cells (docs/delta.md)."
+        )
     return steps.apply_layers(
         hands,
         model,

@@ -208,3 +208,53 @@ def test_an_interrupted_save_never_loads_as_a_mixture(kit, saved, x, monkeypatch
     fresh = build(kit)
     kit.slim.load_delta(fresh, saved)
     np.testing.assert_array_equal(out(kit, fresh, x), out(kit, net, x))
+
+
+def built_by_hand(kit):
+    floats = kit.torch if kit.name == "torch" else kit.ms
+    net = kit.named(
+        embed=kit.linear(6, 8),
+        lora=kit.slim.LoRADense(8, 8, 2, 4, compute_dtype=floats.float32),
+        adapter=kit.slim.AdapterLayer(8, 3, compute_dtype=floats.float32),
+        ends=kit.slim.AdapterDense(8, 4, bottleneck_size=2, compute_dtype=floats.float32),
+    )
+    kit.train_mode(kit.fill(net), False)
+    return net
+
+
+def test_layers_built_by_hand_travel_too(kit, x, tmp_path):
+    net = built_by_hand(kit)
+    kit.slim.freeze_delta(net, "lora", exclude=["*adapter*"])
+    stir(kit, net)
+    kit.slim.save_delta(net, tmp_path / "d")
+    fresh = built_by_hand(kit)
+    kit.slim.load_delta(fresh, tmp_path / "d")
+    np.testing.assert_array_equal(out(kit, fresh, x), out(kit, net, x))
+    with pytest.raises(ValueError, match="built as a delta layer"):
+        kit.slim.remove_delta(fresh)
+
+
+def test_a_layer_built_with_another_scale_is_refused(kit, tmp_path):
+    net = kit.named(lora=kit.slim.LoRADense(8, 8, 2, 4))
+    kit.slim.freeze_delta(net, "lora")
+    kit.slim.save_delta(net, tmp_path / "d")
+    refuse(kit, tmp_path / "d", kit.named(lora=kit.slim.LoRADense(8, 8, 2, 5)), ValueError, "lora was built with alpha")
+
+
+@pytest.mark.parametrize("kind", ["prefix", "prompt"])
+def test_peft_prefix_and_prompt_files_fill_what_a_model_was_built_with(kit, tmp_path, rng, kind):
+    def model():
+        if kind == "prefix":
+            return kit.named(prefix=kit.slim.PrefixEncoder(3, num_layers=2, num_heads=2, kv_channels=4))
+        return kit.named(prompt=kit.slim.PromptTuning(3, 8))
+
+    net = model()
+    stir(kit, net)
+    kit.slim.save_delta(net, tmp_path / "d", format="peft")
+    fresh = model()
+    kit.slim.load_delta(fresh, tmp_path / "d")
+    for one, other in zip(kit.params(net).values(), kit.params(fresh).values()):
+        np.testing.assert_array_equal(kit.array(one), kit.array(other))
+    if kind == "prefix":
+        other = kit.named(prefix=kit.slim.PrefixEncoder(3, num_layers=2, num_heads=2, kv_channels=5))
+        refuse(kit, tmp_path / "d", other, FileFormatError, "shape")

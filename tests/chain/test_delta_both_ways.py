@@ -31,3 +31,27 @@ def test_a_bundle_opens_in_the_other_framework(here, there, kind, options, tmp_p
     second.slim.save_delta(twin, tmp_path / "back")
     for name in ("manifest.json", "delta.safetensors"):
         assert (tmp_path / "d" / name).read_bytes() == (tmp_path / "back" / name).read_bytes()
+
+
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"use_dora": True}])
+def test_a_peft_adapter_opens_in_both_frameworks_and_goes_back(options, tmp_path, rng):
+    peft = pytest.importorskip("peft")
+    torch_kit = kits.make("torch")
+    torch = torch_kit.torch
+    x = rng.standard_normal((5, 6)).astype(np.float32)
+    config = peft.LoraConfig(r=2, target_modules=["query", "value"], modules_to_save=["head"], **options)
+    theirs = peft.get_peft_model(build(torch_kit), config).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.from_numpy(rng.standard_normal(tuple(parameter.shape)).astype(np.float32)) * 0.3)
+    theirs.save_pretrained(tmp_path / "theirs")
+    want = theirs(torch_kit.tensor(x)).detach().numpy()
+    for name in kits.KITS if BOTH else ("torch",):
+        kit = kits.make(name)
+        net = build(kit)
+        kit.slim.load_delta(net, tmp_path / "theirs")
+        np.testing.assert_allclose(out(kit, net, kit.tensor(x)), want, atol=1e-5)  # the contract's float32 bound
+        kit.slim.save_delta(net, tmp_path / name, format="peft")
+        again = peft.PeftModel.from_pretrained(build(torch_kit), tmp_path / name).eval()
+        np.testing.assert_allclose(again(torch_kit.tensor(x)).detach().numpy(), want, atol=1e-5)
