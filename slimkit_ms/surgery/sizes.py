@@ -23,6 +23,8 @@ _WIDTHS = re.compile(
     r"head|hidden|embed|dim|channel|feature|width|inner|planes|size|model|units|ff|nf?$", re.IGNORECASE
 )
 _NOT_WIDTHS = re.compile(
+    # The size of a head never changes: its scale depends on it.
+    r"(?<!all_)(?<!total_)head_?(dim|size)$|dim_head|size_per_head|"
     r"kernel|strid|pad|patch|window|vocab|image|img|max|length|layer|depth|dilat|step|level|num_class|axis|scale",
     re.IGNORECASE,
 )

@@ -92,7 +92,7 @@ def trace_marked(model: nn.Cell, inputs: Any) -> Traced:
             marks.append(Mark(record.op, record.scope, tuple(flat_shapes(record.shapes)), values if whole else ()))
     if flat.hidden:
         read = [builder.env[name] for name in dict.fromkeys(flat.hidden) if name in builder.env]
-        builder.emit("opaque", builder.flat(read), [], "", fn="what a branch or a loop reads")
+        builder.emit("opaque", builder.flat(read), [], "", fn="a branch or a loop")
     result = flat.output if isinstance(flat.output, list) else [flat.output]
     for name in result:
         entry = builder.entry(name)

@@ -106,7 +106,7 @@ class Builder:
     def opaque(self, record: Record, shapes: Sequence[Shape]) -> list[int]:
         """Append a node that no rule explains; everything it touches stays whole."""
         touched = [n for name in record.inputs for n in self.flat(self.entry(name))]
-        return self.emit("opaque", touched, shapes, record.scope, fn=record.op or "call of a branch")
+        return self.emit("opaque", touched, shapes, record.scope, fn=record.op or "a branch or a loop")
 
     def flat(self, entry: Entry) -> list[int]:
         """The tensors in an entry, constants left out."""

@@ -189,6 +189,7 @@ def _flatten(proto: Any, paths: dict[str, str]) -> Flat:
     graph = proto.graph
     prefix = graph.name + ":"
     primitives = {p.name: (p.op_type, {a.name: _attribute(a) for a in p.attribute}) for p in proto.primitives}
+    functions = {function.name for function in proto.functions}
     constants: dict[str, Constant] = {}
     records = []
     for node in graph.node:
@@ -196,9 +197,9 @@ def _flatten(proto: Any, paths: dict[str, str]) -> Flat:
             constants[node.output[0]] = Constant(_attribute(node.attribute[0]))
             continue
         key = node.op_type.removeprefix("REF::")
-        op, attrs = primitives.get(key, ("", {}) if key.startswith(prefix) else (key, {}))
+        op, attrs = primitives.get(key, ("", {}) if key in functions or key.startswith(prefix) else (key, {}))
         inputs = [constants.get(name, name.removeprefix(prefix)) for name in node.input]
-        if not op:
+        if not op and key not in functions:
             inputs.append(key.removeprefix(prefix))
         shapes = next((_shape(a) for a in node.attribute if a.name == "shape"), None)
         attrs = {**attrs, **{a.name: _attribute(a) for a in node.attribute if a.name != "shape"}}
@@ -217,7 +218,7 @@ def _flatten(proto: Any, paths: dict[str, str]) -> Flat:
         [(i.name.removeprefix(prefix), tuple(i.tensor[0].dims) if i.tensor else ()) for i in graph.input],
         result[0] if len(result) == 1 else result,
         {name: paths[name] for name in (p.name.removeprefix(prefix) for p in graph.parameter)},
-        [function.name for function in proto.functions],
+        sorted(functions),
         hidden,
     )
 

@@ -284,3 +284,32 @@ def test_doors_check_their_arguments():
             PruneMindSpore(model, x).prune(ratio)
     with pytest.raises(ArgumentError):
         PruneMindSpore(model, x).prune(0.5, ["no_such_layer"])
+
+
+def test_pruning_again_starts_from_what_is_left():
+    model, x = zoo_ms.build("residual")
+    p = pruner(model, x)
+    p.prune(0.7)
+    once = count(model)
+    left, _ = p.analysis(0.7)
+    p.prune(0.7)
+    assert count(model) == left < 0.8 * once
+    assert np.isfinite(model(x).asnumpy()).all()
+
+
+def test_macs_can_be_the_budget():
+    model, x = zoo_ms.build("residual")
+    p = pruner(model, x).set_budget("macs")
+    p.prune(0.5, [-1])
+    assert abs(p.report()["reached"] - 0.5) <= 0.02
+    assert p.report()["budget"] == "macs"
+
+
+def test_mixed_precision_and_bfloat16_weights_are_cut():
+    for to in (ms.float16, ms.bfloat16):
+        model = nn.SequentialCell(nn.Dense(6, 16), nn.ReLU(), nn.Dense(16, 16), nn.ReLU(), nn.Dense(16, 3)).to_float(to)
+        for p in model.get_parameters():
+            p.set_dtype(to)
+        pruner(model, zoo_ms.images(2, 6).astype(to)).prune(0.6)
+        assert {p.dtype for p in model.get_parameters()} == {to}
+        assert model[2].weight.shape[0] < 16

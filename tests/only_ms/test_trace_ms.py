@@ -215,3 +215,32 @@ def test_inputs_are_needed():
         trace(nn.Dense(2, 2), None)
     with pytest.raises(ArgumentTypeError, match=r"mindspore.nn.Cell"):
         trace("net", zoo_ms.images(1, 2))
+
+
+def test_loops_compiled_cells_and_recomputation_are_traced():
+    class Loop(nn.Cell):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Dense(8, 16), nn.Dense(16, 16), nn.Dense(16, 3)
+
+        def construct(self, x):
+            x, i = self.a(x), ops.zeros((), ms.int32)
+            while i < 3:
+                x, i = ops.relu(self.b(x)), i + 1
+            return self.c(x)
+
+    class Compiled(Loop):
+        @ms.jit
+        def construct(self, x):
+            return self.c(ops.relu(self.b(ops.relu(self.a(x)))))
+
+    x = zoo_ms.images(2, 8)
+    loop = trace(Loop(), x)
+    assert {node.attrs["fn"] for node in loop.nodes if node.op == "opaque"} >= {"a branch or a loop"}
+    assert "b.weight" in {
+        loop.values[i].path for n in loop.nodes if n.op == "opaque" for i in n.inputs if i is not None
+    }
+    compiled = Compiled()
+    compiled.b.recompute()
+    compiled(x)
+    assert ops_of(trace(compiled, x)) == ["linear", "elementwise", "linear", "elementwise", "linear"]
