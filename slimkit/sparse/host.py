@@ -94,10 +94,12 @@ class TorchHost:
 
     def stages(self, dataset: Iterable[Any], names: Sequence[str], paired: bool) -> Iterator[Stage]:
         """The parts of the model: what comes before a chain of blocks, each block, and the rest; or the whole."""
-        modules = {}
+        modules: dict[str, tuple[str, torch.nn.Module]] = {}
         for name in names:
             for path in (name, *self._layers[name].aliases):
-                modules[path] = (name, bridge.get_module(self.model, path))
+                module = bridge.get_module(self.model, path)
+                if all(module is not known for _, known in modules.values()):  # one module under two paths: one hook
+                    modules[path] = (name, module)
         dense = dense_twin(self.model, [bridge.get_module(self.model, n) for n in names]) if paired else None
         blocks = block_paths(self.model, modules)
         found = trace(self.model, dataset, modules, blocks)
@@ -184,7 +186,8 @@ def block_paths(model: torch.nn.Module, modules: Mapping[str, Any]) -> list[str]
     covered = 0
     for path, module in model.named_modules():
         if isinstance(module, torch.nn.ModuleList) and len(module) > 1 and len({type(m) for m in module}) == 1:
-            inside = [p for p in modules if p.startswith(path + ".")]
+            # Inside a child, not the child itself: a list of plain layers is no chain of blocks.
+            inside = [p for p in modules if p.startswith(path + ".") and "." in p[len(path) + 1 :]]
             own = {modules[p][0] for p in inside}
             # A layer shared with another place would be missed there.
             closed = all(p in inside for p, (name, _) in modules.items() if name in own)

@@ -128,15 +128,3 @@ def _on_cpu(function: Any, matrix: Array, error: Exception) -> Array | None:
     _tell(function.__name__.strip("_").removesuffix("_numpy"), str(device_of(matrix)), str(error)[:200])
     result = function(to_numpy(matrix).astype(np.float64))
     return None if result is None else like(result.astype(np.float32), matrix)
-
-
-def eigh(matrix: Array) -> tuple[Array, Array]:
-    """Eigenvalues (ascending) and eigenvectors (columns) of a symmetric matrix."""
-    xp = namespace(matrix)
-    try:
-        values, vectors = xp.linalg.eigh(matrix)
-    except (NotImplementedError, RuntimeError) as error:
-        _tell("eigh", str(device_of(matrix)), str(error)[:200])
-        numbers = np.linalg.eigh(to_numpy(matrix).astype(np.float64))
-        values, vectors = (like(a.astype(np.float32), matrix) for a in numbers)
-    return values, vectors

@@ -21,7 +21,6 @@ class Schedule:
         first, last: the penalty that ties the two copies of the weights; it grows from one to the other.
         refits: conjugate gradient steps on the final support.
         swaps: rounds of exchanging kept and dropped weights after it.
-        nonlinear: shrink the moments' eigenvalues one by one instead of all together.
     """
 
     rounds: int
@@ -29,11 +28,10 @@ class Schedule:
     last: float
     refits: int
     swaps: int
-    nonlinear: bool
 
 
-PAR = Schedule(rounds=8, first=1.0, last=1.0, refits=5, swaps=0, nonlinear=False)
-PAR_V2 = Schedule(rounds=30, first=0.3, last=3.0, refits=12, swaps=8, nonlinear=True)
+PAR = Schedule(rounds=8, first=1.0, last=1.0, refits=5, swaps=0)
+PAR_V2 = Schedule(rounds=30, first=0.3, last=3.0, refits=12, swaps=4)
 
 # Never divide by less: rows that are fitted already have a gradient of zero.
 TINY = 1e-30
@@ -69,7 +67,7 @@ def refine(
     """
     xp = namespace(target)
     scale = xp.sqrt(xp.linalg.diagonal(gram))  # (n,)
-    correlation, inverse, facts = _estimate(gram / scale[:, None] / scale[None, :], count, schedule)
+    correlation, inverse, facts = _estimate(gram / scale[:, None] / scale[None, :], count)
     goal = target * scale
     allowed = None if dead is None else ~dead[None, :] & xp.ones(target.shape, dtype=xp.bool, device=device_of(target))
     sparse, keep = goal, allowed
@@ -82,15 +80,11 @@ def refine(
     return xp.where(keep, sparse / scale, 0.0), keep, facts
 
 
-def _estimate(correlation: Array, count: int, schedule: Schedule) -> tuple[Array, Any, dict[str, Any]]:
+def _estimate(correlation: Array, count: int) -> tuple[Array, Any, dict[str, Any]]:
     """The shrunk correlations, a function penalty -> (correlations + penalty)^-1, and facts for the report."""
     xp = namespace(correlation)
     n = correlation.shape[0]
     eye = xp.eye(n, dtype=correlation.dtype, device=device_of(correlation))
-    if schedule.nonlinear and count > n + n // 8 and n > 8:
-        values, vectors = shrink.nonlinear(correlation, count)
-        shrunk = (vectors * values) @ vectors.T
-        return shrunk, lambda penalty: (vectors / (values + penalty)) @ vectors.T, {"shrinkage": "nonlinear"}
     shrunk, share = shrink.linear(correlation, count)
 
     def inverse(penalty: float) -> Array:

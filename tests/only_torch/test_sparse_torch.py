@@ -1,0 +1,207 @@
+"""What sparsity does with torch models alone: Hugging Face layers, blocks, experts, dtypes, processes."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from slimkit.core.errors import ArgumentError
+from slimkit.core.sparse import SparseConfig
+from slimkit.sparse import Compressor, freeze_zeros
+
+import torch
+
+
+def small_bert():
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    config = BertConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, vocab_size=64)
+    return BertModel(config).eval()
+
+
+def tokens(n=3):
+    generator = torch.Generator().manual_seed(1)
+    return [{"input_ids": torch.randint(0, 64, (4, 16), generator=generator)} for _ in range(n)]
+
+
+def test_blocks_fed_from_memory_equal_whole_forwards(monkeypatch):
+    from slimkit.sparse import host
+
+    by_block, whole = small_bert(), small_bert()
+    config = SparseConfig(method="par", ignore=["pooler*"])
+    Compressor(by_block, config).compress(tokens())
+    monkeypatch.setattr(host, "block_paths", lambda *_: [])
+    Compressor(whole, config).compress(tokens())
+    for a, b in zip(by_block.parameters(), whole.parameters()):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=0)  # the same numbers by another road
+
+
+def test_padding_tokens_do_not_count():
+    plain, padded = small_bert(), small_bert()
+    ids = tokens(1)[0]["input_ids"]
+    wide = torch.cat([ids, torch.zeros_like(ids)], 1)
+    mask = torch.cat([torch.ones_like(ids), torch.zeros_like(ids)], 1)
+    config = SparseConfig(method="wanda", ignore=["pooler*"])
+    one = Compressor(plain, config).compress([{"input_ids": ids}])
+    two = Compressor(padded, config).compress([{"input_ids": wide, "attention_mask": mask}])
+    assert {n: r["rows"] for n, r in one["layers"].items()} == {n: r["rows"] for n, r in two["layers"].items()}
+    for a, b in zip(plain.parameters(), padded.parameters()):
+        assert ((a == 0) == (b == 0)).all()
+
+
+class Experts(torch.nn.Module):
+    """Four experts; a row goes to the one its first entry names."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = torch.nn.ModuleList(torch.nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x):
+        choice = (x[:, 0] > 0).long() + 2 * (x[:, 1] > 2.4).long()
+        out = torch.zeros_like(x)
+        for i, expert in enumerate(self.experts):
+            if (choice == i).any():
+                out[choice == i] = expert(x[choice == i])
+        return out
+
+
+def test_experts_that_saw_few_tokens_are_named_and_fall_back():
+    torch.manual_seed(0)
+    model = Experts()
+    report = Compressor(model, SparseConfig(method="par")).compress([torch.randn(64, 8) for _ in range(4)])
+    assert set(report["fallbacks"]) <= {"experts.2", "experts.3"}
+    assert report["fallbacks"]
+    assert report["ratio"] == 0.5
+    assert report["layers"]["experts.0"]["method"] == "par"
+
+
+def test_tied_embeddings_are_left_alone_and_reported():
+    class Tied(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = torch.nn.Embedding(16, 8)
+            self.inner = torch.nn.Linear(8, 8)
+            self.head = torch.nn.Linear(8, 16, bias=False)
+            self.head.weight = self.table.weight
+
+        def forward(self, ids):
+            return self.head(self.inner(self.table(ids)))
+
+    model = Tied()
+    report = Compressor(model, SparseConfig(method="hessian")).compress([torch.randint(0, 16, (8, 8))])
+    assert "tied" in report["skipped"]["head"]
+    assert (model.table.weight != 0).all()
+    with pytest.raises(ArgumentError, match="tied"):
+        Compressor(model, SparseConfig(targets=["head"])).compress()
+
+
+def test_a_shared_layer_is_calibrated_on_all_its_calls():
+    layer = torch.nn.Linear(8, 8)
+    model = torch.nn.Sequential(layer, torch.nn.Tanh(), layer)
+    report = Compressor(model, SparseConfig(method="hessian")).compress([torch.randn(64, 8)])
+    assert report["layers"]["0"]["rows"] == 128
+    assert list(report["layers"]) == ["0"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_dtypes_keep_theirs_and_lose_nothing(dtype):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(32, 16)).to(dtype)
+    data = [torch.randn(256, 32).to(dtype)]
+    reference = copy.deepcopy(model).float()
+    report = Compressor(model, SparseConfig(method="hessian")).compress(data)
+    Compressor(reference, SparseConfig(method="hessian")).compress([d.float() for d in data])
+    assert model[0].weight.dtype == dtype
+    assert report["ratio"] == 0.5
+    assert ((model[0].weight == 0) == (reference[0].weight == 0)).all()
+
+
+def test_integer_weights_are_left_alone():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    model[1].weight = torch.nn.Parameter(torch.ones(4, 4, dtype=torch.int8), requires_grad=False)
+    report = Compressor(model, SparseConfig()).compress()
+    assert "int8" in report["skipped"]["1"]
+
+
+def test_modes_and_caches_come_back():
+    model = small_bert().train()
+    model.encoder.layer[1].eval()
+    Compressor(model, SparseConfig(method="wanda")).compress(tokens(1))
+    assert model.training
+    assert not model.encoder.layer[1].training
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_transformer_encoder_is_seen_in_spite_of_its_fast_path():
+    layer = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    model = torch.nn.TransformerEncoder(layer, 2).eval()
+    report = Compressor(model, SparseConfig(method="hessian")).compress([torch.randn(4, 8, 16)])
+    assert report["layers"]["layers.0.linear1"]["rows"] == 32
+    # nn.MultiheadAttention reads its output layer's weight without calling it.
+    assert set(report["fallbacks"]) == {"layers.0.self_attn.out_proj", "layers.1.self_attn.out_proj"}
+
+
+def test_frozen_zeros_outlive_a_merged_lora():
+    from slimkit.delta import apply_delta, merge_delta
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+    compressor = Compressor(model, SparseConfig())
+    compressor.compress()
+    zeros = freeze_zeros(model)
+    apply_delta(model, "lora", targets=["0"], rank=2, alpha=4)
+    for parameter in model.parameters():
+        if parameter.shape == (8, 2):
+            torch.nn.init.ones_(parameter)
+    merge_delta(model)
+    zeros.apply()
+    weight = next(p for p in model.parameters() if p.shape == (8, 8))
+    assert int((weight == 0).sum()) == 32
+
+
+SCRIPT = """
+import sys, torch, torch.distributed as dist
+from slimkit.sparse import Compressor, SparseConfig
+dist.init_process_group("gloo")
+rank, n = dist.get_rank(), dist.get_world_size()
+torch.manual_seed(0)
+model = torch.nn.Sequential(torch.nn.Linear(16, 24), torch.nn.ReLU(), torch.nn.Linear(24, 8))
+data = [torch.randn(32, 16) for _ in range(4)]
+Compressor(model, SparseConfig(method="par")).compress(data[rank::n])
+if rank == n - 1:
+    torch.save(model.state_dict(), sys.argv[1])
+dist.destroy_process_group()
+"""
+
+
+def test_two_processes_with_split_data_equal_one(tmp_path):
+    script, out = tmp_path / "run.py", tmp_path / "weights.pt"
+    script.write_text(SCRIPT)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29611"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, str(script), str(out)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(16, 24), torch.nn.ReLU(), torch.nn.Linear(24, 8))
+    Compressor(model, SparseConfig(method="par")).compress([torch.randn(32, 16) for _ in range(4)])
+    for a, b in zip(torch.load(out, weights_only=True).values(), model.state_dict().values()):
+        assert float(((a == 0) != (b == 0)).float().mean()) <= 0.01  # float ties of another order of summation
+        np.testing.assert_allclose(a.numpy(), b.numpy(), atol=1e-3)
+
+
+def test_numpy_and_torch_run_the_same_text():
+    from slimkit.core.sparse.sweep import inverse_factor, sweep
+
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((200, 40))
+    gram, weight = x.T @ x / 200, rng.standard_normal((12, 40))
+    by_numpy = sweep(weight, inverse_factor(gram, 0.01)[0], 0.5, None, 16)
+    by_torch = sweep(torch.from_numpy(weight), inverse_factor(torch.from_numpy(gram), 0.01)[0], 0.5, None, 16)
+    np.testing.assert_allclose(by_numpy[0], by_torch[0].numpy(), atol=1e-10)
+    assert (by_numpy[1] == by_torch[1].numpy()).all()
