@@ -146,7 +146,7 @@ def fingerprint(weights: Mapping[str, tuple[tuple[int, ...], Array]]) -> str:
 
     Example:
         >>> fingerprint({"q": ((2, 2), np.zeros(4, np.float32))})[:8]
-        '5f0ef9a4'
+        '7b4421c4'
     """
     digest = hashlib.sha256()
     for path in sorted(weights):

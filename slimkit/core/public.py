@@ -116,6 +116,7 @@ TOP: dict[str, str] = {
     "LinkPathError": "core.errors",
     "AbsolutePathError": "core.errors",
     "ReadYamlFileError": "core.errors",
+    "ShardError": "core.shard",
     "ModelConfigFreezeInfoError": "core.errors",
 }
 
