@@ -170,3 +170,39 @@ def test_shapes_that_contradict_each_other_cost_the_counts_and_nothing_else(tmp_
     found = check(tmp_path, broken(change))
     assert found.operators["Conv"] == 1
     assert onnx.load(tmp_path / "m.onnx").graph.node
+
+
+OPERATORS = ["Conv", "MatMul", "Gemm", "Slice", "Reshape", "Shape", "Gather", "Concat", "LayerNormalization", "If"]
+SIZES = [-(2**63), -1, 0, 1, 3, 16, 2**31, 2**63 - 1]
+
+
+@given(
+    edits=st.lists(
+        st.tuples(st.sampled_from(["dims", "dtype", "operator", "attribute", "input", "opset", "reads"]),
+                  st.integers(0, 30), st.sampled_from(SIZES), st.sampled_from(OPERATORS)),
+        min_size=1, max_size=4,
+    )
+)  # fmt: skip
+@settings(max_examples=150, deadline=None)
+def test_changed_fields_end_in_findings_or_in_one_error(tmp_path_factory, edits):
+    proto = model()
+    graph = proto.graph
+    for what, place, size, operator in edits:
+        node = graph.node[place % len(graph.node)]
+        tensor = graph.initializer[place % len(graph.initializer)]
+        if what == "dims":
+            tensor.dims[0] = size
+        elif what == "dtype":
+            tensor.data_type = place
+        elif what == "operator":
+            node.op_type = operator
+        elif what == "attribute":
+            node.attribute.append(helper.make_attribute("axis" if place % 2 else "group", size))
+        elif what == "input":
+            graph.input[0].type.tensor_type.shape.dim[place % 4].dim_value = size
+        elif what == "opset":
+            proto.opset_import[0].version = size
+        elif node.input:
+            node.input[place % len(node.input)] = tensor.name
+    with contextlib.suppress(FileFormatError):
+        assert check(tmp_path_factory.mktemp("e"), proto.SerializeToString()).exit_code in (0, 1)

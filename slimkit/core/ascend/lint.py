@@ -156,9 +156,10 @@ def lint_shapes(graph: OnnxGraph, device: Target) -> Iterator[Finding]:
             "error", "dynamic-shape", "", "int8 weights and open axes together",
             "fix the shapes: atc converts a quantized model with fixed shapes only", inputs_url,
         )  # fmt: skip
-    fed = {v.name: v.shape for v in graph.inputs if v.shape is not None}
-    for name, shape in {**graph.shapes, **fed}.items():
-        if 0 in shape and name not in graph.weights:
+    # Inner values of length 0 are mostly shape tensors, which the converter computes away.
+    ends = {name: graph.shapes.get(name) for name in graph.outputs}
+    for name, shape in {**ends, **{v.name: v.shape for v in graph.inputs}}.items():
+        if shape is not None and 0 in shape:
             yield Finding(
                 "error", "zero-dimension", name, f"{name} has shape {list(shape)}; atc takes no axis of length 0",
                 "leave the empty tensor out of the model", inputs_url,

@@ -103,6 +103,7 @@ class OnnxGraph:
         nodes: all nodes, those of inner graphs included.
         weights: name -> initializer or constant.
         inputs: inputs that a caller feeds.
+        outputs: names of the outputs.
         shapes: value -> shape, as far as ONNX's own inference finds it.
         functions: (domain, operator) of the functions that the file itself defines.
     """
@@ -112,6 +113,7 @@ class OnnxGraph:
     nodes: list[Node]
     weights: dict[str, Weight]
     inputs: list[Value]
+    outputs: tuple[str, ...]
     shapes: dict[str, Shape]
     functions: frozenset[tuple[str, str]]
 
@@ -182,6 +184,7 @@ class _Reader:
             nodes=self.nodes,
             weights=self.weights,
             inputs=inputs,
+            outputs=self.texts(o.name for o in proto.graph.output),
             shapes=self._inferred(proto, inputs),
             functions=frozenset((self.text(f.domain), self.text(f.name)) for f in proto.functions),
         )
