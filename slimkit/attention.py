@@ -12,8 +12,10 @@ from torch import Tensor, nn
 class PrunedMultiheadAttention(nn.MultiheadAttention):
     """`nn.MultiheadAttention` with `num_heads` heads of `head_dim` features, whatever the width of its input.
 
-    Surgery turns a module into this class where torch's own forward would take the size of a head from its input's width.
-    Parameters keep their names: `in_proj_weight` (3 * num_heads * head_dim, embed_dim) or the three separate ones, and `out_proj`.
+    Surgery turns a module into this class where torch's own forward would take the size of a head from its input's
+    width.
+    Parameters keep their names: `in_proj_weight` (3 * num_heads * head_dim, embed_dim) or the three separate ones,
+    and `out_proj`.
     """
 
     def forward(
@@ -83,7 +85,8 @@ class PrunedMultiheadAttention(nn.MultiheadAttention):
             ):
                 mask = mask.view(n_batch, 1, 1, -1)
             elif mask.dim() == 3:
-                # torch gives one mask a batch element and head; a pruned module may have fewer heads than the mask was made for.
+                # torch gives one mask a batch element and head; a pruned module may have fewer heads than the mask
+                # was made for.
                 mask = mask.view(n_batch, -1, *mask.shape[1:])
                 mask = mask[:, : q.shape[1]]
             elif total is not None or padding is None or attn_mask is None:

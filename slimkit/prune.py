@@ -153,7 +153,8 @@ class PruneTorch(PrunerBase):
 
     Args:
         network: the model; any architecture.
-        inputs: an example of what it takes: a tensor, a tuple or list of arguments, or a dict of keyword arguments. Only
+        inputs: an example of what it takes: a tensor, a tuple or list of arguments, or a dict of keyword arguments.
+        Only
             shapes matter. None tries the example that a Hugging Face model carries.
 
     Raises:

@@ -63,8 +63,8 @@ class Account:
         self._used = np.array([u + [0] * (width - len(u)) for _, u in rows], dtype=np.int64).reshape(len(rows), width)
         self._offsets = np.array([c for c, _ in forms], dtype=np.int64)
         self._slopes = np.zeros((len(forms), len(order)), dtype=np.int64)
-        for place, (_, slopes) in enumerate(forms):
-            for variable, slope in slopes:
+        for place, (_, pairs) in enumerate(forms):
+            for variable, slope in pairs:
                 self._slopes[place, variable] = slope
 
     def count(self, counts: Array) -> int:
@@ -130,7 +130,8 @@ def allocate(
         target: the number to reach.
         floor_ratio: least share of its indices that a variable keeps.
         alignment: kept widths are multiples of it.
-        chunks: variable -> scores of its indices, ascending: drop the globally least instead of the same share everywhere.
+        chunks: variable -> scores of its indices, ascending: drop the globally least instead of the same share
+        everywhere.
         alike: a label each; equally labelled variables change together where that reaches the target.
         tolerance: relative distance from the target at which to stop improving.
 

@@ -1,9 +1,13 @@
 """The dimension algebra: axes as expressions over dimension variables, and what it means that two axes are equal.
 
-A `Dim` is one of four things. FREE is a variable of n indices that nothing has split yet. FIXED is an axis that is never
-pruned, with the reason. PRODUCT is a flattened axis (heads by head size), its first part outermost. SUM is an axis put together
-end to end (a concatenation, a fused qkv). Equal axes are *unified*: union-find over the nodes, where a variable is split
-only when another expression demands it. All structure is shared by reference, so a split is seen wherever the variable occurs.
+A `Dim` is one of four things. FREE is a variable of n indices that nothing has split yet. FIXED is an axis that is
+never
+pruned, with the reason. PRODUCT is a flattened axis (heads by head size), its first part outermost. SUM is an axis
+put together
+end to end (a concatenation, a fused qkv). Equal axes are *unified*: union-find over the nodes, where a variable is
+split
+only when another expression demands it. All structure is shared by reference, so a split is seen wherever the
+variable occurs.
 """
 
 from __future__ import annotations
@@ -126,7 +130,8 @@ def _compose(kind: int, parts: list[Dim]) -> Dim:
     if all(p.kind == FIXED for p in parts):
         return fixed(size, next((p.reason for p in parts if p.reason), ""))
     if kind == PRODUCT:
-        # A broadcast axis that is then flattened is a repetition (GQA's repeated heads): its number is written in the code.
+        # A broadcast axis that is then flattened is a repetition (GQA's repeated heads): its number is written in
+        # the code.
         for part in parts:
             if part.kind == FREE and part.elastic:
                 fix(part, "number of repetitions")
@@ -140,11 +145,6 @@ def _expand(dim: Dim, kind: int) -> list[Dim]:
     if dim.kind != kind:
         return [dim]
     return [q for p in dim.parts for q in _expand(p, kind)]
-
-
-def rigid(dim: Dim, reason: str) -> None:
-    """Give up on an axis whose regrouping no expression can say."""
-    fix(dim, reason)
 
 
 def factor(dim: Dim, outer: int) -> tuple[Dim, Dim] | None:
@@ -389,3 +389,13 @@ def _regroup_stretch(group: list[Dim], sizes: list[int], why: str) -> list[Dim]:
         out.append(pair[0])
         left = pair[1]
     return [*out, left]
+
+
+def same(a: Dim, b: Dim, why: str = "axes of unequal size") -> Dim:
+    """Unify two axes where their sizes allow it; otherwise both stay whole."""
+    if a.size == b.size:
+        unify(a, b)
+    else:
+        fix(a, why)
+        fix(b, why)
+    return a

@@ -1,4 +1,4 @@
-"""The neutral operator graph: what a tracer of either wing says about a model, and all that the dimension algebra reads.
+"""The neutral operator graph: what a tracer of either wing says about a model, for the dimension algebra to read.
 
 A tracer lists *values* (tensors, each with its shape) and *nodes* (operators) in the order they run. It says nothing of
 numbers in weights and nothing of a framework. Axes are counted from 0, in the order of the shape, never negative.
@@ -16,48 +16,60 @@ Values
     ========== ===========================================================================================
 
 Operators (``op``; inputs as value numbers, None for an absent optional one; shapes of outputs are in the values)
-    ============= ============================ ==========================================================================
-    op            inputs                       attrs, meaning
-    ============= ============================ ==========================================================================
-    elementwise   any number                   broadcasting as in NumPy: add, mul, relu, where, masked_fill, dropout, cast
-                                               ... ``fn`` names it; ``zero`` is True where f(0) = 0 for a unary one
-    identity      x                            the same values in the same shape
-    reshape       x                            any change of shape in row-major order: view, flatten, squeeze, unsqueeze
-    transpose     x                            ``perm``: output axis i is input axis perm[i]
-    expand        x                            broadcast to the output's shape, new axes in front; repeats nothing else
-    repeat        x                            ``repeats`` for each axis (tile); output rank = input rank
-    concat        any number                   ``axis``
-    stack         any number                   ``axis`` of the output that is new
-    split         x -> several                 ``axis``, ``sizes``; chunk is a split too
-    slice         x                            ``axis``, ``start``, ``stop`` (both within the size), ``step`` > 0
-    select        x                            ``axis``, ``index``: one index, the axis goes away; unbind is several selects
-    unbind        x -> several                 ``axis``: one output for each index
-    pad           x                            ``pads``: (before, after) for each axis
-    linear        x, weight, bias?             x (..., I), weight (O, I); ``layout`` "io" for a weight (I, O)
-    matmul        a, b                         batched a (..., M, K) and b (..., K, N), batch axes broadcast;
-                                               ``transpose_a`` / ``transpose_b`` swap the last two axes first
-    conv          x, weight, bias?             x (B, I, *space), weight (O, I / groups, *kernel); ``groups``; ``transposed``
-                                               True: weight (I, O / groups, *kernel)
-    norm          x, per-axis params...        statistics elsewhere than over ``axes``, or none: batch norm (and instance norm);
-                                               params (n,) belong to ``axes`` = [1]
-    layer_norm    x, weight?, bias?            ``axes`` normalised together, params have exactly their shape; RMS norm too
-    group_norm    x, weight?, bias?            ``groups`` over axis 1
-    pool          x                            pooling and resizing over the last ``space`` axes; the others stay
-    reduce        x                            ``axes``, ``keepdim``, ``fn`` in sum mean amax amin var std prod norm any all
-    along         x                            same shape, index by index along ``axes``, order or normaliser matters:
-                                               softmax, cumsum, sort, flip, roll over an axis; those axes are never pruned
-    embedding     table, index                 rows of the table: output shape = index shape + table shape[1:]
-    gather        x, index                     ``axis``: index_select; that axis is replaced by the axes of a constant index
-    scatter       x, index, source             ``axis`` is written by index; other axes of x, source and output are equal
-    attention     q, k, v, mask?               (B, H, T, D), (B, Hk, S, D), (B, Hk, S, Dv) -> (B, H, T, Dv); H a multiple of Hk
-    pixel_shuffle x                            ``factor``; ``inverse`` True for unshuffle
-    channel_shuffle x                          ``groups`` over axis 1
-    unfold        x                            ``kernel``: number of kernel positions; (B, C, *space) -> (B, C * kernel, L)
-    opaque        any number -> any number     everything else: ``fn`` names it, all axes of all its inputs and outputs stay whole
-    ============= ============================ ==========================================================================
+    =============== ===================== ===========================================================================
+    op              inputs                attrs, meaning
+    =============== ===================== ===========================================================================
+    elementwise     any number            broadcasting as in NumPy: add, mul, relu, where, masked_fill, dropout,
+                                          cast
+                                          ... ``fn`` names it; ``zero`` is True where f(0) = 0 for a unary one
+    identity        x                     the same values in the same shape
+    reshape         x                     any change of shape in row-major order: view, flatten, squeeze, unsqueeze
+    transpose       x                     ``perm``: output axis i is input axis perm[i]
+    expand          x                     broadcast to the output's shape, new axes in front; repeats nothing else
+    repeat          x                     ``repeats`` for each axis (tile); output rank = input rank
+    concat          any number            ``axis``
+    stack           any number            ``axis`` of the output that is new
+    split           x -> several          ``axis``, ``sizes``; chunk is a split too
+    slice           x                     ``axis``, ``start``, ``stop`` (both within the size), ``step`` > 0
+    select          x                     ``axis``, ``index``: one index, the axis goes away; unbind is several
+                                          selects
+    unbind          x -> several          ``axis``: one output for each index
+    pad             x                     ``pads``: (before, after) for each axis
+    linear          x, weight, bias?      x (..., I), weight (O, I); ``layout`` "io" for a weight (I, O)
+    matmul          a, b                  batched a (..., M, K) and b (..., K, N), batch axes broadcast;
+                                          ``transpose_a`` / ``transpose_b`` swap the last two axes first
+    conv            x, weight, bias?      x (B, I, *space), weight (O, I / groups, *kernel); ``groups``;
+                                          ``transposed``
+                                          True: weight (I, O / groups, *kernel)
+    norm            x, params...          statistics elsewhere than over ``axes``, or none: batch norm (and instance
+                                          norm);
+                                          params (n,) belong to ``axes`` = [1]
+    layer_norm      x, weight?, bias?     ``axes`` normalised together, params have exactly their shape; RMS norm
+                                          too
+    group_norm      x, weight?, bias?     ``groups`` over axis 1
+    pool            x                     pooling and resizing over the last ``space`` axes; the others stay
+    reduce          x                     ``axes``, ``keepdim``, ``fn`` in sum mean amax amin var std prod norm any
+                                          all
+    along           x                     same shape, index by index along ``axes``, order or normaliser matters:
+                                          softmax, cumsum, sort, flip, roll over an axis; those axes are never
+                                          pruned
+    embedding       table, index          rows of the table: output shape = index shape + table shape[1:]
+    gather          x, index              ``axis``: index_select; that axis is replaced by the axes of a constant
+                                          index
+    scatter         x, index, source      ``axis`` is written by index; other axes of x, source and output are equal
+    attention       q, k, v, mask?        (B, H, T, D), (B, Hk, S, D), (B, Hk, S, Dv) -> (B, H, T, Dv); H a multiple
+                                          of Hk
+    pixel_shuffle   x                     ``factor``; ``inverse`` True for unshuffle
+    channel_shuffle x                     ``groups`` over axis 1
+    unfold          x                     ``kernel``: number of kernel positions; (B, C, *space) -> (B, C * kernel,
+                                          L)
+    opaque          any -> any            everything else: ``fn`` names it, all axes of all its inputs and outputs
+                                          stay whole
+    =============== ===================== ===========================================================================
 
 A tracer may decompose (softmax attention as matmul, along, matmul; Dense as transpose, matmul, elementwise) or keep an
-operator whole; the algebra finds the same coupling. ``scope`` is the dotted path of the module whose code ran the operator.
+operator whole; the algebra finds the same coupling. ``scope`` is the dotted path of the module whose code ran the
+operator.
 """
 
 from __future__ import annotations
@@ -70,11 +82,38 @@ from slimkit.core.errors import GraphError
 
 KINDS = ("input", "param", "uniform", "constant", "result")
 
-OPS = (
-    "elementwise identity reshape transpose expand repeat concat stack split slice select unbind pad linear matmul conv "
-    "norm layer_norm group_norm pool reduce along embedding gather scatter attention pixel_shuffle channel_shuffle "
-    "unfold opaque"
-).split()
+OPS = [
+    "elementwise",
+    "identity",
+    "reshape",
+    "transpose",
+    "expand",
+    "repeat",
+    "concat",
+    "stack",
+    "split",
+    "slice",
+    "select",
+    "unbind",
+    "pad",
+    "linear",
+    "matmul",
+    "conv",
+    "norm",
+    "layer_norm",
+    "group_norm",
+    "pool",
+    "reduce",
+    "along",
+    "embedding",
+    "gather",
+    "scatter",
+    "attention",
+    "pixel_shuffle",
+    "channel_shuffle",
+    "unfold",
+    "opaque",
+]
 
 
 @dataclass(slots=True)
@@ -150,7 +189,8 @@ class Graph:
                 raise GraphError(f"value {number} must be of a kind in {KINDS}. Received: {value.kind!r}")
             if value.kind == "param" and self.shapes.get(value.path) != value.shape:
                 raise GraphError(
-                    f"parameter {value.path!r} must have the shape {self.shapes.get(value.path)}. Received: {value.shape}"
+                    f"parameter {value.path!r} must have the shape {self.shapes.get(value.path)}. "
+                    f"Received: {value.shape}"
                 )
             if value.kind != "result":
                 made.add(number)

@@ -37,10 +37,12 @@ def _square(w: Array, g: Array | None) -> Array:
 
 
 def _taylor(w: Array, g: Array | None) -> Array:
+    assert g is not None
     return np.abs(w * g)
 
 
 def _obd(w: Array, g: Array | None) -> Array:
+    assert g is not None
     return w * w * g
 
 
@@ -95,7 +97,8 @@ def scores(
     """A score for each index of each variable; the least one goes first.
 
     Every weight that the index would take with it counts: rows of the layers that make a channel, columns of those that
-    read it, and the norms between. A member's scores are means over its weights, so that a wide reader does not drown the maker.
+    read it, and the norms between. A member's scores are means over its weights, so that a wide reader does not
+    drown the maker.
 
     Args:
         view: the coupling.
@@ -175,7 +178,7 @@ def _vectors(
 ) -> dict[int, Array] | None:
     if method == "activation":
         found = (activations or {}).get(path.rpartition(".")[0])
-        return None if found is None else {axis: found for axis in axes}
+        return None if found is None else dict.fromkeys(axes, found)
     weight = read(path)
     if callable(method):
         return {a: np.array([float(method(row)) for row in np.moveaxis(weight, a, 0)]) for a in axes}

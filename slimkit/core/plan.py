@@ -162,7 +162,7 @@ class Plan:
 
 def _same_shape(here: tuple[int, ...], there: tuple[int, ...]) -> bool:
     # MindSpore writes a 1-d kernel as (out, in, 1, k); ones aside, the axes are the same.
-    return here == there or [n for n in here if n != 1] == [n for n in there if n != 1] and len(here) != len(there)
+    return here == there or ([n for n in here if n != 1] == [n for n in there if n != 1] and len(here) != len(there))
 
 
 def _plain(path: str) -> str:

@@ -36,7 +36,8 @@ class Wing(Protocol):
 
     @abstractmethod
     def rehearse(self, plan: Plan) -> tuple[Graph, str | None, set[str]]:
-        """The graph of the cut model as far as it ran, the error that stopped it, and the modules that surgery remakes."""
+        """The graph of the cut model as far as it ran, the error that stopped it, and the modules that surgery
+        remakes."""
 
     @abstractmethod
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -133,6 +134,8 @@ class PrunerBase:
         self._budget = "params"
         self._allocation = "uniform"
         self._repair: Any = None
+        self._scored: Any = None
+        self._scores: dict[str, Array] = {}
         self._damping = 0.01
         self._report: dict[str, Any] = {}
         # Attributes that may say one of several numbers: how many, which one is tried, how often a module was retried.
@@ -153,7 +156,8 @@ class PrunerBase:
         """Choose how channels are scored.
 
         Args:
-            function: l1, l2, bn_scale, taylor, hessian, activation, lamp or random; or a function of one output channel's
+            function: l1, l2, bn_scale, taylor, hessian, activation, lamp or random; or a function of one output
+            channel's
                 weights (NumPy, without the output axis) that returns a float. Unset, channels score mean |w|.
             calibration: batches, for taylor, hessian and activation.
             loss: for taylor and hessian: (model outputs, batch) -> scalar loss; unset, the outputs' own `.loss`, or the
@@ -218,7 +222,8 @@ class PrunerBase:
         """Choose how the budget is shared among the nodes.
 
         Args:
-            allocation: "uniform": every node keeps the same share, which keeps repeated blocks equal; "global": the least
+            allocation: "uniform": every node keeps the same share, which keeps repeated blocks equal; "global": the
+            least
                 important channels of the whole model go first.
 
         Returns:
@@ -228,7 +233,8 @@ class PrunerBase:
         return self
 
     def set_compensation(self, calibration: Any, damping: float = 0.01) -> Any:
-        """Repair the cut model from calibration data: each layer is refitted to its original's outputs, no labels needed.
+        """Repair the cut model from calibration data: each layer is refitted to its original's outputs, no labels
+        needed.
 
         Args:
             calibration: batches; some hundred samples do. None switches it off.
@@ -254,7 +260,8 @@ class PrunerBase:
 
         Args:
             reserved_ratio: share of the parameters (or multiplications) to keep, in (0, 1].
-            un_prune_list: layers whose outputs stay whole: numbers (Conv and Linear layers in the order they run, negatives
+            un_prune_list: layers whose outputs stay whole: numbers (Conv and Linear layers in the order they run,
+            negatives
                 from the end) or names; [0, -1] unless given.
 
         Returns:
@@ -341,7 +348,7 @@ class PrunerBase:
         layers = self._solved().graph.layers
         if isinstance(wanted, (str, bytes)) or not isinstance(wanted, (list, tuple)):
             check.wrong_type("un_prune_list", "a list of ints or names", wanted)
-        out = []
+        out: list[str] = []
         for item in wanted:
             if isinstance(item, str):
                 found = match(layers, [item], whole_modules=True)
@@ -367,7 +374,7 @@ class PrunerBase:
 
     def _score(self, view: View) -> dict[str, Array]:
         key = tuple((v.name, v.size, len(v.places)) for v in view.variables)
-        if getattr(self, "_scored", None) == (key, self._method, id(self._calibration)):
+        if self._scored == (key, self._method, id(self._calibration)):
             return self._scores
         method: Any = "l1" if self._default_method else self._method
         need = NAMES.get(method, "") if isinstance(method, str) else ""
@@ -442,12 +449,13 @@ class PrunerBase:
         for nodes in ([node], near):
             numbers = [n for other in nodes for n in (*other.inputs, *other.outputs) if n is not None]
             dims = [d for n in numbers for d in coupling.relations.dims[n] if not isinstance(view.expression(d), int)]
-            if any([coupling.pin(dim, reason) for dim in dims]):
+            if any(coupling.pin(dim, reason) for dim in dims):
                 return False
         raise GraphError(f"the pruned model would not run: {what} in {node.op} of {node.scope or 'the model'!r}")
 
     def _try_another(self, scope: str) -> bool:
-        """Let the doubtful attributes of a module say the next combination of what they may; False when all were tried."""
+        """Let the doubtful attributes of a module say the next combination of what they may; False when all were
+        tried."""
         doubts = self._doubts.get(scope, {})
         combination = self._tried.get(scope, 0) + 1
         if not doubts or combination >= min(64, int(np.prod(list(doubts.values())))):

@@ -58,7 +58,7 @@ def refit(moments: Moments, weight: Array, bias: Array | None, damping: float) -
     if moments.bias:
         start = np.concatenate([start, np.asarray(bias, dtype=np.float64)[:, None]], axis=1)
     gram = moments.inputs.copy()
-    ridge = damping * max(float(np.trace(gram)) / len(gram), np.finfo(np.float64).tiny)
+    ridge = damping * max(float(np.trace(gram)) / len(gram), 1e-300)
     gram[np.diag_indices_from(gram)] += ridge
     wrong = moments.outputs - start @ moments.inputs  # (n_out, n_in) what the cut weights leave unexplained
     found = start + np.linalg.solve(gram, wrong.T).T

@@ -52,7 +52,8 @@ class Coupling:
         self.pinned: dict[Dim, str] = {}
 
     def tie(self, place: int) -> bool:
-        """Demand that a split's parts stay equal, since the code divides by their number; tells whether that was new."""
+        """Demand that a split's parts stay equal, since the code divides by their number; tells whether that was
+        new."""
         node = self.graph.nodes[place]
         if place in self.tied or node.op != "split" or len(set(node.attrs["sizes"])) > 1:
             return False
@@ -63,7 +64,8 @@ class Coupling:
         return True
 
     def tie_widths(self, place: int) -> bool:
-        """Demand that a reshape's axis equals the others of its size in the same module, as its code takes for granted."""
+        """Demand that a reshape's axis equals the others of its size in the same module, as its code takes for
+        granted."""
         node, dims = self.graph.nodes[place], self.relations.dims
         if node.op != "reshape" or -1 - place in self.tied:
             return False
@@ -152,7 +154,8 @@ class View:
         self.groups = {scope: (attr, self.expression(d)) for scope, (attr, d) in relations.groups.items()}
 
     def _one_factor_each(self, relations: Relations) -> None:
-        """In a flattened axis prune one factor only: heads rather than the size of a head, groups or channels in a group."""
+        """In a flattened axis prune one factor only: heads rather than the size of a head, groups or channels in a
+        group."""
         seen: set[Dim] = set()
 
         def walk(dim: Dim) -> None:

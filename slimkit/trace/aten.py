@@ -271,8 +271,8 @@ def _repeat(emit: Emit, a: Sequence[Any], kw: dict[str, Any], out: Sequence[Any]
 
 _VIEWS = "view _unsafe_view reshape unsqueeze squeeze flatten unflatten _reshape_alias squeeze_ unsqueeze_"
 _SAME = (
-    "clone detach alias contiguous _to_copy lift_fresh lift_fresh_copy lift dropout native_dropout alias_copy fill_ zero_ "
-    "detach_ _conj resolve_conj fill zero bernoulli_ _fw_primal view_of"
+    "clone detach alias contiguous _to_copy lift_fresh lift_fresh_copy lift dropout native_dropout alias_copy "
+    "fill_ zero_ detach_ _conj resolve_conj fill zero bernoulli_ _fw_primal view_of"
 )
 _POOLS = {
     1: "avg_pool1d max_pool1d adaptive_avg_pool1d adaptive_max_pool1d upsample_nearest1d upsample_linear1d "
@@ -397,13 +397,72 @@ READERS: dict[str, Reader] = {
 
 # Factories: all elements equal, whatever tensor they took their shape from.
 UNIFORM = frozenset(
-    "zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty new_empty_strided empty_strided".split()
+    [
+        "zeros_like",
+        "ones_like",
+        "full_like",
+        "empty_like",
+        "new_zeros",
+        "new_ones",
+        "new_full",
+        "new_empty",
+        "new_empty_strided",
+        "empty_strided",
+    ]
 )
 
 # Elementwise operators that torch does not tag so.
 POINTWISE = frozenset(
-    "masked_fill masked_fill_ where clamp clamp_ clamp_min clamp_max gelu silu silu_ mish mish_ hardswish hardswish_ "
-    "hardsigmoid hardsigmoid_ hardtanh hardtanh_ relu relu_ relu6 leaky_relu leaky_relu_ elu elu_ prelu _prelu_kernel softplus "
-    "pow fmod remainder lerp addcmul addcdiv glu_ sigmoid_ tanh_ add_ mul_ sub_ div_ rsub nan_to_num rrelu "
-    "rrelu_with_noise floor_divide log_sigmoid_forward native_dropout threshold threshold_".split()
+    [
+        "masked_fill",
+        "masked_fill_",
+        "where",
+        "clamp",
+        "clamp_",
+        "clamp_min",
+        "clamp_max",
+        "gelu",
+        "silu",
+        "silu_",
+        "mish",
+        "mish_",
+        "hardswish",
+        "hardswish_",
+        "hardsigmoid",
+        "hardsigmoid_",
+        "hardtanh",
+        "hardtanh_",
+        "relu",
+        "relu_",
+        "relu6",
+        "leaky_relu",
+        "leaky_relu_",
+        "elu",
+        "elu_",
+        "prelu",
+        "_prelu_kernel",
+        "softplus",
+        "pow",
+        "fmod",
+        "remainder",
+        "lerp",
+        "addcmul",
+        "addcdiv",
+        "glu_",
+        "sigmoid_",
+        "tanh_",
+        "add_",
+        "mul_",
+        "sub_",
+        "div_",
+        "rsub",
+        "nan_to_num",
+        "rrelu",
+        "rrelu_with_noise",
+        "floor_divide",
+        "log_sigmoid_forward",
+        "native_dropout",
+        "threshold",
+        "threshold_",
+    ]
 )

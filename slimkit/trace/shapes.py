@@ -1,4 +1,5 @@
-"""Shapes of the operators whose shape function in torch is slow: it is written in Python, and its imports take seconds."""
+"""Shapes of the operators whose shape function in torch is slow: it is written in Python, and its imports take
+seconds."""
 
 from __future__ import annotations
 

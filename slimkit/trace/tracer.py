@@ -21,18 +21,59 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 # Results that a Hugging Face model returns beside its answer; they tie nothing that the answer does not.
 BYPRODUCTS = frozenset(
-    "past_key_values hidden_states attentions encoder_last_hidden_state encoder_hidden_states encoder_attentions "
-    "decoder_hidden_states decoder_attentions cross_attentions reshaped_hidden_states router_logits aux_loss".split()
+    [
+        "past_key_values",
+        "hidden_states",
+        "attentions",
+        "encoder_last_hidden_state",
+        "encoder_hidden_states",
+        "encoder_attentions",
+        "decoder_hidden_states",
+        "decoder_attentions",
+        "cross_attentions",
+        "reshaped_hidden_states",
+        "router_logits",
+        "aux_loss",
+    ]
 )
 
 # Normalisations and softmax keep their input's shape; their shape functions are written in Python and slow.
 _SAME_SHAPE = frozenset(
-    "native_batch_norm _native_batch_norm_legit_no_training native_layer_norm native_group_norm _softmax _safe_softmax "
-    "_log_softmax gelu silu sigmoid relu hardswish hardsigmoid hardtanh relu_ silu_ hardswish_ hardtanh_ leaky_relu "
-    "leaky_relu_ tanh rsqrt cos sin exp neg pow clone mish elu".split()
+    [
+        "native_batch_norm",
+        "_native_batch_norm_legit_no_training",
+        "native_layer_norm",
+        "native_group_norm",
+        "_softmax",
+        "_safe_softmax",
+        "_log_softmax",
+        "gelu",
+        "silu",
+        "sigmoid",
+        "relu",
+        "hardswish",
+        "hardsigmoid",
+        "hardtanh",
+        "relu_",
+        "silu_",
+        "hardswish_",
+        "hardtanh_",
+        "leaky_relu",
+        "leaky_relu_",
+        "tanh",
+        "rsqrt",
+        "cos",
+        "sin",
+        "exp",
+        "neg",
+        "pow",
+        "clone",
+        "mish",
+        "elu",
+    ]
 )
 _SEVERAL = frozenset(
-    "native_batch_norm _native_batch_norm_legit_no_training native_layer_norm native_group_norm".split()
+    ["native_batch_norm", "_native_batch_norm_legit_no_training", "native_layer_norm", "native_group_norm"]
 )
 
 
@@ -353,7 +394,8 @@ def trace(model: nn.Module, inputs: Any, real: bool | None = None) -> Trace:
 
     Args:
         model: any torch module; it is not changed, and runs in eval mode.
-        inputs: an example: a tensor, a tuple or list of arguments, or a dict of keyword arguments. Only shapes matter, and
+        inputs: an example: a tensor, a tuple or list of arguments, or a dict of keyword arguments. Only shapes
+        matter, and
             the values of whole-number tensors.
         real: True computes activations, False never does; None computes them only where shapes are not enough.
 

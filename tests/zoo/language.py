@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-TEXT = dict(vocab_size=96, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+TEXT = {"vocab_size": 96, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 BERT = dict(
     hidden_size=64,
     num_hidden_layers=2,
@@ -14,14 +14,15 @@ BERT = dict(
     **TEXT,
 )
 LLAMA = dict(BERT, num_key_value_heads=4, num_attention_heads=8, head_dim=8)
-VIT = dict(
-    hidden_size=64, num_hidden_layers=2, num_attention_heads=8, intermediate_size=128, image_size=32, patch_size=8
-)
+VIT = {
+    "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 8, "intermediate_size": 128, "image_size": 32, "patch_size": 8
+}
 IDS = {"input_ids": (2, 7)}
 PIX = {"pixel_values": (2, 3, 32, 32)}
 BIG = {"pixel_values": (2, 3, 64, 64)}
 
 # name -> (class, config class, config, inputs)
+# ruff: noqa: E501
 MODELS = {
     "bert": ("BertForSequenceClassification", "BertConfig", BERT, IDS),
     "roberta": ("RobertaForMaskedLM", "RobertaConfig", BERT, IDS),
@@ -39,14 +40,14 @@ MODELS = {
     "vit": ("ViTForImageClassification", "ViTConfig", VIT, PIX),
     "deit": ("DeiTForImageClassification", "DeiTConfig", VIT, PIX),
     "beit": ("BeitForImageClassification", "BeitConfig", dict(VIT, use_relative_position_bias=True), PIX),
-    "swin": ("SwinForImageClassification", "SwinConfig", dict(image_size=32, patch_size=2, embed_dim=32, depths=[2, 2], num_heads=[4, 8], window_size=4), PIX),
-    "segformer": ("SegformerForSemanticSegmentation", "SegformerConfig", dict(num_encoder_blocks=2, depths=[1, 1], sr_ratios=[2, 1], hidden_sizes=[32, 64], patch_sizes=[7, 3], strides=[4, 2], num_attention_heads=[4, 8], mlp_ratios=[2, 2], decoder_hidden_size=64), BIG),
-    "convnext": ("ConvNextForImageClassification", "ConvNextConfig", dict(hidden_sizes=[32, 64], depths=[1, 2], num_stages=2, image_size=32), PIX),
-    "hf_resnet": ("ResNetForImageClassification", "ResNetConfig", dict(embedding_size=32, hidden_sizes=[64, 128], depths=[1, 2]), PIX),
-    "regnet": ("RegNetForImageClassification", "RegNetConfig", dict(embedding_size=32, hidden_sizes=[64, 128], depths=[1, 2], groups_width=8), PIX),
-    "mobilenet_v1": ("MobileNetV1ForImageClassification", "MobileNetV1Config", dict(image_size=32, depth_multiplier=0.25), BIG),
-    "mobilenet_v2": ("MobileNetV2ForImageClassification", "MobileNetV2Config", dict(image_size=32, depth_multiplier=0.35), BIG),
-    "efficientnet": ("EfficientNetForImageClassification", "EfficientNetConfig", dict(image_size=32, width_coefficient=0.25, depth_coefficient=0.25, hidden_dim=320), BIG),
+    "swin": ("SwinForImageClassification", "SwinConfig", {"image_size": 32, "patch_size": 2, "embed_dim": 32, "depths": [2, 2], "num_heads": [4, 8], "window_size": 4}, PIX),
+    "segformer": ("SegformerForSemanticSegmentation", "SegformerConfig", {"num_encoder_blocks": 2, "depths": [1, 1], "sr_ratios": [2, 1], "hidden_sizes": [32, 64], "patch_sizes": [7, 3], "strides": [4, 2], "num_attention_heads": [4, 8], "mlp_ratios": [2, 2], "decoder_hidden_size": 64}, BIG),
+    "convnext": ("ConvNextForImageClassification", "ConvNextConfig", {"hidden_sizes": [32, 64], "depths": [1, 2], "num_stages": 2, "image_size": 32}, PIX),
+    "hf_resnet": ("ResNetForImageClassification", "ResNetConfig", {"embedding_size": 32, "hidden_sizes": [64, 128], "depths": [1, 2]}, PIX),
+    "regnet": ("RegNetForImageClassification", "RegNetConfig", {"embedding_size": 32, "hidden_sizes": [64, 128], "depths": [1, 2], "groups_width": 8}, PIX),
+    "mobilenet_v1": ("MobileNetV1ForImageClassification", "MobileNetV1Config", {"image_size": 32, "depth_multiplier": 0.25}, BIG),
+    "mobilenet_v2": ("MobileNetV2ForImageClassification", "MobileNetV2Config", {"image_size": 32, "depth_multiplier": 0.35}, BIG),
+    "efficientnet": ("EfficientNetForImageClassification", "EfficientNetConfig", {"image_size": 32, "width_coefficient": 0.25, "depth_coefficient": 0.25, "hidden_dim": 320}, BIG),
 }  # fmt: skip
 
 

@@ -6,12 +6,13 @@ import copy
 import json
 
 import numpy as np
-import torch
 
 from slimkit import surgery
 from slimkit.core.batch import as_call
 from slimkit.core.plan import Plan
 from slimkit.prune import PruneTorch
+
+import torch
 
 
 def logits(output):
@@ -49,7 +50,8 @@ def pruner(model, inputs, ratio_floor=0.25, alignment=4):
 def check(model, inputs, ratio=0.6, hidden=False, alignment=4, atol=2e-4, un_prune=()):
     """Prune a copy and prove it; returns (pruned model, desc, report).
 
-    `hidden` lets normalised features be pruned, after which the means of the norms differ by design, so that only shapes,
+    `hidden` lets normalised features be pruned, after which the means of the norms differ by design, so that only
+    shapes,
     finiteness and gradients are compared.
     """
     small = copy.deepcopy(model)

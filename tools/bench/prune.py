@@ -1,7 +1,9 @@
 """Trace + analysis + cut against Torch-Pruning in the same run: `python tools/bench/prune.py [--peer DIR] [net ...]`.
 
-Nets have the shapes of their namesakes (torchvision is not needed). Each tool prunes half the channels of a fresh copy; the
-times are medians of alternating repeats. `--peer` is a folder with torch-pruning (pip install --no-deps --target DIR torch-pruning).
+Nets have the shapes of their namesakes (torchvision is not needed). Each tool prunes half the channels of a fresh
+copy; the
+times are medians of alternating repeats. `--peer` is a folder with torch-pruning (pip install --no-deps --target DIR
+torch-pruning).
 """
 
 from __future__ import annotations
@@ -265,7 +267,8 @@ def main() -> None:
         sys.path.insert(0, given.peer)
     tools = {"slimkit": ours, **({"torch-pruning": theirs} if given.peer else {})}
     print(
-        f"torch {torch.__version__}, {os.cpu_count()} cores, {torch.get_num_threads()} threads; seconds, median of {given.repeats}"
+        f"torch {torch.__version__}, {os.cpu_count()} cores, {torch.get_num_threads()} threads; "
+        f"seconds, median of {given.repeats}"
     )
     for name in given.nets:
         make, shape = NETS[name]
