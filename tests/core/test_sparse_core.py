@@ -1,0 +1,208 @@
+"""The mathematics of sparsity on NumPy arrays: counts, patterns, factors, the sweep, refits, ratios, unfolding."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from slimkit.core.errors import ArgumentError, FileFormatError, UnsupportedError
+from slimkit.core.sparse import pattern as patterns
+from slimkit.core.sparse import shards, shrink
+from slimkit.core.sparse.allocate import REACH, spread
+from slimkit.core.sparse.config import SparseConfig
+from slimkit.core.sparse.layer import Layer
+from slimkit.core.sparse.moments import Moments
+from slimkit.core.sparse.par import refit
+from slimkit.core.sparse.pattern import NM
+from slimkit.core.sparse.solve import solve, steps_to
+from slimkit.core.sparse.sweep import inverse_factor, sweep
+
+few = settings(max_examples=25, deadline=None)
+
+
+def gram_of(n, rows=300, seed=0):
+    x = np.random.default_rng(seed).standard_normal((rows, n)) @ np.random.default_rng(seed + 1).standard_normal((n, n))
+    return x.T @ x / rows
+
+
+@few
+@given(st.integers(1, 40), st.integers(1, 6), st.integers(0, 300), st.integers(0, 5))
+def test_exact_counts_whatever_the_ties(columns, rows, zeros, kinds):
+    scores = np.random.default_rng(zeros).integers(0, kinds + 1, (rows, columns)).astype(float)
+    zeros = min(zeros, scores.size)
+    keep = patterns.keep_all_but(scores, zeros)
+    assert (~keep).sum() == zeros
+    if 0 < zeros < scores.size:
+        assert scores[~keep].max() <= scores[keep].min()
+    by_row = patterns.keep_all_but_rows(scores, min(zeros, columns))
+    assert ((~by_row).sum(1) == min(zeros, columns)).all()
+    same = patterns.keep_by_row(scores, np.full((rows, 1), min(zeros, columns)))
+    assert (same == by_row).all()
+
+
+@few
+@given(st.integers(2, 9), st.data())
+def test_every_group_keeps_its_largest(group, data):
+    nm = NM(data.draw(st.integers(1, group - 1)), group)
+    scores = np.random.default_rng(group).integers(0, 4, (5, 3 * group)).astype(float)
+    keep = patterns.keep_nm(scores, nm).reshape(5, 3, group)
+    assert (keep.sum(2) == nm.keep).all()
+    grouped = scores.reshape(5, 3, group)
+    for mask, values in zip(keep.reshape(-1, group), grouped.reshape(-1, group)):
+        assert values[mask].min() >= values[~mask].max()
+
+
+@few
+@given(st.floats(0.01, 0.99), st.lists(st.integers(1, 50), min_size=1, max_size=10))
+def test_pieces_of_a_row_add_up(ratio, sizes):
+    ends = np.cumsum(sizes).tolist()
+    pieces = [patterns.zeros_between(ratio, end - size, end) for end, size in zip(ends, sizes)]
+    assert sum(pieces) == round(ratio * ends[-1])
+
+
+def test_inverse_factor_is_the_factor_of_the_inverse():
+    gram = gram_of(20)
+    upper, damping = inverse_factor(gram, 0.01)
+    assert damping == 0.01
+    assert np.allclose(np.tril(upper, -1), 0)
+    damped = gram + 0.01 * np.trace(gram) / 20 * np.eye(20)
+    np.testing.assert_allclose(upper.T @ upper, np.linalg.inv(damped), atol=1e-10)
+
+
+def test_a_matrix_that_no_damping_cures_is_refused():
+    with pytest.raises(ArgumentError, match="positive definite"):
+        inverse_factor(-np.eye(4), 0.01)
+
+
+def column_by_column(weight, gram, mask):
+    """The published loop: one column at a time against the whole rest."""
+    upper = np.linalg.cholesky(np.linalg.inv(gram)).T
+    w = weight.copy()
+    for j in range(w.shape[1]):
+        kept = np.where(mask[:, j], w[:, j], 0.0)
+        error = (w[:, j] - kept) / upper[j, j]
+        w[:, j] = kept
+        w[:, j + 1 :] -= error[:, None] * upper[j, j + 1 :]
+    return w
+
+
+@pytest.mark.parametrize("block", [8, 50, 128])
+def test_blocks_change_nothing_but_the_order_of_sums(block):
+    rng = np.random.default_rng(0)
+    weight, gram = rng.standard_normal((6, 70)), gram_of(70)
+    keep = rng.random((6, 70)) > 0.5
+    upper, _ = inverse_factor(gram, 0.0)
+    ours, mask = sweep(weight, upper, 0.5, None, block, keep=keep)
+    assert (mask == keep).all()
+    np.testing.assert_allclose(ours, column_by_column(weight, gram, keep), atol=1e-8)  # float64, ill-conditioned
+
+
+def test_the_sweep_leaves_its_arguments_alone():
+    weight, gram = np.random.default_rng(0).standard_normal((4, 12)), gram_of(12)
+    before = weight.copy()
+    sweep(weight, inverse_factor(gram, 0.01)[0], 0.5, None, 8)
+    assert (weight == before).all()
+
+
+def test_refit_reaches_least_squares_on_the_support():
+    rng = np.random.default_rng(0)
+    gram = np.corrcoef(rng.standard_normal((200, 12)) @ rng.standard_normal((12, 12)), rowvar=False) + 0.1 * np.eye(12)
+    goal, keep = rng.standard_normal((5, 12)), rng.random((5, 12)) > 0.4
+    fitted = refit(goal, goal * keep, keep, gram, 40)
+    for row, target, mask in zip(fitted, goal, keep):
+        best = np.linalg.solve(gram[np.ix_(mask, mask)], gram[mask] @ target)
+        np.testing.assert_allclose(row[mask], best, atol=1e-8)
+        assert not row[~mask].any()
+
+
+def test_shrinkage_grows_as_rows_get_few():
+    correlation = np.corrcoef(gram_of(10), rowvar=False)
+    shares = [shrink.linear(correlation, count)[1] for count in (5, 50, 5000)]
+    assert shares == sorted(shares, reverse=True)
+    assert 0 < shares[-1] < shares[0] <= 1
+    assert np.allclose(np.diag(shrink.linear(correlation, 50)[0]), 1)
+
+
+@few
+@given(st.lists(st.floats(0.01, 100), min_size=2, max_size=6), st.floats(0.2, 0.8))
+def test_spread_ratios_keep_the_total_and_the_reach(levels, ratio):
+    names = {str(i): 100 * (i + 1) for i in range(len(levels))}
+    costs = {n: [v, v * 3] for n, v in zip(names, levels)}
+    found = spread(costs, [ratio - 0.1, ratio + 0.1], names, ratio)
+    assert abs(sum(names[n] * r for n, r in found.items()) - ratio * sum(names.values())) < 1e-3
+    assert all(ratio - REACH - 1e-9 <= r <= ratio + REACH + 1e-9 for r in found.values())
+
+
+def test_progressive_steps_rise_to_the_ratio():
+    steps = steps_to(0.6, SparseConfig(progressive=True, progressive_steps=5))
+    assert len(steps) == 5
+    assert steps == sorted(steps)
+    assert steps[-1] == 0.6
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_unfolding_is_the_convolution(groups):
+    rng = np.random.default_rng(0)
+    layer = Layer("c", "conv2d", (4, 6 // groups, 3, 2), groups, stride=(2, 1), dilation=(1, 2))
+    x, weight = rng.standard_normal((2, 6, 9, 8)), rng.standard_normal(layer.shape)
+    matrix = layer.to_matrix(weight)
+    assert (layer.from_matrix(matrix) == weight).all()
+    (rows,) = layer.rows(x)
+    out = (rows @ matrix.transpose(0, 2, 1)).reshape(groups, 2, 4, 6, 4 // groups)
+    for n, o, i, j in ((0, 0, 0, 0), (1, 3, 2, 4), (1, 1, 3, 5)):
+        group, inner = divmod(o, 4 // groups)
+        channels = slice(group * 6 // groups, (group + 1) * 6 // groups)
+        patch = x[n, channels, 2 * i : 2 * i + 3, j : j + 3 : 2]
+        assert abs(out[group, n, i, j, inner] - (patch * weight[o]).sum()) < 1e-10
+
+
+def test_paired_moments_find_the_weights_for_changed_inputs():
+    rng = np.random.default_rng(0)
+    dense = rng.standard_normal((400, 8))
+    turn = rng.standard_normal((8, 8)) / 3 + np.eye(8)
+    layer = Layer("l", "linear", (5, 8), has_bias=True)
+    moments = Moments(layer, paired=True)
+    moments.add(dense @ turn + 0.5, dense)
+    weight = rng.standard_normal((5, 8))
+    solved = solve(layer, weight, moments, 0.01, SparseConfig(method="par", damping=1e-6))  # 0.01: nothing dropped
+    before = dense @ weight.T
+    after = (dense @ turn + 0.5) @ np.asarray(solved.weight).T + np.asarray(solved.bias_shift)
+    assert np.linalg.norm(after - before) < 0.02 * np.linalg.norm(before)  # the shrinkage's price at 400 rows
+
+
+def test_shards_are_copied_with_some_tensors_replaced(tmp_path):
+    from slimkit.core import files
+
+    rng = np.random.default_rng(0)
+    old = {"a": rng.standard_normal((3, 4)).astype(np.float32), "b": rng.standard_normal(7).astype(np.float32)}
+    files.write_tensors(tmp_path / "model.safetensors", old)
+    files.write_tensors(tmp_path / "new", {"a": old["a"] * 2})
+    shards.rewrite(tmp_path / "model.safetensors", tmp_path / "out", shards.header(tmp_path / "new"))
+    found, _ = files.read_tensors(tmp_path / "out")
+    assert (found["a"] == old["a"] * 2).all()
+    assert (found["b"] == old["b"]).all()
+    files.write_tensors(tmp_path / "new", {"a": old["b"]})
+    with pytest.raises(UnsupportedError, match="'a'"):
+        shards.rewrite(tmp_path / "model.safetensors", tmp_path / "out", shards.header(tmp_path / "new"))
+
+
+@few
+@given(st.integers(0, 400), st.integers(0, 255))
+def test_damaged_shards_are_refused_or_read(position, value):
+    import tempfile
+    from pathlib import Path
+
+    from safetensors.numpy import save
+
+    data = bytearray(save({"a": np.ones((3, 4), np.float32)}))
+    data[position % len(data)] = value
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "x.safetensors"
+        file.write_bytes(bytes(data))
+        try:
+            places = shards.header(file)
+        except FileFormatError:
+            return
+        assert all(0 <= p.start <= p.stop <= len(data) for p in places.values())
