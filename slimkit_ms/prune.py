@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -18,7 +19,8 @@ from slimkit.core.pruner import PrunerBase
 from slimkit.core.rules import SCALE, Relations
 from slimkit.core.solve import Coupling, View
 from slimkit_ms import bridge
-from slimkit_ms.surgery import Attributes, Foretold, Keep, Knife, RefusedError, cut_by_attributes
+from slimkit_ms.compensate import compensate
+from slimkit_ms.surgery import Attributes, Foretold, Keep, Knife, RefusedError, Undo, cut_by_attributes
 from slimkit_ms.surgery.adapt import Adapter
 from slimkit_ms.trace import Traced, trace_marked
 
@@ -119,7 +121,7 @@ class MindSporeWing:
         totals: dict[str, Array] = {}
         number: dict[str, int] = {}
 
-        def seen(name: str, output: Any) -> None:
+        def seen(name: str, _inputs: Any, output: Any) -> None:
             values = np.abs(output.asnumpy())
             axis = -1 if values.ndim < 3 or _is_dense(bridge.get_module(self.model, name)) else 1
             flat = np.moveaxis(values, axis, -1).reshape(-1, values.shape[axis])
@@ -132,10 +134,10 @@ class MindSporeWing:
                 bridge.run(self.model, batch)
         return {name: totals[name] / number[name] for name in totals}
 
-    def cut(self, plan: Plan, names: Mapping[str, str]) -> None:
+    def cut(self, plan: Plan, names: Mapping[str, str]) -> Callable[[], None]:
         proven = (plan.desc["variables"], plan.desc["axes"]) == self._proven
         if self.inputs is None or proven or not plan.keep:
-            self._cut_blind(plan, names)
+            undo = self._cut_blind(plan, names)
         else:
             if self.knife is None:
                 self.trace()
@@ -145,13 +147,22 @@ class MindSporeWing:
             groups = {path: count for path, (_, count) in plan.groups.items()}
             foretold = Foretold(Relations(self.traced.graph), keep)
             try:
-                self.knife.cut(keep, groups, foretold, plan.attributes)
+                undo = self.knife.cut(keep, groups, foretold, plan.attributes)
             except RefusedError as error:
                 raise GraphError(f"the pruned model would not run: {error.why}") from None
         self._write_config(plan)
         self.traced = self.knife = self._proven = None
+        return undo.take_back
 
-    def _cut_blind(self, plan: Plan, names: Mapping[str, str]) -> Any:
+    def snapshot(self) -> nn.Cell:
+        return copy.deepcopy(self.model)
+
+    def compensate(
+        self, dense: nn.Cell, plan: Plan, layers: Sequence[str], data: Iterable[Any], damping: float
+    ) -> dict[str, Any]:
+        return compensate(dense, self.model, plan, layers, data, damping)
+
+    def _cut_blind(self, plan: Plan, names: Mapping[str, str]) -> Undo:
         groups = {path: count for path, (_, count) in plan.groups.items()}
         return cut_by_attributes(self.model, self._keep(plan, names), groups, plan.attributes)
 

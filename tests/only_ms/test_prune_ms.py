@@ -10,6 +10,7 @@ import pytest
 
 from slimkit.core.errors import ArgumentError, ArgumentTypeError, FileFormatError, GraphError, PlanError
 from slimkit.core.plan import Plan
+from slimkit_ms.compensate import settle_norms
 from slimkit_ms.prune import PruneMindSpore, Pruner, load_pruned, save_pruned
 from tests import zoo_ms
 
@@ -314,3 +315,31 @@ def test_mixed_precision_and_bfloat16_weights_are_cut():
         pruner(model, zoo_ms.images(2, 6).astype(to)).prune(0.6)
         assert {p.dtype for p in model.get_parameters()} == {to}
         assert model[2].weight.shape[0] < 16
+
+
+@pytest.mark.parametrize("name", ["flat", "residual"])
+def test_compensation_recovers_the_outputs(name):
+    """Refitted layers say what their originals said, as far as calibration data tell: the error falls."""
+    wanted, x = zoo_ms.build(name)
+    data = [zoo_ms.images(16, 3, 8, 8, seed=s) for s in range(4)]
+    held_out = zoo_ms.images(16, 3, 8, 8, seed=9)
+    settle_norms(wanted, data)  # as training leaves them
+    errors = []
+    for repair in (None, data):
+        model = copy.deepcopy(wanted)
+        p = pruner(model, x)
+        p.set_compensation(repair)
+        p.prune(0.6)
+        errors.append(float(np.square(model(held_out).asnumpy() - wanted(held_out).asnumpy()).mean()))
+        assert ("compensation" in p.report()) == (repair is not None)
+    assert errors[1] < 0.7 * errors[0]
+    assert set(p.report()["compensation"]["refitted"]) >= {"flat": {"classifier.2"}, "residual": {"a1.0", "fc"}}[name]
+
+
+def test_what_a_convolution_multiplies_gives_its_output():
+    forms = {"pad_mode": "same", "stride": 2}, {"pad_mode": "valid", "dilation": 2}, {"pad_mode": "pad", "padding": 1}
+    for form in forms:
+        layer, x = zoo_ms.randomise(nn.Conv2d(3, 4, 3, **form)), zoo_ms.images(2, 3, 9, 9)
+        made = layer_rows(layer, x.asnumpy()) @ layer.weight.asnumpy().reshape(4, -1).T
+        wanted = np.moveaxis(layer(x).asnumpy(), 1, -1).reshape(-1, 4)
+        np.testing.assert_allclose(made, wanted, atol=1e-5)  # float32, 27 products
