@@ -42,6 +42,9 @@ class RDropLoss(nn.Module):
         1.0986123085021973
     """
 
+    def __init__(self) -> None:
+        super().__init__()
+
     def forward(self, logits: torch.Tensor, label_ids: torch.Tensor, alpha: float = 4) -> torch.Tensor:
         """The loss of logits whose rows come in pairs.
 

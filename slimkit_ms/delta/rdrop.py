@@ -43,6 +43,9 @@ class RDropLoss(nn.Cell):
         1.0986
     """
 
+    def __init__(self) -> None:
+        super().__init__()
+
     def construct(self, logits: Any, label_ids: Any, alpha: float = 4) -> Any:
         """The loss of logits whose rows come in pairs.
 
