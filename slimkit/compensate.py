@@ -19,10 +19,6 @@ from torch import nn
 MAX_INPUTS = 6000  # second moments of more inputs than this do not fit beside a model
 
 
-class _Enough(Exception):
-    """The layer of interest has run; the rest of the forward pass is not needed."""
-
-
 def compensate(
     dense: nn.Module, pruned: nn.Module, plan: Plan, layers: Sequence[str], data: Iterable[Any], damping: float
 ) -> dict[str, Any]:
@@ -54,7 +50,6 @@ def compensate(
         fitted, shift = refit(moments, start, first, damping)
         _write(new, fitted, shift)
         report["refitted"][path] = moments.number
-    _settle_norms(pruned, data)
     return report
 
 
@@ -123,22 +118,3 @@ def _seen(model: nn.Module, module: nn.Module, path: str, batch: Any) -> list[tu
     with bridge.evaluating(model), bridge.hooked({path: module}, seen):
         bridge.run(model, batch)
     return calls
-
-
-def _settle_norms(model: nn.Module, data: Iterable[Any]) -> None:
-    """Measure batch norm's running statistics anew; a cut layer's inputs are not what they were."""
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
-    if not norms:
-        return
-    momentum = [m.momentum for m in norms]
-    with bridge.evaluating(model):
-        try:
-            for norm in norms:
-                norm.reset_running_stats()
-                norm.momentum = None  # a plain average over the batches
-                norm.training = True
-            for batch in data:
-                bridge.run(model, batch)
-        finally:
-            for norm, old in zip(norms, momentum):
-                norm.momentum = old

@@ -136,8 +136,13 @@ def rewrite(model: nn.Module, plan: Plan, shapes: Shapes, names: Mapping[str, st
         PlanError: an attribute of the plan is missing or says something else in this model.
     """
     modules = dict(model.named_modules())
-    touched = {names[p].rpartition(".")[0] for p in plan.indices}
-    touched |= {p.rpartition(".")[0] for p in touched} | set(plan.groups)
+    found = tensors(model)
+    changed = {id(found[names[p]]) for p in plan.indices}
+    touched = set(plan.groups)
+    for path, module in modules.items():
+        # By identity, so that every module which shares a tied weight learns of its new shape.
+        if any(id(t) in changed for store in (module._parameters, module._buffers) for t in store.values()):
+            touched |= {path, path.rpartition(".")[0]}
     for path, module in modules.items():
         if path in touched:
             for name, value in settled(path, module, shapes, plan.groups).items():

@@ -151,7 +151,7 @@ def allocate(
         rank = _by_share(full, steps) if chunks is None else _by_score(account.names, full, steps, chunks)
         counts = _search(account, rank, floors, full, target)
         counts = _improve(account, counts, floors, full, steps, target, tolerance, alike)
-    held = [n for n, k, f, s in zip(account.names, counts, floors, full) if k == f < s]
+    held = [n for n, k, f in zip(account.names, counts, floors) if k == f]
     total = account.count(counts)
     return Allocation(
         dict(zip(account.names, counts.tolist())), total, target, held if total > target * (1 + tolerance) else []
