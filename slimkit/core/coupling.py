@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from slimkit.core.errors import PlanError, UnsupportedError
-from slimkit.core.heads import Attention, Heads, config_size, measure, told_heads
+from slimkit.core.heads import Attention, Heads, config_size, measure, normed_role, told_heads
 
 Shape = tuple[int, ...]
 
@@ -175,9 +175,6 @@ def couple(
     return found
 
 
-# --- attention ---
-
-
 def _words(name: str) -> list[str]:
     """The words of a parameter's module path, without the numbers at its end ("a.to_out.0.weight" -> a, to_out)."""
     words = name.split(".")
@@ -279,7 +276,12 @@ def _add_attention(
             elif role == "norm" and lengths == size:
                 attention.shared_dims = True
                 uses[axis] = Use(path, "dims")
-            elif role == "norm" and layout == "separate" and (row := _normed_role(name)) and lengths == rows[row]:
+            elif (
+                role == "norm"
+                and layout == "separate"
+                and (row := normed_role(_words(name)[-1]))
+                and lengths == rows[row]
+            ):
                 uses[axis] = Use(path, row)
             elif role in ("embedding", "other") and lengths == heads:
                 uses[axis] = Use(path, "heads")
@@ -300,19 +302,8 @@ def _without_numbers(path: str) -> str:
     return ".".join("*" if word.isdigit() else word for word in path.split("."))
 
 
-def _normed_role(name: str) -> str | None:
-    """Whose rows a norm inside attention scales, by its name ("q_norm", "key_layernorm", "k_ln")."""
-    word = _words(name)[-1].lower()
-    for part in ("layer", "norm", "rms", "ln", "_"):
-        word = word.replace(part, "")
-    return {"q": "query", "query": "query", "k": "key", "key": "key"}.get(word)
-
-
 def _out_axis(pair: _Pair) -> int:
     return 1 if pair.target.kind == "linear_t" and len(pair.source) == 2 else 0
-
-
-# --- every other width ---
 
 
 def _add_widths(found: Coupling, pairs: Mapping[str, _Pair], roles: Mapping[str, tuple[str, str]]) -> None:

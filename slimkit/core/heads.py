@@ -52,6 +52,14 @@ def heads_told_by(owner: Any) -> Heads | None:
     )
 
 
+def normed_role(word: str) -> str | None:
+    """Whose rows a norm inside attention scales, by its name ("q_norm", "key_layernorm", "k_ln")."""
+    word = word.lower()
+    for part in ("layer", "norm", "rms", "ln", "_"):
+        word = word.replace(part, "")
+    return {"q": "query", "query": "query", "k": "key", "key": "key"}.get(word)
+
+
 def measure(
     path: str,
     layout: str,
