@@ -27,6 +27,7 @@ ROOMS: dict[str, dict[str, str]] = {
         "DistillDualModels": "distill",
         "get_distill_model": "distill",
         "TeacherCache": "distill",
+        "make_student": "students",
     },
     "delta": {
         "LoRADense": "delta",

@@ -1,0 +1,113 @@
+"""A student out of its teacher: a smaller instance of the same model, with weights cut from the large one."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import re
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from slimkit import bridge
+from slimkit.core import check
+from slimkit.core.errors import UnsupportedError
+from slimkit.core.students import cut_config, size_names, spread_layers
+from slimkit.weights import prune_model_weight
+
+import torch
+
+
+def make_student(
+    teacher: torch.nn.Module,
+    *,
+    layers: int | None = None,
+    ffn: int | None = None,
+    heads: int | None = None,
+    hidden: int | None = None,
+    build: Callable[..., torch.nn.Module] | None = None,
+    pattern: str | None = None,
+    selection: str = "importance",
+) -> tuple[torch.nn.Module, dict[str, Any]]:
+    """Build a smaller instance of a transformer and fill it with the teacher's best weights, ready to distil.
+
+    Args:
+        teacher: a Hugging Face model, or any model when `build` and `pattern` are given; left alone.
+        layers, ffn, heads, hidden: the student's sizes; None keeps the teacher's. Layers are spread evenly over the
+            teacher's, first and last included. Where a head's width is hidden / heads, both change together.
+        build: f(**sizes given) -> the smaller instance; None: the teacher's class with its configuration changed.
+        pattern: regular expression of a block's name with its number in group 1; None: found in the model.
+        selection: "importance" or "first": which rows and columns stay.
+
+    Returns:
+        The student (in the teacher's dtype, device and mode) and the report of `prune_model_weight`, with "layers":
+        student layer -> teacher layer, which is also who should learn from whom.
+
+    Raises:
+        ConfigError: no size, or sizes that do not go together.
+        UnsupportedError: the model does not tell its sizes or its blocks.
+    """
+    bridge.check_model(teacher, "teacher")
+    wanted = {"layers": layers, "ffn": ffn, "heads": heads, "hidden": hidden}
+    given = {k: v for k, v in wanted.items() if v is not None}
+    if build is None:
+        config = getattr(teacher, "config", None)
+        if config is None:
+            raise UnsupportedError("teacher has no config: give build, a function of the sizes that makes the student")
+        names = size_names(config, wanted)
+        smaller = copy.deepcopy(config)
+        for what, name in names.items():
+            setattr(smaller, name, given[what])
+        if isinstance(getattr(smaller, "layer_types", None), list) and layers is not None:
+            smaller.layer_types = [
+                smaller.layer_types[i] for i in spread_layers(len(smaller.layer_types), layers).values()
+            ]
+        with torch.random.fork_rng(devices=[]):
+            student = type(teacher)(smaller, **_extra(teacher))
+    else:
+        student = bridge.check_model(check.function(build, "build")(**given), "build")
+    kept = None
+    if layers is not None:
+        path, count = _blocks(teacher) if pattern is None else (None, _count(teacher, pattern))
+        pattern = pattern or re.escape(str(path)) + r"\.(\d+)\."
+        kept = spread_layers(count, layers)
+    settings = cut_config(kept, pattern, any(wanted[k] is not None for k in ("ffn", "heads", "hidden")), selection)
+    like = next(teacher.parameters())
+    student = student.to(device=like.device, dtype=like.dtype)
+    with tempfile.TemporaryDirectory() as folder:
+        from safetensors.torch import save_file
+
+        file = Path(folder) / "model.safetensors"
+        # Copies: tied tensors share memory, which the format refuses.
+        save_file({k: v.detach().cpu().clone().contiguous() for k, v in teacher.state_dict().items()}, file)
+        # A Hugging Face folder says how wide a head is; a bare file could not.
+        if hasattr(teacher, "config"):
+            teacher.config.save_pretrained(folder)
+        report = prune_model_weight(student, settings, folder if hasattr(teacher, "config") else str(file))
+    student.train(teacher.training)
+    return student, {**report, "layers": kept or {}}
+
+
+def _extra(teacher: torch.nn.Module) -> dict[str, Any]:
+    # The one thing about a Hugging Face model's shape that its configuration does not say.
+    if "add_pooling_layer" in inspect.signature(type(teacher).__init__).parameters:
+        return {"add_pooling_layer": getattr(teacher, "pooler", None) is not None}
+    return {}
+
+
+def _blocks(model: torch.nn.Module) -> tuple[str, int]:
+    lists = [(path, len(m)) for path, m in model.named_modules() if isinstance(m, torch.nn.ModuleList) and len(m) > 1]
+    if not lists:
+        raise UnsupportedError("teacher has no list of blocks: give pattern")
+    outermost = min(path.count(".") for path, _ in lists)
+    return max((entry for entry in lists if entry[0].count(".") == outermost), key=lambda entry: entry[1])
+
+
+def _count(model: torch.nn.Module, pattern: str) -> int:
+    from slimkit.core.match import bounded_regex
+
+    found = [m.group(1) for name, _ in model.named_parameters() if (m := bounded_regex(pattern).search(name))]
+    if not found:
+        check.wrong_value("pattern", "a pattern that finds the teacher's blocks", pattern)
+    return max(map(int, found)) + 1
