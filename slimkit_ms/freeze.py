@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from slimkit.core import freeze as rules
-from slimkit.core.freeze import FreezeReport, Layer, LayerGroup
+from slimkit.core.freeze import FreezeReport
+from slimkit.core.freezer import Freezer, Layer, LayerGroup
 from slimkit_ms import bridge
 
 from mindspore import nn
@@ -146,7 +147,7 @@ def _set(entries: Sequence[tuple[Any, rules.Entry]], flags: Sequence[bool]) -> N
             parameter.requires_grad = trains
 
 
-class ModelFreezer(rules.Freezer):
+class ModelFreezer(Freezer):
     """Freeze and unfreeze a model by its layer groups: the direct children of the model, in order.
 
     Every parameter trains once the freezer is made. Parameters held by the model itself, in none of its children, go

@@ -7,8 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from slimkit.core import check
-from slimkit.core import delta as rules
-from slimkit.core.delta import activation_name, check_shape, initializer_name
+from slimkit.core.layers import ACTIVATIONS, activation_name, check_shape, initializer_name
 
 import torch
 from torch import nn
@@ -108,7 +107,7 @@ _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "tanhshrink": nn.Tanhshrink,
     "prelu": nn.PReLU,
 }
-assert set(_ACTIVATIONS) == set(rules.ACTIVATIONS)
+assert set(_ACTIVATIONS) == set(ACTIVATIONS)
 
 
 def activation(value: Any, name: str = "activation") -> nn.Module | None:

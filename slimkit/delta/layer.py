@@ -7,7 +7,7 @@ from typing import Any
 from slimkit import bridge
 from slimkit.core import check
 from slimkit.core import shard as rules
-from slimkit.core.delta import size
+from slimkit.core.layers import size
 from slimkit.core.named import OneAdapter
 from slimkit.delta import initial
 from slimkit.delta.shard import ShardPlan, plan

@@ -6,14 +6,8 @@ from typing import Any
 
 from slimkit import bridge
 from slimkit.core import shard as rules
-from slimkit.core.delta import (
-    DEFAULT_NAME,
-    LoraSpec,
-    check_alpha,
-    check_dropout,
-    key,
-    size,
-)
+from slimkit.core.delta import DEFAULT_NAME, LoraSpec, key
+from slimkit.core.layers import check_alpha, check_dropout, size
 from slimkit.core.named import Part
 from slimkit.delta import initial
 from slimkit.delta.fused import lora_linear

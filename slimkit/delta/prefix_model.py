@@ -9,8 +9,8 @@ from typing import Any
 
 from slimkit import bridge
 from slimkit.core import check
-from slimkit.core.delta import rate, size
 from slimkit.core.errors import PatternError, UnsupportedError
+from slimkit.core.layers import rate, size
 from slimkit.core.match import demand, match
 from slimkit.core.named import OneAdapter
 from slimkit.delta.layer import DeltaLayer

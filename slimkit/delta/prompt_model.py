@@ -6,8 +6,8 @@ from typing import Any
 
 from slimkit import bridge
 from slimkit.core import check
-from slimkit.core.delta import size
 from slimkit.core.errors import UnsupportedError
+from slimkit.core.layers import size
 from slimkit.core.named import OneAdapter
 from slimkit.delta.layer import DeltaLayer
 from slimkit.delta.prompt import PromptTuning

@@ -7,8 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from slimkit.core import check
-from slimkit.core import delta as rules
-from slimkit.core.delta import activation_name, check_shape, initializer_name
+from slimkit.core.layers import ACTIVATIONS, activation_name, check_shape, initializer_name
 from slimkit_ms import bridge
 from slimkit_ms.delta.shardable import Gelu, LeakyRelu, Silu, Softmin, Tanhshrink
 
@@ -83,7 +82,7 @@ _ACTIVATIONS: dict[str, Callable[[], nn.Cell]] = {
     "tanhshrink": Tanhshrink,
     "prelu": nn.PReLU,
 }
-assert set(_ACTIVATIONS) == set(rules.ACTIVATIONS)
+assert set(_ACTIVATIONS) == set(ACTIVATIONS)
 
 
 def activation(value: Any, name: str = "activation") -> Any:

@@ -6,7 +6,7 @@ from typing import Any
 
 from slimkit.core import check
 from slimkit.core import shard as rules
-from slimkit.core.delta import size
+from slimkit.core.layers import size
 from slimkit.core.named import OneAdapter
 from slimkit_ms import bridge
 from slimkit_ms.delta import initial
