@@ -147,17 +147,34 @@ def _write(flat: _Flat, opset: int, inputs: list[str], outputs: list[str], dynam
 
 @contextlib.contextmanager
 def _exportable_attention(model: nn.Module, opset: int) -> Iterator[None]:
-    """Below opset 14 fused attention cannot be written: a Hugging Face model uses its plain one meanwhile."""
-    config = getattr(model, "config", None)
-    used = getattr(config, "_attn_implementation", None)
-    if opset >= 14 or used in (None, "eager") or not hasattr(model, "set_attn_implementation"):
-        yield
-        return
-    model.set_attn_implementation("eager")
+    """Attention that an exporter can write, for a while.
+
+    torch's fused encoder layers have no ONNX form. Below opset 14 fused attention is written by torch's own rule for
+    14, which needs nothing newer unless it is causal; every Hugging Face model inside uses its plain attention.
+    """
+    from torch.onnx import register_custom_op_symbolic, symbolic_opset14, unregister_custom_op_symbolic
+
+    operator = "aten::scaled_dot_product_attention"
+    used = {
+        module: name
+        for module in model.modules()
+        if hasattr(module, "set_attn_implementation")
+        and (name := getattr(getattr(module, "config", None), "_attn_implementation", None)) not in (None, "eager")
+    }
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
     try:
+        if opset < 14:
+            register_custom_op_symbolic(operator, symbolic_opset14.scaled_dot_product_attention, opset)
+            for module in used:
+                module.set_attn_implementation("eager")
         yield
     finally:
-        model.set_attn_implementation(used)
+        if opset < 14:
+            unregister_custom_op_symbolic(operator, opset)
+        torch.backends.mha.set_fastpath_enabled(fast)
+        for module, name in used.items():
+            module.set_attn_implementation(name)
 
 
 def example_arrays(inputs: Any) -> dict[str, np.ndarray]:

@@ -72,7 +72,7 @@ class TorchWing:
 
     def load(self, model: nn.Module, file: Path) -> None:
         """Take back what `save` wrote, strictly, in place."""
-        checkpoint.load_checkpoint(file, model)
+        checkpoint.load_checkpoint(file, model, strict_load=True)
 
     def digest(self, model: nn.Module) -> str:
         """SHA-256 over all parameters and buffers."""

@@ -47,6 +47,22 @@ def test_a_bert_with_keyword_inputs_is_written_at_opset_13_and_keeps_its_attenti
     assert set(report.differences) == {"last_hidden_state", "pooler_output"}
     assert model.config._attn_implementation == used
 
+    class Wrapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = model
+
+        def forward(self, ids):
+            return self.inner(ids).last_hidden_state.mean(1)
+
+    assert export_onnx(Wrapped().eval(), batch["input_ids"], tmp_path / "wrapped.onnx").opset == 13
+    assert model.config._attn_implementation == used
+
+
+def test_torchs_own_encoder_layer_is_written_without_its_fused_form(tmp_path):
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval()
+    assert export_onnx(layer, torch.randn(2, 5, 16), tmp_path / "layer.onnx").opset == 13
+
 
 def test_latency_is_measured_in_turn(tmp_path):
     x = torch.randn(1, 4)
