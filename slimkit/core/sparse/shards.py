@@ -46,7 +46,7 @@ def header(file: Path) -> dict[str, Place]:
         try:
             entries = json.loads(handle.read(length))
             places = {
-                name: Place(file, *(8 + length + o for o in e["data_offsets"]), e["dtype"], tuple(e["shape"]))
+                name: _place(file, 8 + length, e)
                 for name, e in entries.items()
                 if name != "__metadata__"
             }
@@ -55,6 +55,11 @@ def header(file: Path) -> dict[str, Place]:
     if any(not 8 + length <= p.start <= p.stop <= size for p in places.values()):
         raise FileFormatError(f"{file} is not a readable safetensors file: it is shorter than its header says.")
     return places
+
+
+def _place(file: Path, base: int, entry: Any) -> Place:
+    start, stop = entry["data_offsets"]
+    return Place(file, base + int(start), base + int(stop), str(entry["dtype"]), tuple(entry["shape"]))
 
 
 def locate(directory: Path) -> dict[str, Place]:
