@@ -126,8 +126,6 @@ def _write(flat: _Flat, opset: int, inputs: list[str], outputs: list[str], dynam
             # The older exporter announces its removal on every call; the opset is read back from the file anyway.
             warnings.simplefilter("ignore")
             if opset <= _OLDER_LIMIT:
-                # On failure it would print the whole graph; the error raised below says what matters.
-                getattr(torch._C, "_jit_set_onnx_log_enabled", lambda on: None)(False)
                 axes = {name: {0: "batch"} for name in (*inputs, *outputs)} if dynamic_batch else None
                 torch.onnx.export(
                     flat, tensors, buffer, opset_version=opset, input_names=inputs, output_names=outputs,
