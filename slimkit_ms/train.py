@@ -69,9 +69,10 @@ class Trainer(TrainerLoop):
         from mindspore import communication
 
         if not communication.GlobalComm.INITED:
-            if os.environ.get("MS_ROLE") != "MS_WORKER":
-                return 0, 1, 0
-            communication.init()
+            if os.environ.get("MS_ROLE") == "MS_WORKER":
+                # Started here it would wait for ever: it must come before the first parameter is made.
+                raise ConfigError("under msrun, call mindspore.communication.init() before building the model")
+            return 0, 1, 0
         rank, world = communication.get_rank(), communication.get_group_size()
         return rank, world, int(os.environ.get("LOCAL_RANK", rank))
 
