@@ -16,7 +16,15 @@ WINGS = {"torch": "slimkit", "mindspore": "slimkit_ms"}
 BOTH = [n for n in {n for table in public.ROOMS.values() for n in table} if n not in public.ONLY]
 
 # (name, parameter): why its default or presence differs between the wings.
-EXCEPTIONS: dict[tuple[str, str], str] = {}
+_DTYPE = "float16 on MindSpore as the documents of MindPet say; the input's dtype on torch"
+EXCEPTIONS: dict[tuple[str, str], str] = {
+    ("AdapterDense", "compute_dtype"): _DTYPE,
+    ("AdapterLayer", "compute_dtype"): _DTYPE,
+    ("LoRADense", "compute_dtype"): _DTYPE,
+    ("LowRankAdapterDense", "compute_dtype"): _DTYPE,
+    ("LowRankAdapterLayer", "compute_dtype"): _DTYPE,
+    ("FrozenZeros", "model"): "the handle, made by freeze_zeros, must forget the cell's compiled graphs",
+}
 
 
 def _values(package: str) -> dict[str, object]:
