@@ -43,6 +43,11 @@ class TorchWing:
         self._real: bool | None = None
         self._found: dict[str, torch.Tensor] = {}
 
+    @property
+    def branches(self) -> bool:
+        """Whether the model's code looks at activations, so that another run may take another way."""
+        return bool(self._real)
+
     def trace(self) -> Graph:
         self._found = surgery.tensors(self.model)
         found = trace(self.model, example(self.model, self.inputs), real=self._real)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Protocol, cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
 
 import numpy as np
 
@@ -12,106 +11,19 @@ from slimkit.core import check
 from slimkit.core.allocate import Account, Allocation, allocate
 from slimkit.core.attributes import config_changes, new_values, scope_sizes
 from slimkit.core.batch import dataset
-from slimkit.core.dims import FREE, find, leaves
+from slimkit.core.draw import picture
 from slimkit.core.errors import GraphError, UnsupportedError
-from slimkit.core.graph import Graph
+from slimkit.core.files import as_path, atomic_file
 from slimkit.core.importance import NAMES, best, scores
 from slimkit.core.log import logger
 from slimkit.core.match import demand, match
 from slimkit.core.plan import Plan, make_desc
-from slimkit.core.solve import WRITTEN, Coupling, Index, View, size_of
+from slimkit.core.rehearsal import ANOTHER, COPIES, LAYOUT, differences
+from slimkit.core.solve import WRITTEN, Coupling, Index, View
+from slimkit.core.wing import RepairingWing, Wing
 
 Changes = dict[str, dict[str, tuple[int, int]]]
 Array = np.ndarray[Any, Any]
-
-
-class Wing(Protocol):
-    """What a framework does for the pruner; everything else is written once, here."""
-
-    framework: str
-
-    @abstractmethod
-    def trace(self) -> Graph:
-        """The model's graph."""
-
-    @abstractmethod
-    def rehearse(self, plan: Plan) -> tuple[Graph, str | None, set[str]]:
-        """The graph of the cut model as far as it ran, the error that stopped it, and the modules that surgery
-        remakes."""
-
-    @abstractmethod
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every parameter and floating-point buffer by path, tied ones once."""
-
-    @abstractmethod
-    def buffers(self) -> set[str]:
-        """The paths among `shapes` that are no parameters."""
-
-    @abstractmethod
-    def read(self, path: str) -> Array | None:
-        """A parameter's values, float32 or float64, not to be written to; None where it has none (meta device)."""
-
-    @abstractmethod
-    def integers(self) -> dict[str, dict[str, int]]:
-        """Module path -> its whole-number attributes, without those that the cut of its own weights settles."""
-
-    @abstractmethod
-    def config(self) -> dict[str, int]:
-        """Whole-number fields of the model's configuration; empty without one."""
-
-    @abstractmethod
-    def gradients(self, data: Iterable[Any], loss: Callable[..., Any] | None, square: bool) -> dict[str, Array]:
-        """Mean gradient of each parameter over the batches, or the mean of its square."""
-
-    @abstractmethod
-    def activations(self, data: Iterable[Any], layers: Sequence[str]) -> dict[str, Array]:
-        """Mean absolute output of each channel of each layer."""
-
-    @abstractmethod
-    def cut(self, plan: Plan, names: Mapping[str, str]) -> Callable[[], None] | None:
-        """Cut the model in place and return a call that takes it back; on an error the model is as it was."""
-
-
-class RepairingWing(Wing, Protocol):
-    """A wing that can also repair what it cut."""
-
-    @abstractmethod
-    def snapshot(self) -> Any:
-        """A copy of the model before the cut."""
-
-    @abstractmethod
-    def compensate(
-        self, dense: Any, plan: Plan, layers: Sequence[str], data: Iterable[Any], damping: float
-    ) -> dict[str, Any]:
-        """Refit the cut model's layers to the outputs of the snapshot, in place."""
-
-
-_COPIES = frozenset({"identity"})
-_LAYOUT = frozenset({"identity", "reshape", "transpose", "expand"})
-_ANOTHER = "another operator ran after the cut"
-
-
-def _differences(
-    view: View, other: Graph, counts: Mapping[str, int], ignored: frozenset[str], error: str | None, remade: set[str]
-) -> tuple[int, str] | None:
-    """The first operator at which the rehearsed graph is not the planned one, and what came instead."""
-    graph, relations = view.coupling.graph, view.coupling.relations
-    before = [k for k, node in enumerate(graph.nodes) if node.op not in ignored and node.scope not in remade]
-    after = [node for node in other.nodes if node.op not in ignored and node.scope not in remade]
-    for place, twin in zip(before, after):
-        node = graph.nodes[place]
-        if twin.op != node.op or len(twin.outputs) != len(node.outputs):
-            return place, _ANOTHER
-        for mine, theirs in zip(node.outputs, twin.outputs):
-            for dim, size in zip(relations.dims[mine], other.values[theirs].shape):
-                if any(x.elastic and x.kind == FREE for x in map(find, leaves(dim))):
-                    continue
-                planned = size_of(view.expression(dim), counts)
-                if planned != size:
-                    return place, f"{size} where {planned} was planned"
-    if len(after) < len(before) or error:
-        return (before[min(len(after), len(before) - 1)] if before else 0), error or "fewer operators ran"
-    return None
 
 
 class PrunerBase:
@@ -337,6 +249,23 @@ class PrunerBase:
             self._report = self._common(view)
         return dict(self._report)
 
+    def draw(self, path: Any = None) -> str:
+        """Draw the coupling: one row a group, its width before and after the last analysis, and the layers it ties.
+
+        Args:
+            path: a file to write, .svg or .html; None writes none.
+
+        Returns:
+            The SVG text.
+        """
+        text = picture(self.report())
+        if path is not None:
+            target = as_path(path, "path")
+            head = "" if target.suffix != ".html" else "<!doctype html><meta charset=utf-8><title>Pruning</title>"
+            with atomic_file(target, "w") as handle:
+                handle.write(head + text)
+        return text
+
     # Inside ----------------------------------------------------------------------------------------------------
 
     def _solved(self) -> Coupling:
@@ -430,10 +359,13 @@ class PrunerBase:
         if not plan.keep:
             return True
         other, error, remade = self._wing.rehearse(plan)
-        found = _differences(view, other, counts, _COPIES, error, remade)
-        if found and found[1] == _ANOTHER:
+        found = differences(view, other, counts, COPIES, error, remade)
+        if found and found[1] == ANOTHER:
             # How a tensor lies in memory decides whether torch copies or views it; only the mathematics must agree.
-            found = _differences(view, other, counts, _LAYOUT, error, remade)
+            found = differences(view, other, counts, LAYOUT, error, remade)
+        if found and found[1] == ANOTHER and getattr(self._wing, "branches", False) and not error:
+            # The cut changed the values that the model's own code branches on: it ran, and that must do.
+            return True
         return found is None or self._pin(view, *found)
 
     def _pin(self, view: View, place: int, what: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from slimkit.core.graph import Graph, Node
 
 Dims = list[Dim]
 
+_NUMBERS = re.compile(r"\d+")
 SCALE = "inner size of attention, which its scale depends on"
 
 
@@ -51,11 +53,32 @@ class Relations:
                 self.origin[number] = (value.path, tuple(range(len(value.shape))))
         for node in graph.nodes:
             self._relate(node)
+        self._mirror_unused()
         for number in graph.outputs:
             for dim in self.dims[number]:
                 fix(dim, "output of the model")
         for dim in self.scales:
             fix(dim, SCALE)
+
+    def _mirror_unused(self) -> None:
+        """Parameters that did not run follow the first one that did among those alike but for numbers in their names.
+
+        An expert that the example did not reach must still fit the widths of those it did.
+        """
+        unused = [p for p in self.graph.shapes if p not in self.params]
+        if not unused:
+            return
+        used: dict[tuple[str, tuple[int, ...]], str] = {}
+        for path in self.params:
+            used.setdefault((_NUMBERS.sub("#", path), self.graph.shapes[path]), path)
+        for path in unused:
+            twin = used.get((_NUMBERS.sub("#", path), self.graph.shapes[path]))
+            if twin is not None and twin != path:
+                self.params[path] = self.params[twin]
+                for axis in range(len(self.graph.shapes[path])):
+                    if (twin, axis) in self.roles:
+                        self.roles[path, axis] = self.roles[twin, axis]
+                self.graph.notes.append(f"{path} did not run; it is cut as {twin} is")
 
     def _source(self, kind: str, path: str, shape: tuple[int, ...]) -> Dims:
         if kind == "param":

@@ -179,7 +179,7 @@ class Recorder(TorchDispatchMode):
 
     def _followed_real(self, tensor: torch.Tensor) -> bool:
         number = self._numbers.get(id(tensor))
-        return number is not None and self.graph.values[number].kind in ("param", "input", "result")
+        return number is not None and self.graph.values[number].kind != "constant"
 
     def _stand_in(self, value: Any, tensors: list[torch.Tensor]) -> Any:
         if isinstance(value, torch.Tensor):

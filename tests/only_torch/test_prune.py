@@ -7,14 +7,15 @@ import json
 
 import numpy as np
 import pytest
-import torch
-import torch.nn.functional as F
-from torch import nn
 
 from slimkit.core.errors import ArgumentError, FileFormatError, GraphError, PatternError, PlanError, UnsupportedError
 from slimkit.prune import PruneTorch, load_pruned, save_pruned
 from slimkit.trace import trace
 from tests.zoo import language, oracle, vision
+
+import torch
+import torch.nn.functional as F
+from torch import nn
 
 
 def chain(width=64):
@@ -260,6 +261,35 @@ def test_control_flow_that_looks_at_activations_is_followed_for_real():
     oracle.check(net, x, 0.6)
 
 
+def test_experts_that_the_example_did_not_reach_still_fit():
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.gate, self.c = nn.Linear(8, 32), nn.Linear(32, 4), nn.Linear(32, 3)
+            self.experts = nn.ModuleList(
+                nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32)) for _ in range(4)
+            )
+
+        def forward(self, x):
+            x = self.a(x)
+            best = self.gate(x).argmax(-1)
+            out = torch.zeros_like(x)
+            for k in range(4):
+                rows = best == k
+                if rows.any():
+                    out[rows] = self.experts[k](x[rows])
+            return self.c(x + out)
+
+    torch.manual_seed(0)
+    net, x = Experts().eval(), torch.randn(1, 8)
+    job = PruneTorch(net, x).set_alignment(4)
+    job.prune(0.6, [])
+    assert len([n for n in job.report()["notes"] if "did not run" in n]) == 12
+    assert len({e[0].in_features for e in net.experts}) == 1
+    assert net.a.out_features < 32
+    assert net(torch.randn(64, 8)).shape == (64, 3)
+
+
 def test_shared_modules_and_tied_weights_stay_shared():
     class Shared(nn.Module):
         def __init__(self):
@@ -356,3 +386,16 @@ def test_large_language_model_is_analysed_without_memory():
     left, _ = PruneTorch(model, {"input_ids": torch.zeros(1, 8, dtype=torch.long)}).analysis(0.7, [])
     assert abs(left / count(model) - 0.7) <= 0.02
     assert next(model.parameters()).device.type == "meta"
+
+
+def test_picture_and_report(tmp_path):
+    net, x = chain()
+    job = PruneTorch(net, x)
+    job.analysis(0.5)
+    text = job.draw(tmp_path / "groups.html")
+    assert text.startswith("<svg")
+    assert text in (tmp_path / "groups.html").read_text()
+    report = json.loads(json.dumps(job.report()))
+    assert report["params"] == count(net)
+    assert report["variables"]["d0"]["layers"] == ["3"]
+    assert report["whole"]["output of the model"] == ["9.weight:0", "9.bias:0"]
