@@ -165,14 +165,16 @@ def _evidence(model: nn.Cell, traced: Traced, foretold: Foretold, undo: Undo) ->
         for number, before in zip(mark.values, mark.shapes):
             pairs = [(old, new) for old, new in zip(before, foretold.shape(number)) if new is not None]
             seen[mark.scope].own.extend(pairs)
-    paths = {id(cell): path for path, cell in model.cells_and_names()}
-    for cell, _, old, now in undo.parameters:
-        pairs = list(zip(old.shape, now.shape, strict=True))
-        path = paths[id(cell)]
+    uncut = {id(now): old for _, _, old, now in undo.parameters}
+    for path, cell in model.cells_and_names():
         parent = seen[path.rpartition(".")[0]]
-        seen[path].own.extend(pairs)
-        parent.made.extend(pairs[:1])
-        parent.read.extend(pairs[1:2])
+        for now in cell._params.values():
+            if now is not None:
+                # Parameters that were not cut count too: they tell which numbers stay.
+                pairs = list(zip(uncut.get(id(now), now).shape, now.shape, strict=True))
+                seen[path].own.extend(pairs)
+                parent.made.extend(pairs[:1])
+                parent.read.extend(pairs[1:2])
     return seen
 
 
