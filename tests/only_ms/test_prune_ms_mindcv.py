@@ -11,6 +11,7 @@ from tests import zoo_ms
 import mindspore as ms
 from mindspore import ops
 
+
 @pytest.fixture(autouse=True, scope="module")
 def _mindspore():
     ms.set_device("CPU")
