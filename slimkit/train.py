@@ -60,6 +60,7 @@ class Trainer(TrainerLoop):
         self._run_optimizer: Any = None
         self._scheduler: Any = None
         self._clip: tuple[float | None, float | None] = (None, None)
+        self._plain_kinds: tuple[Any, ...] = ()
         self._kept_modes: dict[torch.nn.Module, bool] = {}
 
     @property
@@ -107,6 +108,8 @@ class Trainer(TrainerLoop):
         if self._scheduler is not None and not hasattr(self._scheduler, "step"):
             self._scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._scheduler)
         self._clip = (options.clip_value, options.clip_norm)
+        kinds = library("accelerate.utils", "torch").DistributedType
+        self._plain_kinds = (kinds.NO, kinds.MULTI_CPU, kinds.MULTI_GPU, kinds.MULTI_NPU)
 
     def _finish(self) -> None:
         if self._accelerator is not None:
@@ -171,11 +174,15 @@ class Trainer(TrainerLoop):
 
     def _update(self, batches: list[Any]) -> torch.Tensor:
         run, model, total = self.accelerator, self._run_model, None
+        # Without a scaler accelerate's own step and backward only add a search for optional packages to every call.
+        scaled = run.scaler is not None or run.distributed_type not in self._plain_kinds
+        optimizer = self._run_optimizer if scaled else self._run_optimizer.optimizer
+        backward = run.backward if scaled else torch.Tensor.backward
         for i, batch in enumerate(batches):
             waits = contextlib.nullcontext() if i + 1 == len(batches) else run.no_sync(model)
             with waits:
                 loss = self._loss(model, bridge.to_device(batch, run.device))[0] / len(batches)
-                run.backward(loss)
+                backward(loss)
             loss = loss.detach()
             total = loss if total is None else total + loss
         value, norm = self._clip
@@ -183,10 +190,10 @@ class Trainer(TrainerLoop):
             run.clip_grad_value_(model.parameters(), value)
         if norm is not None:
             run.clip_grad_norm_(model.parameters(), norm)
-        self._run_optimizer.step()
-        if self._scheduler is not None and not self._run_optimizer.step_was_skipped:
+        optimizer.step()
+        if self._scheduler is not None and not (scaled and optimizer.step_was_skipped):
             self._scheduler.step()
-        self._run_optimizer.zero_grad()
+        optimizer.zero_grad()
         assert total is not None
         return total
 

@@ -69,8 +69,8 @@ class Trainer(TrainerLoop):
         from mindspore import communication
 
         if not communication.GlobalComm.INITED:
-            if os.environ.get("MS_ROLE") == "MS_WORKER":
-                # Started here it would wait for ever: it must come before the first parameter is made.
+            if "MS_ROLE" in os.environ:
+                # Not done here: it must come before the first parameter is made, in msrun's scheduler as well.
                 raise ConfigError("under msrun, call mindspore.communication.init() before building the model")
             return 0, 1, 0
         rank, world = communication.get_rank(), communication.get_group_size()
