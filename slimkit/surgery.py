@@ -38,10 +38,17 @@ def integers(model: nn.Module) -> dict[str, dict[str, int]]:
     for path, module in model.named_modules():
         if type(module).__module__.startswith("torch.nn.") or isinstance(module, _SETTLED) or is_layer(module):
             continue
-        numbers = {k: v for k, v in vars(module).items() if type(v) is int and v > 1 and k[0] != "_"}
+        numbers = {k: _number(v) for k, v in vars(module).items() if k[0] != "_" and _number(v) > 1}
         if numbers:
             out[path] = numbers
     return out
+
+
+def _number(value: Any) -> int:
+    """A whole number, written as such or as a shape of one axis; 0 for anything else."""
+    if type(value) in (tuple, list, torch.Size) and len(value) == 1:
+        value = value[0]
+    return value if type(value) is int else 0
 
 
 def settled(path: str, module: nn.Module, shapes: Shapes, groups: Mapping[str, tuple[str, int]]) -> dict[str, Any]:
@@ -151,11 +158,12 @@ def rewrite(model: nn.Module, plan: Plan, shapes: Shapes, names: Mapping[str, st
         if path not in modules:
             raise PlanError(f"desc was made for a model with a module {path!r}, and this model has none")
         for name, (old, new) in wanted.items():
-            here = getattr(modules[path], name, None)
+            held = getattr(modules[path], name, None)
+            here = _number(held) or held
             if plan.desc["made"].get("framework") == "torch" and here != old:
                 raise PlanError(f"desc was made for a model whose {path}.{name} is {old}, and here it is {here!r}")
             if here == old:
-                changes.set(modules[path], name, new)
+                changes.set(modules[path], name, new if type(held) is int else type(held)([new]))
     config = getattr(model, "config", None)
     for name, (old, new) in plan.config.items():
         if config is not None and getattr(config, name, None) == old:

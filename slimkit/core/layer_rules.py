@@ -134,7 +134,9 @@ def group_norm(r: Relations, node: Node, x: list[Dims]) -> list[Dims]:
     pair = factor(x[0][1], node.attrs["groups"])
     if pair is None:
         fix(x[0][1], "group norm over parts of unequal make")
-    elif node.attrs["groups"] > 1:
+    else:
+        r.averaged.append(pair[1])
+    if pair is not None and node.attrs["groups"] > 1:
         r.groups[module_of(r, node)] = ("num_groups", pair[0])
     return norm(r, node, x)
 

@@ -255,6 +255,10 @@ def _copy(emit: Emit, a: Sequence[Any], kw: dict[str, Any], out: Sequence[Any]) 
     emit("elementwise", a[:2], out, fn="copy")
 
 
+def _weight_norm(emit: Emit, a: Sequence[Any], kw: dict[str, Any], out: Sequence[Any]) -> None:
+    emit("elementwise", a[:2], out[:1], fn="weight_norm")
+
+
 def _as_strided(emit: Emit, a: Sequence[Any], kw: dict[str, Any], out: Sequence[Any]) -> None:
     same = list(a[1]) == list(a[0].shape)
     emit("identity" if same else "opaque", a[:1], out, fn="as_strided")
@@ -391,6 +395,7 @@ READERS: dict[str, Reader] = {
     "native_channel_shuffle": _channel_shuffle,
     "im2col": _im2col,
     "as_strided_": _as_strided,
+    "_weight_norm_interface": _weight_norm,
     "copy_": _copy,
     "copy": _copy,
 }

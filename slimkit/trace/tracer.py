@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -233,7 +234,7 @@ class Recorder(TorchDispatchMode):
         if self.real:
             out = func(*args, **kwargs)
             return out, out
-        if name in _SAME_SHAPE and args[0].device.type == "meta":
+        if name in _SAME_SHAPE and args[0].device.type == "meta" and _fits(name, args):
             if name.endswith("_"):
                 return args[0], args[0]
             first = torch.empty(args[0].shape, dtype=args[0].dtype, device="meta")
@@ -302,6 +303,35 @@ class Recorder(TorchDispatchMode):
         sources = [self.value(i) if isinstance(i, torch.Tensor) else None for i in inputs]
         made = [self._number(o) for o in outputs]
         self.graph.add(op, sources, made, scope=self.scopes[-1], **attrs)
+
+
+def _fits(name: str, args: list[Any]) -> bool:
+    """Whether a layer norm's written shape is its input's; torch is to complain where it is not."""
+    return name != "native_layer_norm" or list(args[1]) == list(args[0].shape[-len(args[1]) :])
+
+
+@contextlib.contextmanager
+def _unmarked(model: nn.Module) -> Iterator[None]:
+    """Take back what the forward pass leaves in modules, such as caches, which would hold tensors without values."""
+    kept = []
+    for module in model.modules():
+        if not type(module).__module__.startswith("torch.nn."):
+            state = dict(vars(module))
+            inner = {k: copy.copy(v) for k, v in state.items() if type(v) in (dict, list) and not k.endswith("_hooks")}
+            kept.append((module, state, inner))
+    try:
+        yield
+    finally:
+        for module, state, inner in kept:
+            vars(module).clear()
+            vars(module).update(state)
+            for key, value in inner.items():
+                held = state[key]
+                if type(held) is dict:
+                    held.clear()
+                    held.update(value)
+                else:
+                    held[:] = value
 
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -444,7 +474,7 @@ def record(recorder: Recorder, model: nn.Module, inputs: Any) -> None:
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with bridge.evaluating(model), _watched(model, recorder) as layers, recorder:
+        with _unmarked(model), bridge.evaluating(model), _watched(model, recorder) as layers, recorder:
             output = model(*args, **kwargs)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)

@@ -290,6 +290,23 @@ def test_experts_that_the_example_did_not_reach_still_fit():
     assert net(torch.randn(64, 8)).shape == (64, 3)
 
 
+def test_caches_in_modules_are_not_left_without_values():
+    class Caching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.seen, self.table = nn.Linear(8, 32), nn.Linear(32, 2), {}, None
+
+        def forward(self, x):
+            self.seen[len(x)] = x
+            self.table = self.a(x)
+            return self.b(torch.relu(self.table))
+
+    net = Caching().eval()
+    PruneTorch(net, torch.randn(2, 8)).set_alignment(4).prune(0.6, [])
+    assert net.seen == {}
+    assert net.table is None
+
+
 def test_shared_modules_and_tied_weights_stay_shared():
     class Shared(nn.Module):
         def __init__(self):
