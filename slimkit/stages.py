@@ -218,7 +218,12 @@ class TorchWing:
 
     def _adapt(self, options: recipe.AdaptOptions, model: nn.Module, context: StageContext) -> StageResult:
         base = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-        placed = {"kind": options.kind, "targets": options.targets, "rank": options.rank, "alpha": options.alpha}
+        placed: dict[str, Any] = {
+            "kind": options.kind,
+            "targets": options.targets,
+            "rank": options.rank,
+            "alpha": options.alpha,
+        }
         if options.dropout:
             placed["dropout"] = options.dropout
         delta.apply_delta(model, **placed)

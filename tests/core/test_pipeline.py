@@ -135,7 +135,8 @@ def test_a_stopped_run_resumes_to_the_same_numbers(folder, stop):
     assert not list((folder / "run" / "stages").glob(".*")), "nothing half written"
     rest = NumpyWing()
     resumed = run_recipe(recipe(), folder, rest, folder / "run")
-    assert rest.ran == ["train", "prune", "finetune", "sparsify"][["train", "prune", "finetune", "sparsify"].index(stop) :]
+    kinds = ["train", "prune", "finetune", "sparsify"]
+    assert rest.ran == kinds[kinds.index(stop) :]
     assert numbers(resumed) == numbers(whole)
 
 
