@@ -163,7 +163,8 @@ def rewrite(model: nn.Module, plan: Plan, shapes: Shapes, names: Mapping[str, st
             if plan.desc["made"].get("framework") == "torch" and here != old:
                 raise PlanError(f"desc was made for a model whose {path}.{name} is {old}, and here it is {here!r}")
             if here == old:
-                changes.set(modules[path], name, new if type(held) is int else type(held)([new]))
+                kind: Any = type(held)
+                changes.set(modules[path], name, new if kind is int else kind((new,)))
     config = getattr(model, "config", None)
     for name, (old, new) in plan.config.items():
         if config is not None and getattr(config, name, None) == old:

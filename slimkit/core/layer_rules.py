@@ -114,6 +114,9 @@ def module_of(r: Relations, node: Node) -> str:
 
 def norm(r: Relations, node: Node, x: list[Dims]) -> list[Dims]:
     axis = node.attrs.get("axes", [1])[0]
+    if not r.live[node.inputs[0]]:  # type: ignore[index]
+        # A standardised weight: dropping inputs changes the mean and spread of what is left.
+        r.averaged.extend(d for place, d in enumerate(x[0]) if place != axis)
     for number, dims in zip(node.inputs[1:], x[1:]):
         if dims:
             same(x[0][axis], dims[0])

@@ -360,9 +360,11 @@ class PrunerBase:
             return True
         other, error, remade = self._wing.rehearse(plan)
         found = differences(view, other, counts, COPIES, error, remade)
-        if found and found[1] == ANOTHER:
+        if found:
             # How a tensor lies in memory decides whether torch copies or views it; only the mathematics must agree.
-            found = differences(view, other, counts, LAYOUT, error, remade)
+            plain = differences(view, other, counts, LAYOUT, error, remade)
+            if plain is None or found[1] == ANOTHER or len(other.nodes) > len(view.coupling.graph.nodes):
+                found = plain
         if found and found[1] == ANOTHER and getattr(self._wing, "branches", False) and not error:
             # The cut changed the values that the model's own code branches on: it ran, and that must do.
             return True
