@@ -20,6 +20,7 @@ from slimkit.core.train import TrainerLoop
 from slimkit.core.updates import TrainOptions
 from slimkit_ms import bridge
 from slimkit_ms.loading import Pipeline, Samples, Shared, count, stack, tensors
+from slimkit_ms.precision import lift, lower
 
 import mindspore as ms
 from mindspore import nn, ops
@@ -63,6 +64,7 @@ class Trainer(TrainerLoop):
         self._scheduler: Any = None
         self._rate: Any = None
         self._clip: tuple[float | None, float | None] = (None, None)
+        self._undo = _nothing
         self._kept_modes: list[tuple[nn.Cell, bool]] = []
 
     def _processes(self) -> tuple[int, int, int]:
@@ -96,10 +98,9 @@ class Trainer(TrainerLoop):
         if world > 1:
             ms.set_auto_parallel_context(parallel_mode=ms.ParallelMode.DATA_PARALLEL, gradients_mean=True)
             self._reducer = nn.DistributedGradReducer(self.optimizer.parameters, mean=True)
-        self._objective = Objective(self.model, self.loss_func, self.compute_loss)
         if self.mixed_precision in ("fp16", "bf16"):
-            kind = ms.float16 if self.mixed_precision == "fp16" else ms.bfloat16
-            self._objective = ms.amp.auto_mixed_precision(self._objective, "O1", kind)
+            self._undo = lower(self.model, ms.float16 if self.mixed_precision == "fp16" else ms.bfloat16)
+        self._objective = Objective(self.model, self.loss_func, self.compute_loss)
         self._gradient = ms.value_and_grad(self._objective, None, self.optimizer.parameters)
         self._scheduler = options.scheduler(self.optimizer)
         self._rate = None if self._scheduler is None or hasattr(self._scheduler, "step") else self._learning_rate()
@@ -108,6 +109,8 @@ class Trainer(TrainerLoop):
         self._clip = (options.clip_value, options.clip_norm)
 
     def _finish(self) -> None:
+        self._undo()
+        self._undo = _nothing
         self._objective = self._gradient = self._reducer = None
 
     def _modes(self, training: bool) -> None:
@@ -223,7 +226,7 @@ class Trainer(TrainerLoop):
                 if self.metrics and (self.loss_func is None or self.compute_loss is not None):
                     raise ConfigError("metrics need loss_func and batches of (inputs, targets)")
                 if self.loss_func is not None:
-                    outputs = self.model(*arguments[:-1])
+                    outputs = lift(self.model(*arguments[:-1]))
                     values = [self.loss_func(outputs, arguments[-1])]
                     values += [f(outputs, arguments[-1]) for f in self.metrics.values()]
                 else:
@@ -299,8 +302,8 @@ class Objective(nn.Cell):
         if self.computes:
             return self.compute_loss(self.model, args[0])
         if self.compares:
-            return self.loss_func(self.model(*args[:-1]), args[-1])
-        output = self.model(*args)
+            return self.loss_func(lift(self.model(*args[:-1])), args[-1])
+        output = lift(self.model(*args))
         if isinstance(output, tuple):
             return output[0]
         return output
@@ -313,6 +316,10 @@ class _AllSum(nn.Cell):
 
     def construct(self, x):
         return self.reduce(x)
+
+
+def _nothing() -> None:
+    """Nothing was lowered."""
 
 
 def _adamw(parameters: list[ms.Parameter]) -> nn.Cell:

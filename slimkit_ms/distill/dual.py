@@ -14,6 +14,7 @@ from slimkit.core.errors import ConfigError
 from slimkit_ms import bridge
 from slimkit_ms.distill import taps
 from slimkit_ms.distill.losses import Terms
+from slimkit_ms.distill.taps import choose, width_of
 
 import mindspore as ms
 from mindspore import nn, ops
@@ -185,8 +186,8 @@ class DistillDualModels(nn.Cell):
             widths = self._widths(place)
             if check_shapes(label, tuple(student.shape), tuple(teacher.shape), projected=widths) and not widths:
                 raise ConfigError(
-                    f"{label.label}: widths {_width(student)} and {_width(teacher)} differ and need a projection: pass "
-                    "inputs=one example batch to get_distill_model, or the key widths, before making the optimizer"
+                    f"{label.label}: widths {width_of(student)} and {width_of(teacher)} differ and need a projection: "
+                    "pass inputs=one example batch to get_distill_model, or the key widths, before making the optimizer"
                 )
         return student, teacher, self._mask(label, args, kwargs)
 
@@ -246,7 +247,7 @@ class DistillDualModels(nn.Cell):
                         raise ConfigError(f"a module of {label.label} did not run in this forward")
                     widths = self._widths(place)
                     if check_shapes(label, tuple(student.shape), tuple(teacher.shape), projected=widths) and not widths:
-                        self._project(place, _width(student), _width(teacher))
+                        self._project(place, width_of(student), width_of(teacher))
                     mask = self._mask(label, args, kwargs)
                     if label.t_module is not None:
                         n = len(label.losses)
@@ -330,24 +331,6 @@ class DistillDualModels(nn.Cell):
                     raise ConfigError(
                         f"{label.label}: {term.func_name} has parameters, which GRAPH mode cannot train inside"
                     )
-
-
-def choose(value, index):
-    """One output by position, key or path, in a form the graph compiler reads."""
-    if index is None:
-        return value
-    if isinstance(index, tuple):
-        for step in index:
-            value = choose(value, step)
-        return value
-    # A tensor is the only output: indexing it would take a row of the batch.
-    if isinstance(value, ms.Tensor):
-        return value
-    return value[index]
-
-
-def _width(x: Any) -> int:
-    return int(x.shape[1] if x.ndim == 4 else x.shape[-1])
 
 
 def get_distill_model(

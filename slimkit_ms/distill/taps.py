@@ -178,3 +178,22 @@ def find(model: nn.Cell, path: str, where: str) -> nn.Cell:
         return bridge.get_module(model, path)
     except ValueError as error:
         raise ConfigError(f"{where}: {error}") from None
+
+
+def choose(value, index):
+    """One output by position, key or path, in a form the graph compiler reads."""
+    if index is None:
+        return value
+    if isinstance(index, tuple):
+        for step in index:
+            value = choose(value, step)
+        return value
+    # A tensor is the only output: indexing it would take a row of the batch.
+    if isinstance(value, ms.Tensor):
+        return value
+    return value[index]
+
+
+def width_of(x: Any) -> int:
+    """Channels of a map, or the last axis."""
+    return int(x.shape[1] if x.ndim == 4 else x.shape[-1])

@@ -96,7 +96,7 @@ def inner(*terms, t="second", s="second", **kw):
 
 def soft(kit, dual, x):
     found = dual(x)
-    return found[0] if kit.name == "torch" else found
+    return found[0].detach() if kit.name == "torch" else found
 
 
 def forward(values, x, upto="head"):

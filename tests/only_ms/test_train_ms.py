@@ -92,6 +92,21 @@ def test_keys_of_a_mapping_are_arguments_of_the_cell():
         Trainer(Named(), nn.MSELoss(), sgd).train([{"y": one, "labels": one}], 1)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_fp16_trains_close_to_float32_and_is_undone(compiled, request):
+    if compiled:
+        request.getfixturevalue("graph")
+    model = net()
+    half = (
+        Trainer(model, nn.MSELoss(), sgd, mixed_precision="fp16").train(Pairs(), 1).get_metric_values("train_loss_step")
+    )
+    # three digits of fp16 in each matrix product
+    np.testing.assert_allclose(half, by_hand(1), rtol=2e-2)
+    assert (np.array(half) != by_hand(1).astype(np.float32)).any()
+    assert model(ms.Tensor(Pairs().x)).dtype == ms.float32
+    assert all(p.dtype == ms.float32 for p in model.get_parameters())
+
+
 @pytest.mark.slow
 def test_two_workers_have_the_loss_curve_of_one(tmp_path):
     script = str(FOLDER / "two_workers.py")
