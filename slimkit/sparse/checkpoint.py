@@ -66,6 +66,7 @@ def sparsify_checkpoint(
         shutil.rmtree(part) if part.is_dir() else part.unlink()
     report_file = target / "sparse_report.json"
     if report_file.exists():
+        _tidy(state)  # the kill may have come while tidying
         return files.read_json(report_file)
     host = CheckpointHost(source, state, places, names)
     report, _ = compress(host, cfg, data)
@@ -74,12 +75,16 @@ def sparsify_checkpoint(
     report = {k: v for k, v in report.items() if k != "seconds"}
     _finish(source, target, host.finished())
     files.write_json(report_file, report)
+    _tidy(state)
+    return report
+
+
+def _tidy(state: Path) -> None:
     for leftover in state.iterdir():
         if leftover.is_dir():
             shutil.rmtree(leftover)
         elif leftover.name != "job.json":
             leftover.unlink()
-    return report
 
 
 def _digest(data: Sequence[Any]) -> str:
