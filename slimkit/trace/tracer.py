@@ -11,8 +11,8 @@ from slimkit import bridge
 from slimkit.core import check
 from slimkit.core.batch import as_call
 from slimkit.core.errors import GraphError
-from slimkit.core.graph import Graph
 from slimkit.core.log import logger
+from slimkit.core.prune.graph import Graph
 from slimkit.trace.aten import POINTWISE, READERS, UNIFORM
 from slimkit.trace.shapes import max_pool, quick
 
@@ -305,6 +305,17 @@ class Recorder(TorchDispatchMode):
         self.graph.add(op, sources, made, scope=self.scopes[-1], **attrs)
 
 
+_HOOKS = frozenset(
+    {
+        "_forward_hooks",
+        "_forward_pre_hooks",
+        "_forward_hooks_with_kwargs",
+        "_forward_pre_hooks_with_kwargs",
+        "_forward_hooks_always_called",
+    }
+)
+
+
 def _fits(name: str, args: list[Any]) -> bool:
     """Whether a layer norm's written shape is its input's; torch is to complain where it is not."""
     return name != "native_layer_norm" or list(args[1]) == list(args[0].shape[-len(args[1]) :])
@@ -315,10 +326,11 @@ def _unmarked(model: nn.Module) -> Iterator[None]:
     """Take back what the forward pass leaves in modules, such as caches, which would hold tensors without values."""
     kept = []
     for module in model.modules():
-        if not type(module).__module__.startswith("torch.nn."):
-            state = dict(vars(module))
-            inner = {k: copy.copy(v) for k, v in state.items() if type(v) in (dict, list) and not k.endswith("_hooks")}
-            kept.append((module, state, inner))
+        state = dict(vars(module))
+        own = not type(module).__module__.startswith("torch.nn.")
+        # Hooks too: a module that hooks its children once notes it in an attribute, and both must go together.
+        inner = {k: copy.copy(v) for k, v in state.items() if k in _HOOKS or (own and type(v) in (dict, list))}
+        kept.append((module, state, inner))
     try:
         yield
     finally:
@@ -327,7 +339,7 @@ def _unmarked(model: nn.Module) -> Iterator[None]:
             vars(module).update(state)
             for key, value in inner.items():
                 held = state[key]
-                if type(held) is dict:
+                if isinstance(held, dict):
                     held.clear()
                     held.update(value)
                 else:

@@ -30,3 +30,11 @@ def test_hidden_width_is_prunable_too(name):
     kinds = {report["variables"][n]["kind"] for n in desc["variables"]}
     assert "hidden" in kinds
     assert abs(report["reached"] - 0.7) <= 0.02
+
+
+@pytest.mark.parametrize("name", language.MORE)
+def test_families_without_a_rule_of_their_own(name):
+    model, inputs = language.build(name)
+    for hidden in (False, True):
+        _, _, report = oracle.check(model, inputs, 0.7, hidden=hidden)
+        assert abs(report["reached"] - 0.7) <= 0.02

@@ -9,7 +9,7 @@ import numpy as np
 
 from slimkit import surgery
 from slimkit.core.batch import as_call
-from slimkit.core.plan import Plan
+from slimkit.core.prune.plan import Plan
 from slimkit.prune import PruneTorch
 
 import torch
