@@ -56,7 +56,7 @@ def run(
     Example: slimkit run tools/recipes/digits.yaml --set seed=3 --output runs/digits-3
     """
     from slimkit.core.log import set_logger_level
-    from slimkit.core.recipe import load_recipe
+    from slimkit.core.run.recipe import load_recipe
 
     set_logger_level("warning" if quiet else "info")
     checked = load_recipe(recipe, _overrides(set_ or []))
@@ -65,7 +65,7 @@ def run(
         return
     folder = output or Path(checked.output or f"runs/{checked.name}")
 
-    from slimkit.core.pipeline import run_recipe
+    from slimkit.core.run.pipeline import run_recipe
     from slimkit.stages import TorchWing
 
     report = run_recipe(checked, recipe.parent, TorchWing(), folder, restart=restart)
@@ -89,7 +89,7 @@ def _overrides(pairs: list[str]) -> dict[str, Any]:
 
 def _show(report: dict[str, Any], folder: Path, as_json: bool) -> None:
     """The summary: dense against final, what the stages say, and where the report is."""
-    from slimkit.core.report import headline, summary_rows
+    from slimkit.core.run.report import headline, summary_rows
 
     rows = summary_rows(report)
     if as_json:

@@ -9,8 +9,8 @@ import numpy as np
 
 from slimkit import bridge
 from slimkit.core.log import progress
-from slimkit.core.plan import Plan
-from slimkit.core.refit import Moments, refit
+from slimkit.core.prune.plan import Plan
+from slimkit.core.prune.refit import Moments, refit
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +30,7 @@ def compensate(
         plan: the cut.
         layers: paths in the order they run.
         data: calibration batches.
-        damping: see `slimkit.core.refit.refit`.
+        damping: see `slimkit.core.prune.refit.refit`.
 
     Returns:
         {"refitted": layer -> rows of calibration data it saw, "left": layers that were left alone -> why}.

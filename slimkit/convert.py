@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from slimkit import bridge  # noqa: F401 - says in one line that torch is missing
-from slimkit.core import convert
-from slimkit.core.convert import ConvertReport
+from slimkit.core.convert import stream as convert
+from slimkit.core.convert.stream import ConvertReport
 
 import torch
 

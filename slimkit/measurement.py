@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 from slimkit import bridge
-from slimkit.core.measurement import LayerMeasurement, Measurement
+from slimkit.core.run.measurement import LayerMeasurement, Measurement
 
 import torch
 from torch import nn

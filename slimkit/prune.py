@@ -12,10 +12,10 @@ from slimkit import bridge, surgery
 from slimkit.compensate import compensate
 from slimkit.core import files
 from slimkit.core.errors import FileFormatError
-from slimkit.core.graph import Graph
 from slimkit.core.lazy import door
-from slimkit.core.plan import Plan
-from slimkit.core.pruner import PrunerBase
+from slimkit.core.prune.graph import Graph
+from slimkit.core.prune.plan import Plan
+from slimkit.core.prune.pruner import PrunerBase
 from slimkit.trace import trace
 from slimkit.trace.tracer import Recorder, example, record
 

@@ -11,15 +11,16 @@ from typing import Any
 import numpy as np
 
 from slimkit import bridge, checkpoint, delta, distill, export, freeze, prune, sparse, train, weights
-from slimkit.core import check, factory, recipe
-from slimkit.core.blocks import PruneConfig
-from slimkit.core.distill import KnowledgeDistillConfig
+from slimkit.core import check
+from slimkit.core.distill.config import KnowledgeDistillConfig
 from slimkit.core.errors import ConfigError
-from slimkit.core.measurement import Measurement, show
 from slimkit.core.onnxfile import OnnxReport, onnx_latency
-from slimkit.core.pipeline import StageContext, StageResult, digest_mapping
-from slimkit.core.recipe import Recipe
+from slimkit.core.run import factory, recipe
+from slimkit.core.run.measurement import Measurement, show
+from slimkit.core.run.pipeline import StageContext, StageResult, digest_mapping
+from slimkit.core.run.recipe import Recipe
 from slimkit.core.sparse import SparseConfig
+from slimkit.core.weights.blocks import PruneConfig
 from slimkit.measurement import measure_model
 
 import torch
@@ -32,7 +33,7 @@ ComputeLoss = Callable[[nn.Module, Any], torch.Tensor]
 
 
 class TorchWing:
-    """PyTorch's answers to the runner of recipes (`slimkit.core.pipeline.Wing`)."""
+    """PyTorch's answers to the runner of recipes (`slimkit.core.run.pipeline.Wing`)."""
 
     def seed(self, seed: int) -> None:
         """Seed Python, NumPy and torch."""

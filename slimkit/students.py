@@ -12,8 +12,8 @@ from typing import Any
 
 from slimkit import bridge
 from slimkit.core import check
+from slimkit.core.distill.students import cut_config, size_names, spread_layers
 from slimkit.core.errors import UnsupportedError
-from slimkit.core.students import cut_config, size_names, spread_layers
 from slimkit.weights import prune_model_weight
 
 import torch

@@ -10,7 +10,7 @@ import numpy as np
 
 from slimkit.attention import PrunedMultiheadAttention
 from slimkit.core.errors import PlanError
-from slimkit.core.plan import Plan
+from slimkit.core.prune.plan import Plan
 from slimkit.trace.tracer import is_layer, named_tensors
 
 import torch

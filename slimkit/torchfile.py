@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from slimkit import bridge  # noqa: F401 - says in one line that torch is missing
-from slimkit.core import files, torchfile
-from slimkit.core.torchfile import tag_of as tag_of
-from slimkit.core.weightfile import Array
+from slimkit.core import files
+from slimkit.core.checkpoint import torchfile
+from slimkit.core.checkpoint.torchfile import tag_of as tag_of
+from slimkit.core.checkpoint.weightfile import Array
 
 import torch
 

@@ -11,14 +11,15 @@ from typing import Any
 import numpy as np
 
 from slimkit import bridge
-from slimkit.core import check, files, packing
+from slimkit.core import check, files
 from slimkit.core.batch import as_call
 from slimkit.core.errors import ConfigError, FileFormatError
 from slimkit.core.lazy import door as _door
 from slimkit.core.lazy import library
-from slimkit.core.loading import LoaderOptions, is_samples, plan_batches, split_batch
-from slimkit.core.train import TrainerLoop
-from slimkit.core.updates import TrainOptions
+from slimkit.core.train import packing
+from slimkit.core.train.loading import LoaderOptions, is_samples, plan_batches, split_batch
+from slimkit.core.train.loop import TrainerLoop
+from slimkit.core.train.updates import TrainOptions
 
 import torch
 

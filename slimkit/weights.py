@@ -8,12 +8,12 @@ from typing import Any
 from slimkit import bridge
 from slimkit.core import check
 from slimkit.core.batch import dataset
-from slimkit.core.blocks import PruneConfig
-from slimkit.core.cut import plan_weights
-from slimkit.core.influence import Influence, LayerSuggestion, find_stack, first_tensor, mask_of
+from slimkit.core.checkpoint.openweights import open_weights, source_config
 from slimkit.core.lazy import library
 from slimkit.core.log import progress
-from slimkit.core.openweights import open_weights, source_config
+from slimkit.core.weights.blocks import PruneConfig
+from slimkit.core.weights.cut import plan_weights
+from slimkit.core.weights.influence import Influence, LayerSuggestion, find_stack, first_tensor, mask_of
 from slimkit.torchfile import TorchFile
 
 import torch

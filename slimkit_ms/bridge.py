@@ -8,11 +8,11 @@ from typing import Any
 
 from slimkit.core import check
 from slimkit.core.batch import as_call
-from slimkit.core.coupling import Structure, Target
 from slimkit.core.errors import ArgumentError
 from slimkit.core.freeze import Entry
-from slimkit.core.heads import Heads, heads_told_by
 from slimkit.core.lazy import require
+from slimkit.core.weights.coupling import Structure, Target
+from slimkit.core.weights.heads import Heads, heads_told_by
 
 require("mindspore")
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from slimkit.core import convert
-from slimkit.core.convert import ConvertReport
+from slimkit.core.convert import stream as convert
+from slimkit.core.convert.stream import ConvertReport
 from slimkit.core.lazy import require
 from slimkit_ms import bridge  # noqa: F401 - says in one line that MindSpore is missing
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from slimkit.core.loading import LoaderOptions
+from slimkit.core.train.loading import LoaderOptions
 from slimkit_ms import bridge  # noqa: F401  (says in one line that MindSpore is missing)
 
 import mindspore as ms

@@ -10,14 +10,14 @@ import numpy as np
 
 from slimkit.core import files
 from slimkit.core.batch import as_call
-from slimkit.core.dims import find, leaves
 from slimkit.core.errors import FileFormatError, GraphError
-from slimkit.core.graph import Graph
 from slimkit.core.lazy import door
-from slimkit.core.plan import Plan
-from slimkit.core.pruner import PrunerBase
-from slimkit.core.rules import SCALE, Relations
-from slimkit.core.solve import Coupling, View
+from slimkit.core.prune.dims import find, leaves
+from slimkit.core.prune.graph import Graph
+from slimkit.core.prune.plan import Plan
+from slimkit.core.prune.pruner import PrunerBase
+from slimkit.core.prune.rules import SCALE, Relations
+from slimkit.core.prune.solve import Coupling, View
 from slimkit_ms import bridge
 from slimkit_ms.compensate import compensate
 from slimkit_ms.surgery import Attributes, Foretold, Keep, Knife, RefusedError, Undo, cut_by_attributes

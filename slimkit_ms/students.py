@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from slimkit.core import check, files
+from slimkit.core.distill.students import cut_config, spread_layers
 from slimkit.core.errors import ConfigError
 from slimkit.core.match import bounded_regex
-from slimkit.core.students import cut_config, spread_layers
 from slimkit_ms import bridge
 from slimkit_ms.weights import prune_model_weight
 

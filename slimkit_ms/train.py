@@ -14,10 +14,10 @@ import numpy as np
 from slimkit.core import check, files
 from slimkit.core.errors import ConfigError, UnsupportedError
 from slimkit.core.lazy import door as _door
-from slimkit.core.loading import LoaderOptions, is_samples, plan_batches, split_batch
-from slimkit.core.packing import pack, unpack
-from slimkit.core.train import TrainerLoop
-from slimkit.core.updates import TrainOptions
+from slimkit.core.train.loading import LoaderOptions, is_samples, plan_batches, split_batch
+from slimkit.core.train.loop import TrainerLoop
+from slimkit.core.train.packing import pack, unpack
+from slimkit.core.train.updates import TrainOptions
 from slimkit_ms import bridge
 from slimkit_ms.loading import Pipeline, Samples, Shared, count, stack, tensors
 from slimkit_ms.precision import lift, lower

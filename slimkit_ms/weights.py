@@ -10,12 +10,12 @@ import numpy as np
 
 from slimkit.core import check
 from slimkit.core.batch import dataset
-from slimkit.core.blocks import PruneConfig
-from slimkit.core.cut import plan_weights
+from slimkit.core.checkpoint.openweights import open_weights, source_config
 from slimkit.core.errors import FileFormatError
-from slimkit.core.influence import Influence, LayerSuggestion, find_stack, first_tensor, mask_of
 from slimkit.core.log import progress
-from slimkit.core.openweights import open_weights, source_config
+from slimkit.core.weights.blocks import PruneConfig
+from slimkit.core.weights.cut import plan_weights
+from slimkit.core.weights.influence import Influence, LayerSuggestion, find_stack, first_tensor, mask_of
 from slimkit_ms import bridge
 
 import mindspore as ms

@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 
 from slimkit import bridge
-from slimkit.core import check, files, placing, saving
+from slimkit.core import check, files
+from slimkit.core.checkpoint import placing, saving
+from slimkit.core.checkpoint.openweights import open_weights
+from slimkit.core.checkpoint.placing import LoadReport
+from slimkit.core.checkpoint.saving import Items, Saving
+from slimkit.core.checkpoint.weightfile import Array, Arrays, Entry, Weights, tag_of
 from slimkit.core.errors import ArgumentError
-from slimkit.core.openweights import open_weights
-from slimkit.core.placing import LoadReport
-from slimkit.core.saving import Items, Saving
-from slimkit.core.weightfile import Array, Arrays, Entry, Weights, tag_of
 from slimkit.torchfile import TorchFile, restored, stored, write_torch
 from slimkit.torchfile import tag_of as torch_tag_of
 

@@ -7,12 +7,13 @@ from collections.abc import Callable
 from typing import Any
 
 from slimkit.checkpoint.byhand import described, write
-from slimkit.core import check, files, placing
+from slimkit.core import check, files
+from slimkit.core.checkpoint import placing
+from slimkit.core.checkpoint.placing import values_of
+from slimkit.core.checkpoint.savepolicy import CheckpointConfig, SavePolicy, appended
+from slimkit.core.checkpoint.saving import Items, Saving
+from slimkit.core.checkpoint.weightfile import Weights
 from slimkit.core.errors import PlanError
-from slimkit.core.placing import values_of
-from slimkit.core.savepolicy import CheckpointConfig, SavePolicy, appended
-from slimkit.core.saving import Items, Saving
-from slimkit.core.weightfile import Weights
 from slimkit.torchfile import restored
 
 import torch

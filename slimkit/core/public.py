@@ -10,10 +10,10 @@ ROOMS: dict[str, dict[str, str]] = {
         "PruneMindSpore": "prune",
         "save_pruned": "prune",
         "load_pruned": "prune",
-        "PruneConfig": "core.blocks",
+        "PruneConfig": "core.weights.blocks",
         "prune_model_weight": "weights",
         "suggest_layer_map": "weights",
-        "LayerSuggestion": "core.influence",
+        "LayerSuggestion": "core.weights.influence",
     },
     "sparse": {
         "SparseConfig": "core.sparse",
@@ -23,7 +23,7 @@ ROOMS: dict[str, dict[str, str]] = {
         "sparsify_checkpoint": "sparse",
     },
     "distill": {
-        "KnowledgeDistillConfig": "core.distill",
+        "KnowledgeDistillConfig": "core.distill.config",
         "DistillDualModels": "distill",
         "get_distill_model": "distill",
         "TeacherCache": "distill",
@@ -40,7 +40,7 @@ ROOMS: dict[str, dict[str, str]] = {
         "PromptTuning": "delta",
         "RDropLoss": "delta",
         "rdrop_repeat": "delta",
-        "DeltaReport": "core.delta",
+        "DeltaReport": "core.delta.spec",
         "apply_delta": "delta",
         "merge_delta": "delta",
         "unmerge_delta": "delta",
@@ -65,28 +65,28 @@ ROOMS: dict[str, dict[str, str]] = {
         "save_checkpoint": "checkpoint",
         "load_checkpoint": "checkpoint",
         "load_param_into_net": "checkpoint",
-        "LoadReport": "core.placing",
+        "LoadReport": "core.checkpoint.placing",
         "convert_checkpoint": "convert",
-        "ConvertReport": "core.convert",
+        "ConvertReport": "core.convert.stream",
         "save_delta": "delta",
         "load_delta": "delta",
     },
     "train": {
         "Trainer": "train",
-        "RunHistory": "core.history",
-        "InMemoryRunHistory": "core.history",
-        "TrainerRunConfig": "core.history",
-        "TrainerCallback": "core.callbacks",
-        "Checkpoints": "core.callbacks",
-        "EarlyStopping": "core.callbacks",
-        "GradualUnfreezing": "core.callbacks",
-        "CSVLogger": "core.runlog",
-        "JSONLogger": "core.runlog",
-        "ProgressBar": "core.runlog",
-        "TensorBoardLogger": "core.runlog",
-        "constant_schedule": "core.schedules",
-        "cosine_schedule": "core.schedules",
-        "linear_schedule": "core.schedules",
+        "RunHistory": "core.train.history",
+        "InMemoryRunHistory": "core.train.history",
+        "TrainerRunConfig": "core.train.history",
+        "TrainerCallback": "core.train.callbacks",
+        "Checkpoints": "core.train.callbacks",
+        "EarlyStopping": "core.train.callbacks",
+        "GradualUnfreezing": "core.train.callbacks",
+        "CSVLogger": "core.train.runlog",
+        "JSONLogger": "core.train.runlog",
+        "ProgressBar": "core.train.runlog",
+        "TensorBoardLogger": "core.train.runlog",
+        "constant_schedule": "core.train.schedules",
+        "cosine_schedule": "core.train.schedules",
+        "linear_schedule": "core.train.schedules",
     },
     "export": {
         "export_onnx": "export",
@@ -117,7 +117,7 @@ TOP: dict[str, str] = {
     "LinkPathError": "core.errors",
     "AbsolutePathError": "core.errors",
     "ReadYamlFileError": "core.errors",
-    "ShardError": "core.shard",
+    "ShardError": "core.delta.shard",
     "ModelConfigFreezeInfoError": "core.errors",
 }
 
@@ -143,7 +143,7 @@ def homes(package: str, room: str | None = None) -> dict[str, str]:
 
     Example:
         >>> homes("slimkit", "train")["RunHistory"]
-        'core.history'
+        'core.train.history'
     """
     tables = [ROOMS[room]] if room else [*ROOMS.values(), TOP]
     return {

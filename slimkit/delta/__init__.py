@@ -1,6 +1,6 @@
 """The delta room: layers with small trainable parts, and the calls that put them on a model and take them off."""
 
-from slimkit.core.delta import DeltaReport
+from slimkit.core.delta.spec import DeltaReport
 from slimkit.delta.adapter import AdapterDense, AdapterLayer
 from slimkit.delta.inject import (
     apply_delta,

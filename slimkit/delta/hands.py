@@ -8,12 +8,12 @@ from dataclasses import replace
 from typing import Any
 
 from slimkit import bridge
-from slimkit.core import inject, peft
-from slimkit.core.bundle import sample_places
-from slimkit.core.delta import PREFIX, Site
+from slimkit.core.delta import inject, peft
+from slimkit.core.delta.bundle import sample_places
+from slimkit.core.delta.spec import PREFIX, Site
+from slimkit.core.delta.travel import TravelHands
 from slimkit.core.errors import UnsupportedError
 from slimkit.core.freeze import Entry
-from slimkit.core.travel import TravelHands
 from slimkit.delta.adapter import AdapterDense
 from slimkit.delta.layer import DeltaLayer
 from slimkit.delta.lora import LoRADense

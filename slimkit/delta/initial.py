@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from slimkit.core import check
-from slimkit.core.layers import ACTIVATIONS, activation_name, check_shape, initializer_name
+from slimkit.core.delta.layers import ACTIVATIONS, activation_name, check_shape, initializer_name
 
 import torch
 from torch import nn

@@ -9,8 +9,8 @@ from typing import Any
 
 from slimkit import bridge
 from slimkit.core import check
-from slimkit.core import inject as steps
-from slimkit.core.delta import KINDS, DeltaReport
+from slimkit.core.delta import inject as steps
+from slimkit.core.delta.spec import KINDS, DeltaReport
 from slimkit.delta.hands import hands
 from slimkit.delta.prefix_model import put_prefix
 from slimkit.delta.prompt_model import FRONT, put_prompt

@@ -6,9 +6,9 @@ from typing import Any
 
 from slimkit import bridge
 from slimkit.core import check
-from slimkit.core import shard as rules
-from slimkit.core.layers import size
-from slimkit.core.named import OneAdapter
+from slimkit.core.delta import shard as rules
+from slimkit.core.delta.layers import size
+from slimkit.core.delta.named import OneAdapter
 from slimkit.delta import initial
 from slimkit.delta.shard import ShardPlan, plan
 

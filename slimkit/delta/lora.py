@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from slimkit import bridge
-from slimkit.core import shard as rules
-from slimkit.core.delta import DEFAULT_NAME, LoraSpec, key
-from slimkit.core.layers import check_alpha, check_dropout, size
-from slimkit.core.named import Part
+from slimkit.core.delta import shard as rules
+from slimkit.core.delta.layers import check_alpha, check_dropout, size
+from slimkit.core.delta.named import Part
+from slimkit.core.delta.spec import DEFAULT_NAME, LoraSpec, key
 from slimkit.delta import initial
 from slimkit.delta.fused import lora_linear
 from slimkit.delta.layer import DenseBase

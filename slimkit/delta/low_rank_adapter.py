@@ -6,8 +6,8 @@ from typing import Any
 
 from slimkit import bridge
 from slimkit.core import check
-from slimkit.core import shard as rules
-from slimkit.core.layers import activation_name, check_reduction, size
+from slimkit.core.delta import shard as rules
+from slimkit.core.delta.layers import activation_name, check_reduction, size
 from slimkit.delta import initial
 from slimkit.delta.layer import AdapterBase
 from slimkit.delta.shard import ShardPlan, plan

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from slimkit import bridge
-from slimkit.core.delta import LoraSpec, key
-from slimkit.core.named import NamedLoras, Part
+from slimkit.core.delta.named import NamedLoras, Part
+from slimkit.core.delta.spec import LoraSpec, key
 from slimkit.delta import initial
 from slimkit.delta.layer import DeltaLayer
 

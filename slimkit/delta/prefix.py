@@ -6,7 +6,7 @@ from typing import Any
 
 from slimkit import bridge
 from slimkit.core import check
-from slimkit.core.layers import check_prefix, rate, size
+from slimkit.core.delta.layers import check_prefix, rate, size
 
 import torch
 from torch import nn

@@ -9,10 +9,10 @@ from typing import Any
 
 from slimkit import bridge
 from slimkit.core import check
+from slimkit.core.delta.layers import rate, size
+from slimkit.core.delta.named import OneAdapter
 from slimkit.core.errors import PatternError, UnsupportedError
-from slimkit.core.layers import rate, size
 from slimkit.core.match import demand, match
-from slimkit.core.named import OneAdapter
 from slimkit.delta.layer import DeltaLayer
 from slimkit.delta.prefix import PrefixLayer
 

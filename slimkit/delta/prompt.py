@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from slimkit import bridge
-from slimkit.core.layers import size
+from slimkit.core.delta.layers import size
 
 import torch
 from torch import nn

@@ -6,9 +6,9 @@ from typing import Any
 
 from slimkit import bridge
 from slimkit.core import check
+from slimkit.core.delta.layers import size
+from slimkit.core.delta.named import OneAdapter
 from slimkit.core.errors import UnsupportedError
-from slimkit.core.layers import size
-from slimkit.core.named import OneAdapter
 from slimkit.delta.layer import DeltaLayer
 from slimkit.delta.prompt import PromptTuning
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from slimkit import bridge
-from slimkit.core.layers import check_pairs, check_rdrop_alpha
+from slimkit.core.delta.layers import check_pairs, check_rdrop_alpha
 
 import torch
 from torch import nn

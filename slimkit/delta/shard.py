@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from slimkit import bridge
-from slimkit.core import shard as rules
+from slimkit.core.delta import shard as rules
 
 import torch
 from torch import nn

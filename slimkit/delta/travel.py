@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from slimkit import bridge
-from slimkit.core import check, travel
-from slimkit.core.delta import DeltaReport
+from slimkit.core import check
+from slimkit.core.delta import travel
+from slimkit.core.delta.spec import DeltaReport
 from slimkit.delta.hands import hands
 
 from torch import nn

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from slimkit import bridge
-from slimkit.core.distill import SoftLabel
-from slimkit.core.distill_shapes import pick
-from slimkit.core.teacher_cache import TeacherFiles
+from slimkit.core.distill.config import SoftLabel
+from slimkit.core.distill.shapes import pick
+from slimkit.core.distill.teacher_cache import TeacherFiles
 from slimkit.distill import taps
 
 import torch
@@ -26,7 +26,7 @@ class TeacherCache(TeacherFiles):
 
     Example:
         >>> import tempfile
-        >>> from slimkit.core.distill import KnowledgeDistillConfig
+        >>> from slimkit.core.distill.config import KnowledgeDistillConfig
         >>> config = KnowledgeDistillConfig().add_output_soft_label({
         ...     "t_output_idx": 0, "s_output_idx": 0, "loss_func": [{"func_name": "KDMse", "func_weight": 1}]})
         >>> batches, folder = [torch.ones(2, 3)], tempfile.mkdtemp()

@@ -10,8 +10,8 @@ from typing import Any
 from slimkit import bridge
 from slimkit.core import check
 from slimkit.core.batch import as_call
-from slimkit.core.distill import DistillSpec, KnowledgeDistillConfig, SoftLabel
-from slimkit.core.distill_shapes import check_shapes, pick, projection_values
+from slimkit.core.distill.config import DistillSpec, KnowledgeDistillConfig, SoftLabel
+from slimkit.core.distill.shapes import check_shapes, pick, projection_values
 from slimkit.core.errors import ConfigError
 from slimkit.distill import losses, taps
 

@@ -1,4 +1,4 @@
-"""The distillation losses for PyTorch; slimkit.core.distill_losses defines them, these must agree to 1e-5."""
+"""The distillation losses for PyTorch; slimkit.core.distill.losses defines them, these must agree to 1e-5."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import TypeAlias
 
 from slimkit import bridge  # noqa: F401  (says in one line that torch is missing)
-from slimkit.core.distill import LossTerm
-from slimkit.core.distill_losses import MASKED_KEY, MASKED_SCORE
+from slimkit.core.distill.config import LossTerm
+from slimkit.core.distill.losses import MASKED_KEY, MASKED_SCORE
 
 import torch
 from torch import Tensor

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from slimkit import bridge
-from slimkit.core.distill import Index, SoftLabel
-from slimkit.core.distill_shapes import pick
+from slimkit.core.distill.config import Index, SoftLabel
+from slimkit.core.distill.shapes import pick
 from slimkit.core.errors import ConfigError
 
 import torch

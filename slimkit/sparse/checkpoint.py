@@ -57,7 +57,8 @@ def sparsify_checkpoint(
     places = shards.locate(source)
     data = list(batches.dataset(dataset)) if cfg.needs_data else []
     state = target / STATE
-    if target.exists() and any(target.iterdir()) and not (state / "job.json").exists():
+    # A run killed in its first moments leaves its state folder and nothing else.
+    if target.exists() and any(f.name != STATE for f in target.iterdir()) and not (state / "job.json").exists():
         check.wrong_value("dst", "absent, empty, or an unfinished run", str(target))
     digests = {f.name: files.digest_file(f) for f in sorted({p.file for p in places.values()})}
     job = {"config": cfg.to_dict(), "source": digests, "dataset": _digest(data), "threads": torch.get_num_threads()}

@@ -9,13 +9,14 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from slimkit.core import check, files, placing, saving
-from slimkit.core.ckpt import TAGS, TYPES
+from slimkit.core import check, files
+from slimkit.core.checkpoint import placing, saving
+from slimkit.core.checkpoint.ckpt import TAGS, TYPES
+from slimkit.core.checkpoint.openweights import open_weights
+from slimkit.core.checkpoint.placing import LoadReport
+from slimkit.core.checkpoint.saving import Items, Saving
+from slimkit.core.checkpoint.weightfile import Array, Arrays, Entry, Weights, decode, tag_of
 from slimkit.core.errors import ArgumentError, FileFormatError
-from slimkit.core.openweights import open_weights
-from slimkit.core.placing import LoadReport
-from slimkit.core.saving import Items, Saving
-from slimkit.core.weightfile import Array, Arrays, Entry, Weights, decode, tag_of
 from slimkit_ms import bridge
 
 import mindspore as ms

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from slimkit.core import check, files, saving
-from slimkit.core.savepolicy import SavePolicy
-from slimkit.core.saving import Items, Saving
+from slimkit.core import check, files
+from slimkit.core.checkpoint import saving
+from slimkit.core.checkpoint.savepolicy import SavePolicy
+from slimkit.core.checkpoint.saving import Items, Saving
 from slimkit_ms import bridge
 from slimkit_ms.checkpoint.byhand import described, parameter_items
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import Any
 
-from slimkit.core import shard as rules
-from slimkit.core.layers import activation_name, size
+from slimkit.core.delta import shard as rules
+from slimkit.core.delta.layers import activation_name, size
 from slimkit_ms import bridge
 from slimkit_ms.delta import initial
 from slimkit_ms.delta.layer import AdapterBase

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from slimkit.core.bundle import sample_places
-from slimkit.core.delta import PREFIX, Site
+from slimkit.core.delta.bundle import sample_places
+from slimkit.core.delta.spec import PREFIX, Site
+from slimkit.core.delta.travel import TravelHands
 from slimkit.core.errors import UnsupportedError
 from slimkit.core.freeze import Entry
-from slimkit.core.travel import TravelHands
 from slimkit_ms import bridge
 from slimkit_ms.delta.adapter import AdapterDense
 from slimkit_ms.delta.layer import DeltaLayer

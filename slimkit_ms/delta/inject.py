@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from slimkit.core import check
-from slimkit.core import inject as steps
-from slimkit.core.delta import KINDS, DeltaReport
+from slimkit.core.delta import inject as steps
+from slimkit.core.delta.spec import KINDS, DeltaReport
 from slimkit.core.errors import UnsupportedError
 from slimkit_ms import bridge
 from slimkit_ms.delta.hands import hands

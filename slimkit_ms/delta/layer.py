@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from slimkit.core import check
-from slimkit.core import shard as rules
-from slimkit.core.layers import size
-from slimkit.core.named import OneAdapter
+from slimkit.core.delta import shard as rules
+from slimkit.core.delta.layers import size
+from slimkit.core.delta.named import OneAdapter
 from slimkit_ms import bridge
 from slimkit_ms.delta import initial
 from slimkit_ms.delta.shard import check_only, record

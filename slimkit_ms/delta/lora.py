@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from slimkit.core import shard as rules
-from slimkit.core.delta import DEFAULT_NAME, LoraSpec, key
-from slimkit.core.layers import check_alpha, check_dropout, size
+from slimkit.core.delta import shard as rules
+from slimkit.core.delta.layers import check_alpha, check_dropout, size
+from slimkit.core.delta.spec import DEFAULT_NAME, LoraSpec, key
 from slimkit_ms import bridge
 from slimkit_ms.delta import initial
 from slimkit_ms.delta.layer import DenseBase

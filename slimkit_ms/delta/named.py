@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from slimkit.core.delta import LoraSpec, key
-from slimkit.core.named import NamedLoras, Part
+from slimkit.core.delta.named import NamedLoras, Part
+from slimkit.core.delta.spec import LoraSpec, key
 from slimkit_ms import bridge
 from slimkit_ms.delta import initial
 from slimkit_ms.delta.layer import DeltaLayer

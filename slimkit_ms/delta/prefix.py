@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from slimkit.core import check
-from slimkit.core.layers import check_prefix, rate, size
+from slimkit.core.delta.layers import check_prefix, rate, size
 from slimkit_ms import bridge
 
 import mindspore as ms

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from slimkit.core.layers import size
+from slimkit.core.delta.layers import size
 from slimkit_ms import bridge
 
 import mindspore as ms

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from slimkit.core.layers import check_pairs, check_rdrop_alpha
+from slimkit.core.delta.layers import check_pairs, check_rdrop_alpha
 from slimkit_ms import bridge
 
 import mindspore as ms

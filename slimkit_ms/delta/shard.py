@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from slimkit.core import shard as rules
+from slimkit.core.delta import shard as rules
 from slimkit_ms import bridge
 
 from mindspore import nn, ops

@@ -6,8 +6,9 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from slimkit.core import check, travel
-from slimkit.core.delta import DeltaReport
+from slimkit.core import check
+from slimkit.core.delta import travel
+from slimkit.core.delta.spec import DeltaReport
 from slimkit_ms import bridge
 from slimkit_ms.delta.hands import hands
 

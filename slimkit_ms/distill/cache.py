@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from slimkit.core.distill import SoftLabel
-from slimkit.core.distill_shapes import pick
-from slimkit.core.teacher_cache import TeacherFiles
+from slimkit.core.distill.config import SoftLabel
+from slimkit.core.distill.shapes import pick
+from slimkit.core.distill.teacher_cache import TeacherFiles
 from slimkit_ms import bridge
 from slimkit_ms.distill import taps
 

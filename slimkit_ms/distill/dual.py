@@ -8,8 +8,8 @@ from typing import Any
 
 from slimkit.core import check
 from slimkit.core.batch import as_call
-from slimkit.core.distill import DistillSpec, KnowledgeDistillConfig
-from slimkit.core.distill_shapes import check_shapes, pick, projection_values
+from slimkit.core.distill.config import DistillSpec, KnowledgeDistillConfig
+from slimkit.core.distill.shapes import check_shapes, pick, projection_values
 from slimkit.core.errors import ConfigError
 from slimkit_ms import bridge
 from slimkit_ms.distill import taps

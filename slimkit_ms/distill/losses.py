@@ -1,11 +1,11 @@
-"""The distillation losses for MindSpore; slimkit.core.distill_losses defines them, these must agree to 1e-5."""
+"""The distillation losses for MindSpore; slimkit.core.distill.losses defines them, these must agree to 1e-5."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from slimkit.core.distill import LossTerm
-from slimkit.core.distill_losses import MASKED_KEY, MASKED_SCORE
+from slimkit.core.distill.config import LossTerm
+from slimkit.core.distill.losses import MASKED_KEY, MASKED_SCORE
 from slimkit_ms import bridge  # noqa: F401  (says in one line that MindSpore is missing)
 
 import mindspore as ms

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from slimkit.core.distill import SoftLabel
-from slimkit.core.distill_shapes import pick
+from slimkit.core.distill.config import SoftLabel
+from slimkit.core.distill.shapes import pick
 from slimkit.core.errors import ConfigError
 from slimkit_ms import bridge
 from slimkit_ms.distill.losses import Terms

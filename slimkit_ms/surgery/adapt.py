@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from slimkit.core.dims import FIXED, find, unify
-from slimkit.core.graph import Node
-from slimkit.core.solve import WRITTEN, Coupling
+from slimkit.core.prune.dims import FIXED, find, unify
+from slimkit.core.prune.graph import Node
+from slimkit.core.prune.solve import WRITTEN, Coupling
 from slimkit_ms import bridge
 from slimkit_ms.surgery import RefusedError
 from slimkit_ms.trace import Traced

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from slimkit.core.dims import FREE, PRODUCT, SUM, Dim, find, leaves
-from slimkit.core.rules import Relations
+from slimkit.core.prune.dims import FREE, PRODUCT, SUM, Dim, find, leaves
+from slimkit.core.prune.rules import Relations
 
 Index = np.ndarray[Any, np.dtype[np.int64]]
 

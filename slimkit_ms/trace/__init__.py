@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from slimkit.core.errors import ArgumentError
-from slimkit.core.graph import Graph
+from slimkit.core.prune.graph import Graph
 from slimkit_ms import bridge
 from slimkit_ms.trace.builder import Builder, Entry, NotSaid, flat_shapes
 from slimkit_ms.trace.mindir import Constant, Flat, Record, compile_flat

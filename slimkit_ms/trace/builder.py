@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from slimkit.core.graph import Graph
+from slimkit.core.prune.graph import Graph
 from slimkit_ms.trace.mindir import Constant, Record, Shape
 
 Rule = Callable[["Builder", Record], Any]

@@ -1,4 +1,4 @@
-"""The table of rules: how each MindSpore primitive reads in the vocabulary of slimkit.core.graph."""
+"""The table of rules: how each MindSpore primitive reads in the vocabulary of slimkit.core.prune.graph."""
 
 from __future__ import annotations
 

@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from slimkit.core import files, manifest
+from slimkit.core import files
+from slimkit.core.checkpoint import manifest
 from slimkit.core.errors import (
     ArgumentError,
     ArgumentTypeError,

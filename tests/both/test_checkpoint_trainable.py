@@ -5,9 +5,9 @@ import time
 
 import pytest
 
-from slimkit.core import manifest
+from slimkit.core.checkpoint import manifest
+from slimkit.core.checkpoint.savepolicy import CheckpointConfig, SavePolicy, appended
 from slimkit.core.errors import AbsolutePathError, ArgumentError, ArgumentTypeError, LinkPathError
-from slimkit.core.savepolicy import CheckpointConfig, SavePolicy, appended
 
 
 @pytest.mark.parametrize(

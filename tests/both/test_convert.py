@@ -5,10 +5,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slimkit.core import moves, weightfile
-from slimkit.core.ckpt import Ckpt, stream_ckpt
+from slimkit.core.checkpoint import weightfile
+from slimkit.core.checkpoint.ckpt import Ckpt, stream_ckpt
+from slimkit.core.checkpoint.weightfile import Entry, Safetensors, stream_safetensors
+from slimkit.core.convert import moves
 from slimkit.core.errors import ArgumentError, FileFormatError, PatternError, PlanError
-from slimkit.core.weightfile import Entry, Safetensors, stream_safetensors
 
 TORCH = {
     "conv.weight": (4, 3, 3, 3),

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slimkit.core import delta as rules
+from slimkit.core.delta import spec as rules
 from slimkit.core.errors import PatternError, UnsupportedError
 
 

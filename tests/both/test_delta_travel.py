@@ -190,7 +190,7 @@ def test_paths_are_checked(kit, saved, tmp_path):
 
 
 def test_an_interrupted_save_never_loads_as_a_mixture(kit, saved, x, monkeypatch):
-    from slimkit.core import bundle
+    from slimkit.core.delta import bundle
 
     net = build(kit)
     kit.slim.load_delta(net, saved)

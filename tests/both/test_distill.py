@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from slimkit.core.distill import LOSSES, KnowledgeDistillConfig, LossTerm
-from slimkit.core.distill_losses import reference
-from slimkit.core.distill_shapes import projection_values
+from slimkit.core.distill.config import LOSSES, KnowledgeDistillConfig, LossTerm
+from slimkit.core.distill.losses import reference
+from slimkit.core.distill.shapes import projection_values
 from slimkit.core.errors import ConfigError
 
 SHAPES = {

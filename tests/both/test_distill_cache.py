@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slimkit.core.distill import KnowledgeDistillConfig
+from slimkit.core.distill.config import KnowledgeDistillConfig
+from slimkit.core.distill.teacher_cache import spread_logits, squeeze_logits
 from slimkit.core.errors import ConfigError, FileFormatError
-from slimkit.core.teacher_cache import spread_logits, squeeze_logits
 from tests.both.test_distill import inner, output, pieces, soft, term
 
 DATA = [np.random.default_rng(i).standard_normal((n, 5)).astype(np.float32) for i, n in enumerate((6, 6, 4))]
@@ -130,8 +130,8 @@ def test_kept_logits_keep_all_probability(seed, k):
 
 
 def test_sixty_four_of_many_classes_come_within_one_per_cent():
-    from slimkit.core.distill import LossTerm
-    from slimkit.core.distill_losses import reference
+    from slimkit.core.distill.config import LossTerm
+    from slimkit.core.distill.losses import reference
 
     rng = np.random.default_rng(0)
     # a trained teacher's logits over 8,192 classes: a few large ones above a wide floor

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from slimkit.core.students import spread_layers
+from slimkit.core.distill.students import spread_layers
 
 
 @pytest.mark.parametrize(("teacher", "student"), [(6, 3), (12, 4), (12, 12), (7, 2), (4, 1), (24, 7)])

@@ -7,10 +7,10 @@ import math
 import numpy as np
 import pytest
 
-from slimkit.core.callbacks import TrainerCallback
 from slimkit.core.errors import ConfigError
-from slimkit.core.history import InMemoryRunHistory
-from slimkit.core.schedules import cosine_schedule, linear_schedule
+from slimkit.core.train.callbacks import TrainerCallback
+from slimkit.core.train.history import InMemoryRunHistory
+from slimkit.core.train.schedules import cosine_schedule, linear_schedule
 
 
 class Pairs:
@@ -48,7 +48,7 @@ def steps(history):
 
 def by_hand(n_epochs, batch_size=8, lr=0.1, accumulate=1, clip=None):
     """The same training in NumPy: the referee."""
-    from slimkit.core.loading import epoch_batches
+    from slimkit.core.train.loading import epoch_batches
 
     rng = np.random.default_rng(0)
     shapes = [(4, 5), (4,), (2, 4), (2,)]

@@ -5,9 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from slimkit.core import files, weightfile
-from slimkit.core.blocks import PruneConfig, canonical
+from slimkit.core import files
+from slimkit.core.checkpoint import weightfile
 from slimkit.core.errors import ConfigError, FileFormatError, LinkPathError, PatternError, PlanError, UnsupportedError
+from slimkit.core.weights.blocks import PruneConfig, canonical
 from tests import kits
 from tests.conftest import INSTALLED
 

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from slimkit.core.blocks import PruneConfig
 from slimkit.core.errors import ArgumentError
-from slimkit.core.influence import Influence, find_stack
+from slimkit.core.weights.blocks import PruneConfig
+from slimkit.core.weights.influence import Influence, find_stack
 
 
 def chain(kit, scales=(1.0, 0.01, 0.5, 0.02)):

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slimkit.core import blocks
-from slimkit.core.blocks import BlocksParams, PruneConfig
 from slimkit.core.errors import ArgumentError, ArgumentTypeError, ConfigError, PatternError
+from slimkit.core.weights import blocks
+from slimkit.core.weights.blocks import BlocksParams, PruneConfig
 
 
 def test_setters_return_the_config_and_spec_is_plain():

@@ -5,12 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from slimkit.core import placing, saving
-from slimkit.core.ckpt import Ckpt
+from slimkit.core.checkpoint import placing, saving
+from slimkit.core.checkpoint.ckpt import Ckpt
+from slimkit.core.checkpoint.openweights import open_weights
+from slimkit.core.checkpoint.saving import Items
+from slimkit.core.checkpoint.weightfile import Arrays, Entry, decode, encode
 from slimkit.core.errors import FileFormatError
-from slimkit.core.openweights import open_weights
-from slimkit.core.saving import Items
-from slimkit.core.weightfile import Arrays, Entry, decode, encode
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -40,7 +40,7 @@ def test_golden_checkpoints_load_verified_and_are_written_the_same(tmp_path, end
 
 
 def test_a_tensor_longer_than_a_record_is_split_and_joined(tmp_path, monkeypatch):
-    from slimkit.core import ckpt
+    from slimkit.core.checkpoint import ckpt
 
     monkeypatch.setattr(ckpt, "_SLICE_BYTES", 16)
     array = np.arange(25, dtype=np.float32).reshape(5, 5)

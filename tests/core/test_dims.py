@@ -10,10 +10,24 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slimkit.core import allocate, attributes, dims, graph, importance, refit, solve
-from slimkit.core.dims import FIXED, FREE, Dim, cut, factor, find, fix, fixed, leaves, product, regroup, total, unify
 from slimkit.core.errors import GraphError
-from slimkit.core.graph import Graph
+from slimkit.core.prune import allocate, attributes, dims, graph, importance, refit, solve
+from slimkit.core.prune.dims import (
+    FIXED,
+    FREE,
+    Dim,
+    cut,
+    factor,
+    find,
+    fix,
+    fixed,
+    leaves,
+    product,
+    regroup,
+    total,
+    unify,
+)
+from slimkit.core.prune.graph import Graph
 
 sizes = st.lists(st.integers(1, 6), min_size=1, max_size=4)
 quick = settings(max_examples=60, deadline=None)

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slimkit.core.distill import LOSSES, KnowledgeDistillConfig, LossTerm
-from slimkit.core.distill_losses import reference
-from slimkit.core.distill_shapes import pick, projection_values
+from slimkit.core.distill.config import LOSSES, KnowledgeDistillConfig, LossTerm
+from slimkit.core.distill.losses import reference
+from slimkit.core.distill.shapes import pick, projection_values
 from slimkit.core.errors import ConfigError
 
 TERM = {"func_name": "HiddenMse", "func_weight": 1}

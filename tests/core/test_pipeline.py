@@ -12,11 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from slimkit.core import files, report
+from slimkit.core import files
 from slimkit.core.errors import ConfigError
-from slimkit.core.measurement import LayerMeasurement, Measurement, show
-from slimkit.core.pipeline import StageResult, run_recipe
-from slimkit.core.recipe import parse_recipe
+from slimkit.core.run import report
+from slimkit.core.run.measurement import LayerMeasurement, Measurement, show
+from slimkit.core.run.pipeline import StageResult, run_recipe
+from slimkit.core.run.recipe import parse_recipe
 
 ROOT = Path(__file__).parents[2]
 
@@ -46,7 +47,7 @@ class NumpyWing:
         return {"numpy": np.__version__}
 
     def build(self, recipe, folder, edits, example):
-        from slimkit.core import factory
+        from slimkit.core.run import factory
 
         model = factory.make(recipe.model, folder, "model")
         for edit in edits:
@@ -154,7 +155,7 @@ def test_a_killed_run_resumes_to_the_same_numbers(folder):
         sys.path.insert(0, {str(ROOT)!r})
         from pathlib import Path
         from tests.core.test_pipeline import NumpyWing, recipe
-        from slimkit.core.pipeline import run_recipe
+        from slimkit.core.run.pipeline import run_recipe
         class Killed(NumpyWing):
             def run(self, kind, options, model, context):
                 if kind == "finetune":

@@ -7,9 +7,9 @@ import textwrap
 
 import pytest
 
-from slimkit.core import factory
 from slimkit.core.errors import ConfigError, FileFormatError
-from slimkit.core.recipe import Recipe, load_recipe, parse_recipe
+from slimkit.core.run import factory
+from slimkit.core.run.recipe import Recipe, load_recipe, parse_recipe
 
 GOOD = {
     "version": 1,
@@ -143,7 +143,7 @@ def test_the_shipped_recipes_are_valid():
 def test_the_page_on_recipes_names_every_key():
     from pathlib import Path
 
-    from slimkit.core import recipe
+    from slimkit.core.run import recipe
 
     page = (Path(__file__).parents[2] / "docs" / "run.md").read_text(encoding="utf-8")
     options = [m.model_fields[kind].annotation for kind, m in recipe._STAGES.items()]

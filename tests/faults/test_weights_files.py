@@ -15,12 +15,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slimkit.core import files, manifest, placing, saving
-from slimkit.core.ckpt import Ckpt, stream_ckpt
+from slimkit.core import files
+from slimkit.core.checkpoint import manifest, placing, saving
+from slimkit.core.checkpoint.ckpt import Ckpt, stream_ckpt
+from slimkit.core.checkpoint.openweights import open_weights
+from slimkit.core.checkpoint.saving import Items
+from slimkit.core.checkpoint.weightfile import Entry, Safetensors, stream_safetensors, tag_of
 from slimkit.core.errors import FileFormatError, LinkPathError, SlimkitError
-from slimkit.core.openweights import open_weights
-from slimkit.core.saving import Items
-from slimkit.core.weightfile import Entry, Safetensors, stream_safetensors, tag_of
 
 # More files: SLIMKIT_FUZZ=10000 python -m pytest tests/faults/test_weights_files.py -k fuzz
 FUZZED = int(os.environ.get("SLIMKIT_FUZZ", "1200"))
@@ -134,7 +135,7 @@ def test_what_is_written_is_read_in_both_formats(tmp_path_factory, shapes, value
     for name, (dtype, shape) in shapes.items():
         if "\0" in name or any(0xD800 <= ord(c) <= 0xDFFF for c in name):
             continue
-        from slimkit.core.weightfile import STORED
+        from slimkit.core.checkpoint.weightfile import STORED
 
         arrays[name] = (rng.random(shape) * 200).astype(STORED[dtype])
         held.add(name, Entry(dtype, shape), lambda a=arrays[name]: a)
@@ -272,9 +273,9 @@ def test_a_manifest_that_is_a_link_or_damaged_is_refused(tmp_path):
 
 CHILD = """
 import sys, numpy as np
-from slimkit.core import saving
-from slimkit.core.saving import Items
-from slimkit.core.weightfile import Entry
+from slimkit.core.checkpoint import saving
+from slimkit.core.checkpoint.saving import Items
+from slimkit.core.checkpoint.weightfile import Entry
 print("ready", flush=True)
 number = 0
 while True:
@@ -310,9 +311,9 @@ def test_a_full_disk_leaves_the_old_file_and_no_leftovers(tmp_path):
     before = path.read_bytes()
     code = """
         import resource, signal, sys, numpy as np
-        from slimkit.core import saving
-        from slimkit.core.saving import Items
-        from slimkit.core.weightfile import Entry
+        from slimkit.core.checkpoint import saving
+        from slimkit.core.checkpoint.saving import Items
+        from slimkit.core.checkpoint.weightfile import Entry
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
         held = Items()

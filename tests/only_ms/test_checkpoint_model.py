@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from slimkit.core import files
-from slimkit.core.ckpt import Ckpt
+from slimkit.core.checkpoint.ckpt import Ckpt
 from slimkit.core.errors import FileFormatError
 from slimkit_ms.checkpoint import (
     CheckpointConfig,

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import slimkit_ms
-from slimkit.core.shard import ShardError
+from slimkit.core.delta.shard import ShardError
 
 import mindspore as ms
 from mindspore import nn, ops

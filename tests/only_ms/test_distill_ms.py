@@ -45,7 +45,8 @@ def config(shift=0):
         .add_output_soft_label(output(entry("KDCrossEntropy", temperature=2), s=shift))
         .add_inter_soft_label(
             {
-                "t_module": "layers.1", "s_module": "net.layers.0" if shift else "layers.0",
+                "t_module": "layers.1",
+                "s_module": "net.layers.0" if shift else "layers.0",
                 **output(entry("HiddenMse"), entry("HiddenCosine"), entry("Relation", func_param=[2]), mask="mask"),
             }
         )

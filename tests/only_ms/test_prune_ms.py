@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from slimkit.core.errors import ArgumentError, ArgumentTypeError, FileFormatError, GraphError, PlanError
-from slimkit.core.plan import Plan
+from slimkit.core.prune.plan import Plan
 from slimkit_ms.compensate import layer_rows, settle_norms
 from slimkit_ms.prune import PruneMindSpore, Pruner, load_pruned, save_pruned
 from tests import zoo_ms

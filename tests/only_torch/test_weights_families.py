@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 
-from slimkit.core.blocks import PruneConfig
+from slimkit.core.weights.blocks import PruneConfig
 from slimkit.weights import prune_model_weight
 
 import torch

@@ -2,7 +2,7 @@
 
 import pytest
 
-from slimkit.core.blocks import PruneConfig
+from slimkit.core.weights.blocks import PruneConfig
 from slimkit.weights import prune_model_weight
 
 import torch

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from slimkit.checkpoint import load_checkpoint, save_checkpoint
-from slimkit.core.blocks import PruneConfig
 from slimkit.core.errors import FileFormatError
+from slimkit.core.weights.blocks import PruneConfig
 from slimkit.torchfile import TorchFile, restored, stored, write_torch
 from slimkit.weights import prune_model_weight
 
@@ -104,7 +104,7 @@ def test_a_file_of_something_else_is_refused(tmp_path):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("zipped", [True, False])
 def test_fuzzed_torch_files_end_in_an_error_or_in_the_very_values(tmp_path, zipped):
-    from slimkit.core import manifest
+    from slimkit.core.checkpoint import manifest
     from slimkit.core.errors import SlimkitError
 
     tensors = {"a.weight": torch.arange(12.0).reshape(3, 4), "b": torch.tensor([1, 2, 3])}

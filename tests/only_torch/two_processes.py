@@ -25,7 +25,10 @@ def main(folder, batch_size):
     history = trainer.train(data, 2, eval_dataset=data, per_device_batch_size=batch_size, gradient_accumulation_steps=2)
     config = KnowledgeDistillConfig().add_inter_soft_label(
         {
-            "t_module": "0", "s_module": "0", "t_output_idx": 0, "s_output_idx": 0,
+            "t_module": "0",
+            "s_module": "0",
+            "t_output_idx": 0,
+            "s_output_idx": 0,
             "loss_func": [{"func_name": "HiddenMse", "func_weight": 1}],
         }
     )

@@ -137,7 +137,7 @@ def converting(folder: Path, gigabytes: float) -> dict[str, float]:
 
 def cutting(folder: Path) -> dict[str, float]:
     """A BERT-base file (415 MB) cut to 6 layers of half the FFN width; the peer needed .44 s and 616 MB more."""
-    from slimkit.core.blocks import PruneConfig
+    from slimkit.core.weights.blocks import PruneConfig
     from slimkit.weights import prune_model_weight
 
     import torch

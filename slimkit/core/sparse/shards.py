@@ -45,11 +45,7 @@ def header(file: Path) -> dict[str, Place]:
             raise FileFormatError(f"{file} is not a readable safetensors file: its header is damaged.")
         try:
             entries = json.loads(handle.read(length))
-            places = {
-                name: _place(file, 8 + length, e)
-                for name, e in entries.items()
-                if name != "__metadata__"
-            }
+            places = {name: _place(file, 8 + length, e) for name, e in entries.items() if name != "__metadata__"}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise FileFormatError(f"{file} is not a readable safetensors file: {error}") from None
     if any(not 8 + length <= p.start <= p.stop <= size for p in places.values()):

@@ -1,0 +1,1 @@
+"""Conversion between the frameworks' checkpoints, decided and streamed without either."""

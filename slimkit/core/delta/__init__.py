@@ -1,0 +1,1 @@
+"""Delta layers without a framework: specifications, book-keeping, bundles and PEFT's files."""

@@ -1,0 +1,368 @@
+"""Saving the deltas of a model and putting them on another one, in either framework."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from slimkit.core import check, files
+from slimkit.core.delta import inject, peft
+from slimkit.core.delta.bundle import MANIFEST, compare_keys, compare_shapes, fingerprint, read_bundle, write_bundle
+from slimkit.core.delta.spec import KINDS, PREFIX, DeltaReport, delta_name, key, spec_from_dict
+from slimkit.core.errors import ArgumentError, FileFormatError
+from slimkit.core.freeze import report_of
+from slimkit.core.log import logger
+
+Array = np.ndarray[Any, Any]
+
+
+class TravelHands(inject.Hands):
+    """What a wing adds for files: values out of tensors and into them, under names that both wings share."""
+
+    @abstractmethod
+    def value(self, tensor: Any) -> Array:
+        """A tensor's values as NumPy; bfloat16 as float32."""
+
+    @abstractmethod
+    def fill(self, tensor: Any, value: Array) -> None:
+        """Put values into a tensor, in place, in the tensor's own dtype and on its device."""
+
+    @abstractmethod
+    def sample(self, tensor: Any) -> Array:
+        """At most 64 evenly spaced values of a tensor, as float32."""
+
+    @abstractmethod
+    def weight(self, model: Any, path: str) -> Any:
+        """The weight of the layer at a path, as it was before any merging."""
+
+    @abstractmethod
+    def apply_kind(self, model: Any, kind: str, targets: list[str] | None, **options: Any) -> DeltaReport:
+        """Put a delta other than lora on a model."""
+
+    def about(self, model: Any) -> dict[str, Any]:
+        """What PEFT's configuration says of the base: its task, and where it came from."""
+        name = getattr(getattr(model, "config", None), "_name_or_path", None)
+        return {"task_type": peft.task_type(type(model).__name__), "base_model_name_or_path": name or None}
+
+    @abstractmethod
+    def load_prompt(
+        self,
+        model: Any,
+        kind: str,
+        config: Mapping[str, Any],
+        tensors: Mapping[str, Array],
+        *,
+        name: str,
+        freeze: bool,
+        where: str,
+    ) -> DeltaReport:
+        """Put a PEFT prefix or prompt on a model."""
+
+    @abstractmethod
+    def prompt_rows(self, model: Any, delta: Mapping[str, Any]) -> tuple[Array, dict[str, Any]]:
+        """A prefix or prompt as PEFT's one tensor, and what PEFT's configuration says of it."""
+
+    @abstractmethod
+    def tables(self, model: Any, kind: str) -> list[Any]:
+        """The embedding tables of prefix encoders or prompts that were built into the model by hand."""
+
+    @abstractmethod
+    def table_facts(self, model: Any, kind: str) -> dict[str, Any]:
+        """What PEFT's configuration says of the one table: token_dim, num_layers, num_attention_heads."""
+
+    @abstractmethod
+    def may_train(self, tensor: Any) -> bool:
+        """Whether an optimizer may touch a tensor of the base: a parameter that is no running statistic."""
+
+    @abstractmethod
+    def neutral(self, model: Any) -> dict[str, Any]:
+        """Base parameter and statistic -> tensor, by torch's names ("norm.weight", not "norm.gamma")."""
+
+
+def collect(
+    hands: TravelHands, model: Any, names: Any = None
+) -> tuple[list[dict[str, Any]], dict[str, Array], list[str], dict[str, Any]]:
+    """Everything a bundle holds of a model: records of the deltas, tensors, names of trained base tensors, the base."""
+    layers = hands.layers(model)
+    known = sorted({n for layer in layers.values() for n in layer.specs})
+    wanted = known if names is None else check.strings([names] if isinstance(names, str) else names, "names")
+    for name in wanted:
+        check.choice(name, known, "names")
+    tensors: dict[str, Array] = {}
+    deltas = []
+    for name in wanted:
+        for kind in KINDS:
+            chosen = {p: x for p, x in layers.items() if x.delta_kind == kind and name in x.specs}
+            if not chosen:
+                continue
+            records = {}
+            for path, layer in chosen.items():
+                records[path] = layer.describe(name)
+                for part, tensor in layer.parts(name).items():
+                    tensors[f"{path}.{part}" if path else part] = hands.value(tensor)
+            deltas.append({"name": name, "kind": kind, "layers": records})
+    extra = {}
+    # A delta layer built into the model by hand may hold parameters that no record speaks of: they travel by name.
+    spoken = {f"{p}.{part}" if p else part for p, x in layers.items() for n in x.specs for part in x.parts(n)}
+    for name, tensor in hands.neutral(model).items():
+        if name not in spoken and getattr(tensor, "requires_grad", False):
+            extra[name] = hands.value(tensor)
+    if not deltas and not extra:
+        raise ArgumentError("the model carries no delta and nothing in it trains: there is nothing to save.")
+    base = _base_of(hands, model, {p: p for d in deltas for p in d["layers"]})
+    return deltas, {**tensors, **extra}, sorted(extra), base
+
+
+def _base_of(hands: TravelHands, model: Any, paths: Mapping[str, str]) -> dict[str, Any]:
+    """Shapes and fingerprint of the weights under a delta, by the names on the left."""
+    weights = {old: hands.weight(model, new) for old, new in paths.items()}
+    weights = {p: w for p, w in weights.items() if w is not None}
+    return {
+        "fingerprint": fingerprint({p: (tuple(w.shape), hands.sample(w)) for p, w in weights.items()}),
+        "layers": {p: list(w.shape) for p, w in weights.items()},
+    }
+
+
+def save(hands: TravelHands, model: Any, directory: Any, names: Any = None) -> Path:
+    """Write a model's deltas, and what else trains, as a slimkit bundle; see `save_delta` of the wings."""
+    folder = files.as_path(directory, "directory")
+    deltas, tensors, extra, base = collect(hands, model, names)
+    return write_bundle(folder, deltas, tensors, extra, base)
+
+
+def load(
+    hands: TravelHands,
+    model: Any,
+    directory: Any,
+    *,
+    name: str | None = None,
+    freeze: bool = True,
+    same_base: bool = False,
+    rename: Any = None,
+) -> DeltaReport:
+    """Put saved deltas on a model, in place; see `load_delta` of the wings."""
+    folder = files.as_path(directory, "directory")
+    if not folder.is_dir():
+        raise FileFormatError(f"directory must be an existing folder. Received: {str(folder)!r}")
+    if name is not None:
+        delta_name(name)
+    check.boolean(freeze, "freeze")
+    check.boolean(same_base, "same_base")
+    if not (folder / MANIFEST).exists() and peft.is_adapter(folder):
+        return _load_peft(hands, model, folder, name or "default", freeze, rename)
+    manifest, tensors = read_bundle(folder)
+    deltas = _renamed(manifest["deltas"], name)
+    extra = {n: tensors.pop(n) for n in manifest["extra"] if n in tensors}
+    if len(extra) != len(manifest["extra"]):
+        lost = [str(n) for n in manifest["extra"] if n not in extra]
+        raise FileFormatError(f"{folder}: 'extra' names tensors that the file does not hold: {', '.join(lost)}")
+    shapes = manifest["base"].get("layers", {})
+    paths = [*shapes, *(p for d in deltas for p in d["layers"])]
+    new_path = dict(zip(dict.fromkeys(paths), peft.rename_paths(dict.fromkeys(paths, 0), rename)))
+    if rename is not None:
+        tensors, extra = peft.rename_paths(tensors, rename), peft.rename_paths(extra, rename)
+        deltas = [{**d, "layers": {new_path[p]: r for p, r in d["layers"].items()}} for d in deltas]
+    _check_paths(hands, model, new_path.values(), str(folder))
+    for path, shape in shapes.items():
+        have = tuple(hands.weight(model, new_path[path]).shape)
+        if list(have) != list(shape):
+            raise ArgumentError(
+                f"the delta in {folder} was trained on a base where {path} has shape {tuple(shape)}; here it has "
+                f"{have}. A pruned base needs the delta trained on it."
+            )
+    notes = []
+    here = _base_of(hands, model, {p: new_path[p] for p in shapes})
+    if here["fingerprint"] != manifest["base"].get("fingerprint"):
+        message = f"the base under {folder} had other weights than this model; outputs may differ"
+        if same_base:
+            raise ArgumentError(message)
+        logger.warning("%s", message)
+        notes.append(message)
+    return _finish(hands, model, deltas, tensors, extra, freeze, str(folder), tuple(notes))
+
+
+def _check_paths(hands: TravelHands, model: Any, paths: Iterable[str], where: str) -> None:
+    sites = hands.sites(model)
+    for path in paths:
+        if path not in sites and PREFIX not in path:
+            raise ArgumentError(
+                f"the delta in {where} was trained on a model with a layer {path!r}, which this model does not "
+                f"have{check.near(path, list(sites))}. load_delta(..., rename=...) translates paths."
+            )
+
+
+def _finish(
+    hands: TravelHands,
+    model: Any,
+    deltas: list[dict[str, Any]],
+    tensors: Mapping[str, Array],
+    extra: Mapping[str, Array],
+    freeze: bool,
+    where: str,
+    notes: tuple[str, ...] = (),
+) -> DeltaReport:
+    """Check the base's tensors, put the deltas on, then fill both."""
+    base = hands.neutral(model)
+    compare_keys({n: 0 for n in extra if n in base}, dict.fromkeys(extra, 0), "the base model")
+    compare_shapes(extra, {n: tuple(base[n].shape) for n in extra}, where)
+    described = put_on(hands, model, deltas, tensors, freeze, where)
+    _fill_base(hands, base, extra)
+    summary = report_of([e for _, e in hands.entries(model)])
+    kinds = ", ".join(dict.fromkeys(d["kind"] for d in deltas))
+    named = ", ".join(dict.fromkeys(d["name"] for d in deltas))
+    return DeltaReport(kinds, named, described, trainable=str(summary).splitlines()[0], notes=notes)
+
+
+def _fill_base(hands: TravelHands, base: Mapping[str, Any], extra: Mapping[str, Array]) -> None:
+    """Overwrite base tensors that were trained with the delta, in place; they train from now on."""
+    for name, value in extra.items():
+        hands.fill(base[name], value)
+        if hands.may_train(base[name]):
+            base[name].requires_grad = True
+
+
+def _load_peft(hands: TravelHands, model: Any, folder: Path, name: str, freeze: bool, rename: Any) -> DeltaReport:
+    """Put a Hugging Face PEFT adapter on a model, in place."""
+    config, tensors = peft.read_files(folder)
+    kind = peft.KINDS[config["peft_type"]]
+    if kind == "lora":
+        record, parts, extra = peft.read_lora(config, tensors, name)
+        record["layers"] = peft.rename_paths(record["layers"], rename)
+        parts, extra = peft.rename_paths(parts, rename), peft.rename_paths(extra, rename)
+        _check_paths(hands, model, record["layers"], str(folder))
+        return _finish(hands, model, [record], parts, extra, freeze, str(folder))
+    prompt, extra = peft.split_prompt(tensors)
+    base = hands.neutral(model)
+    compare_keys({n: 0 for n in extra if n in base}, dict.fromkeys(extra, 0), "the base model")
+    compare_shapes(extra, {n: tuple(base[n].shape) for n in extra}, str(folder))
+    tables = hands.tables(model, kind)
+    if tables:
+        # The model was built with a prefix or prompt of its own: the file's values go there.
+        if len(tables) > 1:
+            raise ArgumentError(f"the model holds {len(tables)} {kind} tables; the file has values for one.")
+        hands.fill(tables[0], peft.read_prompt(prompt, tuple(tables[0].shape), str(folder)))
+        report = DeltaReport(kind, name, {})
+    else:
+        report = hands.load_prompt(model, kind, config, prompt, name=name, freeze=freeze, where=str(folder))
+    _fill_base(hands, base, extra)
+    return report
+
+
+def save_peft(hands: TravelHands, model: Any, directory: Any, names: Any = None) -> Path:
+    """Write one delta as Hugging Face PEFT's files; see `save_delta` of the wings."""
+    folder = files.as_path(directory, "directory")
+    deltas, tensors, extra, _ = collect(hands, model, names)
+    for kind, words in (("prefix", "PREFIX_TUNING"), ("prompt", "PROMPT_TUNING")):
+        tables = hands.tables(model, kind) if not deltas else []
+        if len(tables) == 1:
+            rows = hands.value(tables[0])
+            config = {"peft_type": words, "num_virtual_tokens": rows.shape[0], "num_transformer_submodules": 1}
+            config.update(hands.table_facts(model, kind), inference_mode=True)
+            peft.write_prompt(folder, rows, {}, hands.about(model), config)
+            return folder
+    if len(deltas) != 1 or deltas[0]["kind"] not in peft.KINDS.values():
+        kinds = ", ".join(f"{d['kind']} {d['name']!r}" for d in deltas) or "none"
+        raise ArgumentError(f"PEFT's files hold one delta of lora, prefix or prompt; choose it by names. Here: {kinds}")
+    delta = deltas[0]
+    about = hands.about(model)
+    whole = hands.neutral(model)
+    modules = {n.rpartition(".")[0] for n in extra}
+    kept = {n: hands.value(t) for n, t in whole.items() if n.rpartition(".")[0] in modules and PREFIX not in n}
+    if delta["kind"] != "lora":
+        rows, config = hands.prompt_rows(model, delta)
+        peft.write_prompt(folder, rows, kept, about, config)
+        return folder
+    specs = {p: spec_from_dict(r) for p, r in delta["layers"].items()}
+    by_path: dict[str, dict[str, Array]] = {p: {} for p in specs}
+    for path, spelled in by_path.items():
+        for part in ("a", "b", "magnitude", "a0", "b0"):
+            value = tensors.get(f"{path}.{key('lora', part, delta['name'])}")
+            if value is not None:
+                spelled[part] = value
+    peft.write_lora(folder, specs, by_path, hands.sites(model), kept, about)
+    return folder
+
+
+def put_on(
+    hands: TravelHands,
+    model: Any,
+    deltas: list[dict[str, Any]],
+    tensors: Mapping[str, Array],
+    freeze: bool,
+    where: str,
+) -> dict[str, Any]:
+    """Apply recorded deltas and fill them, in place; on any error what was put on comes off again."""
+    described: dict[str, Any] = {}
+    done: list[str] = []
+    wanted: dict[str, Any] = {}
+    try:
+        for delta in deltas:
+            built_in = _built_in(hands, model, delta)
+            described.update(built_in)
+            left = {p: r for p, r in delta["layers"].items() if p not in built_in}
+            if left:
+                report = apply_record(hands, model, {**delta, "layers": left}, freeze)
+                done.append(delta["name"])
+                described.update(report.layers)
+            for path, layer in hands.layers(model).items():
+                if path in delta["layers"] and layer.delta_kind == delta["kind"]:
+                    for part, tensor in layer.parts(delta["name"], delta["file_name"]).items():
+                        wanted[f"{path}.{part}" if path else part] = tensor
+        compare_keys(tensors, wanted, where)
+        compare_shapes(tensors, {k: tuple(t.shape) for k, t in wanted.items()}, where)
+    except Exception:
+        for name in done:
+            inject.remove(hands, model, name)
+        raise
+    for spelled, tensor in wanted.items():
+        hands.fill(tensor, tensors[spelled])
+    return described
+
+
+def _built_in(hands: TravelHands, model: Any, delta: Mapping[str, Any]) -> dict[str, Any]:
+    """The recorded layers that the model was built with: they are there already, and only want values."""
+    layers = hands.layers(model)
+    found = {}
+    for path, record in delta["layers"].items():
+        layer = layers.get(path)
+        if layer is None or hasattr(layer, "revert") or layer.original is not None or delta["name"] not in layer.specs:
+            continue
+        if layer.delta_kind != delta["kind"]:
+            raise ArgumentError(f"{path} was built as {layer.delta_kind!r}; the file holds {delta['kind']!r}.")
+        own = layer.describe(delta["name"])
+        differs = [k for k, v in record.items() if k in own and k not in ("init", "dropout") and own[k] != v]
+        if differs:
+            raise ArgumentError(
+                f"{path} was built with {differs[0]}={own[differs[0]]!r}; the file says {record[differs[0]]!r}."
+            )
+        found[path] = dict(own)
+    return found
+
+
+def apply_record(hands: TravelHands, model: Any, delta: Mapping[str, Any], freeze: bool) -> DeltaReport:
+    """Put one recorded delta on a model, its values still to be filled in."""
+    kind = check.choice(delta.get("kind"), KINDS, "kind")
+    records: Mapping[str, Any] = delta["layers"]
+    if kind == "lora":
+        specs = {p: spec_from_dict(r) for p, r in records.items()}
+        return inject.apply_layers(hands, model, kind, None, name=str(delta["name"]), freeze=freeze, specs=specs)
+    options = next(iter(records.values()))
+    return hands.apply_kind(model, kind, list(records), name=delta["name"], freeze=freeze, **options)
+
+
+def _renamed(deltas: list[Any], name: str | None) -> list[dict[str, Any]]:
+    """The records, the only delta under another name if one is given; `file_name` keeps the old one."""
+    for delta in deltas:
+        if not isinstance(delta, dict) or not isinstance(delta.get("layers"), dict):
+            raise FileFormatError("a record in the manifest is not a delta")
+        delta_name(delta.get("name"))
+    if name is not None:
+        names = {d["name"] for d in deltas}
+        if len(names) != 1:
+            raise ArgumentError(f"name works for a bundle with one delta; this one holds {', '.join(sorted(names))}.")
+        delta_name(name)
+    return [{**d, "name": name or d["name"], "file_name": d["name"]} for d in deltas]

@@ -1,0 +1,1 @@
+"""Distillation without a framework: configuration, reference losses, the teacher's cache."""

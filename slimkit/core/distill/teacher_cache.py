@@ -1,0 +1,301 @@
+"""A teacher's answers on disk: written once, verified, and looked up by the content of each sample."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from slimkit.core import check, files
+from slimkit.core.batch import as_call
+from slimkit.core.batch import dataset as check_dataset
+from slimkit.core.distill.config import LOSSES, DistillSpec, KnowledgeDistillConfig, SoftLabel
+from slimkit.core.errors import ConfigError, FileFormatError
+from slimkit.core.log import progress
+
+VERSION = 1
+Array = np.ndarray[Any, Any]
+Cache = TypeVar("Cache", bound="TeacherFiles")
+
+
+def sample_keys(args: Sequence[Any], kwargs: Mapping[str, Any], to_numpy: Callable[[Any], Array | None]) -> list[bytes]:
+    """A 16-byte digest of each sample of a batch, over all its input arrays.
+
+    Args:
+        args, kwargs: one call of the model.
+        to_numpy: makes an array of a tensor, None of anything else.
+
+    Returns:
+        One digest a row; equal for equal rows, whatever batch they come in (padding included).
+    """
+    values = [*args, *(kwargs[name] for name in sorted(kwargs))]
+    arrays = [a for a in map(to_numpy, values) if a is not None and a.ndim]
+    if not arrays:
+        raise ConfigError("a teacher cache needs a tensor with a batch axis among the inputs")
+    found = []
+    for row in range(len(arrays[0])):
+        digest = hashlib.blake2b(digest_size=16)
+        for array in arrays:
+            part = np.ascontiguousarray(array[row])
+            digest.update(f"{part.dtype.str}{part.shape}".encode())
+            digest.update(part.tobytes())
+        found.append(digest.digest())
+    return found
+
+
+def squeeze_logits(logits: Array, k: int, dtype: str) -> dict[str, Array]:
+    """The k largest logits of each row, and one value for all others that keeps their total probability.
+
+    Args:
+        logits: (..., classes).
+        k: how many to keep; all classes or more keeps the array as it is.
+        dtype: "float32" or "float16", of the kept values.
+
+    Returns:
+        "dense", or "values", "places" (..., k) and "tail" (...).
+
+    Example:
+        >>> squeeze_logits(np.array([[1.0, 0.0]]), 2, "float32")["dense"].tolist()
+        [[1.0, 0.0]]
+    """
+    n = logits.shape[-1]
+    if k >= n:
+        return {"dense": logits.astype(dtype)}
+    places = np.argpartition(logits, n - k, axis=-1)[..., n - k :]
+    values = np.take_along_axis(logits, places, -1)
+    top = logits.max(-1, keepdims=True).astype(np.float64)
+    rest = np.exp(logits - top).sum(-1) - np.exp(values - top).sum(-1)
+    tail = np.log(np.maximum(rest, 1e-30) / (n - k)) + top[..., 0]
+    # A share of the rest can never exceed the smallest value that was kept.
+    tail = np.minimum(tail, values.min(-1))
+    return {"values": values.astype(dtype), "places": places.astype(np.int32), "tail": tail.astype(np.float32)}
+
+
+def spread_logits(kept: Mapping[str, Array], n_classes: int) -> Array:
+    """What `squeeze_logits` kept, as logits over all classes, float32."""
+    if "dense" in kept:
+        return kept["dense"].astype(np.float32)
+    full = np.repeat(kept["tail"][..., None], n_classes, -1).astype(np.float32)
+    np.put_along_axis(full, kept["places"].astype(np.int64), kept["values"].astype(np.float32), -1)
+    return full
+
+
+def targets(spec: DistillSpec) -> list[dict[str, Any]]:
+    """What a specification asks of the teacher, label by label, as plain JSON."""
+    found = []
+    for label in spec.soft_labels:
+        only_logits = all(LOSSES.get(t.func_name, ("",))[0] == "logits" for t in label.losses)
+        index = list(label.t_output_idx) if isinstance(label.t_output_idx, tuple) else label.t_output_idx
+        found.append({"module": label.t_module, "index": index, "side": label.t_side, "logits": only_logits})
+    return found
+
+
+class TeacherFiles(ABC):
+    """A cache of teacher answers, without a framework; `TeacherCache` is the wings' class.
+
+    Args:
+        directory: a folder that `build` finished.
+
+    Raises:
+        FileFormatError: no cache, not finished, or damaged.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = files.as_path(directory, "directory")
+        self.facts = _read_facts(self.directory)
+        if not self.facts["complete"]:
+            raise FileFormatError(f"{self.directory} is not finished: call build again, it goes on where it stopped")
+        self._place: dict[bytes, tuple[int, int, int]] = {}
+        self._open: dict[int, Any] = {}
+        for number, shard in enumerate(self.facts["shards"]):
+            for batch, rows in enumerate(shard["keys"]):
+                for row, key in enumerate(rows):
+                    self._place.setdefault(bytes.fromhex(key), (number, batch, row))
+
+    @classmethod
+    def build(
+        cls: type[Cache],
+        teacher: Any,
+        dataset: Iterable[Any],
+        config: KnowledgeDistillConfig,
+        directory: str | Path,
+        *,
+        top_k: int = 64,
+        dtype: str = "float32",
+        to_inputs: Callable[[Any], Any] | None = None,
+        shard_mb: int = 256,
+    ) -> Cache:
+        """Run the teacher once over a data set and write what the configuration will compare.
+
+        Args:
+            teacher: the model; in eval mode meanwhile, then as before.
+            dataset: re-iterable batches as the models take them, padded as they will be in training.
+            config: the same as for `get_distill_model`.
+            directory: where the cache goes; a build that was stopped goes on there.
+            top_k: logits kept of each row, for labels with losses on logits alone; at least the number of classes
+                keeps them exactly.
+            dtype: "float32" or "float16" on disk.
+            to_inputs: makes of a batch what the models take, for example `lambda batch: batch[0]`.
+            shard_mb: size of a file.
+
+        Returns:
+            The finished cache, to be given to `get_distill_model` in the teacher's place.
+
+        Raises:
+            ConfigError: the folder holds a cache of another teacher, configuration or top_k.
+        """
+        check.positive(top_k, "top_k")
+        check.choice(dtype, ("float32", "float16"), "dtype")
+        check.positive(shard_mb, "shard_mb")
+        check_dataset(dataset)
+        folder = files.as_path(directory, "directory")
+        spec = config.spec()
+        if spec.teacher_trains:
+            raise ConfigError("a teacher that trains cannot be cached")
+        identity = {"teacher": cls._digest(teacher), "targets": targets(spec), "top_k": top_k, "dtype": dtype}
+        facts: dict[str, Any] = {"version": VERSION, **identity, "complete": False, "widths": [], "shards": []}
+        if (folder / "cache.json").exists():
+            facts = _read_facts(folder)
+            for name, value in identity.items():
+                if facts[name] != value:
+                    raise ConfigError(f"directory holds a cache of another {name}: {folder}")
+        done = {key for shard in facts["shards"] for rows in shard["keys"] for key in rows}
+        held: dict[str, Array] = {}
+        keys: list[list[str]] = []
+
+        def write() -> None:
+            if keys:
+                name = f"shard-{len(facts['shards']):05d}.safetensors"
+                files.write_tensors(folder / name, held)
+                entry = {"file": name, "digest": files.digest_file(folder / name), "keys": list(keys)}
+                facts["shards"].append(entry)
+                files.write_json(folder / "cache.json", facts)
+                held.clear()
+                keys.clear()
+
+        with cls._answering(teacher, spec.soft_labels) as answer:
+            for batch in progress(dataset, "teacher batches"):
+                args, kwargs = as_call(to_inputs(batch) if to_inputs else batch)
+                found = [key.hex() for key in sample_keys(args, kwargs, cls._numpy)]
+                if all(key in done for key in found):
+                    continue
+                answers = answer(args, kwargs)
+                facts["widths"] = [int(a.shape[-1]) for a in answers]
+                for place, (array, target) in enumerate(zip(answers, facts["targets"])):
+                    if len(array) != len(found):
+                        raise ConfigError(f"{spec.soft_labels[place].label}: the teacher's tensor has no batch axis")
+                    kept = squeeze_logits(array, top_k if target["logits"] else array.shape[-1], dtype)
+                    held.update({f"{len(keys)}.{place}.{part}": value for part, value in kept.items()})
+                done.update(found)
+                keys.append(found)
+                if sum(a.nbytes for a in held.values()) >= shard_mb << 20:
+                    write()
+            write()
+        facts["complete"] = True
+        files.write_json(folder / "cache.json", facts)
+        return cls(folder)
+
+    def check(self, spec: DistillSpec) -> None:
+        """Refuse a specification that the cache was not built for."""
+        if self.facts["targets"] != targets(spec):
+            raise ConfigError(
+                "config asks the teacher for other tensors than the cache holds: build it with this config"
+            )
+
+    def verify(self) -> None:
+        """Read every file once and compare its digest; FileFormatError names a damaged one."""
+        for shard in self.facts["shards"]:
+            file = files.readable_file(files.inside(self.directory, shard["file"], "shard"), "shard")
+            if files.digest_file(file) != shard["digest"]:
+                raise FileFormatError(f"{file} was changed since it was written")
+
+    def lookup(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[None, dict[int, Any]]:
+        """The teacher's tensors for one batch, by the label's place.
+
+        Raises:
+            ConfigError: a sample that the teacher never saw.
+        """
+        rows = []
+        for number, key in enumerate(sample_keys(args, kwargs, self._numpy)):
+            if key not in self._place:
+                raise ConfigError(
+                    f"sample {number} of this batch is not in {self.directory}: that was built from other data, "
+                    "or from the same with other padding"
+                )
+            rows.append(self._place[key])
+        like = next(v for v in (*args, *kwargs.values()) if self._numpy(v) is not None)
+        return None, {
+            place: self._tensor(self._fetch(place, rows), like) for place in range(len(self.facts["targets"]))
+        }
+
+    def _fetch(self, place: int, rows: list[tuple[int, int, int]]) -> Array:
+        parts: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        for at, (shard, batch, row) in enumerate(rows):
+            parts.setdefault((shard, batch), []).append((at, row))
+        found: Array | None = None
+        for (shard, batch), members in parts.items():
+            kept = {
+                part: self._read(shard, f"{batch}.{place}.{part}", [row for _, row in members])
+                for part in self._parts(shard, f"{batch}.{place}.")
+            }
+            values = spread_logits(kept, self.facts["widths"][place])
+            if found is None:
+                found = np.empty((len(rows), *values.shape[1:]), np.float32)
+            if found.shape[1:] != values.shape[1:]:
+                raise ConfigError("samples of one batch were cached with different lengths: pad them all alike")
+            found[[at for at, _ in members]] = values
+        assert found is not None
+        return found
+
+    def _handle(self, shard: int) -> Any:
+        if shard not in self._open:
+            from safetensors import SafetensorError, safe_open
+
+            file = files.inside(self.directory, self.facts["shards"][shard]["file"], "shard")
+            try:
+                handle = safe_open(str(files.readable_file(file, "shard")), framework="np")
+            except (SafetensorError, ValueError) as error:
+                raise FileFormatError(f"{file} is not a readable safetensors file: {error}") from None
+            self._open[shard] = (handle, set(handle.keys()))  # type: ignore[no-untyped-call]
+        return self._open[shard]
+
+    def _parts(self, shard: int, prefix: str) -> list[str]:
+        return [p for p in ("dense", "values", "places", "tail") if prefix + p in self._handle(shard)[1]]
+
+    def _read(self, shard: int, name: str, rows: list[int]) -> Array:
+        handle = self._handle(shard)[0]
+        if rows == list(range(len(rows))):
+            return np.asarray(handle.get_slice(name)[: len(rows)])
+        view = handle.get_slice(name)
+        return np.concatenate([view[row : row + 1] for row in rows])
+
+    @staticmethod
+    @abstractmethod
+    def _numpy(value: Any) -> Array | None:
+        """A tensor as an array; None for anything else."""
+
+    @staticmethod
+    @abstractmethod
+    def _tensor(array: Array, like: Any) -> Any:
+        """An array as a tensor where `like` is."""
+
+    @staticmethod
+    @abstractmethod
+    def _digest(teacher: Any) -> str:
+        """A digest of the teacher's weights."""
+
+    @staticmethod
+    @abstractmethod
+    def _answering(teacher: Any, labels: tuple[SoftLabel, ...]) -> Any:
+        """A context that gives f(args, kwargs) -> the labels' tensors of the teacher, as float32 arrays."""
+
+
+def _read_facts(folder: Path) -> dict[str, Any]:
+    facts = files.read_json(folder / "cache.json", "directory", limit_bytes=4 << 30)
+    if not isinstance(facts, dict) or facts.get("version") != VERSION:
+        raise FileFormatError(f"{folder} holds no teacher cache of version {VERSION}")
+    return facts

@@ -1,0 +1,1 @@
+"""Structural pruning without a framework: graph, dimension algebra, importance, allocation, plan."""

@@ -1,0 +1,228 @@
+"""How many indices each variable keeps: a budget of parameters or multiplications, alignment and floors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from slimkit.core.prune.solve import Expr, View, linear_form
+
+Array = np.ndarray[Any, Any]
+
+
+class Account:
+    """Counts parameters or multiplications as a function of how many indices each variable keeps.
+
+    Args:
+        view: the coupling.
+        what: "params" or "macs".
+
+    Example:
+        >>> Account.of_terms([[3, "d0"], ["d0", "d0"]], {"d0": 4}).count(np.array([4]))
+        28
+    """
+
+    def __init__(self, view: View, what: str = "params") -> None:
+        buffers, full = view.coupling.graph.buffers, view.counts
+        terms = (
+            [e for p, e in view.axes.items() if p not in buffers] if what == "params" else [e for _, e in view.costs]
+        )
+        self._build(terms, full)
+
+    @classmethod
+    def of_terms(cls, terms: Sequence[Sequence[Expr]], full: Mapping[str, int]) -> Account:
+        """An account of plain terms, each a list of axes whose sizes multiply."""
+        self = cls.__new__(cls)
+        self._build(terms, full)
+        return self
+
+    def _build(self, terms: Sequence[Sequence[Expr]], full: Mapping[str, int]) -> None:
+        self.names = list(full)
+        order = {name: k for k, name in enumerate(self.names)}
+        forms: dict[tuple[int, tuple[tuple[int, int], ...]], int] = {(1, ()): 0}
+        rows: list[tuple[int, list[int]]] = []
+        self.constant = 0
+        for term in terms:
+            factor, used = 1, []
+            for expr in term:
+                constant, slopes = linear_form(expr, order)
+                if slopes:
+                    used.append(forms.setdefault((constant, tuple(sorted(slopes.items()))), len(forms)))
+                else:
+                    factor *= constant
+            if used:
+                rows.append((factor, used))
+            else:
+                self.constant += factor
+        width = max((len(used) for _, used in rows), default=1)
+        self._factors = np.array([f for f, _ in rows], dtype=np.int64)
+        self._used = np.array([u + [0] * (width - len(u)) for _, u in rows], dtype=np.int64).reshape(len(rows), width)
+        self._offsets = np.array([c for c, _ in forms], dtype=np.int64)
+        self._slopes = np.zeros((len(forms), len(order)), dtype=np.int64)
+        for place, (_, pairs) in enumerate(forms):
+            for variable, slope in pairs:
+                self._slopes[place, variable] = slope
+
+    def count(self, counts: Array) -> int:
+        """The number for these counts, exactly."""
+        sizes = self._offsets + self._slopes @ counts
+        return int((self._factors * sizes[self._used].prod(axis=1)).sum()) + self.constant
+
+    def per_index(self, counts: Array) -> Array:
+        """What one more index of each variable costs at these counts."""
+        sizes = self._offsets + self._slopes @ counts
+        picked = sizes[self._used]
+        gain = np.zeros(len(self.names))
+        for column in range(picked.shape[1]):
+            others = np.delete(picked, column, axis=1).prod(axis=1) * self._factors
+            gain += np.bincount(self._used[:, column], weights=others, minlength=len(sizes)) @ self._slopes
+        return gain
+
+    def steps(self, alignment: int, sizes: Array) -> Array:
+        """The smallest change of each variable that keeps all its axes aligned.
+
+        An axis that is no multiple of the alignment itself keeps its own largest common step.
+        """
+        steps = np.ones(len(self.names), dtype=np.int64)
+        for variable in range(len(self.names)):
+            for slope in {int(s) for s in self._slopes[:, variable]} - {0}:
+                common = math.gcd(alignment, slope * int(sizes[variable]))
+                steps[variable] = math.lcm(int(steps[variable]), common // math.gcd(common, slope))
+        return steps
+
+
+@dataclass
+class Allocation:
+    """How many indices each variable keeps.
+
+    Args:
+        keep: variable -> number.
+        total: parameters (or multiplications) left.
+        target: what was asked for.
+        held_back: variables at their floor while the target is not reached.
+    """
+
+    keep: dict[str, int]
+    total: int
+    target: float
+    held_back: list[str]
+
+
+def allocate(
+    account: Account,
+    sizes: Sequence[int],
+    target: float,
+    floor_ratio: float,
+    alignment: int,
+    chunks: Mapping[str, Array] | None = None,
+    alike: Sequence[Any] | None = None,
+    tolerance: float = 0.005,
+) -> Allocation:
+    """Choose kept counts so that the account comes as near to the target as the steps allow.
+
+    Args:
+        account: what is counted.
+        sizes: indices of each variable, in the account's order.
+        target: the number to reach.
+        floor_ratio: least share of its indices that a variable keeps.
+        alignment: kept widths are multiples of it.
+        chunks: variable -> scores of its indices, ascending: drop the globally least instead of the same share
+        everywhere.
+        alike: a label each; equally labelled variables change together where that reaches the target.
+        tolerance: relative distance from the target at which to stop improving.
+
+    Returns:
+        The counts.
+    """
+    full = np.asarray(sizes, dtype=np.int64)
+    steps = account.steps(alignment, full)
+    floors = np.minimum(
+        full, np.maximum(-(-np.ceil(full * floor_ratio - 1e-9).astype(np.int64) // steps) * steps, steps)
+    )
+    if not len(full) or account.count(full) <= target:
+        return Allocation(dict(zip(account.names, full.tolist())), account.count(full), target, [])
+    if account.count(floors) >= target:
+        counts = floors
+    else:
+        rank = _by_share(full, steps) if chunks is None else _by_score(account.names, full, steps, chunks)
+        counts = _search(account, rank, floors, full, target)
+        counts = _improve(account, counts, floors, full, steps, target, tolerance, alike)
+    held = [n for n, k, f in zip(account.names, counts, floors) if k == f]
+    total = account.count(counts)
+    return Allocation(
+        dict(zip(account.names, counts.tolist())), total, target, held if total > target * (1 + tolerance) else []
+    )
+
+
+def _by_share(full: Array, steps: Array) -> Any:
+    return lambda t: np.rint(full * t / steps).astype(np.int64) * steps
+
+
+def _by_score(names: Sequence[str], full: Array, steps: Array, chunks: Mapping[str, Array]) -> Any:
+    """Counts as a function of t in [0, 1]: t is the share of all chunks of indices that stays, best scores first."""
+    means = [np.asarray(chunks[n], dtype=np.float64).reshape(-1, int(s)).mean(axis=1) for n, s in zip(names, steps)]
+    order = np.sort(np.concatenate(means))
+
+    def at(t: float) -> Array:
+        if t >= 1:
+            return full
+        least = order[min(int((1 - t) * len(order)), len(order) - 1)]
+        return np.array([int((m >= least).sum()) for m in means], dtype=np.int64) * steps
+
+    return at
+
+
+def _search(account: Account, rank: Any, floors: Array, full: Array, target: float) -> Array:
+    low, high = 0.0, 1.0
+    best = full
+    for _ in range(24):
+        middle = (low + high) / 2
+        counts = np.clip(rank(middle), floors, full)
+        total = account.count(counts)
+        if abs(total - target) < abs(account.count(best) - target):
+            best = counts
+        if total > target:
+            high = middle
+        else:
+            low = middle
+    return best
+
+
+def _improve(
+    account: Account,
+    counts: Array,
+    floors: Array,
+    full: Array,
+    steps: Array,
+    target: float,
+    tolerance: float,
+    alike: Sequence[Any] | None,
+) -> Array:
+    """Move single variables (groups of alike ones first) by one step while that comes nearer to the target."""
+    labels = list(alike) if alike is not None else list(range(len(full)))
+    together = [np.flatnonzero([x == label for x in labels]) for label in dict.fromkeys(labels)]
+    # Blocks that are alike stay alike unless that alone misses the target by more than a point.
+    single = [np.array([k]) for k in range(len(full))]
+    for moves, near in ((together, tolerance), (single, max(tolerance, 0.01 * account.count(full) / target))):
+        for _ in range(200):
+            away = account.count(counts) - target
+            if abs(away) <= near * target:
+                return counts
+            sign = -1 if away > 0 else 1
+            best, best_away = None, abs(away)
+            for move in moves:
+                trial = counts.copy()
+                trial[move] += sign * steps[move]
+                if (trial[move] < floors[move]).any() or (trial[move] > full[move]).any():
+                    continue
+                distance = abs(account.count(trial) - target)
+                if distance < best_away:
+                    best, best_away = trial, distance
+            if best is None:
+                break
+            counts = best
+    return counts

@@ -1,0 +1,170 @@
+"""The pruning plan as plain data: what each variable keeps, versioned, tied to one model's shapes, and replayable."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from slimkit.core import check
+from slimkit.core.errors import PlanError
+from slimkit.core.prune.solve import Expr, Index, View, kept
+
+FORMAT, VERSION = "slimkit.prune", 1
+
+# Names that differ between the frameworks for the same parameter.
+_TWINS = {
+    "gamma": "weight",
+    "beta": "bias",
+    "moving_mean": "running_mean",
+    "moving_variance": "running_var",
+    "embedding_table": "weight",
+}
+
+
+def make_desc(
+    view: View,
+    keep: Mapping[str, Index],
+    attributes: Mapping[str, Mapping[str, tuple[int, int]]],
+    config: Mapping[str, tuple[int, int]],
+    made: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Write a plan as JSON-able data.
+
+    Args:
+        view: the coupling it was made from.
+        keep: variable -> kept indices, ascending.
+        attributes: module -> attribute -> (before, after), beyond what the cut weights themselves say.
+        config: field of the model's configuration -> (before, after).
+        made: how it was made (settings and numbers), for people.
+
+    Returns:
+        The desc.
+    """
+    full = view.counts
+    used = {n for n in keep if len(keep[n]) < full[n]}
+    axes = {p: e for p, e in view.axes.items() if any(_mentions(x, used) for x in e)}
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "shapes": {p: list(s) for p, s in view.coupling.graph.shapes.items()},
+        "variables": {n: {"size": full[n], "keep": [int(i) for i in keep[n]]} for n in keep if n in used},
+        "axes": {p: [_without(x, used, full) for x in e] for p, e in axes.items()},
+        "groups": {
+            scope: [attr, _without(e, used, full)] for scope, (attr, e) in view.groups.items() if _mentions(e, used)
+        },
+        "attributes": {m: {a: list(v) for a, v in changes.items()} for m, changes in attributes.items() if changes},
+        "config": {f: list(v) for f, v in config.items()},
+        "made": dict(made),
+    }
+
+
+def _mentions(expr: Expr, names: set[str]) -> bool:
+    return (
+        expr in names
+        if isinstance(expr, str)
+        else isinstance(expr, list) and any(_mentions(e, names) for e in expr[1:])
+    )
+
+
+def _without(expr: Expr, used: set[str], full: Mapping[str, int]) -> Expr:
+    if isinstance(expr, str):
+        return expr if expr in used else full[expr]
+    return expr if isinstance(expr, int) else [expr[0], *(_without(e, used, full) for e in expr[1:])]
+
+
+class Plan:
+    """A desc that has been read and found sound.
+
+    Args:
+        desc: plain data as `make_desc` writes it, possibly after a trip through JSON.
+
+    Raises:
+        ArgumentTypeError: not a dict.
+        PlanError: another format or version, or damaged.
+    """
+
+    def __init__(self, desc: Any) -> None:
+        check.instance(desc, dict, "desc", "a dict as prune() returns it")
+        if desc.get("format") != FORMAT:
+            raise PlanError(f"desc must be of the format {FORMAT!r}. Received: {desc.get('format')!r}")
+        if desc.get("version") != VERSION:
+            raise PlanError(
+                f"desc must be of version {VERSION}, which this slimkit reads. Received: {desc.get('version')!r}"
+            )
+        try:
+            self.desc: Mapping[str, Any] = desc
+            self.shapes = {p: tuple(int(n) for n in s) for p, s in desc["shapes"].items()}
+            self.full = {n: int(v["size"]) for n, v in desc["variables"].items()}
+            self.keep = {n: np.asarray(v["keep"], dtype=np.int64) for n, v in desc["variables"].items()}
+            self.axes: dict[str, list[Expr]] = desc["axes"]
+            for name, index in self.keep.items():
+                sound = index.ndim == 1 and len(index) and (np.diff(index) > 0).all()
+                if not sound or index[0] < 0 or index[-1] >= self.full[name]:
+                    raise PlanError(
+                        f"desc keeps indices of {name} that are not ascending within 0..{self.full[name] - 1}"
+                    )
+            self.indices = {
+                path: [kept(e, self.full, self.keep) if not isinstance(e, int) else None for e in exprs]
+                for path, exprs in self.axes.items()
+            }
+            self.groups = {
+                m: (str(a), len(kept(e, self.full, self.keep))) for m, (a, e) in desc.get("groups", {}).items()
+            }
+            self.attributes = {m: dict(c) for m, c in desc.get("attributes", {}).items()}
+            self.config = dict(desc.get("config", {}))
+        except PlanError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            raise PlanError(f"desc is damaged: {type(error).__name__}: {error}") from None
+
+    def sizes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes after the cut of the parameters that change."""
+        return {
+            path: tuple(n if index is None else len(index) for n, index in zip(self.shapes[path], axes))
+            for path, axes in self.indices.items()
+        }
+
+    def match(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+        """Find each parameter of the plan in a model, in the other framework's names if need be.
+
+        Args:
+            shapes: the model's parameters and buffers.
+
+        Returns:
+            The plan's path -> the model's path.
+
+        Raises:
+            PlanError: names the first parameter that is missing, left over or of another shape.
+        """
+        plain = {_plain(p): p for p in shapes}
+        names: dict[str, str] = {}
+        for path, shape in self.shapes.items():
+            name = path if path in shapes else plain.get(_plain(path))
+            if name is None:
+                raise PlanError(
+                    f"desc was made for a model with {path!r} {list(shape)}, and this model has no such parameter"
+                )
+            if not _same_shape(tuple(shapes[name]), shape):
+                raise PlanError(
+                    f"desc was made for {path!r} of shape {list(shape)}, and this model's is {list(shapes[name])}. "
+                    "Run analysis() on this model, or load the model it was made for."
+                )
+            names[path] = name
+        extra = [p for p in shapes if p not in set(names.values())]
+        if extra:
+            raise PlanError(
+                f"desc was made for a model without {extra[0]!r} {list(shapes[extra[0]])}, and this one has it"
+            )
+        return names
+
+
+def _same_shape(here: tuple[int, ...], there: tuple[int, ...]) -> bool:
+    # MindSpore writes a 1-d kernel as (out, in, 1, k); ones aside, the axes are the same.
+    return here == there or ([n for n in here if n != 1] == [n for n in there if n != 1] and len(here) != len(there))
+
+
+def _plain(path: str) -> str:
+    module, _, leaf = path.rpartition(".")
+    return f"{module}.{_TWINS.get(leaf, leaf)}"

@@ -1,0 +1,457 @@
+"""The pruner of both wings: settings, analysis, plan and report; a wing only traces, reads and cuts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+import numpy as np
+
+from slimkit.core import check
+from slimkit.core.batch import dataset
+from slimkit.core.errors import GraphError, UnsupportedError
+from slimkit.core.files import as_path, atomic_file
+from slimkit.core.log import logger
+from slimkit.core.match import demand, match
+from slimkit.core.prune.allocate import Account, Allocation, allocate
+from slimkit.core.prune.attributes import config_changes, new_values, scope_sizes
+from slimkit.core.prune.draw import picture
+from slimkit.core.prune.importance import NAMES, best, scores
+from slimkit.core.prune.plan import Plan, make_desc
+from slimkit.core.prune.rehearsal import ANOTHER, COPIES, LAYOUT, differences
+from slimkit.core.prune.solve import WRITTEN, Coupling, Index, View
+from slimkit.core.prune.wing import RepairingWing, Wing
+
+Changes = dict[str, dict[str, tuple[int, int]]]
+Array = np.ndarray[Any, Any]
+
+
+class PrunerBase:
+    """Structural pruning of one model.
+
+    Args:
+        wing: the framework's side.
+    """
+
+    def __init__(self, wing: Wing) -> None:
+        self._wing = wing
+        self._coupling: Coupling | None = None
+        self._method: str | Callable[[Array], float] = lambda weights: float(np.abs(weights).mean())
+        self._default_method = True
+        self._calibration: Any = None
+        self._loss: Callable[..., Any] | None = None
+        self._seed = 0
+        self._node_ratio = 0.5
+        self._alignment = 16
+        self._budget = "params"
+        self._allocation = "uniform"
+        self._repair: Any = None
+        self._scored: Any = None
+        self._scores: dict[str, Array] = {}
+        self._damping = 0.01
+        self._report: dict[str, Any] = {}
+        # Attributes that may say one of several numbers: how many, which one is tried, how often a module was retried.
+        self._doubts: dict[str, dict[str, int]] = {}
+        self._choices: dict[tuple[str, str], int] = {}
+        self._tried: dict[str, int] = {}
+
+    # Settings --------------------------------------------------------------------------------------------------
+
+    def set_importance_evaluation_function(
+        self,
+        function: str | Callable[[Array], float],
+        *,
+        calibration: Any = None,
+        loss: Callable[..., Any] | None = None,
+        seed: int = 0,
+    ) -> Any:
+        """Choose how channels are scored.
+
+        Args:
+            function: l1, l2, bn_scale, taylor, hessian, activation, lamp or random; or a function of one output
+            channel's
+                weights (NumPy, without the output axis) that returns a float. Unset, channels score mean |w|.
+            calibration: batches, for taylor, hessian and activation.
+            loss: for taylor and hessian: (model outputs, batch) -> scalar loss; unset, the outputs' own `.loss`, or the
+                mean squared output.
+            seed: of "random".
+
+        Returns:
+            This pruner.
+
+        Raises:
+            ArgumentError: an unknown name, or calibration missing.
+        """
+        if not callable(function):
+            check.choice(function, NAMES, "function")
+            if NAMES[function] and calibration is None:
+                check.wrong_value("calibration", f"a list of batches for the importance {function!r}", calibration)
+        if calibration is not None:
+            dataset(calibration, "calibration")
+        if loss is not None:
+            check.function(loss, "loss")
+        self._method, self._default_method = function, False
+        self._calibration, self._loss, self._seed = calibration, loss, check.integer(seed, "seed")
+        return self
+
+    def set_node_reserved_ratio(self, ratio: float) -> Any:
+        """Set the least share of its channels that each node keeps.
+
+        Args:
+            ratio: strictly between 0 and 1; 0.5 unless set, since a layer cut further seldom recovers.
+
+        Returns:
+            This pruner.
+        """
+        self._node_ratio = check.ratio(ratio, "ratio")
+        return self
+
+    def set_alignment(self, alignment: int) -> Any:
+        """Set the number that kept widths are multiples of.
+
+        Args:
+            alignment: 16 unless set, the block size of Ascend's cube unit; 1 for none.
+
+        Returns:
+            This pruner.
+        """
+        self._alignment = check.positive(alignment, "alignment")
+        return self
+
+    def set_budget(self, budget: str) -> Any:
+        """Choose what the ratio counts.
+
+        Args:
+            budget: "params", or "macs" for multiplications of one forward pass on the example.
+
+        Returns:
+            This pruner.
+        """
+        self._budget = check.choice(budget, ("params", "macs"), "budget")
+        return self
+
+    def set_allocation(self, allocation: str) -> Any:
+        """Choose how the budget is shared among the nodes.
+
+        Args:
+            allocation: "uniform": every node keeps the same share, which keeps repeated blocks equal; "global": the
+            least
+                important channels of the whole model go first.
+
+        Returns:
+            This pruner.
+        """
+        self._allocation = check.choice(allocation, ("uniform", "global"), "allocation")
+        return self
+
+    def set_compensation(self, calibration: Any, damping: float = 0.01) -> Any:
+        """Repair the cut model from calibration data: each layer is refitted to its original's outputs, no labels
+        needed.
+
+        Args:
+            calibration: batches; some hundred samples do. None switches it off.
+            damping: pull towards the cut weights, relative to the inputs' mean square; 0.01 unless given.
+
+        Returns:
+            This pruner.
+        """
+        if calibration is not None:
+            dataset(calibration, "calibration")
+        if not hasattr(self._wing, "compensate"):
+            raise UnsupportedError(f"compensation is not offered for {self._wing.framework} models")
+        self._repair = calibration
+        self._damping = check.number(damping, "damping", minimum=0)
+        return self
+
+    # Work ------------------------------------------------------------------------------------------------------
+
+    def analysis(
+        self, reserved_ratio: float = 0.75, un_prune_list: Sequence[int | str] | None = None
+    ) -> tuple[int, dict[str, Any]]:
+        """Plan a cut; the model is untouched.
+
+        Args:
+            reserved_ratio: share of the parameters (or multiplications) to keep, in (0, 1].
+            un_prune_list: layers whose outputs stay whole: numbers (Conv and Linear layers in the order they run,
+            negatives
+                from the end) or names; [0, -1] unless given.
+
+        Returns:
+            (parameters left, exactly; the plan as plain data for `prune_by_desc`).
+
+        Raises:
+            ArgumentError: a ratio or layer out of range.
+            GraphError: the model could not be traced.
+        """
+        check.ratio(reserved_ratio, "reserved_ratio", one=True)
+        coupling = self._solved()
+        self._choices, self._tried = {}, {}
+        whole = self._layers([0, -1] if un_prune_list is None else un_prune_list)
+        for _ in range(50):
+            view = coupling.view(whole)
+            allocation, account = self._allocate(view, reserved_ratio)
+            desc = self._describe(view, allocation, reserved_ratio, whole)
+            if self._rehearse(view, Plan(desc), allocation.keep):
+                break
+        else:
+            raise GraphError("the model's code contradicts every plan; its report() names the places")
+        left = Account(view).count(np.array([allocation.keep[n] for n in view.counts], dtype=np.int64))
+        self._fill_report(view, allocation, account, left, reserved_ratio)
+        desc["made"]["left_params"] = left
+        return left, desc
+
+    def prune(self, reserved_ratio: float = 0.75, un_prune_list: Sequence[int | str] | None = None) -> dict[str, Any]:
+        """Plan a cut and make it, in place; arguments as in `analysis`.
+
+        Returns:
+            The plan as plain data; `prune_by_desc` replays it on a fresh model.
+
+        Raises:
+            ArgumentError: a ratio or layer out of range.
+            GraphError: the model could not be traced.
+        """
+        _, desc = self.analysis(reserved_ratio, un_prune_list)
+        layers = self._solved().graph.layers
+        if self._repair is None:
+            self._cut(Plan(desc))
+            return desc
+        wing, plan = cast(RepairingWing, self._wing), Plan(desc)
+        dense = wing.snapshot()
+        undo = self._cut(plan)
+        try:
+            self._report["compensation"] = wing.compensate(dense, plan, layers, self._repair, self._damping)
+        except BaseException:
+            if undo is not None:
+                undo()
+            raise
+        return desc
+
+    def prune_by_desc(self, desc: dict[str, Any]) -> Any:
+        """Replay a plan on a fresh model of the same make, in place.
+
+        Args:
+            desc: what `prune` or `analysis` returned, possibly after a trip through JSON.
+
+        Returns:
+            The pruned model.
+
+        Raises:
+            PlanError: the plan was made for another model; the message names the first mismatch.
+        """
+        self._cut(Plan(desc))
+        return getattr(self._wing, "model", None)
+
+    def report(self) -> dict[str, Any]:
+        """What the last analysis or cut found: sizes, what stays whole and why, operators without a rule, notes."""
+        if not self._report:
+            coupling = self._solved()
+            view = coupling.view()
+            self._report = self._common(view)
+        return dict(self._report)
+
+    def draw(self, path: Any = None) -> str:
+        """Draw the coupling: one row a group, its width before and after the last analysis, and the layers it ties.
+
+        Args:
+            path: a file to write, .svg or .html; None writes none.
+
+        Returns:
+            The SVG text.
+        """
+        text = picture(self.report())
+        if path is not None:
+            target = as_path(path, "path")
+            head = "" if target.suffix != ".html" else "<!doctype html><meta charset=utf-8><title>Pruning</title>"
+            with atomic_file(target, "w") as handle:
+                handle.write(head + text)
+        return text
+
+    # Inside ----------------------------------------------------------------------------------------------------
+
+    def _solved(self) -> Coupling:
+        if self._coupling is None:
+            self._coupling = Coupling(self._wing.trace())
+        return self._coupling
+
+    def _layers(self, wanted: Sequence[int | str]) -> list[str]:
+        layers = self._solved().graph.layers
+        if isinstance(wanted, (str, bytes)) or not isinstance(wanted, (list, tuple)):
+            check.wrong_type("un_prune_list", "a list of ints or names", wanted)
+        out: list[str] = []
+        for item in wanted:
+            if isinstance(item, str):
+                found = match(layers, [item], whole_modules=True)
+                demand(found, layers, "un_prune_list")
+                out.extend(found.names)
+                continue
+            check.integer(item, "un_prune_list", -len(layers), len(layers) - 1)
+            out.append(layers[item])
+        return out
+
+    def _allocate(self, view: View, ratio: float) -> tuple[Allocation, Account]:
+        account = Account(view, self._budget)
+        full = np.array(list(view.counts.values()), dtype=np.int64)
+        target = ratio * account.count(full)
+        self._scores = self._score(view)
+        chunks = None
+        if self._allocation == "global":
+            chunks = {
+                n: np.sort(s if self._method == "lamp" else s / max(s.mean(), 1e-30)) for n, s in self._scores.items()
+            }
+        alike = [(v.size, v.kind, len(v.places)) for v in view.variables]
+        return allocate(account, full.tolist(), target, self._node_ratio, self._alignment, chunks, alike), account
+
+    def _score(self, view: View) -> dict[str, Array]:
+        key = tuple((v.name, v.size, len(v.places)) for v in view.variables)
+        if self._scored == (key, self._method, id(self._calibration)):
+            return self._scores
+        method: Any = "l1" if self._default_method else self._method
+        need = NAMES.get(method, "") if isinstance(method, str) else ""
+        gradients = activations = None
+        if need in ("gradient", "square"):
+            gradients = self._wing.gradients(self._calibration, self._loss, need == "square")
+        elif need == "activation":
+            activations = self._wing.activations(self._calibration, view.coupling.graph.layers)
+        shapes = view.coupling.graph.shapes
+
+        def read(path: str) -> Array:
+            values = self._wing.read(path)
+            return np.zeros(shapes[path], dtype=np.float32) if values is None else values
+
+        if all(self._wing.read(v.places[0][0]) is None for v in view.variables[:1]):
+            made = {v.name: np.ones(v.size) for v in view.variables}  # a model without values: counts only
+        else:
+            made = scores(view, read, method, gradients=gradients, activations=activations, seed=self._seed)
+        self._scored = (key, self._method, id(self._calibration))
+        return made
+
+    def _describe(self, view: View, allocation: Allocation, ratio: float, whole: list[str]) -> dict[str, Any]:
+        keep: dict[str, Index] = {n: best(self._scores[n], k) for n, k in allocation.keep.items()}
+        integers, fields = self._wing.integers(), self._wing.config()
+        sizes = scope_sizes(view, allocation.keep) if integers or fields else {}
+        self._doubts = {}
+        attributes: Changes = {}
+        for module, numbers in integers.items():
+            for name, old in numbers.items():
+                choices = new_values(name, old, sizes.get(module, {}))
+                if len(choices) > 1:
+                    self._doubts.setdefault(module, {})[name] = len(choices)
+                new = choices[self._choices.get((module, name), 0) % len(choices)]
+                if new != old:
+                    attributes.setdefault(module, {})[name] = (old, new)
+        config = config_changes(fields, view, allocation.keep, sizes)
+        made = {
+            "framework": self._wing.framework,
+            "reserved_ratio": ratio,
+            "budget": self._budget,
+            "importance": self._method
+            if isinstance(self._method, str)
+            else getattr(self._method, "__name__", "function"),
+            "allocation": self._allocation,
+            "alignment": self._alignment,
+            "node_reserved_ratio": self._node_ratio,
+            "un_prune": whole,
+        }
+        return make_desc(view, keep, attributes, config, made)
+
+    def _rehearse(self, view: View, plan: Plan, counts: Mapping[str, int]) -> bool:
+        """Run the cut model on shapes alone and compare; pin what the model's code contradicts."""
+        if not plan.keep:
+            return True
+        other, error, remade = self._wing.rehearse(plan)
+        found = differences(view, other, counts, COPIES, error, remade)
+        if found:
+            # How a tensor lies in memory decides whether torch copies or views it; only the mathematics must agree.
+            plain = differences(view, other, counts, LAYOUT, error, remade)
+            if plain is None or found[1] == ANOTHER or len(other.nodes) > len(view.coupling.graph.nodes):
+                found = plain
+        if found and found[1] == ANOTHER and getattr(self._wing, "branches", False) and not error:
+            # The cut changed the values that the model's own code branches on: it ran, and that must do.
+            return True
+        return found is None or self._pin(view, *found)
+
+    def _pin(self, view: View, place: int, what: str) -> bool:
+        """Give in to the model's code: tie, try another attribute, or keep whole what an operator touches."""
+        coupling = view.coupling
+        node = coupling.graph.nodes[place]
+        reason = f"{WRITTEN} {node.scope or 'the model'}"
+        logger.debug("%s (%s at %s)", reason, what, node.op)
+        if coupling.tie(place) or self._try_another(node.scope) or coupling.tie_widths(place):
+            return False
+        # Where nothing is left at the operator itself: everything its module touches.
+        near = [other for other in coupling.graph.nodes if other.scope == node.scope]
+        for nodes in ([node], near):
+            numbers = [n for other in nodes for n in (*other.inputs, *other.outputs) if n is not None]
+            dims = [d for n in numbers for d in coupling.relations.dims[n] if not isinstance(view.expression(d), int)]
+            if any(coupling.pin(dim, reason) for dim in dims):
+                return False
+        raise GraphError(f"the pruned model would not run: {what} in {node.op} of {node.scope or 'the model'!r}")
+
+    def _try_another(self, scope: str) -> bool:
+        """Let the doubtful attributes of a module say the next combination of what they may; False when all were
+        tried."""
+        doubts = self._doubts.get(scope, {})
+        combination = self._tried.get(scope, 0) + 1
+        if not doubts or combination >= min(64, int(np.prod(list(doubts.values())))):
+            for name in doubts:
+                self._choices.pop((scope, name), None)
+            return False
+        self._tried[scope] = combination
+        for name, number in doubts.items():
+            self._choices[scope, name] = combination % number
+            combination //= number
+        return True
+
+    def _cut(self, plan: Plan) -> Any:
+        names = plan.match(self._wing.shapes())
+        undo = self._wing.cut(plan, names)
+        # Everything known about the model was about the uncut one.
+        self._coupling, self._scored = None, None
+        shapes, buffers = self._wing.shapes(), self._wing.buffers()
+        left = sum(int(np.prod(s)) for p, s in shapes.items() if p not in buffers)
+        self._report = {**self._report, "left_params": left}
+        return undo
+
+    def _common(self, view: View) -> dict[str, Any]:
+        graph = view.coupling.graph
+        return {
+            "params": sum(int(np.prod(s)) for p, s in graph.shapes.items() if p not in graph.buffers),
+            "variables": {
+                v.name: {
+                    "size": v.size,
+                    "kind": v.kind,
+                    "layers": list(v.layers),
+                    "axes": [f"{p}:{a}" for p, a, _ in v.places],
+                }
+                for v in view.variables
+            },
+            "whole": {reason: list(places) for reason, places in view.whole.items()},
+            "without_rule": [f"{name} in {scope or 'the model'}" for name, scope in view.coupling.relations.opaque],
+            "notes": list(dict.fromkeys(graph.notes)),
+        }
+
+    def _fill_report(self, view: View, allocation: Allocation, account: Account, left: int, ratio: float) -> None:
+        self._report = self._common(view)
+        before = account.count(np.array(list(view.counts.values()), dtype=np.int64))
+        for name, entry in self._report["variables"].items():
+            entry["keep"] = allocation.keep[name]
+        self._report.update(
+            asked=ratio,
+            budget=self._budget,
+            reached=allocation.total / before if before else 1.0,
+            left_params=left,
+            held_back=[
+                {"variable": n, "layers": self._report["variables"][n]["layers"], "keeps": allocation.keep[n]}
+                for n in allocation.held_back
+            ],
+        )
+        missed = allocation.total > allocation.target * 1.02
+        if missed and not allocation.held_back:
+            self._report["notes"].append("nothing more can be pruned: every other axis stays whole")
+        if missed:
+            logger.warning(
+                "asked to keep %.3f of the %s, reached %.3f; report() says what holds it back",
+                ratio,
+                self._budget,
+                self._report["reached"],
+            )

@@ -1,0 +1,361 @@
+"""The coupling of a model: which variables can be pruned, and every parameter axis as an expression over them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from slimkit.core.prune.dims import FREE, PRODUCT, Dim, find, leaves, unify
+from slimkit.core.prune.graph import Graph
+from slimkit.core.prune.rules import SCALE, Relations
+
+# An axis in plain data: a number (stays whole), a variable's name, or ["*" or "+", part, part, ...].
+Expr = int | str | list[Any]
+Index = np.ndarray[Any, np.dtype[np.int64]]
+WRITTEN = "its size is written in the code of"
+
+
+@dataclass
+class Variable:
+    """One prunable variable: a set of channels, heads or hidden features that live and die together.
+
+    Args:
+        name: "d0", "d1" ... in the order of the parameters.
+        size: number of indices before pruning.
+        places: (parameter, axis, role) of every axis that mentions it.
+        kind: "heads", "hidden" (normalised or embedded features) or "width".
+        layers: the Conv and Linear layers that make it.
+    """
+
+    name: str
+    size: int
+    places: list[tuple[str, int, str]] = field(default_factory=list)
+    kind: str = "width"
+    layers: list[str] = field(default_factory=list)
+
+
+class Coupling:
+    """What can be pruned together in one model; made once from a graph, looked at under several exclusions.
+
+    Args:
+        graph: a traced model.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.tied: set[int] = set()
+        self.relations = Relations(graph)
+        self.pinned: dict[Dim, str] = {}
+
+    def tie(self, place: int) -> bool:
+        """Demand that a split's parts stay equal, since the code divides by their number; tells whether that was
+        new."""
+        node = self.graph.nodes[place]
+        if place in self.tied or node.op != "split" or len(set(node.attrs["sizes"])) > 1:
+            return False
+        self.tied.add(place)
+        parts = [self.relations.dims[n][node.attrs["axis"]] for n in node.outputs]
+        for part in parts[1:]:
+            unify(parts[0], part)
+        return True
+
+    def tie_widths(self, place: int) -> bool:
+        """Demand that a reshape's axis equals the others of its size in the same module, as its code takes for
+        granted."""
+        node, dims = self.graph.nodes[place], self.relations.dims
+        if node.op != "reshape" or -1 - place in self.tied:
+            return False
+        self.tied.add(-1 - place)
+        near = [n for other in self.graph.nodes if other.scope == node.scope for n in (*other.inputs, *other.outputs)]
+        done = False
+        for dim in (d for n in node.inputs if n is not None for d in dims[n]):
+            if any(x.kind == FREE and x not in self.pinned for x in map(find, leaves(dim))):
+                for other in (d for n in near if n is not None for d in dims[n] if d.size == dim.size):
+                    done = done or find(other) is not find(dim)
+                    unify(other, dim)
+        return done
+
+    def pin(self, dim: Dim, reason: str) -> bool:
+        """Exclude every variable of an axis for good; tells whether that changed anything."""
+        fresh = [d for d in map(find, leaves(dim)) if d.kind == FREE and d not in self.pinned]
+        self.pinned.update(dict.fromkeys(fresh, reason))
+        return bool(fresh)
+
+    def view(self, un_prune: Iterable[str] = ()) -> View:
+        """The coupling with some layers' outputs kept whole.
+
+        Args:
+            un_prune: paths of Conv and Linear layers.
+
+        Returns:
+            Variables and expressions in plain data.
+        """
+        excluded = dict(self.pinned)
+        wanted = set(un_prune)
+        for path, dim in self.relations.outs.items():
+            if path.rpartition(".")[0] in wanted:
+                for leaf in leaves(dim):
+                    excluded.setdefault(find(leaf), "named in un_prune_list")
+        return View(self, excluded)
+
+
+class View:
+    """A coupling in plain data: variables, expressions of all parameter axes, and why the rest stays whole.
+
+    Args:
+        coupling: the solved graph.
+        excluded: variables that stay whole, with the reason.
+
+    Attributes:
+        variables: the prunable variables.
+        axes: parameter -> one expression an axis.
+        whole: reason -> the parameter axes that stay whole for it.
+        costs: (scope, expressions whose sizes multiply to the node's multiplications).
+    """
+
+    def __init__(self, coupling: Coupling, excluded: dict[Dim, str]) -> None:
+        self.coupling = coupling
+        self._excluded = excluded
+        self._names: dict[Dim, str] = {}
+        self._compiled: dict[Dim, Expr] = {}
+        relations = coupling.relations
+        self._one_factor_each(relations)
+        self.variables: list[Variable] = []
+        self.axes: dict[str, list[Expr]] = {}
+        self.whole: dict[str, list[str]] = {}
+        by_name: dict[str, Variable] = {}
+        for path, shape in coupling.graph.shapes.items():
+            dims = relations.params.get(path)
+            if dims is None:
+                self.axes[path] = list(shape)
+                self.whole.setdefault("not used when the model ran", []).append(path)
+                continue
+            self.axes[path] = [self.expression(d) for d in dims]
+            for axis, dim in enumerate(dims):
+                # A vector without a role is a bias or a scale: a tracer may show Linear's bias as an addition.
+                role = relations.roles.get((path, axis), "out" if axis == 0 and len(dims) > 1 else "other")
+                for leaf in dict.fromkeys(map(find, leaves(dim))):
+                    name = self._names.get(leaf)
+                    if name is None:
+                        why = leaf.reason or excluded.get(leaf, "")
+                        if leaf.size > 1 and why:
+                            self.whole.setdefault(why, []).append(f"{path}:{axis}")
+                        continue
+                    if name not in by_name:
+                        by_name[name] = Variable(name, leaf.size)
+                        self.variables.append(by_name[name])
+                    by_name[name].places.append((path, axis, role))
+        self._describe(by_name, relations)
+        self.costs = [(scope, [self.expression(d) for d in dims]) for scope, dims in relations.costs]
+        self.groups = {scope: (attr, self.expression(d)) for scope, (attr, d) in relations.groups.items()}
+
+    def _one_factor_each(self, relations: Relations) -> None:
+        """In a flattened axis prune one factor only: heads rather than the size of a head, groups or channels in a
+        group."""
+        seen: set[Dim] = set()
+
+        def walk(dim: Dim) -> None:
+            dim = find(dim)
+            if dim in seen or not dim.parts:
+                return
+            seen.add(dim)
+            for part in dim.parts:
+                walk(part)
+            if dim.kind != PRODUCT:
+                return
+            open_ = [(p, [x for x in map(find, leaves(p)) if self._free(x)]) for p in dim.parts]
+            open_ = [(p, free) for p, free in open_ if free]
+            if len(open_) < 2:
+                return
+            outside = [pair for pair in open_ if not all(x.inner for x in pair[1])] or open_
+            first = outside[0]
+            # A few groups are too coarse to choose from; their channels are not.
+            best = first if find(first[0]).size >= 8 else max(outside, key=lambda pair: find(pair[0]).size)
+            for part, free in open_:
+                if part is not best[0]:
+                    for leaf in free:
+                        if leaf not in best[1]:
+                            self._excluded[leaf] = "another factor of the same axis is pruned (heads, not their size)"
+
+        for dims in relations.params.values():
+            for dim in dims:
+                walk(dim)
+        for dims in relations.params.values():
+            for dim in dims:
+                for leaf in map(find, leaves(dim)):
+                    if self._free(leaf) and leaf not in self._names:
+                        self._names[leaf] = f"d{len(self._names)}"
+
+    def _free(self, leaf: Dim) -> bool:
+        return leaf.kind == FREE and not leaf.elastic and leaf not in self._excluded
+
+    def expression(self, dim: Dim) -> Expr:
+        """An axis in plain data."""
+        dim = find(dim)
+        found = self._compiled.get(dim)
+        if found is None:
+            if dim.parts:
+                parts = [self.expression(p) for p in dim.parts]
+                found = _simplify("*" if dim.kind == PRODUCT else "+", parts)
+            else:
+                found = self._names.get(dim, dim.size)
+            self._compiled[dim] = found
+        return found
+
+    def _describe(self, by_name: dict[str, Variable], relations: Relations) -> None:
+        makers: dict[str, list[str]] = {}
+        for path, dim in relations.outs.items():
+            for leaf in dict.fromkeys(map(find, leaves(dim))):
+                if leaf in self._names:
+                    makers.setdefault(self._names[leaf], []).append(path.rpartition(".")[0])
+        averaged = {x for dim in relations.averaged for x in map(find, leaves(dim))}
+        for leaf, name in self._names.items():
+            variable = by_name.get(name)
+            if variable is None:
+                continue
+            variable.layers = list(dict.fromkeys(makers.get(name, [])))
+            roles = {role for _, _, role in variable.places}
+            if self._is_heads(leaf, relations):
+                variable.kind = "heads"
+            elif (
+                roles & {"layer_norm", "table"}
+                or leaf in averaged
+                or any(relations.roles.get((path, 0)) == "table" for path, _, _ in variable.places)
+            ):
+                variable.kind = "hidden"
+
+    def _is_heads(self, leaf: Dim, relations: Relations) -> bool:
+        if not hasattr(self, "_heads"):
+            self._heads: set[Dim] = set()
+            for dims in relations.params.values():
+                for dim in dims:
+                    self._collect_heads(dim)
+        return leaf in self._heads
+
+    def _collect_heads(self, dim: Dim) -> None:
+        dim = find(dim)
+        if dim.kind == PRODUCT and any(
+            x.inner or x.reason == SCALE for p in dim.parts[1:] for x in map(find, leaves(p))
+        ):
+            self._heads.update(x for x in map(find, leaves(dim.parts[0])) if self._free(x))
+        for part in dim.parts:
+            self._collect_heads(part)
+
+    def sizes(self, counts: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+        """Shapes of all parameters when each variable keeps so many indices."""
+        return {path: tuple(size_of(e, counts) for e in axes) for path, axes in self.axes.items()}
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Indices of each variable before pruning."""
+        return {v.name: v.size for v in self.variables}
+
+
+def _simplify(op: str, parts: list[Expr]) -> Expr:
+    flat: list[Expr] = []
+    for part in parts:
+        nested = isinstance(part, list) and part[0] == op
+        for item in part[1:] if nested else [part]:  # type: ignore[index]
+            if op == "+" and isinstance(item, int) and flat and isinstance(flat[-1], int):
+                flat[-1] += item
+            else:
+                flat.append(item)
+    if op == "*":
+        flat = [p for p in flat if p != 1] or [1]
+    return flat[0] if len(flat) == 1 else [op, *flat]
+
+
+def size_of(expr: Expr, counts: Mapping[str, int]) -> int:
+    """Indices of an axis when each variable has so many.
+
+    Example:
+        >>> size_of(["*", "d0", 4], {"d0": 3})
+        12
+    """
+    if isinstance(expr, int):
+        return expr
+    if isinstance(expr, str):
+        return counts[expr]
+    sizes = [size_of(part, counts) for part in expr[1:]]
+    return math.prod(sizes) if expr[0] == "*" else sum(sizes)
+
+
+def kept(expr: Expr, full: Mapping[str, int], keep: Mapping[str, Index]) -> Index:
+    """The indices of an axis that stay.
+
+    Args:
+        expr: the axis.
+        full: size of each variable before pruning.
+        keep: the indices of each variable that stay, ascending; one that is missing keeps all.
+
+    Returns:
+        Ascending indices.
+
+    Example:
+        >>> kept(["*", "d0", 2], {"d0": 3}, {"d0": np.array([0, 2])}).tolist()
+        [0, 1, 4, 5]
+    """
+    if isinstance(expr, int):
+        return np.arange(expr)
+    if isinstance(expr, str):
+        return keep[expr] if expr in keep else np.arange(full[expr])
+    parts = [(kept(p, full, keep), size_of(p, full)) for p in expr[1:]]
+    if expr[0] == "+":
+        offsets = np.cumsum([0] + [n for _, n in parts[:-1]])
+        return np.concatenate([index + offset for (index, _), offset in zip(parts, offsets)])
+    index = parts[0][0]
+    for inner, size in parts[1:]:
+        index = (index[:, None] * size + inner[None, :]).reshape(-1)
+    return index
+
+
+def owners(expr: Expr, full: Mapping[str, int], name: str) -> Index | None:
+    """For each index of an axis, the index of a variable that it belongs to, or -1; None where it is not mentioned.
+
+    Example:
+        >>> owners(["+", 1, ["*", "d0", 2]], {"d0": 2}, "d0").tolist()
+        [-1, 0, 0, 1, 1]
+    """
+    if isinstance(expr, int):
+        return None
+    if isinstance(expr, str):
+        return np.arange(full[expr]) if expr == name else None
+    parts = [(owners(p, full, name), size_of(p, full)) for p in expr[1:]]
+    if all(index is None for index, _ in parts):
+        return None
+    if expr[0] == "+":
+        return np.concatenate([np.full(n, -1) if index is None else index for index, n in parts])
+    result: Index | None = None
+    before = 1
+    for index, size in parts:
+        if result is not None:
+            result = np.repeat(result, size)
+        elif index is not None:
+            result = np.tile(index, before)
+        before *= size
+    return result
+
+
+def linear_form(expr: Expr, order: Mapping[str, int]) -> tuple[int, dict[int, int]]:
+    """An axis's size as constant + coefficient times count for each variable (a product holds one variable factor)."""
+    if isinstance(expr, int):
+        return expr, {}
+    if isinstance(expr, str):
+        return 0, {order[expr]: 1}
+    constant, slopes = linear_form(expr[1], order)
+    for part in expr[2:]:
+        other, more = linear_form(part, order)
+        if expr[0] == "+":
+            constant += other
+            for key, value in more.items():
+                slopes[key] = slopes.get(key, 0) + value
+        elif slopes and more:
+            raise ArithmeticError(f"two variable factors in {expr}")
+        else:
+            slopes = {k: v * other for k, v in slopes.items()} | {k: v * constant for k, v in more.items()}
+            constant *= other
+    return constant, slopes

@@ -1,0 +1,75 @@
+"""What a framework does for the pruner; everything else about pruning is written once, in the core."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from slimkit.core.prune.graph import Graph
+from slimkit.core.prune.plan import Plan
+
+Array = np.ndarray[Any, Any]
+
+
+class Wing(Protocol):
+    """What a framework does for the pruner; everything else is written once, here."""
+
+    framework: str
+
+    @abstractmethod
+    def trace(self) -> Graph:
+        """The model's graph."""
+
+    @abstractmethod
+    def rehearse(self, plan: Plan) -> tuple[Graph, str | None, set[str]]:
+        """The graph of the cut model as far as it ran, the error that stopped it, and the modules that surgery
+        remakes."""
+
+    @abstractmethod
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every parameter and floating-point buffer by path, tied ones once."""
+
+    @abstractmethod
+    def buffers(self) -> set[str]:
+        """The paths among `shapes` that are no parameters."""
+
+    @abstractmethod
+    def read(self, path: str) -> Array | None:
+        """A parameter's values, float32 or float64, not to be written to; None where it has none (meta device)."""
+
+    @abstractmethod
+    def integers(self) -> dict[str, dict[str, int]]:
+        """Module path -> its whole-number attributes, without those that the cut of its own weights settles."""
+
+    @abstractmethod
+    def config(self) -> dict[str, int]:
+        """Whole-number fields of the model's configuration; empty without one."""
+
+    @abstractmethod
+    def gradients(self, data: Iterable[Any], loss: Callable[..., Any] | None, square: bool) -> dict[str, Array]:
+        """Mean gradient of each parameter over the batches, or the mean of its square."""
+
+    @abstractmethod
+    def activations(self, data: Iterable[Any], layers: Sequence[str]) -> dict[str, Array]:
+        """Mean absolute output of each channel of each layer."""
+
+    @abstractmethod
+    def cut(self, plan: Plan, names: Mapping[str, str]) -> Callable[[], None] | None:
+        """Cut the model in place and return a call that takes it back; on an error the model is as it was."""
+
+
+class RepairingWing(Wing, Protocol):
+    """A wing that can also repair what it cut."""
+
+    @abstractmethod
+    def snapshot(self) -> Any:
+        """A copy of the model before the cut."""
+
+    @abstractmethod
+    def compensate(
+        self, dense: Any, plan: Plan, layers: Sequence[str], data: Iterable[Any], damping: float
+    ) -> dict[str, Any]:
+        """Refit the cut model's layers to the outputs of the snapshot, in place."""

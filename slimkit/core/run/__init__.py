@@ -1,0 +1,1 @@
+"""Recipes without a framework: schema, runner, measurements, report."""

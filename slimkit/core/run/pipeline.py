@@ -1,0 +1,322 @@
+"""The runner of a recipe: stages in order, each written whole before the next begins, so that a killed run resumes."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Protocol
+
+from slimkit.core import check
+from slimkit.core.errors import ConfigError, SlimkitError
+from slimkit.core.files import atomic_directory, read_json, write_json
+from slimkit.core.log import logger
+from slimkit.core.run import factory
+from slimkit.core.run.measurement import Measurement
+from slimkit.core.run.recipe import Recipe
+from slimkit.core.run.report import write_report
+
+SHRINKING = ("prune", "cut", "sparsify")
+
+
+@dataclass
+class StageContext:
+    """What a stage may ask for.
+
+    Args:
+        recipe: the whole recipe.
+        folder: the recipe's folder, where factory references are looked up.
+        data: what the recipe's data factory returned.
+        edits: structural edits that lead from a fresh model to the present one, oldest first.
+        directory: where the stage writes its files.
+        key: the stage's place in the recipe, for messages ("stages[2].prune").
+        dense: makes the dense model: the one before the first stage that shrinks it.
+    """
+
+    recipe: Recipe
+    folder: Path
+    data: Mapping[str, Any]
+    edits: list[dict[str, Any]]
+    directory: Path
+    key: str
+    dense: Any
+
+
+@dataclass
+class StageResult:
+    """What a stage gives back.
+
+    Args:
+        model: the model afterwards, the same object or a new one.
+        edit: how its structure changed, as plain JSON that `Wing.build` can replay; None if it did not.
+        facts: what to say about it in the report, as plain JSON.
+        curves: name -> values over the steps or epochs, for the plots.
+    """
+
+    model: Any
+    edit: dict[str, Any] | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+    curves: dict[str, list[float]] = field(default_factory=dict)
+
+
+class Wing(Protocol):
+    """What the runner asks of a framework; slimkit.stages is PyTorch's answer."""
+
+    def seed(self, seed: int) -> None: ...
+
+    def versions(self) -> dict[str, str]: ...
+
+    def build(self, recipe: Recipe, folder: Path, edits: list[dict[str, Any]], example: Any) -> Any: ...
+
+    def run(self, kind: str, options: Any, model: Any, context: StageContext) -> StageResult: ...
+
+    def measure(self, model: Any, example: Any) -> Measurement: ...
+
+    def save(self, model: Any, file: Path) -> None: ...
+
+    def load(self, model: Any, file: Path) -> None: ...
+
+    def digest(self, model: Any) -> str: ...
+
+
+def run_recipe(recipe: Recipe, folder: Path, wing: Wing, output: Path, *, restart: bool = False) -> dict[str, Any]:
+    """Run a recipe's stages, or what is left of them.
+
+    Args:
+        recipe: the checked recipe.
+        folder: the recipe's folder.
+        wing: the framework that does the work.
+        output: the run's folder; stages/, report.html and report.json appear in it.
+        restart: throw away an earlier run in that folder instead of resuming it.
+
+    Returns:
+        The report, as written to report.json.
+
+    Raises:
+        SlimkitError: something in the recipe or the folder is wrong; the message names the key or the file.
+    """
+    return _Run(recipe, Path(folder), wing, Path(output), restart).go()
+
+
+class _Run:
+    """One run in one folder."""
+
+    def __init__(self, recipe: Recipe, folder: Path, wing: Wing, output: Path, restart: bool) -> None:
+        self.recipe, self.folder, self.wing, self.output = recipe, folder, wing, output
+        self.restart = restart
+        self.kinds = ["load", *(kind for kind, _ in recipe.steps())]
+        shrinks = [i for i, kind in enumerate(self.kinds) if kind in SHRINKING]
+        self.dense_at = (shrinks[0] if shrinks else len(self.kinds)) - 1
+        self.records: list[dict[str, Any]] = []
+        self.model: Any = None
+        self._dense: Any = None
+
+    def go(self) -> dict[str, Any]:
+        with _locked(self.output):
+            self._open()
+            # The same seed before each making, so that resuming meets the model and data the first run met.
+            self.wing.seed(self.recipe.seed)
+            self.data = factory.make(self.recipe.data, self.folder, "data")
+            if not isinstance(self.data, Mapping) or not {"train", "example"} <= set(self.data):
+                raise ConfigError("data: the factory must return a mapping with at least the keys train and example")
+            for at, kind in enumerate(self.kinds):
+                directory = self._directory(at)
+                if (directory / "stage.json").exists():
+                    self.records.append(read_json(directory / "stage.json", "stage record"))
+                    self._same_start(at)
+                    logger.info("%s: already done", directory.name)
+                    continue
+                self._stage(at, kind, directory)
+                report = self._report()
+            return report if self.model is not None else self._report()
+
+    def _open(self) -> None:
+        """Claim the folder: a fresh one, or one that holds an earlier part of this very run."""
+        identity = {
+            "format": "slimkit-run",
+            "version": 1,
+            "recipe": self.recipe.model_dump(mode="json"),
+            "environment": environment(self.wing.versions()),
+        }
+        marker = self.output / "run.json"
+        if self.restart:
+            shutil.rmtree(self.output / "stages", ignore_errors=True)
+            marker.unlink(missing_ok=True)
+        if marker.exists():
+            earlier = read_json(marker, "run record")
+            if earlier.get("recipe") != identity["recipe"]:
+                changed = _first_difference(earlier.get("recipe"), identity["recipe"])
+                raise ConfigError(
+                    f"output: {self.output} holds a run of another recipe (first difference: {changed}). "
+                    "Choose another output, or pass --restart to throw that run away."
+                )
+        elif (self.output / "stages").exists():
+            raise ConfigError(f"output: {self.output} has stages and no run.json; choose another output")
+        # What a killed run left half written is hidden from readers, and goes now.
+        for stale in (self.output / "stages").glob(".*.part") if (self.output / "stages").exists() else ():
+            shutil.rmtree(stale, ignore_errors=True)
+        write_json(marker, identity)
+        self.environment = identity["environment"]
+
+    def _seed(self, at: int) -> int:
+        """Each stage has a seed of its own, so that it does not matter what ran before it in this process."""
+        return (self.recipe.seed * 1000 + at) % 2**32 if at else self.recipe.seed
+
+    def _directory(self, at: int) -> Path:
+        return self.output / "stages" / f"{at:02d}-{self.kinds[at]}"
+
+    def _same_start(self, at: int) -> None:
+        """A resumed run must start from the model that the first one started from."""
+        if at == 0:
+            found = self.wing.digest(self._restore(0))
+            if found != self.records[0]["digest"]:
+                raise ConfigError("model: the factory gives other weights than when this run began; pass --restart")
+
+    def _restore(self, at: int) -> Any:
+        """The model as it was after stage `at`, from the files."""
+        self.wing.seed(self.recipe.seed)
+        if at == 0:
+            return self.wing.build(self.recipe, self.folder, [], self.data["example"])
+        directory = self._directory(at)
+        edits = read_json(directory / "structure.json", "structure")
+        model = self.wing.build(self.recipe, self.folder, edits, self.data["example"])
+        self.wing.load(model, directory / "model.safetensors")
+        return model
+
+    def dense(self) -> Any:
+        """The model before the first stage that shrinks it; made when first asked for."""
+        if self._dense is None:
+            self._dense = self._restore(self.dense_at)
+        return self._dense
+
+    def _stage(self, at: int, kind: str, directory: Path) -> None:
+        key = f"stages[{at - 1}].{kind}" if at else "model"
+        logger.info("%s: begins", directory.name)
+        if self.model is None:
+            self.model = self._restore(max(at - 1, 0))
+        edits = read_json(self._directory(at - 1) / "structure.json", "structure") if at > 0 else []
+        began = time.perf_counter()
+        self.wing.seed(self._seed(at))
+        with atomic_directory(directory) as temporary:
+            result = StageResult(self.model)
+            if at:
+                context = StageContext(self.recipe, self.folder, self.data, list(edits), temporary, key, self.dense)
+                options = self.recipe.steps()[at - 1][1]
+                try:
+                    result = self.wing.run(kind, options, self.model, context)
+                except ConfigError:
+                    raise
+                except SlimkitError as error:
+                    raise ConfigError(f"{key}: {error}") from error
+                self.wing.save(result.model, temporary / "model.safetensors")
+            seconds = time.perf_counter() - began
+            edits = [*edits, result.edit] if result.edit is not None else edits
+            metrics = self._metrics(result.model, at)
+            record = {
+                "name": directory.name,
+                "kind": kind,
+                "options": self.recipe.steps()[at - 1][1].model_dump(mode="json") if at else {},
+                "seed": self._seed(at),
+                "seconds": round(seconds, 3),
+                "facts": result.facts,
+                "curves": result.curves,
+                "measurement": self.wing.measure(result.model, self.data["example"]).to_dict(),
+                "metrics": metrics,
+                "digest": self.wing.digest(result.model),
+                "files": {
+                    str(f.relative_to(temporary)): f.stat().st_size for f in sorted(temporary.rglob("*")) if f.is_file()
+                },
+            }
+            write_json(temporary / "structure.json", edits)
+            write_json(temporary / "stage.json", record)
+        self.model = result.model
+        self.records.append(record)
+        logger.info("%s: done in %.1f s %s", directory.name, seconds, _short(metrics))
+
+    def _metrics(self, model: Any, at: int) -> dict[str, float]:
+        if self.recipe.metrics is None:
+            return {}
+        # Up to the dense stage the model is its own yardstick.
+        dense = model if at <= self.dense_at else self.dense()
+        found = factory.make(self.recipe.metrics, self.folder, "metrics", model, self.data, dense)
+        if not isinstance(found, Mapping):
+            raise ConfigError(f"metrics: must return a mapping of numbers. Received: {type(found).__name__}")
+        return {str(k): check.number(v, f"metrics[{k!r}]") for k, v in found.items()}
+
+    def _report(self) -> dict[str, Any]:
+        report = {
+            "format": "slimkit-report",
+            "version": 1,
+            "name": self.recipe.name,
+            "title": self.recipe.title or self.recipe.name,
+            "recipe": self.recipe.model_dump(mode="json"),
+            "environment": self.environment,
+            "seed": self.recipe.seed,
+            "dense": min(self.dense_at, len(self.records) - 1),
+            "complete": len(self.records) == len(self.kinds),
+            "stages": self.records,
+        }
+        write_report(report, self.output)
+        return report
+
+
+def environment(versions: Mapping[str, str]) -> dict[str, Any]:
+    """Where a run took place: Python, platform, processor count, and the versions of what it used."""
+    return {
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "cpus": os.cpu_count(),
+        "versions": dict(versions),
+    }
+
+
+@contextlib.contextmanager
+def _locked(output: Path) -> Iterator[None]:
+    """One run at a time in a folder; the lock goes with the process, also when it is killed."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        handle = open(output / ".lock", "a")  # noqa: SIM115  # held for the whole run
+    except OSError as error:
+        raise ConfigError(f"output: cannot use {output}: {error.strerror or error}") from None
+    with handle:
+        try:
+            import fcntl
+        except ImportError:  # Windows has no fcntl; two runs in one folder are then the user's care
+            yield
+            return
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                raise
+            raise ConfigError(f"output: another run is using {output}") from None
+        yield
+
+
+def _first_difference(old: Any, new: Any, path: str = "") -> str:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in [*new, *(k for k in old if k not in new)]:
+            if old.get(key) != new.get(key):
+                return _first_difference(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+    if isinstance(old, list) and isinstance(new, list):
+        for at, (a, b) in enumerate(zip(old, new)):
+            if a != b:
+                return _first_difference(a, b, f"{path}[{at}]")
+    return path or "recipe"
+
+
+def _short(metrics: Mapping[str, float]) -> str:
+    return ", ".join(f"{k} {v:.4g}" for k, v in metrics.items())
+
+
+def digest_mapping(parts: Mapping[str, str]) -> str:
+    """One SHA-256 over named digests, whatever their order."""
+    return sha256(json.dumps(sorted(parts.items())).encode()).hexdigest()

@@ -1,0 +1,69 @@
+"""The before-and-after account of a run: the page and the JSON that show what each stage did."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from slimkit.core.files import atomic_file, write_json
+from slimkit.core.run import plots
+from slimkit.core.run.measurement import FIGURES, figures, show
+
+
+def summary_rows(report: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    """Dense against final: (what, dense, final, final / dense), the figures first and then the metrics."""
+    stages = report["stages"]
+    dense, final = stages[report["dense"]], stages[-1]
+    rows = []
+    before, after = figures(dense), figures(final)
+    for key, (label, unit) in FIGURES.items():
+        share = f"{after[key] / before[key]:.3f}x" if before[key] else ""
+        rows.append((label, show(before[key], unit), show(after[key], unit), share))
+    for name, value in final["metrics"].items():
+        if name in dense["metrics"]:
+            rows.append(
+                (name, f"{dense['metrics'][name]:.4f}", f"{value:.4f}", f"{value - dense['metrics'][name]:+.4f}")
+            )
+    return rows
+
+
+def headline(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What stages say in one line each, as (stage, sentence); a stage says it under facts["headline"]."""
+    return [(s["name"], s["facts"]["headline"]) for s in report["stages"] if s["facts"].get("headline")]
+
+
+def write_report(report: Mapping[str, Any], folder: Path) -> Path:
+    """Write report.json and report.html, each atomically.
+
+    Args:
+        report: plain JSON, as the runner makes it.
+        folder: where they go.
+
+    Returns:
+        The path of the page.
+    """
+    write_json(folder / "report.json", report)
+    page = render(report)
+    with atomic_file(folder / "report.html", "w") as handle:
+        handle.write(page)
+    return folder / "report.html"
+
+
+def render(report: Mapping[str, Any]) -> str:
+    """The report as one self-contained HTML page: tables, inline SVG plots, no script, nothing fetched."""
+    from importlib.resources import files
+
+    from jinja2 import Environment, StrictUndefined
+
+    template = files("slimkit.core.run").joinpath("report.html.j2").read_text(encoding="utf-8")
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.globals.update(show=show, figures=figures, FIGURES=FIGURES)
+    return environment.from_string(template).render(
+        report=report,
+        stages=report["stages"],
+        dense=report["stages"][report["dense"]],
+        rows=summary_rows(report),
+        headlines=headline(report),
+        plots=plots.all_plots(report),
+    )

@@ -1,0 +1,1 @@
+"""Training without a framework: the loop, callbacks, history, resuming."""

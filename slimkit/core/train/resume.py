@@ -1,0 +1,182 @@
+"""Checkpoints of a training run: what is written, and how a run goes on as if it had never stopped."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+from slimkit.core import files
+from slimkit.core.errors import ConfigError, FileFormatError
+from slimkit.core.log import logger
+from slimkit.core.train.history import RunHistory, TrainerRunConfig
+
+VERSION = 1
+
+
+class Resumable(ABC):
+    """The half of a trainer that remembers: losses not yet in the history, checkpoints, and going on from one."""
+
+    framework = ""
+    run_history: RunHistory
+    run_config: TrainerRunConfig | None
+    callbacks: list[Any]
+    seed: int
+    epoch: int
+    step_in_epoch: int
+    global_step: int
+    _first: int
+    _losses: list[Any]  # of updates since the last flush, still on the device
+    _pending: list[float]  # of the epoch being run
+    _terms: dict[str, list[Any]]  # the parts of those losses, if the model tells them
+    _term_values: dict[str, list[float]]
+
+    @abstractmethod
+    def _processes(self) -> tuple[int, int, int]:
+        """(rank, world, rank on this node)."""
+
+    @abstractmethod
+    def _to_floats(self, losses: list[Any]) -> list[float]:
+        """Losses as floats, averaged over processes."""
+
+    @abstractmethod
+    def _save_state(self, folder: Path) -> dict[str, Any]:
+        """Write weights, optimizer and scheduler; returns what goes into trainer.json (random state)."""
+
+    @abstractmethod
+    def _load_state(self, folder: Path, state: dict[str, Any]) -> None:
+        """Take back what `_save_state` wrote."""
+
+    @abstractmethod
+    def _load_model(self, folder: Path, state: dict[str, Any]) -> None:
+        """Take back the model's weights alone."""
+
+    def save_checkpoint(self, directory: str | Path) -> Path:
+        """Write everything that `train(resume_from=...)` needs: weights, optimizer, scheduler, random state, history.
+
+        Args:
+            directory: the folder; it appears whole or not at all, replacing an older one. No file in it is a pickle.
+
+        Returns:
+            The folder.
+        """
+        target = files.as_path(directory, "directory")
+        self._flush()
+        config = self.run_config.to_dict() if self.run_config else {}
+        if self._processes()[0] != 0:
+            return target
+        with files.atomic_directory(target) as folder:
+            state = self._save_state(folder)
+            history = self.run_history
+            files.write_json(
+                folder / "trainer.json",
+                {
+                    "version": VERSION,
+                    "framework": self.framework,
+                    "seed": self.seed,
+                    "first_epoch": self._first,
+                    "epoch": self.epoch,
+                    "step_in_epoch": self.step_in_epoch,
+                    "global_step": self.global_step,
+                    "batch_size": config.get("train_total_batch_size"),
+                    "gradient_accumulation_steps": config.get("gradient_accumulation_steps"),
+                    "history": {
+                        k: _json(list(history.get_metric_values(k))) for k in sorted(history.get_metric_names())
+                    },
+                    "pending": _json(self._pending),
+                    "terms": {name: _json(values) for name, values in self._term_values.items()},
+                    "callbacks": [
+                        [type(c).__name__, c.state_dict()] for c in self.callbacks if hasattr(c, "state_dict")
+                    ],
+                    "state": state,
+                },
+            )
+        return target
+
+    def _flush(self) -> None:
+        """Bring the losses of the updates since the last call into the history."""
+        if not self._losses:
+            return
+        values = self._to_floats(self._losses)
+        self._losses = []
+        for name, found in self._terms.items():
+            # Once an epoch would do; a checkpoint within the epoch must not forget them.
+            self._term_values[name] = self._term_values.get(name, []) + self._to_floats(found)
+        self._terms = {}
+        self._pending = self._pending + values
+        for value in values:
+            self.run_history.update_metric("train_loss_step", value)
+        if not all(map(math.isfinite, values)):
+            logger.warning("epoch %d: a training loss is not finite", self.epoch)
+
+    def load_weights(self, directory: str | Path) -> None:
+        """Take the model's weights, and nothing else, out of a checkpoint, in place: the best epoch's, for example.
+
+        Args:
+            directory: a folder that `save_checkpoint` wrote.
+
+        Raises:
+            FileFormatError: no such checkpoint.
+        """
+        folder = files.as_path(directory, "directory")
+        self._load_model(folder, self._read(folder, "directory")["state"])
+
+    def _read(self, folder: Path, name: str) -> dict[str, Any]:
+        kept = files.read_json(folder / "trainer.json", name)
+        if not isinstance(kept, dict) or kept.get("version") != VERSION or kept.get("framework") != self.framework:
+            raise FileFormatError(f"{folder} holds no checkpoint of this trainer (version {VERSION}, {self.framework})")
+        return kept
+
+    def _resume(self, folder: Path) -> None:
+        kept = self._read(folder, "resume_from")
+        assert self.run_config is not None
+        for name, now in (
+            ("seed", self.seed),
+            ("batch_size", self.run_config.train_total_batch_size),
+            ("gradient_accumulation_steps", self.run_config.gradient_accumulation_steps),
+        ):
+            if kept[name] != now:
+                raise ConfigError(f"resume_from: the checkpoint was made with {name} {kept[name]}, this run has {now}")
+        states = self._states(kept["callbacks"])
+        for callback, state in states:
+            if hasattr(callback, "on_resume"):
+                callback.on_resume(self, state)
+        self._load_state(folder, kept["state"])
+        self.run_history.reset()
+        for name, values in kept["history"].items():
+            for value in values:
+                self.run_history.update_metric(name, _unjson(value))
+        while self.run_history.current_epoch < kept["epoch"]:
+            self.run_history._increment_epoch()
+        self.epoch, self.step_in_epoch = kept["epoch"], kept["step_in_epoch"]
+        self.global_step, self._first = kept["global_step"], kept["first_epoch"]
+        self._pending = [_unjson(v) for v in kept["pending"]]
+        self._term_values = {name: [_unjson(v) for v in values] for name, values in kept["terms"].items()}
+        for callback, state in states:
+            if hasattr(callback, "load_state_dict"):
+                callback.load_state_dict(state)
+
+    def _states(self, kept: list[list[Any]]) -> list[tuple[Any, Any]]:
+        """Each callback with the state that one of its kind left in the checkpoint, in order."""
+        left, found = list(kept), []
+        for callback in self.callbacks:
+            for entry in left:
+                if entry[0] == type(callback).__name__:
+                    found.append((callback, entry[1]))
+                    left.remove(entry)
+                    break
+        if left:
+            logger.warning("the checkpoint's callbacks %s have no successor in this run", [kind for kind, _ in left])
+        return found
+
+
+def _json(values: list[Any]) -> list[Any]:
+    # JSON has no inf and nan, and a float must come back to the last bit: repr does both.
+    return [
+        v if isinstance(v, (int, str, bool, dict, list)) or v is None else {"float": repr(float(v))} for v in values
+    ]
+
+
+def _unjson(value: Any) -> Any:
+    return float(value["float"]) if isinstance(value, dict) and set(value) == {"float"} else value

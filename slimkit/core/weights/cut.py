@@ -1,0 +1,285 @@
+"""Cutting a large transformer's weights to a small model's shapes: scores, the channels that stay, the slices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from slimkit.core.checkpoint.weightfile import Array, Weights
+from slimkit.core.errors import PlanError, UnsupportedError
+from slimkit.core.log import logger, progress
+from slimkit.core.weights import blocks
+from slimkit.core.weights.blocks import PruneSpec
+from slimkit.core.weights.coupling import Coupling, Structure, Use, couple
+from slimkit.core.weights.heads import Index, Kept, best, choose_heads
+
+
+@dataclass
+class WeightPlan:
+    """Which file tensor feeds which parameter, and which of its channels.
+
+    Args:
+        feeds: name in the model -> name in the file, for every tensor that is read.
+        index: name in the model -> for each axis the kept positions, or None where all stay.
+        report: copied, renamed, cut, initialised, unused, tied: what `prune_model_weight` returns.
+    """
+
+    feeds: dict[str, str]
+    index: dict[str, tuple[Index | None, ...]]
+    report: dict[str, Any] = field(default_factory=dict)
+
+    def tensors(self, source: Weights) -> Iterator[tuple[str, Array]]:
+        """(name in the model, values of its shape), one at a time."""
+        for name, origin in progress(list(self.feeds.items()), "tensors"):
+            yield name, take(source.read(origin), self.index[name])
+
+
+def plan_weights(
+    structure: Structure,
+    source: Weights,
+    spec: PruneSpec,
+    config: Mapping[str, Any] | None = None,
+    *,
+    strict: bool = True,
+) -> WeightPlan:
+    """Decide for every tensor of a small model where its values come from.
+
+    Args:
+        structure: the small model.
+        source: the large model's weights; read only where importance must be measured.
+        spec: the steps and the selection.
+        config: config.json of the large model, if there is one.
+        strict: refuse a parameter without a source, a file tensor without a use, and a cut that cannot be coupled.
+
+    Returns:
+        The plan; nothing is changed by making it.
+
+    Raises:
+        ConfigError, PatternError: the blocks do not fit the file or the model.
+        PlanError: names or shapes do not fit.
+        UnsupportedError: attention heads cannot be told.
+    """
+    spec.check()
+    names: dict[str, str] = {n: n for n in source.entries}
+    dropped: list[str] = []
+    if spec.blocks:
+        names, dropped = blocks.rename_blocks(source.entries, spec.blocks)
+        blocks.check_targets(structure.targets, spec.blocks)
+    paired = blocks.pair_names(structure.targets, names)
+    aliases = _feed_tied_once(structure, paired)
+    feeds = {target: names[found] for target, found in paired.items()}
+    used = {*feeds.values(), *(names[s] for s in aliases.values())}
+    missing = [n for n in structure.targets if n not in feeds and not _fed_by_twin(n, structure, feeds)]
+    unused = [n for n in source.entries if n not in used and n not in dropped]
+    surplus = [n for n in unused if not _ignorable(n, structure)]
+    if strict and (missing or surplus):
+        raise PlanError(_mismatch(missing, surplus, spec))
+    shapes = {n: source.entries[s].shape for n, s in feeds.items()}
+    differing = [n for n, s in shapes.items() if s != structure.targets[n].shape]
+    if differing and "prune_bert_intra_block" not in spec.steps:
+        name = differing[0]
+        raise PlanError(
+            f"{name}: the model wants shape {list(structure.targets[name].shape)}, the file has {list(shapes[name])}. "
+            "Add the step 'prune_bert_intra_block' to cut it."
+        )
+    coupling = (
+        couple(structure, shapes, spec.head_size, config, fused_only=spec.selection == "first") if differing else None
+    )
+    plan = WeightPlan(feeds, {n: (None,) * len(s) for n, s in shapes.items()})
+    choice: dict[str, Any] = {}
+    if coupling is not None:
+        _fill_index(plan, coupling, shapes, structure, source, spec, choice, strict)
+    plan.report = {
+        "selection": spec.selection,
+        "copied": [n for n in feeds if n not in differing],
+        "cut": {n: {"from": list(shapes[n]), "to": list(structure.targets[n].shape)} for n in differing},
+        "renamed": {n: s for n, s in feeds.items() if n != s},
+        "initialised": missing,
+        "tied": sorted(n for group in structure.tied for n in group if n not in feeds and n not in missing),
+        "unused": unused,
+        "dropped": dropped,
+        "choices": choice,
+    }
+    return plan
+
+
+def _feed_tied_once(structure: Structure, paired: dict[str, str]) -> dict[str, str]:
+    """Leave one name of each tied group in `paired`, in place; returns the others that had a source too."""
+    aliases = {}
+    for group in structure.tied:
+        fed = [n for n in group if n in paired]
+        for name in fed[1:]:
+            aliases[name] = paired.pop(name)
+    return aliases
+
+
+def _fed_by_twin(name: str, structure: Structure, feeds: Mapping[str, str]) -> bool:
+    return any(name in group and any(twin in feeds for twin in group) for group in structure.tied)
+
+
+def _ignorable(name: str, structure: Structure) -> bool:
+    return any(name == n or name.endswith("." + n) for n in structure.ignorable)
+
+
+def _mismatch(missing: list[str], surplus: list[str], spec: PruneSpec) -> str:
+    parts = []
+    if missing:
+        parts.append(f"{len(missing)} parameters of the model have no tensor in the file, such as {missing[0]!r}")
+    if surplus:
+        parts.append(f"{len(surplus)} tensors of the file have no place in the model, such as {surplus[0]!r}")
+    hint = "" if spec.blocks else " Whole blocks are dropped by the step 'prune_blocks'."
+    return "; ".join(parts) + f".{hint} strict=False loads what fits and reports the rest."
+
+
+# --- which channels stay ---
+
+
+def _fill_index(
+    plan: WeightPlan,
+    coupling: Coupling,
+    shapes: Mapping[str, tuple[int, ...]],
+    structure: Structure,
+    source: Weights,
+    spec: PruneSpec,
+    choice: dict[str, Any],
+    strict: bool,
+) -> None:
+    """Choose the channels of every variable and write the positions into the plan, in place."""
+    by_importance = spec.selection == "importance"
+    loose = [k for k, w in coupling.widths.items() if "consumer" in w.uses and "producer" not in w.uses]
+    if by_importance and loose and strict:
+        readers = [n for n, uses in coupling.uses.items() if any(u and u.variable == loose[0] for u in uses)]
+        raise UnsupportedError(
+            f"{readers[0]}: nothing in the model was seen to write the axis that must be cut, so the channels to keep "
+            'cannot be chosen consistently. Use set_selection("first"), or strict=False to take the first ones there.'
+        )
+    for key in loose if by_importance else ():
+        logger.warning("%s: no writer of this width was found; its first channels stay.", key)
+    scores = Scores(coupling)
+    if by_importance:
+        for name, origin in progress(list(plan.feeds.items()), "tensors scored"):
+            if any(coupling.uses[name]):
+                scores.add(name, source.read(origin), structure.targets[name].kind)
+    keeps: dict[str, Any] = {}
+    for key, width in coupling.widths.items():
+        ranked = by_importance and width.coupled
+        keeps[key] = best(scores.width(key), width.target) if ranked else np.arange(width.target)
+        choice[key] = "importance" if ranked else "first"
+    together: dict[str, dict[str, Array]] = {}
+    for path, attention in coupling.attentions.items() if by_importance else ():
+        added = together.get(attention.group)
+        own = scores.attention(path)
+        together[attention.group] = {k: v + added[k] for k, v in own.items()} if added else own
+    for path, attention in coupling.attentions.items():
+        keeps[path] = choose_heads(attention, together.get(attention.group), structure.rotary)
+        choice[path] = {"heads": keeps[path].queries.tolist(), "key_heads": keeps[path].keys.tolist()}
+    for name, uses in coupling.uses.items():
+        index: list[Index | None] = []
+        for axis, use in enumerate(uses):
+            want, have = structure.targets[name].shape[axis], shapes[name][axis]
+            if want == have:
+                index.append(None)
+            elif use is None:
+                index.append(np.arange(want))
+            elif use.variable in coupling.attentions:
+                index.append(keeps[use.variable].positions(use.side))
+            else:
+                step = have // use.parts
+                index.append(np.concatenate([keeps[use.variable] + part * step for part in range(use.parts)]))
+            if index[-1] is not None and len(index[-1]) != want:
+                raise PlanError(f"{name}: {len(index[-1])} channels stay on axis {axis} where the model wants {want}.")
+        plan.index[name] = tuple(index)
+
+
+class Scores:
+    """Energy of every channel, gathered tensor by tensor.
+
+    A channel of a width that is normalised counts by the scales its norms give it; any other by the larger of two
+    norms, of the weights that write it and of those that read it, each relative to its mean over the width. A head
+    counts by the products that attention makes with it, value with output and query with key. Measured on MiniLM,
+    these keep more of the output than the products of all norms do.
+    """
+
+    def __init__(self, coupling: Coupling) -> None:
+        self._coupling = coupling
+        self._width: dict[tuple[str, str], Array] = {}
+        self._rows: dict[tuple[str, str], Array] = {}
+
+    def add(self, name: str, values: Array, kind: str) -> None:
+        """Add one tensor's energy to the variables its axes use."""
+        uses = self._coupling.uses[name]
+        for axis, use in enumerate(uses):
+            if use is None:
+                continue
+            energy = _energy(values, axis)
+            if use.variable in self._coupling.attentions:
+                self._add_rows(use, energy)
+                continue
+            energy = energy.reshape(use.parts, -1).sum(axis=0)
+            if use.variable.startswith("width:"):
+                # One tensor, one vote: the embedding table must not outweigh twelve layers.
+                energy = energy * (len(energy) / (energy.sum() or 1.0))
+            key = (use.variable, use.side)
+            self._width[key] = self._width[key] + energy if key in self._width else energy
+
+    def _add_rows(self, use: Use, energy: Array) -> None:
+        attention = self._coupling.attentions[use.variable]
+        if use.side in ("fused", "grouped"):
+            every = Kept.all(attention)
+            for role in ("query", "key", "value"):
+                part = energy[every.part(role)]
+                self._sum((use.variable, role), part)
+        else:
+            self._sum((use.variable, use.side), energy)
+
+    def _sum(self, key: tuple[str, str], energy: Array) -> None:
+        self._rows[key] = self._rows[key] + energy if key in self._rows else energy
+
+    def width(self, key: str) -> Array:
+        """One score per channel of a width: its norms' scale, else how much it stands out where written or read."""
+        size = self._coupling.widths[key].source
+        written, read, scale = (self._width.get((key, s), np.ones(size)) for s in ("producer", "consumer", "scale"))
+        if np.ptp(scale):
+            return scale
+        return np.maximum(_relative(written), _relative(read))
+
+    def attention(self, path: str) -> dict[str, Array]:
+        """Scores per query head and channel of the head: "value" for value-output, "query" for query-key."""
+        attention = self._coupling.attentions[path]
+        n_q, n_k, size = attention.source.queries, attention.source.keys or 1, attention.source.size or 1
+        shape = {"query": (n_q, size), "out": (n_q, size), "key": (n_k, size), "value": (n_k, size)}
+        rows = {r: self._rows.get((path, r), np.ones(s[0] * size)).reshape(s) for r, s in shape.items()}
+        share = n_q // n_k
+        return {
+            "value": np.sqrt(np.repeat(rows["value"], share, axis=0) * rows["out"]),
+            "query": np.sqrt(rows["query"] * np.repeat(rows["key"], share, axis=0)),
+        }
+
+
+def _relative(energy: Array) -> Array:
+    """Norms with mean 1."""
+    norm = np.sqrt(energy)
+    return norm / (float(norm.mean()) or 1.0)
+
+
+def _energy(values: Array, axis: int) -> Array:
+    """Sum of squares over all other axes, in float64 whatever the file holds."""
+    others = tuple(a for a in range(values.ndim) if a != axis)
+    return np.sum(np.square(values.astype(np.float64)), axis=others)
+
+
+def take(values: Array, index: tuple[Index | None, ...]) -> Array:
+    """Cut an array to the kept positions of each axis.
+
+    Example:
+        >>> take(np.arange(6).reshape(2, 3), (None, np.array([0, 2])))
+        array([[0, 2],
+               [3, 5]])
+    """
+    for axis, kept in enumerate(index):
+        if kept is not None:
+            values = np.take(values, kept, axis=axis)
+    return values
