@@ -190,7 +190,7 @@ class TorchWing:
         for term in options.outputs:
             places = {"t_output_idx": term.teacher, "s_output_idx": term.student}
             config.add_output_soft_label({**places, "loss_func": [_loss_func(term)]})
-        dual = distill.get_distill_model(context.dense(), model, config)
+        dual = distill.get_distill_model(context.dense(), model, config, inputs=context.data["example"])
         hard = self._loss(options, context) if options.hard_weight else None
 
         def compute_loss(_: nn.Module, batch: Any) -> torch.Tensor:

@@ -197,7 +197,7 @@ def write_tensors(path: PathLike, tensors: Mapping[str, Array], metadata: Mappin
     """
     from safetensors.numpy import save
 
-    data = save({k: np.ascontiguousarray(v) for k, v in tensors.items()}, metadata=dict(metadata or {}))
+    data = save({k: np.asarray(v, order="C") for k, v in tensors.items()}, metadata=dict(metadata or {}))
     with atomic_file(path) as handle:
         handle.write(data)
 
@@ -234,7 +234,7 @@ def digest_array(array: Array) -> str:
         >>> digest_array(np.zeros(2)) == digest_array(np.zeros((2, 1)))
         False
     """
-    array = np.ascontiguousarray(array)
+    array = np.asarray(array, order="C")  # ascontiguousarray would give a scalar an axis
     digest = hashlib.sha256(f"{array.dtype.str}{array.shape}".encode())
     digest.update(array.reshape(-1).view(np.uint8).data if array.size else b"")
     return digest.hexdigest()

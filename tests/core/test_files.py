@@ -147,12 +147,13 @@ def test_json_refuses_nan_and_missing_and_huge_files(tmp_path):
 
 
 def test_tensors_survive_with_metadata_in_any_memory_order(tmp_path, rng):
-    arrays = {"a": rng.standard_normal((3, 4)).T, "b": np.arange(5, dtype=np.int8), "c": np.float16([[1.5]])}
+    arrays = {"a": rng.standard_normal((3, 4)).T, "b": np.arange(5, dtype=np.int8), "c": np.float16([[1.5]]), "d": np.asarray(2.5)}
     files.write_tensors(tmp_path / "t.safetensors", arrays, {"note": "x"})
     found, metadata = files.read_tensors(tmp_path / "t.safetensors")
     assert metadata == {"note": "x"}
     for name, array in arrays.items():
         assert found[name].dtype == array.dtype
+        assert found[name].shape == array.shape
         np.testing.assert_array_equal(found[name], array)
 
 
