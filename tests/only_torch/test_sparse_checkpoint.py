@@ -111,6 +111,7 @@ def test_block_by_block_equals_the_whole_model(family, source, data, tmp_path):
 def test_no_data_is_needed_for_magnitude(source, tmp_path):
     from slimkit.sparse import sparsify_checkpoint
 
+    (tmp_path / "out" / ".slimkit-sparse").mkdir(parents=True)  # what a kill in the first moment leaves
     assert sparsify_checkpoint(source("llama"), tmp_path / "out", SparseConfig(), None)["ratio"] == 0.5
 
 
