@@ -24,6 +24,8 @@ import torch
 
 STATE = ".slimkit-sparse"
 
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
 
 def sparsify_checkpoint(
     src: Any, dst: Any, cfg: SparseConfig, dataset: Any, *, names: Callable[[str], str] | None = None
@@ -212,17 +214,17 @@ class CheckpointHost(TorchHost):
         )
 
     def _read(self, parameters: Iterable[str]) -> dict[str, torch.Tensor]:
-        from safetensors import safe_open
-
+        # Plain reads: a mapped shard would stay in memory, page by page, for as long as it is open.
         values: dict[str, torch.Tensor] = {}
-        by_file: dict[Path, list[tuple[str, str]]] = {}
         for name in parameters:
-            key = self._key(name)
-            by_file.setdefault(self._places[key].file, []).append((name, key))
-        for file, pairs in by_file.items():
-            with safe_open(str(file), framework="pt") as handle:
-                for name, key in pairs:
-                    values[name] = handle.get_tensor(key).clone()  # not a view of the mapped file
+            place = self._places[self._key(name)]
+            if place.dtype not in DTYPES:
+                raise UnsupportedError(f"src must hold floating tensors; {name!r} is {place.dtype}.")
+            data = bytearray(place.stop - place.start)
+            with open(place.file, "rb") as handle:
+                handle.seek(place.start)
+                handle.readinto(data)
+            values[name] = torch.frombuffer(data, dtype=DTYPES[place.dtype]).reshape(place.shape)
         return values
 
     def _load(self, path: str) -> torch.nn.Module:
