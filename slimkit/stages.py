@@ -143,13 +143,16 @@ class TorchWing:
 
     def _prune(self, options: recipe.PruneOptions, model: nn.Module, context: StageContext) -> StageResult:
         before = sum(p.numel() for p in model.parameters())
+        measured = self._calibration(context, options.calibration_batches) if options.calibration_batches else None
         pruner = (
             prune.Pruner(model, context.data["example"])
-            .set_importance_evaluation_function(options.importance)
+            .set_importance_evaluation_function(options.importance, calibration=measured)
             .set_node_reserved_ratio(options.node_reserved_ratio)
             .set_alignment(options.alignment)
             .set_budget(options.budget)
         )
+        if options.compensation_batches:
+            pruner.set_compensation(self._calibration(context, options.compensation_batches))
         desc = pruner.prune(options.reserved_ratio, un_prune_list=options.un_prune_list)
         after = sum(p.numel() for p in model.parameters())
         facts = {

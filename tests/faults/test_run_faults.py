@@ -60,10 +60,7 @@ TASK = """
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
-        (
-            RECIPE.replace("reserved_ratio", "reserved_ratoi"),
-            "stages[0].prune.reserved_ratoi: unknown key. Did you mean",
-        ),
+        (RECIPE.replace("0.5}", "0.5, alignmnet: 8}"), "stages[0].prune.alignmnet: unknown key. Did you mean"),
         (RECIPE.replace("task.py:model", "tusk.py:model"), "model: factory file must be an existing file"),
         (RECIPE.replace("task.py:data", "task.py:dota"), "data: task.py has no function 'dota'. Did you mean 'data'"),
         (RECIPE, "model: task.py:model raised RuntimeError: the weights are elsewhere"),

@@ -45,6 +45,7 @@ class PruneOptions(Strict):
     node_reserved_ratio: Ratio = Field(0.5, description="least share of its channels each node keeps")
     un_prune_list: list[int | str] | None = Field(None, description="layers left whole; null means first and last")
     calibration_batches: PositiveInt | None = Field(None, description="batches for data-driven importance")
+    compensation_batches: PositiveInt | None = Field(None, description="batches to refit what remains, without labels")
 
 
 class CutOptions(Strict):
