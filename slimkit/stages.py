@@ -106,8 +106,10 @@ class TorchWing:
             gradient_clip_value=options.gradient_clip,
             create_scheduler_fn=_schedule(options.schedule),
         )
-        losses = [float(v) for v in history.get_metric_values("train_loss_epoch")]
-        return {"loss": losses, "per_epoch": [1.0]}
+        return {
+            "loss": [float(v) for v in history.get_metric_values("train_loss_epoch")],
+            "loss_by_step": [float(v) for v in history.get_metric_values("train_loss_step")],
+        }
 
     def _loss(self, options: recipe.Training, context: StageContext) -> ComputeLoss:
         """The task's loss as f(model, batch)."""
@@ -202,7 +204,7 @@ class TorchWing:
 
         curves = self._fit(dual, options, context, compute_loss)
         loss = curves["loss"]
-        said = f"{options.epochs} epochs against the dense model, loss {loss[0]:.4g} to {loss[-1]:.4g}"
+        said = f"{_epochs(options)} against the dense model, mean loss {loss[0]:.4g} to {loss[-1]:.4g}"
         return StageResult(dual.get_student_model(), facts={"headline": said}, curves=curves)
 
     def _sparsify(self, options: recipe.SparsifyOptions, model: nn.Module, context: StageContext) -> StageResult:
@@ -279,6 +281,10 @@ class TorchWing:
                 f"{facts['latency_ratio']:.2f} times as fast"
             )
         return StageResult(model, facts={"headline": said, **facts})
+
+
+def _epochs(options: recipe.Training) -> str:
+    return "1 epoch" if options.epochs == 1 else f"{options.epochs} epochs"
 
 
 def _loss_func(term: recipe.DistillTerm) -> dict[str, Any]:

@@ -150,13 +150,15 @@ def curves(stages: Sequence[Mapping[str, Any]]) -> str:
     def draw(figure: Any) -> None:
         grid = figure.subplots(1, len(trained), squeeze=False)[0]
         for axes, stage in zip(grid, trained):
-            values = stage["curves"]["loss"]
+            # One point says nothing: a stage of few epochs shows its steps.
+            by_step = len(stage["curves"]["loss"]) < 4 and stage["curves"].get("loss_by_step")
+            values = by_step or stage["curves"]["loss"]
             axes.plot(
                 range(1, len(values) + 1), values, color=BLUE, linewidth=1.4, marker="." if len(values) < 30 else ""
             )
             axes.xaxis.get_major_locator().set_params(integer=True)
             axes.set_title(stage["name"])
-            axes.set_xlabel("epoch" if stage["curves"].get("per_epoch") else "step")
+            axes.set_xlabel("step" if by_step else "epoch")
         grid[0].set_ylabel("loss")
 
     return _svg(8.4, 2.2, draw, "training loss of each stage")
