@@ -16,7 +16,9 @@ from slimkit.core import check, files
 from slimkit.core.errors import UnsupportedError
 from slimkit.core.lazy import library
 from slimkit.core.sparse import SparseConfig, shards
-from slimkit.core.sparse.compress import Stage, compress
+from slimkit.core.sparse.compress import compress
+from slimkit.core.sparse.eta import Progress
+from slimkit.core.sparse.walk import Stage
 from slimkit.sparse.host import TorchHost, block_paths
 from slimkit.sparse.stages import BlockInputs, BlockStage, Bound, trace_block, valid_tokens
 
@@ -28,7 +30,13 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 
 def sparsify_checkpoint(
-    src: Any, dst: Any, cfg: SparseConfig, dataset: Any, *, names: Callable[[str], str] | None = None
+    src: Any,
+    dst: Any,
+    cfg: SparseConfig,
+    dataset: Any,
+    *,
+    names: Callable[[str], str] | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
 ) -> dict[str, Any]:
     """Make a Hugging Face checkpoint directory sparse, holding one block of it in memory at a time.
 
@@ -42,6 +50,8 @@ def sparsify_checkpoint(
         dataset: a list (or any re-iterable that repeats itself) of batches of CPU tensors; not needed for "magnitude".
         names: parameter name of the transformers class -> tensor name in the files, for checkpoints whose names
             differ by more than the base model's prefix.
+        on_progress: called after every layer with a `Progress` (layer, done, total, seconds, seconds_left); None shows
+            a bar on a terminal and log lines elsewhere.
 
     Returns:
         The report of `Compressor.compress`.
@@ -72,7 +82,7 @@ def sparsify_checkpoint(
         _tidy(state)  # the kill may have come while tidying
         return files.read_json(report_file)
     host = CheckpointHost(source, state, places, names)
-    report, _ = compress(host, cfg, data)
+    report, _ = compress(host, cfg, data, on_progress)
     for row in report["layers"].values():
         row.pop("seconds", None)  # the same job writes the same bytes
     report = {k: v for k, v in report.items() if k != "seconds"}

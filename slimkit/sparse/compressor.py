@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from slimkit import bridge
-from slimkit.core.sparse.compress import BaseCompressor, Host
+from slimkit.core.sparse.compress import BaseCompressor
+from slimkit.core.sparse.walk import Host
 from slimkit.sparse.host import TorchHost
 
 

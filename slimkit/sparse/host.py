@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from slimkit import bridge
-from slimkit.core.sparse.compress import Stage
 from slimkit.core.sparse.layer import Layer
+from slimkit.core.sparse.walk import Stage
 from slimkit.sparse.stages import (
     BlockInputs,
     BlockStage,

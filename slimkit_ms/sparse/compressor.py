@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from slimkit.core.sparse.compress import BaseCompressor, Host
+from slimkit.core.sparse.compress import BaseCompressor
+from slimkit.core.sparse.walk import Host
 from slimkit_ms import bridge
 from slimkit_ms.sparse.host import MindSporeHost
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from slimkit.core.sparse.compress import Stage
 from slimkit.core.sparse.layer import Layer
+from slimkit.core.sparse.walk import Stage
 from slimkit_ms import bridge
 from slimkit_ms.sparse.stages import CellStage, last_two, trace, watching
 

@@ -206,3 +206,17 @@ def test_damaged_shards_are_refused_or_read(position, value):
         except FileFormatError:
             return
         assert all(0 <= p.start <= p.stop <= len(data) for p in places.values())
+
+
+def test_time_left_is_learned_from_the_same_place_in_other_blocks():
+    from slimkit.core.sparse.eta import Estimate
+
+    layers = {f"h.{i}.{n}": Layer(f"h.{i}.{n}", "linear", (4, 4)) for i in range(3) for n in ("q", "up")}
+    now = iter([0.0, 1.0, 10.0, 14.0, 15.0])
+    estimate = Estimate(layers, lambda: next(now))
+    assert estimate.finished("h.0.q").seconds_left == 5.0  # five layers like the only one seen
+    assert estimate.finished("h.0.up").seconds_left == 20.0  # two blocks of 1 + 9
+    estimate.skip("h.1.q")
+    step = estimate.finished("h.1.up")
+    assert (step.done, step.total, step.seconds) == (4, 6, 15.0)
+    assert step.seconds_left == 2.0  # the last block, as quick as the layers before

@@ -112,7 +112,12 @@ def test_no_data_is_needed_for_magnitude(source, tmp_path):
     from slimkit.sparse import sparsify_checkpoint
 
     (tmp_path / "out" / ".slimkit-sparse").mkdir(parents=True)  # what a kill in the first moment leaves
-    assert sparsify_checkpoint(source("llama"), tmp_path / "out", SparseConfig(), None)["ratio"] == 0.5
+    steps = []
+    report = sparsify_checkpoint(source("llama"), tmp_path / "out", SparseConfig(), None, on_progress=steps.append)
+    assert report["ratio"] == 0.5
+    assert [s.layer for s in steps] == list(report["layers"])
+    assert [s.done for s in steps] == list(range(1, len(steps) + 1))
+    assert steps[0].seconds_left > 0 == steps[-1].seconds_left
 
 
 def test_killed_at_twenty_random_moments_the_bytes_are_the_same(source, data, tmp_path):

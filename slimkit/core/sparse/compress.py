@@ -1,12 +1,12 @@
-"""The walk over a model: choose the layers, calibrate them in order, solve each, and give account."""
+"""Make a model sparse: choose the layers, walk over them with equal or measured ratios, and give account."""
 
 from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 from slimkit.core import batch as batches
 from slimkit.core import check, match
@@ -15,67 +15,13 @@ from slimkit.core.log import logger, progress
 from slimkit.core.sparse.allocate import REACH, spread
 from slimkit.core.sparse.backend import Array
 from slimkit.core.sparse.config import SparseConfig
+from slimkit.core.sparse.eta import Progress
 from slimkit.core.sparse.layer import Layer
-from slimkit.core.sparse.moments import Moments
-from slimkit.core.sparse.solve import Solved, solve
+from slimkit.core.sparse.solve import solve
+from slimkit.core.sparse.walk import Host, Walk
 
 # Batches whose outputs judge a choice of ratios.
 PROBE_BATCHES = 4
-
-Seen = Callable[[str, Array, Array], None]
-
-
-class Stage(Protocol):
-    """A part of the model through which calibration data can be sent again and again.
-
-    Attributes:
-        feeds: layers in the order they are called; those that share one input together.
-    """
-
-    feeds: list[tuple[str, ...]]
-
-    def replay(self, names: Sequence[str], seen: Seen) -> None:
-        """Send every batch through, calling ``seen(name, x, dense_x or None)`` at each call of the layers."""
-
-    def advance(self) -> None:
-        """Take the outputs of the part as it is now as the inputs of the next."""
-
-
-class Host(Protocol):
-    """What the walk asks of a model in some framework.
-
-    Attributes:
-        keeps_masks: whether the whole model, and so all its masks, may be in memory at once.
-    """
-
-    keeps_masks: bool
-
-    def settled(self, name: str, row: dict[str, Any]) -> None:
-        """Learn that a layer is done, and its row of the report."""
-
-    def layers(self) -> tuple[dict[str, Layer], dict[str, str]]:
-        """Every layer that can be sparse by name, and those that cannot with the reason."""
-
-    def weight(self, name: str) -> Array:
-        """The layer's weight as an array."""
-
-    def store(self, name: str, weight: Array, bias_shift: Array | None) -> None:
-        """Put a weight in place, in the parameter's own dtype and device, and shift the bias."""
-
-    def stages(self, dataset: Iterable[Any], names: Sequence[str], paired: bool) -> Iterator[Stage]:
-        """The parts of the model, first to last."""
-
-    def snapshot(self, names: Sequence[str]) -> Callable[[], None]:
-        """Remember the weights and biases of the layers; the function returned puts them back."""
-
-    def outputs(self, batch: Any) -> Any:
-        """The model's first output for a batch, as a NumPy array without the rows of padding."""
-
-    def processes(self) -> int:
-        """How many processes share the calibration data."""
-
-    def reduce(self, arrays: Sequence[Array], count: int) -> tuple[list[Array], int]:
-        """Sums over all processes."""
 
 
 def select(layers: Mapping[str, Layer], skipped: dict[str, str], config: SparseConfig) -> tuple[list[str], list[str]]:
@@ -131,13 +77,16 @@ def select(layers: Mapping[str, Layer], skipped: dict[str, str], config: SparseC
     return names, unmatched
 
 
-def compress(host: Host, config: SparseConfig, dataset: Any) -> tuple[dict[str, Any], dict[str, Array]]:
+def compress(
+    host: Host, config: SparseConfig, dataset: Any, on_progress: Callable[[Progress], None] | None = None
+) -> tuple[dict[str, Any], dict[str, Array]]:
     """Make a model sparse, in place; on any error it is as it was.
 
     Args:
         host: the model.
         config: what to do.
         dataset: a re-iterable of batches; None for a method that needs no data.
+        on_progress: called after every layer; None shows a bar on a terminal and log lines elsewhere.
 
     Returns:
         The report (plain JSON values) and the masks (layer -> boolean array, True where the weight stays).
@@ -150,44 +99,15 @@ def compress(host: Host, config: SparseConfig, dataset: Any) -> tuple[dict[str, 
     restore = host.snapshot(names)
     try:
         if config.uniform:
-            rows, masks, allocation = *_once(host, config, dataset, layers, names, None), None
+            walk, allocation = Walk(host, config, layers, names, None, on_progress), None
+            walk.run(dataset)
         else:
-            rows, masks, allocation = _better(host, config, dataset, layers, names, restore)
+            walk, allocation = _better(host, config, dataset, layers, names, restore)
     except BaseException:
         restore()
         raise
-    report = _report(config, layers, names, rows, skipped, unmatched, time.perf_counter() - began)
-    return report | ({"allocation": allocation} if allocation else {}), masks
-
-
-def _once(
-    host: Host,
-    config: SparseConfig,
-    dataset: Any,
-    layers: Mapping[str, Layer],
-    names: Sequence[str],
-    ratios: Mapping[str, float] | None,
-) -> tuple[dict[str, dict[str, Any]], dict[str, Array]]:
-    """One walk over the model with the ratios given, or the same one for every layer."""
-    solved: dict[str, dict[str, Any]] = {}
-    masks: dict[str, Array] = {}
-
-    def settle(name: str, moments: Moments | None) -> None:
-        start = time.perf_counter()
-        ratio = config.sparse_ratio if ratios is None else ratios[name]
-        result: Solved = solve(layers[name], host.weight(name), moments, ratio, config)
-        host.store(name, result.weight, result.bias_shift)
-        solved[name] = {**result.account, "seconds": round(time.perf_counter() - start, 4)}
-        if host.keeps_masks:
-            masks[name] = result.keep
-        host.settled(name, solved[name])
-
-    if config.method == "magnitude" and host.keeps_masks:
-        for name in progress(names, "layers"):
-            settle(name, None)
-    else:
-        _calibrated(host, config, dataset, layers, names, settle, solved)
-    return solved, masks
+    report = _report(config, layers, names, walk.solved, skipped, unmatched, time.perf_counter() - began)
+    return report | ({"allocation": allocation} if allocation else {}), walk.masks
 
 
 def _better(
@@ -197,7 +117,7 @@ def _better(
     layers: Mapping[str, Layer],
     names: Sequence[str],
     restore: Callable[[], None],
-) -> tuple[dict[str, dict[str, Any]], dict[str, Array], dict[str, Any]]:
+) -> tuple[Walk, dict[str, Any]]:
     """The better of equal and measured ratios, by the change of the model's own outputs on the calibration data."""
     if host.processes() > 1:
         raise UnsupportedError("SparseConfig.uniform=False needs one process: sensitivities are measured on all data.")
@@ -220,80 +140,23 @@ def _better(
             costs[name].append(error() ** 2)
             back()
     ratios = spread(costs, around, {n: layers[n].size for n in names}, config.sparse_ratio)
-    equal = _once(host, config, dataset, layers, names, None)
+    equal = Walk(host, config, layers, names)
+    equal.run(dataset)
     equal_error, keep_equal = error(), host.snapshot(names)
     restore()
-    measured = _once(host, config, dataset, layers, names, ratios)
+    measured = Walk(host, config, layers, names, ratios)
+    measured.run(dataset)
     measured_error = error()
     facts = {"uniform_error": equal_error, "measured_error": measured_error, "probe_batches": len(probes)}
     if measured_error < equal_error:
-        return *measured, {"kept": "measured", **facts}
+        return measured, {"kept": "measured", **facts}
     logger.warning(
         "measured ratios change the outputs by %.4g, equal ones by %.4g: kept equal ratios.",
         measured_error,
         equal_error,
     )
     keep_equal()
-    return *equal, {"kept": "uniform", **facts}
-
-
-def _calibrated(
-    host: Host,
-    config: SparseConfig,
-    dataset: Any,
-    layers: Mapping[str, Layer],
-    names: Sequence[str],
-    settle: Callable[[str, Moments | None], None],
-    solved: dict[str, dict[str, Any]],
-) -> None:
-    done: set[str] = set()
-
-    def groups() -> Iterator[tuple[Stage, list[tuple[str, ...]]]]:
-        for stage in host.stages(dataset, names, config.paired):
-            rows = getattr(stage, "rows", None)
-            if rows is not None:  # an earlier run did it
-                solved.update(rows)
-                done.update(rows)
-                continue
-            if config.sequential:
-                for feed in stage.feeds:
-                    yield stage, [feed]
-            else:
-                yield stage, list(stage.feeds)
-            for name in getattr(stage, "names", ()):
-                if name not in done:  # its block leaves memory now, reached or not
-                    settle(name, Moments(layers[name]) if config.needs_data else None)
-                    done.add(name)
-            stage.advance()
-
-    bar = iter(progress(list(names), "layers"))
-    for stage, feeds in groups():
-        if not feeds:
-            continue
-        moments = {feed[0]: Moments(layers[feed[0]], config.paired) for feed in feeds}
-        stage.replay(list(moments), lambda name, x, dense: moments[name].add(x, dense))  # noqa: B023
-        for feed in feeds:
-            shared = moments.pop(feed[0])
-            _over_processes(host, shared)
-            for name in feed:
-                next(bar, None)
-                shared.layer = layers[name]
-                settle(name, shared)
-                done.add(name)
-    for name in names:
-        if name not in done:  # no batch ever reached it: an expert nobody chose, a head that was not asked
-            next(bar, None)
-            settle(name, Moments(layers[name]))
-    next(bar, None)
-
-
-def _over_processes(host: Host, moments: Moments) -> None:
-    if moments.gram is None:
-        return
-    arrays, moments.count = host.reduce(moments.state(), moments.count)
-    for array, total in zip(moments.state(), arrays):
-        if array is not total:
-            array[...] = total
+    return equal, {"kept": "uniform", **facts}
 
 
 def _report(

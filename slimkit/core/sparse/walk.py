@@ -1,0 +1,169 @@
+"""One walk over a model: calibrate its layers in order, solve each, put it in place."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+from slimkit.core.log import progress
+from slimkit.core.sparse.backend import Array
+from slimkit.core.sparse.config import SparseConfig
+from slimkit.core.sparse.eta import Estimate, Progress
+from slimkit.core.sparse.layer import Layer
+from slimkit.core.sparse.moments import Moments
+from slimkit.core.sparse.solve import Solved, solve
+
+Seen = Callable[[str, Array, Array], None]
+
+
+class Stage(Protocol):
+    """A part of the model through which calibration data can be sent again and again.
+
+    Attributes:
+        feeds: layers in the order they are called; those that share one input together.
+    """
+
+    feeds: list[tuple[str, ...]]
+
+    def replay(self, names: Sequence[str], seen: Seen) -> None:
+        """Send every batch through, calling ``seen(name, x, dense_x or None)`` at each call of the layers."""
+
+    def advance(self) -> None:
+        """Take the outputs of the part as it is now as the inputs of the next."""
+
+
+class Host(Protocol):
+    """What the walk asks of a model in some framework.
+
+    Attributes:
+        keeps_masks: whether the whole model, and so all its masks, may be in memory at once.
+    """
+
+    keeps_masks: bool
+
+    def settled(self, name: str, row: dict[str, Any]) -> None:
+        """Learn that a layer is done, and its row of the report."""
+
+    def layers(self) -> tuple[dict[str, Layer], dict[str, str]]:
+        """Every layer that can be sparse by name, and those that cannot with the reason."""
+
+    def weight(self, name: str) -> Array:
+        """The layer's weight as an array."""
+
+    def store(self, name: str, weight: Array, bias_shift: Array | None) -> None:
+        """Put a weight in place, in the parameter's own dtype and device, and shift the bias."""
+
+    def stages(self, dataset: Iterable[Any], names: Sequence[str], paired: bool) -> Iterator[Stage]:
+        """The parts of the model, first to last."""
+
+    def snapshot(self, names: Sequence[str]) -> Callable[[], None]:
+        """Remember the weights and biases of the layers; the function returned puts them back."""
+
+    def outputs(self, batch: Any) -> Any:
+        """The model's first output for a batch, as a NumPy array without the rows of padding."""
+
+    def processes(self) -> int:
+        """How many processes share the calibration data."""
+
+    def reduce(self, arrays: Sequence[Array], count: int) -> tuple[list[Array], int]:
+        """Sums over all processes."""
+
+
+class Walk:
+    """One pass over a model with one ratio for every layer, or a ratio for each.
+
+    Args:
+        host: the model.
+        config: what to do.
+        layers: the layers by name, those that are to change and maybe others.
+        names: the layers that are to change, in the model's order.
+        ratios: layer -> ratio; None gives every layer the configuration's.
+        on_progress: called after every layer; None shows a bar on a terminal and log lines elsewhere.
+
+    Attributes:
+        solved: layer -> its row of the report, as far as the walk has come.
+        masks: layer -> boolean array, True where the weight stays; empty when the host keeps none.
+    """
+
+    def __init__(
+        self,
+        host: Host,
+        config: SparseConfig,
+        layers: Mapping[str, Layer],
+        names: Sequence[str],
+        ratios: Mapping[str, float] | None = None,
+        on_progress: Callable[[Progress], None] | None = None,
+    ) -> None:
+        self.solved: dict[str, dict[str, Any]] = {}
+        self.masks: dict[str, Array] = {}
+        self._host, self._config, self._layers, self._names, self._ratios = host, config, layers, names, ratios
+        self._estimate = Estimate({n: layers[n] for n in names})
+        self._on_progress = on_progress
+        self._bar = iter(progress(list(names), "layers")) if on_progress is None else iter(())
+
+    def run(self, dataset: Any) -> None:
+        """Walk over the whole model, in place."""
+        if self._config.method == "magnitude" and self._host.keeps_masks:
+            for name in self._names:
+                self._settle(name, None)
+        else:
+            for stage, feeds in self._stages(dataset):
+                self._calibrate(stage, feeds)
+            for name in self._names:
+                if name not in self.solved:  # no batch ever reached it: an expert nobody chose, a head never asked
+                    self._settle(name, Moments(self._layers[name]))
+        next(self._bar, None)
+
+    def _settle(self, name: str, moments: Moments | None) -> None:
+        start = time.perf_counter()
+        ratio = self._config.sparse_ratio if self._ratios is None else self._ratios[name]
+        result: Solved = solve(self._layers[name], self._host.weight(name), moments, ratio, self._config)
+        self._host.store(name, result.weight, result.bias_shift)
+        self.solved[name] = {**result.account, "seconds": round(time.perf_counter() - start, 4)}
+        if self._host.keeps_masks:
+            self.masks[name] = result.keep
+        self._host.settled(name, self.solved[name])
+        next(self._bar, None)
+        step = self._estimate.finished(name)
+        if self._on_progress is not None:
+            self._on_progress(step)
+
+    def _stages(self, dataset: Any) -> Iterator[tuple[Stage, list[tuple[str, ...]]]]:
+        """The parts of the model that are left to do, with the layers to calibrate at once."""
+        for stage in self._host.stages(dataset, self._names, self._config.paired):
+            rows = getattr(stage, "rows", None)
+            if rows is not None:  # an earlier run did it
+                self.solved.update(rows)
+                for name in rows:
+                    self._estimate.skip(name)
+                    next(self._bar, None)
+                continue
+            if self._config.sequential:
+                for feed in stage.feeds:
+                    yield stage, [feed]
+            elif stage.feeds:
+                yield stage, list(stage.feeds)
+            for name in getattr(stage, "names", ()):
+                if name not in self.solved:  # its block leaves memory now, reached or not
+                    self._settle(name, Moments(self._layers[name]) if self._config.needs_data else None)
+            stage.advance()
+
+    def _calibrate(self, stage: Stage, feeds: Sequence[tuple[str, ...]]) -> None:
+        moments = {feed[0]: Moments(self._layers[feed[0]], self._config.paired) for feed in feeds}
+        stage.replay(list(moments), lambda name, x, dense: moments[name].add(x, dense))
+        for feed in feeds:
+            shared = moments.pop(feed[0])
+            _over_processes(self._host, shared)
+            for name in feed:
+                shared.layer = self._layers[name]
+                self._settle(name, shared)
+
+
+def _over_processes(host: Host, moments: Moments) -> None:
+    if moments.gram is None:
+        return
+    arrays, moments.count = host.reduce(moments.state(), moments.count)
+    for array, total in zip(moments.state(), arrays):
+        if array is not total:
+            array[...] = total
