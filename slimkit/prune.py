@@ -11,6 +11,7 @@ import numpy as np
 from slimkit import bridge, surgery
 from slimkit.compensate import compensate
 from slimkit.core import files
+from slimkit.core.batch import without_labels
 from slimkit.core.errors import FileFormatError
 from slimkit.core.lazy import door
 from slimkit.core.prune.graph import Graph
@@ -141,9 +142,10 @@ class TorchWing:
 
 
 def _loss_of(model: nn.Module, batch: Any, loss: Callable[..., Any] | None) -> torch.Tensor:
-    output = bridge.run(model, batch)
     if loss is not None:
-        return loss(output, batch)
+        batch = bridge.to_device(batch, bridge.device_of(model))
+        return loss(bridge.run(model, without_labels(batch, model.forward)), batch)
+    output = bridge.run(model, batch)
     own = getattr(output, "loss", None)
     if isinstance(own, torch.Tensor):
         return own

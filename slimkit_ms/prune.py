@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from slimkit.core import files
-from slimkit.core.batch import as_call
+from slimkit.core.batch import as_call, without_labels
 from slimkit.core.errors import FileFormatError, GraphError
 from slimkit.core.lazy import door
 from slimkit.core.prune.dims import find, leaves
@@ -195,7 +195,7 @@ def _is_dense(cell: nn.Cell) -> bool:
 
 
 def _loss_of(model: nn.Cell, batch: Any, loss: Callable[..., Any] | None) -> ms.Tensor:
-    args, kwargs = as_call(batch)
+    args, kwargs = as_call(batch if loss is None else without_labels(batch, model.construct))
     output = model(*args, **kwargs)
     if loss is not None:
         return loss(output, batch)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from slimkit.core import check
@@ -20,6 +21,29 @@ def as_call(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(batch, (tuple, list)):
         return tuple(batch), {}
     return (batch,), {}
+
+
+def without_labels(batch: Any, function: Callable[..., Any]) -> Any:
+    """A labelled batch as the model takes it: of a tuple or list, only as many values as `function` has parameters.
+
+    Args:
+        batch: one batch; anything but a tuple or list comes back as it is.
+        function: the model's forward or construct, bound.
+
+    Returns:
+        The batch without the values that are for the loss alone.
+
+    Example:
+        >>> without_labels(("image", "label"), lambda image: image)
+        ('image',)
+    """
+    if not isinstance(batch, (tuple, list)):
+        return batch
+    kinds = [p.kind for p in inspect.signature(function).parameters.values()]
+    if inspect.Parameter.VAR_POSITIONAL in kinds:
+        return batch
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return batch[: sum(kind in positional for kind in kinds)]
 
 
 def dataset(value: Any, name: str = "dataset") -> Iterable[Any]:

@@ -84,6 +84,29 @@ def test_a_plan_of_another_net_is_refused(kit):
         kit.room("prune").Pruner(model, inputs(kit, shape)).prune_by_desc(golden["desc"])
 
 
+@pytest.mark.parametrize("importance", ["taylor", "hessian"])
+def test_labels_reach_the_loss_alone(kit, importance):
+    """A data loader's (inputs, labels): the model takes the first, the loss both; other labels, other scores."""
+    seen = []
+
+    def kept(labels):
+        model, shape = mlp(kit)
+        x = inputs(kit, shape)
+
+        def loss(output, batch):
+            seen.append(len(batch))
+            return (output * batch[1]).sum()
+
+        pruner = kit.room("prune").Pruner(model, x).set_alignment(1)
+        pruner.set_importance_evaluation_function(importance, calibration=[(x, kit.tensor(labels))], loss=loss)
+        return {n: v["keep"] for n, v in pruner.prune(0.5, [-1])["variables"].items()}
+
+    chance = np.random.default_rng(3)
+    first, second = (chance.standard_normal((5, 3)).astype(np.float32) for _ in range(2))
+    assert kept(first) == kept(first) != kept(second)
+    assert set(seen) == {2}
+
+
 def _write():
     kit = kits.make("torch")
     found = {}

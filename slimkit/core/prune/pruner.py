@@ -73,7 +73,8 @@ class PrunerBase:
                 weights (NumPy, without the output axis) that returns a float. Unset, channels score mean |w|.
             calibration: batches, for taylor, hessian and activation.
             loss: for taylor and hessian: (model outputs, batch) -> scalar loss; unset, the outputs' own `.loss`, or the
-                mean squared output.
+                mean squared output. With a loss, batches may be (inputs, labels): the model gets as many values of a
+                tuple as its forward takes, the loss sees them all.
             seed: of "random".
 
         Returns:
