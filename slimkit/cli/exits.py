@@ -1,0 +1,45 @@
+"""What the command line's exit codes mean, and the one place where an error becomes one."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Callable
+from typing import NoReturn
+
+from slimkit.core.errors import SlimkitError
+
+# The table of docs/cli.md; a test holds the two together.
+EXITS = {
+    0: "done",
+    1: "done, and something was found that a person must look at (`check`, `migrate`)",
+    2: "something given is wrong, missing or cannot be read or written; nothing was half written",
+    70: "a bug in slimkit or in a library: the traceback is printed",
+    130: "interrupted (Ctrl-C); the message says how to go on",
+}
+
+
+class Interrupted(Exception):
+    """Ctrl-C, with the line that says how to go on."""
+
+
+def exiting(command: Callable[[], object]) -> None:
+    """Run the command line; every error becomes one line on stderr and an exit code of the table."""
+    try:
+        command()
+    except SlimkitError as error:
+        _fail(str(error), 2)
+    except Interrupted as stop:
+        _fail(f"interrupted; {stop}", 130)
+    except KeyboardInterrupt:
+        _fail("interrupted; nothing was written", 130)
+    except OSError as error:
+        _fail(f"{error.filename or 'output'}: {error.strerror or error}", 2)
+    except Exception:  # noqa: BLE001  (the last resort: whatever is left is a bug, and says so)
+        traceback.print_exc()
+        _fail("this is a bug; please report it with the lines above", 70)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    print(f"slimkit: {message}", file=sys.stderr)
+    sys.exit(code)

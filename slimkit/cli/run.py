@@ -1,0 +1,87 @@
+"""`slimkit run`: a whole recipe."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from slimkit.cli import options
+from slimkit.cli.session import Session, session
+from slimkit.core.errors import ConfigError
+
+# framework of a recipe -> the module and class that answer the runner
+_WINGS = {"torch": ("slimkit.stages", "TorchWing"), "mindspore": ("slimkit_ms.stages", "MindSporeWing")}
+
+
+def run(
+    recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder of the run; runs/NAME by default.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change one key, e.g. stages.1.prune.reserved_ratio=0.6."),
+    ] = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Throw an earlier run in the folder away.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Check the recipe and stop.")] = False,
+    dry_run: options.DryRun = False,
+    as_json: options.AsJson = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Run a recipe: load, prune, distil, sparsify, adapt, export, report.
+
+    A run that was stopped goes on from the last finished stage when the same command is given again.
+
+    Example: slimkit run tools/recipes/digits.yaml --set seed=3 --output runs/digits-3
+    """
+    from slimkit.core.run.recipe import load_recipe
+
+    with session("run", as_json=as_json, quiet=quiet, verbose=verbose) as talk:
+        checked = load_recipe(recipe, _overrides(set_ or []))
+        folder = output or Path(checked.output or f"runs/{checked.name}")
+        if check or dry_run:
+            steps = [kind for kind, _ in checked.steps()]
+            talk.line(f"{recipe}: {len(steps)} stages, nothing wrong")
+            if dry_run:
+                talk.line(f"would run {', '.join(steps)} into {folder}")
+            talk.result({"stages": steps, "folder": folder, "framework": checked.framework}, dry_run=True)
+            return
+        talk.go_on = "the same command goes on from the last finished stage"
+
+        from slimkit.core.run.pipeline import run_recipe
+
+        module, name = _WINGS[checked.framework]
+        wing = getattr(importlib.import_module(module), name)()
+        _show(run_recipe(checked, recipe.parent, wing, folder, restart=restart), folder, talk)
+
+
+def _overrides(pairs: list[str]) -> dict[str, Any]:
+    import yaml
+
+    overrides = {}
+    for pair in pairs:
+        key, sign, value = pair.partition("=")
+        if not key or not sign:
+            raise ConfigError(f"--set must be KEY=VALUE. Received: {pair!r}")
+        try:
+            overrides[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ConfigError(f"--set {key}: the value is not YAML. Received: {value!r}") from None
+    return overrides
+
+
+def _show(report: dict[str, Any], folder: Path, talk: Session) -> None:
+    """The summary: dense against final, what the stages say, and where the report is."""
+    from slimkit.core.run.report import headline, summary_rows
+
+    rows = summary_rows(report)
+    talk.table(report["title"], ("", "dense", "final", "change"), rows)
+    for name, text in headline(report):
+        talk.line(f"  {name}: {text}")
+    talk.line(f"Report: {folder / 'report.html'}")
+    summary = [dict(zip(("what", "dense", "final", "change"), row)) for row in rows]
+    talk.result({"summary": summary, "report": folder / "report.html"})
