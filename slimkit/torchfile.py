@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from slimkit import bridge  # noqa: F401 - says in one line that torch is missing
@@ -32,7 +32,10 @@ def restored(array: Array, dtype: str) -> torch.Tensor:
 
 
 def write_torch(
-    path: files.PathLike, tensors: Mapping[str, torch.Tensor], values: Mapping[str, Any] | None = None
+    path: files.PathLike,
+    tensors: Mapping[str, torch.Tensor],
+    values: Mapping[str, Any] | None = None,
+    before: Callable[[], object] | None = None,
 ) -> None:
     """Write tensors, numbers and strings as one torch.save file, atomically; it loads with weights_only=True."""
-    torchfile.write_torch(path, tensors, values, torch)
+    torchfile.write_torch(path, tensors, values, torch, before)

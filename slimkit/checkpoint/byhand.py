@@ -83,8 +83,8 @@ def _path_to_save(name: Any) -> Path:
     return path
 
 
-def _write_torch(path: Path, items: Items, tensors: Iterable[tuple[str, Array]]) -> None:
-    write_torch(path, {n: restored(a, items.entries[n].dtype) for n, a in tensors}, items.values)
+def _write_torch(path: Path, items: Items, tensors: Iterable[tuple[str, Array]], before: Callable[[], object]) -> None:
+    write_torch(path, {n: restored(a, items.entries[n].dtype) for n, a in tensors}, items.values, before)
 
 
 def items_of(save_obj: Any, append_dict: Mapping[str, Any] | None = None) -> Items:

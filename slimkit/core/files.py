@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -79,12 +79,13 @@ def inside(folder: PathLike, relative: str, name: str) -> Path:
 
 
 @contextlib.contextmanager
-def atomic_file(path: PathLike, mode: str = "wb") -> Iterator[IO[Any]]:
+def atomic_file(path: PathLike, mode: str = "wb", *, before: Callable[[], object] | None = None) -> Iterator[IO[Any]]:
     """Write a file so that a reader sees the old one or the new one, never a part.
 
     Args:
         path: the file; missing parent folders are made.
         mode: "wb" or "w" (UTF-8).
+        before: called when the new file is on the disk, just before it takes the old one's place.
 
     Yields:
         A handle on a temporary file in the same folder, synced and renamed on success, removed on any error.
@@ -104,6 +105,8 @@ def atomic_file(path: PathLike, mode: str = "wb") -> Iterator[IO[Any]]:
             handle.flush()
             os.fsync(handle.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
+        if before is not None:
+            before()
         os.replace(temporary, target)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):

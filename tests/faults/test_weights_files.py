@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from slimkit.core import files
 from slimkit.core.checkpoint import manifest, placing, saving
 from slimkit.core.checkpoint.ckpt import Ckpt, stream_ckpt
+from slimkit.core.checkpoint.flow import Beside
 from slimkit.core.checkpoint.openweights import open_weights
 from slimkit.core.checkpoint.saving import Items
 from slimkit.core.checkpoint.weightfile import Entry, Safetensors, stream_safetensors, tag_of
@@ -328,6 +329,54 @@ def test_a_full_disk_leaves_the_old_file_and_no_leftovers(tmp_path):
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir() if p.name.endswith(".part")] == []
     assert unchanged(load(path))
+    with open_weights(path, refuse) as source:
+        assert placing.check_manifest(source), "the older file lost its manifest"
+
+
+def test_a_save_in_the_background_is_finished_when_the_program_ends(tmp_path):
+    code = """
+        import sys, numpy as np
+        from pathlib import Path
+        from slimkit.core.checkpoint import saving
+        from slimkit.core.checkpoint.weightfile import Entry
+        held = saving.Items()
+        for name in "abc":
+            held.add(name, Entry("F32", (1 << 20,)), lambda: np.full(1 << 20, 7, np.float32))
+        saving.save(Path(sys.argv[1]), held, async_save=True, with_manifest=True)
+    """
+    path = tmp_path / "w.safetensors"
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code), str(path)], check=True)
+    found = load(path)
+    assert sorted(found) == ["a", "b", "c"]
+    assert all((v == 7).all() for v in found.values())
+
+
+@pytest.mark.parametrize("length", [0, 100, 300_000, 1_200_000, 2_500_000])
+def test_digests_taken_beside_the_writing_are_those_of_the_file(tmp_path, length):
+    # Below and above what is digested in a thread, and more chunks than there are buffers.
+    array = np.arange(length, dtype=np.float64)
+    held = Items()
+    for name in "ab":
+        held.add(name, Entry("F64", array.shape), lambda: array)
+    saving.write_items(tmp_path / "a.safetensors", held)
+    assert np.array_equal(load(tmp_path / "a.safetensors")["b"], array)
+    with open_weights(tmp_path / "a.safetensors", refuse) as source:
+        passed = Items(dict(source.entries), {n: lambda n=n: source.piece(n) for n in "ab"})
+        saving.write_items(tmp_path / "b.ckpt", passed)
+    assert np.array_equal(load(tmp_path / "b.ckpt")["a"], array)
+    digests = [manifest.Manifest(tmp_path / n).tensors for n in ("a.safetensors", "b.ckpt")]
+    assert digests[0] == digests[1]
+
+
+def test_what_goes_wrong_beside_the_writing_is_raised(tmp_path):
+    with Beside() as beside:
+        beside.submit(lambda: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            beside.settle()
+        done = []
+        beside.submit(lambda: done.append(1))
+        beside.settle()
+        assert done == [1]
 
 
 def test_a_folder_that_cannot_be_written_is_an_oserror(tmp_path):

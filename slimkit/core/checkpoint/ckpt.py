@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
 from slimkit.core import files
+from slimkit.core.checkpoint.flow import Outflow
 from slimkit.core.checkpoint.weightfile import (
     STORED,
     Array,
@@ -255,6 +256,7 @@ def stream_ckpt(
     values: Mapping[str, Any] | None = None,
     *,
     crc: bool = False,
+    before: Callable[[], object] | None = None,
 ) -> None:
     """Write a .ckpt file while its tensors are still being made, atomically.
 
@@ -264,6 +266,7 @@ def stream_ckpt(
         tensors: (name, stored array) in the same order; each is written and forgotten.
         values: numbers (int, float, bool) and strings to hold beside the tensors.
         crc: end the file with the checksum that ``mindspore.load_checkpoint(crc_check=True)`` verifies.
+        before: called when the file is whole, just before it takes the old one's place.
 
     Raises:
         UnsupportedError: an element type that .ckpt files lack.
@@ -272,13 +275,13 @@ def stream_ckpt(
     for name, entry in entries.items():
         if entry.dtype not in TYPES:
             raise UnsupportedError(f"tensor {name!r}: .ckpt files cannot hold elements of type {entry.dtype}.")
-    with files.atomic_file(path) as handle:
+    with files.atomic_file(path, before=before) as handle, Outflow(handle) as out:
         total = 0
 
         def put(*parts: bytes | memoryview) -> None:
             nonlocal total
             for part in parts:
-                handle.write(part)
+                out.write(part)
                 total = zlib.crc32(part, total) if crc else 0
 
         for name, array in in_order(entries, tensors):
@@ -306,7 +309,7 @@ def stream_ckpt(
         if kinds:
             _put_text(put, NUMBERS, json.dumps(kinds))
         if crc:
-            handle.write(b"crc_num" + total.to_bytes(10, "big"))
+            out.write(b"crc_num" + total.to_bytes(10, "big"))
 
 
 def _put_text(put: Any, name: str, text: str) -> None:

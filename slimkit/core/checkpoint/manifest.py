@@ -11,8 +11,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from slimkit.core import files
-from slimkit.core.checkpoint.weightfile import Array, Entry, Piece, Weights, parts
+from slimkit.core.checkpoint.flow import WORTH_A_THREAD_BYTES, Beside
+from slimkit.core.checkpoint.weightfile import STORED, Array, Entry, Piece, Weights, parts
 from slimkit.core.errors import FileFormatError
 
 ENDING = ".manifest.json"
@@ -38,32 +41,52 @@ def _digest(array: Any, entry: Entry) -> str:
 
 
 class Digests:
-    """Takes the digest of each tensor while it passes by on its way to the file."""
+    """Takes the digest of each tensor while it is written to the file; a context, whose end ends its thread."""
 
     def __init__(self, entries: Mapping[str, Entry]) -> None:
         self._entries = entries
-        self.found: dict[str, str] = {}
+        self._digests: dict[str, Any] = {}
+        self._beside = Beside()
 
     def passing(self, tensors: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
         """The same tensors, in the same order."""
         for name, array in tensors:
             if isinstance(array, Piece):
                 yield name, Piece(array.shape, partial(self._chunks, name, array))
-            else:
-                self.found[name] = _digest(array, self._entries[name])
-                yield name, array
+                continue
+            entry = self._entries[name]
+            array = np.asarray(array, STORED[entry.dtype], order="C")  # once, for the digest and for the file
+            digest = self._digests[name] = _begun(entry)
+            for whole in parts(array, entry):
+                self._update(digest, whole)
+            yield name, array
+            self._beside.settle()  # or two fetched tensors would be held at once
 
     def _chunks(self, name: str, piece: Piece) -> Iterator[memoryview]:
-        digest = _begun(self._entries[name])
+        digest = self._digests[name] = _begun(self._entries[name])
         for chunk in piece.chunks():
-            digest.update(chunk)
+            # Taken while this chunk is written and the next one read, which goes where the last one was.
+            self._update(digest, chunk)
             yield chunk
-        self.found[name] = digest.hexdigest()
+
+    def _update(self, digest: Any, chunk: memoryview) -> None:
+        if len(chunk) < WORTH_A_THREAD_BYTES:
+            self._beside.settle()
+            digest.update(chunk)
+        else:
+            self._beside.submit(partial(digest.update, chunk))
+
+    def __enter__(self) -> Digests:
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        self._beside.__exit__(*raised)
 
     def write(self, path: files.PathLike) -> None:
         """Write the manifest of the finished file beside it."""
+        self._beside.settle()
         tensors = {
-            name: {"dtype": entry.dtype, "shape": list(entry.shape), "sha256": self.found[name]}
+            name: {"dtype": entry.dtype, "shape": list(entry.shape), "sha256": self._digests[name].hexdigest()}
             for name, entry in self._entries.items()
         }
         value = {"version": VERSION, "file": Path(path).name, "bytes": Path(path).stat().st_size, "tensors": tensors}
@@ -83,10 +106,7 @@ def _write(side: Path, text: str) -> None:
 
 
 def forget(path: files.PathLike) -> None:
-    """Remove the manifest of a file that is about to be replaced.
-
-    A kill between the two writes then leaves a good file without a manifest, never one that its manifest disowns.
-    """
+    """Remove the manifest of a file that is about to be replaced."""
     with contextlib.suppress(FileNotFoundError):
         sidecar(path).unlink()
 

@@ -71,7 +71,8 @@ class Items:
         return ((name, fetch()) for name, fetch in self.fetch.items())
 
 
-Writer = Callable[[Path, Items, Iterable[tuple[str, Array]]], None]
+Before = Callable[[], object]
+Writer = Callable[[Path, Items, Iterable[tuple[str, Any]], Before], None]
 
 
 def listed(save_obj: Any) -> list[tuple[str, Any]]:
@@ -137,22 +138,24 @@ def write_items(
         items: what it holds.
         with_manifest: write FILE.manifest.json too.
         crc: for .ckpt, end it with MindSpore's own checksum.
-        writer: writes another format; gets the path, the items and the stream of their tensors.
+        writer: writes another format; gets the path, the items, the stream of their tensors, and what to call just
+            before the file takes the old one's place.
         metadata: more str -> str pairs for the header of a safetensors file.
     """
     target = Path(path)
-    digests = manifest.Digests(items.entries)
-    stream = digests.passing(items.stream()) if with_manifest else items.stream()
-    manifest.forget(target)
-    if writer is not None:
-        writer(target, items, stream)
-    elif target.suffix == ".ckpt":
-        stream_ckpt(target, items.entries, stream, items.values, crc=crc)
-    else:
-        held = {VALUES: json.dumps(items.values)} if items.values else {}
-        stream_safetensors(target, items.entries, stream, {**(metadata or {}), **held})
-    if with_manifest:
-        digests.write(target)
+    # A kill between the two files leaves a good one without a manifest, never one that its manifest disowns.
+    before = partial(manifest.forget, target)
+    with manifest.Digests(items.entries) as digests:
+        stream = digests.passing(items.stream()) if with_manifest else items.stream()
+        if writer is not None:
+            writer(target, items, stream, before)
+        elif target.suffix == ".ckpt":
+            stream_ckpt(target, items.entries, stream, items.values, crc=crc, before=before)
+        else:
+            held = {VALUES: json.dumps(items.values)} if items.values else {}
+            stream_safetensors(target, items.entries, stream, {**(metadata or {}), **held}, before=before)
+        if with_manifest:
+            digests.write(target)
 
 
 class Saving:

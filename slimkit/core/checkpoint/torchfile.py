@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 import struct
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +154,13 @@ def restored(array: Array, dtype: str, torch: Any) -> Any:
     return tensor if tensor.dtype == wanted else tensor.view(wanted)
 
 
-def write_torch(path: files.PathLike, tensors: Mapping[str, Any], values: Mapping[str, Any] | None, torch: Any) -> None:
+def write_torch(
+    path: files.PathLike,
+    tensors: Mapping[str, Any],
+    values: Mapping[str, Any] | None,
+    torch: Any,
+    before: Callable[[], object] | None = None,
+) -> None:
     """Write tensors, numbers and strings as one torch.save file, atomically; it loads with weights_only=True."""
-    with files.atomic_file(path) as handle:
+    with files.atomic_file(path, before=before) as handle:
         torch.save({**tensors, **(values or {})}, handle)

@@ -13,6 +13,7 @@ from typing import IO, Any
 import numpy as np
 
 from slimkit.core import files
+from slimkit.core.checkpoint.flow import Outflow
 from slimkit.core.errors import FileFormatError, UnsupportedError
 
 Array = np.ndarray[Any, Any]
@@ -300,6 +301,8 @@ def stream_safetensors(
     entries: Mapping[str, Entry],
     tensors: Iterable[tuple[str, Any]],
     metadata: Mapping[str, str] | None = None,
+    *,
+    before: Callable[[], object] | None = None,
 ) -> None:
     """Write a safetensors file while its tensors are still being made, atomically.
 
@@ -308,6 +311,7 @@ def stream_safetensors(
         entries: name -> type and shape, in the order in which the file shall hold them.
         tensors: (name, stored array) in the same order; each is written and forgotten.
         metadata: str -> str pairs for the header.
+        before: called when the file is whole, just before it takes the old one's place.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     at = 0
@@ -316,11 +320,11 @@ def stream_safetensors(
         at += entry.nbytes
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # the format asks for data aligned to 8 bytes
-    with files.atomic_file(path) as handle:
-        handle.write(len(text).to_bytes(8, "little") + text)
+    with files.atomic_file(path, before=before) as handle, Outflow(handle) as out:
+        out.write(len(text).to_bytes(8, "little") + text)
         for name, array in in_order(entries, tensors):
             for part in parts(array, entries[name]):
-                handle.write(part)
+                out.write(part)
 
 
 class Piece:
@@ -328,7 +332,7 @@ class Piece:
 
     Args:
         shape: the tensor's shape.
-        chunks: gives its bytes in order; each view is good until the next one is asked for.
+        chunks: gives its bytes in order; each view is good until the next but one is asked for.
     """
 
     def __init__(self, shape: tuple[int, ...], chunks: Callable[[], Iterator[memoryview]]) -> None:
@@ -361,10 +365,14 @@ def parts(array: Any, entry: Entry) -> Iterator[memoryview]:
 
 
 def file_chunks(handle: IO[bytes], spans: Iterable[tuple[int, int]], what: str) -> Iterator[memoryview]:
-    """The bytes of some spans (offset, length) of a file, through one buffer that is filled again and again."""
-    buffer = np.empty(CHUNK_BYTES, np.uint8)
+    """The bytes of some spans (offset, length) of a file, through two buffers that are filled in turn."""
+    buffers: list[Array] = []
     for offset, length in spans:
         for at in range(0, length, CHUNK_BYTES):
-            part = buffer[: min(CHUNK_BYTES, length - at)]
+            size = min(CHUNK_BYTES, length - at)
+            buffers.append(buffers.pop(0) if len(buffers) > 1 else np.empty(size, np.uint8))
+            if len(buffers[-1]) < size:
+                buffers[-1] = np.empty(size, np.uint8)
+            part = buffers[-1][:size]
             read_into(handle, offset + at, part, what)
             yield part.data

@@ -100,10 +100,16 @@ def convert(
     )
 
 
-def _write_torch(torch: Callable[[], Any], path: Path, items: Items, tensors: Iterable[tuple[str, Array]]) -> None:
+def _write_torch(
+    torch: Callable[[], Any],
+    path: Path,
+    items: Items,
+    tensors: Iterable[tuple[str, Array]],
+    before: Callable[[], object],
+) -> None:
     library = torch()
     held = {n: restored(np.asarray(a, order="C"), items.entries[n].dtype, library) for n, a in tensors}
-    write_torch(path, held, items.values, library)
+    write_torch(path, held, items.values, library, before)
 
 
 def _direction(source: Weights, path: Path, to: str | None, source_net: Any, result_net: Any) -> str:
