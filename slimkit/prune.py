@@ -14,6 +14,7 @@ from slimkit.core import files
 from slimkit.core.batch import without_labels
 from slimkit.core.errors import FileFormatError
 from slimkit.core.lazy import door
+from slimkit.core.prune.attributes import Field, widths_of
 from slimkit.core.prune.graph import Graph
 from slimkit.core.prune.plan import Plan
 from slimkit.core.prune.pruner import PrunerBase
@@ -82,10 +83,24 @@ class TorchWing:
     def integers(self) -> dict[str, dict[str, int]]:
         return surgery.integers(self.model)
 
-    def config(self) -> dict[str, int]:
+    def config(self) -> dict[str, Field]:
         config = getattr(self.model, "config", None)
-        fields = vars(config) if hasattr(config, "__dict__") and hasattr(config, "to_dict") else {}
-        return {k: v for k, v in fields.items() if type(v) is int and v > 1 and not k.startswith("_")}
+        return widths_of(vars(config)) if hasattr(config, "__dict__") and hasattr(config, "to_dict") else {}
+
+    def config_mismatch(self) -> str | None:
+        config = getattr(self.model, "config", None)
+        if not hasattr(config, "to_dict"):
+            return None
+        try:
+            with torch.device("meta"):
+                fresh = type(self.model)(copy.deepcopy(config))
+        except Exception as error:  # noqa: BLE001  (whatever the model's code raises is a finding)
+            return f"the configuration builds no model: {type(error).__name__}: {error}"
+        built = {path: list(tensor.shape) for path, tensor in fresh.state_dict().items()}
+        for path, tensor in self.model.state_dict().items():
+            if built.get(path) != list(tensor.shape):
+                return f"{path} is {list(tensor.shape)}, the configuration says {built.get(path, 'nothing')}"
+        return ""
 
     def gradients(self, data: Iterable[Any], loss: Callable[..., Any] | None, square: bool) -> dict[str, Array]:
         found = surgery.tensors(self.model)

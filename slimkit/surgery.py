@@ -10,6 +10,7 @@ import numpy as np
 
 from slimkit.attention import PrunedMultiheadAttention
 from slimkit.core.errors import PlanError
+from slimkit.core.prune.attributes import rewritten
 from slimkit.core.prune.plan import Plan
 from slimkit.trace.tracer import is_layer, named_tensors
 
@@ -166,9 +167,8 @@ def rewrite(model: nn.Module, plan: Plan, shapes: Shapes, names: Mapping[str, st
                 kind: Any = type(held)
                 changes.set(modules[path], name, new if kind is int else kind((new,)))
     config = getattr(model, "config", None)
-    for name, (old, new) in plan.config.items():
-        if config is not None and getattr(config, name, None) == old:
-            changes.set(config, name, new)
+    for name, new in rewritten(config, plan.config).items():
+        changes.set(config, name, new)
 
 
 @contextlib.contextmanager

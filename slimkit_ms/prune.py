@@ -12,6 +12,7 @@ from slimkit.core import files
 from slimkit.core.batch import as_call, without_labels
 from slimkit.core.errors import FileFormatError, GraphError
 from slimkit.core.lazy import door
+from slimkit.core.prune.attributes import Field, rewritten, widths_of
 from slimkit.core.prune.dims import find, leaves
 from slimkit.core.prune.graph import Graph
 from slimkit.core.prune.plan import Plan
@@ -89,10 +90,12 @@ class MindSporeWing:
     def integers(self) -> dict[str, dict[str, int]]:
         return {}  # which numbers a cell's code builds shapes from is found by trying, in `prove`
 
-    def config(self) -> dict[str, int]:
+    def config(self) -> dict[str, Field]:
         config = getattr(self.model, "config", None)
-        fields = vars(config) if hasattr(config, "__dict__") else {}
-        return {k: v for k, v in fields.items() if type(v) is int and v > 1 and not k.startswith("_")}
+        return widths_of(vars(config)) if hasattr(config, "__dict__") else {}
+
+    def config_mismatch(self) -> str | None:
+        return None  # cells carry no configuration that builds them
 
     def gradients(self, data: Iterable[Any], loss: Callable[..., Any] | None, square: bool) -> dict[str, Array]:
         weights = {paths[0]: p for p, paths in bridge.parameter_paths(self.model) if bridge.is_weight(p, paths[0])}
@@ -172,9 +175,8 @@ class MindSporeWing:
 
     def _write_config(self, plan: Plan) -> None:
         config = getattr(self.model, "config", None)
-        for name, (old, new) in plan.config.items():
-            if config is not None and getattr(config, name, None) == old:
-                setattr(config, name, new)
+        for name, new in rewritten(config, plan.config).items():
+            setattr(config, name, new)
 
 
 def _aligned(shape: tuple[int, ...], index: Sequence[Any]) -> list[Any]:

@@ -199,6 +199,42 @@ def test_hugging_face_configuration_says_the_new_widths():
         assert torch.equal(oracle.call(rebuilt.eval(), inputs), oracle.call(model, inputs))
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "vit", "mixtral"])
+def test_a_configuration_that_says_it_all_builds_the_pruned_model(name):
+    model, inputs = language.build(name)
+    job = oracle.pruner(model, inputs)
+    assert "from_config" not in job.report()
+    job.prune(0.6, [])
+    assert job.report()["from_config"] == {"loads": True, "because": ""}
+    type(model)(model.config).load_state_dict(model.state_dict())
+
+
+def test_the_report_says_what_a_configuration_cannot_say():
+    """BERT's heads are as large as hidden size over heads: only the feed-forward width can be said alone."""
+    model, inputs = language.build("bert")
+    job = oracle.pruner(model, inputs)
+    job.prune(0.6, [])
+    found = job.report()["from_config"]
+    assert not found["loads"] and "the configuration says" in found["because"]
+
+    model, inputs = language.build("bert")
+    job = oracle.pruner(model, inputs)
+    before = model.config.intermediate_size
+    job.prune(0.9, ["*.query", "*.key", "*.value", "*.output.dense", "*.pooler.dense"])
+    assert job.report()["from_config"]["loads"]
+    assert model.config.intermediate_size < before
+
+
+def test_a_failed_compensation_leaves_no_word_of_a_cut():
+    model, inputs = language.build("llama")
+    shapes = {n: p.shape for n, p in model.named_parameters()}
+    job = oracle.pruner(model, inputs).set_compensation([{"input_ids": "no tensor"}])
+    with pytest.raises(Exception, match="."):
+        job.prune(0.6, [])
+    assert shapes == {n: p.shape for n, p in model.named_parameters()}
+    assert "from_config" not in job.report()
+
+
 @pytest.mark.parametrize("name", ["lamp", "l2", "bn_scale", "random", "taylor", "hessian", "activation"])
 def test_every_importance_prunes(name):
     net, x = chain()

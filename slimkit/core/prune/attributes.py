@@ -7,11 +7,17 @@ from collections.abc import Iterator, Mapping
 
 from slimkit.core.prune.solve import Expr, View, size_of
 
+# What a field of a configuration may hold.
+Field = int | list[int] | None
 # old size -> label ("heads", "hidden", "width", "whole") -> sizes it becomes
 Sizes = dict[int, dict[str, set[int]]]
 
 _HEADS = re.compile(r"(^|_)n?heads?$|(^|_)n_head$|nhead")
-_HIDDEN = re.compile(r"hidden_size|d_model|n_embd|embed_dim|hidden_dim|^dim$|model_dim|embedding_size")
+_HIDDEN = re.compile(r"hidden_size|d_model|n_embd|embed_dim|hidden_dim|^dim$|model_dim|embedding_size|embed_proj_dim")
+# Lists of one number a stage.
+_WIDTHS = re.compile(r"hidden|width|channel|dim|sizes|planes|filters|heads")
+# Fields that mean four times the hidden size when they are None.
+_FOUR_TIMES = frozenset({"n_inner"})
 # Numbers that never say a width, whatever they happen to equal.
 _OTHER = re.compile(
     r"(^|_)(idx|index|id|ids|layer_id|layers|blocks|depth|window|patch|image|img|kernel|stride|padding|pad|dilation|vocab|"
@@ -96,13 +102,51 @@ def new_values(name: str, old: int, sizes: Sizes) -> list[int]:
     return list(dict.fromkeys(values)) or [old]
 
 
+def widths_of(fields: Mapping[str, object]) -> dict[str, Field]:
+    """The fields of a configuration that may say a width: whole numbers above one, lists of them, and None.
+
+    Example:
+        >>> widths_of({"hidden_sizes": (32, 64), "n_inner": None, "layer_norm_eps": 1e-5, "use_cache": True})
+        {'hidden_sizes': [32, 64], 'n_inner': None}
+    """
+    out: dict[str, Field] = {}
+    for name, value in fields.items():
+        if name.startswith("_"):
+            continue
+        if value is None or (type(value) is int and value > 1):
+            out[name] = value
+        elif isinstance(value, (list, tuple)) and value and all(type(v) is int for v in value):
+            out[name] = list(value)
+    return out
+
+
+def rewritten(config: object, changes: Mapping[str, tuple[Field, Field]]) -> dict[str, object]:
+    """The fields that a plan rewrites, in the types the configuration holds them in; fields that differ are left out.
+
+    Args:
+        config: the configuration object.
+        changes: field -> (before, after), as a plan says them.
+
+    Returns:
+        Field -> new value.
+    """
+    out: dict[str, object] = {}
+    for name, (old, new) in changes.items():
+        held = getattr(config, name, None) if hasattr(config, name) else ...
+        if isinstance(held, (list, tuple)) and isinstance(new, list) and list(held) == old:
+            out[name] = type(held)(new)
+        elif held == old:
+            out[name] = new
+    return out
+
+
 def config_changes(
-    fields: Mapping[str, int], view: View, counts: Mapping[str, int], scopes: Mapping[str, Sizes]
-) -> dict[str, tuple[int, int]]:
+    fields: Mapping[str, Field], view: View, counts: Mapping[str, int], scopes: Mapping[str, Sizes]
+) -> dict[str, tuple[Field, Field]]:
     """Fields of a model's configuration that one new value can say, with (before, after).
 
     Args:
-        fields: the configuration's whole numbers.
+        fields: the configuration's whole numbers, lists of them, and fields left None.
         view: the coupling.
         counts: kept indices of each variable.
         scopes: what `scope_sizes` gave for them.
@@ -111,31 +155,44 @@ def config_changes(
         The fields to rewrite; one whose layers now disagree is left out.
     """
     by_kind: dict[str, dict[int, set[int]]] = {"heads": {}, "hidden": {}, "width": {}}
-    kv: dict[int, set[int]] = {}
-    for scope in scopes.values():
-        for old, labels in scope.items():
-            for label, news in labels.items():
-                if label == "heads":
-                    kv.setdefault(old, set()).update(news)
     for variable in view.variables:
         by_kind[variable.kind].setdefault(variable.size, set()).add(counts[variable.name])
-    by_kind["heads"] = kv
+    by_kind["heads"] = {}
+    for scope in scopes.values():
+        for old, labels in scope.items():
+            if "heads" in labels:
+                by_kind["heads"].setdefault(old, set()).update(labels["heads"])
     whole = _whole_widths(view)
-    out: dict[str, tuple[int, int]] = {}
+    out: dict[str, tuple[Field, Field]] = {}
     for name, old in fields.items():
-        if _OTHER.search(name.replace("max_position", "max")):
-            continue
-        if _HEADS.search(name):
-            news = by_kind["heads"].get(old, set())
-        elif "head" in name:
-            continue
-        elif _HIDDEN.search(name):
-            news = by_kind["hidden"].get(old, set()) or (set() if old in whole else by_kind["width"].get(old, set()))
-        else:
-            news = set() if old in whole else by_kind["width"].get(old, set())
-        if len(news) == 1 and old not in news:
-            out[name] = (old, next(iter(news)))
+        new: Field = old
+        if isinstance(old, int):
+            new = _new_field(name, old, by_kind, whole)
+        elif isinstance(old, list) and _WIDTHS.search(name):
+            new = [_new_field(name, size, by_kind, whole) for size in old]
+        elif old is None and name in _FOUR_TIMES:
+            hidden = next((v for f, v in fields.items() if isinstance(v, int) and _HIDDEN.search(f)), 0)
+            inner = _new_field(name, 4 * hidden, by_kind, whole)
+            new = inner if inner != 4 * hidden else None
+        if new != old:
+            out[name] = (old, new)
     return out
+
+
+def _new_field(name: str, old: int, by_kind: Mapping[str, Mapping[int, set[int]]], whole: set[int]) -> int:
+    """The one size that the layers of this old size now have, or the old one."""
+    if _OTHER.search(name.replace("max_position", "max")):
+        return old
+    width = set() if old in whole else by_kind["width"].get(old, set())
+    if _HEADS.search(name):
+        news = by_kind["heads"].get(old, set())
+    elif "head" in name:
+        return old
+    elif _HIDDEN.search(name):
+        news = by_kind["hidden"].get(old, set()) or width
+    else:
+        news = width
+    return next(iter(news)) if len(news) == 1 else old
 
 
 def _whole_widths(view: View) -> set[int]:

@@ -9,6 +9,7 @@ import numpy as np
 
 from slimkit.core import check
 from slimkit.core.errors import PlanError
+from slimkit.core.prune.attributes import Field
 from slimkit.core.prune.solve import Expr, Index, View, kept
 
 FORMAT, VERSION = "slimkit.prune", 1
@@ -27,7 +28,7 @@ def make_desc(
     view: View,
     keep: Mapping[str, Index],
     attributes: Mapping[str, Mapping[str, tuple[int, int]]],
-    config: Mapping[str, tuple[int, int]],
+    config: Mapping[str, tuple[Field, Field]],
     made: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Write a plan as JSON-able data.
@@ -113,7 +114,7 @@ class Plan:
                 m: (str(a), len(kept(e, self.full, self.keep))) for m, (a, e) in desc.get("groups", {}).items()
             }
             self.attributes = {m: dict(c) for m, c in desc.get("attributes", {}).items()}
-            self.config = dict(desc.get("config", {}))
+            self.config = {f: (old, new) for f, (old, new) in desc.get("config", {}).items()}
         except PlanError:
             raise
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:

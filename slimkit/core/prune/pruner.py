@@ -1,15 +1,14 @@
-"""The pruner of both wings: settings, analysis, plan and report; a wing only traces, reads and cuts."""
+"""The pruner of both wings: analysis, plan, cut and report; a wing only traces, reads and cuts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
 
 from slimkit.core import check
-from slimkit.core.batch import dataset
-from slimkit.core.errors import GraphError, UnsupportedError
+from slimkit.core.errors import GraphError
 from slimkit.core.files import as_path, atomic_file
 from slimkit.core.log import logger
 from slimkit.core.match import demand, match
@@ -19,6 +18,7 @@ from slimkit.core.prune.draw import picture
 from slimkit.core.prune.importance import NAMES, best, scores
 from slimkit.core.prune.plan import Plan, make_desc
 from slimkit.core.prune.rehearsal import ANOTHER, COPIES, LAYOUT, differences
+from slimkit.core.prune.settings import PrunerSettings
 from slimkit.core.prune.solve import WRITTEN, Coupling, Index, View
 from slimkit.core.prune.wing import RepairingWing, Wing
 
@@ -26,7 +26,7 @@ Changes = dict[str, dict[str, tuple[int, int]]]
 Array = np.ndarray[Any, Any]
 
 
-class PrunerBase:
+class PrunerBase(PrunerSettings):
     """Structural pruning of one model.
 
     Args:
@@ -34,137 +34,16 @@ class PrunerBase:
     """
 
     def __init__(self, wing: Wing) -> None:
-        self._wing = wing
+        super().__init__(wing)
         self._coupling: Coupling | None = None
-        self._method: str | Callable[[Array], float] = lambda weights: float(np.abs(weights).mean())
-        self._default_method = True
-        self._calibration: Any = None
-        self._loss: Callable[..., Any] | None = None
-        self._seed = 0
-        self._node_ratio = 0.5
-        self._alignment = 16
-        self._budget = "params"
-        self._allocation = "uniform"
-        self._repair: Any = None
         self._scored: Any = None
         self._scores: dict[str, Array] = {}
-        self._damping = 0.01
         self._report: dict[str, Any] = {}
+        self._was_cut = False
         # Attributes that may say one of several numbers: how many, which one is tried, how often a module was retried.
         self._doubts: dict[str, dict[str, int]] = {}
         self._choices: dict[tuple[str, str], int] = {}
         self._tried: dict[str, int] = {}
-
-    # Settings --------------------------------------------------------------------------------------------------
-
-    def set_importance_evaluation_function(
-        self,
-        function: str | Callable[[Array], float],
-        *,
-        calibration: Any = None,
-        loss: Callable[..., Any] | None = None,
-        seed: int = 0,
-    ) -> Any:
-        """Choose how channels are scored.
-
-        Args:
-            function: l1, l2, bn_scale, taylor, hessian, activation, lamp or random; or a function of one output
-            channel's
-                weights (NumPy, without the output axis) that returns a float. Unset, channels score mean |w|.
-            calibration: batches, for taylor, hessian and activation.
-            loss: for taylor and hessian: (model outputs, batch) -> scalar loss; unset, the outputs' own `.loss`, or the
-                mean squared output. With a loss, batches may be (inputs, labels): the model gets as many values of a
-                tuple as its forward takes, the loss sees them all.
-            seed: of "random".
-
-        Returns:
-            This pruner.
-
-        Raises:
-            ArgumentError: an unknown name, or calibration missing.
-        """
-        if not callable(function):
-            check.choice(function, NAMES, "function")
-            if NAMES[function] and calibration is None:
-                check.wrong_value("calibration", f"a list of batches for the importance {function!r}", calibration)
-        if calibration is not None:
-            dataset(calibration, "calibration")
-        if loss is not None:
-            check.function(loss, "loss")
-        self._method, self._default_method = function, False
-        self._calibration, self._loss, self._seed = calibration, loss, check.integer(seed, "seed")
-        return self
-
-    def set_node_reserved_ratio(self, ratio: float) -> Any:
-        """Set the least share of its channels that each node keeps.
-
-        Args:
-            ratio: strictly between 0 and 1; 0.5 unless set, since a layer cut further seldom recovers.
-
-        Returns:
-            This pruner.
-        """
-        self._node_ratio = check.ratio(ratio, "ratio")
-        return self
-
-    def set_alignment(self, alignment: int) -> Any:
-        """Set the number that kept widths are multiples of.
-
-        Args:
-            alignment: 16 unless set, the block size of Ascend's cube unit; 1 for none.
-
-        Returns:
-            This pruner.
-        """
-        self._alignment = check.positive(alignment, "alignment")
-        return self
-
-    def set_budget(self, budget: str) -> Any:
-        """Choose what the ratio counts.
-
-        Args:
-            budget: "params", or "macs" for multiplications of one forward pass on the example.
-
-        Returns:
-            This pruner.
-        """
-        self._budget = check.choice(budget, ("params", "macs"), "budget")
-        return self
-
-    def set_allocation(self, allocation: str) -> Any:
-        """Choose how the budget is shared among the nodes.
-
-        Args:
-            allocation: "uniform": every node keeps the same share, which keeps repeated blocks equal; "global": the
-            least
-                important channels of the whole model go first.
-
-        Returns:
-            This pruner.
-        """
-        self._allocation = check.choice(allocation, ("uniform", "global"), "allocation")
-        return self
-
-    def set_compensation(self, calibration: Any, damping: float = 0.01) -> Any:
-        """Repair the cut model from calibration data: each layer is refitted to its original's outputs, no labels
-        needed.
-
-        Args:
-            calibration: batches; some hundred samples do. None switches it off.
-            damping: pull towards the cut weights, relative to the inputs' mean square; 0.01 unless given.
-
-        Returns:
-            This pruner.
-        """
-        if calibration is not None:
-            dataset(calibration, "calibration")
-        if not hasattr(self._wing, "compensate"):
-            raise UnsupportedError(f"compensation is not offered for {self._wing.framework} models")
-        self._repair = calibration
-        self._damping = check.number(damping, "damping", minimum=0)
-        return self
-
-    # Work ------------------------------------------------------------------------------------------------------
 
     def analysis(
         self, reserved_ratio: float = 0.75, un_prune_list: Sequence[int | str] | None = None
@@ -224,6 +103,7 @@ class PrunerBase:
         except BaseException:
             if undo is not None:
                 undo()
+            self._report, self._was_cut = {}, False
             raise
         return desc
 
@@ -243,11 +123,19 @@ class PrunerBase:
         return getattr(self._wing, "model", None)
 
     def report(self) -> dict[str, Any]:
-        """What the last analysis or cut found: sizes, what stays whole and why, operators without a rule, notes."""
+        """What the last analysis or cut found: sizes, what stays whole and why, operators without a rule, notes.
+
+        Of a cut model that carries a configuration, `from_config` says whether a model built from it has the cut
+        shapes, so that its own `from_pretrained` loads it: {"loads": bool, "because": the first difference}.
+        """
         if not self._report:
             coupling = self._solved()
             view = coupling.view()
             self._report = self._common(view)
+        if self._was_cut and "from_config" not in self._report:
+            mismatch = self._wing.config_mismatch()
+            if mismatch is not None:
+                self._report["from_config"] = {"loads": not mismatch, "because": mismatch}
         return dict(self._report)
 
     def draw(self, path: Any = None) -> str:
@@ -411,6 +299,8 @@ class PrunerBase:
         shapes, buffers = self._wing.shapes(), self._wing.buffers()
         left = sum(int(np.prod(s)) for p, s in shapes.items() if p not in buffers)
         self._report = {**self._report, "left_params": left}
+        self._report.pop("from_config", None)
+        self._was_cut = True
         return undo
 
     def _common(self, view: View) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from slimkit.core.prune.attributes import Field
 from slimkit.core.prune.graph import Graph
 from slimkit.core.prune.plan import Plan
 
@@ -45,8 +46,12 @@ class Wing(Protocol):
         """Module path -> its whole-number attributes, without those that the cut of its own weights settles."""
 
     @abstractmethod
-    def config(self) -> dict[str, int]:
-        """Whole-number fields of the model's configuration; empty without one."""
+    def config(self) -> dict[str, Field]:
+        """Fields of the model's configuration that may say a width (`widths_of`); empty without one."""
+
+    @abstractmethod
+    def config_mismatch(self) -> str | None:
+        """Where a model built afresh from the configuration differs from this one: "" nowhere, None without one."""
 
     @abstractmethod
     def gradients(self, data: Iterable[Any], loss: Callable[..., Any] | None, square: bool) -> dict[str, Array]:

@@ -1,0 +1,148 @@
+"""What a user may set on a pruner: importance, limits, alignment, budget, allocation and compensation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from slimkit.core import check
+from slimkit.core.batch import dataset
+from slimkit.core.errors import UnsupportedError
+from slimkit.core.prune.importance import NAMES
+from slimkit.core.prune.wing import Wing
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+Array = np.ndarray[Any, Any]
+
+
+class PrunerSettings:
+    """The setters of a pruner; each checks its argument and returns the pruner.
+
+    Args:
+        wing: the framework's side.
+    """
+
+    def __init__(self, wing: Wing) -> None:
+        self._wing = wing
+        self._method: str | Callable[[Array], float] = lambda weights: float(np.abs(weights).mean())
+        self._default_method = True
+        self._calibration: Any = None
+        self._loss: Callable[..., Any] | None = None
+        self._seed = 0
+        self._node_ratio = 0.5
+        self._alignment = 16
+        self._budget = "params"
+        self._allocation = "uniform"
+        self._repair: Any = None
+        self._damping = 0.01
+
+    def set_importance_evaluation_function(
+        self,
+        function: str | Callable[[Array], float],
+        *,
+        calibration: Any = None,
+        loss: Callable[..., Any] | None = None,
+        seed: int = 0,
+    ) -> Self:
+        """Choose how channels are scored.
+
+        Args:
+            function: l1, l2, bn_scale, taylor, hessian, activation, lamp or random; or a function of one output
+                channel's weights (NumPy, without the output axis) that returns a float. Unset, channels score mean |w|.
+            calibration: batches, for taylor, hessian and activation.
+            loss: for taylor and hessian: (model outputs, batch) -> scalar loss; unset, the outputs' own `.loss`, or the
+                mean squared output. With a loss, batches may be (inputs, labels): the model gets as many values of a
+                tuple as its forward takes, the loss sees them all.
+            seed: of "random".
+
+        Returns:
+            This pruner.
+
+        Raises:
+            ArgumentError: an unknown name, or calibration missing.
+        """
+        if not callable(function):
+            check.choice(function, NAMES, "function")
+            if NAMES[function] and calibration is None:
+                check.wrong_value("calibration", f"a list of batches for the importance {function!r}", calibration)
+        if calibration is not None:
+            dataset(calibration, "calibration")
+        if loss is not None:
+            check.function(loss, "loss")
+        self._method, self._default_method = function, False
+        self._calibration, self._loss, self._seed = calibration, loss, check.integer(seed, "seed")
+        return self
+
+    def set_node_reserved_ratio(self, ratio: float) -> Self:
+        """Set the least share of its channels that each node keeps.
+
+        Args:
+            ratio: strictly between 0 and 1; 0.5 unless set, since a layer cut further seldom recovers.
+
+        Returns:
+            This pruner.
+        """
+        self._node_ratio = check.ratio(ratio, "ratio")
+        return self
+
+    def set_alignment(self, alignment: int) -> Self:
+        """Set the number that kept widths are multiples of.
+
+        Args:
+            alignment: 16 unless set, the block size of Ascend's cube unit; 1 for none.
+
+        Returns:
+            This pruner.
+        """
+        self._alignment = check.positive(alignment, "alignment")
+        return self
+
+    def set_budget(self, budget: str) -> Self:
+        """Choose what the ratio counts.
+
+        Args:
+            budget: "params", or "macs" for multiplications of one forward pass on the example.
+
+        Returns:
+            This pruner.
+        """
+        self._budget = check.choice(budget, ("params", "macs"), "budget")
+        return self
+
+    def set_allocation(self, allocation: str) -> Self:
+        """Choose how the budget is shared among the nodes.
+
+        Args:
+            allocation: "uniform": every node keeps the same share, which keeps repeated blocks equal; "global":
+                the least important channels of the whole model go first.
+
+        Returns:
+            This pruner.
+        """
+        self._allocation = check.choice(allocation, ("uniform", "global"), "allocation")
+        return self
+
+    def set_compensation(self, calibration: Any, damping: float = 0.01) -> Self:
+        """Repair the cut model from calibration data: each layer is refitted to its original's outputs.
+
+        No labels are needed: the least-squares weights and biases answer the calibration inputs most nearly as the
+        uncut layer did.
+
+        Args:
+            calibration: batches; some hundred samples do. None switches it off.
+            damping: pull towards the cut weights, relative to the inputs' mean square; 0.01 unless given.
+
+        Returns:
+            This pruner.
+        """
+        if calibration is not None:
+            dataset(calibration, "calibration")
+        if not hasattr(self._wing, "compensate"):
+            raise UnsupportedError(f"compensation is not offered for {self._wing.framework} models")
+        self._repair = calibration
+        self._damping = check.number(damping, "damping", minimum=0)
+        return self
