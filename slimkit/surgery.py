@@ -12,7 +12,7 @@ from slimkit.attention import PrunedMultiheadAttention
 from slimkit.core.errors import PlanError
 from slimkit.core.prune.attributes import rewritten
 from slimkit.core.prune.plan import Plan
-from slimkit.trace.tracer import is_layer, named_tensors
+from slimkit.trace.watch import is_layer, named_tensors
 
 import torch
 from torch import nn

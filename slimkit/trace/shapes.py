@@ -10,7 +10,25 @@ from slimkit import bridge  # noqa: F401  (a missing framework gives one line)
 
 import torch
 
+# Normalisations, softmax and activations keep their input's shape; some shape functions are written in Python and slow.
+_SAME_SHAPE = (
+    "native_batch_norm _native_batch_norm_legit_no_training native_layer_norm native_group_norm _softmax "
+    "_safe_softmax _log_softmax gelu silu sigmoid relu hardswish hardsigmoid hardtanh relu_ silu_ hardswish_ "
+    "hardtanh_ leaky_relu leaky_relu_ tanh rsqrt cos sin exp neg pow clone mish elu"
+)
+SAME_SHAPE = frozenset(_SAME_SHAPE.split())
+# Those among them that return statistics too.
+_SEVERAL = "native_batch_norm _native_batch_norm_legit_no_training native_layer_norm native_group_norm"
+SEVERAL = frozenset(_SEVERAL.split())
 _ARITHMETIC = frozenset({"add", "sub", "mul", "div", "add_", "sub_", "mul_", "div_"})
+
+
+def keeps_shape(name: str, args: Sequence[Any]) -> bool:
+    """Whether an operator's result has the shape of its first argument, a tensor without values."""
+    if name not in SAME_SHAPE or args[0].device.type != "meta":
+        return False
+    # Where a layer norm's written shape is not its input's, torch is to complain.
+    return name != "native_layer_norm" or list(args[1]) == list(args[0].shape[-len(args[1]) :])
 
 
 def quick(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[int, ...] | None:

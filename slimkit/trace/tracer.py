@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from slimkit import bridge
@@ -14,68 +12,12 @@ from slimkit.core.errors import GraphError
 from slimkit.core.log import logger
 from slimkit.core.prune.graph import Graph
 from slimkit.trace.aten import POINTWISE, READERS, UNIFORM
-from slimkit.trace.shapes import max_pool, quick
+from slimkit.trace.shapes import SEVERAL, keeps_shape, max_pool, quick
+from slimkit.trace.watch import answers, named_tensors, unmarked, watched
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-
-# Results that a Hugging Face model returns beside its answer; they tie nothing that the answer does not.
-BYPRODUCTS = frozenset(
-    [
-        "past_key_values",
-        "hidden_states",
-        "attentions",
-        "encoder_last_hidden_state",
-        "encoder_hidden_states",
-        "encoder_attentions",
-        "decoder_hidden_states",
-        "decoder_attentions",
-        "cross_attentions",
-        "reshaped_hidden_states",
-        "router_logits",
-        "aux_loss",
-    ]
-)
-
-# Normalisations and softmax keep their input's shape; their shape functions are written in Python and slow.
-_SAME_SHAPE = frozenset(
-    [
-        "native_batch_norm",
-        "_native_batch_norm_legit_no_training",
-        "native_layer_norm",
-        "native_group_norm",
-        "_softmax",
-        "_safe_softmax",
-        "_log_softmax",
-        "gelu",
-        "silu",
-        "sigmoid",
-        "relu",
-        "hardswish",
-        "hardsigmoid",
-        "hardtanh",
-        "relu_",
-        "silu_",
-        "hardswish_",
-        "hardtanh_",
-        "leaky_relu",
-        "leaky_relu_",
-        "tanh",
-        "rsqrt",
-        "cos",
-        "sin",
-        "exp",
-        "neg",
-        "pow",
-        "clone",
-        "mish",
-        "elu",
-    ]
-)
-_SEVERAL = frozenset(
-    ["native_batch_norm", "_native_batch_norm_legit_no_training", "native_layer_norm", "native_group_norm"]
-)
 
 
 class _Unforeseeable(Exception):
@@ -234,12 +176,12 @@ class Recorder(TorchDispatchMode):
         if self.real:
             out = func(*args, **kwargs)
             return out, out
-        if name in _SAME_SHAPE and args[0].device.type == "meta" and _fits(name, args):
+        if keeps_shape(name, args):
             if name.endswith("_"):
                 return args[0], args[0]
             first = torch.empty(args[0].shape, dtype=args[0].dtype, device="meta")
-            out = (first,) if name in _SEVERAL else first
-            return ((first, None, None) if name in _SEVERAL else first), out
+            out = (first,) if name in SEVERAL else first
+            return ((first, None, None) if name in SEVERAL else first), out
         known = quick(name, args, kwargs)
         if known is not None:
             made = (
@@ -303,106 +245,6 @@ class Recorder(TorchDispatchMode):
         sources = [self.value(i) if isinstance(i, torch.Tensor) else None for i in inputs]
         made = [self._number(o) for o in outputs]
         self.graph.add(op, sources, made, scope=self.scopes[-1], **attrs)
-
-
-_HOOKS = frozenset(
-    {
-        "_forward_hooks",
-        "_forward_pre_hooks",
-        "_forward_hooks_with_kwargs",
-        "_forward_pre_hooks_with_kwargs",
-        "_forward_hooks_always_called",
-    }
-)
-
-
-def _fits(name: str, args: list[Any]) -> bool:
-    """Whether a layer norm's written shape is its input's; torch is to complain where it is not."""
-    return name != "native_layer_norm" or list(args[1]) == list(args[0].shape[-len(args[1]) :])
-
-
-@contextlib.contextmanager
-def _unmarked(model: nn.Module) -> Iterator[None]:
-    """Take back what the forward pass leaves in modules, such as caches, which would hold tensors without values."""
-    kept = []
-    for module in model.modules():
-        state = dict(vars(module))
-        own = not type(module).__module__.startswith("torch.nn.")
-        # Hooks too: a module that hooks its children once notes it in an attribute, and both must go together.
-        inner = {k: copy.copy(v) for k, v in state.items() if k in _HOOKS or (own and type(v) in (dict, list))}
-        kept.append((module, state, inner))
-    try:
-        yield
-    finally:
-        for module, state, inner in kept:
-            vars(module).clear()
-            vars(module).update(state)
-            for key, value in inner.items():
-                held = state[key]
-                if isinstance(held, dict):
-                    held.clear()
-                    held.update(value)
-                else:
-                    held[:] = value
-
-
-def named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters and floating-point buffers by path, tied ones under every one of their names."""
-    yield from model.named_parameters(remove_duplicate=False)
-    for path, buffer in model.named_buffers(remove_duplicate=False):
-        if buffer.is_floating_point():
-            yield path, buffer
-
-
-@contextlib.contextmanager
-def _watched(model: nn.Module, recorder: Recorder) -> Iterator[list[nn.Module]]:
-    """Module scopes and the order of the layers, while the context is open."""
-    order: dict[nn.Module, None] = {}
-    paths = {m: n for n, m in model.named_modules()}
-    handles = []
-
-    def enter(module: nn.Module, _args: Any) -> None:
-        recorder.scopes.append(paths[module])
-
-    def leave(module: nn.Module, _args: Any, _out: Any) -> None:
-        recorder.scopes.pop()
-        order.setdefault(module)
-
-    def seen(module: nn.Module, _args: Any) -> None:
-        order.setdefault(module)
-
-    for module in paths:
-        if is_layer(module):
-            handles.append(module.register_forward_pre_hook(seen))
-        elif module._modules or module._parameters or type(module).__module__.partition(".")[0] != "torch":
-            handles.append(module.register_forward_pre_hook(enter))
-            handles.append(module.register_forward_hook(leave))
-    layers: list[nn.Module] = []
-    try:
-        yield layers
-        layers.extend(m for m in order if is_layer(m))
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def is_layer(module: nn.Module) -> bool:
-    """Whether `un_prune_list` counts a module: Conv, ConvTranspose, Linear and their subclasses, and HF's Conv1D."""
-    return isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)) or type(module).__name__ == "Conv1D"
-
-
-def _answers(output: Any) -> Iterator[torch.Tensor]:
-    if isinstance(output, torch.Tensor):
-        yield output
-    elif isinstance(output, Mapping):
-        for key, value in output.items():
-            if key not in BYPRODUCTS:
-                yield from _answers(value)
-    elif isinstance(output, (tuple, list)):
-        for value in output:
-            yield from _answers(value)
-    elif hasattr(output, "__dict__") and type(output).__name__.endswith(("Output", "Result")):
-        yield from _answers(vars(output))
 
 
 class Trace:
@@ -486,10 +328,10 @@ def record(recorder: Recorder, model: nn.Module, inputs: Any) -> None:
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with _unmarked(model), bridge.evaluating(model), _watched(model, recorder) as layers, recorder:
+        with unmarked(model), bridge.evaluating(model), watched(model, recorder.scopes) as layers, recorder:
             output = model(*args, **kwargs)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
     paths = {m: n for n, m in model.named_modules()}
     recorder.graph.layers = [paths[m] for m in layers]
-    recorder.graph.outputs = [recorder.value(t) for t in _answers(output)]
+    recorder.graph.outputs = [recorder.value(t) for t in answers(output)]

@@ -215,7 +215,8 @@ def test_the_report_says_what_a_configuration_cannot_say():
     job = oracle.pruner(model, inputs)
     job.prune(0.6, [])
     found = job.report()["from_config"]
-    assert not found["loads"] and "the configuration says" in found["because"]
+    assert not found["loads"]
+    assert "the configuration says" in found["because"]
 
     model, inputs = language.build("bert")
     job = oracle.pruner(model, inputs)
@@ -229,7 +230,7 @@ def test_a_failed_compensation_leaves_no_word_of_a_cut():
     model, inputs = language.build("llama")
     shapes = {n: p.shape for n, p in model.named_parameters()}
     job = oracle.pruner(model, inputs).set_compensation([{"input_ids": "no tensor"}])
-    with pytest.raises(Exception, match="."):
+    with pytest.raises(TypeError, match="indices"):
         job.prune(0.6, [])
     assert shapes == {n: p.shape for n, p in model.named_parameters()}
     assert "from_config" not in job.report()

@@ -1,0 +1,271 @@
+"""How ATen operators become neutral ones: where their axes stand among their arguments."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from slimkit import bridge  # noqa: F401  (a missing framework gives one line)
+
+import torch
+
+# emit(op, inputs, outputs, **attrs): inputs are tensors or None, outputs are tensors.
+Emit = Callable[..., None]
+Reader = Callable[[Emit, Sequence[Any], dict[str, Any], Sequence[Any]], None]
+
+
+def _rank(x: Any) -> int:
+    return int(x.dim())
+
+
+def counted_from_front(axis: int, rank: int) -> int:
+    return axis + rank if axis < 0 else axis
+
+
+def _axes(axes: Any, rank: int) -> list[int]:
+    if axes is None:
+        return list(range(rank))
+    listed = [axes] if isinstance(axes, int) else list(axes)
+    return sorted(counted_from_front(a, rank) for a in listed) if listed else list(range(rank))
+
+
+def _arg(args: Sequence[Any], kw: dict[str, Any], place: int, name: str, default: Any) -> Any:
+    return args[place] if len(args) > place else kw.get(name, default)
+
+
+def plain(op: str, n_inputs: int = 1) -> Reader:
+    def read(emit: Emit, a: Sequence[Any], kw: dict[str, Any], out: Sequence[Any]) -> None:
+        emit(op, a[:n_inputs], out[:1])
+
+    return read
+
+
+def permuted(order: Callable[[Sequence[Any], int], list[int]]) -> Reader:
+    def read(emit: Emit, a: Sequence[Any], kw: dict[str, Any], out: Sequence[Any]) -> None:
+        emit("transpose", a[:1], out, perm=order(a, _rank(a[0])))
+
+    return read
+
+
+def swapped(a: Sequence[Any], rank: int) -> list[int]:
+    order = list(range(rank))
+    i, j = counted_from_front(a[1], rank), counted_from_front(a[2], rank)
+    order[i], order[j] = order[j], order[i]
+    return order
+
+
+def cat(emit: Emit, a: Sequence[Any], kw: dict[str, Any], out: Sequence[Any]) -> None:
+    # torch lets an empty 1-d tensor join any concatenation.
+    parts = [t for t in a[0] if not (t.dim() == 1 and t.numel() == 0)] or list(a[0])
+    emit("concat", parts, out, axis=counted_from_front(_arg(a, kw, 1, "dim", 0), _rank(out[0])))
+
+
+def stack(emit: Emit, a: Sequence[Any], kw: dict[str, Any], out: Sequence[Any]) -> None:
+    emit("stack", a[0], out, axis=counted_from_front(_arg(a, kw, 1, "dim", 0), _rank(out[0])))
+
+
+def split(emit: Emit, a: Sequence[Any], kw: dict[str, Any], out: Sequence[Any]) -> None:
+    axis = counted_from_front(_arg(a, kw, 2, "dim", 0), _rank(a[0]))
+    emit("split", a[:1], out, axis=axis, sizes=[int(o.shape[axis]) for o in out])
+
+
+def slice_axis(emit: Emit, a: Sequence[Any], kw: dict[str, Any], out: Sequence[Any]) -> None:
+    axis = counted_from_front(_arg(a, kw, 1, "dim", 0), _rank(a[0]))
+    size = int(a[0].shape[axis])
+    start, stop, step = (_arg(a, kw, k, n, d) for k, n, d in ((2, "start", 0), (3, "end", size), (4, "step", 1)))
+    start = 0 if start is None else min(max(start + size if start < 0 else start, 0), size)
+    stop = size if stop is None else min(max(stop + size if stop < 0 else stop, start), size)
+    if start == 0 and stop == size and step == 1:
+        emit("identity", a[:1], out)
+    else:
+        emit("slice", a[:1], out, axis=axis, start=start, stop=stop, step=step)
+
+
+def select(emit: Emit, a: Sequence[Any], kw: dict[str, Any], out: Sequence[Any]) -> None:
+    axis = counted_from_front(a[1], _rank(a[0]))
+    emit("select", a[:1], out, axis=axis, index=counted_from_front(int(a[2]), int(a[0].shape[axis])))
+
+
+def unbind(emit: Emit, a: Sequence[Any], kw: dict[str, Any], out: Sequence[Any]) -> None:
+    emit("unbind", a[:1], out, axis=counted_from_front(_arg(a, kw, 1, "dim", 0), _rank(a[0])))
+
+
+def pad(emit: Emit, a: Sequence[Any], kw: dict[str, Any], out: Sequence[Any]) -> None:
+    pads = [(0, 0)] * _rank(a[0])
+    for k in range(len(a[1]) // 2):
+        pads[-1 - k] = (a[1][2 * k], a[1][2 * k + 1])
+    emit("pad", a[:1], out, pads=pads)
+
+
+def spatial(space: int, n_inputs: int = 1) -> Reader:
+    def read(emit: Emit, a: Sequence[Any], kw: dict[str, Any], out: Sequence[Any]) -> None:
+        emit("pool", a[:n_inputs], out, space=space)
+
+    return read
+
+
+def addmm(emit: Emit, a: Sequence[Any], kw: dict[str, Any], out: Sequence[Any]) -> None:
+    made = torch.empty(out[0].shape, dtype=out[0].dtype, device="meta")
+    emit("matmul", a[1:3], [made])
+    emit("elementwise", [a[0], made], out, fn="add")
+
+
+def mv(emit: Emit, a: Sequence[Any], kw: dict[str, Any], out: Sequence[Any]) -> None:
+    emit("matmul", a[:2], out)
+
+
+def grouped_mm(emit: Emit, a: Sequence[Any], kw: dict[str, Any], out: Sequence[Any]) -> None:
+    x, weight = a[0], a[1]
+    if x.dim() != 2 or weight.dim() != 3:
+        emit("opaque", [x, weight], out, fn="_grouped_mm")
+        return
+    # Rows of x meet one of the stacked weights each; for the coupling it is all of them, summed.
+    wide, every = x.new_empty((1, *x.shape), device="meta"), x.new_empty((len(weight), *out[0].shape), device="meta")
+    emit("reshape", [x], [wide])
+    emit("matmul", [wide, weight], [every])
+    emit("reduce", [every], out, axes=[0], keepdim=False, fn="sum")
+
+
+def linear(emit: Emit, a: Sequence[Any], kw: dict[str, Any], out: Sequence[Any]) -> None:
+    emit("linear", [a[0], a[1], _arg(a, kw, 2, "bias", None)], out)
+
+
+def convolution(emit: Emit, a: Sequence[Any], kw: dict[str, Any], out: Sequence[Any]) -> None:
+    emit("conv", a[:3], out, transposed=bool(a[6]), groups=int(a[8]))
+
+
+def batch_norm(emit: Emit, a: Sequence[Any], kw: dict[str, Any], out: Sequence[Any]) -> None:
+    emit("norm", a[:5] if isinstance(a[3], torch.Tensor) else a[:3], out[:1], axes=[1])
+
+
+def layer_norm(emit: Emit, a: Sequence[Any], kw: dict[str, Any], out: Sequence[Any]) -> None:
+    rank = _rank(a[0])
+    emit("layer_norm", [a[0], *a[2:4]], out[:1], axes=list(range(rank - len(a[1]), rank)))
+
+
+def rms_norm(emit: Emit, a: Sequence[Any], kw: dict[str, Any], out: Sequence[Any]) -> None:
+    rank = _rank(a[0])
+    emit("layer_norm", [a[0], _arg(a, kw, 2, "weight", None)], out[:1], axes=list(range(rank - len(a[1]), rank)))
+
+
+def group_norm(emit: Emit, a: Sequence[Any], kw: dict[str, Any], out: Sequence[Any]) -> None:
+    emit("group_norm", a[:3], out[:1], groups=int(a[6]))
+
+
+def reduce(fn: str, place: int = 1) -> Reader:
+    def read(emit: Emit, a: Sequence[Any], kw: dict[str, Any], out: Sequence[Any]) -> None:
+        rank = _rank(a[0])
+        axes = _axes(_arg(a, kw, place, "dim", None), rank)
+        keep = rank > 0 and _rank(out[0]) == rank
+        emit("reduce", a[:1], out, axes=axes, keepdim=keep, fn=fn)
+
+    return read
+
+
+def along(fn: str, place: int = 1, default: Any = -1) -> Reader:
+    def read(emit: Emit, a: Sequence[Any], kw: dict[str, Any], out: Sequence[Any]) -> None:
+        axes = _arg(a, kw, place, "dim", default)
+        emit("along", a[:1], out, axes=_axes(axes, _rank(a[0])), fn=fn)
+
+    return read
+
+
+def roll(emit: Emit, a: Sequence[Any], kw: dict[str, Any], out: Sequence[Any]) -> None:
+    emit("along", a[:1], out, axes=_axes(_arg(a, kw, 2, "dims", None), _rank(a[0])), fn="roll")
+
+
+def triangle(emit: Emit, a: Sequence[Any], kw: dict[str, Any], out: Sequence[Any]) -> None:
+    emit("along", a[:1], out, axes=[_rank(a[0]) - 2, _rank(a[0]) - 1], fn="tril")
+
+
+def embedding(emit: Emit, a: Sequence[Any], kw: dict[str, Any], out: Sequence[Any]) -> None:
+    emit("embedding", a[:2], out)
+
+
+def index_select(emit: Emit, a: Sequence[Any], kw: dict[str, Any], out: Sequence[Any]) -> None:
+    emit("gather", [a[0], a[2]], out, axis=counted_from_front(a[1], _rank(a[0])))
+
+
+def index(emit: Emit, a: Sequence[Any], kw: dict[str, Any], out: Sequence[Any]) -> None:
+    used = [k for k, i in enumerate(a[1]) if i is not None]
+    if used != list(range(used[0], used[-1] + 1)):
+        emit("opaque", [a[0]], out, fn="index over separated axes")
+        return
+    x, axis = a[0], used[0]
+    if len(used) > 1:
+        # Several indices at once read a flattened axis by one index.
+        shape = [*x.shape[:axis], math.prod(x.shape[axis : used[-1] + 1]), *x.shape[used[-1] + 1 :]]
+        flat = x.new_empty(shape, device="meta")
+        emit("reshape", [x], [flat])
+        x = flat
+    emit("gather", [x, a[1][axis]], out, axis=axis)
+
+
+def index_put(emit: Emit, a: Sequence[Any], kw: dict[str, Any], out: Sequence[Any]) -> None:
+    used = [k for k, i in enumerate(a[1]) if i is not None]
+    x, values = a[0], a[2]
+    rest = _rank(x) - len(used)
+    if used and used[-1] == len(used) - 1 and rest:
+        # x[i, j] = v: the axes after the indexed ones are those of v; tie them through a fully indexed front.
+        front = values.new_empty([1] * len(used) + list(x.shape[len(used) :]), device="meta")
+        if list(values.shape[-rest:]) == list(x.shape[len(used) :]):
+            one = values.new_empty(list(values.shape[-rest:]), device="meta")
+            lead = _rank(values) - rest
+            emit("reduce", [values], [one], axes=list(range(lead)), keepdim=False, fn="any" if lead else "sum")
+            emit("reshape", [one], [front])
+            for axis in range(len(used)):
+                emit("scatter", [x, None, front], out, axis=axis)
+            return
+    emit("opaque", [x, values], out, fn="index_put")
+
+
+def take(emit: Emit, a: Sequence[Any], kw: dict[str, Any], out: Sequence[Any]) -> None:
+    tensors = [t for t in a if isinstance(t, torch.Tensor)]
+    emit("scatter", tensors, out, axis=counted_from_front(a[1], _rank(a[0])))
+
+
+def index_add(emit: Emit, a: Sequence[Any], kw: dict[str, Any], out: Sequence[Any]) -> None:
+    emit("scatter", [a[0], None, a[3]], out, axis=counted_from_front(a[1], _rank(a[0])))
+
+
+def pixel_shuffle(inverse: bool) -> Reader:
+    def read(emit: Emit, a: Sequence[Any], kw: dict[str, Any], out: Sequence[Any]) -> None:
+        emit("pixel_shuffle", a[:1], out, factor=int(a[1]), inverse=inverse)
+
+    return read
+
+
+def channel_shuffle(emit: Emit, a: Sequence[Any], kw: dict[str, Any], out: Sequence[Any]) -> None:
+    emit("channel_shuffle", a[:1], out, groups=int(a[1]))
+
+
+def im2col(emit: Emit, a: Sequence[Any], kw: dict[str, Any], out: Sequence[Any]) -> None:
+    emit("unfold", a[:1], out, kernel=math.prod(a[1]))
+
+
+def attention(emit: Emit, a: Sequence[Any], kw: dict[str, Any], out: Sequence[Any]) -> None:
+    mask = kw.get("attn_mask", a[3] if len(a) > 3 and isinstance(a[3], torch.Tensor) else None)
+    emit("attention", [*a[:3], mask], out[:1])
+
+
+def copy_into(emit: Emit, a: Sequence[Any], kw: dict[str, Any], out: Sequence[Any]) -> None:
+    emit("elementwise", a[:2], out, fn="copy")
+
+
+def weight_norm(emit: Emit, a: Sequence[Any], kw: dict[str, Any], out: Sequence[Any]) -> None:
+    emit("elementwise", a[:2], out[:1], fn="weight_norm")
+
+
+def as_strided(emit: Emit, a: Sequence[Any], kw: dict[str, Any], out: Sequence[Any]) -> None:
+    same = list(a[1]) == list(a[0].shape)
+    emit("identity" if same else "opaque", a[:1], out, fn="as_strided")
+
+
+def repeat(emit: Emit, a: Sequence[Any], kw: dict[str, Any], out: Sequence[Any]) -> None:
+    repeats, x = list(a[1]), a[0]
+    if len(repeats) > _rank(x):
+        wide = x.new_empty([1] * (len(repeats) - _rank(x)) + list(x.shape), device="meta")
+        emit("reshape", [x], [wide])
+        x = wide
+    emit("repeat", [x], out, repeats=repeats)
