@@ -85,7 +85,7 @@ def convert(
         if source.path.resolve() == path.resolve():
             raise ArgumentError(f"dst must be another file than src. Received: {str(path)!r}")
         placing.check_manifest(source)
-        direction = _direction(source, path, to, source_net, result_net)
+        direction = direction_of(source, path, to, source_net, result_net)
         job = plan_conversion(source, direction, source_net, result_net, name_map, choice_func, strict=strict)
         items = Items(job.entries(source), {}, placing.values_of(source))
         writer = partial(_write_torch, torch) if path.suffix in (".pt", ".pth", ".bin") else None
@@ -112,7 +112,7 @@ def _write_torch(
     write_torch(path, held, items.values, library, before)
 
 
-def _direction(source: Weights, path: Path, to: str | None, source_net: Any, result_net: Any) -> str:
+def direction_of(source: Weights, path: Path, to: str | None, source_net: Any, result_net: Any) -> str:
     """'torch' or 'mindspore': what is said, what the networks are, what the files' endings and contents tell."""
     if (source_net is None) != (result_net is None):
         raise ArgumentError("source_net and result_net must be given together, or neither.")
