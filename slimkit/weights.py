@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from slimkit import bridge
 from slimkit.core import check
 from slimkit.core.batch import dataset
 from slimkit.core.checkpoint.openweights import open_weights, source_config
+from slimkit.core.checkpoint.weightfile import Array
 from slimkit.core.lazy import library
 from slimkit.core.log import progress
+from slimkit.core.weights.activations import Energies
 from slimkit.core.weights.blocks import PruneConfig
 from slimkit.core.weights.cut import plan_weights
 from slimkit.core.weights.influence import Influence, LayerSuggestion, find_stack, first_tensor, mask_of
@@ -93,22 +96,71 @@ def suggest_layer_map(model_or_file: Any, calibration: Any, keep: int, blocks: s
         {0: 0, 1: 2}
     """
     batches = dataset(calibration, "calibration")
-    if isinstance(model_or_file, (str, os.PathLike)):
-        model = library("transformers", "hf").AutoModel.from_pretrained(os.fspath(model_or_file))
-    else:
-        model = bridge.check_model(model_or_file, "model_or_file")
+    model = _model(model_or_file)
     modules = dict(model.named_modules())
     sizes = {n: sum(p.numel() for p in m.parameters()) for n, m in modules.items()}
     found = Influence(find_stack({n: type(m).__name__ for n, m in modules.items()}, sizes, blocks), keep)
-    mask: Any = None
 
-    def seen(path: str, args: Any, kwargs: Any, output: Any) -> None:
+    def seen(path: str, args: Any, kwargs: Any, output: Any, mask: Array | None) -> None:
         before, after = first_tensor((*args, kwargs)), first_tensor(output)
         found.add(path, before.float().cpu().numpy(), after.float().cpu().numpy(), mask)
 
-    with bridge.evaluating(model), bridge.hooked({p: modules[p] for p in found.paths}, seen):
+    _watch(model, {p: modules[p] for p in found.paths}, batches, seen)
+    return found.suggestion()
+
+
+def measure_activations(model_or_file: Any, calibration: Any) -> dict[str, Array]:
+    """Measure what the matrices of a large transformer are given, so that pruning keeps the channels that matter.
+
+    Args:
+        model_or_file: the large model, or a Hugging Face directory to load it from (needs transformers).
+        calibration: batches as the model takes them: tensors, tuples, or dicts of keyword arguments; where a dict has
+            an attention_mask, only its tokens count. A hundred sentences do.
+
+    Returns:
+        name of each linear layer's weight -> mean square of each of its inputs over all tokens, (in,) in float64; for
+        `PruneConfig.set_selection("importance", activations)`.
+
+    Raises:
+        ArgumentError: no linear layer was run.
+
+    Example:
+        >>> measure_activations(torch.nn.Linear(2, 1), [torch.tensor([[1.0, 2.0], [3.0, 4.0]])])["weight"].tolist()
+        [5.0, 10.0]
+    """
+    batches = dataset(calibration, "calibration")
+    model = _model(model_or_file)
+    targets = bridge.structure(model).targets
+    names = {p: f"{p}.weight" if p else "weight" for p, _ in model.named_modules()}
+    linear = {p: n for p, n in names.items() if n in targets and targets[n].kind in ("linear", "linear_t")}
+    found = Energies(linear)
+
+    def seen(path: str, args: Any, kwargs: Any, _output: Any, mask: Array | None) -> None:
+        found.add(path, first_tensor((*args, kwargs)).float().cpu().numpy(), mask)
+
+    modules = dict(model.named_modules())
+    _watch(model, {p: modules[p] for p in linear}, batches, seen)
+    return found.mean()
+
+
+def _model(model_or_file: Any) -> torch.nn.Module:
+    if isinstance(model_or_file, (str, os.PathLike)):
+        found: torch.nn.Module = library("transformers", "hf").AutoModel.from_pretrained(os.fspath(model_or_file))
+        return found
+    return bridge.check_model(model_or_file, "model_or_file")
+
+
+def _watch(
+    model: torch.nn.Module,
+    modules: Mapping[str, torch.nn.Module],
+    batches: Iterable[Any],
+    seen: Callable[[str, Any, Any, Any, Array | None], None],
+) -> None:
+    """Run the model over all batches, and call ``seen(path, args, kwargs, output, mask)`` after each of the modules."""
+    mask: Array | None = None
+    watching = lambda path, args, kwargs, output: seen(path, args, kwargs, output, mask)
+    with bridge.evaluating(model), bridge.hooked(modules, watching):
         for batch in progress(batches, "batches"):
             given = mask_of(batch)
             mask = None if given is None else torch.as_tensor(given).cpu().numpy()
             bridge.run(model, batch)
-    return found.suggestion()

@@ -7,7 +7,7 @@ from typing import Any
 
 from slimkit.core.ascend.w16a16s import W16A16SReport, config_told_by, save_arrays
 from slimkit.core.lazy import door as _door
-from slimkit.core.weights.blocks import canonical
+from slimkit.core.weights.names import canonical
 from slimkit_ms import bridge
 
 __getattr__, __dir__ = _door("slimkit_ms", "ascend")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -11,8 +11,10 @@ import numpy as np
 from slimkit.core import check
 from slimkit.core.batch import dataset
 from slimkit.core.checkpoint.openweights import open_weights, source_config
+from slimkit.core.checkpoint.weightfile import Array
 from slimkit.core.errors import FileFormatError
 from slimkit.core.log import progress
+from slimkit.core.weights.activations import Energies
 from slimkit.core.weights.blocks import PruneConfig
 from slimkit.core.weights.cut import plan_weights
 from slimkit.core.weights.influence import Influence, LayerSuggestion, find_stack, first_tensor, mask_of
@@ -98,16 +100,58 @@ def suggest_layer_map(model_or_file: Any, calibration: Any, keep: int, blocks: s
     cells = dict(model.cells_and_names())
     sizes = {n: sum(p.size for p in c.get_parameters()) for n, c in cells.items()}
     found = Influence(find_stack({n: type(c).__name__ for n, c in cells.items()}, sizes, blocks), keep)
-    mask: Any = None
+
+    def seen(path: str, args: Any, output: Any, mask: Array | None) -> None:
+        found.add(path, bridge.as_numpy(first_tensor(args)), bridge.as_numpy(first_tensor(output)), mask)
+
+    _watch(model, {p: cells[p] for p in found.paths}, batches, seen)
+    return found.suggestion()
+
+
+def measure_activations(model_or_file: Any, calibration: Any) -> dict[str, Array]:
+    """Measure what the matrices of a large transformer are given, so that pruning keeps the channels that matter.
+
+    Args:
+        model_or_file: the large model, a cell.
+        calibration: batches as the model takes them: tensors, tuples, or dicts of keyword arguments; where a dict has
+            an attention_mask, only its tokens count. A hundred sentences do.
+
+    Returns:
+        name of each Dense layer's weight -> mean square of each of its inputs over all tokens, (in,) in float64; for
+        `PruneConfig.set_selection("importance", activations)`.
+
+    Raises:
+        ArgumentError: no Dense layer was run.
+
+    Example:
+        >>> measure_activations(nn.Dense(2, 1), [ms.Tensor([[1.0, 2.0], [3.0, 4.0]])])["weight"].tolist()
+        [5.0, 10.0]
+    """
+    batches = dataset(calibration, "calibration")
+    model = bridge.check_model(model_or_file, "model_or_file")
+    linear = {p: c for p, c in model.cells_and_names() if isinstance(c, nn.Dense)}
+    found = Energies({p: c.weight.name for p, c in linear.items()})
+
+    def seen(path: str, args: Any, _output: Any, mask: Array | None) -> None:
+        found.add(path, bridge.as_numpy(first_tensor(args)), mask)
+
+    _watch(model, linear, batches, seen)
+    return found.mean()
+
+
+def _watch(
+    model: nn.Cell,
+    cells: Mapping[str, nn.Cell],
+    batches: Iterable[Any],
+    seen: Callable[[str, Any, Any, Array | None], None],
+) -> None:
+    """Run the model over all batches, and call ``seen(path, args, output, mask)`` after each of the cells."""
+    mask: Array | None = None
 
     def hook(path: str) -> Callable[..., None]:
-        def seen(_cell: nn.Cell, args: Any, output: Any) -> None:
-            before, after = bridge.as_numpy(first_tensor(args)), bridge.as_numpy(first_tensor(output))
-            found.add(path, before, after, mask)
+        return lambda _cell, args, output: seen(path, args, output, mask)
 
-        return seen
-
-    handles = [cells[p].register_forward_hook(hook(p)) for p in found.paths]
+    handles = [cell.register_forward_hook(hook(path)) for path, cell in cells.items()]
     try:
         with bridge.evaluating(model), bridge.pynative():
             for batch in progress(batches, "batches"):
@@ -117,7 +161,6 @@ def suggest_layer_map(model_or_file: Any, calibration: Any, keep: int, blocks: s
     finally:
         for handle in handles:
             handle.remove()
-    return found.suggestion()
 
 
 def _refuse_torch(path: Path) -> NoReturn:

@@ -13,6 +13,7 @@ ROOMS: dict[str, dict[str, str]] = {
         "PruneConfig": "core.weights.blocks",
         "prune_model_weight": "weights",
         "suggest_layer_map": "weights",
+        "measure_activations": "weights",
         "LayerSuggestion": "core.weights.influence",
     },
     "sparse": {

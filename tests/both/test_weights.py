@@ -8,7 +8,8 @@ import pytest
 from slimkit.core import files
 from slimkit.core.checkpoint import weightfile
 from slimkit.core.errors import ConfigError, FileFormatError, LinkPathError, PatternError, PlanError, UnsupportedError
-from slimkit.core.weights.blocks import PruneConfig, canonical
+from slimkit.core.weights.blocks import PruneConfig
+from slimkit.core.weights.names import canonical
 from tests import kits
 from tests.conftest import INSTALLED
 

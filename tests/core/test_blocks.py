@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slimkit.core.errors import ArgumentError, ArgumentTypeError, ConfigError, PatternError
-from slimkit.core.weights import blocks
+from slimkit.core.weights import blocks, names
 from slimkit.core.weights.blocks import BlocksParams, PruneConfig
 
 
@@ -115,7 +115,7 @@ def test_new_numbers_must_be_the_models_own():
 
 
 def test_names_pair_as_they_are_under_a_prefix_and_across_frameworks():
-    pair = blocks.pair_names
+    pair = names.pair_names
     assert pair(["a.weight"], ["a.weight", "bert.a.weight"]) == {"a.weight": "a.weight"}
     assert pair(["a.weight", "b.bias"], ["bert.a.weight", "bert.b.bias", "cls.b.x"]) == {
         "a.weight": "bert.a.weight",

@@ -133,8 +133,17 @@ class Weights:
         raise NotImplementedError
 
     def read(self, name: str) -> Array:
-        """One tensor as numbers; bfloat16 as float32."""
-        return decode(self.raw(name), self.entries[name].dtype)
+        """One tensor as numbers; bfloat16 as float32, chunk by chunk, so that both forms are never held at once."""
+        entry = self.entries[name]
+        if entry.dtype != "BF16":
+            return decode(self.raw(name), entry.dtype)
+        array = np.empty(entry.size, np.float32)
+        at = 0
+        for chunk in self.piece(name).chunks():
+            stored = np.frombuffer(chunk, STORED["BF16"])
+            array[at : at + len(stored)] = decode(stored, "BF16")
+            at += len(stored)
+        return array.reshape(entry.shape)
 
     def piece(self, name: str) -> Piece:
         """One tensor's stored bytes, to be passed on."""

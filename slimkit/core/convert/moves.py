@@ -16,7 +16,7 @@ from slimkit.core.checkpoint.weightfile import Array, Entry, Piece, Weights
 from slimkit.core.convert.slots import ROLES, Slot, slots
 from slimkit.core.errors import PatternError, PlanError
 from slimkit.core.match import bounded_regex
-from slimkit.core.weights.blocks import pair_names
+from slimkit.core.weights.names import pair_names
 
 _TABLES = re.compile(r"(embed|\bemb\b|wte|wpe|lookup)", re.IGNORECASE)
 _TO_MINDSPORE = {"running_mean": "moving_mean", "running_var": "moving_variance"}

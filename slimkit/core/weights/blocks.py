@@ -1,27 +1,18 @@
-"""Transformer weight pruning: what to do (PruneConfig), which blocks stay, which file tensor feeds a parameter."""
+"""Transformer weight pruning: what to do (PruneConfig), and which blocks stay."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from slimkit.core import check
-from slimkit.core.errors import ConfigError, PatternError
+from slimkit.core.errors import ArgumentError, ConfigError, PatternError
 from slimkit.core.match import bounded_regex
+from slimkit.core.weights.activations import checked
 
 STEPS = ("prune_blocks", "prune_bert_intra_block")
 SELECTIONS = ("first", "importance")
-
-# The same value under the words of another framework, or of an older checkpoint.
-_SYNONYMS = {
-    "gamma": "weight",
-    "beta": "bias",
-    "embedding_table": "weight",
-    "moving_mean": "running_mean",
-    "moving_variance": "running_var",
-}
 
 
 @dataclass(frozen=True)
@@ -40,6 +31,7 @@ class PruneSpec:
     blocks: tuple[BlocksParams, ...] = ()
     selection: str = "first"
     head_size: int | None = None
+    activations: Mapping[str, Any] | None = None
 
     def check(self) -> None:
         """Refuse a spec that lacks what its steps need, or says what no step will read."""
@@ -112,17 +104,26 @@ class PruneConfig:
             check.integer(old, "layer_id_map value", minimum=0)
         return self._with(blocks=(*self._spec.blocks, BlocksParams(pattern, tuple(layer_id_map.items()))))
 
-    def set_selection(self, selection: str = "first") -> PruneConfig:
+    def set_selection(self, selection: str = "first", activations: Mapping[str, Any] | None = None) -> PruneConfig:
         """Say which rows and columns stay where the model is narrower than the file.
 
         Args:
             selection: "first" keeps the first ones of each tensor; "importance" keeps the heads, FFN channels and
-                embedding columns whose weights carry most, the same ones in all tensors that share them.
+                embedding columns that carry most, the same ones in all tensors that share them.
+            activations: for "importance", what `measure_activations` found on the large model: a channel then counts by
+                what it brings to the layers that read it. None goes by the weights alone, which know much less.
 
         Returns:
             This config.
+
+        Raises:
+            ArgumentTypeError, ArgumentError: another selection, activations that are no dict of vectors, or activations
+                with "first", which does not read them.
         """
-        return self._with(selection=check.choice(selection, SELECTIONS, "selection"))
+        check.choice(selection, SELECTIONS, "selection")
+        if activations is not None and selection == "first":
+            raise ArgumentError('activations need the selection "importance"; "first" does not read them.')
+        return self._with(selection=selection, activations=None if activations is None else checked(activations))
 
     def set_head_size(self, size: int | None) -> PruneConfig:
         """Say how wide one attention head of the file is, where neither its config.json nor the model tells.
@@ -220,67 +221,3 @@ def _ranges(numbers: Iterable[int]) -> str:
     if found == list(range(found[0], found[-1] + 1)):
         return f"blocks {found[0]} to {found[-1]}"
     return f"blocks {', '.join(map(str, found))}"
-
-
-def pair_names(targets: Iterable[str], sources: Iterable[str]) -> dict[str, str]:
-    """Match a model's names with a file's: as they are, under a common prefix, under the words of another framework.
-
-    Args:
-        targets: names in the model.
-        sources: names in the file.
-
-    Returns:
-        target -> source, for every target that has one.
-
-    Example:
-        >>> pair_names(["norm.weight"], ["bert.norm.gamma", "head.weight"])
-        {'norm.weight': 'bert.norm.gamma'}
-    """
-    sources = list(sources)
-    have = set(sources)
-    paired = {t: t for t in targets if t in have}
-    plain = _by_canonical([s for s in sources if s not in paired])
-    open_targets = [t for t in targets if t not in paired]
-    for target in open_targets:
-        if (source := plain.get(canonical(target))) is not None:
-            paired[target] = source
-    open_targets = [t for t in open_targets if t not in paired]
-    taken = set(paired.values())
-    plain = {c: s for c, s in plain.items() if s not in taken}
-    # One prefix for the whole file, put before its names or taken away: the one that serves most of what is left.
-    votes: Counter[tuple[str, str]] = Counter()
-    wanted = {canonical(t): t for t in open_targets}
-    for source in plain:
-        for tail in _tails(source):
-            if tail in wanted:
-                votes["file", source[: -len(tail)]] += 1
-    for target in wanted:
-        for tail in _tails(target):
-            if tail in plain:
-                votes["model", target[: -len(tail)]] += 1
-    if votes:
-        (side, prefix), _ = min(votes.items(), key=lambda item: (-item[1], item[0]))
-        for name, target in wanted.items():
-            key = prefix + name if side == "file" else name.removeprefix(prefix)
-            if (side == "file" or name.startswith(prefix)) and key in plain:
-                paired[target] = plain[key]
-    return paired
-
-
-def canonical(name: str) -> str:
-    """A name with the last word in PyTorch's spelling ("norm.gamma" -> "norm.weight")."""
-    head, dot, last = name.rpartition(".")
-    return head + dot + _SYNONYMS.get(last, last)
-
-
-def _by_canonical(names: Iterable[str]) -> dict[str, str]:
-    grouped: dict[str, list[str]] = {}
-    for name in names:
-        grouped.setdefault(canonical(name), []).append(name)
-    return {key: found[0] for key, found in grouped.items() if len(found) == 1}
-
-
-def _tails(name: str) -> list[str]:
-    """A dotted name without its first word, without its first two, ..."""
-    words = name.split(".")
-    return [".".join(words[i:]) for i in range(1, len(words))]

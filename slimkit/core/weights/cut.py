@@ -1,4 +1,4 @@
-"""Cutting a large transformer's weights to a small model's shapes: scores, the channels that stay, the slices."""
+"""Cutting a large transformer's weights to a small model's shapes: the channels that stay, the slices."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ from slimkit.core.checkpoint.weightfile import Array, Weights
 from slimkit.core.errors import PlanError, UnsupportedError
 from slimkit.core.log import logger, progress
 from slimkit.core.weights import blocks
+from slimkit.core.weights.activations import of_file
 from slimkit.core.weights.blocks import PruneSpec
-from slimkit.core.weights.coupling import Coupling, Structure, Use, couple
-from slimkit.core.weights.heads import Index, Kept, best, choose_heads
+from slimkit.core.weights.coupling import Coupling, Structure, couple
+from slimkit.core.weights.heads import Index, best, choose_heads
+from slimkit.core.weights.names import pair_names
+from slimkit.core.weights.scores import Scores
 
 
 @dataclass
@@ -68,7 +71,7 @@ def plan_weights(
     if spec.blocks:
         names, dropped = blocks.rename_blocks(source.entries, spec.blocks)
         blocks.check_targets(structure.targets, spec.blocks)
-    paired = blocks.pair_names(structure.targets, names)
+    paired = pair_names(structure.targets, names)
     aliases = _feed_tied_once(structure, paired)
     feeds = {target: names[found] for target, found in paired.items()}
     used = {*feeds.values(), *(names[s] for s in aliases.values())}
@@ -160,19 +163,21 @@ def _fill_index(
         logger.warning("%s: no writer of this width was found; its first channels stay.", key)
     scores = Scores(coupling)
     if by_importance:
+        seen = of_file(spec.activations, source.entries, plan.feeds.values())
         for name, origin in progress(list(plan.feeds.items()), "tensors scored"):
             if any(coupling.uses[name]):
-                scores.add(name, source.read(origin), structure.targets[name].kind)
+                scores.add(name, source.read(origin), seen.get(origin))
+        _check_seen(scores, coupling, spec, strict)
     keeps: dict[str, Any] = {}
     for key, width in coupling.widths.items():
         ranked = by_importance and width.coupled
         keeps[key] = best(scores.width(key), width.target) if ranked else np.arange(width.target)
-        choice[key] = "importance" if ranked else "first"
+        choice[key] = scores.told_by(key) if ranked else "first"
     together: dict[str, dict[str, Array]] = {}
     for path, attention in coupling.attentions.items() if by_importance else ():
         added = together.get(attention.group)
         own = scores.attention(path)
-        together[attention.group] = {k: v + added[k] for k, v in own.items()} if added else own
+        together[attention.group] = {k: own[k] + added[k] for k in own.keys() & added.keys()} if added else own
     for path, attention in coupling.attentions.items():
         keeps[path] = choose_heads(attention, together.get(attention.group), structure.rotary)
         choice[path] = {"heads": keeps[path].queries.tolist(), "key_heads": keeps[path].keys.tolist()}
@@ -194,81 +199,20 @@ def _fill_index(
         plan.index[name] = tuple(index)
 
 
-class Scores:
-    """Energy of every channel, gathered tensor by tensor.
-
-    A channel of a width that is normalised counts by the scales its norms give it; any other by the larger of two
-    norms, of the weights that write it and of those that read it, each relative to its mean over the width. A head
-    counts by the products that attention makes with it, value with output and query with key. Measured on MiniLM,
-    these keep more of the output than the products of all norms do.
-    """
-
-    def __init__(self, coupling: Coupling) -> None:
-        self._coupling = coupling
-        self._width: dict[tuple[str, str], Array] = {}
-        self._rows: dict[tuple[str, str], Array] = {}
-
-    def add(self, name: str, values: Array, kind: str) -> None:
-        """Add one tensor's energy to the variables its axes use."""
-        uses = self._coupling.uses[name]
-        for axis, use in enumerate(uses):
-            if use is None:
-                continue
-            energy = _energy(values, axis)
-            if use.variable in self._coupling.attentions:
-                self._add_rows(use, energy)
-                continue
-            energy = energy.reshape(use.parts, -1).sum(axis=0)
-            if use.variable.startswith("width:"):
-                # One tensor, one vote: the embedding table must not outweigh twelve layers.
-                energy = energy * (len(energy) / (energy.sum() or 1.0))
-            key = (use.variable, use.side)
-            self._width[key] = self._width[key] + energy if key in self._width else energy
-
-    def _add_rows(self, use: Use, energy: Array) -> None:
-        attention = self._coupling.attentions[use.variable]
-        if use.side in ("fused", "grouped"):
-            every = Kept.all(attention)
-            for role in ("query", "key", "value"):
-                part = energy[every.part(role)]
-                self._sum((use.variable, role), part)
-        else:
-            self._sum((use.variable, use.side), energy)
-
-    def _sum(self, key: tuple[str, str], energy: Array) -> None:
-        self._rows[key] = self._rows[key] + energy if key in self._rows else energy
-
-    def width(self, key: str) -> Array:
-        """One score per channel of a width: its norms' scale, else how much it stands out where written or read."""
-        size = self._coupling.widths[key].source
-        written, read, scale = (self._width.get((key, s), np.ones(size)) for s in ("producer", "consumer", "scale"))
-        if np.ptp(scale):
-            return scale
-        return np.maximum(_relative(written), _relative(read))
-
-    def attention(self, path: str) -> dict[str, Array]:
-        """Scores per query head and channel of the head: "value" for value-output, "query" for query-key."""
-        attention = self._coupling.attentions[path]
-        n_q, n_k, size = attention.source.queries, attention.source.keys or 1, attention.source.size or 1
-        shape = {"query": (n_q, size), "out": (n_q, size), "key": (n_k, size), "value": (n_k, size)}
-        rows = {r: self._rows.get((path, r), np.ones(s[0] * size)).reshape(s) for r, s in shape.items()}
-        share = n_q // n_k
-        return {
-            "value": np.sqrt(np.repeat(rows["value"], share, axis=0) * rows["out"]),
-            "query": np.sqrt(rows["query"] * np.repeat(rows["key"], share, axis=0)),
-        }
-
-
-def _relative(energy: Array) -> Array:
-    """Norms with mean 1."""
-    norm = np.sqrt(energy)
-    return norm / (float(norm.mean()) or 1.0)
-
-
-def _energy(values: Array, axis: int) -> Array:
-    """Sum of squares over all other axes, in float64 whatever the file holds."""
-    others = tuple(a for a in range(values.ndim) if a != axis)
-    return np.sum(np.square(values.astype(np.float64)), axis=others)
+def _check_seen(scores: Scores, coupling: Coupling, spec: PruneSpec, strict: bool) -> None:
+    """Refuse activations that say nothing of a choice that must be made; without `strict` its weights decide."""
+    if spec.activations is None:
+        return
+    asked = [k for k, w in coupling.widths.items() if w.coupled] + list(coupling.attentions)
+    for key in asked:
+        if scores.told_by(key) == "activations":
+            continue
+        if strict:
+            raise PlanError(
+                f"the activations hold no layer that reads {key!r}, so they cannot say which of its channels to keep. "
+                "Measure them on the file's own model, or pass strict=False to go by the weights there."
+            )
+        logger.warning("%s: the activations hold no layer that reads it; its weights decide.", key)
 
 
 def take(values: Array, index: tuple[Index | None, ...]) -> Array:
@@ -280,6 +224,10 @@ def take(values: Array, index: tuple[Index | None, ...]) -> Array:
                [3, 5]])
     """
     for axis, kept in enumerate(index):
-        if kept is not None:
+        if kept is None:
+            continue
+        if len(kept) and kept[-1] - kept[0] == len(kept) - 1 and (np.diff(kept) == 1).all():
+            values = values[(slice(None),) * axis + (slice(int(kept[0]), int(kept[-1]) + 1),)]  # no copy
+        else:
             values = np.take(values, kept, axis=axis)
     return values

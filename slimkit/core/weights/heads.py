@@ -216,7 +216,8 @@ def choose_heads(attention: Attention, scores: Mapping[str, Array] | None, rotar
         scores, even = {"value": zero, "query": zero}, False
     else:
         even = rotary
-    per_head = _normed(scores["value"]) + _normed(scores["query"])
+    # What a head brings to the output is measured already where "seen" is there, with its queries and keys at work.
+    per_head = scores["seen"].sum(axis=1) if "seen" in scores else _normed(scores["value"]) + _normed(scores["query"])
     grouped = per_head.reshape(n_k, share)
     within = np.stack([best(row, want_share) for row in grouped])  # (n_k, want_share)
     keys = best(np.take_along_axis(grouped, within, axis=1).sum(axis=1), target.keys or 1)
@@ -226,7 +227,7 @@ def choose_heads(attention: Attention, scores: Mapping[str, Array] | None, rotar
     if even and want < size:
         half = np.arange(want // 2) * size // want
         inner_qk = np.tile(np.concatenate([half, half + size // 2]), (n_k, 1))
-    return Kept(source, attention.layout, queries, keys, inner_qk, dims(scores["value"], False))
+    return Kept(source, attention.layout, queries, keys, inner_qk, dims(scores.get("seen", scores["value"]), False))
 
 
 def _normed(score: Array) -> Array:
