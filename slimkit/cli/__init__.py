@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from slimkit.cli import check, exits, run
+from slimkit.cli import check, convert, exits, export, inspect, migrate, prune, run, schema, sparsify, train
 
 app = typer.Typer(
     name="slimkit",
@@ -16,7 +16,19 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (run.run, check.check):
+for _command in (
+    run.run,
+    prune.prune,
+    sparsify.sparsify,
+    train.distill,
+    train.adapt,
+    convert.convert,
+    export.export,
+    check.check,
+    inspect.inspect,
+    migrate.migrate,
+    schema.schema,
+):
     app.command()(_command)
 
 

@@ -11,7 +11,9 @@ from typing import Any
 
 from slimkit.cli.exits import Interrupted
 from slimkit.core.errors import ConfigError
-from slimkit.core.log import set_logger_level
+from slimkit.core.log import logger, set_logger_level
+
+_WIDE = 10_000
 
 
 class Session:
@@ -50,7 +52,8 @@ class Session:
         shown = rows if limit is None else rows[:limit]
         for row in shown:
             table.add_row(*(escape(str(cell)) for cell in row))
-        Console(file=self._out, highlight=False).print(table)
+        # In a file or a pipe there is no edge to wrap at; names stay whole for grep.
+        Console(file=self._out, highlight=False, width=None if self._out.isatty() else _WIDE).print(table)
         if len(shown) < len(rows):
             self.line(f"... and {len(rows) - len(shown)} more; --all shows them, --json holds them")
 
@@ -66,6 +69,7 @@ def session(command: str, *, as_json: bool = False, quiet: bool = False, verbose
     """A command at work: the logger's level is set, libraries' prints go to stderr, Ctrl-C says how to go on."""
     if quiet and verbose:
         raise ConfigError("--quiet and --verbose cannot both be given")
+    before, level = list(logger.handlers), logger.level
     set_logger_level("warning" if quiet else "debug" if verbose else "info")
     made = Session(command, as_json, quiet)
     try:
@@ -73,24 +77,11 @@ def session(command: str, *, as_json: bool = False, quiet: bool = False, verbose
             yield made
     except KeyboardInterrupt:
         raise Interrupted(made.go_on) from None
-
-
-def new_folder(path: Path, option: str = "--out") -> Path:
-    """A folder that a command will make: absent or empty, so that nothing of the user's is overwritten.
-
-    Args:
-        path: what the user gave.
-        option: the option's name, for the message.
-
-    Returns:
-        The absolute path.
-
-    Raises:
-        ConfigError: something is there already.
-    """
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ConfigError(f"{option} must be a folder that does not exist yet or is empty. Received: {str(path)!r}")
-    return path.absolute()
+    finally:
+        # A command called from a program leaves its logging as it was.
+        logger.setLevel(level)
+        for handler in set(logger.handlers) - set(before):
+            logger.removeHandler(handler)
 
 
 def _plain(value: Any) -> Any:

@@ -1,0 +1,194 @@
+"""`slimkit convert`: checkpoints between PyTorch and MindSpore."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from slimkit.cli import options
+from slimkit.cli.session import session
+from slimkit.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from slimkit.core.convert.stream import ConvertReport
+
+
+def convert(
+    src: Annotated[
+        Path,
+        typer.Argument(
+            help="safetensors, .ckpt, .pt/.pth/.bin, a sharded index or a Hugging Face directory.", show_default=False
+        ),
+    ],
+    dst: Annotated[
+        Path,
+        typer.Argument(
+            help=".ckpt or .safetensors (MindSpore); .safetensors, .pt, .pth or .bin (torch).", show_default=False
+        ),
+    ],
+    to: Annotated[
+        str | None,
+        typer.Option("--to", help="torch or mindspore, where the endings leave it open.", show_default=False),
+    ] = None,
+    name_map: Annotated[
+        Path | None,
+        typer.Option(
+            "--name-map", help='JSON: name in SRC -> name in DST, or "re:PATTERN" -> replacement.', show_default=False
+        ),
+    ] = None,
+    source_factory: Annotated[
+        str | None,
+        typer.Option(
+            "--source-factory", metavar="MODULE:FUNCTION", help="Makes the network of SRC.", show_default=False
+        ),
+    ] = None,
+    result_factory: Annotated[
+        str | None,
+        typer.Option(
+            "--result-factory", metavar="MODULE:FUNCTION", help="Makes the network of DST.", show_default=False
+        ),
+    ] = None,
+    example: Annotated[
+        str | None,
+        typer.Option(
+            "--example",
+            metavar="SHAPE|FILE",
+            help="Run both networks on it (1,3,224,224, or .npy/.npz) and compare their outputs.",
+            show_default=False,
+        ),
+    ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option("--only", metavar="GLOB", help="Convert these tensors alone.", show_default=False),
+    ] = None,
+    tolerance: Annotated[float, typer.Option("--tolerance", help="Largest difference of the outputs accepted.")] = 1e-4,
+    loose: Annotated[
+        bool, typer.Option("--loose", help="Report tensors without a place instead of refusing them.")
+    ] = False,
+    no_manifest: Annotated[bool, typer.Option("--no-manifest", help="Do not write FILE.manifest.json.")] = False,
+    dry_run: options.DryRun = False,
+    as_json: options.AsJson = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Convert a checkpoint from PyTorch to MindSpore or back: names, layouts, and every value bit by bit.
+
+    With both networks given, tensors are matched layer by layer; with --example the two networks are run and compared.
+    safetensors and .ckpt files need neither framework.
+
+    Example: slimkit convert model.safetensors model.ckpt
+
+    Example: slimkit convert net.pt net.ckpt --source-factory nets.py:net --result-factory nets_ms.py:net
+    --example 1,3,32,32
+    """
+    with session("convert", as_json=as_json, quiet=quiet, verbose=verbose) as talk:
+        from slimkit.core.run.measurement import show
+
+        talk.go_on = "nothing was written; give the same command again"
+        if (source_factory is None) != (result_factory is None):
+            raise ConfigError("--source-factory and --result-factory must be given together: each names a network")
+        if example is not None and source_factory is None:
+            raise ConfigError("--example needs --source-factory and --result-factory: the networks to run")
+        nets = _networks(source_factory, result_factory)
+        asked = {"to": to, "name_map": _name_map(name_map), "choice_func": _chosen(only), "strict": not loose}
+        if dry_run:
+            found = _plan(src, dst, nets, asked)
+            talk.line(
+                f"would convert to {found['to']}: {len(found['renamed'])} names change, {len(found['relaid'])} layouts"
+            )
+        else:
+            report = _convert(src, dst, nets, asked, _inputs(example), not no_manifest)
+            found, gap = report.as_dict(), report.largest_difference
+            if gap is not None and not gap <= tolerance:
+                for file in (Path(report.path), Path(f"{report.path}.manifest.json")):
+                    file.unlink(missing_ok=True)
+                raise ConfigError(f"the two networks differ by {gap:.3g}, more than --tolerance {tolerance:g}")
+            talk.line(
+                f"Written: {report.path} ({show(report.bytes_written, 'bytes')}) for {report.to}: "
+                f"{len(report.renamed)} names changed, {len(report.relaid)} layouts"
+            )
+            if gap is not None:
+                talk.line(f"Largest difference between the two networks: {gap:.3g}")
+        for key, what in (
+            ("dropped", "left out"),
+            ("initialised", "made new"),
+            ("unused", "without a place"),
+            ("missing", "without a source"),
+        ):
+            if found[key]:
+                talk.line(f"  {what}: {', '.join(found[key][:5])}{' ...' if len(found[key]) > 5 else ''}")
+        if verbose:
+            talk.table("Names", ("in the source", "in the result"), list(found["renamed"].items()))
+        talk.result({"src": src, "dst": dst, **found}, dry_run=dry_run)
+
+
+def _networks(source: str | None, result: str | None) -> tuple[Any, Any]:
+    from slimkit.core.jobs.data import found
+
+    return tuple(
+        None if r is None else found(r, o)() for r, o in ((source, "--source-factory"), (result, "--result-factory"))
+    )  # type: ignore[return-value]
+
+
+def _name_map(path: Path | None) -> dict[str, str] | None:
+    from slimkit.core.files import read_json
+
+    if path is None:
+        return None
+    value = read_json(path, "--name-map")
+    if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
+        raise ConfigError(f"--name-map must hold a JSON object of names. Received: {str(path)!r}")
+    return value
+
+
+def _chosen(only: list[str] | None) -> Any:
+    from slimkit.core.match import matcher
+
+    if not only:
+        return None
+    tests = [matcher(glob) for glob in only]
+    return lambda name: any(test(name) for test in tests)
+
+
+def _inputs(example: str | None) -> Any:
+    from slimkit.core.jobs.data import parse_example, read_arrays
+
+    if example is None:
+        return None
+    return read_arrays(Path(example)) if Path(example).exists() else parse_example(example)
+
+
+def _torch() -> Any:
+    """PyTorch, only where a file of its own format is read or written."""
+    import importlib
+
+    from slimkit.core.lazy import require
+
+    require("torch")
+    return importlib.import_module("torch")
+
+
+def _convert(
+    src: Path, dst: Path, nets: tuple[Any, Any], asked: dict[str, Any], inputs: Any, manifest: bool
+) -> ConvertReport:
+    from slimkit.core.convert import stream
+
+    return stream.convert(
+        src, dst, source_net=nets[0], result_net=nets[1], inputs=inputs, with_manifest=manifest, torch=_torch, **asked
+    )
+
+
+def _plan(src: Path, dst: Path, nets: tuple[Any, Any], asked: dict[str, Any]) -> dict[str, Any]:
+    """What a conversion would do: the same plan from names and shapes, no value read and nothing written."""
+    from slimkit.core.checkpoint.openweights import open_weights
+    from slimkit.core.checkpoint.torchfile import TorchFile
+    from slimkit.core.convert.moves import plan_conversion
+    from slimkit.core.convert.stream import ConvertReport, direction_of
+
+    chosen = {k: asked[k] for k in ("name_map", "choice_func", "strict")}
+    with open_weights(src, lambda p: TorchFile(p, _torch()), "src") as source:
+        to = direction_of(source, dst, asked["to"], *nets)
+        job = plan_conversion(source, to, *nets, **chosen)
+    return ConvertReport(to, **job.report, path=str(dst)).as_dict()

@@ -1,0 +1,123 @@
+"""`slimkit prune`: drop whole channels, heads and features."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from slimkit.cli import options, places
+from slimkit.cli.session import session
+
+
+def prune(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the pruned model.", show_default=False)],
+    model: options.Model = None,
+    ratio: Annotated[float, typer.Option("--ratio", "-r", help="Share of the parameters (or MACs) to keep.")] = 0.75,
+    align: Annotated[int, typer.Option("--align", help="Kept widths are multiples of it; 16 suits Ascend.")] = 16,
+    importance: Annotated[
+        str,
+        typer.Option(
+            "--importance",
+            help="l1, l2, bn_scale, taylor, hessian, activation, lamp or random; taylor, hessian and activation need "
+            "--calib.",
+        ),
+    ] = "l1",
+    budget: Annotated[str, typer.Option("--budget", help="What --ratio counts: params or macs.")] = "params",
+    allocation: Annotated[
+        str, typer.Option("--allocation", help="uniform (each node keeps the same share) or global.")
+    ] = "uniform",
+    node_ratio: Annotated[float, typer.Option("--node-ratio", help="Least share of its channels a node keeps.")] = 0.5,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--keep",
+            metavar="LAYER",
+            help="A layer left whole, by name or number; default: first and last.",
+            show_default=False,
+        ),
+    ] = None,
+    compensate: Annotated[
+        bool, typer.Option("--compensate", help="Refit what remains on the --calib data; no labels needed.")
+    ] = False,
+    factory: options.Factory = None,
+    arguments: options.FactoryArguments = None,
+    framework: options.Framework = "torch",
+    example: options.Example = None,
+    calib: options.Calibration = None,
+    text_key: options.TextKey = "text",
+    samples: options.Samples = 128,
+    max_length: options.MaxLength = 128,
+    batch_size: options.BatchSize = 8,
+    seed: options.Seed = 0,
+    dry_run: options.DryRun = False,
+    as_json: options.AsJson = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Prune a model: drop whole channels, heads and features, coupled layers together.
+
+    Writes the pruned model, its plan (plan.json) and prune_report.json. Where the configuration of a Hugging Face
+    model can say the new sizes, the folder loads with from_pretrained; otherwise the commands here and load_pruned
+    read it.
+
+    Example: slimkit prune --model bert --ratio 0.7 --out bert-70
+
+    Example: slimkit prune --factory nets.py:resnet --model resnet.pt --example 1,3,224,224 --ratio 0.5 --out small
+    """
+    with session("prune", as_json=as_json, quiet=quiet, verbose=verbose) as talk:
+        from slimkit.core.jobs.folders import unused
+        from slimkit.core.run.measurement import show
+
+        talk.go_on = "nothing was written; give the same command again"
+        place = places.model(model, factory, arguments)
+        folder = unused(out)
+        found = places.wing(framework, "prune")(
+            place,
+            None if dry_run else folder,
+            ratio=ratio,
+            align=align,
+            importance=importance,
+            budget=budget,
+            allocation=allocation,
+            node_ratio=node_ratio,
+            keep=keep,
+            example=example,
+            calib=places.data(calib, text_key, samples, max_length, batch_size),
+            compensate=compensate,
+            seed=seed,
+        )
+        before, after = found["parameters_before"], found["parameters"]
+        widths = _widths(found["report"])
+        talk.table("Widths", ("layers", "before", "after"), widths, limit=20)
+        talk.line(
+            f"{'Would keep' if dry_run else 'Kept'} {show(after, 'count')} of {show(before, 'count')} parameters: "
+            f"{after / before:.3f}, {ratio} asked for"
+        )
+        for reason, where in found["report"]["whole"].items() if verbose else ():
+            talk.line(f"  whole, {reason}: {', '.join(where[:5])}")
+        if not dry_run:
+            talk.line(f"Written: {folder} ({_readable(found['written'])})")
+        talk.result({"model": places.say_where(place), "out": folder, "asked": ratio, **found}, dry_run=dry_run)
+
+
+def _widths(report: dict[str, object]) -> list[tuple[str, str, str]]:
+    """Rows of the table: what shrinks, from and to."""
+    rows = []
+    variables = report.get("variables", {})
+    assert isinstance(variables, dict)
+    for name, about in variables.items():
+        size, kept = about["size"], about.get("keep", about["size"])
+        if size != kept:
+            layers = about.get("layers") or [name]
+            rows.append((", ".join(layers[:3]) + (" ..." if len(layers) > 3 else ""), str(size), str(kept)))
+    return rows
+
+
+def _readable(written: str) -> str:
+    return {
+        "transformers": "loads with from_pretrained",
+        "slimkit": "loads with load_pruned and the commands here",
+        "weights": "weights of the factory's network",
+    }[written]

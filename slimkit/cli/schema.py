@@ -1,0 +1,34 @@
+"""`slimkit schema`: the recipe's JSON Schema, for editors and other checkers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from slimkit.cli.session import session
+
+
+def schema(
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="A file; standard output by default.", show_default=False)
+    ] = None,
+) -> None:
+    """Print the JSON Schema of recipes.
+
+    Editors complete and check a recipe that begins with: # yaml-language-server: $schema=recipe.schema.json
+
+    Example: slimkit schema --out recipe.schema.json
+    """
+    with session("schema") as talk:
+        from slimkit.core import files
+        from slimkit.core.run.recipe import Recipe
+
+        made = {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}
+        if out is None:
+            talk.line(json.dumps(made, indent=1))
+            return
+        files.write_json(out, made)
+        talk.line(f"Written: {out}")

@@ -1,0 +1,102 @@
+"""`slimkit sparsify`: set the weights that matter least to zero."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from slimkit.cli import options, places
+from slimkit.cli.session import Session, session
+
+
+def sparsify(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the sparse model.", show_default=False)],
+    model: options.Model = None,
+    method: Annotated[
+        str, typer.Option("--method", help="magnitude, wanda, hessian, par or par_v2; all but magnitude need --calib.")
+    ] = "par",
+    ratio: Annotated[float, typer.Option("--ratio", "-r", help="Share of each layer's weights set to zero.")] = 0.5,
+    pattern: Annotated[
+        str | None,
+        typer.Option("--pattern", help="n:m along input channels, such as 2:4 (4:2 for Ascend).", show_default=False),
+    ] = None,
+    measured: Annotated[
+        bool, typer.Option("--measured-ratios", help="Each layer gets the ratio that its sensitivity allows.")
+    ] = False,
+    progressive: Annotated[bool, typer.Option("--progressive", help="Reach the ratio in steps.")] = False,
+    targets: Annotated[
+        list[str] | None, typer.Option("--target", metavar="GLOB", help="Layers to take.", show_default=False)
+    ] = None,
+    ignore: Annotated[
+        list[str] | None, typer.Option("--ignore", metavar="GLOB", help="Layers to leave dense.", show_default=False)
+    ] = None,
+    calib: options.Calibration = None,
+    text_key: options.TextKey = "text",
+    samples: options.Samples = 128,
+    max_length: options.MaxLength = 512,
+    batch_size: options.BatchSize = 4,
+    factory: options.Factory = None,
+    arguments: options.FactoryArguments = None,
+    framework: options.Framework = "torch",
+    restart: Annotated[bool, typer.Option("--restart", help="Throw an unfinished run in --out away.")] = False,
+    dry_run: options.DryRun = False,
+    as_json: options.AsJson = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Make a model sparse: set the weights that matter least to zero and refit the others.
+
+    A Hugging Face directory is walked block by block, one in memory at a time. Stop it at any moment: the same command
+    goes on from the last finished block, to the same bytes.
+
+    Example: slimkit sparsify --model llama --method par --ratio 0.5 --calib text.jsonl --out llama-sparse
+
+    Example: slimkit sparsify --model llama --pattern 4:2 --calib text.jsonl --out llama-42 --dry-run
+    """
+    with session("sparsify", as_json=as_json, quiet=quiet, verbose=verbose) as talk:
+        from slimkit.core.sparse import SparseConfig
+
+        place = places.model(model, factory, arguments)
+        cfg = SparseConfig(
+            method=method,
+            sparse_ratio=ratio,
+            pattern=pattern,
+            uniform=not measured,
+            progressive=progressive,
+            targets=targets or None,
+            ignore=ignore or (),
+        )
+        data = places.data(calib, text_key, samples, max_length, batch_size)
+        if dry_run:
+            _plan(talk, places.wing(framework, "plan_sparsify")(place, out.absolute(), cfg, calib=data), cfg, out)
+            return
+        talk.go_on = "the same command goes on from the last finished block, or begins again where there was none"
+        report = places.wing(framework, "sparsify")(place, out.absolute(), cfg, calib=data, restart=restart)
+        rows = [
+            (n, row["method"], f"{row['ratio']:.3f}", f"{row['output_error']:.4f}" if "output_error" in row else "")
+            for n, row in report["layers"].items()
+        ]
+        if verbose:
+            talk.table("Layers", ("layer", "method", "zeros", "output error"), rows)
+        talk.line(
+            f"{report['zeros']:,} of {report['weights']:,} weights of {len(rows)} layers are zero: "
+            f"{report['ratio']:.3f}"
+        )
+        for name in report["fallbacks"]:
+            talk.line(f"  {name}: {report['fallbacks'][name]}; by magnitude")
+        talk.line(f"Written: {out}")
+        talk.result({"model": places.say_where(place), "out": out, **report})
+
+
+def _plan(talk: Session, plan: dict[str, Any], cfg: Any, out: Path) -> None:
+    talk.line(
+        f"would set {plan['zeros']:,} of {plan['weights']:,} weights to zero in {len(plan['layers'])} layers by "
+        f"{cfg.method}, calibrated on {plan['batches']} batches, into {out}"
+    )
+    if plan["blocks_done"]:
+        talk.line(f"would go on after block {plan['blocks_done']} of an earlier run")
+    for name, reason in plan["skipped"].items():
+        talk.line(f"  left alone: {name}: {reason}")
+    talk.result({"out": out, "config": cfg.to_dict(), **plan}, dry_run=True)

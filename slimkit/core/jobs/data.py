@@ -1,0 +1,269 @@
+"""Data and models as a command line names them: text files, arrays, shapes, functions."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from slimkit.core import check
+from slimkit.core.errors import ConfigError, FileFormatError
+from slimkit.core.files import readable_file
+
+Array = np.ndarray[Any, Any]
+
+TEXT_ENDINGS = (".jsonl", ".json", ".txt", ".md")
+ARRAY_ENDINGS = (".npy", ".npz")
+
+# A line longer than this is no sentence but a damaged file.
+_LONGEST_LINE = 16 << 20
+
+
+@dataclass(frozen=True)
+class ModelPlace:
+    """Which model a command works on.
+
+    Args:
+        model: a Hugging Face directory, a folder written by a command, or a weight file of the factory's network.
+        factory: ``package.module:function`` or ``file.py:function`` that makes the network; None for directories that
+            say it themselves.
+        arguments: keyword arguments of the factory.
+    """
+
+    model: Path | None = None
+    factory: str | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.model is None and self.factory is None:
+            raise ConfigError("give --model DIRECTORY, or --factory MODULE:FUNCTION (with --model WEIGHTS)")
+        if self.arguments and self.factory is None:
+            raise ConfigError("--arg is for the function of --factory")
+        if self.model is not None and not self.model.exists():
+            raise FileFormatError(f"--model must be an existing file or directory. Received: {str(self.model)!r}")
+
+    def make(self) -> Any:
+        """Call the factory."""
+        assert self.factory is not None
+        return found(self.factory, "--factory")(**self.arguments)
+
+
+@dataclass(frozen=True)
+class DataPlace:
+    """Which data a command reads.
+
+    Args:
+        reference: a text file, a file of arrays, or ``module:function``.
+        text_key: the key of the text in JSON lines.
+        samples: at most so many are read.
+        max_length: texts are cut to so many tokens.
+        batch_size: samples in a batch.
+    """
+
+    reference: str
+    text_key: str = "text"
+    samples: int = 128
+    max_length: int = 128
+    batch_size: int = 8
+
+    @property
+    def kind(self) -> str:
+        """ "text", "arrays" or "function"; ConfigError for anything else."""
+        path = Path(self.reference)
+        if path.exists():
+            if path.suffix in TEXT_ENDINGS:
+                return "text"
+            if path.suffix in ARRAY_ENDINGS:
+                return "arrays"
+        elif ":" in self.reference:
+            return "function"
+        raise ConfigError(
+            f"data must be an existing file that ends in {', '.join((*TEXT_ENDINGS, *ARRAY_ENDINGS))}, or "
+            f"MODULE:FUNCTION. Received: {self.reference!r}"
+        )
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The samples of a text file."""
+        return read_rows(Path(self.reference), self.text_key, self.samples)
+
+    def array_batches(self) -> list[Any]:
+        """The batches of a file of arrays."""
+        return batches_of(read_arrays(Path(self.reference)), self.batch_size, self.samples)
+
+    def made_batches(self, option: str) -> list[Any]:
+        """What the function returns: batches, or a recipe's mapping with the key calibration."""
+        made = found(self.reference, option)()
+        made = made.get("calibration") if isinstance(made, Mapping) else made
+        if made is None or isinstance(made, (str, bytes)) or not hasattr(made, "__iter__"):
+            raise ConfigError(f"{option}: {self.reference} must return batches, or a mapping with the key calibration")
+        return [batch for _, batch in zip(range(max(1, self.samples // self.batch_size)), made)]
+
+
+def found(reference: str, option: str) -> Callable[..., Any]:
+    """The function that ``package.module:function`` or ``file.py:function`` names; what it raises names the option.
+
+    Args:
+        reference: a file is looked for in the working directory, a module there too and then where Python looks.
+        option: for messages.
+
+    Returns:
+        The function.
+
+    Raises:
+        ConfigError: it does not exist, importing it fails, or (when called) it raises.
+    """
+    from slimkit.core.run import factory
+
+    place = reference.partition(":")[0]
+    root = place.partition(".")[0]
+    if not place.endswith(".py") and root and importlib.util.find_spec(root) is None:
+        sys.path.insert(0, os.getcwd())  # an installed `slimkit` does not look in the working directory
+    factory.resolve(reference, Path.cwd(), option)
+    return lambda *args, **kwargs: factory.make(reference, Path.cwd(), option, *args, **kwargs)
+
+
+def settings(pairs: Sequence[str], option: str) -> dict[str, Any]:
+    """KEY=VALUE texts as a dict, the values read as YAML.
+
+    Example:
+        >>> settings(["width=8", "name=a"], "--arg")
+        {'width': 8, 'name': 'a'}
+    """
+    import yaml
+
+    values = {}
+    for pair in pairs:
+        key, sign, value = pair.partition("=")
+        if not key or not sign:
+            raise ConfigError(f"{option} must be KEY=VALUE. Received: {pair!r}")
+        try:
+            values[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ConfigError(f"{option} {key}: the value is not YAML. Received: {value!r}") from None
+    return values
+
+
+def read_rows(path: Path, text_key: str = "text", limit: int | None = None) -> list[dict[str, Any]]:
+    """The samples of a text file: a JSON object (or string) a line, or plain text with a sample a line.
+
+    Args:
+        path: .jsonl or .json (a value a line), anything else is plain text; blank lines are left out.
+        text_key: the key under which an object holds its text.
+        limit: read no more samples than this.
+
+    Returns:
+        A mapping for each sample, its text under "text", other keys as they are.
+
+    Raises:
+        FileFormatError: the file is damaged, or a line has no text; the message gives the line's number.
+    """
+    rows: list[dict[str, Any]] = []
+    for number, line in _lines(readable_file(path, "the data file")):
+        if limit is not None and len(rows) >= limit:
+            break
+        if not line.strip():
+            continue
+        rows.append(_row(path, number, line, text_key) if path.suffix in (".jsonl", ".json") else {"text": line})
+    if not rows:
+        raise FileFormatError(f"{path} holds no text.")
+    return rows
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    try:
+        with open(path, encoding="utf-8") as handle:
+            number = 0
+            while line := handle.readline(_LONGEST_LINE):
+                number += 1
+                if len(line) >= _LONGEST_LINE:
+                    raise FileFormatError(f"{path}, line {number} is longer than {_LONGEST_LINE} characters.")
+                yield number, line.rstrip("\n")
+    except UnicodeDecodeError as error:
+        raise FileFormatError(f"{path} is not UTF-8 text: {error}") from None
+
+
+def _row(path: Path, number: int, line: str, text_key: str) -> dict[str, Any]:
+    try:
+        value = json.loads(line)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise FileFormatError(f"{path}, line {number} is not JSON: {error}") from None
+    if isinstance(value, str):
+        return {"text": value}
+    if not isinstance(value, dict) or not isinstance(value.get(text_key), str):
+        keys = list(value) if isinstance(value, dict) else []
+        raise FileFormatError(
+            f"{path}, line {number} must be an object with a text under {text_key!r}{check.near(text_key, keys)}. "
+            f"Its keys: {keys}"
+        )
+    return {**value, "text": value[text_key]}
+
+
+def read_arrays(path: Path) -> Any:
+    """The arrays of a .npy file, or name -> array of a .npz file; nothing is unpickled.
+
+    Raises:
+        FileFormatError: damaged, or holding Python objects.
+    """
+    readable_file(path, "the data file")
+    try:
+        loaded = np.load(path, allow_pickle=False)
+        return {name: loaded[name] for name in loaded.files} if path.suffix == ".npz" else loaded
+    except (ValueError, OSError, EOFError, KeyError) as error:
+        raise FileFormatError(f"{path} is not a readable {path.suffix} file: {error}") from None
+
+
+def batches_of(arrays: Any, batch_size: int, limit: int) -> list[Any]:
+    """Arrays cut into batches along their first axis: an array gives arrays, a dict gives dicts.
+
+    Example:
+        >>> [b.shape for b in batches_of(np.zeros((5, 2)), 2, 4)]
+        [(2, 2), (2, 2)]
+    """
+    first = next(iter(arrays.values())) if isinstance(arrays, dict) else arrays
+    if first.ndim == 0 or not len(first):
+        raise FileFormatError("the arrays of a data file need a first axis of at least one sample.")
+    count = min(len(first), limit)
+    cuts = [slice(at, min(at + batch_size, count)) for at in range(0, count, batch_size)]
+    if not isinstance(arrays, dict):
+        return [arrays[cut] for cut in cuts]
+    if any(a.ndim == 0 or len(a) != len(first) for a in arrays.values()):
+        raise FileFormatError("the arrays of a data file must have first axes of one length.")
+    return [{name: array[cut] for name, array in arrays.items()} for cut in cuts]
+
+
+def parse_example(text: str, seed: int = 0) -> Any:
+    """An example input from a shape: "1,3,224,224", "1,128:int64", or "NAME=SHAPE;NAME=SHAPE" for keywords.
+
+    Floats are standard normal, integers are zeros and ones (which every table and mask knows).
+
+    Example:
+        >>> parse_example("2,3").shape, parse_example("ids=1,4:int64")["ids"].dtype
+        ((2, 3), dtype('int64'))
+    """
+    rng = np.random.default_rng(seed)
+    if "=" in text:
+        return {name.strip(): _filled(shape, rng) for name, _, shape in (p.partition("=") for p in text.split(";"))}
+    return _filled(text, rng)
+
+
+def _filled(text: str, rng: np.random.Generator) -> Array:
+    sizes, _, kind = text.partition(":")
+    dtype = check.choice(
+        kind.strip() or "float32", ("float32", "float16", "int64", "int32", "bool"), "--example's type"
+    )
+    try:
+        shape = tuple(int(n) for n in sizes.split(","))
+    except ValueError:
+        shape = ()
+    if not shape or min(shape) < 1:
+        raise ConfigError(f"--example must be a shape such as 1,3,224,224 or 1,128:int64. Received: {text!r}")
+    if dtype.startswith("float"):
+        return rng.standard_normal(shape).astype(dtype)
+    return rng.integers(0, 2, shape).astype(dtype)

@@ -1,0 +1,64 @@
+"""Folders that commands write: what may be there already, what is copied along, what a finished one looks like."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from slimkit.core import files
+from slimkit.core.errors import ConfigError
+
+# What a folder of a pruned model holds beside its weights: the plan, and the configuration before the cut.
+PLAN, BASE = "plan.json", "base"
+
+# Where a training command keeps its checkpoints until the result is there.
+STATE = ".slimkit-train"
+
+_WEIGHTS = (".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".safetensors", ".ckpt", ".gguf", ".mindir")
+
+
+def unused(out: Path, *, state: str | None = None, option: str = "--out") -> Path:
+    """A folder that a command will make, so that nothing of the user's is overwritten.
+
+    Args:
+        out: what the user gave.
+        state: a folder inside it by which an unfinished run of the command is known.
+        option: the option's name, for the message.
+
+    Returns:
+        The absolute path.
+
+    Raises:
+        ConfigError: something else is there already.
+    """
+    if out.exists() or out.is_symlink():
+        names = {entry.name for entry in out.iterdir()} if out.is_dir() and not out.is_symlink() else {"."}
+        if names - {state}:
+            unfinished = "" if state is None else ", or holds an unfinished run"
+            raise ConfigError(
+                f"{option} must be a folder that does not exist yet or is empty{unfinished}. Received: {str(out)!r}"
+            )
+    return out.absolute()
+
+
+def copy_companions(source: Path, target: Path) -> list[str]:
+    """Copy what belongs to a model beside its weights (tokenizer, generation settings); what is there already stays.
+
+    Returns:
+        The names of the files copied.
+    """
+    copied = []
+    for file in sorted(source.iterdir()):
+        weights = file.suffix in _WEIGHTS or file.name.endswith((".index.json", ".manifest.json"))
+        ours = file.name in (PLAN, "config.json") or file.name.endswith("_report.json") or file.name.startswith(".")
+        if file.is_file() and not weights and not ours and not (target / file.name).exists():
+            with open(file, "rb") as old, files.atomic_file(target / file.name) as new:
+                shutil.copyfileobj(old, new)
+            copied.append(file.name)
+    return copied
+
+
+def write_report(folder: Path, command: str, facts: dict[str, Any]) -> None:
+    """Write COMMAND_report.json: what a command did, for people and programs that come later."""
+    files.write_json(folder / f"{command}_report.json", {"format": f"slimkit-{command}", "version": 1, **facts})

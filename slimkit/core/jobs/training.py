@@ -1,0 +1,87 @@
+"""How a training command trains, and what a text file says about its task."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from slimkit.core import check
+from slimkit.core.errors import ConfigError
+
+# task -> the class of transformers that has its head
+TASKS = {"classification": "AutoModelForSequenceClassification", "causal-lm": "AutoModelForCausalLM"}
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """How to train.
+
+    Args:
+        epochs: passes over the data.
+        learning_rate: peak rate of AdamW.
+        batch_size: samples per update.
+        weight_decay: decoupled weight decay.
+        schedule: "cosine", "linear" or "constant", down to zero or flat.
+        warmup: updates until the full rate.
+        clip_norm: bound on the norm of all gradients; None for none.
+        max_steps: bound on the updates; None for none.
+        seed: of the order, of fresh weights and of dropout.
+        save_every: updates between two checkpoints.
+        restart: throw an unfinished run away.
+    """
+
+    epochs: int = 1
+    learning_rate: float = 1e-4
+    batch_size: int = 8
+    weight_decay: float = 0.0
+    schedule: str = "cosine"
+    warmup: int = 0
+    clip_norm: float | None = 1.0
+    max_steps: int | None = None
+    seed: int = 0
+    save_every: int = 100
+    restart: bool = False
+
+    def __post_init__(self) -> None:
+        check.choice(self.schedule, ("cosine", "linear", "constant"), "--schedule")
+
+    def identity(self) -> dict[str, Any]:
+        """What a resumed run must agree in."""
+        return {k: v for k, v in asdict(self).items() if k not in ("restart", "save_every")}
+
+
+def task_of(task: str, architecture: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    """The task of a data file: what was asked for, or what its labels and the model's head tell.
+
+    Example:
+        >>> task_of("auto", "BertModel", [{"text": "a", "label": 1}])
+        'classification'
+    """
+    check.choice(task, ("auto", *TASKS), "--task")
+    if task == "auto":
+        task = "classification" if all("label" in row for row in rows) else "causal-lm"
+        if task == "causal-lm" and "CausalLM" not in architecture and "LMHead" not in architecture:
+            raise ConfigError(
+                f"--task: the text has no labels, and {architecture} is no causal language model; every line of a "
+                'classification file needs a "label"'
+            )
+    if task == "classification" and not all("label" in row for row in rows):
+        raise ConfigError('--task classification: every line needs a "label"')
+    return task
+
+
+def label_names(rows: Sequence[Mapping[str, Any]], known: Mapping[str, int] | None) -> dict[str, int]:
+    """Label -> class number: the model's own names where they cover the data, else the data's in sorted order.
+
+    Example:
+        >>> label_names([{"label": "good"}, {"label": "bad"}], {"LABEL_0": 0})
+        {'bad': 0, 'good': 1}
+    """
+    names = {str(row["label"]) for row in rows}
+    if known and names <= set(known):
+        return dict(known)
+    if len(names) < 2:
+        raise ConfigError(f"a classification file needs at least two labels. Received: {sorted(names)}")
+    numbers = all(name.isdigit() for name in names)
+    return {name: at for at, name in enumerate(sorted(names, key=int if numbers else str))}

@@ -1,0 +1,218 @@
+"""Models as the command line names them: opened from directories, weight files and factories, and written again."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from slimkit import bridge, checkpoint, prune
+from slimkit.core import files
+from slimkit.core.errors import ConfigError, FileFormatError, SlimkitError, UnsupportedError
+from slimkit.core.jobs import folders
+from slimkit.core.jobs.data import ModelPlace
+from slimkit.core.lazy import library
+
+import torch
+from torch import nn
+
+
+@dataclass
+class Opened:
+    """A model and where it came from.
+
+    Args:
+        model: in eval mode.
+        place: what the user named.
+        directory: the Hugging Face directory (or folder of a command) with its configuration and tokenizer.
+        desc: the plan that pruned it, where the directory says so.
+    """
+
+    model: nn.Module
+    place: ModelPlace
+    directory: Path | None = None
+    desc: dict[str, Any] | None = None
+
+    @property
+    def is_hf(self) -> bool:
+        """Whether transformers made the model."""
+        return self.place.factory is None
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in all parameters, shared ones once."""
+        return sum(p.numel() for p in self.model.parameters())
+
+
+def open_model(place: ModelPlace, *, kind: str | None = None, fresh: tuple[str, ...] = (), **config: Any) -> Opened:
+    """Open the model that a command line names, in eval mode.
+
+    Args:
+        place: the model.
+        kind: name of a class of transformers (``AutoModelForCausalLM``) instead of the one the directory was saved by.
+        fresh: words in the names of parameters that may be missing in the files, because they are about to be trained.
+        config: fields of the configuration to change.
+
+    Returns:
+        The model.
+
+    Raises:
+        ConfigError: the directory or the factory does not give a model.
+        FileFormatError: files are damaged, or lack tensors of the model.
+    """
+    if place.factory is not None:
+        return _made(place)
+    directory = place.model
+    assert directory is not None
+    if not directory.is_dir():
+        raise ConfigError(f"--model {directory} is a file of weights: give --factory MODULE:FUNCTION for its network")
+    if (directory / folders.PLAN).exists() and (directory / folders.BASE / "config.json").exists():
+        base, empty = _architecture(directory / folders.BASE, kind)
+        model = prune.load_pruned(directory, empty(base))
+        return Opened(model.eval(), place, directory, files.read_json(directory / folders.PLAN))
+    if not (directory / "config.json").exists():
+        raise ConfigError(
+            "--model must be a Hugging Face directory (with config.json), or have a --factory. "
+            f"Received: {str(directory)!r}"
+        )
+    _, maker = _architecture(directory, kind)
+    model, told = _quietly(directory, lambda: maker.from_pretrained(str(directory), output_loading_info=True, **config))
+    missing = [n for n in sorted(told["missing_keys"]) if not any(word in n for word in fresh)]
+    odd = [*missing, *(str(m[0]) if isinstance(m, tuple) else str(m) for m in told.get("mismatched_keys", ()))]
+    if odd:
+        raise FileFormatError(f"{directory} lacks tensors of its model, or has them in another shape: {odd[:5]}")
+    return Opened(model.eval(), place, directory)
+
+
+def _made(place: ModelPlace) -> Opened:
+    model = bridge.check_model(place.make(), "the model that --factory returns")
+    if place.model is None:
+        return Opened(model.eval(), place)
+    if place.model.is_dir() and (place.model / folders.PLAN).exists():
+        desc = files.read_json(place.model / folders.PLAN)
+        return Opened(prune.load_pruned(place.model, model).eval(), place, place.model, desc)
+    checkpoint.load_checkpoint(place.model, model, strict_load=True)
+    return Opened(model.eval(), place, place.model if place.model.is_dir() else None)
+
+
+def _quietly(directory: Path, load: Any) -> Any:
+    """Run a loader of transformers; what it raises names the directory in one line."""
+    try:
+        return load()
+    except SlimkitError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(f"{directory} cannot be opened by transformers: {reason}") from None
+
+
+def _architecture(directory: Path, kind: str | None = None) -> tuple[Any, Any]:
+    """A directory's configuration and the class of transformers that it was saved by."""
+    transformers = library("transformers", "hf")
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()  # a log file is no place for bars
+    config = _quietly(directory, lambda: transformers.AutoConfig.from_pretrained(str(directory)))
+    if kind is not None:
+        return config, getattr(transformers, kind)
+    for name in getattr(config, "architectures", None) or ():
+        if hasattr(transformers, name):
+            return config, getattr(transformers, name)
+    raise UnsupportedError(f"{directory / 'config.json'} names no class of transformers under 'architectures'")
+
+
+def architecture(directory: Path) -> tuple[Any, Any]:
+    """A Hugging Face directory's configuration and class, no weights read."""
+    return _architecture(directory)
+
+
+def example_of(opened: Opened, given: str | None, *, length: int = 16, seed: int = 0) -> Any:
+    """One input for a model: what the user gave, or one that its configuration describes.
+
+    Args:
+        opened: the model.
+        given: a shape, a file of arrays or a function; None for models of transformers.
+        length: tokens of a made-up text.
+        seed: of made-up values.
+
+    Returns:
+        A tensor, tuple or dict for `bridge.run`.
+    """
+    from slimkit.core.jobs import data
+
+    if given is not None:
+        path = Path(given)
+        if path.exists():
+            return tensors(data.read_arrays(path))
+        if ":" in given and not given.rpartition(":")[2].startswith(("float", "int", "bool")):
+            made = data.found(given, "--example")()
+            return made["example"] if isinstance(made, dict) and "example" in made else made
+        return tensors(data.parse_example(given, seed))
+    if not opened.is_hf:
+        raise ConfigError("a model from a factory needs --example SHAPE (such as 1,3,224,224), a file, or a function")
+    config, name = opened.model.config, getattr(opened.model, "main_input_name", "input_ids")
+    generator = torch.Generator().manual_seed(seed)
+    if name == "input_ids" and not getattr(config, "is_encoder_decoder", False):
+        ids = torch.randint(0, config.get_text_config().vocab_size, (1, length), generator=generator)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if name == "pixel_values" and getattr(config, "image_size", None):
+        size = config.image_size if isinstance(config.image_size, (tuple, list)) else (config.image_size,) * 2
+        return {"pixel_values": torch.randn(1, getattr(config, "num_channels", 3), *size, generator=generator)}
+    dummy = dict(opened.model.dummy_inputs)
+    return {k: v for k, v in dummy.items() if isinstance(v, torch.Tensor)}
+
+
+def tensors(value: Any) -> Any:
+    """NumPy arrays, alone or in a dict, as tensors of their own memory."""
+    if isinstance(value, dict):
+        return {k: torch.from_numpy(v.copy()) for k, v in value.items()}
+    return torch.from_numpy(value.copy())
+
+
+def loads_again(model: nn.Module) -> bool:
+    """Whether a model of transformers has the shapes that its own configuration says, so that it loads by itself."""
+    accelerate = library("accelerate", "torch")
+    with accelerate.init_empty_weights(include_buffers=False):
+        try:
+            again = type(model)(copy.deepcopy(model.config))
+        except (ValueError, TypeError, KeyError, ZeroDivisionError):
+            return False
+    here, there = ({n: tuple(t.shape) for n, t in m.named_parameters()} for m in (model, again))
+    return here == there
+
+
+def write_model(opened: Opened, folder: Path) -> str:
+    """Write an opened (and changed) model into a folder that is being filled.
+
+    Args:
+        opened: the model, with the plan if it was pruned.
+        folder: exists and is empty.
+
+    Returns:
+        "transformers" where ``from_pretrained`` reads the folder, "slimkit" where the commands here (and
+        `load_pruned`) do, "weights" for the file of a factory's network.
+    """
+    model, plain = opened.model, opened.is_hf and loads_again(opened.model)
+    if opened.is_hf and not plain and opened.desc is None:
+        raise UnsupportedError(
+            "the model no longer has the shapes of its configuration, and no plan says how it was cut"
+        )
+    if plain:
+        # The class, not the directory, says which tensors are tied.
+        model.save_pretrained(str(folder))
+    elif opened.desc is not None:
+        prune.save_pruned(folder, model, opened.desc)
+    else:
+        checkpoint.save_checkpoint(model, folder / "model.safetensors")
+    if opened.is_hf:
+        assert opened.directory is not None
+        folders.copy_companions(opened.directory, folder)
+        if not plain:
+            old = opened.directory / folders.BASE / "config.json"
+            config = files.read_json(old if old.exists() else opened.directory / "config.json")
+            (folder / folders.BASE).mkdir()
+            files.write_json(folder / folders.BASE / "config.json", config)
+    if plain and opened.desc is not None:
+        files.write_json(folder / folders.PLAN, opened.desc)
+    return "transformers" if plain else "slimkit" if opened.desc is not None else "weights"

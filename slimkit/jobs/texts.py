@@ -1,0 +1,90 @@
+"""Text and arrays as batches for a torch model: tokenised by the model's own tokenizer, padded, cut to length."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+from slimkit import bridge  # noqa: F401 - says in one line that torch is missing
+from slimkit.core.errors import ConfigError
+from slimkit.core.jobs.data import DataPlace
+from slimkit.core.lazy import library
+from slimkit.jobs.models import tensors
+
+
+class Reader:
+    """A directory's tokenizer and what its model takes.
+
+    Args:
+        directory: a Hugging Face directory with tokenizer files.
+        kind: the model's class, whose forward says which of the tokenizer's outputs it takes.
+        config: the model's configuration.
+        max_length: tokens a text is cut to, where neither the tokenizer nor the model allows fewer.
+
+    Raises:
+        ConfigError: the directory holds no tokenizer that transformers can read.
+    """
+
+    def __init__(self, directory: Path, kind: type, config: Any, max_length: int) -> None:
+        transformers = library("transformers", "hf")
+        try:
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(str(directory))
+        except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ConfigError(
+                f"{directory} holds no tokenizer that can read text ({reason}); give arrays (.npz) or a function"
+            ) from None
+        if self.tokenizer.pad_token is None:
+            if self.tokenizer.eos_token is None:
+                raise ConfigError(f"the tokenizer of {directory} has neither a padding nor an end token")
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        inner = config.get_text_config() if hasattr(config, "get_text_config") else config
+        bounds = [max_length, self.tokenizer.model_max_length]
+        bounds += [getattr(inner, n) for n in ("max_position_embeddings", "n_positions") if hasattr(inner, n)]
+        self.max_length = int(min(bounds))
+        self._taken = set(inspect.signature(kind.forward).parameters)  # type: ignore[attr-defined]
+
+    def encode(self, texts: list[str]) -> list[dict[str, list[int]]]:
+        """One mapping of token numbers a text, not padded."""
+        encoded = self.tokenizer(texts, truncation=True, max_length=self.max_length)
+        keys = [k for k in encoded if k in self._taken]
+        return [{k: encoded[k][i] for k in keys} for i in range(len(texts))]
+
+    def pad(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
+        """A batch of tensors, padded to the longest sample."""
+        padded = self.tokenizer.pad(samples, padding=True, return_tensors="pt")
+        return {k: v for k, v in padded.items() if k in self._taken}
+
+    def batches(self, texts: list[str], batch_size: int) -> list[dict[str, Any]]:
+        """All texts in order, as padded batches."""
+        samples = self.encode(texts)
+        return [self.pad(samples[i : i + batch_size]) for i in range(0, len(samples), batch_size)]
+
+
+def calibration(place: DataPlace | None, directory: Path | None, kind: type, config: Any, option: str) -> Any:
+    """The batches that a command line names, or None.
+
+    Args:
+        place: the data.
+        directory: where the tokenizer is, for text.
+        kind: the model's class.
+        config: the model's configuration, for text.
+        option: the option's name, for messages.
+
+    Returns:
+        A list of batches, or None where no data was named.
+
+    Raises:
+        ConfigError: text for a model without a tokenizer, or nothing that can be read.
+    """
+    if place is None:
+        return None
+    if place.kind == "function":
+        return place.made_batches(option)
+    if place.kind == "arrays":
+        return [tensors(b) for b in place.array_batches()]
+    if directory is None or config is None:
+        raise ConfigError(f"{option}: text needs the tokenizer of a Hugging Face directory; give arrays or a function")
+    texts = [row["text"] for row in place.rows()]
+    return Reader(directory, kind, config, place.max_length).batches(texts, place.batch_size)
