@@ -30,7 +30,12 @@ def convert(
     ],
     to: Annotated[
         str | None,
-        typer.Option("--to", help="torch or mindspore, where the endings leave it open.", show_default=False),
+        typer.Option(
+            "--to",
+            autocompletion=options.words("torch", "mindspore"),
+            help="torch or mindspore, where the endings leave it open.",
+            show_default=False,
+        ),
     ] = None,
     name_map: Annotated[
         Path | None,

@@ -14,7 +14,14 @@ from slimkit.cli.session import session
 def export(
     out: Annotated[Path, typer.Option("--out", "-o", help="The file; a folder for w16a16s.", show_default=False)],
     model: options.Model = None,
-    format: Annotated[str, typer.Option("--format", help="onnx, w16a16s, or mindir (MindSpore).")] = "onnx",
+    format: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            autocompletion=options.words("onnx", "w16a16s", "mindir"),
+            help="onnx, w16a16s, or mindir (MindSpore).",
+        ),
+    ] = "onnx",
     opset: Annotated[int, typer.Option("--opset", help="ONNX opset; 13 suits Ascend's ATC.")] = 13,
     dynamic_batch: Annotated[bool, typer.Option("--dynamic-batch", help="Leave the batch size open.")] = False,
     tolerance: Annotated[

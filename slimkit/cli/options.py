@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+
+def words(*choices: str) -> Callable[[str], list[str]]:
+    """What the shell offers for an option that takes one of some words."""
+    return lambda incomplete: [word for word in choices if word.startswith(incomplete)]
+
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")]
@@ -34,7 +41,9 @@ FactoryArguments = Annotated[
     list[str] | None,
     typer.Option("--arg", metavar="KEY=VALUE", help="An argument of the factory (YAML value).", show_default=False),
 ]
-Framework = Annotated[str, typer.Option("--framework", "-f", help="torch or mindspore.")]
+Framework = Annotated[
+    str, typer.Option("--framework", "-f", help="torch or mindspore.", autocompletion=words("torch", "mindspore"))
+]
 Example = Annotated[
     str | None,
     typer.Option(

@@ -20,13 +20,24 @@ def prune(
         str,
         typer.Option(
             "--importance",
+            autocompletion=options.words("l1", "l2", "bn_scale", "taylor", "hessian", "activation", "lamp", "random"),
             help="l1, l2, bn_scale, taylor, hessian, activation, lamp or random; taylor, hessian and activation need "
             "--calib.",
         ),
     ] = "l1",
-    budget: Annotated[str, typer.Option("--budget", help="What --ratio counts: params or macs.")] = "params",
+    budget: Annotated[
+        str,
+        typer.Option(
+            "--budget", autocompletion=options.words("params", "macs"), help="What --ratio counts: params or macs."
+        ),
+    ] = "params",
     allocation: Annotated[
-        str, typer.Option("--allocation", help="uniform (each node keeps the same share) or global.")
+        str,
+        typer.Option(
+            "--allocation",
+            autocompletion=options.words("uniform", "global"),
+            help="uniform (each node keeps the same share) or global.",
+        ),
     ] = "uniform",
     node_ratio: Annotated[float, typer.Option("--node-ratio", help="Least share of its channels a node keeps.")] = 0.5,
     keep: Annotated[

@@ -15,12 +15,22 @@ def sparsify(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the sparse model.", show_default=False)],
     model: options.Model = None,
     method: Annotated[
-        str, typer.Option("--method", help="magnitude, wanda, hessian, par or par_v2; all but magnitude need --calib.")
+        str,
+        typer.Option(
+            "--method",
+            autocompletion=options.words("magnitude", "wanda", "hessian", "par", "par_v2"),
+            help="magnitude, wanda, hessian, par or par_v2; all but magnitude need --calib.",
+        ),
     ] = "par",
     ratio: Annotated[float, typer.Option("--ratio", "-r", help="Share of each layer's weights set to zero.")] = 0.5,
     pattern: Annotated[
         str | None,
-        typer.Option("--pattern", help="n:m along input channels, such as 2:4 (4:2 for Ascend).", show_default=False),
+        typer.Option(
+            "--pattern",
+            autocompletion=options.words("2:4", "4:8", "4:2"),
+            help="n:m along input channels, such as 2:4 (4:2 for Ascend).",
+            show_default=False,
+        ),
     ] = None,
     measured: Annotated[
         bool, typer.Option("--measured-ratios", help="Each layer gets the ratio that its sensitivity allows.")

@@ -19,7 +19,12 @@ Text = Annotated[
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for the result.", show_default=False)]
 Epochs = Annotated[int, typer.Option("--epochs", min=1, help="Passes over the data.")]
 Rate = Annotated[float, typer.Option("--lr", help="Peak learning rate of AdamW.")]
-Schedule = Annotated[str, typer.Option("--schedule", help="cosine, linear or constant.")]
+Schedule = Annotated[
+    str,
+    typer.Option(
+        "--schedule", autocompletion=options.words("cosine", "linear", "constant"), help="cosine, linear or constant."
+    ),
+]
 Warmup = Annotated[int, typer.Option("--warmup", min=0, help="Updates until the full rate.")]
 Steps = Annotated[int | None, typer.Option("--max-steps", min=1, help="Bound on the updates.", show_default=False)]
 SaveEvery = Annotated[int, typer.Option("--save-every", min=1, help="Updates between two checkpoints.")]
@@ -46,7 +51,12 @@ def distill(
     ] = None,
     hidden: Annotated[int | None, typer.Option("--hidden", min=1, help="Its hidden width.", show_default=False)] = None,
     selection: Annotated[
-        str, typer.Option("--selection", help="Which of the teacher's rows and columns stay: importance or first.")
+        str,
+        typer.Option(
+            "--selection",
+            autocompletion=options.words("importance", "first"),
+            help="Which of the teacher's rows and columns stay: importance or first.",
+        ),
     ] = "importance",
     temperature: Annotated[float, typer.Option("--temperature", help="Softening of logits.")] = 2.0,
     hidden_weight: Annotated[float, typer.Option("--hidden-weight", min=0, help="Weight of each block's term.")] = 1.0,
@@ -118,9 +128,21 @@ def adapt(
     data: Text,
     out: Out,
     task: Annotated[
-        str, typer.Option("--task", help="classification (lines have a label), causal-lm, or auto: what the data says.")
+        str,
+        typer.Option(
+            "--task",
+            autocompletion=options.words("auto", "classification", "causal-lm"),
+            help="classification (lines have a label), causal-lm, or auto: what the data says.",
+        ),
     ] = "auto",
-    kind: Annotated[str, typer.Option("--kind", help="lora, adapter, low_rank_adapter, prefix or prompt.")] = "lora",
+    kind: Annotated[
+        str,
+        typer.Option(
+            "--kind",
+            autocompletion=options.words("lora", "adapter", "low_rank_adapter", "prefix", "prompt"),
+            help="lora, adapter, low_rank_adapter, prefix or prompt.",
+        ),
+    ] = "lora",
     targets: Annotated[
         list[str] | None,
         typer.Option(
@@ -139,7 +161,14 @@ def adapt(
     evaluation: Annotated[
         str | None, typer.Option("--eval", metavar="FILE", help="Held-out data of the same form.", show_default=False)
     ] = None,
-    format: Annotated[str, typer.Option("--format", help="slimkit or peft (Hugging Face PEFT's files).")] = "slimkit",
+    format: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            autocompletion=options.words("slimkit", "peft"),
+            help="slimkit or peft (Hugging Face PEFT's files).",
+        ),
+    ] = "slimkit",
     merge: Annotated[bool, typer.Option("--merge", help="Also write the merged model into OUT/merged.")] = False,
     epochs: Epochs = 1,
     lr: Rate = 5e-4,

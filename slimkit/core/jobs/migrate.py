@@ -79,7 +79,8 @@ def migrate(text: str, framework: str | None = None, name: str = "script") -> Mi
 
     Args:
         text: the script.
-        framework: "torch" or "mindspore"; None: what the module's name, then the script's other imports say.
+        framework: "torch" or "mindspore"; None: what the module's name says (MindPet is MindSpore's), then the
+            script's other imports.
         name: the script's name, for messages.
 
     Returns:
@@ -156,7 +157,7 @@ def _framework(tree: ast.AST) -> str:
             roots.add(node.module.partition(".")[0])
     if "mindspore" in roots and "torch" not in roots:
         return "mindspore"
-    return "mindspore" if "torch" not in roots and roots & {"mindpet", "tk", "mindformers"} else "torch"
+    return "torch"
 
 
 def _rewrite(
@@ -174,7 +175,7 @@ def _rewrite(
     module, peer = node.module or "", _peer(node.module)
     assert peer is not None
     parts = module.split(".")
-    spoken = "torch" if "pytorch" in parts or "torch" in parts else "mindspore" if "mindspore" in parts else None
+    spoken = "torch" if "pytorch" in parts else "mindspore" if "mindspore" in parts or peer == "MindPet" else None
     wanted = framework or spoken or default
     package = {"torch": "slimkit", "mindspore": "slimkit_ms"}[wanted]
     known: list[ast.alias] = []
