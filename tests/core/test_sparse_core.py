@@ -220,3 +220,20 @@ def test_time_left_is_learned_from_the_same_place_in_other_blocks():
     step = estimate.finished("h.1.up")
     assert (step.done, step.total, step.seconds) == (4, 6, 15.0)
     assert step.seconds_left == 2.0  # the last block, as quick as the layers before
+
+
+@pytest.mark.parametrize("rows", [30, 60, 90, 600])
+def test_shrinking_each_eigenvalue_beats_one_share_for_all(rows):
+    rng = np.random.default_rng(0)
+    mix = rng.standard_normal((12, 60)) / 12**0.5  # a few strong directions over a floor of noise
+    truth = mix.T @ mix + 0.25 * np.eye(60)
+    scale = np.sqrt(np.diag(truth))
+    x = (rng.standard_normal((rows, 12)) @ mix + 0.5 * rng.standard_normal((rows, 60))) / scale
+    truth = truth / scale[:, None] / scale
+    sample = x.T @ x / rows
+    values, vectors = np.linalg.eigh(sample)
+    found = shrink.nonlinear(values, rows)
+    assert (np.diff(found) >= 0).all()
+    assert found[0] > 0
+    error = [np.linalg.norm(m - truth) for m in ((vectors * found) @ vectors.T, shrink.linear(sample, rows)[0], sample)]
+    assert error[0] < 0.97 * error[1] < error[2]

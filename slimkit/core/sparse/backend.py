@@ -94,6 +94,18 @@ def cholesky(matrix: Array) -> Array | None:
     return factor if bool(xp.all(xp.isfinite(factor))) else None
 
 
+def eigh(matrix: Array) -> tuple[Array, Array]:
+    """Ascending eigenvalues and eigenvectors of a symmetric matrix."""
+    xp = namespace(matrix)
+    try:
+        values, vectors = xp.linalg.eigh(matrix)
+    except (NotImplementedError, RuntimeError, TypeError) as error:
+        _tell("eigh", str(device_of(matrix)), str(error)[:200])
+        found = np.linalg.eigh(to_numpy(matrix).astype(np.float64))
+        values, vectors = (like(part.astype(np.float32), matrix) for part in found)
+    return values, vectors
+
+
 def inverse_lower(factor: Array) -> Array:
     """Inverse of a lower triangular matrix."""
     xp = namespace(factor)

@@ -7,7 +7,7 @@ from typing import Any
 
 from slimkit.core.sparse import pattern as patterns
 from slimkit.core.sparse import shrink
-from slimkit.core.sparse.backend import Array, device_of, namespace
+from slimkit.core.sparse.backend import Array, device_of, eigh, like, namespace, to_numpy
 from slimkit.core.sparse.pattern import NM
 from slimkit.core.sparse.sweep import inverse_factor
 
@@ -19,19 +19,23 @@ class Schedule:
     Args:
         rounds: steps of the support search; the ratio is reached after half of them.
         first, last: the penalty that ties the two copies of the weights; it grows from one to the other.
+        hold: rounds for which a penalty is kept: each new one costs a product of two matrices.
         refits: conjugate gradient steps on the final support.
         swaps: rounds of exchanging kept and dropped weights after it.
+        spectral: shrink every eigenvalue by itself, not all by one share.
     """
 
     rounds: int
     first: float
     last: float
+    hold: int
     refits: int
     swaps: int
+    spectral: bool
 
 
-PAR = Schedule(rounds=8, first=1.0, last=1.0, refits=5, swaps=0)
-PAR_V2 = Schedule(rounds=30, first=0.3, last=3.0, refits=12, swaps=4)
+PAR = Schedule(rounds=8, first=1.0, last=1.0, hold=8, refits=5, swaps=0, spectral=False)
+PAR_V2 = Schedule(rounds=30, first=0.1, last=1.0, hold=3, refits=12, swaps=2, spectral=True)
 
 # Never divide by less: rows that are fitted already have a gradient of zero.
 TINY = 1e-30
@@ -67,7 +71,7 @@ def refine(
     """
     xp = namespace(target)
     scale = xp.sqrt(xp.linalg.diagonal(gram))  # (n,)
-    correlation, inverse, facts = _estimate(gram / scale[:, None] / scale[None, :], count)
+    correlation, inverse, facts = _estimate(gram / scale[:, None] / scale[None, :], count, schedule.spectral)
     goal = target * scale
     allowed = None if dead is None else ~dead[None, :] & xp.ones(target.shape, dtype=xp.bool, device=device_of(target))
     sparse, keep = goal, allowed
@@ -80,18 +84,24 @@ def refine(
     return xp.where(keep, sparse / scale, 0.0), keep, facts
 
 
-def _estimate(correlation: Array, count: int) -> tuple[Array, Any, dict[str, Any]]:
+def _estimate(correlation: Array, count: int, spectral: bool) -> tuple[Array, Any, dict[str, Any]]:
     """The shrunk correlations, a function penalty -> (correlations + penalty)^-1, and facts for the report."""
     xp = namespace(correlation)
+    if spectral:
+        values, vectors = eigh(correlation)
+        found = shrink.nonlinear(to_numpy(values), count)
+        shrunk = xp.astype(like(found, values), correlation.dtype)
+        facts = {"eigenvalues": [float(found[0]), float(found[-1])]}
+        return (vectors * shrunk) @ vectors.T, lambda penalty: (vectors / (shrunk + penalty)) @ vectors.T, facts
     n = correlation.shape[0]
     eye = xp.eye(n, dtype=correlation.dtype, device=device_of(correlation))
-    shrunk, share = shrink.linear(correlation, count)
+    mixed, share = shrink.linear(correlation, count)
 
     def inverse(penalty: float) -> Array:
-        upper, _ = inverse_factor(shrunk + penalty * eye, 0.0)
+        upper, _ = inverse_factor(mixed + penalty * eye, 0.0)
         return upper.T @ upper
 
-    return shrunk, inverse, {"shrinkage": round(share, 6)}
+    return mixed, inverse, {"shrinkage": round(share, 6)}
 
 
 def _search(
@@ -101,9 +111,14 @@ def _search(
     xp = namespace(goal)
     fixed = goal @ correlation
     z, u, keep = goal, xp.zeros_like(goal), allowed
-    penalty, step = s.first, (s.last / s.first) ** (1 / s.rounds)
-    solver = inverse(penalty)
+    steps = -(-s.rounds // s.hold)
+    growth = (s.last / s.first) ** (1 / max(1, steps - 1))
+    penalty = s.first
     for k in range(s.rounds):
+        if k % s.hold == 0:
+            if k:
+                penalty, u = penalty * growth, u / growth
+            solver = inverse(penalty)
         v = (fixed + penalty * (z - u)) @ solver
         u = u + v
         rising = ratio * (1 - max(0.0, 1 - 2 * (k + 1) / s.rounds) ** 3)  # cubic, as Zhu & Gupta 2017
@@ -117,9 +132,6 @@ def _search(
         )
         z = xp.where(keep, u, 0.0)
         u = u - z
-        if s.first != s.last:
-            penalty, u = penalty * step, u / step
-            solver = inverse(penalty)
     return z, keep
 
 

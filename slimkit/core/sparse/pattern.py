@@ -70,11 +70,15 @@ def keep_all_but_rows(scores: Array, n_zeros: int) -> Array:
         return xp.ones(scores.shape, dtype=xp.bool, device=device_of(scores))
     if n_zeros >= scores.shape[1]:
         return xp.zeros(scores.shape, dtype=xp.bool, device=device_of(scores))
-    limit = kth_smallest(scores, n_zeros)  # (rows, 1)
+    return _break_ties(scores, kth_smallest(scores, n_zeros), n_zeros)
+
+
+def _break_ties(scores: Array, limit: Array, n_zeros: Any) -> Array:
+    """Keep what is above the limit (rows, 1), and of what equals it the last ones, so that each count is exact."""
+    xp = namespace(scores)
     keep = scores > limit
     spare = (scores.shape[1] - n_zeros) - xp.sum(xp.astype(keep, xp.int64), axis=1, keepdims=True)
     if bool(xp.any(spare > 0)):
-        # Entries equal to the limit: drop the first ones, keep the last `spare`, so that the count is exact.
         tie = scores == limit
         place = xp.cumulative_sum(xp.astype(tie, xp.int64), axis=1)
         total = xp.sum(xp.astype(tie, xp.int64), axis=1, keepdims=True)
@@ -107,5 +111,8 @@ def keep_nm(scores: Array, nm: NM) -> Array:
 def keep_by_row(scores: Array, n_zeros: Array) -> Array:
     """Keep all but the smallest scores of each row, as many as `n_zeros` (rows, 1) says for it."""
     xp = namespace(scores)
-    order = xp.argsort(scores, axis=1, stable=True)
-    return xp.argsort(order, axis=1, stable=True) >= n_zeros
+    if bool(xp.all(n_zeros == n_zeros[0, 0])):
+        return keep_all_but_rows(scores, int(n_zeros[0, 0]))
+    ordered = xp.sort(scores, axis=1)
+    limit = xp.take_along_axis(ordered, xp.clip(n_zeros - 1, 0, None), axis=1)
+    return _break_ties(scores, limit, n_zeros)
