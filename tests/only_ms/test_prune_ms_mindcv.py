@@ -9,7 +9,7 @@ from slimkit_ms.prune import PruneMindSpore
 from tests import zoo_ms
 
 import mindspore as ms
-from mindspore import ops
+from mindspore import nn, ops
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -34,6 +34,23 @@ def mobilenet():
     from mindcv.models.mobilenetv2 import MobileNetV2
 
     return MobileNetV2(alpha=0.25, num_classes=10)
+
+
+def vgg():
+    from mindcv.models import vgg
+
+    net = vgg.VGG("vgg11", batch_norm=True, num_classes=10)
+    # The features as they are; a classifier that reads 32 instead of 224 pixels and is a thousandth of the size.
+    net.classifier = nn.SequentialCell(nn.Dense(512, 64), nn.ReLU(), nn.Dense(64, 10))
+    net.update_parameters_name("")
+    return net
+
+
+def efficientnet():
+    from mindcv.models.efficientnet import EfficientNet, MBConvConfig
+
+    rows = [MBConvConfig(1, 3, 1, 16, 16, 1), MBConvConfig(4, 3, 2, 16, 32, 2), MBConvConfig(4, 5, 2, 32, 48, 1)]
+    return EfficientNet("efficientnet_b0", 0.2, num_classes=10, inverted_residual_setting=rows, drop_path_prob=0.0)
 
 
 def convnext():
@@ -61,6 +78,8 @@ NETS = {
     "resnet": (resnet, 32, 0.5, [0, -1]),
     "densenet": (densenet, 32, 0.5, [0, -1]),
     "mobilenet": (mobilenet, 32, 0.5, [0, -1]),
+    "vgg": (vgg, 32, 0.5, [0, -1]),
+    "efficientnet": (efficientnet, 32, 0.5, [0, -1]),
     "convnext": (convnext, 32, 0.5, [0, -1]),
     "vit": (vit, 32, 0.7, [-1]),
     "swin": (swin, 32, 0.8, [-1]),
