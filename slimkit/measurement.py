@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import statistics
-import time
 from typing import Any
 
 from slimkit import bridge
-from slimkit.core.run.measurement import LayerMeasurement, Measurement
+from slimkit.core.run.measurement import LayerMeasurement, Measurement, median_ms
 
 import torch
 from torch import nn
@@ -54,15 +52,8 @@ def measure_model(model: nn.Module, inputs: Any, latency_budget_s: float = 0.5) 
         for name, layer in layers.items()
     )
     distinct = {id(w): int((w == 0).sum()) for layer in layers.values() for w in _weights(layer)}
-    return Measurement(
-        parameters=sum(p.numel() for p in model.parameters()),
-        trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        zeros=sum(distinct.values()),
-        macs=sum(macs.values()),
-        parameter_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
-        latency_ms=latency_ms,
-        layers=rows,
-    )
+    parameters = [(p.numel(), p.numel() * p.element_size(), p.requires_grad) for p in model.parameters()]
+    return Measurement.of(rows, parameters, sum(distinct.values()), latency_ms)
 
 
 def _weights(module: nn.Module) -> list[nn.Parameter]:
@@ -93,16 +84,14 @@ def _macs(layer: nn.Module, args: Any, output: Any) -> int:
 def _latency_ms(model: nn.Module, inputs: Any, budget_s: float) -> float:
     device = bridge.device_of(model)
     threads = torch.get_num_threads()
+
+    def forward() -> None:
+        bridge.run(model, inputs)
+        if device.type != "cpu":
+            torch.accelerator.synchronize()
+
     torch.set_num_threads(1)
     try:
-        times: list[float] = []
-        end = time.perf_counter() + budget_s
-        while len(times) < 3 or (time.perf_counter() < end and len(times) < 200):
-            began = time.perf_counter()
-            bridge.run(model, inputs)
-            if device.type != "cpu":
-                torch.accelerator.synchronize()
-            times.append(time.perf_counter() - began)
+        return median_ms(forward, budget_s)
     finally:
         torch.set_num_threads(threads)
-    return round(1000 * statistics.median(times[1:]), 4)

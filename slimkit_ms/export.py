@@ -88,7 +88,7 @@ def export_onnx(
     onnx = library("onnx", "onnx")
     tensors = _tensors(bridge.check_model(model), inputs)
     with bridge.evaluating(model):
-        expected = _outputs(model(*tensors))
+        expected = outputs(model(*tensors))
         data = _file(model, tensors, "ONNX")
     proto = onnx.load_from_string(data)
     if proto.opset_import[0].version != opset:
@@ -131,12 +131,12 @@ def export_mindir(model: nn.Cell, inputs: Any, path: Any, *, tolerance: float = 
         check.wrong_value("path", "a file name that ends in .mindir", str(path))
     tensors = _tensors(bridge.check_model(model), inputs)
     with bridge.evaluating(model):
-        expected = _outputs(model(*tensors))
+        expected = outputs(model(*tensors))
         data = _file(model, tensors, "MINDIR")
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder, "proof.mindir")
         copy.write_bytes(data)
-        found = _outputs(nn.GraphCell(ms.load(str(copy)))(*tensors))
+        found = outputs(nn.GraphCell(ms.load(str(copy)))(*tensors))
     gaps = {name: float(np.abs(expected[name] - found[name]).max(initial=0)) for name in expected}
     if not all(gap <= tolerance for gap in gaps.values()):
         raise UnsupportedError(f"the MINDIR file differs from the cell by more than {tolerance:g}: {gaps}")
@@ -152,7 +152,7 @@ def _tensors(model: nn.Cell, inputs: Any) -> tuple[ms.Tensor, ...]:
     return args
 
 
-def _outputs(output: Any, name: str = "output") -> dict[str, np.ndarray]:
+def outputs(output: Any, name: str = "output") -> dict[str, np.ndarray]:
     """The tensors of a cell's output, in order, each with a name."""
 
     def flat(value: Any) -> list[ms.Tensor]:

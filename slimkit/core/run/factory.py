@@ -75,11 +75,16 @@ def _load_file(file: Path) -> Any:
         raise ConfigError(f"{file} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses and data-loader workers look their module up here
+    # A factory file may import the files beside it, as a script may.
+    beside = str(file.resolve().parent)
+    sys.path.insert(0, beside)
     try:
         spec.loader.exec_module(module)
     except BaseException:
         del sys.modules[name]
         raise
+    finally:
+        sys.path.remove(beside)
     return module
 
 

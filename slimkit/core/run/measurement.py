@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -48,7 +50,8 @@ class Measurement:
         zeros: how many entries of layer weights are exactly zero.
         macs: multiply-accumulates of its layers for the example input.
         parameter_bytes: memory of the parameters.
-        latency_ms: median time of one forward on the example input, in the framework itself, with one thread.
+        latency_ms: median time of one forward on the example input, in the framework itself; with one thread in
+            PyTorch, with MindSpore's own choice of threads there, which a running process cannot change.
         layers: the layers with weights, in the model's order.
     """
 
@@ -59,6 +62,33 @@ class Measurement:
     parameter_bytes: int
     latency_ms: float
     layers: tuple[LayerMeasurement, ...]
+
+    @classmethod
+    def of(
+        cls,
+        layers: Iterable[LayerMeasurement],
+        parameters: Iterable[tuple[int, int, bool]],
+        zeros: int,
+        latency_ms: float,
+    ) -> Measurement:
+        """Add up a model's layers and parameters.
+
+        Args:
+            layers: the layers with weights, in the model's order.
+            parameters: each parameter once as (number of entries, bytes, whether it trains).
+            zeros: exact zeros in the layers' weights, a shared weight counted once.
+            latency_ms: median time of one forward.
+        """
+        rows, counts = tuple(layers), list(parameters)
+        return cls(
+            parameters=sum(n for n, _, _ in counts),
+            trainable=sum(n for n, _, trains in counts if trains),
+            zeros=zeros,
+            macs=sum(row.macs or 0 for row in rows),
+            parameter_bytes=sum(size for _, size, _ in counts),
+            latency_ms=latency_ms,
+            layers=rows,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, each layer with its sparsity."""
@@ -97,6 +127,22 @@ def figures(stage: Mapping[str, Any]) -> dict[str, float]:
         "file_bytes": on_disk,
         "latency_ms": measured["latency_ms"],
     }
+
+
+def median_ms(call: Callable[[], Any], budget_s: float) -> float:
+    """Median milliseconds of a call; the first one warms up and does not count.
+
+    Args:
+        call: what to time; it returns when the work is done.
+        budget_s: seconds to spend; at least three calls are made, and at most 200.
+    """
+    times: list[float] = []
+    end = time.perf_counter() + budget_s
+    while len(times) < 3 or (time.perf_counter() < end and len(times) < 200):
+        began = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - began)
+    return round(1000 * statistics.median(times[1:]), 4)
 
 
 def show(value: float, unit: str) -> str:

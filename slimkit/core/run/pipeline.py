@@ -68,7 +68,7 @@ class StageResult:
 
 
 class Wing(Protocol):
-    """What the runner asks of a framework; slimkit.stages is PyTorch's answer."""
+    """What the runner asks of a framework; `core.run.stages` has what both wings share."""
 
     def seed(self, seed: int) -> None: ...
 

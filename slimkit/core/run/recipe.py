@@ -101,12 +101,15 @@ class AdaptOptions(Training):
 
 
 class ExportOptions(Strict):
-    """Write ONNX and prove it against the model (``export_onnx``)."""
+    """Write the model as files that other programs run, each proven against it (``export_onnx``, ``export_mindir``)."""
 
     opset: PositiveInt = Field(13, description="ONNX opset; 13 suits ATC")
     dynamic_batch: bool = Field(False, description="leave the batch size open")
     tolerance: PositiveFloat = Field(1e-4, description="largest difference allowed between model and file")
     compare_dense: bool = Field(True, description="also export the dense model and measure the latency ratio")
+    formats: Annotated[list[Literal["onnx", "mindir"]], Field(min_length=1)] | None = Field(
+        None, description="null: onnx, and mindir too in MindSpore"
+    )
 
 
 class TrainStage(Strict):
@@ -182,7 +185,7 @@ class Recipe(Strict):
     version: Literal[1] = Field(description="version of this format")
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")] = Field(description="names the report")
     title: str | None = Field(None, description="heading of the report")
-    framework: Literal["torch"] = Field("torch", description="which wing runs it")
+    framework: Literal["torch", "mindspore"] = Field("torch", description="which wing runs it")
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(0, description="every stage is seeded from it and its place")
     output: str | None = Field(None, description="folder of the run; runs/<name> by default")
     model: Reference = Field(description="makes the model: f(**arguments) -> model")
