@@ -49,6 +49,7 @@ class PrunedMultiheadAttention(nn.MultiheadAttention):
             k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
         q, k, v = (t.view(n_batch, -1, self.num_heads, self.head_dim).transpose(1, 2) for t in (q, k, v))
         mask = self._mask(attn_mask, key_padding_mask, q, k)
+        k, v, mask = self.extend(k, v, mask)
         dropout = self.dropout if self.training else 0.0
         if need_weights:
             score = q @ k.transpose(-2, -1) * self.head_dim**-0.5
@@ -66,6 +67,10 @@ class PrunedMultiheadAttention(nn.MultiheadAttention):
             out = out.squeeze(0 if self.batch_first else 1)
             probs = None if probs is None else probs.squeeze(0)
         return out, probs
+
+    def extend(self, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Keys and values (batch, heads, tokens, head_dim) and the mask; a subclass may put more in front."""
+        return k, v, mask
 
     def _mask(self, attn_mask: Tensor | None, padding: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
         """Both masks as one to be added to the scores, (batch or 1, heads or 1, queries, keys)."""

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from slimkit import bridge
-from slimkit.core.delta import inject, peft
 from slimkit.core.delta.bundle import sample_places
 from slimkit.core.delta.spec import PREFIX, Site
 from slimkit.core.delta.travel import TravelHands
-from slimkit.core.errors import UnsupportedError
 from slimkit.core.freeze import Entry
 from slimkit.delta.adapter import AdapterDense
 from slimkit.delta.layer import DeltaLayer
@@ -20,9 +17,8 @@ from slimkit.delta.lora import LoRADense
 from slimkit.delta.lora_layers import LoRAConv1D, LoRAConv2d, LoRAEmbedding
 from slimkit.delta.low_rank_adapter import LowRankAdapterDense
 from slimkit.delta.prefix import PrefixEncoder
-from slimkit.delta.prefix_model import Prefixed, forget_shift
+from slimkit.delta.prefix_model import forget_shift
 from slimkit.delta.prompt import PromptTuning
-from slimkit.delta.prompt_model import PromptFront
 
 import torch
 from torch import nn
@@ -147,33 +143,9 @@ class TorchHands(TravelHands):
     def settle(self, model: nn.Module) -> None:
         forget_shift(model)
 
-    def load_prompt(self, model: Any, kind: str, config: Any, tensors: Any, **options: Any) -> Any:
-        where = options.pop("where")
-        tokens = int(config.get("num_virtual_tokens") or 0)
-        if kind == "prompt":
-            report = self.apply_kind(model, kind, None, num_virtual_tokens=tokens, **options)
-            (front,) = (m for m in self.layers(model).values() if isinstance(m, PromptFront))
-            rows = front.mindpet_delta_prompttuning_embedding.weight
-            with self._or_remove(model, options["name"]):
-                self.fill(rows, peft.read_prompt(tensors, tuple(rows.shape), where))
-            return report
-        report = self.apply_kind(model, kind, None, prefix_token_num=tokens, **options)
-        layers = [x for x in self.layers(model).values() if isinstance(x, Prefixed)]
-        with self._or_remove(model, options["name"]):
-            widths = [part.shape[1] for x in layers for part in x.parts("").values()]
-            flat = peft.read_prompt(tensors, (tokens, sum(widths)), where)
-            for layer, pair in zip(layers, peft.split_prefix(flat, len(layers))):
-                for part, value in zip(layer.parts("").values(), pair):
-                    self.fill(part, value)
-        return report
-
-    @contextlib.contextmanager
-    def _or_remove(self, model: nn.Module, name: str) -> Iterator[None]:
-        try:
-            yield
-        except Exception:
-            inject.remove(self, model, name)
-            raise
+    def prefix_rows(self, model: nn.Module, layers: Sequence[Any]) -> list[tuple[Any, Any]]:
+        with bridge.evaluating(model), torch.no_grad():
+            return [tuple(map(self.value, layer.rows())) for layer in layers]  # type: ignore[misc]
 
     def tables(self, model: nn.Module, kind: str) -> list[Any]:
         found: list[Any] = []
@@ -196,29 +168,6 @@ class TorchHands(TravelHands):
 
     def may_train(self, tensor: Any) -> bool:
         return isinstance(tensor, nn.Parameter)
-
-    def prompt_rows(self, model: Any, delta: Any) -> tuple[Any, dict[str, Any]]:
-        layers = [x for p, x in self.layers(model).items() if p in delta["layers"]]
-        if delta["kind"] == "prompt":
-            rows = layers[0].mindpet_delta_prompttuning_embedding.weight
-            more: dict[str, Any] = {
-                "peft_type": "PROMPT_TUNING",
-                "prompt_tuning_init": "RANDOM",
-                "token_dim": rows.shape[1],
-            }
-        else:
-            with bridge.evaluating(model):
-                rows = torch.cat([part for x in layers for part in x.rows()], 1)
-            heads = layers[0].prefix_heads
-            if any(x.prefix_heads != heads or x.rows()[0].shape != layers[0].rows()[0].shape for x in layers):
-                raise UnsupportedError("PEFT's prefix has the same shape in every layer; this one has not.")
-            more = {"peft_type": "PREFIX_TUNING", "token_dim": rows.shape[1] // (2 * len(layers))}
-            more["encoder_hidden_size"], more["num_attention_heads"] = more["token_dim"], heads
-        config = getattr(model, "config", None)
-        more.setdefault("num_attention_heads", getattr(config, "num_attention_heads", 1))
-        more["num_layers"] = len(layers) if delta["kind"] == "prefix" else getattr(config, "num_hidden_layers", 1)
-        more.update(num_virtual_tokens=rows.shape[0], num_transformer_submodules=1, inference_mode=True)
-        return self.value(rows), more
 
     def apply_kind(self, model: nn.Module, kind: str, targets: list[str] | None, **options: Any) -> Any:
         from slimkit.delta.inject import apply_delta

@@ -9,11 +9,11 @@ from typing import Any
 
 from slimkit import bridge
 from slimkit.core import check
-from slimkit.core.delta.layers import rate, size
+from slimkit.core.delta import prefix as rules
 from slimkit.core.delta.named import OneAdapter
-from slimkit.core.errors import PatternError, UnsupportedError
-from slimkit.core.match import demand, match
+from slimkit.core.errors import UnsupportedError
 from slimkit.delta.layer import DeltaLayer
+from slimkit.delta.multihead import call_layers, prefixed_multihead, watching_multihead, without_call_layers
 from slimkit.delta.prefix import PrefixLayer
 
 import torch
@@ -23,24 +23,24 @@ from torch.overrides import TorchFunctionMode
 
 __all__ = ["Found", "Prefixed", "bridge", "find_attention", "put_prefix"]
 
-ROWS = "mindpet_delta_prefixtuning"
+ROWS = rules.ROWS
 
 
 class Found:
-    """What was seen of one attention layer: its module, heads and head width, and the keys and values of the run."""
+    """What was seen of one attention layer: its module, and the keys and values (batch, heads, tokens, width)."""
 
     def __init__(self, module: nn.Module, key: torch.Tensor, value: torch.Tensor) -> None:
         self.module, self.key, self.value = module, key.detach(), value.detach()
-        config = getattr(module, "config", None)
-        told = getattr(config, "num_key_value_heads", None)
-        # Where queries share keys, some kernels get the keys repeated; the prefix holds each of them once.
-        self.heads = told if told and key.shape[1] % told == 0 else int(key.shape[1])
-        self.width = int(key.shape[-1])
 
-    def rows(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Keys or values of the first sample as (tokens, heads * width)."""
-        once = tensor[0, :: tensor.shape[1] // self.heads]  # (heads, tokens, width)
-        return once.transpose(0, 1).reshape(once.shape[1], -1)
+    def seen(self) -> rules.Seen:
+        """Heads, width, and the rows of the first sample."""
+        told = getattr(getattr(self.module, "config", None), "num_key_value_heads", None)
+        queries = int(self.key.shape[1])
+        # Where queries share keys, some kernels get the keys repeated; the prefix holds each of them once.
+        heads = told if told and queries % told == 0 else queries
+        rows = [t[0, :: queries // heads].transpose(0, 1) for t in (self.key, self.value)]
+        rows = [t.reshape(t.shape[0], -1) for t in rows]  # (tokens, heads * width)
+        return rules.Seen(heads, int(self.key.shape[-1]), queries, rows[0], rows[1])
 
 
 class _Watch(TorchFunctionMode):
@@ -76,15 +76,15 @@ def _attention_kernel(model: nn.Module) -> list[tuple[Any, str]]:
     return changed
 
 
-def find_attention(model: nn.Module, inputs: Any) -> list[Found]:
+def find_attention(model: nn.Module, inputs: Any) -> dict[str, rules.Seen]:
     """Run the model once and see where attention happens.
 
     Args:
-        model: any model whose attention is torch's scaled_dot_product_attention.
+        model: any model whose attention is torch's scaled_dot_product_attention or nn.MultiheadAttention.
         inputs: one batch; None takes a Hugging Face model's own dummy inputs.
 
     Returns:
-        The attention layers in the order they ran, each once.
+        Path -> what was seen of the attention layer, in the order they ran, each once.
 
     Raises:
         ArgumentError: no inputs to run on.
@@ -100,20 +100,19 @@ def find_attention(model: nn.Module, inputs: Any) -> list[Found]:
         handles.append(module.register_forward_pre_hook(lambda m, _args: stack.append(m)))
         handles.append(module.register_forward_hook(lambda _m, _args, _out: stack.pop() and None, always_call=True))
     try:
-        with bridge.evaluating(model), _Watch(stack) as watch:
+        with bridge.evaluating(model), watching_multihead(model) as multihead, _Watch(stack) as watch:
             bridge.run(model, inputs)
     finally:
         for handle in handles:
             handle.remove()
     found: dict[int, Found] = {}
-    for call in watch.calls:
+    for call in [*watch.calls, *(Found(*call) for call in multihead)]:
         found.setdefault(id(call.module), call)
     if not found:
         raise UnsupportedError(
-            "no attention was found: none of the model's parts calls torch.nn.functional.scaled_dot_product_attention. "
-            "Build PrefixLayer into the model by hand (docs/delta.md)."
+            rules.nothing_found("torch.nn.functional.scaled_dot_product_attention or nn.MultiheadAttention", {})
         )
-    return list(found.values())
+    return {path: found[id(m)].seen() for path, m in model.named_modules() if id(m) in found}
 
 
 class Rows(nn.Module):
@@ -139,7 +138,7 @@ class _Extend(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         call = inspect_call(args, kwargs or {})
         query, key, value, mask = call.pop("query"), call.pop("key"), call.pop("value"), call.pop("attn_mask", None)
-        front = [self._heads(rows, key) for rows in getattr(self.owner, ROWS)()]
+        front = [self.owner.front(rows, key) for rows in self.owner.rows()]
         tokens, n_query, n_key = front[0].shape[2], query.shape[2], key.shape[2]
         if call.pop("is_causal", False):
             mask = torch.ones(n_query, n_key, dtype=torch.bool, device=key.device).tril()
@@ -153,12 +152,6 @@ class _Extend(TorchFunctionMode):
             is_causal=False,
             **call,
         )
-
-    def _heads(self, rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        """(tokens, heads * width) to (batch, heads of `like`, tokens, width)."""
-        heads = rows.view(rows.shape[0], self.owner.prefix_heads, -1).transpose(0, 1).to(like.dtype)
-        heads = heads.repeat_interleave(like.shape[1] // self.owner.prefix_heads, 0)
-        return heads.unsqueeze(0).expand(like.shape[0], -1, -1, -1)
 
 
 class Prefixed(OneAdapter, DeltaLayer):
@@ -179,6 +172,12 @@ class Prefixed(OneAdapter, DeltaLayer):
         """Keys and values (tokens, heads * width), as they are now."""
         return getattr(self, ROWS)()
 
+    def front(self, rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """(tokens, heads * width) to (batch, heads of `like`, tokens, width), in its dtype."""
+        heads = rows.view(rows.shape[0], self.prefix_heads, -1).transpose(0, 1).to(like.dtype)
+        heads = heads.repeat_interleave(like.shape[1] // self.prefix_heads, 0)
+        return heads.unsqueeze(0).expand(like.shape[0], -1, -1, -1)
+
     def revert(self) -> None:
         """Take the prefix off again, in place."""
         delattr(self, ROWS)
@@ -187,92 +186,58 @@ class Prefixed(OneAdapter, DeltaLayer):
 
 
 def put_prefix(
-    model: nn.Module,
-    targets: Any,
-    *,
-    name: str,
-    dtype: Any,
-    strict: bool,
-    inputs: Any = None,
-    prefix_token_num: Any = None,
-    projection: Any = False,
-    mid_dim: Any = 512,
-    dropout_rate: Any = 0.0,
-    text_ids: Any = None,
+    model: nn.Module, targets: Any, *, name: str, dtype: Any, strict: bool, **options: Any
 ) -> dict[str, dict[str, Any]]:
     """Give attention layers a prefix, in place.
 
     Args:
-        model: any model whose attention is scaled_dot_product_attention.
+        model: any model whose attention is scaled_dot_product_attention or nn.MultiheadAttention.
         targets: globs over the paths of attention layers, or None for all.
         name: the delta's name.
         dtype: of the parameters; None means float32.
         strict: whether a glob that matches no attention layer is an error.
-        inputs: see `find_attention`.
-        prefix_token_num: tokens of the prefix; 8 unless a text says otherwise.
-        projection: whether a small network (PrefixLayer) makes the prefix, as the paper trains it.
-        mid_dim: width of the network's middle.
-        dropout_rate: the network's dropout.
-        text_ids: token ids; the prefix starts as the keys and values that this text has in the model.
+        options: see `slimkit.core.delta.prefix.checked`.
 
     Returns:
         Path -> options, of each layer.
     """
-    check.boolean(projection, "projection")
-    rate(dropout_rate, "dropout_rate")
-    size(mid_dim, "mid_dim")
-    if text_ids is not None:
-        if projection:
-            raise UnsupportedError(
-                "text_ids and projection exclude each other: a network cannot be started from a text."
-            )
-        text_ids = [
-            check.integer(i, "text_ids", minimum=0) for i in check.instance(text_ids, (list, tuple), "text_ids")
-        ]
-        if not text_ids or prefix_token_num not in (None, len(text_ids)):
-            check.wrong_value("prefix_token_num", f"the text's {len(text_ids)} tokens", prefix_token_num)
-        prefix_token_num = len(text_ids)
-        inputs = {"input_ids": torch.tensor([text_ids])}
-    tokens = size(8 if prefix_token_num is None else prefix_token_num, "prefix_token_num")
+    plan = rules.checked(**options)
+    inputs = plan.inputs if plan.text_ids is None else {"input_ids": torch.tensor([plan.text_ids])}
     kernels = _attention_kernel(model)
     try:
-        found = find_attention(model, inputs)
-        paths = {id(m): p for p, m in model.named_modules()}
-        by_path = {paths[id(f.module)]: f for f in found}
-        if targets is not None and targets != "all-linear":
-            chosen = match(by_path, check.strings([targets] if isinstance(targets, str) else targets, "targets"))
-            if strict:
-                demand(chosen, by_path, "targets")
-            if not chosen.names:
-                raise PatternError(f"targets match none of the attention layers: {', '.join(by_path)}")
-            by_path = {p: by_path[p] for p in chosen.names}
-        taken = [p for p, f in by_path.items() if isinstance(f.module, DeltaLayer) or hasattr(f.module, ROWS)]
-        if taken:
-            raise UnsupportedError(f"{taken[0]} carries a delta already.")
+        seen = rules.given_sizes(plan, dict(model.named_modules())) or find_attention(model, inputs)
+        seen = rules.chosen(seen, targets, strict)
+        modules: dict[str, Any] = {path: bridge.get_module(model, path) for path in seen}
+        rules.refuse_taken([p for p, m in modules.items() if isinstance(m, DeltaLayer) or hasattr(m, ROWS)])
+        made = {path: _rows(seen[path], plan, dtype or torch.float32) for path in seen}
     except BaseException:
         for config, kernel in kernels:
             config._attn_implementation = kernel
         raise
-    options = {"prefix_token_num": tokens, "projection": projection, "mid_dim": mid_dim, "dropout_rate": dropout_rate}
-    for f in by_path.values():
-        device, kind = f.key.device, dtype or torch.float32
-        width = f.heads * f.width
-        rows: nn.Module
-        if projection:
-            rows = PrefixLayer(tokens, 1, f.heads, width, width, mid_dim, dropout_rate)
-        elif text_ids is not None:
-            rows = Rows(f.rows(f.key).to(kind), f.rows(f.value).to(kind))
-        else:
-            rows = Rows(torch.randn(tokens, width, dtype=kind), torch.randn(tokens, width, dtype=kind))
-        module: Any = f.module
-        module.__class__ = type(f"Prefixed{type(module).__name__}", (Prefixed, type(module)), {})
-        setattr(module, ROWS, rows.to(device).train(module.training))
-        module.prefix_heads = f.heads
-        module.begin(dict(options), name)
+    described = {}
+    for path, module in modules.items():
+        kind = prefixed_multihead(module, Prefixed) or Prefixed
+        first = next(module.parameters(), None)
+        module.__class__ = type(f"Prefixed{type(module).__name__}", (kind, type(module)), {})
+        setattr(module, ROWS, made[path].to(None if first is None else first.device).train(module.training))
+        module.prefix_heads = seen[path].heads
+        described[path] = plan.record(seen[path])
+        module.begin(described[path], name)
     for config, kernel in kernels:
         config.attention_before_prefix = kernel
-    _shift(model, tokens)
-    return {p: dict(options) for p in by_path}
+    call_layers(model, modules)
+    _shift(model, plan.prefix_token_num)
+    return described
+
+
+def _rows(seen: rules.Seen, plan: rules.Plan, kind: torch.dtype) -> nn.Module:
+    width = seen.heads * seen.width
+    if plan.projection:
+        return PrefixLayer(plan.prefix_token_num, 1, seen.heads, width, width, plan.mid_dim, plan.dropout_rate)
+    if plan.text_ids is not None:
+        return Rows(seen.key.to(kind), seen.value.to(kind))
+    shape = (plan.prefix_token_num, width)
+    return Rows(torch.randn(shape, dtype=kind), torch.randn(shape, dtype=kind))
 
 
 def _shift(model: nn.Module, tokens: int) -> None:
@@ -301,6 +266,7 @@ def _shift_positions(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[An
 
 def forget_shift(model: nn.Module) -> None:
     """Let positions start at zero again and attention run as it did before, in place."""
+    without_call_layers(model)
     for module in model.modules():
         config = getattr(module, "config", None)
         if hasattr(config, "attention_before_prefix"):

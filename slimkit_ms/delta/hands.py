@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,6 @@ import numpy as np
 from slimkit.core.delta.bundle import sample_places
 from slimkit.core.delta.spec import PREFIX, Site
 from slimkit.core.delta.travel import TravelHands
-from slimkit.core.errors import UnsupportedError
 from slimkit.core.freeze import Entry
 from slimkit_ms import bridge
 from slimkit_ms.delta.adapter import AdapterDense
@@ -19,6 +18,7 @@ from slimkit_ms.delta.lora import LoRADense
 from slimkit_ms.delta.lora_layers import LoRAConv2d, LoRAEmbedding
 from slimkit_ms.delta.low_rank_adapter import LowRankAdapterDense
 from slimkit_ms.delta.prefix import PrefixEncoder
+from slimkit_ms.delta.prefix_model import sizes_by_config
 from slimkit_ms.delta.prompt import PromptTuning
 
 import mindspore as ms
@@ -152,9 +152,12 @@ class MindSporeHands(TravelHands):
                     found[f"{prefix}.{name}" if prefix else name] = parameter
         return found
 
-    def load_prompt(self, model: Any, kind: str, config: Any, tensors: Any, **options: Any) -> Any:
-        layer = "PrefixEncoder" if kind == "prefix" else "PromptTuning"
-        raise UnsupportedError(f"the model holds no {layer} to load this into; build one in (docs/delta.md).")
+    def prefix_sizes(self, model: nn.Cell, config: Mapping[str, Any]) -> dict[str, tuple[int, int, int]]:
+        return sizes_by_config(model, int(config.get("num_attention_heads") or 1), int(config.get("token_dim") or 1))
+
+    def prefix_rows(self, model: nn.Cell, layers: Sequence[Any]) -> list[tuple[Any, Any]]:
+        with bridge.evaluating(model), bridge.pynative():
+            return [tuple(map(self.value, layer.rows())) for layer in layers]
 
     def tables(self, model: nn.Cell, kind: str) -> list[Any]:
         found: list[Any] = []
@@ -177,9 +180,6 @@ class MindSporeHands(TravelHands):
 
     def may_train(self, tensor: Any) -> bool:
         return "moving_" not in tensor.name
-
-    def prompt_rows(self, model: Any, delta: Any) -> tuple[Any, dict[str, Any]]:
-        raise UnsupportedError(f"no {delta['kind']} of an unedited model exists in MindSpore.")
 
     def apply_kind(self, model: nn.Cell, kind: str, targets: list[str] | None, **options: Any) -> Any:
         from slimkit_ms.delta.inject import apply_delta

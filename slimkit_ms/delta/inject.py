@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from slimkit.core import check
 from slimkit.core.delta import inject as steps
 from slimkit.core.delta.spec import KINDS, DeltaReport
-from slimkit.core.errors import UnsupportedError
 from slimkit_ms import bridge
 from slimkit_ms.delta.hands import hands
+from slimkit_ms.delta.prefix_model import put_prefix
+from slimkit_ms.delta.prompt_model import put_prompt
 
 from mindspore import nn
 
@@ -33,10 +35,10 @@ def apply_delta(
 
     Args:
         model: any model.
-        kind: lora, adapter or low_rank_adapter. Prefix and prompt are layers to build in: PrefixLayer, PrefixEncoder,
-            PromptTuning.
+        kind: lora, adapter or low_rank_adapter (swap layers), prefix or prompt (act on the whole model).
         targets: layers by globs over whole module paths (["*query", "*value"]), a plain path for everything below
-            it, or "all-linear" (the default): every linear layer but the output embedding.
+            it, or "all-linear" (the default): every linear layer but the output embedding. For prefix the attention
+            cells (None: all), for prompt the embedding of the tokens (None: found by itself).
         name: one of several deltas on the same base.
         exclude: globs of targets left alone.
         freeze: stop everything else from training; `remove_delta` puts the flags back.
@@ -46,7 +48,9 @@ def apply_delta(
         options: of the kind. lora: rank, alpha (None: twice the rank), dropout, rslora, dora, init ("kaiming",
             "gaussian", "pissa"), ranks and alphas ({glob: number}), keep_zeros (None: on sparse layers). adapter:
             bottleneck_size, non_linearity. low_rank_adapter: reduction_factor, low_rank_size, low_rank_w_init,
-            non_linearity.
+            non_linearity. prefix: prefix_token_num, projection, mid_dim, dropout_rate, text_ids, inputs (one batch to
+            see the attention at work), or sizes ({path: (heads, width, query heads)}) instead of a run. prompt:
+            num_virtual_tokens, init ("vocabulary", "random"), text_ids.
 
     Returns:
         The layers changed, what was skipped, and the share of parameters that train now (print it).
@@ -66,10 +70,12 @@ def apply_delta(
     """
     bridge.check_model(model)
     kind = check.choice(kind.lower() if isinstance(kind, str) else kind, KINDS, "kind")
-    if not KINDS[kind]:
-        layer = "PrefixLayer or PrefixEncoder" if kind == "prefix" else "PromptTuning"
-        raise UnsupportedError(
-            f"{kind} cannot be put on a finished MindSpore model: build {layer} into its cells (docs/delta.md)."
+    if kind in ("prefix", "prompt"):
+        put = functools.partial(put_prefix, model, targets, dtype=dtype, strict=strict)
+        if kind == "prompt":
+            put = functools.partial(put_prompt, model, targets, dtype=dtype)
+        return steps.apply_in_place(
+            hands, model, kind, put, name=name, freeze=freeze, also_train=also_train, options=options
         )
     return steps.apply_layers(
         hands,

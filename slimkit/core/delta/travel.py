@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from slimkit.core import check, files
 from slimkit.core.delta import inject, peft
 from slimkit.core.delta.bundle import MANIFEST, compare_keys, compare_shapes, fingerprint, read_bundle, write_bundle
 from slimkit.core.delta.spec import KINDS, PREFIX, DeltaReport, delta_name, key, spec_from_dict
-from slimkit.core.errors import ArgumentError, FileFormatError
+from slimkit.core.errors import ArgumentError, FileFormatError, UnsupportedError
 from slimkit.core.freeze import report_of
 from slimkit.core.log import logger
 
@@ -48,23 +48,13 @@ class TravelHands(inject.Hands):
         name = getattr(getattr(model, "config", None), "_name_or_path", None)
         return {"task_type": peft.task_type(type(model).__name__), "base_model_name_or_path": name or None}
 
-    @abstractmethod
-    def load_prompt(
-        self,
-        model: Any,
-        kind: str,
-        config: Mapping[str, Any],
-        tensors: Mapping[str, Array],
-        *,
-        name: str,
-        freeze: bool,
-        where: str,
-    ) -> DeltaReport:
-        """Put a PEFT prefix or prompt on a model."""
+    def prefix_sizes(self, model: Any, config: Mapping[str, Any]) -> Mapping[str, Sequence[int]] | None:
+        """The attention layers that PEFT's configuration speaks of, where a run is not what finds them."""
+        return None
 
     @abstractmethod
-    def prompt_rows(self, model: Any, delta: Mapping[str, Any]) -> tuple[Array, dict[str, Any]]:
-        """A prefix or prompt as PEFT's one tensor, and what PEFT's configuration says of it."""
+    def prefix_rows(self, model: Any, layers: Sequence[Any]) -> list[tuple[Array, Array]]:
+        """Keys and values (tokens, heads * width) of the prefixes of layers, as they are outside training."""
 
     @abstractmethod
     def tables(self, model: Any, kind: str) -> list[Any]:
@@ -247,9 +237,73 @@ def _load_peft(hands: TravelHands, model: Any, folder: Path, name: str, freeze: 
         hands.fill(tables[0], peft.read_prompt(prompt, tuple(tables[0].shape), str(folder)))
         report = DeltaReport(kind, name, {})
     else:
-        report = hands.load_prompt(model, kind, config, prompt, name=name, freeze=freeze, where=str(folder))
+        report = _load_prompt(hands, model, kind, config, prompt, {"name": name, "freeze": freeze}, str(folder))
     _fill_base(hands, base, extra)
     return report
+
+
+def _load_prompt(
+    hands: TravelHands,
+    model: Any,
+    kind: str,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Array],
+    options: Mapping[str, Any],
+    where: str,
+) -> DeltaReport:
+    """Put a PEFT prefix or prompt on a model that was built without; on any error it comes off again."""
+    tokens = int(config.get("num_virtual_tokens") or 0)
+    if kind == "prompt":
+        report = hands.apply_kind(model, kind, None, num_virtual_tokens=tokens, **options)
+    else:
+        sizes = hands.prefix_sizes(model, config)
+        report = hands.apply_kind(model, kind, None, prefix_token_num=tokens, sizes=sizes, **options)
+    try:
+        parts = [list(x.parts("").values()) for p, x in hands.layers(model).items() if p in report.layers]
+        flat = peft.read_prompt(tensors, (tokens, sum(int(t.shape[1]) for pair in parts for t in pair)), where)
+        values = [(flat,)] if kind == "prompt" else peft.split_prefix(flat, len(parts))
+        for pair, pieces in zip(parts, values):
+            for tensor, value in zip(pair, pieces):
+                hands.fill(tensor, value)
+    except Exception:
+        inject.remove(hands, model, options["name"])
+        raise
+    return report
+
+
+def _prompt_rows(hands: TravelHands, model: Any, delta: Mapping[str, Any]) -> tuple[Array, dict[str, Any]]:
+    """A prefix or prompt as PEFT's one tensor, and what PEFT's configuration says of it."""
+    layers = [x for p, x in hands.layers(model).items() if p in delta["layers"]]
+    config = getattr(model, "config", None)
+    if delta["kind"] == "prompt":
+        (table,) = layers[0].parts("").values()
+        rows = hands.value(table)
+        about = {
+            "peft_type": "PROMPT_TUNING",
+            "prompt_tuning_init": "RANDOM",
+            "token_dim": rows.shape[1],
+            "num_attention_heads": getattr(config, "num_attention_heads", 1),
+            "num_layers": getattr(config, "num_hidden_layers", 1),
+        }
+    else:
+        pairs = hands.prefix_rows(model, layers)
+        if len({(x.prefix_heads, pair[0].shape) for x, pair in zip(layers, pairs)}) > 1:
+            raise UnsupportedError("PEFT's prefix has the same shape in every layer; this one has not.")
+        rows = np.concatenate([part for pair in pairs for part in pair], 1)
+        width = rows.shape[1] // (2 * len(layers))
+        about = {
+            "peft_type": "PREFIX_TUNING",
+            "token_dim": width,
+            "encoder_hidden_size": width,
+            "num_attention_heads": layers[0].prefix_heads,
+            "num_layers": len(layers),
+        }
+    return rows, {
+        **about,
+        "num_virtual_tokens": rows.shape[0],
+        "num_transformer_submodules": 1,
+        "inference_mode": True,
+    }
 
 
 def save_peft(hands: TravelHands, model: Any, directory: Any, names: Any = None) -> Path:
@@ -273,7 +327,7 @@ def save_peft(hands: TravelHands, model: Any, directory: Any, names: Any = None)
     modules = {n.rpartition(".")[0] for n in extra}
     kept = {n: hands.value(t) for n, t in whole.items() if n.rpartition(".")[0] in modules and PREFIX not in n}
     if delta["kind"] != "lora":
-        rows, config = hands.prompt_rows(model, delta)
+        rows, config = _prompt_rows(hands, model, delta)
         peft.write_prompt(folder, rows, kept, about, config)
         return folder
     specs = {p: spec_from_dict(r) for p, r in delta["layers"].items()}
@@ -308,8 +362,11 @@ def put_on(
                 report = apply_record(hands, model, {**delta, "layers": left}, freeze)
                 done.append(delta["name"])
                 described.update(report.layers)
-            for path, layer in hands.layers(model).items():
-                if path in delta["layers"] and layer.delta_kind == delta["kind"]:
+            # A prompt stands before the whole model: where exactly it is held differs between the frameworks.
+            prompt = next(iter(delta["layers"]), None) if delta["kind"] == "prompt" else None
+            for here, layer in hands.layers(model).items():
+                path = here if prompt is None else prompt
+                if path in delta["layers"] and layer.delta_kind == delta["kind"] and delta["name"] in layer.specs:
                     for part, tensor in layer.parts(delta["name"], delta["file_name"]).items():
                         wanted[f"{path}.{part}" if path else part] = tensor
         compare_keys(tensors, wanted, where)
@@ -350,7 +407,9 @@ def apply_record(hands: TravelHands, model: Any, delta: Mapping[str, Any], freez
     if kind == "lora":
         specs = {p: spec_from_dict(r) for p, r in records.items()}
         return inject.apply_layers(hands, model, kind, None, name=str(delta["name"]), freeze=freeze, specs=specs)
-    options = next(iter(records.values()))
+    options = dict(next(iter(records.values())))
+    if options.pop("heads", None) is not None:
+        options["sizes"] = {path: record["heads"] for path, record in records.items()}
     return hands.apply_kind(model, kind, list(records), name=delta["name"], freeze=freeze, **options)
 
 

@@ -1,0 +1,148 @@
+"""Prefixes on models nobody edits: the options, what was seen of each attention layer, and which layers are meant."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from slimkit.core import check
+from slimkit.core.delta.layers import rate, size
+from slimkit.core.errors import ArgumentError, PatternError, UnsupportedError
+from slimkit.core.match import demand, match
+
+ROWS = "mindpet_delta_prefixtuning"
+
+
+class Seen(NamedTuple):
+    """One attention layer: heads of its keys, width of a head, heads of its queries, and keys and values of a run.
+
+    `key` and `value` are (tokens, heads * width) of the run's first sample; None where nothing ran.
+    """
+
+    heads: int
+    width: int
+    query_heads: int
+    key: Any = None
+    value: Any = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The checked options of a prefix; see `checked`."""
+
+    prefix_token_num: int
+    projection: bool
+    mid_dim: int
+    dropout_rate: float
+    text_ids: list[int] | None
+    inputs: Any
+    sizes: Mapping[str, Sequence[int]] | None
+
+    def record(self, seen: Seen) -> dict[str, Any]:
+        """What a bundle says of the prefix of one layer, as plain values."""
+        return {
+            "prefix_token_num": self.prefix_token_num,
+            "projection": self.projection,
+            "mid_dim": self.mid_dim,
+            "dropout_rate": self.dropout_rate,
+            "heads": [seen.heads, seen.width, seen.query_heads],
+        }
+
+
+def checked(
+    prefix_token_num: Any = None,
+    projection: Any = False,
+    mid_dim: Any = 512,
+    dropout_rate: Any = 0.0,
+    text_ids: Any = None,
+    inputs: Any = None,
+    sizes: Any = None,
+) -> Plan:
+    """The options of a prefix, checked.
+
+    Args:
+        prefix_token_num: tokens of the prefix; 8 unless a text says otherwise.
+        projection: whether a small network (PrefixLayer) makes the prefix, as the paper trains it.
+        mid_dim: width of the network's middle.
+        dropout_rate: the network's dropout.
+        text_ids: token ids; the prefix starts as the keys and values that this text has in the model.
+        inputs: one batch to run the model on.
+        sizes: path -> (heads of the keys, width of a head, heads of the queries), where no run is needed to know them.
+
+    Raises:
+        ArgumentTypeError, ArgumentError: an option of the wrong type or value.
+        UnsupportedError: text_ids and projection together.
+
+    Example:
+        >>> checked(prefix_token_num=4).prefix_token_num
+        4
+    """
+    check.boolean(projection, "projection")
+    rate(dropout_rate, "dropout_rate")
+    size(mid_dim, "mid_dim")
+    if text_ids is not None:
+        if projection:
+            raise UnsupportedError(
+                "text_ids and projection exclude each other: a network cannot be started from a text."
+            )
+        check.instance(text_ids, (list, tuple), "text_ids")
+        text_ids = [int(check.integer(i, "text_ids", minimum=0)) for i in text_ids]
+        if not text_ids or prefix_token_num not in (None, len(text_ids)):
+            check.wrong_value("prefix_token_num", f"the text's {len(text_ids)} tokens", prefix_token_num)
+        prefix_token_num = len(text_ids)
+    tokens = size(8 if prefix_token_num is None else prefix_token_num, "prefix_token_num")
+    if sizes is not None:
+        check.instance(sizes, Mapping, "sizes", "a mapping of path to (heads, width, query heads)")
+    return Plan(tokens, projection, mid_dim, dropout_rate, text_ids, inputs, sizes)
+
+
+def given_sizes(plan: Plan, paths: Mapping[str, Any]) -> dict[str, Seen]:
+    """The layers as `sizes` describes them; ArgumentError where the model has no attention at a path.
+
+    Args:
+        plan: the options.
+        paths: the model's attention layers by path.
+    """
+    for path in plan.sizes or ():
+        if path not in paths:
+            raise ArgumentError(f"the model has no attention layer {path!r}{check.near(path, list(paths))}")
+    return {path: Seen(*(size(n, "sizes") for n in facts)) for path, facts in (plan.sizes or {}).items()}
+
+
+def chosen(seen: Mapping[str, Seen], targets: Any, strict: bool) -> dict[str, Seen]:
+    """The attention layers that `targets` means: globs over their paths, None or "all-linear" for all."""
+    if targets is None or targets == "all-linear":
+        return dict(seen)
+    found = match(seen, check.strings([targets] if isinstance(targets, str) else targets, "targets"))
+    if strict:
+        demand(found, seen, "targets")
+    if not found.names:
+        raise PatternError(f"targets match none of the attention layers: {', '.join(seen)}")
+    return {path: seen[path] for path in found.names}
+
+
+def refuse_taken(paths: Sequence[str]) -> None:
+    """Refuse layers that carry a delta already."""
+    if paths:
+        raise UnsupportedError(f"{paths[0]} carries a delta already.")
+
+
+def nothing_found(wanted: str, unfit: Mapping[str, str]) -> str:
+    """What to say where no attention was found that a prefix can extend, and why each candidate is none."""
+    lines = "".join(f" {path or 'the model'}: {why}." for path, why in list(unfit.items())[:5])
+    return (
+        f"no attention was found that a prefix can extend: it takes {wanted}.{lines} "
+        f"Write it that way, or build PrefixLayer into the model by hand (docs/delta.md)."
+    )
+
+
+def torch_name(name: str) -> str:
+    """A parameter's name below a delta as torch spells it: the table of an embedding is its weight.
+
+    Example:
+        >>> torch_name("wte.embedding_table")
+        'wte.weight'
+    """
+    stem, dot, last = name.rpartition(".")
+    return f"{stem}{dot}weight" if last == "embedding_table" else name
