@@ -197,7 +197,8 @@ def _rewrite(
         rest = ", ".join(a.name if a.asname is None else f"{a.name} as {a.asname}" for a in left)
         new.append(f"{head}from {module} import {rest}")
     tail = lines[last][_after(node, lines[last]) :]
-    after = "\n".join(new) + (tail if tail.strip() else "\n" if before.endswith("\n") else "")
+    ending = before[len(before.rstrip("\r\n")) :]
+    after = (ending or "\n").join(new) + (tail if tail.strip() else ending)
     lines[first : last + 1] = [after]
     made.rewritten.append((node.lineno, before.strip(), after.strip()))
 

@@ -1,0 +1,93 @@
+"""Tiny models for the command line's tests: Hugging Face directories with a tokenizer, nets behind factories, text."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+WORDS = "the a cat dog sat ran on mat good bad very not is was big small red blue over under".split()
+
+TORCH_NET = """
+import torch
+from torch import nn
+
+
+def net(width=32):
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, width, 3, padding=1),
+        nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 10),
+    )
+
+
+def batches():
+    return [torch.ones(2, 3, 8, 8) * i for i in range(1, 4)]
+
+
+def nothing():
+    return 3
+"""
+
+MS_NET = """
+import mindspore as ms
+from mindspore import nn
+
+
+class Net(nn.Cell):
+    def __init__(self, width):
+        super().__init__()
+        padded = {"pad_mode": "pad", "padding": 1, "has_bias": True}
+        self.c1, self.b1 = nn.Conv2d(3, width, 3, **padded), nn.BatchNorm2d(width)
+        self.c2, self.relu, self.f = nn.Conv2d(width, width, 3, **padded), nn.ReLU(), nn.Dense(width, 10)
+
+    def construct(self, x):
+        x = self.relu(self.b1(self.c1(x)))
+        return self.f(self.relu(self.c2(x)).mean((2, 3)))
+
+
+def net(width=32):
+    ms.set_seed(0)
+    return Net(width)
+"""
+
+
+def hugging_face(folder: Path, family: str, **changes: int) -> Path:
+    """A model directory of random weights with a word-level tokenizer, as `save_pretrained` leaves it."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    import torch
+    import transformers as hf
+
+    vocabulary = {w: i for i, w in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    sizes = {
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
+        "vocab_size": len(vocabulary), "max_position_embeddings": 32, **changes,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    model = {
+        "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(num_key_value_heads=2, pad_token_id=0, **sizes)),
+        "bert": lambda: hf.BertModel(hf.BertConfig(**sizes)),
+    }[family]()
+    target = folder / family
+    model.save_pretrained(target)
+    hf.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]"
+    ).save_pretrained(target)
+    return target
+
+
+def text(file: Path, count: int = 24, labels: bool = True) -> Path:
+    """Lines of words; the label says which of two words is in the line."""
+    draw = random.Random(0)
+    lines = []
+    for _ in range(count):
+        good = draw.random() < 0.5
+        words = [w for w in draw.choices(WORDS, k=draw.randint(6, 12)) if w not in ("good", "bad")]
+        words.insert(1, "good" if good else "bad")
+        row = {"text": " ".join(words), **({"label": "pos" if good else "neg"} if labels else {})}
+        lines.append(json.dumps(row) + "\n")
+    file.write_text("".join(lines))
+    return file
