@@ -1,4 +1,4 @@
-"""The trainer for MindSpore: one loop with the torch wing's, on value_and_grad, in PyNative and GRAPH mode."""
+"""The trainer for MindSpore: the torch wing's loop, run by mindspore.train.Model, in PyNative and GRAPH mode."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ class Trainer(TrainerLoop):
         loss_func: f(outputs, targets) -> scalar, for batches of (inputs, targets).
         optimizer: an optimizer over the cell's parameters, or f(parameters) -> optimizer; None: AdamW with rate 1e-3
             over the parameters that want a gradient.
-        callbacks: objects with methods of `TrainerCallback`.
+        callbacks: objects with methods of `TrainerCallback`, and MindSpore's own callbacks (`LossMonitor`,
+            `ModelCheckpoint`, `TrainableParamsCheckPoint` ...), which see a `mindspore.train.Model` at work.
         compute_loss: f(model, batch) -> scalar, for any batch.
         metrics: name -> f(outputs, targets) -> number, averaged over samples in evaluation.
         run_history: where metrics go; None: in memory.
@@ -58,6 +59,8 @@ class Trainer(TrainerLoop):
 
     def __init__(self, model: nn.Cell, *args: Any, **kwargs: Any) -> None:
         super().__init__(bridge.check_model(model), *args, **kwargs)
+        self._model_callbacks = [c for c in self.callbacks if isinstance(c, ms.train.Callback)]
+        self.callbacks = [c for c in self.callbacks if not isinstance(c, ms.train.Callback)]
         self._objective: nn.Cell | None = None
         self._gradient: Any = None
         self._reducer: Any = None
@@ -107,6 +110,19 @@ class Trainer(TrainerLoop):
         if self._rate is not None:
             self._set_rate(self.global_step)
         self._clip = (options.clip_value, options.clip_norm)
+
+    def _drive(self) -> None:
+        if not self._more():
+            return
+        ms.train.Model(_Update(self)).train(
+            self._epochs.last,
+            _Feed(self),
+            callbacks=[_EpochEnd(self), *self._model_callbacks],
+            dataset_sink_mode=False,
+            initial_epoch=self.epoch - 1,
+        )
+        if self._more():
+            self.stop("a MindSpore callback asked for it")
 
     def _finish(self) -> None:
         self._undo()
@@ -285,6 +301,59 @@ class Trainer(TrainerLoop):
         for key, parameter in held.items():
             # assign, for set_data is not seen by what has run before.
             ops.assign(parameter, ms.Tensor(arrays[key].reshape(parameter.shape), parameter.dtype))
+
+
+class _Update(nn.Cell):
+    """One parameter update as the network that `mindspore.train.Model` runs; it holds the model and its optimizer."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        super().__init__(auto_prefix=False)
+        self.network, self.optimizer = trainer.model, trainer.optimizer
+        self._trainer = trainer
+
+    def set_train(self, mode: bool = True) -> _Update:
+        # The trainer has set the modes; cells put into eval mode on purpose must stay there.
+        return self
+
+    def __call__(self, *group: Any) -> Any:
+        # Not construct: the update runs as Python, and compiles its gradient in GRAPH mode.
+        return self._trainer._step(list(group))
+
+
+class _Feed:
+    """The batches of a run as `mindspore.train.Model` reads a data set: one row an update, epoch after epoch."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+        self._rows: Iterator[list[Any]] | None = None
+
+    def get_dataset_size(self) -> int:
+        config = self._trainer.run_config
+        assert config is not None
+        return config.num_update_steps_per_epoch or 2**31 - 1  # unknown: steps are then counted through
+
+    def create_tuple_iterator(self, **_: Any) -> _Feed:
+        return self
+
+    def reset(self) -> None:
+        self._rows = None
+
+    def __next__(self) -> tuple[Any, ...]:
+        if self._rows is None:
+            self._rows = self._trainer._groups()
+        return tuple(next(self._rows))
+
+
+class _EpochEnd(ms.train.Callback):
+    """Closes the trainer's epoch, and ends the run when the trainer says so."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+
+    def on_train_epoch_end(self, run_context: Any) -> None:
+        self._trainer._close_epoch()
+        if not self._trainer._more():
+            run_context.request_stop()
 
 
 class Objective(nn.Cell):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from slimkit_ms import Trainer
+from slimkit.core.errors import ConfigError
+from slimkit_ms import TrainableParamsCheckPoint, Trainer
 from tests.both.test_train import Pairs, by_hand
 from tests.only_ms.two_workers import Pairs as Shared
 
@@ -108,6 +110,67 @@ def test_fp16_trains_close_to_float32_and_is_undone(compiled, request):
 
 
 @pytest.mark.slow
+class Watch(ms.train.Callback):
+    """What a user's own MindSpore callback sees."""
+
+    def __init__(self, stop_at=None):
+        super().__init__()
+        self.stop_at, self.steps, self.losses = stop_at, [], []
+
+    def on_train_step_end(self, run_context):
+        seen = run_context.original_args()
+        self.steps.append((seen.cur_epoch_num, seen.cur_step_num, seen.batch_num))
+        self.losses.append(float(seen.net_outputs))
+        if seen.cur_step_num == self.stop_at:
+            run_context.request_stop()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_mindspore_callbacks_see_a_model_at_work(compiled, request):
+    if compiled:
+        request.getfixturevalue("graph")
+    watch = Watch()
+    trainer = Trainer(net(), nn.MSELoss(), sgd, callbacks=[watch])
+    history = trainer.train(Pairs(), 2, gradient_accumulation_steps=2)
+    updates = trainer.run_config.num_update_steps_per_epoch
+    expected = [(1 + k // updates, k + 1, updates) for k in range(2 * updates)]
+    assert watch.steps == expected
+    # the same numbers, once read from the device each and once all together
+    np.testing.assert_allclose(watch.losses, history.get_metric_values("train_loss_step"), rtol=1e-6)
+
+
+def test_a_mindspore_callback_ends_the_run():
+    trainer = Trainer(net(), nn.MSELoss(), sgd, callbacks=[Watch(stop_at=2)])
+    history = trainer.train(Pairs(), 3)
+    assert len(history.get_metric_values("train_loss_step")) == 2
+    assert len(history.get_metric_values("train_loss_epoch")) == 1
+    assert "callback" in trainer.stop_reason
+
+
+def test_a_delta_checkpoint_callback_serves_the_trainer(tmp_path):
+    cell = net()
+    for p in cell[0].get_parameters():
+        p.requires_grad = False
+    keep = TrainableParamsCheckPoint(str(tmp_path / "delta"), config=ms.train.CheckpointConfig(save_checkpoint_steps=1))
+    Trainer(cell, nn.MSELoss(), sgd, callbacks=[keep]).train(Pairs(), 1)
+    (last,) = sorted((tmp_path / "delta").glob("*.ckpt"), key=lambda f: f.stat().st_mtime)[-1:]
+    found = ms.load_checkpoint(str(last))
+    assert set(found) == {"2.weight", "2.bias"}
+    np.testing.assert_array_equal(found["2.weight"].asnumpy(), cell[2].weight.asnumpy())
+
+
+def test_an_error_in_a_step_reaches_the_caller_and_the_modes_come_back():
+    cell = nn.SequentialCell(nn.Dense(5, 4), nn.Dropout(p=0.5), nn.Dense(4, 2))
+    cell.set_train(False)
+    with pytest.raises(ConfigError, match="no such thing"):
+        Trainer(cell, compute_loss=refuse).train(Pairs(), 1)
+    assert not any(c.training for _, c in cell.cells_and_names())
+
+
+def refuse(model, batch):
+    raise ConfigError("no such thing")
+
+
 def test_two_workers_have_the_loss_curve_of_one(tmp_path):
     script = str(FOLDER / "two_workers.py")
     bin_folder = str(Path(sys.executable).parent)
@@ -119,7 +182,13 @@ def test_two_workers_have_the_loss_curve_of_one(tmp_path):
     }
     one = subprocess.run([sys.executable, script, tmp_path, "8"], env=env, capture_output=True, text=True, cwd=tmp_path)
     assert one.returncode == 0, one.stderr[-2000:]
-    command = [f"{bin_folder}/msrun", "--worker_num=2", "--local_worker_num=2", "--master_port=18118", "--join=True"]
+    command = [
+        f"{bin_folder}/msrun",
+        "--worker_num=2",
+        "--local_worker_num=2",
+        f"--master_port={free_port()}",
+        "--join=True",
+    ]
     command += [f"--log_dir={tmp_path / 'log'}", script, str(tmp_path), "4"]
     two = subprocess.run(command, env=env, capture_output=True, text=True, cwd=tmp_path, timeout=240)
     assert (tmp_path / "2-1.json").exists(), two.stdout[-2000:] + two.stderr[-2000:]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,16 @@ from slimkit.core.train.resume import Resumable
 from slimkit.core.train.updates import TrainOptions
 
 PRECISIONS = ("no", "fp16", "bf16")
+
+
+@dataclass(frozen=True)
+class _Epochs:
+    """What a run reads: its options, its last epoch, the batches of an epoch, and those to evaluate on."""
+
+    options: TrainOptions
+    last: int
+    batches: Callable[[int], Iterable[Any]]
+    held_out: Callable[[], Iterable[Any]] | None
 
 
 class TrainerLoop(Resumable):
@@ -68,6 +79,7 @@ class TrainerLoop(Resumable):
         self.seed = 0
         self.stop_reason: str | None = None
         self._losses, self._pending, self._terms, self._term_values = [], [], {}, {}
+        self._epochs: _Epochs
 
     # What a wing adds.
 
@@ -213,20 +225,15 @@ class TrainerLoop(Resumable):
             if resume_from is not None:
                 self._resume(Path(resume_from))
                 last += self._first - first
+            self._epochs = _Epochs(
+                options,
+                last,
+                lambda epoch: opened(train_dataset, batch_size, epoch, train_kwargs, True),
+                None if eval_dataset is None else lambda: opened(eval_dataset, eval_size, 0, eval_kwargs, False),
+            )
             self._modes(True)
             self._fire("on_train_begin")
-            while self.epoch <= last and self.stop_reason is None and not self._spent(options):
-                if self.step_in_epoch == 0:
-                    self._fire("on_epoch_begin")
-                batches = iter(opened(train_dataset, batch_size, self.epoch, train_kwargs, True))
-                self._run_epoch(batches, options)
-                if eval_dataset is not None:
-                    self._record(self._evaluate_batches(opened(eval_dataset, eval_size, 0, eval_kwargs, False)))
-                    self._fire("on_evaluate_end")
-                # The epoch counter moves first: a checkpoint taken in on_epoch_end belongs to the next epoch's start.
-                self.run_history._increment_epoch()
-                self.epoch, self.step_in_epoch = self.epoch + 1, 0
-                self._fire("on_epoch_end")
+            self._drive()
             self._fire("on_train_end")
         finally:
             self._modes(False)
@@ -289,29 +296,50 @@ class TrainerLoop(Resumable):
             if method is not None:
                 method(self)
 
-    def _spent(self, options: TrainOptions) -> bool:
-        return options.max_steps is not None and self.global_step >= options.max_steps
+    def _drive(self) -> None:
+        """Run the epochs: `_groups`, `_step` for each, `_close_epoch`, as long as `_more` says so."""
+        while self._more():
+            for group in self._groups():
+                self._step(group)
+            self._close_epoch()
 
-    def _run_epoch(self, batches: Iterator[Any], options: TrainOptions) -> None:
-        done = self.step_in_epoch * options.accumulation
+    def _spent(self) -> bool:
+        most = self._epochs.options.max_steps
+        return most is not None and self.global_step >= most
+
+    def _more(self) -> bool:
+        return self.epoch <= self._epochs.last and self.stop_reason is None and not self._spent()
+
+    def _groups(self) -> Iterator[list[Any]]:
+        """Begin an epoch, or go on with a resumed one: the batches of each update, until the run is told to stop."""
+        if self.step_in_epoch == 0:
+            self._fire("on_epoch_begin")
+        size = self._epochs.options.accumulation
+        batches = iter(self._epochs.batches(self.epoch))
+        done = self.step_in_epoch * size
         if done and len(list(islice(batches, done))) < done:
             raise ConfigError(f"resume_from: the checkpoint read {done} batches of this epoch, which has fewer")
         if not done:
             self._pending, self._term_values = [], {}
-        while (
-            self.stop_reason is None
-            and not self._spent(options)
-            and (group := list(islice(batches, options.accumulation)))
-        ):
-            self._losses.append(self._update(group))
-            # A distillation model tells the value of each term of its loss.
-            parts = getattr(self.model, "losses", None)
-            if isinstance(parts, Mapping):
-                for name, value in parts.items():
-                    self._terms.setdefault(name, []).append(value)
-            self.global_step += 1
-            self.step_in_epoch += 1
-            self._fire("on_step_end")
+        while self.stop_reason is None and not self._spent() and (group := list(islice(batches, size))):
+            yield group
+
+    def _step(self, group: list[Any]) -> Any:
+        """One update and what follows it; returns its loss, not waited for."""
+        loss = self._update(group)
+        self._losses.append(loss)
+        # A distillation model tells the value of each term of its loss.
+        parts = getattr(self.model, "losses", None)
+        if isinstance(parts, Mapping):
+            for name, value in parts.items():
+                self._terms.setdefault(name, []).append(value)
+        self.global_step += 1
+        self.step_in_epoch += 1
+        self._fire("on_step_end")
+        return loss
+
+    def _close_epoch(self) -> None:
+        """Bring the epoch's means into the history, evaluate, and count it."""
         self._flush()
         if self._pending:
             self.run_history.update_metric("train_loss_epoch", math.fsum(self._pending) / len(self._pending))
@@ -320,6 +348,13 @@ class TrainerLoop(Resumable):
         rate = self._learning_rate()
         if rate is not None:
             self.run_history.update_metric("learning_rate", rate)
+        if self._epochs.held_out is not None:
+            self._record(self._evaluate_batches(self._epochs.held_out()))
+            self._fire("on_evaluate_end")
+        # The epoch counter moves first: a checkpoint taken in on_epoch_end belongs to the next epoch's start.
+        self.run_history._increment_epoch()
+        self.epoch, self.step_in_epoch = self.epoch + 1, 0
+        self._fire("on_epoch_end")
 
     def _record(self, found: Mapping[str, float]) -> None:
         for name, value in found.items():
