@@ -16,7 +16,7 @@ def convert_checkpoint(
     dst: Any,
     source_net: Any = None,
     result_net: Any = None,
-    name_map: Mapping[str, str] | None = None,
+    name_map: Mapping[Any, Any] | None = None,
     choice_func: Callable[[str], bool] | None = None,
     *,
     to: str | None = None,
@@ -36,7 +36,8 @@ def convert_checkpoint(
             model.safetensors.
         source_net: the network that `src` belongs to.
         result_net: the network, of the other framework, that `dst` is for.
-        name_map: name in `src` -> name in `dst`; a key "re:PATTERN" replaces a part of names, before any rule.
+        name_map: name in `src` -> name in `dst`; a key "re:PATTERN" replaces a part of names, before any rule. A
+            list of names, or a dict of names to rows, splits a fused tensor; a tuple of names as the key joins several.
         choice_func: only tensors of `src` for whose names it is true are converted.
         to: "torch" or "mindspore", where endings and networks leave it open.
         inputs: NumPy array, tuple of arrays, or dict of arrays: load both networks, in place, run both on it, and

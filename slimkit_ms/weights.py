@@ -66,8 +66,16 @@ def prune_model_weight(
         source.verify(plan.feeds.values())
         parameters = {p.name: p for p in model.get_parameters()}
         for name, values in plan.tensors(source):
-            parameters[name].set_data(ms.Tensor(values, parameters[name].dtype))
+            parameters[name].set_data(_owned(values, parameters[name].dtype))
     return plan.report
+
+
+def _owned(values: Array, dtype: Any) -> ms.Tensor:
+    """A tensor of values that nobody else keeps; float32 is handed over without a second copy."""
+    if dtype != ms.float32:
+        return ms.Tensor(values, dtype)
+    # A view would keep all of the tensor that it was cut from.
+    return ms.Tensor.from_numpy(np.array(values, np.float32) if values.base is not None else values)
 
 
 def suggest_layer_map(model_or_file: Any, calibration: Any, keep: int, blocks: str | None = None) -> LayerSuggestion:

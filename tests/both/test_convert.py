@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from slimkit.core.checkpoint import weightfile
 from slimkit.core.checkpoint.ckpt import Ckpt, stream_ckpt
 from slimkit.core.checkpoint.weightfile import Entry, Safetensors, stream_safetensors
-from slimkit.core.convert import moves
+from slimkit.core.convert import names
 from slimkit.core.errors import ArgumentError, FileFormatError, PatternError, PlanError
 
 TORCH = {
@@ -93,6 +93,32 @@ def test_the_users_map_comes_first(convert, tmp_path):
     assert report.renamed["x"] == "bias.of.all"
 
 
+def test_the_users_map_splits_and_joins(convert, tmp_path):
+    shapes = {"h.0.qkv.weight": (6, 4), "h.1.qkv.weight": (6, 4), "kv.bias": (5,), "ln.weight": (4,)}
+    tensors = write(tmp_path / "a.safetensors", shapes)
+    parts = [rf"h.\1.{r}.weight" for r in "qkv"]
+    map_ = {r"re:^h\.(\d)\.qkv\.weight$": parts, "kv.bias": {"k.bias": 2, "v.bias": 3}}
+    report = convert(tmp_path / "a.safetensors", tmp_path / "b.ckpt", name_map=map_)
+    assert report.split["h.1.qkv.weight"] == ["h.1.q.weight", "h.1.k.weight", "h.1.v.weight"]
+    assert report.dropped == []
+    with Ckpt(tmp_path / "b.ckpt") as found:
+        assert set(found.entries) == {f"h.{i}.{r}.weight" for i in "01" for r in "qkv"} | {
+            "k.bias",
+            "v.bias",
+            "ln.gamma",
+        }
+        assert np.array_equal(found.raw("h.1.k.weight"), tensors["h.1.qkv.weight"][2:4])
+        assert np.array_equal(found.raw("v.bias"), tensors["kv.bias"][2:])
+    back = {
+        tuple(rf"re:^h\.(\d)\.{r}\.weight$" for r in "qkv"): r"h.\1.qkv.weight",
+        ("k.bias", "v.bias"): "kv.bias",
+    }
+    report = convert(tmp_path / "b.ckpt", tmp_path / "c.safetensors", name_map=back)
+    assert report.joined["kv.bias"] == ["k.bias", "v.bias"]
+    with Safetensors(tmp_path / "c.safetensors") as found:
+        assert all(np.array_equal(found.raw(n), tensors[n]) for n in shapes)
+
+
 def test_numbers_and_strings_come_along(convert, kit, tmp_path):
     room = kit.room("checkpoint")
     path = room.save_checkpoint({"w": np.ones(2), "epoch": 3, "note": "hé"}, tmp_path / "a.safetensors").path
@@ -124,6 +150,12 @@ def test_a_function_chooses_what_is_converted(convert, tmp_path):
         ("b.ckpt", {"name_map": {"re:(": "x"}}, PatternError, "regular expression"),
         ("b.ckpt", {"name_map": {"re:fc": r"\3"}}, PatternError, "no replacement"),
         ("b.ckpt", {"name_map": {"fc.weight": "fc.bias"}}, PlanError, "more than one"),
+        ("b.ckpt", {"name_map": {"fc.weight": ["a", "b", "c"]}}, PlanError, "2 rows, which 3 parts"),
+        ("b.ckpt", {"name_map": {"fc.weight": {"a": 1, "b": 2}}}, PlanError, "2 rows, which 2 parts"),
+        ("b.ckpt", {"name_map": {"fc.weight": ["fc.bias", "b"]}}, PlanError, "would both become"),
+        ("b.ckpt", {"name_map": {("fc.weight", "none"): "b"}}, PatternError, "none"),
+        ("b.ckpt", {"name_map": {("fc.weight", "fc.bias"): "b"}}, PlanError, "cannot be joined"),
+        ("b.ckpt", {"name_map": {"none": ["a", "b"]}}, PatternError, "none"),
         ("b.ckpt", {"choice_func": lambda n: False}, PatternError, "wants none"),
         ("b.ckpt", {"inputs": np.ones(2)}, ArgumentError, "needs both networks"),
     ],
@@ -161,7 +193,7 @@ def test_types_that_a_format_lacks_are_refused(convert, tmp_path):
     )
 )
 def test_rules_lose_nothing_and_turn_back(shapes):
-    there = moves.rule_names(shapes, "mindspore")
+    there = names.rule_names(shapes, "mindspore")
     assert set(there) == set(shapes)
-    back = moves.rule_names({new: shapes[old] for old, new in there.items()}, "torch")
+    back = names.rule_names({new: shapes[old] for old, new in there.items()}, "torch")
     assert {back[new] for new in there.values()} == set(shapes)

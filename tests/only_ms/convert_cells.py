@@ -37,10 +37,11 @@ class ResNet(nn.Cell):
 
 
 class Attention(nn.Cell):
-    def __init__(self, width, heads, names=("query", "key", "value", "out"), bias=True):
+    def __init__(self, width, heads, names=("query", "key", "value", "out"), bias=True, causal=False):
         super().__init__()
         self.heads = heads
         self.names = names
+        self.causal = causal
         for name in names:
             setattr(self, name, nn.Dense(width, width, has_bias=bias))
 
@@ -48,17 +49,20 @@ class Attention(nn.Cell):
         b, n, w = x.shape
         query, key, value, out = (getattr(self, name) for name in self.names)
         q, k, v = (f(x).reshape(b, n, self.heads, -1).transpose(0, 2, 1, 3) for f in (query, key, value))
-        score = ops.softmax(ops.matmul(q, k.transpose(0, 1, 3, 2)) / (w // self.heads) ** 0.5, -1)
+        score = ops.matmul(q, k.transpose(0, 1, 3, 2)) / (w // self.heads) ** 0.5
+        if self.causal:
+            score = score + ms.Tensor(np.triu(np.full((n, n), -1e9, np.float32), 1))
+        score = ops.softmax(score, -1)
         return out(ops.matmul(score, v).transpose(0, 2, 1, 3).reshape(b, n, w))
 
 
 class BertLayer(nn.Cell):
-    def __init__(self, width, heads, ffn):
+    def __init__(self, width, heads, ffn, epsilon=1e-12, attention=None):
         super().__init__()
-        self.attention = Attention(width, heads)
-        self.norm1 = nn.LayerNorm((width,), epsilon=1e-12)
+        self.attention = (attention or Attention)(width, heads)
+        self.norm1 = nn.LayerNorm((width,), epsilon=epsilon)
         self.up, self.down = nn.Dense(width, ffn), nn.Dense(ffn, width)
-        self.norm2 = nn.LayerNorm((width,), epsilon=1e-12)
+        self.norm2 = nn.LayerNorm((width,), epsilon=epsilon)
         self.gelu = nn.GELU(approximate=False)
 
     def construct(self, x):
@@ -67,16 +71,59 @@ class BertLayer(nn.Cell):
 
 
 class Bert(nn.Cell):
-    def __init__(self, vocab=64, width=32, layers=2, heads=4, ffn=48, positions=16):
+    def __init__(self, vocab=64, width=32, layers=2, heads=4, ffn=48, positions=16, attention=None):
         super().__init__()
         self.words, self.positions, self.types = (nn.Embedding(n, width) for n in (vocab, positions, 2))
         self.norm = nn.LayerNorm((width,), epsilon=1e-12)
-        self.layers = nn.SequentialCell(*(BertLayer(width, heads, ffn) for _ in range(layers)))
+        made = (BertLayer(width, heads, ffn, attention=attention) for _ in range(layers))
+        self.layers = nn.SequentialCell(*made)
 
     def construct(self, ids):
         places = ops.arange(ids.shape[1])
         x = self.words(ids) + self.types(ops.zeros_like(ids)) + self.positions(places)[None]
         return self.layers(self.norm(x))
+
+
+class FusedAttention(nn.Cell):
+    """Query, key and value in one matrix, as the other framework's twin has them apart."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.out = nn.Dense(width, 3 * width), nn.Dense(width, width)
+
+    def construct(self, x):
+        b, n, w = x.shape
+        q, k, v = self.qkv(x).reshape(b, n, 3, self.heads, -1).transpose(2, 0, 3, 1, 4)
+        score = ops.softmax(ops.matmul(q, k.transpose(0, 1, 3, 2)) / (w // self.heads) ** 0.5, -1)
+        return self.out(ops.matmul(score, v).transpose(0, 2, 1, 3).reshape(b, n, w))
+
+
+class Gpt(nn.Cell):
+    """GPT-2 with query, key and value apart."""
+
+    def __init__(self, vocab=64, width=32, layers=2, heads=4, ffn=48, positions=16):
+        super().__init__()
+        self.words, self.positions = nn.Embedding(vocab, width), nn.Embedding(positions, width)
+        self.layers = nn.CellList([ViTLayer(width, heads, ffn, 1e-5, tanh=True, causal=True) for _ in range(layers)])
+        self.norm = nn.LayerNorm((width,), epsilon=1e-5)
+
+    def construct(self, ids):
+        x = self.words(ids) + self.positions(ops.arange(ids.shape[1]))[None]
+        for layer in self.layers:
+            x = layer(x)
+        return self.norm(x)
+
+
+class Encoder(nn.Cell):
+    """torch's encoder layers, with query, key and value apart."""
+
+    def __init__(self, width=32, layers=2, heads=4, ffn=48):
+        super().__init__()
+        self.layers = nn.SequentialCell(*(BertLayer(width, heads, ffn, 1e-5) for _ in range(layers)))
+
+    def construct(self, x):
+        return self.layers(x)
 
 
 class ViT(nn.Cell):
@@ -99,12 +146,12 @@ class ViT(nn.Cell):
 
 
 class ViTLayer(nn.Cell):
-    def __init__(self, width, heads, ffn):
+    def __init__(self, width, heads, ffn, epsilon=1e-12, tanh=False, causal=False):
         super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm((width,), epsilon=1e-12), nn.LayerNorm((width,), epsilon=1e-12)
-        self.attention = Attention(width, heads)
+        self.norm1, self.norm2 = nn.LayerNorm((width,), epsilon=epsilon), nn.LayerNorm((width,), epsilon=epsilon)
+        self.attention = Attention(width, heads, causal=causal)
         self.up, self.down = nn.Dense(width, ffn), nn.Dense(ffn, width)
-        self.gelu = nn.GELU(approximate=False)
+        self.gelu = nn.GELU(approximate=tanh)
 
     def construct(self, x):
         x = x + self.attention(self.norm1(x))
@@ -161,10 +208,11 @@ class LlamaLayer(nn.Cell):
 
 
 class Llama(nn.Cell):
-    """With tied embeddings: the output matrix is the embedding table."""
+    """With tied embeddings, the output matrix is the embedding table; or without any."""
 
-    def __init__(self, vocab=64, width=32, layers=2, heads=4, keys=2, ffn=48):
+    def __init__(self, vocab=64, width=32, layers=2, heads=4, keys=2, ffn=48, head=True):
         super().__init__()
+        self.head = head
         self.embed_tokens = nn.Embedding(vocab, width)
         self.layers = nn.CellList([LlamaLayer(width, heads, keys, ffn) for _ in range(layers)])
         self.norm = RMSNorm(width)
@@ -180,7 +228,8 @@ class Llama(nn.Cell):
         x = self.embed_tokens(ids)
         for layer in self.layers:
             x = layer(x, cos, sin, mask)
-        return ops.matmul(self.norm(x), self.embed_tokens.embedding_table.transpose(1, 0))
+        x = self.norm(x)
+        return ops.matmul(x, self.embed_tokens.embedding_table.transpose(1, 0)) if self.head else x
 
 
 class Sequence(nn.Cell):

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,13 +12,10 @@ import numpy as np
 from slimkit.core import check
 from slimkit.core.checkpoint import placing
 from slimkit.core.checkpoint.weightfile import Array, Entry, Piece, Weights
-from slimkit.core.convert.slots import ROLES, Slot, slots
-from slimkit.core.errors import PatternError, PlanError
-from slimkit.core.match import bounded_regex
-from slimkit.core.weights.names import pair_names
-
-_TABLES = re.compile(r"(embed|\bemb\b|wte|wpe|lookup)", re.IGNORECASE)
-_TO_MINDSPORE = {"running_mean": "moving_mean", "running_var": "moving_variance"}
+from slimkit.core.convert.fused import Fusion, Told, find_fusions, row_spans, told_fusions, told_names
+from slimkit.core.convert.names import layout_of, mapped, match_slots, rule_names
+from slimkit.core.convert.slots import Slot, slots
+from slimkit.core.errors import PlanError
 
 
 @dataclass
@@ -29,148 +25,13 @@ class Move:
     source: str | None
     shape: tuple[int, ...]
     layout: str = ""  # "", "transpose" or "reshape"
+    rows: tuple[int, int] | None = None  # of the source as (out, in), where this is one part of a fused tensor
+    joined: tuple[str, ...] = ()  # further sources, whose rows follow
 
-
-# --- names by rule ---
-
-
-def rule_names(names: Mapping[str, tuple[int, ...]], to: str) -> dict[str, str]:
-    """New names by what names and shapes say alone, for checkpoints whose networks are not at hand.
-
-    Args:
-        names: name -> shape in the source.
-        to: "torch" or "mindspore".
-
-    Returns:
-        name -> new name; a name that the other framework does not have is left out.
-
-    Example:
-        >>> rule_names({"bn.weight": (4,), "bn.running_mean": (4,), "emb.weight": (9, 4)}, "mindspore")
-        {'bn.weight': 'bn.gamma', 'bn.running_mean': 'bn.moving_mean', 'emb.weight': 'emb.embedding_table'}
-    """
-    renamed = {}
-    for name, shape in names.items():
-        path, dot, role = name.rpartition(".")
-        if to == "torch":
-            renamed[name] = path + dot + ROLES.get(role, role)
-        elif role == "num_batches_tracked":
-            continue
-        elif role in _TO_MINDSPORE:
-            renamed[name] = path + dot + _TO_MINDSPORE[role]
-        elif role == "weight" and len(shape) == 1 and names.get(f"{path}{dot}bias", shape) == shape:
-            renamed[name] = path + dot + "gamma"
-        elif role == "bias" and len(names.get(f"{path}{dot}weight", ())) == 1:
-            renamed[name] = path + dot + "beta"
-        elif role == "weight" and len(shape) == 2 and _TABLES.search(path.rpartition(".")[2]):
-            renamed[name] = path + dot + "embedding_table"
-        else:
-            renamed[name] = name
-    return renamed
-
-
-def mapped(names: Iterable[str], name_map: Mapping[str, str] | None) -> dict[str, str]:
-    """Names after the user's map: whole names, or "re:" and a pattern whose replacement may use its groups.
-
-    Example:
-        >>> mapped(["enc.0.w", "x"], {r"re:enc\\.(\\d+)\\.": r"layer.\\1.", "x": "y"})
-        {'enc.0.w': 'layer.0.w', 'x': 'y'}
-    """
-    names = list(names)
-    found = {n: n for n in names}
-    if name_map is None:
-        return found
-    check.instance(name_map, Mapping, "name_map", "a dict from names to names")
-    for old, new in name_map.items():
-        check.text(old, "a key of name_map")
-        check.text(new, "a value of name_map")
-        if old.startswith("re:"):
-            expression = bounded_regex(old[3:], "name_map")
-            hit = [n for n in names if expression.search(found[n])]
-            try:
-                found.update({n: expression.sub(new, found[n]) for n in hit})
-            except (re.error, IndexError) as error:
-                raise PatternError(f"name_map: {new!r} is no replacement for {old!r}: {error}") from None
-        else:
-            hit = [n for n in names if n == old]
-            found.update(dict.fromkeys(hit, new))
-        if not hit:
-            raise PatternError(f"name_map must name tensors of the source. Received: {old!r}{check.near(old, names)}")
-    return found
-
-
-# --- names by the networks ---
-
-
-def match_slots(sources: Sequence[Slot], results: Sequence[Slot]) -> tuple[dict[str, str], dict[str, str]]:
-    """Match the tensors of two networks: by name, under a common prefix, then layer by layer in order.
-
-    Args:
-        sources: slots of the one.
-        results: slots of the other.
-
-    Returns:
-        name in the result -> name in the source; and path -> path of the layers matched by order.
-    """
-    by_key = {s.key: s for s in sources}
-    pairs = {t: by_key[s] for t, s in pair_names([r.key for r in results], by_key).items()}
-    found: dict[str, str] = {}
-    for result in results:
-        if result.key in pairs and _squeezed(pairs[result.key]) in (_squeezed(result), _squeezed(result)[::-1]):
-            found.setdefault(result.name, pairs[result.key].name)
-    taken = {s.same for s in sources if s.name in set(found.values())}
-    left_sources = _layers([s for s in sources if s.same not in taken and s.role != "num_batches_tracked"])
-    left_results = _layers([r for r in results if r.name not in found and r.role != "num_batches_tracked"])
-    by_order: dict[str, str] = {}
-    for signature, wanted in left_results.items():
-        offered = left_sources.get(signature, [])
-        # As many of one kind and shape on both sides, or the order says nothing.
-        if len(offered) != len(wanted):
-            continue
-        for before, after in zip(offered, wanted, strict=True):
-            roles = {slot.role: slot.name for slot in before}
-            found.update({slot.name: roles[slot.role] for slot in after})
-            by_order[before[0].path] = after[0].path
-    return found, by_order
-
-
-def _layers(left: Sequence[Slot]) -> dict[Any, list[list[Slot]]]:
-    """Layers by kind, roles and shapes, those of one signature in order."""
-    paths: dict[str, list[Slot]] = {}
-    for slot in left:
-        paths.setdefault(slot.path, []).append(slot)
-    found: dict[Any, list[list[Slot]]] = {}
-    for layer in paths.values():
-        kind = {"linear_t": "linear", "conv1d": "conv"}.get(layer[0].kind, layer[0].kind)
-        shapes = sorted((s.role, tuple(n for n in _usual(s) if n != 1 or s.kind != "conv1d")) for s in layer)
-        found.setdefault((kind, tuple(shapes)), []).append(layer)
-    return found
-
-
-def _usual(slot: Slot) -> tuple[int, ...]:
-    """The shape as most layers have it: (out, in) for a matrix."""
-    return slot.shape[::-1] if slot.kind == "linear_t" and len(slot.shape) == 2 else slot.shape
-
-
-def _layout(source: Slot, result: Slot) -> str:
-    """How values get from one layer's layout to the other's; PlanError where they cannot."""
-    if (source.kind == "linear_t") != (result.kind == "linear_t") and len(source.shape) == 2:
-        if source.shape == result.shape[::-1]:
-            return "transpose"
-    elif source.shape == result.shape:
-        return ""
-    elif "conv1d" in (source.kind, result.kind) and _squeezed(source) == _squeezed(result):
-        return "reshape"  # MindSpore's Conv1d holds (out, in, 1, width)
-    raise PlanError(
-        f"{source.name!r} has shape {list(source.shape)} in a layer {source.kind}, its place {result.name!r} has "
-        f"{list(result.shape)} in a layer {result.kind}."
-    )
-
-
-def _squeezed(slot: Slot) -> tuple[int, ...]:
-    return (*slot.shape[:2], slot.shape[-1]) if len(slot.shape) == 4 and slot.shape[2] == 1 else slot.shape
-
-
-# --- the whole job ---
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """All tensors of the file that this one is made of."""
+        return () if self.source is None else (self.source, *self.joined)
 
 
 @dataclass
@@ -194,12 +55,16 @@ class Job:
         """One tensor of the result."""
         if move.source is None:
             return np.zeros(move.shape, np.int64)
-        array = source.raw(move.source)
-        return array.T if move.layout == "transpose" else array.reshape(move.shape)
+        if move.joined:
+            array = np.concatenate([source.raw(name) for name in move.sources])
+        else:
+            array = source.raw(move.source)
+        array = array.T if move.layout == "transpose" else array
+        return (array if move.rows is None else array[slice(*move.rows)]).reshape(move.shape)
 
     def piece(self, source: Weights, move: Move) -> Any:
         """One tensor of the result for a file: passed on in chunks where its bytes stay in order."""
-        if move.source is None or move.layout == "transpose":
+        if move.source is None or move.layout == "transpose" or move.rows or move.joined:
             return self.one(source, move)
         return Piece(move.shape, source.piece(move.source).chunks)
 
@@ -209,7 +74,7 @@ def plan_conversion(
     to: str,
     source_net: Any = None,
     result_net: Any = None,
-    name_map: Mapping[str, str] | None = None,
+    name_map: Mapping[Any, Any] | None = None,
     choice_func: Callable[[str], bool] | None = None,
     *,
     strict: bool = True,
@@ -221,19 +86,26 @@ def plan_conversion(
         PatternError: a map or function that matches nothing.
     """
     names, _ = placing.chosen_names(source.entries, None, choice_func)
-    renamed = mapped(names, name_map)
+    plain, told = told_fusions(names, name_map)
+    apart = told_names(told)
+    renamed = mapped([n for n in names if n not in apart], plain)
     if len(set(renamed.values())) != len(renamed):
         twice = next(n for n, count in Counter(renamed.values()).items() if count > 1)
         raise PlanError(f"name_map gives the name {twice!r} to more than one tensor.")
     if source_net is None or result_net is None:
-        return _by_rules(source, to, names, renamed, name_map)
-    return _by_networks(source, slots(source_net), slots(result_net), names, renamed, strict=strict)
+        return _by_rules(source, to, list(renamed), renamed, plain, told)
+    return _by_networks(source, slots(source_net), slots(result_net), list(renamed), renamed, told, strict=strict)
 
 
 def _by_rules(
-    source: Weights, to: str, names: Sequence[str], renamed: Mapping[str, str], name_map: Mapping[str, str] | None
+    source: Weights,
+    to: str,
+    names: Sequence[str],
+    renamed: Mapping[str, str],
+    name_map: Mapping[str, str],
+    told: Told,
 ) -> Job:
-    asked = {n for n in name_map or () if not n.startswith("re:")}
+    asked = {n for n in name_map if not n.startswith("re:")}
     ruled = rule_names({renamed[n]: source.entries[n].shape for n in names if n not in asked}, to)
     moves: dict[str, Move] = {}
     for name in names:
@@ -247,7 +119,70 @@ def _by_rules(
         "renamed": {m.source: n for n, m in moves.items() if m.source != n},
         "dropped": [n for n in names if n not in {m.source for m in moves.values()}],
     }
-    return Job(moves, report)
+    for new, move in _told_moves(source, told).items():
+        if new in moves:
+            raise PlanError(f"{moves[new].source!r} and {move.source!r} would both become {new!r} by the name_map.")
+        moves[new] = move
+    return Job(moves, {**report, **_fused_report(moves)})
+
+
+def _told_moves(source: Weights, told: Told) -> dict[str, Move]:
+    """What the user's map splits and joins, where no network tells the layers."""
+    moves: dict[str, Move] = {}
+    for name, wanted in told.splits.items():
+        shape = source.entries[name].shape
+        for new, rows in row_spans(name, shape[0] if shape else 0, wanted).items():
+            moves[new] = Move(name, (rows[1] - rows[0], *shape[1:]), rows=rows)
+    for new, parts in told.joins.items():
+        shapes = [source.entries[n].shape for n in parts]
+        if any(not s or s[1:] != shapes[0][1:] for s in shapes):
+            raise PlanError(f"{list(parts)} cannot be joined to {new!r}: their shapes are {[list(s) for s in shapes]}.")
+        moves[new] = Move(parts[0], (sum(s[0] for s in shapes), *shapes[0][1:]), joined=parts[1:])
+    return moves
+
+
+def _told_by_networks(
+    source: Weights, told: Told, own: Mapping[str, Slot], place: Mapping[str, Slot]
+) -> dict[str, Move]:
+    """What the user's map splits and joins; the result network says how many rows go where."""
+
+    def placed(name: str) -> Slot:
+        if name not in place:
+            raise PlanError(f"name_map names {name!r}, which the result network lacks{check.near(name, list(place))}.")
+        return place[name]
+
+    def held(name: str) -> Slot:
+        kind = own[name].kind if name in own else "linear"
+        return Slot(name, "", "", kind, source.entries[name].shape)
+
+    moves: dict[str, Move] = {}
+    splits = [(Fusion(held(name), tuple(map(placed, wanted))), True) for name, wanted in told.splits.items()]
+    joins = [(Fusion(placed(new), tuple(map(held, parts))), False) for new, parts in told.joins.items()]
+    for fusion, splitting in splits + joins:
+        if not fusion.fits():
+            parts = {part.name: list(part.shape) for part in fusion.parts}
+            raise PlanError(f"{fusion.fused.name!r} of shape {list(fusion.fused.shape)} is not the rows of {parts}.")
+        moves |= _fusion_moves(fusion, splitting, lambda slot: slot.name)
+    return moves
+
+
+def _fusion_moves(fusion: Fusion, splitting: bool, origin: Callable[[Slot], str]) -> dict[str, Move]:
+    """The moves of a fused tensor's parts, or of the parts to their fused tensor."""
+    layout = "transpose" if fusion.transposed else ""
+    if not splitting:
+        first, *others = map(origin, fusion.parts)
+        return {fusion.fused.name: Move(first, fusion.fused.shape, layout, joined=tuple(others))}
+    rows = {part.name: part.shape[0] for part in fusion.parts}
+    spans = row_spans(fusion.fused.name, sum(rows.values()), rows)
+    return {p.name: Move(origin(fusion.fused), p.shape, layout, spans[p.name]) for p in fusion.parts}
+
+
+def _fused_report(moves: Mapping[str, Move]) -> dict[str, Any]:
+    split: dict[str, list[str]] = {}
+    for name, move in moves.items():
+        if move.rows is not None:
+            split.setdefault(str(move.source), []).append(name)
+    return {"split": split, "joined": {n: list(m.sources) for n, m in moves.items() if m.joined}}
 
 
 def _by_networks(
@@ -256,12 +191,14 @@ def _by_networks(
     results: list[Slot],
     names: Sequence[str],
     renamed: Mapping[str, str],
+    told: Told,
     *,
     strict: bool,
 ) -> Job:
     # A file name under the user's map may already be a name of the result; then it needs no matching.
     own = {s.name: s for s in sources}
     place = {r.name: r for r in results}
+    moves = _told_by_networks(source, told, own, place)
     direct = {renamed[n]: n for n in names if renamed[n] != n and renamed[n] in place}
     unknown = [n for n in names if renamed[n] != n and renamed[n] not in place and renamed[n] not in own]
     if unknown:
@@ -272,26 +209,35 @@ def _by_networks(
     held_by = {s.same: in_file[s.name] for s in reversed(sources) if s.name in in_file}
     in_file |= {s.name: held_by[s.same] for s in sources if s.same in held_by and s.name not in in_file}
     held = [s for s in sources if s.name in in_file]
-    found, by_order = match_slots(held, [r for r in results if r.name not in direct])
-    by_name = own
-    moves: dict[str, Move] = {}
+
+    def origin(slot: Slot) -> str:
+        name = known[in_file[slot.name]]
+        if source.entries[name].shape != slot.shape:
+            raise PlanError(
+                f"{name!r} has shape {list(source.entries[name].shape)} in the file, {list(slot.shape)} in the source "
+                "network."
+            )
+        return name
+
+    open_results = [r for r in results if r.name not in direct and r.name not in moves]
+    splits, joins = find_fusions(held, open_results), find_fusions(open_results, held)
+    for fusion in splits + joins:
+        moves |= _fusion_moves(fusion, fusion in splits, origin)
+    fused = {slot.same for fusion in splits + joins for slot in (fusion.fused, *fusion.parts)}
+    found, by_order = match_slots(
+        [s for s in held if s.same not in fused], [r for r in open_results if r.name not in moves]
+    )
     for result in results:
         if result.name in direct:
-            moves[result.name] = _direct(source, direct[result.name], by_name, result)
+            moves[result.name] = _direct(source, direct[result.name], own, result)
         elif result.name in found:
-            slot = by_name[found[result.name]]
-            origin = known[in_file[slot.name]]
-            if source.entries[origin].shape != slot.shape:
-                raise PlanError(
-                    f"{origin!r} has shape {list(source.entries[origin].shape)} in the file, {list(slot.shape)} in the "
-                    "source network."
-                )
-            moves[result.name] = Move(origin, result.shape, _layout(slot, result))
+            slot = own[found[result.name]]
+            moves[result.name] = Move(origin(slot), result.shape, layout_of(slot, result))
     for result in results:
         twin = next((r.name for r in results if r.same == result.same and r.name in moves), None)
         if result.name not in moves and twin is not None:
             moves[result.name] = moves[twin]
-    used = {m.source for m in moves.values()}
+    used = {name for move in moves.values() for name in move.sources}
     zeros = [r.name for r in results if r.role == "num_batches_tracked" and r.name not in moves]
     moves.update({name: Move(None, place[name].shape) for name in zeros})
     counters = {s.name for s in sources if s.role == "num_batches_tracked"}
@@ -310,7 +256,7 @@ def _by_networks(
     return Job(
         {r.name: moves[r.name] for r in results if r.name in moves},
         {
-            "renamed": {m.source: n for n, m in moves.items() if m.source not in (None, n)},
+            "renamed": {m.source: n for n, m in moves.items() if m.sources == (m.source,) != (n,) and not m.rows},
             "relaid": [n for n, m in moves.items() if m.layout],
             "dropped": dropped,
             "initialised": zeros,
@@ -318,8 +264,12 @@ def _by_networks(
             "by_order": by_order,
             "unused": unused,
             "missing": missing,
+            **_fused_report(moves),
         },
-        {s.name: known[in_file[s.name]] for s in held},
+        {
+            **{s.name: known[in_file[s.name]] for s in held},
+            **{n: n for n in (*direct.values(), *told_names(told)) if n in own},
+        },
     )
 
 
@@ -327,4 +277,4 @@ def _direct(source: Weights, origin: str, by_name: Mapping[str, Slot], result: S
     """A tensor that the user's map sends to its place: the layer's kind still decides the layout."""
     shape = source.entries[origin].shape
     kind = by_name[origin].kind if origin in by_name else result.kind
-    return Move(origin, result.shape, _layout(Slot(origin, "", "", kind, shape), result))
+    return Move(origin, result.shape, layout_of(Slot(origin, "", "", kind, shape), result))

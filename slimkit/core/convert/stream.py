@@ -32,6 +32,8 @@ class ConvertReport:
         dropped: tensors of the source that the other framework does not have (num_batches_tracked).
         initialised: tensors of the result that the source does not have, written as zeros.
         tied: name in the source -> the name under which the same tensor is written.
+        split: fused tensor of the source -> the tensors of the result that are its rows.
+        joined: fused tensor of the result -> the tensors of the source whose rows it holds.
         by_order: layers that were matched by their order and shapes because their names differ.
         unused: tensors of the source without a place (only with strict=False).
         missing: tensors of the network without a source (only with strict=False).
@@ -46,6 +48,8 @@ class ConvertReport:
     dropped: list[str] = field(default_factory=list)
     initialised: list[str] = field(default_factory=list)
     tied: dict[str, str] = field(default_factory=dict)
+    split: dict[str, list[str]] = field(default_factory=dict)
+    joined: dict[str, list[str]] = field(default_factory=dict)
     by_order: dict[str, str] = field(default_factory=dict)
     unused: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
@@ -65,7 +69,7 @@ def convert(
     to: str | None,
     source_net: Any,
     result_net: Any,
-    name_map: Mapping[str, str] | None,
+    name_map: Mapping[Any, Any] | None,
     choice_func: Callable[[str], bool] | None,
     inputs: Any,
     with_manifest: bool,

@@ -185,7 +185,13 @@ def _words(name: str) -> list[str]:
     return words or [""]
 
 
-def _role(word: str) -> str | None:
+def attention_role(word: str) -> str | None:
+    """What a projection is to its attention layer by its name: query, key, value, fused, grouped, or None.
+
+    Example:
+        >>> attention_role("q_proj"), attention_role("c_attn"), attention_role("dense")
+        ('query', 'fused', None)
+    """
     word = word.lower()
     for role, names in (("query", _QUERY), ("key", _KEY), ("value", _VALUE), ("fused", _FUSED), ("grouped", _GROUPED)):
         if word in names:
@@ -207,7 +213,7 @@ def _attention_roles(pairs: Mapping[str, _Pair]) -> dict[str, tuple[str, str]]:
     roles: dict[str, tuple[str, str]] = {}
     for name, pair in pairs.items():
         words = _words(name)
-        role = _role(words[-1])
+        role = attention_role(words[-1])
         if role is not None and (pair.target.kind in _LINEAR or words[-1] == name.rpartition(".")[2]):
             roles[name] = (_attention_path(words), role)
     layers: dict[str, set[str]] = {}
