@@ -189,7 +189,7 @@ print(json.dumps({"small_mb": size, "grown_mb": memory("VmHWM") - before}))
 
 
 def memory(folder: Path) -> None:
-    """A gigabyte in eight shards, cut to a quarter of its blocks and half its heads and channels, in fresh processes."""
+    """A gigabyte in eight shards, cut to a quarter of the blocks, half the heads and channels, in fresh processes."""
     from slimkit.core.checkpoint.weightfile import Entry, encode, stream_safetensors
 
     large, vocab = {"blocks": 16, "width": 1024, "inner": 1024, "ffn": 4096}, 16000
