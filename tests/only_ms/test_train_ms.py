@@ -109,7 +109,6 @@ def test_fp16_trains_close_to_float32_and_is_undone(compiled, request):
     assert all(p.dtype == ms.float32 for p in model.get_parameters())
 
 
-@pytest.mark.slow
 class Watch(ms.train.Callback):
     """What a user's own MindSpore callback sees."""
 
@@ -171,6 +170,13 @@ def refuse(model, batch):
     raise ConfigError("no such thing")
 
 
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.mark.slow
 def test_two_workers_have_the_loss_curve_of_one(tmp_path):
     script = str(FOLDER / "two_workers.py")
     bin_folder = str(Path(sys.executable).parent)
