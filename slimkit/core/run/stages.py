@@ -101,9 +101,7 @@ class Stages(ABC):
 
     def versions(self) -> dict[str, str]:
         """The versions that a result may depend on."""
-        from slimkit import __version__
-
-        return {"slimkit": __version__, **self.framework_versions(), "numpy": np.__version__}
+        return {"slimkit": self.slim.__version__, **self.framework_versions(), "numpy": np.__version__}
 
     def build(self, made: Recipe, folder: Path, edits: list[dict[str, Any]], example: Any) -> Any:
         """A fresh model with the structural edits of earlier stages replayed on it, weights not yet loaded."""
