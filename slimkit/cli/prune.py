@@ -102,9 +102,10 @@ def prune(
         before, after = found["parameters_before"], found["parameters"]
         widths = _widths(found["report"])
         talk.table("Widths", ("layers", "before", "after"), widths, limit=20)
+        reached = "" if budget == "params" else f"; of the {budget} {found['report']['reached']:.3f}"
         talk.line(
             f"{'Would keep' if dry_run else 'Kept'} {show(after, 'count')} of {show(before, 'count')} parameters: "
-            f"{after / before:.3f}, {ratio} asked for"
+            f"{after / before:.3f}{reached}, {ratio} asked for"
         )
         for reason, where in found["report"]["whole"].items() if verbose else ():
             talk.line(f"  whole, {reason}: {', '.join(where[:5])}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -61,7 +62,7 @@ class Session:
         """The result for programs: {"command": ..., "dry_run": ..., **value}."""
         if self.as_json:
             whole = {"command": self.command, "dry_run": dry_run, **value}
-            print(json.dumps(whole, indent=1, ensure_ascii=False, default=_plain), file=self._out)
+            print(json.dumps(_plain(whole), indent=1, ensure_ascii=False, allow_nan=False), file=self._out)
 
 
 @contextlib.contextmanager
@@ -85,10 +86,16 @@ def session(command: str, *, as_json: bool = False, quiet: bool = False, verbose
 
 
 def _plain(value: Any) -> Any:
-    """What json cannot write by itself: paths, NumPy's numbers and arrays, and frozen records."""
+    """What JSON can hold: paths as text, reports as objects, NumPy's numbers as numbers, NaN and infinity as null."""
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
     if isinstance(value, Path):
         return str(value)
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
     for method in ("to_dict", "as_dict", "tolist"):
         if hasattr(value, method):
-            return getattr(value, method)()
-    raise TypeError(f"{type(value).__name__} has no JSON form")
+            return _plain(getattr(value, method)())
+    return value

@@ -225,6 +225,8 @@ def adapt(
             f"{'Would train' if dry_run else 'Trained'} {found['trained_parameters']:,} of {found['parameters']:,} "
             f"parameters ({found['trained_share']:.2%}) on {found['samples']} samples, {found['task']}"
         )
+        if found["fresh"]:
+            talk.line(f"  fresh, trained whole: {', '.join(found['fresh'])}")
         if not dry_run:
             talk.line(f"Loss by epoch: {_losses(found)}")
             for name, value in found.get("evaluation", {}).items():

@@ -28,12 +28,14 @@ class Opened:
         place: what the user named.
         directory: the Hugging Face directory (or folder of a command) with its configuration and tokenizer.
         desc: the plan that pruned it, where the directory says so.
+        fresh: parameters that the files lack and that were drawn at random, as `open_model` was allowed to.
     """
 
     model: nn.Module
     place: ModelPlace
     directory: Path | None = None
     desc: dict[str, Any] | None = None
+    fresh: tuple[str, ...] = ()
 
     @property
     def is_hf(self) -> bool:
@@ -79,11 +81,12 @@ def open_model(place: ModelPlace, *, kind: str | None = None, fresh: tuple[str, 
         )
     _, maker = _architecture(directory, kind)
     model, told = _quietly(directory, lambda: maker.from_pretrained(str(directory), output_loading_info=True, **config))
-    missing = [n for n in sorted(told["missing_keys"]) if not any(word in n for word in fresh)]
+    drawn = tuple(n for n in sorted(told["missing_keys"]) if any(word in n for word in fresh))
+    missing = [n for n in sorted(told["missing_keys"]) if n not in drawn]
     odd = [*missing, *(str(m[0]) if isinstance(m, tuple) else str(m) for m in told.get("mismatched_keys", ()))]
     if odd:
         raise FileFormatError(f"{directory} lacks tensors of its model, or has them in another shape: {odd[:5]}")
-    return Opened(model.eval(), place, directory)
+    return Opened(model.eval(), place, directory, fresh=drawn)
 
 
 def _made(place: ModelPlace) -> Opened:

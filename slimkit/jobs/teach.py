@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -207,9 +208,16 @@ def adapt(
     total = opened.parameters
     trained = sum(p.numel() for p in opened.model.parameters() if p.requires_grad)
     facts: dict[str, Any] = {
-        "task": chosen, "labels": labels, "kind": kind, "layers": sorted(told.layers), "parameters": total,
-        "trained_parameters": trained, "trained_share": trained / total, "samples": len(samples),
-    }  # fmt: skip
+        "task": chosen,
+        "labels": labels,
+        "fresh": list(opened.fresh),
+        "kind": kind,
+        "layers": sorted(told.layers),
+        "parameters": total,
+        "trained_parameters": trained,
+        "trained_share": trained / total,
+        "samples": len(samples),
+    }
     if out is None:
         return facts
     job = {"command": "adapt", "task": chosen, "kind": kind, "targets": targets, "settings": settings}
@@ -307,6 +315,8 @@ def _fit(
 
 def _curve(trainer: train.Trainer) -> dict[str, Any]:
     losses = [float(v) for v in trainer.run_history.get_metric_values("train_loss_epoch")]
+    if not all(map(math.isfinite, losses)):
+        raise ConfigError(f"the loss became {losses[-1]}: give a lower --lr and --restart; nothing was saved")
     return {"steps": trainer.global_step, "loss_by_epoch": losses}
 
 

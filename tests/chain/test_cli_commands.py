@@ -189,6 +189,14 @@ def test_distill_cuts_a_student_and_trains_it(here, tmp_path):
     assert seen["facts"]["parameters"] == done["parameters"] < done["teacher_parameters"]
 
 
+def test_a_loss_that_is_no_number_saves_nothing(here, tmp_path):
+    adapt = ("adapt", "-m", "bert", "-d", "labelled.jsonl", "--rank", 2, "--samples", 16, "--batch-size", 8)
+    assert "--lr" in str(refused(*adapt, "--lr", 1e30, "--epochs", 2, "-o", tmp_path / "a"))
+    assert [f.name for f in (tmp_path / "a").iterdir()] == [".slimkit-train"]
+    done = run(*adapt, "--lr", 1e-3, "--max-steps", 1, "--restart", "-o", tmp_path / "a", "--json")
+    assert done["fresh"] == ["classifier.bias", "classifier.weight"]
+
+
 class Stop:
     """A callback that presses Ctrl-C after an update."""
 

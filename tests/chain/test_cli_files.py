@@ -15,7 +15,7 @@ import pytest
 import typer.main
 from typer.testing import CliRunner
 
-from slimkit.cli import app, exits
+from slimkit.cli import app, exits, main
 from slimkit.cli.exits import Interrupted
 from slimkit.core import files
 from slimkit.core.errors import ConfigError, FileFormatError
@@ -333,41 +333,60 @@ def test_run_says_what_it_would_do(tmp_path):
 # a real process -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif("torch" not in INSTALLED, reason="walks a PyTorch model")
-def test_ctrl_c_in_sparsify_resumes_to_the_same_bytes(tmp_path):
+@pytest.fixture
+def one_thread():
+    """A fork is only safe with one thread, and the number of threads belongs to a sparsity job's identity."""
     import torch
 
-    model = tiny_models.hugging_face(tmp_path, "llama", num_hidden_layers=4)
-    tiny_models.text(tmp_path / "text.jsonl", labels=False)
-    command = (
-        "sparsify", "-m", model, "--method", "par_v2", "--calib", tmp_path / "text.jsonl", "--samples", 8, "-o",
-    )  # fmt: skip
-    out = tmp_path / "cut"
-    child = subprocess.Popen(
-        [sys.executable, "-m", "slimkit", *map(str, command), str(out), "--json"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, start_new_session=True,
-    )  # fmt: skip
-    try:
-        end = time.monotonic() + 120
-        while not list(out.glob(".slimkit-sparse/block-*.json")) and time.monotonic() < end and child.poll() is None:
-            time.sleep(0.02)
-        child.send_signal(signal.SIGINT)
-        printed, said = child.communicate(timeout=60)
-    finally:
-        child.kill()
-    assert child.returncode == 130, said
-    assert printed == ""
-    assert "interrupted; the same command goes on from the last finished block" in said.splitlines()[-1]
-    assert (out / ".slimkit-sparse" / "block-00000.json").exists()
-    assert not (out / "model.safetensors").exists()
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as in the process: the number of threads belongs to the job
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def forked(arguments, folder):
+    """The command in a process of its own that has loaded everything already; its output goes to files."""
+    child = os.fork()
+    if child:
+        return child
     try:
-        assert run(*command, out, "--dry-run", "--json")["blocks_done"] >= 1
-        run(*command, out)
-        run(*command, tmp_path / "whole")
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number, name in ((1, "stdout"), (2, "stderr")):
+            os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT), number)
+        sys.stdout, sys.stderr = (open(n, "w", closefd=False) for n in (1, 2))
+        sys.argv = ["slimkit", *map(str, arguments)]
+        logger.handlers.clear()
+        logger.propagate = False
+        main()
+        code = 0
+    except SystemExit as stop:
+        code = stop.code
     finally:
-        torch.set_num_threads(threads)
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
+
+
+@pytest.mark.skipif("torch" not in INSTALLED or not hasattr(os, "fork"), reason="walks a PyTorch model")
+def test_ctrl_c_in_sparsify_resumes_to_the_same_bytes(tmp_path, one_thread):
+    model = tiny_models.hugging_face(tmp_path, "llama", num_hidden_layers=4)
+    text = tiny_models.text(tmp_path / "text.jsonl", labels=False)
+    command = ("sparsify", "-m", model, "--method", "par_v2", "--calib", text, "--samples", 8, "-o")
+    out = tmp_path / "cut"
+    run(*command, tmp_path / "whole")
+    child = forked([*command, out, "--json"], tmp_path)
+    end = time.monotonic() + 120
+    while not list(out.glob(".slimkit-sparse/block-*.json")) and time.monotonic() < end:
+        time.sleep(0.01)
+    os.kill(child, signal.SIGINT)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    said = (tmp_path / "stderr").read_text()
+    assert code == 130, said
+    assert (tmp_path / "stdout").read_text() == ""
+    assert "interrupted; the same command goes on from the last finished block" in said.splitlines()[-1]
+    assert not (out / "model.safetensors").exists()
+    assert run(*command, out, "--dry-run", "--json")["blocks_done"] >= 1
+    run(*command, out)
     for file in ("model.safetensors", "sparse_report.json", "config.json"):
         assert (out / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
 

@@ -5,8 +5,11 @@ import importlib.util
 import numpy as np
 import pytest
 
+from tests import attention_twins as twins
 from tests import kits
 from tests.both.test_delta_apply import KINDS, stir
+from tests.both.test_delta_front import FRONTS
+from tests.both.test_delta_front import IDS as FRONT_IDS
 from tests.both.test_delta_travel import build, out
 
 BOTH = all(importlib.util.find_spec(name) for name in kits.KITS)
@@ -55,3 +58,32 @@ def test_a_peft_adapter_opens_in_both_frameworks_and_goes_back(options, tmp_path
         kit.slim.save_delta(net, tmp_path / name, format="peft")
         again = peft.PeftModel.from_pretrained(build(torch_kit), tmp_path / name).eval()
         np.testing.assert_allclose(again(torch_kit.tensor(x)).detach().numpy(), want, atol=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "options"), FRONTS, ids=FRONT_IDS)
+@pytest.mark.parametrize(("here", "there"), PAIRS)
+def test_a_prefix_or_prompt_opens_in_the_other_framework(here, there, kind, options, tmp_path):
+    first, second = kits.make(here), kits.make(there)
+    net, twin = twins.build(first), twins.build(second)
+    given = {"inputs": twins.batch(first)} if kind == "prefix" else {}
+    first.slim.apply_delta(net, kind, also_train=["head"], **options, **given)
+    stir(first, net)
+    first.slim.save_delta(net, tmp_path / "d")
+    second.slim.load_delta(twin, tmp_path / "d")
+    ours, theirs = first.array(net(*twins.batch(first))), second.array(twin(*twins.batch(second)))
+    np.testing.assert_allclose(theirs, ours, atol=1e-5)  # the contract's float32 bound
+
+
+@pytest.mark.parametrize(("kind", "options"), [FRONTS[0], FRONTS[2]], ids=["prefix", "prompt"])
+@pytest.mark.parametrize(("here", "there"), PAIRS)
+def test_pefts_prefix_and_prompt_files_pass_between_the_frameworks(here, there, kind, options, tmp_path):
+    first, second = kits.make(here), kits.make(there)
+    net, twin = twins.build(first), twins.build(second)
+    given = {"inputs": twins.batch(first)} if kind == "prefix" else {}
+    first.slim.apply_delta(net, kind, **options, **given)
+    first.slim.save_delta(net, tmp_path / "d", format="peft")
+    if kind == "prefix" and there == "torch":
+        twin.dummy_inputs = dict(zip(("ids", "attention_mask"), twins.batch(second)))
+    second.slim.load_delta(twin, tmp_path / "d")
+    ours, theirs = first.array(net(*twins.batch(first))), second.array(twin(*twins.batch(second)))
+    np.testing.assert_allclose(theirs, ours, atol=1e-5)  # the contract's float32 bound
