@@ -16,6 +16,7 @@ from slimkit.delta.layer import DeltaLayer
 from slimkit.delta.lora import LoRADense
 from slimkit.delta.lora_layers import LoRAConv1D, LoRAConv2d, LoRAEmbedding
 from slimkit.delta.low_rank_adapter import LowRankAdapterDense
+from slimkit.delta.multihead import call_layers
 from slimkit.delta.prefix import PrefixEncoder
 from slimkit.delta.prefix_model import forget_shift
 from slimkit.delta.prompt import PromptTuning
@@ -96,11 +97,8 @@ class TorchHands(TravelHands):
     def put(self, model: nn.Module, modules: Mapping[str, Any]) -> None:
         layer: Any
         for path, layer in modules.items():
-            parent = bridge.get_module(model, path.rpartition(".")[0])
-            if isinstance(parent, nn.TransformerEncoderLayer) and isinstance(layer, DeltaLayer):
-                # Its fast path reads the weights and would pass the delta by; a hook makes it call the layers.
-                layer.register_forward_pre_hook(_nothing)  # type: ignore[attr-defined]
             bridge.set_module(model, path, layer)
+        call_layers(model, modules)
 
     def make(self, kind: str, module: nn.Module, name: str, dtype: Any, options: Mapping[str, Any]) -> Any:
         if kind == "lora":
@@ -173,10 +171,6 @@ class TorchHands(TravelHands):
         from slimkit.delta.inject import apply_delta
 
         return apply_delta(model, kind, targets, **options)
-
-
-def _nothing(_module: nn.Module, _args: Any) -> None:
-    return None
 
 
 hands = TorchHands()

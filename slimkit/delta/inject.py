@@ -13,7 +13,7 @@ from slimkit.core.delta import inject as steps
 from slimkit.core.delta.spec import KINDS, DeltaReport
 from slimkit.delta.hands import hands
 from slimkit.delta.prefix_model import put_prefix
-from slimkit.delta.prompt_model import FRONT, put_prompt
+from slimkit.delta.prompt_model import put_prompt
 
 from torch import nn
 
@@ -37,7 +37,8 @@ def apply_delta(
         model: any model.
         kind: lora, adapter or low_rank_adapter (swap layers), prefix or prompt (act on the whole model).
         targets: layers by globs over whole module paths (["*query", "*value"]), a plain path for everything below
-            it, or "all-linear" (the default): every linear layer but the output embedding. Not for prompt.
+            it, or "all-linear" (the default): every linear layer but the output embedding. For prefix the attention
+            layers (None: all), for prompt the embedding of the tokens (None: found by itself).
         name: one of several deltas on the same base.
         exclude: globs of targets left alone.
         freeze: stop everything else from training; `remove_delta` puts the flags back.
@@ -48,7 +49,8 @@ def apply_delta(
             "gaussian", "pissa"), ranks and alphas ({glob: number}), keep_zeros (None: on sparse layers). adapter:
             bottleneck_size, non_linearity. low_rank_adapter: reduction_factor, low_rank_size, low_rank_w_init,
             non_linearity. prefix: prefix_token_num, projection, mid_dim, dropout_rate, text_ids, inputs (one batch,
-            where a model has no dummy inputs of its own). prompt: num_virtual_tokens, init ("vocabulary", "random"),
+            where a model has no dummy inputs of its own), or sizes ({path: (heads, width, query heads)}) instead of
+            a run. prompt: num_virtual_tokens, init ("vocabulary", "random"),
             text_ids.
 
     Returns:
@@ -72,9 +74,7 @@ def apply_delta(
     if kind in ("prefix", "prompt"):
         put = functools.partial(put_prefix, model, targets, dtype=dtype, strict=strict)
         if kind == "prompt":
-            if targets is not None and not all(t.endswith(FRONT) for t in targets):
-                check.wrong_value("targets", "None for prompt, which stands in front of the whole model", targets)
-            put = functools.partial(put_prompt, model, dtype=dtype)
+            put = functools.partial(put_prompt, model, targets, dtype=dtype)
         return steps.apply_in_place(
             hands, model, kind, put, name=name, freeze=freeze, also_train=also_train, options=options
         )

@@ -1,4 +1,4 @@
-"""nn.MultiheadAttention with a prefix: it computes attention where no mode of Python can look in."""
+"""torch's own transformer parts: multi-head attention with a prefix, and encoders kept off their fast paths."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 from slimkit import bridge
 from slimkit.attention import PrunedMultiheadAttention
+from slimkit.delta.layer import DeltaLayer
 
 import torch
 from torch import nn
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 
 __all__ = ["bridge", "call_layers", "prefixed_multihead", "watching_multihead", "without_call_layers"]
 
-NESTED = "nested_tensors_before_prefix"
+NESTED = "nested_tensors_before_delta"
 
 
 class _Extended(PrunedMultiheadAttention):
@@ -24,10 +25,11 @@ class _Extended(PrunedMultiheadAttention):
     def extend(
         self, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        rows: Any = self
-        k, v = (torch.cat((rows.front(part, like), like), 2) for part, like in zip(rows.rows(), (k, v)))
-        tokens = rows.rows()[0].shape[0]
-        return k, v, None if mask is None else F.pad(mask, (tokens, 0))
+        prefixed: Any = self
+        keys, values = prefixed.rows()
+        k = torch.cat((prefixed.front(keys, k), k), 2)
+        v = torch.cat((prefixed.front(values, v), v), 2)
+        return k, v, None if mask is None else F.pad(mask, (keys.shape[0], 0))
 
 
 def prefixed_multihead(module: nn.Module, marked: type) -> type | None:
@@ -63,12 +65,17 @@ def watching_multihead(model: nn.Module) -> Iterator[list[tuple[Any, torch.Tenso
 
 
 def call_layers(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
-    """Keep torch's encoder from reading the weights of its attention instead of calling it, in place."""
-    for module in modules.values():
-        if isinstance(module, nn.MultiheadAttention):
-            module.register_forward_pre_hook(_nothing)
+    """Keep torch's encoder from reading the weights of layers with a delta instead of calling them, in place."""
+    if not any(isinstance(m, nn.TransformerEncoderLayer) for m in model.modules()):
+        return
+    for path, module in modules.items():
+        parent = bridge.get_module(model, path.rpartition(".")[0])
+        if isinstance(parent, nn.TransformerEncoderLayer) and isinstance(module, DeltaLayer):
+            # Its fast path looks for hooks, and calls the layers where it finds one.
+            module.register_forward_pre_hook(_nothing)  # type: ignore[attr-defined]
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoder) and getattr(module, "use_nested_tensor", False):
+            # Under a padding mask it would hand nested tensors to layers that only the fast path can read.
             setattr(module, NESTED, True)
             module.use_nested_tensor = False
 

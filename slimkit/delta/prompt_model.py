@@ -1,14 +1,14 @@
-"""Virtual tokens in front of a Hugging Face model's input, put there by a hook that nobody has to write."""
+"""Virtual tokens in front of the input of a model nobody edits: Hugging Face's, or one that takes token ids."""
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from slimkit import bridge
 from slimkit.core import check
-from slimkit.core.delta.layers import size
+from slimkit.core.delta import prompt as rules
 from slimkit.core.delta.named import OneAdapter
-from slimkit.core.errors import UnsupportedError
 from slimkit.delta.layer import DeltaLayer
 from slimkit.delta.prompt import PromptTuning
 
@@ -17,8 +17,7 @@ from torch import nn
 
 __all__ = ["PromptFront", "bridge", "put_prompt"]
 
-FRONT = "mindpet_delta_prompttuning"
-INITS = ("vocabulary", "random")
+FRONT = rules.FRONT
 
 
 class PromptFront(OneAdapter, DeltaLayer, PromptTuning):
@@ -32,16 +31,21 @@ class PromptFront(OneAdapter, DeltaLayer, PromptTuning):
 
     def revert(self) -> None:
         """Take the prompt off its model, in place."""
-        (owner,) = self.__dict__["_owner"]
+        owner, embedding = self.__dict__["_owner"]
         for handle, hook in list(owner._forward_pre_hooks.items()):
-            if hook is _prepend:
+            if hook in (_prepend, _lengthen):
                 del owner._forward_pre_hooks[handle]
                 owner._forward_pre_hooks_with_kwargs.pop(handle, None)
+        for handle, hook in list(embedding._forward_hooks.items()):
+            if hook is _answer:
+                del embedding._forward_hooks[handle]
+        embedding.__dict__.pop("prompt_front", None)
         delattr(owner, FRONT)
 
 
 def put_prompt(
     model: nn.Module,
+    targets: Any,
     *,
     name: str,
     dtype: Any,
@@ -52,7 +56,8 @@ def put_prompt(
     """Put virtual tokens in front of a model's input, in place.
 
     Args:
-        model: a Hugging Face model, or one that holds one.
+        model: a Hugging Face model, one that holds one, or any model whose first input is token ids.
+        targets: the token embedding of a model that is not Hugging Face's, where its name does not tell it.
         name: the delta's name.
         dtype: of the parameters; None means float32.
         num_virtual_tokens: length of the prompt; 20 unless a text says otherwise.
@@ -62,44 +67,68 @@ def put_prompt(
     Returns:
         Path -> options.
     """
-    check.choice(init, INITS, "init")
+    tokens, ids = rules.checked(num_virtual_tokens, init, text_ids)
     owner: Any = next((m for m in model.modules() if _takes_embeddings(m)), None)
+    rules.refuse_taken(any(isinstance(m, PromptFront) for m in model.modules()))
     if owner is None:
-        raise UnsupportedError(
-            "prompt needs a model with get_input_embeddings() and a forward that takes inputs_embeds; build "
-            "PromptTuning into this one by hand (docs/delta.md)."
-        )
-    if hasattr(owner, FRONT):
-        raise UnsupportedError("the model carries a prompt already.")
-    if text_ids is not None:
-        text_ids = [
-            check.integer(i, "text_ids", minimum=0) for i in check.instance(text_ids, (list, tuple), "text_ids")
-        ]
-        if not text_ids:
-            check.wrong_value("text_ids", "at least one token id", text_ids)
-        num_virtual_tokens = len(text_ids) if num_virtual_tokens is None else num_virtual_tokens
-    tokens = size(20 if num_virtual_tokens is None else num_virtual_tokens, "num_virtual_tokens")
-    table = owner.get_input_embeddings().weight
+        grows = rules.growth(list(inspect.signature(type(model).forward).parameters.values()), type(model).__name__)
+        tables: dict[str, Any] = {p: m for p, m in model.named_modules() if isinstance(m, nn.Embedding)}
+        embedding = tables[rules.embedding_path({p: m.num_embeddings for p, m in tables.items()}, targets)]
+    elif targets is not None and not all(t.endswith(FRONT) for t in targets):
+        check.wrong_value("targets", "None for prompt on a Hugging Face model", targets)
+    else:
+        embedding = owner.get_input_embeddings()
+    table = embedding.weight
     front = PromptFront(tokens, table.shape[1])
     rows: Any = front.mindpet_delta_prompttuning_embedding.weight
     with torch.no_grad():
-        if text_ids is not None:
-            ids = torch.tensor((text_ids * (tokens // len(text_ids) + 1))[:tokens], device=table.device)
-            rows.copy_(table[ids])
+        if ids is not None:
+            rows.copy_(table[torch.tensor((ids * (tokens // len(ids) + 1))[:tokens], device=table.device)])
         elif init == "vocabulary":
             rows.copy_(table[torch.randint(table.shape[0], (tokens,), device=table.device)])
     front.to(device=table.device, dtype=dtype or torch.float32)
     front.begin({"num_virtual_tokens": tokens}, name)
-    front.__dict__["_owner"] = (owner,)
+    if owner is not None:
+        owner.register_forward_pre_hook(_prepend, with_kwargs=True)
+    else:
+        owner = model
+        front.__dict__["grows"] = grows
+        embedding.__dict__["prompt_front"] = (front,)
+        owner.register_forward_pre_hook(_lengthen, with_kwargs=True)
+        embedding.register_forward_hook(_answer)
+    front.__dict__["_owner"] = (owner, embedding)
     setattr(owner, FRONT, front)
-    owner.register_forward_pre_hook(_prepend, with_kwargs=True)
     path = next(p for p, m in model.named_modules() if m is front)
     return {path: {"num_virtual_tokens": tokens}}
 
 
-def _takes_embeddings(module: nn.Module) -> bool:
-    import inspect
+def _lengthen(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Make room for the prompt in every input of a model that is not Hugging Face's."""
+    front = getattr(module, FRONT)
+    tokens, grows = front.num_virtual_tokens, front.__dict__["grows"]
+    given = {**dict(zip(grows, args)), **kwargs}
+    for name, value in given.items():
+        how, filler = grows.get(name, ("", 0))
+        if value is None or not how:
+            continue
+        if value.ndim != 2:
+            check.wrong_value(name, "of shape (batch, tokens) while a prompt is on the model", tuple(value.shape))
+        if how == "prompt_places":
+            places = torch.arange(tokens, dtype=value.dtype, device=value.device).expand(value.shape[0], -1)
+            given[name] = torch.cat((places, value + tokens), 1)
+        else:
+            given[name] = torch.cat((value.new_full((value.shape[0], tokens), filler), value), 1)
+    return (), given
 
+
+def _answer(module: Any, _args: Any, out: torch.Tensor) -> torch.Tensor:
+    """The embedded tokens with the prompt in the room made for it."""
+    (front,) = module.__dict__["prompt_front"]
+    rows = front.mindpet_delta_prompttuning_embedding.weight.to(out.dtype)
+    return torch.cat((rows.expand(out.shape[0], -1, -1), out[:, rows.shape[0] :]), 1)
+
+
+def _takes_embeddings(module: nn.Module) -> bool:
     return hasattr(module, "get_input_embeddings") and (
         "inputs_embeds" in inspect.signature(type(module).forward).parameters
     )

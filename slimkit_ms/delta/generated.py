@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import inspect
 import itertools
 import tempfile
 from collections.abc import Callable
@@ -28,7 +29,7 @@ def method_from(source: str, like: Callable[..., Any]) -> Any:
 
     Args:
         source: one class with one method, as `slimkit.core.delta.attention_source` writes it.
-        like: the method it takes the place of; globals and defaults are this one's.
+        like: the method it takes the place of; what it reads from around it, and its defaults, are this one's.
 
     Returns:
         The function.
@@ -40,7 +41,9 @@ def method_from(source: str, like: Callable[..., Any]) -> Any:
     assert isinstance(made.body[0], ast.FunctionDef)
     names: dict[str, Any] = {}
     # The model's own code, edited: nothing comes from outside the process.
-    exec(compile(source, str(file), "exec"), like.__globals__, names)
+    around = inspect.getclosurevars(like).nonlocals
+    seen = {**like.__globals__, **around} if around else like.__globals__
+    exec(compile(source, str(file), "exec"), seen, names)
     function = vars(names[made.name])[made.body[0].name]
     function.__defaults__, function.__kwdefaults__ = like.__defaults__, like.__kwdefaults__
     return function

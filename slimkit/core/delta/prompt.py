@@ -93,19 +93,44 @@ def embedding_path(tables: Mapping[str, int], targets: Any = None) -> str:
     return found[0]
 
 
-def fronted_source(parameters: Sequence[inspect.Parameter], class_name: str) -> str:
-    """The source of a construct that lengthens its inputs by the prompt and calls the model's own.
+def growth(parameters: Sequence[inspect.Parameter], class_name: str) -> dict[str, tuple[str, int]]:
+    """How each input of a model grows by a prompt: (method, value in front), by the input's name.
 
-    The first input is taken for the token ids; the others are known by their names (mask, type, segment, position,
-    label, ids). The source calls ``prompt_fill(input, value)``, ``prompt_places(input, value)`` and
-    ``construct_without_prompt(...)`` of the object.
+    The first input is taken for the token ids; the others are known by a word in their names: mask (ones in front),
+    type, segment, ids, token (zeros), label (-100) and position (which begins behind the prompt).
 
     Args:
-        parameters: of the model's construct, self first.
-        class_name: the model's class.
+        parameters: of the model's forward or construct, self first.
+        class_name: the model's class, for messages.
 
     Raises:
         UnsupportedError: an input whose name does not say how it grows.
+
+    Example:
+        >>> plain = inspect.Parameter("ids", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        >>> growth([plain.replace(name="self"), plain, plain.replace(name="attention_mask")], "Net")
+        {'ids': ('prompt_fill', 0), 'attention_mask': ('prompt_fill', 1)}
+    """
+    grows: dict[str, tuple[str, int]] = {}
+    for parameter in parameters[1:]:
+        if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.POSITIONAL_ONLY):
+            raise UnsupportedError(f"prompt needs a model with plain arguments; {class_name} takes {parameter}.")
+        word = parameter.name.lower() if grows else "ids"
+        how = next((h for h in _INPUTS if h[0] in word), None)
+        if how is None:
+            raise UnsupportedError(
+                f"prompt cannot tell how the input {parameter.name!r} of {class_name} grows: a name with "
+                f"{', '.join(word for word, _, _ in _INPUTS)} in it says so."
+            )
+        grows[parameter.name] = how[1:]
+    return grows
+
+
+def fronted_source(parameters: Sequence[inspect.Parameter], class_name: str) -> str:
+    """The source of a construct that lengthens its inputs by the prompt and calls the model's own.
+
+    It calls ``prompt_fill(input, value)``, ``prompt_places(input, value)`` and ``construct_without_prompt(...)`` of
+    the object; arguments and errors are those of `growth`.
 
     Example:
         >>> ids = inspect.Parameter("ids", inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -114,22 +139,10 @@ def fronted_source(parameters: Sequence[inspect.Parameter], class_name: str) -> 
             def construct(self, ids):
                 return self.construct_without_prompt(self.prompt_fill(ids, 0))
     """
-    passed, signature = [], ["self"]
-    for i, parameter in enumerate(parameters[1:]):
-        if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.POSITIONAL_ONLY):
-            raise UnsupportedError(f"prompt needs a model with plain arguments; {class_name} takes {parameter}.")
-        name = parameter.name
-        how = ("", "prompt_fill", 0) if i == 0 else next((h for h in _INPUTS if h[0] in name.lower()), None)
-        if how is None:
-            raise UnsupportedError(
-                f"prompt cannot tell how the input {name!r} of {class_name} grows: a name with "
-                f"{', '.join(word for word, _, _ in _INPUTS)} in it says so."
-            )
-        passed.append(f"self.{how[1]}({name}, {how[2]})")
-        signature.append(name if parameter.default is parameter.empty else f"{name}=None")
-    inner = ", ".join(passed)
+    passed = [f"self.{how}({name}, {value})" for name, (how, value) in growth(parameters, class_name).items()]
+    signature = [p.name if p.default is p.empty else f"{p.name}=None" for p in parameters[1:]]
     return (
         f"class {class_name}:\n"
-        f"    def construct({', '.join(signature)}):\n"
-        f"        return self.construct_without_prompt({inner})"
+        f"    def construct({', '.join(['self', *signature])}):\n"
+        f"        return self.construct_without_prompt({', '.join(passed)})"
     )
