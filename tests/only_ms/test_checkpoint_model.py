@@ -187,3 +187,52 @@ def test_a_failing_disk_leaves_the_older_file(tmp_path, monkeypatch):
         save_checkpoint(Net(), tmp_path / "n.ckpt")
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir() if p.name.endswith(".part")] == []
+
+
+def strategy_file(path, slices):
+    """What each device of two held, as MindSpore itself writes it: name -> the axis that was cut, or None."""
+    from mindspore.train.node_strategy_pb2 import ParallelStrategyMap
+
+    made = ParallelStrategyMap(current_stage=0)
+    for name, (axis, rank) in slices.items():
+        item = made.parallel_layout_item.add()
+        item.param_name = name
+        layout = item.parallel_layouts
+        layout.dev_matrix.add().dim.extend([2])
+        layout.tensor_map.add().dim.extend([0 if a == axis else -1 for a in range(rank)])
+        layout.param_split_shape.add()
+        layout.indices_offset.add()
+        layout.field = layout.opt_weight_shard_step = layout.opt_weight_shard_size = 0
+    path.write_bytes(made.SerializeToString())
+    return str(path)
+
+
+def test_the_seeds_recipe_for_several_cards_pretrained_then_delta(tmp_path):
+    # Only training on several devices cuts parameters; putting the slices together again needs none.
+    cut = {"base.weight": (0, 2), "base.bias": (0, 1), "head.weight": (1, 2), "head.bias": (None, 1)}
+    cut |= {f"norm.{n}": (None, 1) for n in ("gamma", "beta", "moving_mean", "moving_variance")}
+
+    def two_cards(net, names, prefix):
+        files_of, held = [], {p.name: p.asnumpy() for p in net.get_parameters()}
+        for card in range(2):
+            part = {}
+            for name in names:
+                axis = cut[name][0]
+                part[name] = held[name] if axis is None else np.split(held[name], 2, axis)[card]
+            files_of.append(str(save_checkpoint(part, tmp_path / f"{prefix}_{card}.ckpt").path))
+        return files_of, strategy_file(tmp_path / f"{prefix}_strategy.ckpt", {n: cut[n] for n in names})
+
+    net = Net()
+    pretrained, pretrained_strategy = two_cards(net, list(cut), "pretrained")
+    saver = TrainableParamsCheckPoint(str(tmp_path / "delta"), batch_norm_statistics=True)
+    train(net, saver)
+    names = sorted(load_checkpoint(saver.latest_ckpt_file_name))
+    assert "base.weight" not in names
+    delta, delta_strategy = two_cards(net, names, "delta")
+    fresh = Net()
+    ms.load_distributed_checkpoint(
+        network=fresh, checkpoint_filenames=pretrained, train_strategy_filename=pretrained_strategy
+    )
+    ms.load_distributed_checkpoint(network=fresh, checkpoint_filenames=delta, train_strategy_filename=delta_strategy)
+    ours = {p.name: p.asnumpy() for p in net.get_parameters()}
+    assert all(np.array_equal(p.asnumpy(), ours[p.name]) for p in fresh.get_parameters())
