@@ -20,7 +20,8 @@ from slimkit.core.sparse.compress import compress
 from slimkit.core.sparse.eta import Progress
 from slimkit.core.sparse.walk import Stage
 from slimkit.sparse.host import TorchHost, block_paths
-from slimkit.sparse.stages import BlockInputs, BlockStage, Bound, trace_block, valid_tokens
+from slimkit.sparse.inputs import BlockInputs, Bound, valid_tokens
+from slimkit.sparse.stages import BlockStage, trace_block
 
 import torch
 

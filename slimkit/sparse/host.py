@@ -9,16 +9,9 @@ from typing import Any
 from slimkit import bridge
 from slimkit.core.sparse.layer import Layer
 from slimkit.core.sparse.walk import Stage
-from slimkit.sparse.stages import (
-    BlockInputs,
-    BlockStage,
-    ModelStage,
-    as_input,
-    hidden_of,
-    quiet,
-    trace,
-    valid_tokens,
-)
+from slimkit.sparse.inputs import BlockInputs, as_input, quiet, valid_tokens
+from slimkit.sparse.residual import first_tensor
+from slimkit.sparse.stages import BlockStage, ModelStage, trace
 
 import torch
 
@@ -133,7 +126,7 @@ class TorchHost:
             output = bridge.run(self.model, batch)
         if isinstance(output, Mapping):
             output = next(v for v in output.values() if isinstance(v, torch.Tensor))
-        output = as_input(self.model, hidden_of(output), valid_tokens(batch))
+        output = as_input(self.model, first_tensor(output), valid_tokens(batch))
         return output.float().cpu().numpy()
 
     def processes(self) -> int:

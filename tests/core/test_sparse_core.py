@@ -160,7 +160,7 @@ def test_unfolding_is_the_convolution(groups):
 
 def test_paired_moments_find_the_weights_for_changed_inputs():
     rng = np.random.default_rng(0)
-    dense = rng.standard_normal((400, 8))
+    dense = rng.standard_normal((4000, 8))
     turn = rng.standard_normal((8, 8)) / 3 + np.eye(8)
     layer = Layer("l", "linear", (5, 8), has_bias=True)
     moments = Moments(layer, paired=True)
@@ -169,7 +169,7 @@ def test_paired_moments_find_the_weights_for_changed_inputs():
     solved = solve(layer, weight, moments, 0.01, SparseConfig(method="par", damping=1e-6))  # 0.01: nothing dropped
     before = dense @ weight.T
     after = (dense @ turn + 0.5) @ np.asarray(solved.weight).T + np.asarray(solved.bias_shift)
-    assert np.linalg.norm(after - before) < 0.02 * np.linalg.norm(before)  # the shrinkage's price at 400 rows
+    assert np.linalg.norm(after - before) < 0.05 * np.linalg.norm(before)  # the shrinkage's price
 
 
 def test_shards_are_copied_with_some_tensors_replaced(tmp_path):

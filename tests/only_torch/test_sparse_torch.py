@@ -31,8 +31,9 @@ def tokens(n=3):
 
 
 def test_blocks_fed_from_memory_equal_whole_forwards(monkeypatch):
-    from slimkit.sparse import host
+    from slimkit.sparse import host, stages
 
+    monkeypatch.setattr(stages, "joints", lambda *_: {})  # whole forwards know no residual streams
     by_block, whole = small_bert(), small_bert()
     config = SparseConfig(method="par", ignore=["pooler*"])
     Compressor(by_block, config).compress(tokens())
@@ -205,3 +206,58 @@ def test_numpy_and_torch_run_the_same_text():
     by_torch = sweep(torch.from_numpy(weight), inverse_factor(torch.from_numpy(gram), 0.01)[0], 0.5, None, 16)
     np.testing.assert_allclose(by_numpy[0], by_torch[0].numpy(), atol=1e-10)
     assert (by_numpy[1] == by_torch[1].numpy()).all()
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_the_place_where_outputs_join_the_residual_stream_is_found(family):
+    from slimkit.sparse.residual import joints
+
+    if family == "bert":
+        model = small_bert()
+        block, hidden = model.encoder.layer[0], torch.randn(2, 5, 32)
+        layers = ["attention.self.query", "attention.output.dense", "output.dense"]
+        expected = {"attention.output.dense": "attention.output.LayerNorm", "output.dense": "output.LayerNorm"}
+        call = {}
+    else:
+        from transformers import LlamaConfig, LlamaModel
+
+        torch.manual_seed(0)
+        model = LlamaModel(
+            LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, vocab_size=8)
+        ).eval()
+        block, hidden = model.layers[0], torch.randn(2, 5, 32)
+        layers = ["self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj"]
+        expected = {"self_attn.o_proj": "post_attention_layernorm", "mlp.down_proj": ""}
+        call = {"position_embeddings": model.rotary_emb(hidden, torch.arange(5)[None])}
+    with torch.no_grad():
+        assert joints(block, lambda: block(hidden, **call), layers) == expected
+
+
+def test_what_the_residual_stream_has_lost_is_fitted_too():
+    from slimkit.core.sparse.layer import Layer
+    from slimkit.core.sparse.moments import Moments
+    from slimkit.core.sparse.solve import solve
+
+    generator = torch.Generator().manual_seed(0)
+    x, lost = torch.randn(2000, 16, generator=generator), torch.randn(16, 8, generator=generator) / 4
+    weight, drift = torch.randn(8, 16, generator=generator), x @ lost + 0.5
+    moments = Moments(Layer("l", "linear", (8, 16), has_bias=True), paired=True)
+    for part in range(2):
+        rows = slice(1000 * part, 1000 * (part + 1))
+        moments.add(x[rows], x[rows], drift[rows])
+    solved = solve(moments.layer, weight, moments, 0.01, SparseConfig(method="par"))
+    got = x @ solved.weight.float().T + solved.bias_shift.float()
+    assert float((got - (x @ weight.T + drift)).norm() / drift.norm()) < 0.1  # 1 % of the weights are gone
+
+
+def test_blocks_of_a_residual_model_end_nearer_to_the_dense_one(monkeypatch):
+    from slimkit.sparse import stages
+
+    error = []
+    for joints in (stages.joints, lambda *_: {}):
+        monkeypatch.setattr(stages, "joints", joints)
+        model, dense = small_bert(), small_bert()
+        Compressor(model, SparseConfig(method="par", sparse_ratio=0.7, ignore=["pooler*"])).compress(tokens(12))
+        with torch.no_grad():
+            error.append(sum(float((model(**b)[0] - dense(**b)[0]).square().sum()) for b in tokens(12)))
+    assert error[0] < 0.95 * error[1]

@@ -20,6 +20,8 @@ class Moments:
         total: (groups, n_in) sum of x.
         cross: (groups, n_in, n_in) sum of dense x times sparse x^T; None when not paired.
         dense_total: (groups, n_in) sum of the dense x.
+        drift_cross: (1, n_out, n_in) sum of drift times sparse x^T; None when unknown.
+        drift_total: (1, n_out) sum of the drift.
     """
 
     def __init__(self, layer: Layer, paired: bool = False) -> None:
@@ -31,18 +33,24 @@ class Moments:
         self.cross: Array = None
         self.dense_total: Array = None
         self.dense_square = 0.0
+        self.drift_cross: Array = None
+        self.drift_total: Array = None
 
-    def add(self, x: Array, dense: Array = None) -> None:
+    def add(self, x: Array, dense: Array = None, drift: Array = None) -> None:
         """Add the rows of one call's input.
 
         Args:
             x: the input of the sparse model's layer, padded already for a convolution.
             dense: the input of the same layer in the dense model, row by row the same tokens; None when unknown.
+            drift: (..., n_out) what the dense model adds to the layer's output minus what this one adds; None when
+                unknown. Every call must give it, or none.
         """
         xp = namespace(x)
+        first = self.count == 0
         if dense is None or dense.shape != x.shape:
             self.paired = False  # routing sent other tokens here: rows no longer correspond
             self.cross = self.dense_total = None
+            drift = None
         pieces = (
             zip(self.layer.rows(x), self.layer.rows(dense)) if self.paired else ((r, None) for r in self.layer.rows(x))
         )
@@ -65,6 +73,13 @@ class Moments:
                 self.cross += xp.permute_dims(dense_rows, (0, 2, 1)) @ rows
                 self.dense_total += xp.sum(dense_rows, axis=1)
                 self.dense_square += float(xp.sum(dense_rows * dense_rows))
+        if drift is None or not (first or self.drift_cross is not None):
+            self.drift_cross = self.drift_total = None
+            return
+        drift = xp.astype(drift.reshape(1, -1, drift.shape[-1]), dtype)
+        cross, total = xp.permute_dims(drift, (0, 2, 1)) @ rows, xp.sum(drift, axis=1)
+        self.drift_cross = cross if first else self.drift_cross + cross
+        self.drift_total = total if first else self.drift_total + total
 
     def check_finite(self) -> None:
         """Refuse moments of inputs that were NaN or infinite, naming the layer."""
@@ -90,4 +105,8 @@ class Moments:
 
     def state(self) -> list[Array]:
         """The arrays to sum over processes."""
-        return [a for a in (self.gram, self.total, self.cross, self.dense_total) if a is not None]
+        return [
+            a
+            for a in (self.gram, self.total, self.cross, self.dense_total, self.drift_cross, self.drift_total)
+            if a is not None
+        ]

@@ -8,6 +8,7 @@ from typing import Any
 
 from slimkit.core.errors import ArgumentError
 from slimkit.core.sparse import pattern as patterns
+from slimkit.core.sparse import shrink
 from slimkit.core.sparse.backend import Array, device_of, namespace, precision
 from slimkit.core.sparse.config import SparseConfig
 from slimkit.core.sparse.layer import Layer
@@ -154,7 +155,7 @@ def solve(layer: Layer, weight: Array, moments: Moments | None, ratio: float, co
         if reason and method != "magnitude":
             method = account["method"] = "magnitude"
             account["fallback"] = reason
-    grams, targets, shifts = _targets(matrix, moments, config, method)
+    grams, targets, gain = _targets(matrix, moments, config, method)
     weights, keeps = [], []
     error = power = 0.0
     for g in range(layer.groups):
@@ -184,9 +185,8 @@ def solve(layer: Layer, weight: Array, moments: Moments | None, ratio: float, co
     if power > 0:
         account["output_error"] = (max(error, 0.0) / power) ** 0.5
     shift = None
-    if shifts is not None:
-        dense_mean, sparse_mean = shifts
-        shift = (matrix @ dense_mean[..., None] - new @ sparse_mean[..., None]).reshape(-1)
+    if gain is not None:
+        shift = (gain[0] - new @ gain[1]).reshape(-1)
     return Solved(layer.from_matrix(new), layer.from_matrix(keep), shift, account)
 
 
@@ -218,33 +218,49 @@ def _alive(gram: Array) -> tuple[Array, Array | None]:
 def _targets(
     matrix: Array, moments: Moments | None, config: SparseConfig, method: str
 ) -> tuple[Array | None, Array | None, tuple[Array, Array] | None]:
-    """Mean grams, targets and (dense, sparse) input means; the last two only when dense inputs are known.
+    """Mean grams, targets and what the bias gains; the last two only when dense inputs are known.
 
-    With dense inputs x and sparse inputs s, the best dense-output weights are W E[x s^T] E[s s^T]^-1; with a bias,
-    both moments are taken about the means and the bias carries the rest.
+    With dense inputs x and sparse inputs s, the best dense-output weights are W E[x s^T] E[s s^T]^-1; what the layers
+    before have already lost on the residual stream (the drift) is one more output to fit. With a bias, all moments
+    are taken about the means and the bias carries the rest.
     """
     if moments is None or moments.gram is None:
         return None, None, None
-    xp = namespace(moments.gram)
     grams = moments.gram / moments.count
     if method in ("magnitude", "wanda") or not config.paired or not moments.related:
         return grams, None, None
-    cross = moments.cross / moments.count
-    shifts = None
+    cross, drift = moments.cross / moments.count, moments.drift_cross
+    drift = None if drift is None else drift / moments.count
+    gain = None
     if moments.layer.has_bias:
         sparse_mean, dense_mean = moments.total / moments.count, moments.dense_total / moments.count
-        grams = grams - sparse_mean[:, :, None] * sparse_mean[:, None, :]
+        grams = _centred(grams - sparse_mean[:, :, None] * sparse_mean[:, None, :])
         cross = cross - dense_mean[:, :, None] * sparse_mean[:, None, :]
-        shifts = (dense_mean, sparse_mean)
-        # Rounding may leave a column that never varies slightly below zero.
-        diagonal = xp.clip(xp.linalg.diagonal(grams), 0.0, None)
-        eye = xp.eye(grams.shape[1], dtype=grams.dtype, device=device_of(grams))
-        grams = grams * (1 - eye) + eye * diagonal[:, :, None]
-    targets = []
-    for g in range(grams.shape[0]):
-        gram, _ = _alive(grams[g])
-        upper, _ = inverse_factor(gram, config.damping)
-        # W (cross + ridge) (gram + ridge)^-1: with equal inputs it is W exactly, and few rows pull it towards W.
-        difference = matrix[g] @ (cross[g] - grams[g])
-        targets.append(matrix[g] + (difference @ upper.T) @ upper)
-    return grams, xp.stack(targets), shifts
+        gain = (matrix @ dense_mean[..., None], sparse_mean[..., None])
+        if drift is not None:
+            drift_mean = moments.drift_total / moments.count
+            drift = drift - drift_mean[:, :, None] * sparse_mean[:, None, :]
+            gain = (gain[0] + drift_mean[..., None], gain[1])
+    difference = matrix @ (cross - grams)  # zero with equal inputs: the target is W then, exactly
+    if drift is not None:
+        difference = difference + drift
+    xp = namespace(grams)
+    targets = [matrix[g] + _regress(difference[g], grams[g], moments.count) for g in range(grams.shape[0])]
+    return grams, xp.stack(targets), gain
+
+
+def _centred(grams: Array) -> Array:
+    """Central moments; rounding may have left a column that never varies slightly below zero."""
+    xp = namespace(grams)
+    eye = xp.eye(grams.shape[1], dtype=grams.dtype, device=device_of(grams))
+    return grams * (1 - eye) + eye * xp.clip(xp.linalg.diagonal(grams), 0.0, None)[:, :, None]
+
+
+def _regress(difference: Array, gram: Array, count: int) -> Array:
+    """Coefficients of a regression from its cross-moments, with the correlations shrunk as few rows need it."""
+    xp = namespace(gram)
+    gram, _ = _alive(gram)
+    scale = xp.sqrt(xp.linalg.diagonal(gram))
+    correlation, _ = shrink.linear(gram / scale[:, None] / scale, count)
+    upper, _ = inverse_factor(correlation, 0.0)
+    return ((difference / scale) @ upper.T) @ upper / scale

@@ -14,7 +14,7 @@ from slimkit.core.sparse.layer import Layer
 from slimkit.core.sparse.moments import Moments
 from slimkit.core.sparse.solve import Solved, solve
 
-Seen = Callable[[str, Array, Array], None]
+Seen = Callable[..., None]
 
 
 class Stage(Protocol):
@@ -27,7 +27,10 @@ class Stage(Protocol):
     feeds: list[tuple[str, ...]]
 
     def replay(self, names: Sequence[str], seen: Seen) -> None:
-        """Send every batch through, calling ``seen(name, x, dense_x or None)`` at each call of the layers."""
+        """Send every batch through, calling ``seen(name, x, dense x, drift)`` at each call of the layers.
+
+        Dense inputs and drifts (see Moments.add) may be None, or left out.
+        """
 
     def advance(self) -> None:
         """Take the outputs of the part as it is now as the inputs of the next."""
@@ -151,7 +154,7 @@ class Walk:
 
     def _calibrate(self, stage: Stage, feeds: Sequence[tuple[str, ...]]) -> None:
         moments = {feed[0]: Moments(self._layers[feed[0]], self._config.paired) for feed in feeds}
-        stage.replay(list(moments), lambda name, x, dense: moments[name].add(x, dense))
+        stage.replay(list(moments), lambda name, *inputs: moments[name].add(*inputs))
         for feed in feeds:
             shared = moments.pop(feed[0])
             _over_processes(self._host, shared)

@@ -1,0 +1,205 @@
+"""What calibration data is to a torch model: calls of its blocks, tokens that count, forwards that may end early."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from slimkit import bridge
+from slimkit.core.errors import UnsupportedError
+from slimkit.sparse.residual import input_of
+
+import torch
+import torch.nn.functional as F
+
+
+class Enough(Exception):
+    """Raised inside a forward to end it: every layer that was watched has been seen."""
+
+
+def enough(*_: Any) -> None:
+    """A hook that ends the forward."""
+    raise Enough
+
+
+@contextlib.contextmanager
+def quiet(model: torch.nn.Module) -> Iterator[None]:
+    """Eval mode without gradients, caches or fused paths that would pass the layers by."""
+    config: Any = getattr(model, "config", None)
+    cache = getattr(config, "use_cache", None)
+    fast = torch.backends.mha.get_fastpath_enabled()
+    try:
+        if cache:
+            config.use_cache = False  # a key-value cache would grow with every replay
+        torch.backends.mha.set_fastpath_enabled(False)
+        with bridge.evaluating(model):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        if cache:
+            config.use_cache = cache
+
+
+def as_input(module: torch.nn.Module, x: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
+    """A layer's input as the core takes it: padded for a convolution, without the rows of padding tokens."""
+    x = x.detach()
+    if isinstance(module, torch.nn.Conv2d):
+        pads = module._reversed_padding_repeated_twice
+        if any(pads):
+            mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+            x = F.pad(x, pads, mode=mode)
+    elif valid is not None and x.ndim == 3 and x.shape[:2] == valid.shape:
+        x = x[valid.to(x.device)]
+    return x
+
+
+def valid_tokens(batch: Any) -> torch.Tensor | None:
+    """Which tokens of a batch are no padding: its 2-D attention mask of zeros and ones, if it has one."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    return mask.bool() if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A ready call of a block: positional and keyword arguments."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+_HIDDEN = object()  # stands where a call takes the hidden states
+
+
+def send(model: torch.nn.Module, batch: Any) -> Any:
+    """Run a model on a batch or a ready call."""
+    return model(*batch.args, **batch.kwargs) if isinstance(batch, Bound) else bridge.run(model, batch)
+
+
+class BlockInputs:
+    """What every batch gives every block: hidden states, which move on, and the other arguments, which stay.
+
+    Args:
+        model: the model; its layers before the blocks are done.
+        dense: its dense twin, or None.
+        dataset: batches.
+        blocks: the blocks' paths, a chain.
+    """
+
+    def __init__(
+        self, model: torch.nn.Module, dense: torch.nn.Module | None, dataset: Iterable[Any], blocks: Sequence[str]
+    ) -> None:
+        self.valid: list[torch.Tensor | None] = []
+        self._hidden: dict[bool, list[torch.Tensor]] = {False: [], True: []}
+        self._others: list[dict[str, tuple[tuple[Any, ...], dict[str, Any]]]] = []
+        self.paired = dense is not None
+        for batch in dataset:
+            self.valid.append(valid_tokens(batch))
+            others: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+            first: list[torch.Tensor] = []
+
+            def seen(path: str, args: Any, kwargs: Any, _output: Any) -> None:
+                x = input_of(args, kwargs)
+                if path == blocks[0]:
+                    first.append(x)  # noqa: B023
+                blank = {k: _HIDDEN if v is x else v for k, v in kwargs.items()}
+                others[path] = (tuple(_HIDDEN if a is x else a for a in args), blank)  # noqa: B023
+
+            with quiet(model), bridge.hooked({b: bridge.get_module(model, b) for b in blocks}, seen):
+                bridge.run(model, batch)
+            self._others.append(others)
+            self._hidden[False].append(first[0])
+            if dense is not None:
+                first.clear()
+                head = bridge.get_module(dense, blocks[0])
+                with quiet(dense), bridge.hooked({blocks[0]: head}, seen):
+                    bridge.run(dense, batch)
+                self._hidden[True].append(first[0])
+
+    @classmethod
+    def of_stubs(
+        cls,
+        model: torch.nn.Module,
+        calls: Sequence[Bound],
+        valid: Sequence[torch.Tensor | None],
+        blocks: Sequence[str],
+    ) -> BlockInputs:
+        """The same for a model of whose blocks only the first is in memory: the others pass their input on.
+
+        Args:
+            model: the model, ready to run up to and including its first block.
+            calls: the batches.
+            valid: which tokens of each batch are no padding.
+            blocks: the blocks' paths, a chain.
+        """
+        self = cls.__new__(cls)
+        self.valid, self._hidden, self._others, self.paired = list(valid), {False: [], True: []}, [], True
+        modules = {b: bridge.get_module(model, b) for b in blocks}
+        wraps: list[bool] = []
+
+        def look(_path: str, _args: Any, _kwargs: Any, output: Any) -> None:
+            wraps.append(isinstance(output, (tuple, list)))
+            raise Enough
+
+        for call in calls[:1]:
+            with quiet(model), bridge.hooked({blocks[0]: modules[blocks[0]]}, look), contextlib.suppress(Enough):
+                send(model, call)
+        for call in calls:
+            others: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+            first: list[torch.Tensor] = []
+
+            def stub(path: str, *args: Any, **kwargs: Any) -> Any:
+                x = input_of(args, kwargs)
+                first.append(x)  # noqa: B023
+                blank = {k: _HIDDEN if v is x else v for k, v in kwargs.items()}
+                others[path] = (tuple(_HIDDEN if a is x else a for a in args), blank)  # noqa: B023
+                if path == blocks[-1]:
+                    raise Enough
+                return (x,) if wraps[0] else x
+
+            try:
+                for path, module in modules.items():
+                    module.__dict__["forward"] = partial(stub, path)
+                with quiet(model), contextlib.suppress(Enough):
+                    send(model, call)
+            finally:
+                for module in modules.values():
+                    module.__dict__.pop("forward", None)
+            if len(others) != len(blocks) or any(x is not first[0] for x in first):
+                raise UnsupportedError("src must be a model whose blocks pass hidden states straight to the next.")
+            self._others.append(others)
+            self._hidden[False].append(first[0].detach())
+            self._hidden[True].append(first[0].detach())
+        return self
+
+    def save(self, folder: Path) -> None:
+        """Write the hidden states of every batch, one file each."""
+        from safetensors.torch import save_file
+
+        for index, (sparse, dense) in enumerate(zip(self._hidden[False], self._hidden[True])):
+            states = {"sparse": sparse.contiguous(), "dense": dense.contiguous().clone()}
+            save_file(states, folder / f"{index:06d}.safetensors")
+
+    def load(self, folder: Path) -> None:
+        """Take back what `save` wrote."""
+        from safetensors.torch import load_file
+
+        for index in range(len(self.valid)):
+            found = load_file(folder / f"{index:06d}.safetensors")
+            self._hidden[False][index], self._hidden[True][index] = found["sparse"], found["dense"]
+
+    def call(self, path: str, index: int, dense: bool = False) -> Any:
+        """One batch's call of a block as (args, kwargs)."""
+        args, kwargs = self._others[index][path]
+        hidden = self._hidden[dense and self.paired][index]
+        return Bound(
+            tuple(hidden if a is _HIDDEN else a for a in args),
+            {k: hidden if v is _HIDDEN else v for k, v in kwargs.items()},
+        )
+
+    def put(self, index: int, hidden: torch.Tensor, dense: bool = False) -> None:
+        """The hidden states that the next block gets."""
+        self._hidden[dense][index] = hidden
