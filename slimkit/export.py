@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
+import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+import slimkit
 from slimkit import bridge
 from slimkit.core import check
 from slimkit.core.batch import as_call
@@ -75,6 +79,8 @@ def export_onnx(
     opset: int = 13,
     dynamic_batch: bool = False,
     tolerance: float = 1e-4,
+    external_data: bool | None = None,
+    merge_delta: bool = False,
 ) -> OnnxReport:
     """Write a model as ONNX and prove the file against the model in onnxruntime.
 
@@ -85,6 +91,9 @@ def export_onnx(
         opset: the ONNX opset to write, 9 to 20. The default 13 is one that Ascend's ATC of CANN 5 to 9 reads.
         dynamic_batch: leave the first axis of every input open.
         tolerance: largest absolute difference between file and model that is accepted, float32 units.
+        external_data: put the weights into `path` and ".data" beside the file; None: where they exceed 2 GB, which one
+            ONNX file cannot hold.
+        merge_delta: write a copy of the model with its LoRAs merged; the model keeps them.
 
     Returns:
         What was written, with the opset read back from the file and the difference of each output.
@@ -102,25 +111,30 @@ def export_onnx(
     bridge.check_model(model)
     check.integer(opset, "opset", minimum=9, maximum=_NEWER_LIMIT)
     check.number(tolerance, "tolerance", minimum=0)
+    if external_data is not None:
+        check.boolean(external_data, "external_data")
     target = as_path(path, "path")
+    if check.boolean(merge_delta, "merge_delta"):
+        model = copy.deepcopy(model)
+        slimkit.merge_delta(model, unload=True)
     args, kwargs = as_call(bridge.to_device(inputs, bridge.device_of(model)))
     flat = _Flat(model, args, kwargs)
     if not flat.tensors():
         check.wrong_value("inputs", "a batch with at least one tensor", inputs)
-    if sum(p.numel() * p.element_size() for p in model.parameters()) >= 2**31:
-        raise UnsupportedError("the model is larger than 2 GB, which one ONNX file cannot hold.")
     with bridge.evaluating(model), _exportable_attention(model, opset):
         expected = named_tensors(bridge.run(model, inputs))
         outputs = unique([name for name, _ in expected])
-        data = _write(flat, opset, flat.names(), outputs, dynamic_batch)
-    arrays = {name: tensor.detach().cpu().numpy() for name, (_, tensor) in zip(outputs, expected)}
-    return publish(data, target, opset, flat.arrays(), arrays, tolerance)
+        arrays = {name: tensor.detach().cpu().numpy() for name, (_, tensor) in zip(outputs, expected)}
+        with tempfile.TemporaryDirectory() as folder:
+            # By way of a file, for beyond 2 GB the exporters write one file for each weight.
+            file = Path(folder, "model.onnx")
+            _write(flat, file, opset, flat.names(), outputs, dynamic_batch)
+            return publish(file, target, opset, flat.arrays(), arrays, tolerance, external_data)
 
 
-def _write(flat: _Flat, opset: int, inputs: list[str], outputs: list[str], dynamic_batch: bool) -> bytes:
-    """The bytes of the ONNX file, by the exporter that honours the opset."""
+def _write(flat: _Flat, file: Path, opset: int, inputs: list[str], outputs: list[str], dynamic_batch: bool) -> None:
+    """Write the ONNX file by the exporter that honours the opset."""
     tensors = tuple(flat.tensors())
-    buffer = io.BytesIO()
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             # The older exporter announces its removal on every call; the opset is read back from the file anyway.
@@ -128,7 +142,7 @@ def _write(flat: _Flat, opset: int, inputs: list[str], outputs: list[str], dynam
             if opset <= _OLDER_LIMIT:
                 axes = {name: {0: "batch"} for name in (*inputs, *outputs)} if dynamic_batch else None
                 torch.onnx.export(
-                    flat, tensors, buffer, opset_version=opset, input_names=inputs, output_names=outputs,
+                    flat, tensors, str(file), opset_version=opset, input_names=inputs, output_names=outputs,
                     dynamic_axes=axes, dynamo=False, do_constant_folding=True,
                 )  # fmt: skip
             else:
@@ -138,11 +152,14 @@ def _write(flat: _Flat, opset: int, inputs: list[str], outputs: list[str], dynam
                     flat, tensors, opset_version=opset, input_names=inputs, output_names=outputs,
                     dynamic_shapes=shapes, dynamo=True, verbose=False,
                 )  # fmt: skip
-                return program.model_proto.SerializeToString()
+                program.save(str(file), external_data=_is_large(flat))
     except Exception as error:  # the exporters raise dozens of kinds; each means the same to the caller
         reason = " ".join(str(error).split())[:300]
         raise UnsupportedError(f"the model cannot be written as ONNX opset {opset}: {reason}") from error
-    return buffer.getvalue()
+
+
+def _is_large(model: nn.Module) -> bool:
+    return sum(t.numel() * t.element_size() for t in model.state_dict().values()) > 2**30
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import tempfile
 from dataclasses import asdict, dataclass
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+import slimkit_ms
 from slimkit.core import check
 from slimkit.core.batch import as_call
 from slimkit.core.errors import UnsupportedError
@@ -54,6 +56,8 @@ def export_onnx(
     opset: int = 13,
     dynamic_batch: bool = False,
     tolerance: float = 1e-4,
+    external_data: bool | None = None,
+    merge_delta: bool = False,
 ) -> OnnxReport:
     """Write a cell as ONNX and prove the file against the cell in onnxruntime.
 
@@ -66,6 +70,9 @@ def export_onnx(
         opset: the ONNX opset to write, 11 to 20. The default 13 is one that Ascend's ATC of CANN 5 to 9 reads.
         dynamic_batch: must be False: MindSpore 2.10 writes fixed shapes here.
         tolerance: largest absolute difference between file and cell that is accepted, float32 units.
+        external_data: put the weights into `path` and ".data" beside the file; None and False: into the file, for
+            MindSpore cannot write 2 GB of them anyway.
+        merge_delta: write a copy of the cell with its LoRAs merged; the cell keeps them.
 
     Returns:
         What was written, with the opset read back from the file and the difference of each output.
@@ -86,7 +93,13 @@ def export_onnx(
         raise UnsupportedError("dynamic_batch: MindSpore 2.10 writes ONNX with fixed shapes; export each batch size.")
     target = as_path(path, "path")
     onnx = library("onnx", "onnx")
+    if external_data is not None:
+        check.boolean(external_data, "external_data")
     tensors = _tensors(bridge.check_model(model), inputs)
+    if check.boolean(merge_delta, "merge_delta"):
+        model = copy.deepcopy(model)
+        slimkit_ms.merge_delta(model, unload=True)
+    _check_size(model, 2**31 - 2**24, "ONNX")
     with bridge.evaluating(model):
         expected = outputs(model(*tensors))
         data = _file(model, tensors, "ONNX")
@@ -101,7 +114,7 @@ def export_onnx(
     names = [i.name for i in proto.graph.input if i.name not in {t.name for t in proto.graph.initializer}]
     feeds = dict(zip(names, (bridge.as_numpy(t) for t in tensors)))
     arrays = dict(zip((o.name for o in proto.graph.output), expected.values()))
-    return publish(data, target, opset, feeds, arrays, tolerance)
+    return publish(data, target, opset, feeds, arrays, tolerance, external_data)
 
 
 def export_mindir(model: nn.Cell, inputs: Any, path: Any, *, tolerance: float = 1e-4) -> MindirReport:
@@ -130,6 +143,7 @@ def export_mindir(model: nn.Cell, inputs: Any, path: Any, *, tolerance: float = 
     if target.suffix != ".mindir":
         check.wrong_value("path", "a file name that ends in .mindir", str(path))
     tensors = _tensors(bridge.check_model(model), inputs)
+    _check_size(model, 2**30, "MINDIR")
     with bridge.evaluating(model):
         expected = outputs(model(*tensors))
         data = _file(model, tensors, "MINDIR")
@@ -162,6 +176,13 @@ def outputs(output: Any, name: str = "output") -> dict[str, np.ndarray]:
 
     tensors = flat(output)
     return dict(zip(unique([name] * len(tensors)), (bridge.as_numpy(t) for t in tensors)))
+
+
+def _check_size(model: nn.Cell, most: int, file_format: str) -> None:
+    """Refuse what MindSpore writes in several files (MINDIR beyond 1 GB) or not at all (ONNX beyond 2 GB)."""
+    size = sum(p.nbytes for p, _ in bridge.parameter_paths(model))
+    if size > most:
+        raise UnsupportedError(f"{size:,} bytes of parameters: one {file_format} file of MindSpore holds {most:,}.")
 
 
 def _file(model: nn.Cell, tensors: tuple[ms.Tensor, ...], file_format: str) -> bytes:

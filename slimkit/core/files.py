@@ -115,6 +115,25 @@ def atomic_file(path: PathLike, mode: str = "wb", *, before: Callable[[], object
     _sync_folder(target.parent)
 
 
+def place_file(source: PathLike, target: PathLike) -> None:
+    """Move a finished file to its place on the same disk, so that a reader sees the old one or the new one.
+
+    Args:
+        source: a file in the target's folder or one below it.
+        target: its place.
+
+    Raises:
+        LinkPathError: `target` is a symbolic link.
+    """
+    if Path(target).is_symlink():
+        raise LinkPathError(f"refusing to write through the symbolic link {str(target)!r}")
+    with open(source, "rb+") as handle:
+        os.fsync(handle.fileno())
+    os.chmod(source, 0o666 & ~_umask())
+    os.replace(source, target)
+    _sync_folder(Path(target).parent)
+
+
 @contextlib.contextmanager
 def atomic_directory(path: PathLike) -> Iterator[Path]:
     """Fill a folder so that it appears whole or not at all; an existing folder of that name is replaced.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -13,10 +14,13 @@ from typing import Any
 import numpy as np
 
 from slimkit.core.errors import FileFormatError, UnsupportedError
-from slimkit.core.files import atomic_file
+from slimkit.core.files import place_file
 from slimkit.core.lazy import library
 
 Array = np.ndarray[Any, Any]
+
+# A protobuf file ends at 2 GiB; the graph needs a little of it.
+_LARGEST_BYTES = 2**31 - 2**24
 
 
 @dataclass(frozen=True)
@@ -26,12 +30,13 @@ class OnnxReport:
     Args:
         path: the file.
         opset: the opset of the default domain, read back from the file.
-        file_bytes: its size.
+        file_bytes: its size, with the file of weights beside it where there is one.
         operators: operator -> how many nodes.
         zeros: exact zeros among the file's weights of two or more axes.
         weights: entries of those weights.
         differences: output name -> largest absolute difference between onnxruntime and the model.
         inputs: input names in order.
+        data_file: name of the file beside it that holds the weights; None: they are in the file itself.
     """
 
     path: str
@@ -42,6 +47,7 @@ class OnnxReport:
     weights: int
     differences: dict[str, float]
     inputs: list[str]
+    data_file: str | None = None
 
     @property
     def max_difference(self) -> float:
@@ -54,50 +60,83 @@ class OnnxReport:
 
 
 def publish(
-    data: bytes, path: Path, opset: int, feeds: Mapping[str, Array], expected: Mapping[str, Array], tolerance: float
+    source: bytes | Path,
+    path: Path,
+    opset: int,
+    feeds: Mapping[str, Array],
+    expected: Mapping[str, Array],
+    tolerance: float,
+    external_data: bool | None = None,
 ) -> OnnxReport:
     """Prove an ONNX file against the arrays it should give, and only then write it.
 
     Args:
-        data: the file's bytes.
-        path: where it goes; it appears whole or not at all.
+        source: the file's bytes, or where an exporter left it, with or without files of weights beside it.
+        path: where it goes; it appears whole or not at all. With external data, `path` and a file of that name and
+            ".data"; the latter takes its place first.
         opset: the opset that was asked for.
         feeds: input name -> array.
         expected: output name -> array, in the file's order.
         tolerance: largest absolute difference accepted.
+        external_data: put the weights into a file beside it; None: where one file could not hold them (2 GB).
 
     Returns:
         What was written.
 
     Raises:
         FileFormatError: the bytes are not an ONNX model.
-        UnsupportedError: the opset or the outputs are not those asked for.
+        UnsupportedError: the opset or the outputs are not those asked for, or the weights do not fit in one file.
     """
     onnx = library("onnx", "onnx")
     try:
-        proto = onnx.load_from_string(data)
+        proto = onnx.load_from_string(source) if isinstance(source, bytes) else onnx.load(str(source))
     except Exception as error:  # protobuf raises its own kinds, which differ between its back ends
         raise FileFormatError(f"the exporter's output is not an ONNX model: {error}") from error
     written = next((o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")), None)
     if written != opset:
         raise UnsupportedError(f"the exporter wrote opset {written}, not the {opset} asked for. Ask for {written}.")
-    differences = _compare(data, feeds, expected)
-    if not all(d <= tolerance for d in differences.values()):
-        shown = ", ".join(f"{k} {v:.3g}" for k, v in differences.items())
-        raise UnsupportedError(f"the ONNX file differs from the model by more than {tolerance:g}: {shown}")
-    with atomic_file(path) as handle:
-        handle.write(data)
+    # Told before the weights leave the model: afterwards their entries only say where they went.
     weights = [onnx.numpy_helper.to_array(t) for t in proto.graph.initializer if len(t.dims) >= 2]
+    zeros, entries = sum(int((w == 0).sum()) for w in weights), sum(int(w.size) for w in weights)
+    del weights
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".part", dir=path.parent) as folder:
+        files = _write(proto, Path(folder, path.name), external_data)
+        differences = _compare(str(files[-1]), feeds, expected)
+        if not all(d <= tolerance for d in differences.values()):
+            shown = ", ".join(f"{k} {v:.3g}" for k, v in differences.items())
+            raise UnsupportedError(f"the ONNX file differs from the model by more than {tolerance:g}: {shown}")
+        size = sum(file.stat().st_size for file in files)
+        for file in files:
+            place_file(file, path.with_name(file.name))
     return OnnxReport(
         path=str(path),
         opset=opset,
-        file_bytes=len(data),
+        file_bytes=size,
         operators=dict(sorted(Counter(node.op_type for node in proto.graph.node).items())),
-        zeros=sum(int((w == 0).sum()) for w in weights),
-        weights=sum(int(w.size) for w in weights),
+        zeros=zeros,
+        weights=entries,
         differences=differences,
         inputs=list(feeds),
+        data_file=files[0].name if len(files) > 1 else None,
     )
+
+
+def _write(proto: Any, file: Path, external: bool | None) -> list[Path]:
+    """Write a model, with its weights inside or in a file beside it; returns the files, the model's own last."""
+    onnx = library("onnx", "onnx")
+    size = sum(len(tensor.raw_data) for tensor in proto.graph.initializer)
+    if size > _LARGEST_BYTES and external is False:
+        raise UnsupportedError(f"external_data=False: {size:,} bytes of weights do not fit in one ONNX file of 2 GB.")
+    if not (size > _LARGEST_BYTES if external is None else external):
+        file.write_bytes(proto.SerializeToString())
+        return [file]
+    data = file.with_name(f"{file.name}.data")
+    onnx.save_model(
+        proto, str(file), save_as_external_data=True, all_tensors_to_one_file=True, location=data.name,
+        size_threshold=1024, convert_attribute=False,
+    )  # fmt: skip
+    return [data, file] if data.exists() else [file]
 
 
 def unique(names: Sequence[str]) -> list[str]:
@@ -115,7 +154,7 @@ def unique(names: Sequence[str]) -> list[str]:
     return unique
 
 
-def _session(file: bytes | str) -> Any:
+def _session(file: str) -> Any:
     runtime = library("onnxruntime", "onnx")
     options = runtime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
@@ -123,9 +162,9 @@ def _session(file: bytes | str) -> Any:
     return runtime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
 
 
-def _compare(data: bytes, feeds: Mapping[str, Array], expected: Mapping[str, Array]) -> dict[str, float]:
+def _compare(file: str, feeds: Mapping[str, Array], expected: Mapping[str, Array]) -> dict[str, float]:
     """Largest absolute difference of each output; infinite where shapes or infinities disagree."""
-    session = _session(data)
+    session = _session(file)
     known = {i.name for i in session.get_inputs()}
     # An input that the graph does not use is not an input of the file.
     results = session.run(list(expected), {k: v for k, v in feeds.items() if k in known})

@@ -75,3 +75,34 @@ def test_a_file_that_disagrees_is_not_written(kit, image, tmp_path):
         # Nothing agrees to the last bit with another runtime's convolution.
         kit.slim.export_onnx(network(kit), image * 1000, tmp_path / "net.onnx", tolerance=0.0)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_delta_is_merged_on_a_copy(kit, rng, tmp_path):
+    net = kit.fill(kit.named(first=kit.linear(8, 8), act=kit.relu(), last=kit.linear(8, 4)))
+    x = kit.tensor(rng.standard_normal((3, 8)).astype(np.float32))
+    plain = kit.slim.export_onnx(net, x, tmp_path / "plain.onnx")
+    kit.slim.apply_delta(net, "lora", ["first"], rank=2)
+    for name, parameter in kit.params(net).items():
+        if "lora" in name:
+            kit.assign(parameter, rng.standard_normal(tuple(parameter.shape)).astype(np.float32))
+    before, expected = kit.values(net), kit.array(net(x))
+    report = kit.slim.export_onnx(net, x, tmp_path / "merged.onnx", merge_delta=True)
+    assert report.operators == plain.operators, "nothing of the delta is left in the file"
+    assert report.max_difference < 1e-4  # float32, the merged weight is rounded once more
+    after = kit.values(net)
+    assert list(after) == list(before)
+    for name, value in after.items():
+        np.testing.assert_array_equal(value, before[name])
+    np.testing.assert_array_equal(kit.array(net(x)), expected)
+
+
+def test_weights_go_beside_the_file_when_asked(kit, tmp_path):
+    import onnxruntime
+
+    net = kit.fill(kit.named(first=kit.linear(64, 64), act=kit.relu()))
+    x = kit.tensor(np.ones((2, 64), np.float32))
+    report = kit.slim.export_onnx(net, x, tmp_path / "net.onnx", external_data=True)
+    assert report.data_file == "net.onnx.data"
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["net.onnx", "net.onnx.data"]
+    found = onnxruntime.InferenceSession(tmp_path / "net.onnx").run(None, {report.inputs[0]: kit.array(x)})[0]
+    np.testing.assert_allclose(found, kit.array(net(x)), atol=1e-4)  # float32, 64 terms

@@ -81,3 +81,36 @@ def test_a_model_that_cannot_be_written_leaves_no_file(tmp_path):
     with pytest.raises(ValueError, match="cannot be written as ONNX opset 13"):
         export_onnx(Odd(), torch.randn(3, 3), tmp_path / "odd.onnx")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("opset", [13, 18])
+def test_weights_beside_the_file_are_proven_and_replaced_together(tmp_path, opset):
+    import onnx
+    import onnxruntime
+
+    net, x = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 8)), torch.randn(3, 32)
+    with torch.no_grad():
+        net[0].weight[:, ::2] = 0
+    for _ in range(2):  # the second time over the first one's files
+        report = export_onnx(net, x, tmp_path / "net.onnx", opset=opset, external_data=True)
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["net.onnx", "net.onnx.data"]
+    assert report.data_file == "net.onnx.data"
+    assert report.file_bytes == sum(f.stat().st_size for f in tmp_path.iterdir())
+    assert report.zeros >= 32 * 16
+    bare = onnx.load(tmp_path / "net.onnx", load_external_data=False)
+    assert any(t.data_location == onnx.TensorProto.EXTERNAL for t in bare.graph.initializer)
+    found = onnxruntime.InferenceSession(tmp_path / "net.onnx").run(None, {"input": x.numpy()})[0]
+    np.testing.assert_allclose(found, net(x).detach().numpy(), atol=1e-5)  # float32, 32 terms
+
+
+def test_weights_beyond_one_file_go_beside_it_or_are_refused(tmp_path, monkeypatch):
+    from slimkit.core import onnxfile
+
+    monkeypatch.setattr(onnxfile, "_LARGEST_BYTES", 1000)
+    net, x = nn.Linear(32, 32), torch.randn(3, 32)
+    assert export_onnx(net, x, tmp_path / "net.onnx").data_file == "net.onnx.data"
+    small = export_onnx(nn.Linear(4, 4), torch.randn(3, 4), tmp_path / "small.onnx")
+    assert small.data_file is None
+    with pytest.raises(ValueError, match="do not fit in one ONNX file"):
+        export_onnx(net, x, tmp_path / "other.onnx", external_data=False)
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["net.onnx", "net.onnx.data", "small.onnx"]
