@@ -1,24 +1,22 @@
-"""MindSpore's side of the command line's single commands."""
+"""What the single commands ask of MindSpore."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+import slimkit_ms
 from slimkit.core import files
-from slimkit.core.errors import ConfigError, UnsupportedError
-from slimkit.core.jobs import data as sources
+from slimkit.core.errors import ConfigError
 from slimkit.core.jobs import folders
 from slimkit.core.jobs.data import DataPlace, ModelPlace
+from slimkit.core.jobs.wing import Jobs, Opened
 from slimkit.core.run.measurement import Measurement
-from slimkit.core.sparse import SparseConfig
-from slimkit.core.sparse.compress import select
-from slimkit_ms import bridge, checkpoint, delta, export, sparse
-from slimkit_ms import prune as pruning
+from slimkit.core.sparse.layer import Layer
+from slimkit_ms import bridge
 from slimkit_ms.measurement import measure_model
 from slimkit_ms.sparse.host import MindSporeHost
 
@@ -29,211 +27,76 @@ from mindspore import nn
 _WEIGHTS = "model.ckpt"
 
 
-@dataclass
-class Opened:
-    """A cell, and the plan that pruned it where its folder has one."""
+class MindSporeJobs(Jobs):
+    """MindSpore's side of the commands: cells from factories, with checkpoints or the commands' own folders."""
 
-    model: nn.Cell
-    desc: dict[str, Any] | None = None
+    slim = slimkit_ms
+    formats = ("onnx", "mindir")
 
-    @property
-    def parameters(self) -> int:
-        """Numbers in all parameters that are weights."""
-        return sum(p.size for p, paths in bridge.parameter_paths(self.model) if bridge.is_weight(p, paths[0]))
+    def __init__(self) -> None:
+        if ms.get_context("device_target") == "CPU":
+            # Calibration runs operator by operator; on a CPU, waiting for each is ten times as fast as queueing them.
+            ms.runtime.launch_blocking()
 
+    def open(self, place: ModelPlace) -> Opened:
+        if place.factory is None:
+            raise ConfigError(
+                "--framework mindspore needs --factory MODULE:FUNCTION: a checkpoint does not say which cell it is of, "
+                "and MindSpore cannot build models of transformers"
+            )
+        model = bridge.check_model(place.make(), "the model that --factory returns")
+        bridge.rename_parameters(model)
+        desc = None
+        if place.model is not None and (place.model / folders.PLAN).exists():
+            desc = files.read_json(place.model / folders.PLAN)
+            self.slim.load_pruned(place.model, model)
+        elif place.model is not None:
+            own = place.model / _WEIGHTS
+            self.slim.load_checkpoint(own if own.exists() else place.model, model, strict_load=True)
+        model.set_train(False)
+        return Opened(model, place, desc=desc)
 
-def open_model(place: ModelPlace) -> Opened:
-    """Make the cell of a factory and load the weights named beside it, in eval mode.
+    def tensors(self, arrays: Any) -> Any:
+        if isinstance(arrays, dict):
+            return {k: self.tensors(v) for k, v in arrays.items()}
+        return ms.Tensor(np.ascontiguousarray(arrays))
 
-    Raises:
-        ConfigError: no factory, or one that gives no cell.
-        FileFormatError: the weights are damaged or belong to another cell.
-    """
-    if place.factory is None:
-        raise ConfigError(
-            "--framework mindspore needs --factory MODULE:FUNCTION: a checkpoint does not say which cell it belongs "
-            "to, and MindSpore cannot build models of transformers"
-        )
-    model = bridge.check_model(place.make(), "the model that --factory returns")
-    bridge.rename_parameters(model)
-    desc = None
-    if place.model is not None and place.model.is_dir() and (place.model / folders.PLAN).exists():
-        desc = files.read_json(place.model / folders.PLAN)
-        pruning.load_pruned(place.model, model)
-    elif place.model is not None:
-        own = place.model / _WEIGHTS
-        checkpoint.load_checkpoint(own if own.exists() else place.model, model, strict_load=True)
-    model.set_train(False)
-    return Opened(model, desc)
-
-
-def prune(
-    place: ModelPlace,
-    out: Path | None,
-    *,
-    ratio: float,
-    align: int,
-    importance: str,
-    budget: str,
-    allocation: str,
-    node_ratio: float,
-    keep: Sequence[str] | None,
-    example: str | None,
-    calib: DataPlace | None,
-    compensate: bool,
-    seed: int,
-) -> dict[str, Any]:
-    """Prune a cell's structure; with `out` None only plan it. Arguments and result are those of slimkit's."""
-    opened = open_model(place)
-    if opened.desc is not None:
-        raise ConfigError("--model is a pruned model already; prune the original to the ratio wanted")
-    batches = _batches(calib, "--calib")
-    if compensate and batches is None:
-        raise ConfigError("--compensate needs --calib DATA")
-    before = opened.parameters
-    pruner = (
-        pruning.Pruner(opened.model, _example(example, seed))
-        .set_importance_evaluation_function(importance, calibration=batches, seed=seed)
-        .set_node_reserved_ratio(node_ratio)
-        .set_alignment(align)
-        .set_budget(budget)
-        .set_allocation(allocation)
-    )
-    if compensate:
-        pruner.set_compensation(batches)
-    whole = None if keep is None else [int(k) if k.lstrip("-").isdigit() else k for k in keep]
-    if out is None:
-        left, _ = pruner.analysis(ratio, whole)
-    else:
-        opened.desc = pruner.prune(ratio, whole)
-        left = opened.parameters
-    facts = {"parameters_before": before, "parameters": left, "kept": left / before, "report": pruner.report()}
-    if out is not None:
-        with files.atomic_directory(out) as folder:
-            facts["written"] = _write(opened, folder)
-            folders.write_report(folder, "prune", {"asked": ratio, **facts})
-    return facts
-
-
-def sparsify(
-    place: ModelPlace, out: Path, cfg: SparseConfig, *, calib: DataPlace | None, restart: bool
-) -> dict[str, Any]:
-    """Make a cell sparse, in memory, and write it. Arguments and result are those of slimkit's."""
-    folders.unused(out)
-    opened = open_model(place)
-    report = sparse.Compressor(opened.model, cfg).compress(_needed(calib, cfg))
-    with files.atomic_directory(out) as folder:
-        written = _write(opened, folder)
-        files.write_json(folder / "sparse_report.json", report)
-    return {**report, "written": written, "resumable": False}
-
-
-def plan_sparsify(place: ModelPlace, out: Path, cfg: SparseConfig, *, calib: DataPlace | None) -> dict[str, Any]:
-    """What `sparsify` would do; writes nothing."""
-    folders.unused(out)
-    layers, skipped = MindSporeHost(open_model(place).model).layers()
-    names, unmatched = select(layers, skipped, cfg)
-    weights = sum(layers[n].size for n in names)
-    return {
-        "layers": names,
-        "skipped": skipped,
-        "unmatched": list(unmatched),
-        "weights": weights,
-        "zeros": round(weights * cfg.sparse_ratio),
-        "batches": len(_needed(calib, cfg) or ()),
-        "blocks_done": 0,
-        "resumable": False,
-    }
-
-
-def write(
-    place: ModelPlace,
-    out: Path | None,
-    *,
-    format: str,
-    opset: int,
-    example: str | None,
-    length: int,
-    dynamic_batch: bool,
-    tolerance: float,
-    delta_folder: Path | None,
-    seed: int,
-) -> dict[str, Any]:
-    """Write a cell as ONNX or MINDIR, proven against it; with `out` None only prepare. As slimkit's."""
-    if format not in ("onnx", "mindir"):
-        raise UnsupportedError(f"--format {format} is written from Hugging Face directories; here: onnx or mindir")
-    opened = open_model(place)
-    if delta_folder is not None:
-        delta.load_delta(opened.model, delta_folder)
-        delta.merge_delta(opened.model, unload=True)
-    inputs = _example(example, seed)
-    if inputs is None:
-        raise ConfigError("give --example SHAPE (such as 1,3,224,224), a .npy or .npz file, or a function")
-    given = list(inputs.values()) if isinstance(inputs, dict) else [inputs]
-    shapes = {f"input_{at}": list(tensor.shape) for at, tensor in enumerate(given)}
-    facts: dict[str, Any] = {"format": format, "parameters": opened.parameters, "shapes": shapes}
-    if out is None:
-        return facts
-    if format == "mindir":
-        return {**facts, **export.export_mindir(opened.model, tuple(given), out, tolerance=tolerance).to_dict()}
-    report = export.export_onnx(
-        opened.model, tuple(given), out, opset=opset, dynamic_batch=dynamic_batch, tolerance=tolerance
-    )
-    return {**facts, **report.to_dict()}
-
-
-def measure(
-    place: ModelPlace, *, example: str | None, length: int, delta_folder: Path | None, seed: int
-) -> Measurement:
-    """Parameters, zeros, MACs, trainable share and latency of a cell on one input. As slimkit's."""
-    opened = open_model(place)
-    if delta_folder is not None:
-        delta.load_delta(opened.model, delta_folder)
-    inputs = _example(example, seed)
-    if inputs is None:
-        raise ConfigError("--macs needs --example SHAPE (such as 1,3,224,224), a .npy or .npz file, or a function")
-    return measure_model(opened.model, tuple(inputs.values()) if isinstance(inputs, dict) else inputs)
-
-
-def _write(opened: Opened, folder: Path) -> str:
-    if opened.desc is not None:
-        pruning.save_pruned(folder, opened.model, opened.desc)
-        return "slimkit"
-    checkpoint.save_checkpoint(opened.model, folder / _WEIGHTS)
-    return "weights"
-
-
-def _tensors(value: Any) -> Any:
-    """NumPy arrays as tensors; int64 stays what it is, float64 too."""
-    if isinstance(value, dict):
-        return {k: _tensors(v) for k, v in value.items()}
-    return ms.Tensor(np.ascontiguousarray(value))
-
-
-def _example(given: str | None, seed: int) -> Any:
-    """One input from a shape, a file of arrays or a function; None where nothing was given."""
-    if given is None:
+    def own_example(self, opened: Opened, length: int, seed: int) -> Any:
         return None
-    if Path(given).exists():
-        return _tensors(sources.read_arrays(Path(given)))
-    if ":" in given and not given.rpartition(":")[2].startswith(("float", "int", "bool")):
-        made = sources.found(given, "--example")()
-        return made["example"] if isinstance(made, dict) and "example" in made else made
-    return _tensors(sources.parse_example(given, seed))
+
+    def text(self, opened: Opened, place: DataPlace) -> list[Any]:
+        raise ConfigError("--calib: text needs the tokenizer of a Hugging Face directory; give arrays or a function")
+
+    def write_model(self, opened: Opened, folder: Path) -> str:
+        if opened.desc is not None:
+            self.slim.save_pruned(folder, opened.model, opened.desc)
+            return "slimkit"
+        self.slim.save_checkpoint(opened.model, folder / _WEIGHTS)
+        return "weights"
+
+    def parameters(self, model: nn.Cell) -> int:
+        return sum(p.size for p, paths in bridge.parameter_paths(model) if bridge.is_weight(p, paths[0]))
+
+    def layers(self, model: nn.Cell) -> tuple[dict[str, Layer], dict[str, str]]:
+        return MindSporeHost(model).layers()
+
+    def figures(self, model: nn.Cell, inputs: Any) -> Measurement:
+        return measure_model(model, _positional(inputs))
+
+    def input_shapes(self, inputs: Any) -> dict[str, list[int]]:
+        return {f"input_{at}": list(tensor.shape) for at, tensor in enumerate(_positional(inputs))}
+
+    def export(
+        self, opened: Opened, inputs: Any, out: Path, format: str, settings: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        given = _positional(inputs)
+        if format == "mindir":
+            return self.slim.export_mindir(opened.model, given, out, tolerance=settings["tolerance"]).to_dict()
+        return self.slim.export_onnx(opened.model, given, out, **settings).to_dict()
 
 
-def _batches(place: DataPlace | None, option: str) -> list[Any] | None:
-    if place is None:
-        return None
-    if place.kind == "text":
-        raise ConfigError(f"{option}: text needs the tokenizer of a Hugging Face directory; give arrays or a function")
-    if place.kind == "function":
-        return place.made_batches(option)
-    return [_tensors(batch) for batch in place.array_batches()]
-
-
-def _needed(place: DataPlace | None, cfg: SparseConfig) -> list[Any] | None:
-    found = _batches(place, "--calib")
-    if cfg.needs_data and not found:
-        raise ConfigError(f"--method {cfg.method} needs --calib DATA; only magnitude with equal ratios needs none")
-    return found
+def _positional(inputs: Any) -> tuple[Any, ...]:
+    """An example as the tuple of tensors that a cell's construct takes."""
+    if isinstance(inputs, dict):
+        return tuple(inputs.values())
+    return tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)

@@ -11,12 +11,12 @@ from slimkit.core.errors import UnsupportedError
 if TYPE_CHECKING:
     from slimkit.core.jobs.data import DataPlace, ModelPlace
 
-# framework -> the module that does a wing's side of the commands
-_WINGS = {"torch": "slimkit.jobs", "mindspore": "slimkit_ms.jobs"}
+# framework -> the module and class of a wing's side of the commands
+_WINGS = {"torch": ("slimkit.jobs", "TorchJobs"), "mindspore": ("slimkit_ms.jobs", "MindSporeJobs")}
 
 
 def wing(framework: str, command: str) -> Any:
-    """The function of a framework that does a command.
+    """The method of a framework that does a command.
 
     Raises:
         ArgumentError: an unknown framework.
@@ -27,13 +27,14 @@ def wing(framework: str, command: str) -> Any:
     from slimkit.core.lazy import require
 
     require(check.choice(framework.lower(), _WINGS, "--framework"))
-    module = importlib.import_module(_WINGS[framework.lower()])
-    if not hasattr(module, command):
+    module, name = _WINGS[framework.lower()]
+    jobs = getattr(importlib.import_module(module), name)()
+    if not hasattr(jobs, command):
         raise UnsupportedError(
             f"`slimkit {command}` is not offered for {framework}; `slimkit run` does it in a recipe "
             f"(framework: {framework})"
         )
-    return getattr(module, command)
+    return getattr(jobs, command)
 
 
 def model(path: Path | None, factory: str | None, arguments: list[str] | None) -> ModelPlace:

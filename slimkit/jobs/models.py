@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,39 +12,11 @@ from slimkit.core import files
 from slimkit.core.errors import ConfigError, FileFormatError, SlimkitError, UnsupportedError
 from slimkit.core.jobs import folders
 from slimkit.core.jobs.data import ModelPlace
+from slimkit.core.jobs.wing import Opened
 from slimkit.core.lazy import library
 
 import torch
 from torch import nn
-
-
-@dataclass
-class Opened:
-    """A model and where it came from.
-
-    Args:
-        model: in eval mode.
-        place: what the user named.
-        directory: the Hugging Face directory (or folder of a command) with its configuration and tokenizer.
-        desc: the plan that pruned it, where the directory says so.
-        fresh: parameters that the files lack and that were drawn at random, as `open_model` was allowed to.
-    """
-
-    model: nn.Module
-    place: ModelPlace
-    directory: Path | None = None
-    desc: dict[str, Any] | None = None
-    fresh: tuple[str, ...] = ()
-
-    @property
-    def is_hf(self) -> bool:
-        """Whether transformers made the model."""
-        return self.place.factory is None
-
-    @property
-    def parameters(self) -> int:
-        """Numbers in all parameters, shared ones once."""
-        return sum(p.numel() for p in self.model.parameters())
 
 
 def open_model(place: ModelPlace, *, kind: str | None = None, fresh: tuple[str, ...] = (), **config: Any) -> Opened:
@@ -130,31 +101,10 @@ def architecture(directory: Path) -> tuple[Any, Any]:
     return _architecture(directory)
 
 
-def example_of(opened: Opened, given: str | None, *, length: int = 16, seed: int = 0) -> Any:
-    """One input for a model: what the user gave, or one that its configuration describes.
-
-    Args:
-        opened: the model.
-        given: a shape, a file of arrays or a function; None for models of transformers.
-        length: tokens of a made-up text.
-        seed: of made-up values.
-
-    Returns:
-        A tensor, tuple or dict for `bridge.run`.
-    """
-    from slimkit.core.jobs import data
-
-    if given is not None:
-        path = Path(given)
-        if path.exists():
-            return tensors(data.read_arrays(path))
-        if ":" in given and not given.rpartition(":")[2].startswith(("float", "int", "bool")):
-            made = data.found(given, "--example")()
-            return made["example"] if isinstance(made, dict) and "example" in made else made
-        return tensors(data.parse_example(given, seed))
-    if not opened.is_hf:
-        raise ConfigError("a model from a factory needs --example SHAPE (such as 1,3,224,224), a file, or a function")
-    config, name = opened.model.config, getattr(opened.model, "main_input_name", "input_ids")
+def own_example(model: nn.Module, length: int, seed: int) -> Any:
+    """An input that a model of transformers describes: a text of `length` tokens, an image, or its dummy inputs."""
+    config: Any = model.config
+    name = getattr(model, "main_input_name", "input_ids")
     generator = torch.Generator().manual_seed(seed)
     if name == "input_ids" and not getattr(config, "is_encoder_decoder", False):
         ids = torch.randint(0, config.get_text_config().vocab_size, (1, length), generator=generator)
@@ -162,7 +112,7 @@ def example_of(opened: Opened, given: str | None, *, length: int = 16, seed: int
     if name == "pixel_values" and getattr(config, "image_size", None):
         size = config.image_size if isinstance(config.image_size, (tuple, list)) else (config.image_size,) * 2
         return {"pixel_values": torch.randn(1, getattr(config, "num_channels", 3), *size, generator=generator)}
-    dummy = dict(opened.model.dummy_inputs)
+    dummy: Any = model.dummy_inputs
     return {k: v for k, v in dummy.items() if isinstance(v, torch.Tensor)}
 
 

@@ -21,6 +21,7 @@ from slimkit.core.jobs import folders
 from slimkit.core.jobs.data import DataPlace, ModelPlace
 from slimkit.core.jobs.interrupt import SaveOnInterrupt
 from slimkit.core.jobs.training import TASKS, TrainingPlan, label_names, task_of
+from slimkit.core.jobs.wing import Opened
 from slimkit.core.sparse import shards
 from slimkit.core.train.callbacks import Checkpoints
 from slimkit.core.train.runlog import ProgressBar
@@ -86,8 +87,8 @@ def distill(
     with _seeded(plan.seed):
         student, report = students.make_student(teacher.model, selection=selection, **sizes)
     facts: dict[str, Any] = {
-        "teacher_parameters": teacher.parameters,
-        "parameters": sum(p.numel() for p in student.parameters()),
+        "teacher_parameters": _size(teacher.model),
+        "parameters": _size(student),
         "layers": {str(k): v for k, v in report["layers"].items()},
         "samples": len(rows),
     }
@@ -104,11 +105,15 @@ def distill(
     job = {"command": "distill", "sizes": sizes, "selection": selection, "temperature": temperature}
     job |= {"weights": [hidden_weight, output_weight], "teacher": _digest_folder(directory), "text": _digest(rows)}
     trainer = _fit(dual, samples, reader.pad, plan, out, job, lambda model, batch: bridge.run(model, batch)[0])
-    opened = models.Opened(dual.get_student_model().eval(), place, directory)
+    opened = Opened(dual.get_student_model().eval(), place, directory)
     with files.atomic_directory(out) as folder:
         facts |= {"written": models.write_model(opened, folder), **_curve(trainer)}
         folders.write_report(folder, "distill", facts)
     return facts
+
+
+def _size(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
 
 
 def _comparison(
@@ -205,7 +210,7 @@ def adapt(
         settings = {"exclude": also, **settings}
     with _seeded(plan.seed):
         told = delta.apply_delta(opened.model, kind, targets, also_train=also, **settings)
-    total = opened.parameters
+    total = _size(opened.model)
     trained = sum(p.numel() for p in opened.model.parameters() if p.requires_grad)
     facts: dict[str, Any] = {
         "task": chosen,

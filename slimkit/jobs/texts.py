@@ -8,9 +8,7 @@ from typing import Any
 
 from slimkit import bridge  # noqa: F401 - says in one line that torch is missing
 from slimkit.core.errors import ConfigError
-from slimkit.core.jobs.data import DataPlace
 from slimkit.core.lazy import library
-from slimkit.jobs.models import tensors
 
 
 class Reader:
@@ -60,31 +58,3 @@ class Reader:
         """All texts in order, as padded batches."""
         samples = self.encode(texts)
         return [self.pad(samples[i : i + batch_size]) for i in range(0, len(samples), batch_size)]
-
-
-def calibration(place: DataPlace | None, directory: Path | None, kind: type, config: Any, option: str) -> Any:
-    """The batches that a command line names, or None.
-
-    Args:
-        place: the data.
-        directory: where the tokenizer is, for text.
-        kind: the model's class.
-        config: the model's configuration, for text.
-        option: the option's name, for messages.
-
-    Returns:
-        A list of batches, or None where no data was named.
-
-    Raises:
-        ConfigError: text for a model without a tokenizer, or nothing that can be read.
-    """
-    if place is None:
-        return None
-    if place.kind == "function":
-        return place.made_batches(option)
-    if place.kind == "arrays":
-        return [tensors(b) for b in place.array_batches()]
-    if directory is None or config is None:
-        raise ConfigError(f"{option}: text needs the tokenizer of a Hugging Face directory; give arrays or a function")
-    texts = [row["text"] for row in place.rows()]
-    return Reader(directory, kind, config, place.max_length).batches(texts, place.batch_size)

@@ -1,0 +1,126 @@
+"""What the single commands ask of PyTorch."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import slimkit
+from slimkit import bridge, export
+from slimkit.core.errors import ConfigError
+from slimkit.core.jobs import folders
+from slimkit.core.jobs.data import DataPlace, ModelPlace
+from slimkit.core.jobs.wing import Jobs, Opened, sparse_plan
+from slimkit.core.run.measurement import Measurement
+from slimkit.core.sparse import SparseConfig, shards
+from slimkit.core.sparse.layer import Layer
+from slimkit.jobs import models, teach, texts
+from slimkit.measurement import measure_model
+from slimkit.sparse import checkpoint as blocks
+from slimkit.sparse.host import TorchHost
+
+from torch import nn
+
+
+class TorchJobs(Jobs):
+    """PyTorch's side of the commands: Hugging Face directories, weight files, factories."""
+
+    slim = slimkit
+    formats = ("onnx", "w16a16s")
+
+    distill = staticmethod(teach.distill)
+    adapt = staticmethod(teach.adapt)
+
+    def open(self, place: ModelPlace) -> Opened:
+        return models.open_model(place)
+
+    def tensors(self, arrays: Any) -> Any:
+        return models.tensors(arrays)
+
+    def own_example(self, opened: Opened, length: int, seed: int) -> Any:
+        return models.own_example(opened.model, length, seed) if opened.is_hf else None
+
+    def text(self, opened: Opened, place: DataPlace) -> list[Any]:
+        if not opened.is_hf or opened.directory is None:
+            raise ConfigError(
+                "--calib: text needs the tokenizer of a Hugging Face directory; give arrays or a function"
+            )
+        return _text(opened.directory, type(opened.model), opened.model.config, place)
+
+    def write_model(self, opened: Opened, folder: Path) -> str:
+        return models.write_model(opened, folder)
+
+    def parameters(self, model: nn.Module) -> int:
+        return sum(p.numel() for p in model.parameters())
+
+    def layers(self, model: nn.Module) -> tuple[dict[str, Layer], dict[str, str]]:
+        return TorchHost(model).layers()
+
+    def figures(self, model: nn.Module, inputs: Any) -> Measurement:
+        return measure_model(model, bridge.to_device(inputs, bridge.device_of(model)))
+
+    def input_shapes(self, inputs: Any) -> dict[str, list[int]]:
+        return {name: list(array.shape) for name, array in export.example_arrays(inputs).items()}
+
+    def export(
+        self, opened: Opened, inputs: Any, out: Path, format: str, settings: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        if format == "w16a16s":
+            if not opened.is_hf:
+                raise ConfigError("--format w16a16s needs a Hugging Face directory, whose config.json goes along")
+            return self.slim.save_w16a16s(out, opened.model, opened.directory).to_dict()
+        return export.export_onnx(opened.model, inputs, out, **settings).to_dict()
+
+    def sparsify(
+        self, place: ModelPlace, out: Path, cfg: SparseConfig, *, calib: DataPlace | None, restart: bool
+    ) -> dict[str, Any]:
+        """As everywhere, but Hugging Face directories go block by block and resume."""
+        if restart and (out / blocks.STATE).is_dir():
+            shutil.rmtree(out)
+        if not _by_blocks(place, cfg):
+            return super().sparsify(place, out, cfg, calib=calib, restart=restart)
+        assert place.model is not None
+        _resumable(out)
+        report = self.slim.sparsify_checkpoint(place.model, out, cfg, self._block_data(place.model, cfg, calib))
+        return {**report, "written": "transformers", "resumable": True}
+
+    def plan_sparsify(
+        self, place: ModelPlace, out: Path, cfg: SparseConfig, *, calib: DataPlace | None
+    ) -> dict[str, Any]:
+        """As everywhere, with how much of a resumable run is done already."""
+        if not _by_blocks(place, cfg):
+            return super().plan_sparsify(place, out, cfg, calib=calib)
+        source = place.model
+        assert source is not None
+        _resumable(out)
+        found = blocks.CheckpointHost(source, out / blocks.STATE, shards.locate(source), None).layers()
+        done = len(list((out / blocks.STATE).glob("block-*.json")))
+        plan = sparse_plan(*found, cfg, self._block_data(source, cfg, calib))
+        return {**plan, "blocks_done": done, "resumable": True}
+
+    def _block_data(self, source: Path, cfg: SparseConfig, calib: DataPlace | None) -> list[Any] | None:
+        """Calibration batches without the model, which is never whole in memory."""
+        if calib is None or calib.kind != "text":
+            return self.needed(self.batches(Opened(None, ModelPlace(source)), calib), cfg)
+        config, kind = models.architecture(source)
+        return _text(source, kind, config, calib)
+
+
+def _text(directory: Path, kind: type, config: Any, place: DataPlace) -> list[Any]:
+    lines = [row["text"] for row in place.rows()]
+    return texts.Reader(directory, kind, config, place.max_length).batches(lines, place.batch_size)
+
+
+def _by_blocks(place: ModelPlace, cfg: SparseConfig) -> bool:
+    """Whether a model is walked block by block: a plain Hugging Face directory, with equal ratios."""
+    source = place.model
+    plain = place.factory is None and source is not None and (source / "config.json").exists()
+    return plain and cfg.uniform and any(source.glob("*.safetensors"))  # type: ignore[union-attr]
+
+
+def _resumable(out: Path) -> None:
+    """A folder without a run of sparsify_checkpoint in it must be unused; one with a run is that function's care."""
+    if not (out / blocks.STATE / "job.json").exists():
+        folders.unused(out, state=blocks.STATE)
