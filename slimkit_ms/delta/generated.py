@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import ast
 import functools
 import inspect
 import itertools
 import tempfile
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,26 +24,25 @@ def _folder() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="slimkit_ms_")
 
 
-def method_from(source: str, like: Callable[..., Any]) -> Any:
+def method_from(source: str, class_name: str, like: Callable[..., Any]) -> Any:
     """The one method of a class given as source.
 
     Args:
         source: one class with one method, as `slimkit.core.delta.attention_source` writes it.
+        class_name: the class's name.
         like: the method it takes the place of; what it reads from around it, and its defaults, are this one's.
 
     Returns:
         The function.
     """
+    # Graph mode looks a name up in the function's closure and in its module, so both have to be the real ones.
+    around = inspect.getclosurevars(like).nonlocals
+    whole = f"def make({', '.join(around)}):\n{textwrap.indent(source, '    ')}\n    return {class_name}\n"
     file = Path(_folder().name) / f"cell_{next(_COUNT)}.py"
-    file.write_text(source, encoding="utf-8")
-    (made,) = ast.parse(source).body
-    assert isinstance(made, ast.ClassDef)
-    assert isinstance(made.body[0], ast.FunctionDef)
+    file.write_text(whole, encoding="utf-8")
     names: dict[str, Any] = {}
     # The model's own code, edited: nothing comes from outside the process.
-    around = inspect.getclosurevars(like).nonlocals
-    seen = {**like.__globals__, **around} if around else like.__globals__
-    exec(compile(source, str(file), "exec"), seen, names)
-    function = vars(names[made.name])[made.body[0].name]
+    exec(compile(whole, str(file), "exec"), like.__globals__, names)
+    (function,) = (f for f in vars(names["make"](**around)).values() if inspect.isfunction(f))
     function.__defaults__, function.__kwdefaults__ = like.__defaults__, like.__kwdefaults__
     return function

@@ -157,7 +157,7 @@ def _extended(cell: nn.Cell, kind: type) -> type:
 @functools.cache
 def _edited(owner: type, function: Any, turned: frozenset[str]) -> Any:
     source = with_prefix(inspect.getsource(function), owner.__name__, turned.__contains__)
-    return method_from(source, function)
+    return method_from(source, owner.__name__, function)
 
 
 def _candidates(model: nn.Cell) -> tuple[dict[str, nn.Cell], dict[str, str]]:

@@ -104,7 +104,7 @@ def put_prompt(
         values = values[np.random.default_rng().integers(0, len(values), tokens)]
     rows.set_data(ms.Tensor(values, dtype or ms.float32))
     rows.set_dtype(dtype or ms.float32)
-    construct = method_from(source, _outer(model))
+    construct = method_from(source, type(model).__name__, _outer(model))
     path = next(p for p, c in model.cells_and_names() if c is embedding)
     prefix = f"{path}.{FRONT}" if path else FRONT
     front.begin({"num_virtual_tokens": tokens}, name)
