@@ -66,10 +66,12 @@ def save_checkpoint(
     return write(path, items, async_save=async_save, manifest=manifest)
 
 
-def write(path: Path, items: Items, *, async_save: bool, manifest: bool) -> Saving:
-    """Write items in the format of the path's ending."""
+def write(
+    path: Path, items: Items, *, async_save: bool, manifest: bool, after: Callable[[], object] | None = None
+) -> Saving:
+    """Write items in the format of the path's ending; `after` is called when they are on the disk."""
     writer = None if path.suffix == ".safetensors" else _write_torch
-    return saving.save(path, items, async_save=async_save, with_manifest=manifest, writer=writer)
+    return saving.save(path, items, async_save=async_save, with_manifest=manifest, writer=writer, after=after)
 
 
 def _path_to_save(name: Any) -> Path:

@@ -136,7 +136,7 @@ class TrainableParamsCheckPoint:
             self._policy.last_step = self._step
             return
         path = self._policy.next_file(self._epoch, self._step - self._before_epoch, self._step)
-        self._saving = write(path, items, async_save=self.config.async_save, manifest=True)
+        self._saving = write(path, items, async_save=self.config.async_save, manifest=True, after=self._policy.tidy)
         self._latest = str(path)
 
     # The four callers differ in what they pass; what they pass tells them apart.

@@ -110,10 +110,16 @@ class TrainableParamsCheckPoint(ModelCheckpoint):
         path = self._policy.next_file(told.cur_epoch_num, in_epoch, told.cur_step_num)
         if self.config.enc_key is not None or _sliced():
             self._save_by_mindspore(network, path, items, appended)
+            self._policy.tidy()
         else:
             crc = self.config.crc_check
             self._saving = saving.save(
-                path, items, async_save=bool(self.config.async_save), with_manifest=True, crc=crc
+                path,
+                items,
+                async_save=bool(self.config.async_save),
+                with_manifest=True,
+                crc=crc,
+                after=self._policy.tidy,
             )
         self._latest_ckpt_file_name = str(path)
 

@@ -78,6 +78,7 @@ def test_only_the_newest_stay_and_their_manifests_go_with_the_old(tmp_path):
         path.write_text("x")
         manifest.sidecar(path).write_text("{}")
         os.utime(path, (step, step))
+        p.tidy()
     assert sorted(n.name for n in tmp_path.iterdir() if n.suffix == ".ckpt") == ["P-1_3.ckpt", "P-1_4.ckpt"]
     assert len(list(tmp_path.iterdir())) == 4
 
@@ -91,6 +92,7 @@ def test_of_every_so_many_minutes_one_stays(tmp_path, monkeypatch):
         path = p.next_file(1, step, step)
         path.write_text("x")
         os.utime(path, (now[0], now[0]))
+        p.tidy()
     assert len(list(tmp_path.iterdir())) < 8
 
 
@@ -99,6 +101,7 @@ def test_files_of_an_earlier_run_are_left_alone(tmp_path):
     p = policy(tmp_path, keep_max=1)
     for step in (1, 2):
         p.next_file(1, step, step).write_text("new")
+        p.tidy()
     assert sorted(n.name for n in tmp_path.iterdir()) == ["P-1_1.ckpt", "P_1-1_2.ckpt"]
 
 

@@ -1,9 +1,12 @@
 """TrainableParamsCheckPoint on PyTorch in a plain loop, in slimkit's trainer, in Hugging Face's and in Lightning's."""
 
+import os
+
 import numpy as np
 import pytest
 
 from slimkit.checkpoint import CheckpointConfig, TrainableParamsCheckPoint, load_checkpoint, load_param_into_net
+from slimkit.core import files
 from slimkit.core.errors import ArgumentTypeError, PlanError
 
 import torch
@@ -165,3 +168,18 @@ def test_wrapped_models_are_saved_under_their_own_names(tmp_path):
     assert sorted(load_checkpoint(saver.latest_ckpt_file_name)) == TRAINABLE
     with pytest.raises(AttributeError):
         _ = saver.nonsense
+
+
+def test_the_only_file_stays_until_the_next_one_is_whole(tmp_path, monkeypatch):
+    model = torch.nn.Linear(4, 1)
+    saver = TrainableParamsCheckPoint(tmp_path, config=CheckpointConfig(keep_checkpoint_max=1))
+    saver.step_end(model)
+    first = saver.latest_ckpt_file_name
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        with pytest.raises(OSError, match="No space"):
+            saver.step_end(model)
+    assert sorted(load_checkpoint(first)) == ["bias", "weight"]
+    saver.step_end(model)
+    left = [p.name for p in tmp_path.iterdir() if p.suffix == ".safetensors"]
+    assert left == [os.path.basename(saver.latest_ckpt_file_name)]

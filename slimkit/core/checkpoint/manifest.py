@@ -60,7 +60,8 @@ class Digests:
             for whole in parts(array, entry):
                 self._update(digest, whole)
             yield name, array
-            self._beside.settle()  # or two fetched tensors would be held at once
+            if len(self._digests) < len(self._entries):
+                self._beside.settle()  # or two fetched tensors would be held at once; the last one's file can be synced
 
     def _chunks(self, name: str, piece: Piece) -> Iterator[memoryview]:
         digest = self._digests[name] = _begun(self._entries[name])

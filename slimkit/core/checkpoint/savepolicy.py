@@ -84,6 +84,7 @@ class SavePolicy:
         self._steps, self._seconds = steps or 0, seconds or 0
         self._keep_max, self._keep_minutes = keep_max or 0, keep_minutes or 0
         self.last_step = 0
+        self._gone: list[Path] = []
         self._last_time = self._last_kept = time.time()
         self.prefix = self._free(prefix)
 
@@ -108,20 +109,24 @@ class SavePolicy:
         return last or time.time() - self._last_time > self._seconds
 
     def next_file(self, epoch: int, step_in_epoch: int, step: int) -> Path:
-        """The file of this save; older files that need not stay are removed."""
+        """The file of this save; `tidy` removes the older ones that need not stay when it is written."""
         own = self._pattern(self.prefix)
         now = time.time()
         kept = [self.folder / n for n in os.listdir(self.folder) if own.fullmatch(n)] if self.folder.is_dir() else []
         kept.sort(key=lambda p: (p.stat().st_mtime, p.name))
-        gone: list[Path] = []
+        self._gone = []
         if self._keep_max:
-            gone = kept[: max(0, len(kept) + 1 - self._keep_max)]
+            self._gone = kept[: max(0, len(kept) + 1 - self._keep_max)]
         elif self._keep_minutes and now - self._last_kept < self._keep_minutes * 60:
             # Of the files younger than the window only the oldest stays.
-            gone = [p for p in kept if now - p.stat().st_mtime < self._keep_minutes * 60][1:]
-        for old in gone:
+            self._gone = [p for p in kept if now - p.stat().st_mtime < self._keep_minutes * 60][1:]
+        self.last_step, self._last_time, self._last_kept = step, now, now
+        return self.folder / f"{self.prefix}-{epoch}_{step_in_epoch}{self.ending}"
+
+    def tidy(self) -> None:
+        """Remove the files that need not stay, once the new one is there: a kill in between leaves one too many."""
+        for old in self._gone:
             manifest.forget(old)
             with contextlib.suppress(FileNotFoundError):
                 old.unlink()
-        self.last_step, self._last_time, self._last_kept = step, now, now
-        return self.folder / f"{self.prefix}-{epoch}_{step_in_epoch}{self.ending}"
+        self._gone = []

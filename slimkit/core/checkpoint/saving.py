@@ -110,15 +110,27 @@ def gather(save_obj: Any, described: Callable[[Any], tuple[Entry, Callable[[], A
 
 
 def save(
-    path: Path, items: Items, *, async_save: bool, with_manifest: bool, writer: Writer | None = None, crc: bool = False
+    path: Path,
+    items: Items,
+    *,
+    async_save: bool,
+    with_manifest: bool,
+    writer: Writer | None = None,
+    crc: bool = False,
+    after: Callable[[], object] | None = None,
 ) -> Saving:
-    """Write items now, or take a copy of them now and write it in the background."""
+    """Write items now, or take a copy of them now and write it in the background; `after` is called when it is done."""
     check.boolean(async_save, "async_save")
     check.boolean(with_manifest, "manifest")
     if not items.entries and not items.values:
         raise ArgumentError("save_obj must hold at least one tensor, number or string. Received: nothing to save")
     held = items.snapshot() if async_save else items
-    work = partial(write_items, path, held, with_manifest=with_manifest, writer=writer, crc=crc)
+
+    def work() -> None:
+        write_items(path, held, with_manifest=with_manifest, writer=writer, crc=crc)
+        if after is not None:
+            after()
+
     return Saving(path, work, async_save)
 
 
