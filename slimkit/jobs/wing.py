@@ -11,6 +11,7 @@ import slimkit
 from slimkit import bridge, export
 from slimkit.core.errors import ConfigError
 from slimkit.core.jobs import folders
+from slimkit.core.jobs.bar import LayerBar
 from slimkit.core.jobs.data import DataPlace, ModelPlace
 from slimkit.core.jobs.wing import Jobs, Opened, sparse_plan
 from slimkit.core.run.measurement import Measurement
@@ -83,7 +84,9 @@ class TorchJobs(Jobs):
             return super().sparsify(place, out, cfg, calib=calib, restart=restart)
         assert place.model is not None
         _resumable(out)
-        report = self.slim.sparsify_checkpoint(place.model, out, cfg, self._block_data(place.model, cfg, calib))
+        data = self._block_data(place.model, cfg, calib)
+        with LayerBar() as bar:
+            report = self.slim.sparsify_checkpoint(place.model, out, cfg, data, on_progress=bar)
         return {**report, "written": "transformers", "resumable": True}
 
     def plan_sparsify(

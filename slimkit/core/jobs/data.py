@@ -6,6 +6,8 @@ import importlib.util
 import json
 import os
 import sys
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +23,12 @@ Array = np.ndarray[Any, Any]
 
 TEXT_ENDINGS = (".jsonl", ".json", ".txt", ".md")
 ARRAY_ENDINGS = (".npy", ".npz")
+
+# What NumPy's readers raise on damaged or dishonest files; a header may claim more numbers than any memory holds.
+_ARRAY_ERRORS = (
+    ValueError, OSError, EOFError, KeyError, TypeError, AttributeError, SyntaxError, MemoryError, RecursionError,
+    OverflowError, NotImplementedError, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
 
 # A line longer than this is no sentence but a damaged file.
 _LONGEST_LINE = 16 << 20
@@ -211,12 +219,14 @@ def read_arrays(path: Path) -> Any:
     Raises:
         FileFormatError: damaged, or holding Python objects.
     """
-    readable_file(path, "the data file")
-    try:
-        loaded = np.load(path, allow_pickle=False)
-        return {name: loaded[name] for name in loaded.files} if path.suffix == ".npz" else loaded
-    except (ValueError, OSError, EOFError, KeyError) as error:
-        raise FileFormatError(f"{path} is not a readable {path.suffix} file: {error}") from None
+    with open(readable_file(path, "the data file"), "rb") as handle:
+        try:
+            if path.suffix == ".npy":
+                return np.lib.format.read_array(handle, allow_pickle=False)  # type: ignore[no-untyped-call]
+            with np.load(handle, allow_pickle=False) as loaded:
+                return {name: loaded[name] for name in loaded.files}
+        except _ARRAY_ERRORS as error:
+            raise FileFormatError(f"{path} is not a readable {path.suffix} file: {error}") from None
 
 
 def batches_of(arrays: Any, batch_size: int, limit: int) -> list[Any]:
