@@ -1,9 +1,9 @@
 """Trace + analysis + cut against Torch-Pruning in the same run: `python tools/bench/prune.py [--peer DIR] [net ...]`.
 
-Nets have the shapes of their namesakes (torchvision is not needed). Each tool prunes half the channels of a fresh
-copy; the
-times are medians of alternating repeats. `--peer` is a folder with torch-pruning (pip install --no-deps --target DIR
-torch-pruning).
+Nets have the shapes of their namesakes (torchvision is not needed). Each tool prunes half the parameters of a copy;
+times are medians of alternating repeats. `--memory` measures instead, in a fresh process a net and tool, how far the
+resident memory rises while pruning, against the model's size (Linux). `--llama` analyses a 7 B Llama configuration on
+the meta device. `--peer` is a folder with torch-pruning (pip install --no-deps --target DIR torch-pruning).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import copy
 import gc
 import os
 import statistics
+import subprocess
 import sys
 import time
 
@@ -257,15 +258,69 @@ def theirs(net: nn.Module, x: torch.Tensor) -> None:
     pruner.step()
 
 
+TOOLS = {"slimkit": ours, "torch-pruning": theirs}
+
+
+def _resident(field: str) -> int:
+    """VmRSS or VmHWM of this process, in bytes."""
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) << 10 for line in status if line.startswith(field))
+
+
+def memory_of(name: str, tool: str) -> None:
+    """Print what pruning one net adds to the resident memory, once everything is imported and warm."""
+    make, shape = NETS[name]
+    TOOLS[tool](NETS["mobilenet_v2"][0]().eval(), torch.randn(IMAGE))
+    net, x = make().eval(), torch.randn(shape)
+    size = sum(p.numel() * p.element_size() for p in net.parameters())
+    gc.collect()
+    before = _resident("VmRSS")
+    with open("/proc/self/clear_refs", "w") as refs:
+        refs.write("5")  # the high-water mark begins anew
+    TOOLS[tool](net, x)
+    peak = _resident("VmHWM") - before
+    print(f"{name:14s} {tool}: model {size >> 20} MB, extra {peak >> 20} MB, {peak / size:.2f} times", flush=True)
+
+
+def llama() -> None:
+    """Analyse Llama-2-7B's configuration on the meta device: seconds, and memory beyond the imports."""
+    from slimkit.prune import PruneTorch
+
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    began, before = time.perf_counter(), _resident("VmRSS")
+    with torch.device("meta"):
+        net = LlamaForCausalLM(LlamaConfig())
+    left, _ = PruneTorch(net, {"input_ids": torch.zeros(1, 8, dtype=torch.long)}).analysis(0.5)
+    params = sum(p.numel() for p in net.parameters())
+    print(
+        f"llama: {params / 1e9:.2f} B parameters, {left / params:.3f} left, {time.perf_counter() - began:.1f} s, "
+        f"{(_resident('VmHWM') - before) >> 20} MB beyond the imports"
+    )
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("nets", nargs="*", default=list(NETS))
     parser.add_argument("--peer", default=None)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--llama", action="store_true")
+    parser.add_argument("--child", choices=list(TOOLS), help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.peer:
         sys.path.insert(0, given.peer)
-    tools = {"slimkit": ours, **({"torch-pruning": theirs} if given.peer else {})}
+    tools = {t: f for t, f in TOOLS.items() if t == "slimkit" or given.peer}
+    if given.child:
+        return memory_of(given.nets[0], given.child)
+    if given.llama:
+        return llama()
+    if given.memory:
+        again = [sys.executable, __file__, *(["--peer", given.peer] if given.peer else [])]
+        for name in given.nets:
+            for tool in tools:
+                subprocess.run([*again, name, "--child", tool], check=True)
+        return None
     print(
         f"torch {torch.__version__}, {os.cpu_count()} cores, {torch.get_num_threads()} threads; "
         f"seconds, median of {given.repeats}"
@@ -298,6 +353,7 @@ def main() -> None:
             (a, b), (c, d) = middle.values()
             row += f"  faster {c / a:.1f}x wall, {d / b:.1f}x cpu"
         print(f"{name:14s} {row}", flush=True)
+    return None
 
 
 if __name__ == "__main__":
