@@ -3,10 +3,10 @@
     python tools/bench/prune_accuracy.py [--peer DIR] [--seeds 5] [--ratios 0.5 0.25] [--json FILE]
 
 For every seed one dense network of the digits recipe is trained; each method prunes a copy of it to the same number of
-parameters and fine-tunes for three epochs, once with each learning rate, all methods with the same batches. A method's
-row is its mean accuracy over the seeds before fine-tuning, and after it with the rate that serves it best. Methods see
-the 1,438 training digits only. `--peer` is a folder with torch-pruning (pip install --no-deps --target DIR
-torch-pruning).
+parameters (no tool rounds widths) and fine-tunes for three epochs, once with each learning rate, all methods with the
+same batches. A method's row is its mean accuracy over the seeds before fine-tuning, and after it with the rate that
+serves it best. Methods see the 1,438 training digits only. `--peer` is a folder with torch-pruning
+(pip install --no-deps --target DIR torch-pruning).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-RATES = (5e-4, 2e-3)
+RATES = (2e-4, 5e-4, 2e-3)
 Data = dict[str, torch.Tensor]
 
 
@@ -90,7 +90,7 @@ def ours(importance: str, allocation: str, compensate: bool) -> Callable[..., nn
         from slimkit.prune import PruneTorch
 
         batches = list(data["train"].split(128))
-        pruner = PruneTorch(net, data["test"][:1]).set_alignment(8).set_node_reserved_ratio(min(0.25, ratio / 2))
+        pruner = PruneTorch(net, data["test"][:1]).set_alignment(1).set_node_reserved_ratio(min(0.25, ratio / 2))
         if importance in ("taylor", "hessian"):
             labelled = list(zip(data["train"].split(8), data["labels"].split(8), strict=True))
             pruner.set_importance_evaluation_function(
@@ -158,6 +158,7 @@ METHODS: dict[str, Callable[..., nn.Module]] = {
     "slimkit bn_scale + compensation": ours("bn_scale", "uniform", True),
     "slimkit lamp, global + compensation": ours("lamp", "global", True),
     "slimkit hessian, global + compensation": ours("hessian", "global", True),
+    "slimkit lamp, global": ours("lamp", "global", False),
     "slimkit hessian, global": ours("hessian", "global", False),
 }
 PEERS: dict[str, Callable[..., nn.Module]] = {
@@ -179,7 +180,7 @@ def main() -> None:
     given = parser.parse_args()
     if given.peer:
         sys.path.insert(0, given.peer)
-    methods = {n: m for n, m in {**METHODS, **(PEERS if given.peer else {})}.items() if given.only in n}
+    methods = {n: m for n, m in {**METHODS, **(PEERS if given.peer else {})}.items() if given.only.lower() in n.lower()}
     digits = recipe()
     data = load(digits)
     rows: dict[str, dict[str, list[float]]] = {}
