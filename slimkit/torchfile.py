@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from slimkit import bridge  # noqa: F401 - says in one line that torch is missing
 from slimkit.core import files
 from slimkit.core.checkpoint import torchfile
 from slimkit.core.checkpoint.torchfile import tag_of as tag_of
-from slimkit.core.checkpoint.weightfile import Array
+from slimkit.core.checkpoint.weightfile import Array, Entry
 
 import torch
 
@@ -24,6 +25,11 @@ class TorchFile(torchfile.TorchFile):
 def stored(tensor: torch.Tensor) -> Array:
     """A tensor's values in the stored form of weight files: NumPy, on the CPU, bfloat16 and float8 as bits."""
     return torchfile.stored(tensor, torch)
+
+
+def described(tensor: torch.Tensor) -> tuple[Entry, Callable[[], Array]]:
+    """A tensor's entry, and how its stored values are fetched."""
+    return Entry(tag_of(tensor), tuple(tensor.shape)), partial(stored, tensor)
 
 
 def restored(array: Array, dtype: str) -> torch.Tensor:

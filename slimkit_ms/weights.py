@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
 from slimkit.core import check
 from slimkit.core.batch import dataset
-from slimkit.core.checkpoint.openweights import open_weights, source_config
+from slimkit.core.checkpoint.openweights import open_weights, refuse_torch, source_config
 from slimkit.core.checkpoint.weightfile import Array
-from slimkit.core.errors import FileFormatError
 from slimkit.core.log import progress
 from slimkit.core.weights.activations import Energies
 from slimkit.core.weights.blocks import PruneConfig
@@ -61,7 +59,7 @@ def prune_model_weight(
     check.instance(config, PruneConfig, "config")
     check.boolean(strict, "strict")
     spec = config.spec()
-    with open_weights(weight_file_path, _refuse_torch, "weight_file_path") as source:
+    with open_weights(weight_file_path, refuse_torch, "weight_file_path") as source:
         plan = plan_weights(bridge.structure(model), source, spec, source_config(weight_file_path), strict=strict)
         source.verify(plan.feeds.values())
         parameters = {p.name: p for p in model.get_parameters()}
@@ -169,9 +167,3 @@ def _watch(
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _refuse_torch(path: Path) -> NoReturn:
-    raise FileFormatError(
-        f"{path} is a PyTorch file; MindSpore reads .ckpt and .safetensors. convert_checkpoint makes one of the other."
-    )

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from slimkit import bridge
+from slimkit.checkpoint.optimizer import plan_optimizer
 from slimkit.core import check, files
 from slimkit.core.checkpoint import placing, saving
 from slimkit.core.checkpoint.openweights import open_weights
 from slimkit.core.checkpoint.placing import LoadReport
 from slimkit.core.checkpoint.saving import Items, Saving
-from slimkit.core.checkpoint.weightfile import Array, Arrays, Entry, Weights, tag_of
+from slimkit.core.checkpoint.weightfile import Array, Entry, Weights
 from slimkit.core.errors import ArgumentError
-from slimkit.torchfile import TorchFile, restored, stored, write_torch
+from slimkit.torchfile import TorchFile, described, restored, write_torch
 from slimkit.torchfile import tag_of as torch_tag_of
 
 import torch
@@ -101,28 +99,11 @@ def items_of(save_obj: Any, append_dict: Mapping[str, Any] | None = None) -> Ite
         items = saving.gather(save_obj, _described_or_none)
     else:
         check.wrong_type("save_obj", "a torch.nn.Module, a dict, or a list of {'name': ..., 'data': ...}", save_obj)
-    if append_dict is not None:
-        check.instance(append_dict, dict, "append_dict", "a dict of names and values")
-        more = saving.gather(append_dict, _described_or_none)
-        for name, entry in more.entries.items():
-            items.add(name, entry, more.fetch[name])
-        for name, value in more.values.items():
-            items.add_value(name, value)
-    return items
-
-
-def described(tensor: torch.Tensor) -> tuple[Entry, Callable[[], Array]]:
-    """A tensor's entry, and how its stored values are fetched."""
-    return Entry(torch_tag_of(tensor), tuple(tensor.shape)), partial(stored, tensor)
+    return saving.with_appended(items, append_dict, _described_or_none)
 
 
 def _described_or_none(value: Any) -> tuple[Entry, Callable[[], Array]] | None:
-    if isinstance(value, torch.Tensor):
-        return described(value)
-    if isinstance(value, (np.ndarray, np.generic)):
-        array = np.asarray(value)
-        return Entry(tag_of(array), tuple(array.shape)), lambda: array
-    return None
+    return described(value) if isinstance(value, torch.Tensor) else None
 
 
 def load_checkpoint(
@@ -210,8 +191,6 @@ def load_param_into_net(
     with _opened(parameter_dict) as source:
         restore = None
         if optimizer is not None:
-            from slimkit.checkpoint.trainable import plan_optimizer
-
             restore = plan_optimizer(net, check.instance(optimizer, torch.optim.Optimizer, "optimizer"), source)
         report = placing.load_into(
             source,
@@ -231,9 +210,6 @@ def load_param_into_net(
 
 
 def _opened(parameter_dict: Any) -> Weights:
-    if not isinstance(parameter_dict, Mapping):
-        return open_weights(parameter_dict, TorchFile, "parameter_dict")
-    items = saving.gather(parameter_dict, _described_or_none)
-    source = Arrays({n: (f(), items.entries[n].dtype) for n, f in items.fetch.items()})
-    source.values = items.values
-    return source
+    if isinstance(parameter_dict, Mapping):
+        return saving.in_memory(parameter_dict, _described_or_none)
+    return open_weights(parameter_dict, TorchFile, "parameter_dict")

@@ -6,20 +6,14 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from slimkit.checkpoint.byhand import described, write
+from slimkit.checkpoint.byhand import write
+from slimkit.checkpoint.optimizer import add_optimizer, unwrapped, whole
 from slimkit.core import check, files
-from slimkit.core.checkpoint import placing
-from slimkit.core.checkpoint.placing import values_of
 from slimkit.core.checkpoint.savepolicy import CheckpointConfig, SavePolicy, appended
 from slimkit.core.checkpoint.saving import Items, Saving
-from slimkit.core.checkpoint.weightfile import Weights
-from slimkit.core.errors import PlanError
-from slimkit.torchfile import restored
+from slimkit.torchfile import described
 
 import torch
-
-# An optimizer's state lies under OPTIMIZER + "state.<parameter>.<slot>" and OPTIMIZER + "group.<number>.<key>".
-OPTIMIZER = placing.OPTIMIZER
 
 
 class TrainableParamsCheckPoint:
@@ -127,7 +121,7 @@ class TrainableParamsCheckPoint:
         saved = self.config.saved_network if self.config.saved_network is not None else model
         items = trainable_items(saved, statistics=self.batch_norm_statistics)
         if self.optimizer_state:
-            _add_optimizer(items, unwrapped(saved), optimizer)
+            add_optimizer(items, unwrapped(saved), optimizer)
         now = {"epoch_num": self._epoch, "step_num": self._step}
         for name, value in appended(self.config.append_info).items():
             items.add_value(name, now.get(name, value))
@@ -192,13 +186,6 @@ class TrainableParamsCheckPoint:
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
 
-def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
-    """The user's own module inside data-parallel and compiled ones."""
-    while type(model).__name__ in ("DistributedDataParallel", "DataParallel", "OptimizedModule"):
-        model = getattr(model, "module", None) or model._orig_mod
-    return model
-
-
 def _plain_optimizer(optimizer: Any) -> Any:
     """The optimizer inside accelerate's or Lightning's wrapper."""
     while not isinstance(optimizer, torch.optim.Optimizer) and hasattr(optimizer, "optimizer"):
@@ -212,66 +199,9 @@ def trainable_items(model: torch.nn.Module, *, statistics: bool) -> Items:
     model = unwrapped(model)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            items.add(name, *described(_whole(parameter)))
+            items.add(name, *described(whole(parameter)))
     for path, module in model.named_modules() if statistics else ():
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
             for key, buffer in module.named_buffers(recurse=False):
                 items.add(f"{path}.{key}" if path else key, *described(buffer))
     return items
-
-
-def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor that several devices share parts of, put together."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def _add_optimizer(items: Items, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
-    check.instance(optimizer, torch.optim.Optimizer, "optimizer", "the optimizer, as optimizer_state=True asks")
-    assert optimizer is not None
-    names = {id(p): n for n, p in model.named_parameters()}
-    for number, group in enumerate(optimizer.param_groups):
-        for key, value in group.items():
-            if isinstance(value, (bool, int, float, str)):
-                items.add_value(f"{OPTIMIZER}group.{number}.{key}", value)
-        for parameter in group["params"]:
-            for slot, value in optimizer.state.get(parameter, {}).items():
-                name = f"{OPTIMIZER}state.{names.get(id(parameter), '?')}.{slot}"
-                if isinstance(value, torch.Tensor):
-                    items.add(name, *described(_whole(value)))
-
-
-def plan_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer, source: Weights) -> Callable[[], None]:
-    """Check an optimizer's state in a checkpoint against the optimizer; returns what puts it there, in place."""
-    parameters = dict(unwrapped(model).named_parameters())
-    own = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    slots: list[tuple[torch.nn.Parameter, str, str]] = []
-    for name, entry in source.entries.items():
-        if not name.startswith(OPTIMIZER + "state."):
-            continue
-        path, _, slot = name[len(OPTIMIZER) + 6 :].rpartition(".")
-        parameter = parameters.get(path)
-        if parameter is None or id(parameter) not in own:
-            raise PlanError(f"{name!r}: the optimizer has no parameter {path!r}.")
-        if entry.shape not in ((), (1,), tuple(parameter.shape)):
-            raise PlanError(f"{name!r} has shape {list(entry.shape)}, its parameter has {list(parameter.shape)}.")
-        slots.append((parameter, slot, name))
-    if not slots:
-        raise PlanError(f"{source.path} holds no optimizer state; it was saved without optimizer_state=True.")
-    settings: list[tuple[dict[str, Any], str, Any]] = []
-    for name, value in values_of(source).items():
-        if name.startswith(OPTIMIZER + "group."):
-            number, _, key = name[len(OPTIMIZER) + 6 :].partition(".")
-            if not number.isdigit() or int(number) >= len(optimizer.param_groups):
-                raise PlanError(f"{name!r}: the optimizer has {len(optimizer.param_groups)} parameter groups.")
-            settings.append((optimizer.param_groups[int(number)], key, value))
-
-    def restore() -> None:
-        for parameter, slot, name in slots:
-            value = restored(source.raw(name), source.entries[name].dtype).clone()
-            # A step count stays on the CPU in its own type; moments live where the parameter does.
-            moment = value.shape == parameter.shape
-            optimizer.state[parameter][slot] = value.to(parameter.device) if moment else value
-        for group, key, value in settings:
-            group[key] = value
-
-    return restore

@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
 from slimkit.core import check, files
 from slimkit.core.checkpoint import placing, saving
 from slimkit.core.checkpoint.ckpt import TAGS, TYPES
-from slimkit.core.checkpoint.openweights import open_weights
+from slimkit.core.checkpoint.openweights import open_weights, refuse_torch
 from slimkit.core.checkpoint.placing import LoadReport
 from slimkit.core.checkpoint.saving import Items, Saving
-from slimkit.core.checkpoint.weightfile import Array, Arrays, Entry, Weights, decode, tag_of
-from slimkit.core.errors import ArgumentError, FileFormatError
+from slimkit.core.checkpoint.weightfile import Array, Entry, Weights, decode
+from slimkit.core.errors import ArgumentError
 from slimkit_ms import bridge
 
 import mindspore as ms
@@ -86,14 +86,7 @@ def items_of(save_obj: Any, append_dict: Mapping[str, Any] | None = None) -> Ite
         items = saving.gather(save_obj, _described_or_none)
     else:
         check.wrong_type("save_obj", "a mindspore.nn.Cell, a dict, or a list of {'name': ..., 'data': ...}", save_obj)
-    if append_dict is not None:
-        check.instance(append_dict, dict, "append_dict", "a dict of names and values")
-        more = saving.gather(append_dict, _described_or_none)
-        for name, entry in more.entries.items():
-            items.add(name, entry, more.fetch[name])
-        for name, value in more.values.items():
-            items.add_value(name, value)
-    return items
+    return saving.with_appended(items, append_dict, _described_or_none)
 
 
 def parameter_items(parameters: Any) -> Items:
@@ -131,12 +124,7 @@ def restored(array: Array, dtype: str) -> ms.Tensor:
 
 
 def _described_or_none(value: Any) -> tuple[Entry, Callable[[], Array]] | None:
-    if isinstance(value, ms.Tensor):
-        return described(value)
-    if isinstance(value, (np.ndarray, np.generic)):
-        array = np.asarray(value)
-        return Entry(tag_of(array), tuple(array.shape)), lambda: array
-    return None
+    return described(value) if isinstance(value, ms.Tensor) else None
 
 
 def load_checkpoint(
@@ -166,7 +154,7 @@ def load_checkpoint(
         PatternError: a filter that matches nothing.
         PlanError: it does not fit the cell.
     """
-    with open_weights(ckpt_file_name, _refuse_torch, "ckpt_file_name") as source:
+    with open_weights(ckpt_file_name, refuse_torch, "ckpt_file_name") as source:
         make = lambda name, array, dtype: ms.Parameter(restored(array, dtype), name=name)
         found = placing.read_all(source, make, filter_prefix, choice_func, verify=verify)
     if net is not None:
@@ -234,15 +222,6 @@ def load_param_into_net(
 
 
 def _opened(parameter_dict: Any) -> Weights:
-    if not isinstance(parameter_dict, Mapping):
-        return open_weights(parameter_dict, _refuse_torch, "parameter_dict")
-    items = saving.gather(parameter_dict, _described_or_none)
-    source = Arrays({n: (f(), items.entries[n].dtype) for n, f in items.fetch.items()})
-    source.values = items.values
-    return source
-
-
-def _refuse_torch(path: Path) -> NoReturn:
-    raise FileFormatError(
-        f"{path} is a PyTorch file; MindSpore reads .ckpt and .safetensors. convert_checkpoint makes one of the other."
-    )
+    if isinstance(parameter_dict, Mapping):
+        return saving.in_memory(parameter_dict, _described_or_none)
+    return open_weights(parameter_dict, refuse_torch, "parameter_dict")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from slimkit.core import files
 from slimkit.core.checkpoint.ckpt import Ckpt
@@ -130,3 +130,10 @@ def source_config(path: files.PathLike) -> dict[str, Any]:
 def shard_names(table: Mapping[str, str]) -> list[str]:
     """The files of a weight map, each once, in order."""
     return list(dict.fromkeys(table.values()))
+
+
+def refuse_torch(path: Path) -> NoReturn:
+    """The reader of torch files where PyTorch is not used."""
+    raise FileFormatError(
+        f"{path} is a PyTorch file; MindSpore reads .ckpt and .safetensors. convert_checkpoint makes one of the other."
+    )

@@ -10,10 +10,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from slimkit.core import check, files
 from slimkit.core.checkpoint import manifest
 from slimkit.core.checkpoint.ckpt import stream_ckpt
-from slimkit.core.checkpoint.weightfile import Array, Entry, stream_safetensors
+from slimkit.core.checkpoint.weightfile import Array, Arrays, Entry, Weights, stream_safetensors, tag_of
 from slimkit.core.errors import ArgumentError, ArgumentTypeError
 
 # Numbers and strings lie in the metadata of a safetensors file under this key, as one JSON object.
@@ -44,6 +46,13 @@ class Items:
             check.wrong_value(f"the value of {name!r}", "an int of 64 bits", value)
         self.values[name] = value
 
+    def extend(self, other: Items) -> None:
+        """Add everything that another holds; every name must be new."""
+        for name, entry in other.entries.items():
+            self.add(name, entry, other.fetch[name])
+        for name, value in other.values.items():
+            self.add_value(name, value)
+
     def _new(self, name: Any) -> None:
         if name in self.entries or name in self.values:
             raise ArgumentError(f"save_obj names {name!r} twice.")
@@ -71,6 +80,7 @@ class Items:
         return ((name, fetch()) for name, fetch in self.fetch.items())
 
 
+Described = Callable[[Any], "tuple[Entry, Callable[[], Array]] | None"]
 Before = Callable[[], object]
 Writer = Callable[[Path, Items, Iterable[tuple[str, Any]], Before], None]
 
@@ -92,21 +102,39 @@ def listed(save_obj: Any) -> list[tuple[str, Any]]:
     return pairs
 
 
-def gather(save_obj: Any, described: Callable[[Any], tuple[Entry, Callable[[], Array]] | None]) -> Items:
+def gather(save_obj: Any, described: Described) -> Items:
     """Items out of a dict or list of pairs.
 
     Args:
-        save_obj: name -> value, or a list of {"name": ..., "data": ...}.
-        described: a wing's answer to "is this a tensor?": its entry and how to fetch it, or None for a plain value.
+        save_obj: name -> value, or a list of {"name": ..., "data": ...}; NumPy arrays, numbers and strings are known.
+        described: a wing's answer to "is this a tensor?": its entry and how to fetch it, or None for anything else.
     """
     items = Items()
     for name, value in listed(save_obj):
-        found = described(value)
-        if found is not None:
+        if (found := described(value)) is not None:
             items.add(name, *found)
+        elif isinstance(value, (np.ndarray, np.generic)):
+            array = np.asarray(value)
+            items.add(name, Entry(tag_of(array), tuple(array.shape)), partial(np.asarray, array))
         else:
             items.add_value(name, value)
     return items
+
+
+def with_appended(items: Items, append_dict: Mapping[str, Any] | None, described: Described) -> Items:
+    """The same items and those of the argument `append_dict`."""
+    if append_dict is not None:
+        check.instance(append_dict, dict, "append_dict", "a dict of names and values")
+        items.extend(gather(append_dict, described))
+    return items
+
+
+def in_memory(parameter_dict: Mapping[str, Any], described: Described) -> Weights:
+    """What `load_checkpoint` returned, as weights to load."""
+    items = gather(parameter_dict, described)
+    source = Arrays({name: (fetch(), items.entries[name].dtype) for name, fetch in items.fetch.items()})
+    source.values = items.values
+    return source
 
 
 def save(

@@ -11,7 +11,7 @@ from typing import Any
 
 from slimkit.core import files
 from slimkit.core.checkpoint.weightfile import Array, Entry, Weights
-from slimkit.core.errors import FileFormatError
+from slimkit.core.errors import FileFormatError, UnsupportedError
 
 # torch's name of an element type -> the name of weight files.
 _DTYPES = {
@@ -63,6 +63,12 @@ class TorchFile(Weights):
     def __init__(self, path: files.PathLike, torch: Any) -> None:
         super().__init__(Path(path))
         self._torch = torch
+        # Older ones could be led to run code in spite of weights_only (CVE-2025-32434, CVE-2026-24747).
+        if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 10):
+            raise UnsupportedError(
+                f"{path} is a pickle, which torch reads safely from 2.10 on. Installed: {torch.__version__}; "
+                "use safetensors or a newer torch"
+            )
         size = self.path.stat().st_size
         zipped = self._check_zip(size)
         try:

@@ -137,13 +137,13 @@ class Weights:
         entry = self.entries[name]
         if entry.dtype != "BF16":
             return decode(self.raw(name), entry.dtype)
-        array = np.empty(entry.size, np.float32)
-        at = 0
+        array = np.empty(entry.shape, np.float32)
+        flat, at = array.reshape(-1), 0
         for chunk in self.piece(name).chunks():
             stored = np.frombuffer(chunk, STORED["BF16"])
-            array[at : at + len(stored)] = decode(stored, "BF16")
+            flat[at : at + len(stored)] = decode(stored, "BF16")
             at += len(stored)
-        return array.reshape(entry.shape)
+        return array
 
     def piece(self, name: str) -> Piece:
         """One tensor's stored bytes, to be passed on."""
