@@ -106,19 +106,32 @@ def parameter_entries(model: nn.Cell) -> list[tuple[ms.Parameter, Entry]]:
 
     The running statistics of a norm are parameters here and never train.
     """
-    found: dict[int, tuple[ms.Parameter, list[str], bool]] = {}
+    order: list[tuple[ms.Parameter, str]] = []
+    shared: dict[int, list[str]] = {}
     for prefix, cell in model.cells_and_names():
+        stem = f"{prefix}." if prefix else ""
         for key, parameter in cell._params.items():
-            if parameter is not None:
-                # The dtype is looked up in a set: is_floating_point costs ten times as much, on every parameter.
-                may_train = key not in STATISTICS and parameter.dtype in _TRAINABLE
-                names = found.setdefault(id(parameter), (parameter, [], may_train))[1]
-                names.append(f"{prefix}.{key}" if prefix else key)
+            if parameter is None:
+                continue
+            names = shared.setdefault(id(parameter), [])
+            if not names:
+                order.append((parameter, key))
+            names.append(stem + key)
     entries = []
-    for parameter, names, may_train in found.values():
-        info = parameter.param_info  # read once: each property of a parameter asks for it again
-        every = (*names, info.name) if info.name not in names else tuple(names)
-        entries.append((parameter, Entry(every, parameter.size, info.requires_grad, may_train)))
+    trainable: dict[int, bool] = {}
+    seen: list[Any] = []
+    for parameter, key in order:
+        # Each of these is a call into the framework, and there may be ten thousand parameters: every one is made once,
+        # on the record that needs no waiting for the device, and a dtype is compared by identity first.
+        info, dtype = parameter._param_info, parameter.dtype
+        may_train = trainable.get(id(dtype))
+        if may_train is None:
+            may_train = trainable[id(dtype)] = dtype in _TRAINABLE
+            seen.append(dtype)  # kept alive, so that no other dtype takes its identity
+        names, name = shared[id(parameter)], info.name
+        every = tuple(names) if name in names else (*names, name)
+        entry = Entry(every, parameter.size, info.requires_grad, may_train and key not in STATISTICS)
+        entries.append((parameter, entry))
     return entries
 
 
