@@ -14,6 +14,9 @@ from slimkit.core.errors import ConfigError
 if TYPE_CHECKING:
     from slimkit.core.convert.stream import ConvertReport
 
+# Between the names of a --name-map that become one tensor.
+_JOIN = " + "
+
 
 def convert(
     src: Annotated[
@@ -40,7 +43,9 @@ def convert(
     name_map: Annotated[
         Path | None,
         typer.Option(
-            "--name-map", help='JSON: name in SRC -> name in DST, or "re:PATTERN" -> replacement.', show_default=False
+            "--name-map",
+            help='JSON: name in SRC -> name in DST, or "re:PATTERN" -> replacement; a list splits, "a + b" joins.',
+            show_default=False,
         ),
     ] = None,
     source_factory: Annotated[
@@ -137,15 +142,16 @@ def _networks(source: str | None, result: str | None) -> tuple[Any, Any]:
     )  # type: ignore[return-value]
 
 
-def _name_map(path: Path | None) -> dict[str, str] | None:
+def _name_map(path: Path | None) -> dict[Any, Any] | None:
+    """The map as `convert_checkpoint` takes it; JSON has no tuples, so names to be joined have " + " between them."""
     from slimkit.core.files import read_json
 
     if path is None:
         return None
     value = read_json(path, "--name-map")
-    if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
+    if not isinstance(value, dict) or not all(isinstance(v, (str, list, dict)) for v in value.values()):
         raise ConfigError(f"--name-map must hold a JSON object of names. Received: {str(path)!r}")
-    return value
+    return {tuple(name.split(_JOIN)) if _JOIN in name else name: new for name, new in value.items()}
 
 
 def _chosen(only: list[str] | None) -> Any:

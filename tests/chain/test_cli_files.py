@@ -203,6 +203,16 @@ def test_convert_with_a_map_and_a_choice(tmp_path):
         "convert", source, tmp_path / "b.ckpt", "--name-map", tmp_path / "map.json", "--only", "*.weight", "--json"
     )
     assert done["renamed"] == {"bn.weight": "norm.gamma"}
+    files.write_tensors(tmp_path / "f.safetensors", {"h.qkv.weight": np.arange(24, dtype=np.float32).reshape(6, 4)})
+    files.write_json(tmp_path / "map.json", {"h.qkv.weight": ["h.q.weight", "h.k.weight", "h.v.weight"]})
+    apart = run(
+        "convert", tmp_path / "f.safetensors", tmp_path / "g.ckpt", "--name-map", tmp_path / "map.json", "--json"
+    )
+    assert apart["split"]
+    files.write_json(tmp_path / "map.json", {"h.q.weight + h.k.weight + h.v.weight": "h.qkv.weight"})
+    run("convert", tmp_path / "g.ckpt", tmp_path / "h.safetensors", "--name-map", tmp_path / "map.json")
+    back, _ = files.read_tensors(tmp_path / "h.safetensors")
+    np.testing.assert_array_equal(back["h.qkv.weight"].ravel(), np.arange(24))
     files.write_json(tmp_path / "map.json", ["bn.weight"])
     assert isinstance(
         error_of("convert", source, tmp_path / "b.ckpt", "--name-map", tmp_path / "map.json"), ConfigError
