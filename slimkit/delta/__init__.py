@@ -16,7 +16,7 @@ from slimkit.delta.low_rank_adapter import LowRankAdapterDense, LowRankAdapterLa
 from slimkit.delta.prefix import PrefixEncoder, PrefixLayer
 from slimkit.delta.prompt import PromptTuning
 from slimkit.delta.rdrop import RDropLoss, rdrop_repeat
-from slimkit.delta.travel import load_delta, save_delta
+from slimkit.delta.storage import load_delta, save_delta
 
 __all__ = [
     "AdapterDense",

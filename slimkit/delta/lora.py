@@ -140,7 +140,7 @@ class LoRADense(LoraLayer, DenseBase):
     def _general(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """Any number of deltas of any sort, one after the other."""
         out = F.linear(x, weight, bias)
-        for part in self._speaking:
+        for part in self._running:
             spec = self.specs[part.name]
             dropped = F.dropout(x, part.dropout, self.training) if part.dropout else x
             a, b = self._factors(part)
@@ -166,7 +166,7 @@ class LoRADense(LoraLayer, DenseBase):
             square += scale * scale * ((b @ (a @ a.t())) * b).sum(1)
             length = square.clamp_min_(0).sqrt_()
         gain = getattr(self, key("lora", "magnitude", part.name)) / length  # (out,)
-        if out is None or len(self._speaking) > 1:
+        if out is None or len(self._running) > 1:
             straight = F.linear(dropped, weight)
         else:
             straight = out if bias is None else out - bias

@@ -42,7 +42,7 @@ class LoRAEmbedding(_Over, nn.Embedding):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         out = super().forward(input)
-        for part in self._speaking:
+        for part in self._running:
             a, b = self._factors(part)
             side = F.embedding(input, a.t()) @ b.t() * part.scale
             if self.padding_idx is not None and part.name in self.specs:
@@ -68,7 +68,7 @@ class LoRAConv2d(_Over, nn.Conv2d):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         out = super().forward(input)
-        for part in self._speaking:
+        for part in self._running:
             a, b = self._factors(part)
             dropped = F.dropout(input, part.dropout, self.training) if part.dropout else input
             side = F.conv2d(self._conv_forward(dropped.to(a.dtype), a, None), b) * part.scale
@@ -93,7 +93,7 @@ class LoRAConv1D(_Over, nn.Module):
             a, b = getattr(self, self._only.a), getattr(self, self._only.b)
             return lora_linear(x, weight, self.bias, a, b, self._only.scale)
         out = F.linear(x, weight, self.bias)
-        for part in self._speaking:
+        for part in self._running:
             a, b = self._factors(part)
             dropped = F.dropout(x, part.dropout, self.training) if part.dropout else x
             if self.specs[part.name].dora:

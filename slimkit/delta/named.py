@@ -20,7 +20,7 @@ class LoraLayer(NamedLoras, DeltaLayer):
     delta_kind = "lora"
 
     def add(self, name: str, spec: LoraSpec, dtype: torch.dtype | None = None, *, fresh: bool = True) -> None:
-        """Add a delta that changes nothing yet, in place, and let it speak.
+        """Add a delta that changes nothing yet, in place, and make it active.
 
         Args:
             name: its name.

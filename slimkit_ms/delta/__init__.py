@@ -16,7 +16,7 @@ from slimkit_ms.delta.low_rank_adapter import LowRankAdapterDense, LowRankAdapte
 from slimkit_ms.delta.prefix import PrefixEncoder, PrefixLayer
 from slimkit_ms.delta.prompt import PromptTuning
 from slimkit_ms.delta.rdrop import RDropLoss, rdrop_repeat
-from slimkit_ms.delta.travel import load_delta, save_delta
+from slimkit_ms.delta.storage import load_delta, save_delta
 
 __all__ = [
     "AdapterDense",

@@ -11,7 +11,7 @@ from slimkit.core import check
 from slimkit.core.delta import inject as steps
 from slimkit.core.delta.spec import KINDS, DeltaReport
 from slimkit_ms import bridge
-from slimkit_ms.delta.hands import hands
+from slimkit_ms.delta.access import access
 from slimkit_ms.delta.prefix_model import put_prefix
 from slimkit_ms.delta.prompt_model import put_prompt
 
@@ -75,10 +75,10 @@ def apply_delta(
         if kind == "prompt":
             put = functools.partial(put_prompt, model, targets, dtype=dtype)
         return steps.apply_in_place(
-            hands, model, kind, put, name=name, freeze=freeze, also_train=also_train, options=options
+            access, model, kind, put, name=name, freeze=freeze, also_train=also_train, options=options
         )
     return steps.apply_layers(
-        hands,
+        access,
         model,
         kind,
         "all-linear" if targets is None else targets,
@@ -113,11 +113,11 @@ def merge_delta(model: nn.Cell, *, unload: bool = False) -> DeltaReport:
         >>> sorted(merge_delta(net, unload=True).layers)
         ['0']
     """
-    return steps.merge(hands, bridge.check_model(model), unload=unload)
+    return steps.merge(access, bridge.check_model(model), unload=unload)
 
 
 def unmerge_delta(model: nn.Cell) -> DeltaReport:
-    """Put back the weights as they were before `merge_delta`, bit for bit, in place; the deltas speak again.
+    """Put back the weights as they were before `merge_delta`, bit for bit, in place; the deltas are active again.
 
     Args:
         model: a model with merged deltas.
@@ -128,7 +128,7 @@ def unmerge_delta(model: nn.Cell) -> DeltaReport:
     Raises:
         ArgumentError: nothing is merged.
     """
-    return steps.unmerge(hands, bridge.check_model(model))
+    return steps.unmerge(access, bridge.check_model(model))
 
 
 def remove_delta(model: nn.Cell, names: str | Sequence[str] | None = None) -> DeltaReport:
@@ -145,18 +145,18 @@ def remove_delta(model: nn.Cell, names: str | Sequence[str] | None = None) -> De
         ArgumentError: no delta, or none of that name.
         UnsupportedError: a layer was built by hand as a delta layer, so that there is none to put back.
     """
-    return steps.remove(hands, bridge.check_model(model), names)
+    return steps.remove(access, bridge.check_model(model), names)
 
 
 def set_delta(model: nn.Cell, names: str | Sequence[str] | Mapping[str, float]) -> dict[str, float]:
-    """Choose which named LoRAs speak, in place.
+    """Choose which named LoRAs are active, in place.
 
     Args:
         model: a model with LoRAs.
-        names: one name, several, or {name: weight} for a weighted combination; all others fall silent.
+        names: one name, several, or {name: weight} for a weighted combination; all others are off.
 
     Returns:
-        The deltas that speak, with their weights.
+        The active deltas with their weights.
 
     Raises:
         ArgumentError: an unknown name, or the deltas are merged.
@@ -168,22 +168,22 @@ def set_delta(model: nn.Cell, names: str | Sequence[str] | Mapping[str, float]) 
         >>> set_delta(net, {"formal": 0.7, "brief": 0.3})
         {'formal': 0.7, 'brief': 0.3}
     """
-    return steps.activate(hands, bridge.check_model(model), names)
+    return steps.activate(access, bridge.check_model(model), names)
 
 
 @contextlib.contextmanager
 def disable_delta(model: nn.Cell) -> Iterator[None]:
-    """Run the base alone while the context is open; the deltas speak again afterwards, also after an error.
+    """Run the base alone while the context is open; the deltas are active again afterwards, also after an error.
 
     Args:
         model: a model with LoRAs, not merged.
     """
-    before = steps.active_weights(hands, bridge.check_model(model))
-    steps.activate(hands, model, {})
+    before = steps.active_weights(access, bridge.check_model(model))
+    steps.activate(access, model, {})
     try:
         yield
     finally:
-        steps.activate(hands, model, before)
+        steps.activate(access, model, before)
 
 
 def lora_plus_groups(model: nn.Cell, lr: float, ratio: float = 16.0, weight_decay: float = 0.0) -> list[dict[str, Any]]:

@@ -114,9 +114,9 @@ class LoRADense(LoraLayer, DenseBase):
     def refresh(self) -> None:
         super().refresh()
         # Graph mode reads plain lists of names and numbers where PyNative could read the records themselves.
-        parts = self._speaking
+        parts = self._running
         specs = [self.specs[p.name] for p in parts]
-        self.n_speaking = len(parts)
+        self.n_active = len(parts)
         self.part_names = [p.name for p in parts]
         self.part_scales = [p.scale for p in parts]
         self.part_kinds = ["dora" if s.dora else "keep" if s.keep_zeros else "plain" for s in specs]
@@ -138,7 +138,7 @@ class LoRADense(LoraLayer, DenseBase):
         out = self.matmul(flat, self.cast(self.weight, kind))
         if self.has_bias:
             out = self.bias_add(out, self.cast(self.bias, kind))
-        for i in range(self.n_speaking):
+        for i in range(self.n_active):
             out = self.lora_add(out, self._side(i, flat, kind))
         if self.activation_flag:
             out = self.activation(out)

@@ -28,10 +28,10 @@ class _Over(LoraLayer):
 
     def refresh(self) -> None:
         super().refresh()
-        self.n_speaking = len(self._speaking)
-        self.part_a = [p.a for p in self._speaking]
-        self.part_b = [p.b for p in self._speaking]
-        self.part_scales = [p.scale for p in self._speaking]
+        self.n_active = len(self._running)
+        self.part_a = [p.a for p in self._running]
+        self.part_b = [p.b for p in self._running]
+        self.part_scales = [p.scale for p in self._running]
 
 
 class LoRAEmbedding(_Over, nn.Embedding):
@@ -50,7 +50,7 @@ class LoRAEmbedding(_Over, nn.Embedding):
 
     def construct(self, ids: Any) -> Any:
         out = super().construct(ids)
-        for i in range(self.n_speaking):
+        for i in range(self.n_active):
             a, b = getattr(self, self.part_a[i]), getattr(self, self.part_b[i])
             side = ops.matmul(ops.gather(ops.transpose(a, (1, 0)), ids, 0), ops.transpose(b, (1, 0)))
             out = out + side * self.part_scales[i]
@@ -69,10 +69,10 @@ class LoRAConv2d(_Over, nn.Conv2d):
             "stride": self.stride,
             "dilation": self.dilation,
         }
-        ranks = [self.specs[p.name].rank for p in self._speaking]
+        ranks = [self.specs[p.name].rank for p in self._running]
         self.low_convs = [ops.Conv2D(out_channel=r, kernel_size=self.kernel_size, **same) for r in ranks]
         self.high_conv = ops.Conv2D(out_channel=self.out_channels, kernel_size=1)
-        self.dropout_in = nn.Dropout(p=max((p.dropout for p in self._speaking), default=0.0))
+        self.dropout_in = nn.Dropout(p=max((p.dropout for p in self._running), default=0.0))
 
     def shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return (rank, self.in_channels, *self.kernel_size), (self.out_channels, rank, 1, 1)
@@ -82,7 +82,7 @@ class LoRAConv2d(_Over, nn.Conv2d):
 
     def construct(self, x: Any) -> Any:
         out = super().construct(x)
-        for i in range(self.n_speaking):
+        for i in range(self.n_active):
             a, b = getattr(self, self.part_a[i]), getattr(self, self.part_b[i])
             low = self.low_convs[i](self.dropout_in(x), a)
             out = out + self.high_conv(low, b) * self.part_scales[i]

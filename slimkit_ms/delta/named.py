@@ -25,7 +25,7 @@ class LoraLayer(NamedLoras, DeltaLayer):
     weight_name = "weight"
 
     def add(self, name: str, spec: LoraSpec, dtype: Any = None, *, fresh: bool = True) -> None:
-        """Add a delta that changes nothing yet, in place, and let it speak.
+        """Add a delta that changes nothing yet, in place, and make it active.
 
         Args:
             name: its name.

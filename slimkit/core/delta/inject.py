@@ -2,68 +2,24 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from slimkit.core import check
 from slimkit.core.delta import spec as rules
-from slimkit.core.delta.spec import DeltaReport, LoraSpec, Site
+from slimkit.core.delta.access import ModelAccess
+from slimkit.core.delta.spec import DeltaReport, LoraSpec
 from slimkit.core.errors import ArgumentError, UnsupportedError
-from slimkit.core.freeze import Entry, decide_modules, report_of
+from slimkit.core.freeze import decide_modules, report_of
 from slimkit.core.log import logger
 
 FLAGS = "slimkit_flags_before_delta"
 LAYER_KINDS = ("lora", "adapter", "low_rank_adapter")
 
 
-class Hands(ABC):
-    """What a wing does to a model on behalf of these steps."""
-
-    @abstractmethod
-    def sites(self, model: Any) -> dict[str, Site]:
-        """Every module path with what it is."""
-
-    @abstractmethod
-    def layers(self, model: Any) -> dict[str, Any]:
-        """Path -> layer, of the layers that hold a delta; a shared layer under each of its paths."""
-
-    @abstractmethod
-    def module(self, model: Any, path: str) -> Any:
-        """The module at a path."""
-
-    @abstractmethod
-    def put(self, model: Any, modules: Mapping[str, Any]) -> None:
-        """Put modules at their paths, in place."""
-
-    def changed(self, model: Any) -> None:
-        """Forget what was compiled from the model as it was before; nothing where nothing is."""
-        return
-
-    def settle(self, model: Any) -> None:
-        """Undo what a delta needed around the layers, once the last one is off."""
-        return
-
-    @abstractmethod
-    def make(self, kind: str, module: Any, name: str, dtype: Any, options: Mapping[str, Any]) -> Any:
-        """The delta layer that takes a module's place, sharing its parameters; a LoRA layer has no delta yet."""
-
-    @abstractmethod
-    def is_sparse(self, module: Any) -> bool:
-        """Whether at least a tenth of a layer's weight is exactly zero."""
-
-    @abstractmethod
-    def entries(self, model: Any) -> list[tuple[Any, Entry]]:
-        """Every parameter, as the freezing rules see it."""
-
-    @abstractmethod
-    def owners(self, model: Any, parameter: Any) -> int:
-        """How many different modules hold a parameter."""
-
-
 def apply_layers(
-    hands: Hands,
+    access: ModelAccess,
     model: Any,
     kind: str,
     targets: Any,
@@ -84,8 +40,8 @@ def apply_layers(
     rules.delta_name(name)
     for option in options:
         check.choice(option, rules.OPTIONS[kind], f"option of {kind}")
-    sites = hands.sites(model)
-    standing = hands.layers(model)
+    sites = access.sites(model)
+    standing = access.layers(model)
     for path, layer in standing.items():
         if path in sites and (kind != "lora" or layer.delta_kind != "lora"):
             sites[path] = replace(sites[path], reason=f"it carries a delta of kind {layer.delta_kind!r} already")
@@ -105,12 +61,12 @@ def apply_layers(
     if merged:
         raise ArgumentError(f"the deltas of {merged[0]} are merged; unmerge them before another is added.")
     check.boolean(freeze, "freeze")
-    flags = _planned_flags(hands, model, freeze, also_train)
+    flags = _planned_flags(access, model, freeze, also_train)
     notes: list[str] = []
     fresh = specs is None  # values that come from a file need no start of their own
     if kind == "lora":
         if specs is None:
-            sites.update({p: replace(sites[p], zeros=hands.is_sparse(hands.module(model, p))) for p in paths})
+            sites.update({p: replace(sites[p], zeros=access.is_sparse(access.module(model, p))) for p in paths})
             specs = rules.lora_specs(sites, paths, **options)
             kept = [p for p in paths if specs[p].keep_zeros]
             if kept and options.get("keep_zeros") is None:
@@ -121,11 +77,11 @@ def apply_layers(
     made: dict[int, Any] = {}
     new: dict[str, Any] = {}
     for path in paths:
-        module = hands.module(model, path)
+        module = access.module(model, path)
         if id(module) in made:
             new[path] = made[id(module)]
         elif path not in standing:
-            layer = made[id(module)] = new[path] = hands.make(kind, module, name, dtype, options)
+            layer = made[id(module)] = new[path] = access.make(kind, module, name, dtype, options)
             if kind == "lora":
                 layer.add(name, (specs or {})[path], dtype, fresh=fresh)
     for path in paths:
@@ -133,10 +89,10 @@ def apply_layers(
         if layer is not None and name not in layer.specs:
             layer.add(name, (specs or {})[path], dtype, fresh=fresh)
             new[path] = layer
-    hands.put(model, new)
-    _remember_flags(hands, model)
-    _set_flags(hands, model, flags)
-    summary = str(report_of([e for _, e in hands.entries(model)])).splitlines()[0]
+    access.put(model, new)
+    _remember_flags(access, model)
+    _set_flags(access, model, flags)
+    summary = str(report_of([e for _, e in access.entries(model)])).splitlines()[0]
     logger.info("%s %r on %d layers: %s", kind, name, len(paths), summary)
     for note in notes:
         logger.info("%s", note)
@@ -144,7 +100,7 @@ def apply_layers(
 
 
 def apply_in_place(
-    hands: Hands,
+    access: ModelAccess,
     model: Any,
     kind: str,
     put: Callable[..., dict[str, dict[str, Any]]],
@@ -159,19 +115,19 @@ def apply_in_place(
     check.boolean(freeze, "freeze")
     for option in options:
         check.choice(option, rules.OPTIONS[kind], f"option of {kind}")
-    flags = _planned_flags(hands, model, freeze, also_train)
+    flags = _planned_flags(access, model, freeze, also_train)
     described = put(name=name, **options)
-    _remember_flags(hands, model)
-    _set_flags(hands, model, flags)
-    hands.changed(model)
-    summary = str(report_of([e for _, e in hands.entries(model)])).splitlines()[0]
+    _remember_flags(access, model)
+    _set_flags(access, model, flags)
+    access.changed(model)
+    summary = str(report_of([e for _, e in access.entries(model)])).splitlines()[0]
     logger.info("%s %r on %d layers: %s", kind, name, len(described), summary)
     return DeltaReport(kind, name, described, trainable=summary)
 
 
-def _planned_flags(hands: Hands, model: Any, freeze: bool, also_train: Any) -> dict[str, bool]:
+def _planned_flags(access: ModelAccess, model: Any, freeze: bool, also_train: Any) -> dict[str, bool]:
     """Base parameter -> whether it shall train once the delta is on."""
-    entries = [e for _, e in hands.entries(model)]
+    entries = [e for _, e in access.entries(model)]
     before = {e.names[0]: e.trains for e in entries}
     wanted = {n: False if freeze and rules.PREFIX not in n else t for n, t in before.items()}
     if also_train is not None:
@@ -180,24 +136,24 @@ def _planned_flags(hands: Hands, model: Any, freeze: bool, also_train: Any) -> d
     return wanted
 
 
-def _remember_flags(hands: Hands, model: Any) -> None:
+def _remember_flags(access: ModelAccess, model: Any) -> None:
     """Note once how the base's parameters stood, for the day the last delta leaves."""
     if not hasattr(model, FLAGS):
-        flags = {e.names[0]: e.trains for _, e in hands.entries(model) if rules.PREFIX not in e.names[0]}
+        flags = {e.names[0]: e.trains for _, e in access.entries(model) if rules.PREFIX not in e.names[0]}
         setattr(model, FLAGS, flags)
 
 
-def _set_flags(hands: Hands, model: Any, flags: Mapping[str, bool]) -> None:
-    for parameter, entry in hands.entries(model):
+def _set_flags(access: ModelAccess, model: Any, flags: Mapping[str, bool]) -> None:
+    for parameter, entry in access.entries(model):
         wanted = flags.get(entry.names[0], entry.trains)
         if wanted != entry.trains:
             parameter.requires_grad = wanted
 
 
-def merge(hands: Hands, model: Any, *, unload: bool = False) -> DeltaReport:
+def merge(access: ModelAccess, model: Any, *, unload: bool = False) -> DeltaReport:
     """Add every active LoRA to the weights, in place; see `merge_delta` of the wings."""
     check.boolean(unload, "unload")
-    layers = _layers(hands, model)
+    layers = _layers(access, model)
     unfit = [p for p, layer in layers.items() if layer.delta_kind != "lora"]
     if unfit:
         raise UnsupportedError(f"only lora can be merged; {unfit[0]} carries {layers[unfit[0]].delta_kind!r}.")
@@ -205,7 +161,7 @@ def merge(hands: Hands, model: Any, *, unload: bool = False) -> DeltaReport:
     if done and not unload:
         raise ArgumentError(f"the deltas are merged already ({done[0]}); unmerge_delta puts the weights back.")
     for path, layer in layers.items():
-        if hands.owners(model, layer.weight) > 1:
+        if access.owners(model, layer.weight) > 1:
             raise UnsupportedError(
                 f"the weight of {path} is shared with another module, which merging would change; untie them first."
             )
@@ -215,28 +171,28 @@ def merge(hands: Hands, model: Any, *, unload: bool = False) -> DeltaReport:
     for layer in {id(x): x for x in layers.values()}.values():
         if layer.unmerged is None:
             layer.merge()
-    hands.changed(model)
+    access.changed(model)
     if unload:
         for layer in layers.values():
             layer.unmerged = None  # the merged weight is the weight from now on
-        _restore(hands, model, layers)
+        _restore(access, model, layers)
     return DeltaReport("lora", "merged", described)
 
 
-def unmerge(hands: Hands, model: Any) -> DeltaReport:
+def unmerge(access: ModelAccess, model: Any) -> DeltaReport:
     """Put back the weights as they were before merging, bit for bit, in place."""
-    layers = {p: x for p, x in _layers(hands, model).items() if getattr(x, "unmerged", None) is not None}
+    layers = {p: x for p, x in _layers(access, model).items() if getattr(x, "unmerged", None) is not None}
     if not layers:
         raise ArgumentError("the deltas of this model are not merged.")
     for layer in {id(x): x for x in layers.values()}.values():
         layer.unmerge()
-    hands.changed(model)
+    access.changed(model)
     return DeltaReport("lora", "unmerged", {p: {"deltas": list(x.specs)} for p, x in layers.items()})
 
 
-def remove(hands: Hands, model: Any, names: Any = None) -> DeltaReport:
+def remove(access: ModelAccess, model: Any, names: Any = None) -> DeltaReport:
     """Take deltas off a model, in place; see `remove_delta` of the wings."""
-    layers = _layers(hands, model)
+    layers = _layers(access, model)
     known = sorted({n for layer in layers.values() for n in layer.specs})
     gone = known if names is None else check.strings([names] if isinstance(names, str) else names, "names")
     for name in gone:
@@ -251,8 +207,8 @@ def remove(hands: Hands, model: Any, names: Any = None) -> DeltaReport:
         if path not in empty:
             for name in [n for n in gone if n in layer.specs]:
                 layer.drop(name)
-    hands.changed(model)
-    _restore(hands, model, empty)
+    access.changed(model)
+    _restore(access, model, empty)
     return DeltaReport("", ", ".join(gone), {p: d for p, d in described.items() if d["removed"]})
 
 
@@ -263,25 +219,25 @@ def _refuse_built(layers: Mapping[str, Any]) -> None:
         raise UnsupportedError(f"{built[0]} was built as a delta layer; there is no layer to put back in its place.")
 
 
-def _restore(hands: Hands, model: Any, layers: Mapping[str, Any]) -> None:
+def _restore(access: ModelAccess, model: Any, layers: Mapping[str, Any]) -> None:
     """Put the original layers back, or take off what stands beside them; when nothing is left, the flags too."""
     beside = {id(x): x for x in layers.values() if hasattr(x, "revert")}
     swapped = {p: x for p, x in layers.items() if id(x) not in beside}
     for layer in swapped.values():
         layer.original.training = layer.training
-    hands.put(model, {p: layer.original for p, layer in swapped.items()})
+    access.put(model, {p: layer.original for p, layer in swapped.items()})
     for layer in beside.values():
         layer.revert()
-    if not hands.layers(model):
-        hands.settle(model)
+    if not access.layers(model):
+        access.settle(model)
         if hasattr(model, FLAGS):
-            _set_flags(hands, model, getattr(model, FLAGS))
+            _set_flags(access, model, getattr(model, FLAGS))
             delattr(model, FLAGS)
 
 
-def activate(hands: Hands, model: Any, names: Any) -> dict[str, float]:
-    """Choose which named LoRAs speak and how loud, in place; see `set_delta` of the wings."""
-    layers = {p: x for p, x in _layers(hands, model).items() if x.delta_kind == "lora"}
+def activate(access: ModelAccess, model: Any, names: Any) -> dict[str, float]:
+    """Choose which named LoRAs are active and with which weight, in place; see `set_delta` of the wings."""
+    layers = {p: x for p, x in _layers(access, model).items() if x.delta_kind == "lora"}
     known = sorted({n for layer in layers.values() for n in layer.specs})
     if names is None or (isinstance(names, (Mapping, Sequence)) and not names):
         weights: dict[str, float] = {}
@@ -292,20 +248,20 @@ def activate(hands: Hands, model: Any, names: Any) -> dict[str, float]:
         raise ArgumentError(f"the deltas are merged ({merged[0]}); unmerge them before choosing others.")
     for layer in layers.values():
         layer.set_active(weights)
-    hands.changed(model)
+    access.changed(model)
     return weights
 
 
-def active_weights(hands: Hands, model: Any) -> dict[str, float]:
-    """The named LoRAs that speak, with their weights."""
+def active_weights(access: ModelAccess, model: Any) -> dict[str, float]:
+    """The active LoRAs with their weights."""
     found: dict[str, float] = {}
-    for layer in hands.layers(model).values():
+    for layer in access.layers(model).values():
         found.update(getattr(layer, "active", {}))
     return found
 
 
-def _layers(hands: Hands, model: Any) -> dict[str, Any]:
-    layers = hands.layers(model)
+def _layers(access: ModelAccess, model: Any) -> dict[str, Any]:
+    layers = access.layers(model)
     if not layers:
         raise ArgumentError("the model carries no delta; apply_delta puts one on.")
     return layers

@@ -1,4 +1,4 @@
-"""The book-keeping of the deltas on one layer: which exist, which speak and how loud, and whether they are merged."""
+"""The deltas on one layer: which exist, which are active with which weight, and whether they are merged."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PARTS = ("a", "b", "magnitude", "a0", "b0")
 
 
 class Part(NamedTuple):
-    """One delta that speaks, as the forward pass reads it: attribute names, and the scale with its weight in it."""
+    """One active delta, as the forward pass reads it: attribute names, and the scale with its weight in it."""
 
     name: str
     a: str
@@ -55,7 +55,7 @@ class NamedLoras:
         """Overwrite the weight's values, in place."""
 
     def take(self, name: str, spec: LoraSpec) -> None:
-        """Note a delta whose tensors are in place, and let it speak."""
+        """Note a delta whose tensors are in place, and make it active."""
         self.specs[name] = spec
         self.active[name] = 1.0
         self.refresh()
@@ -78,7 +78,7 @@ class NamedLoras:
         return self.specs[name].to_dict()
 
     def set_active(self, weights: dict[str, float]) -> None:
-        """Let these deltas speak, each times its weight, and no other, in place."""
+        """Make these deltas active, each times its weight, and no other, in place."""
         self.active = {n: w for n, w in weights.items() if n in self.specs}
         self.refresh()
 
@@ -109,11 +109,11 @@ class NamedLoras:
 
     def refresh(self) -> None:
         """Work out once what the forward pass would otherwise ask on every call."""
-        speaking = self.active_parts() if self.unmerged is None else ()
-        specs = [self.specs[part.name] for part in speaking]
+        running = self.active_parts() if self.unmerged is None else ()
+        specs = [self.specs[part.name] for part in running]
         plain = all(not (s.dora or s.keep_zeros or s.init == "pissa") for s in specs)
-        self._speaking = speaking
-        self._only = speaking[0] if len(speaking) == 1 and plain else None
+        self._running = running
+        self._only = running[0] if len(running) == 1 and plain else None
 
     def words(self) -> str:
         """The deltas, for a printed model."""

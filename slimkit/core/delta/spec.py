@@ -112,7 +112,7 @@ class Site:
         holds: whether it holds parameters itself, so that leaving it out is worth a word.
         reason: why a layer of a good kind cannot take a delta, or "".
         zeros: whether its weight is sparse (at least a tenth exact zeros).
-        head: whether it is the layer that speaks the vocabulary, which "all-linear" leaves alone.
+        head: whether it is the output embedding, which "all-linear" leaves alone.
     """
 
     kind: str
@@ -310,7 +310,7 @@ def _by_pattern(values: Any, paths: Sequence[str], name: str) -> dict[str, Any]:
 
 
 def weights_of(names: Any, known: Sequence[str]) -> dict[str, float]:
-    """Which deltas speak, and how loud: a name, a list of names, or {name: weight}.
+    """Which deltas are active, and with which weight: a name, a list of names, or {name: weight}.
 
     Example:
         >>> weights_of("a", ["a", "b"]), weights_of({"a": 0.5}, ["a"])

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import numpy as np
 
 from slimkit.core import check, files
 from slimkit.core.delta import inject, peft
+from slimkit.core.delta.access import StorageAccess
 from slimkit.core.delta.bundle import MANIFEST, compare_keys, compare_shapes, fingerprint, read_bundle, write_bundle
 from slimkit.core.delta.spec import KINDS, PREFIX, DeltaReport, delta_name, key, spec_from_dict
 from slimkit.core.errors import ArgumentError, FileFormatError, UnsupportedError
@@ -20,64 +20,11 @@ from slimkit.core.log import logger
 Array = np.ndarray[Any, Any]
 
 
-class TravelHands(inject.Hands):
-    """What a wing adds for files: values out of tensors and into them, under names that both wings share."""
-
-    @abstractmethod
-    def value(self, tensor: Any) -> Array:
-        """A tensor's values as NumPy; bfloat16 as float32."""
-
-    @abstractmethod
-    def fill(self, tensor: Any, value: Array) -> None:
-        """Put values into a tensor, in place, in the tensor's own dtype and on its device."""
-
-    @abstractmethod
-    def sample(self, tensor: Any) -> Array:
-        """At most 64 evenly spaced values of a tensor, as float32."""
-
-    @abstractmethod
-    def weight(self, model: Any, path: str) -> Any:
-        """The weight of the layer at a path, as it was before any merging."""
-
-    @abstractmethod
-    def apply_kind(self, model: Any, kind: str, targets: list[str] | None, **options: Any) -> DeltaReport:
-        """Put a delta other than lora on a model."""
-
-    def about(self, model: Any) -> dict[str, Any]:
-        """What PEFT's configuration says of the base: its task, and where it came from."""
-        name = getattr(getattr(model, "config", None), "_name_or_path", None)
-        return {"task_type": peft.task_type(type(model).__name__), "base_model_name_or_path": name or None}
-
-    def prefix_sizes(self, model: Any, config: Mapping[str, Any]) -> Mapping[str, Sequence[int]] | None:
-        """The attention layers that PEFT's configuration speaks of, where a run is not what finds them."""
-        return None
-
-    @abstractmethod
-    def prefix_rows(self, model: Any, layers: Sequence[Any]) -> list[tuple[Array, Array]]:
-        """Keys and values (tokens, heads * width) of the prefixes of layers, as they are outside training."""
-
-    @abstractmethod
-    def tables(self, model: Any, kind: str) -> list[Any]:
-        """The embedding tables of prefix encoders or prompts that were built into the model by hand."""
-
-    @abstractmethod
-    def table_facts(self, model: Any, kind: str) -> dict[str, Any]:
-        """What PEFT's configuration says of the one table: token_dim, num_layers, num_attention_heads."""
-
-    @abstractmethod
-    def may_train(self, tensor: Any) -> bool:
-        """Whether an optimizer may touch a tensor of the base: a parameter that is no running statistic."""
-
-    @abstractmethod
-    def neutral(self, model: Any) -> dict[str, Any]:
-        """Base parameter and statistic -> tensor, by torch's names ("norm.weight", not "norm.gamma")."""
-
-
 def collect(
-    hands: TravelHands, model: Any, names: Any = None
+    access: StorageAccess, model: Any, names: Any = None
 ) -> tuple[list[dict[str, Any]], dict[str, Array], list[str], dict[str, Any]]:
     """Everything a bundle holds of a model: records of the deltas, tensors, names of trained base tensors, the base."""
-    layers = hands.layers(model)
+    layers = access.layers(model)
     known = sorted({n for layer in layers.values() for n in layer.specs})
     wanted = known if names is None else check.strings([names] if isinstance(names, str) else names, "names")
     for name in wanted:
@@ -93,39 +40,39 @@ def collect(
             for path, layer in chosen.items():
                 records[path] = layer.describe(name)
                 for part, tensor in layer.parts(name).items():
-                    tensors[f"{path}.{part}" if path else part] = hands.value(tensor)
+                    tensors[f"{path}.{part}" if path else part] = access.value(tensor)
             deltas.append({"name": name, "kind": kind, "layers": records})
     extra = {}
     # A delta layer built into the model by hand may hold parameters that no record speaks of: they travel by name.
     spoken = {f"{p}.{part}" if p else part for p, x in layers.items() for n in x.specs for part in x.parts(n)}
-    for name, tensor in hands.neutral(model).items():
+    for name, tensor in access.neutral(model).items():
         if name not in spoken and getattr(tensor, "requires_grad", False):
-            extra[name] = hands.value(tensor)
+            extra[name] = access.value(tensor)
     if not deltas and not extra:
         raise ArgumentError("the model carries no delta and nothing in it trains: there is nothing to save.")
-    base = _base_of(hands, model, {p: p for d in deltas for p in d["layers"]})
+    base = _base_of(access, model, {p: p for d in deltas for p in d["layers"]})
     return deltas, {**tensors, **extra}, sorted(extra), base
 
 
-def _base_of(hands: TravelHands, model: Any, paths: Mapping[str, str]) -> dict[str, Any]:
+def _base_of(access: StorageAccess, model: Any, paths: Mapping[str, str]) -> dict[str, Any]:
     """Shapes and fingerprint of the weights under a delta, by the names on the left."""
-    weights = {old: hands.weight(model, new) for old, new in paths.items()}
+    weights = {old: access.weight(model, new) for old, new in paths.items()}
     weights = {p: w for p, w in weights.items() if w is not None}
     return {
-        "fingerprint": fingerprint({p: (tuple(w.shape), hands.sample(w)) for p, w in weights.items()}),
+        "fingerprint": fingerprint({p: (tuple(w.shape), access.sample(w)) for p, w in weights.items()}),
         "layers": {p: list(w.shape) for p, w in weights.items()},
     }
 
 
-def save(hands: TravelHands, model: Any, directory: Any, names: Any = None) -> Path:
+def save(access: StorageAccess, model: Any, directory: Any, names: Any = None) -> Path:
     """Write a model's deltas, and what else trains, as a slimkit bundle; see `save_delta` of the wings."""
     folder = files.as_path(directory, "directory")
-    deltas, tensors, extra, base = collect(hands, model, names)
+    deltas, tensors, extra, base = collect(access, model, names)
     return write_bundle(folder, deltas, tensors, extra, base)
 
 
 def load(
-    hands: TravelHands,
+    access: StorageAccess,
     model: Any,
     directory: Any,
     *,
@@ -143,7 +90,7 @@ def load(
     check.boolean(freeze, "freeze")
     check.boolean(same_base, "same_base")
     if not (folder / MANIFEST).exists() and peft.is_adapter(folder):
-        return _load_peft(hands, model, folder, name or "default", freeze, rename)
+        return _load_peft(access, model, folder, name or "default", freeze, rename)
     manifest, tensors = read_bundle(folder)
     deltas = _renamed(manifest["deltas"], name)
     extra = {n: tensors.pop(n) for n in manifest["extra"] if n in tensors}
@@ -156,27 +103,27 @@ def load(
     if rename is not None:
         tensors, extra = peft.rename_paths(tensors, rename), peft.rename_paths(extra, rename)
         deltas = [{**d, "layers": {new_path[p]: r for p, r in d["layers"].items()}} for d in deltas]
-    _check_paths(hands, model, new_path.values(), str(folder))
+    _check_paths(access, model, new_path.values(), str(folder))
     for path, shape in shapes.items():
-        have = tuple(hands.weight(model, new_path[path]).shape)
+        have = tuple(access.weight(model, new_path[path]).shape)
         if list(have) != list(shape):
             raise ArgumentError(
                 f"the delta in {folder} was trained on a base where {path} has shape {tuple(shape)}; here it has "
                 f"{have}. A pruned base needs the delta trained on it."
             )
     notes = []
-    here = _base_of(hands, model, {p: new_path[p] for p in shapes})
+    here = _base_of(access, model, {p: new_path[p] for p in shapes})
     if here["fingerprint"] != manifest["base"].get("fingerprint"):
         message = f"the base under {folder} had other weights than this model; outputs may differ"
         if same_base:
             raise ArgumentError(message)
         logger.warning("%s", message)
         notes.append(message)
-    return _finish(hands, model, deltas, tensors, extra, freeze, str(folder), tuple(notes))
+    return _finish(access, model, deltas, tensors, extra, freeze, str(folder), tuple(notes))
 
 
-def _check_paths(hands: TravelHands, model: Any, paths: Iterable[str], where: str) -> None:
-    sites = hands.sites(model)
+def _check_paths(access: StorageAccess, model: Any, paths: Iterable[str], where: str) -> None:
+    sites = access.sites(model)
     for path in paths:
         if path not in sites and PREFIX not in path:
             raise ArgumentError(
@@ -186,7 +133,7 @@ def _check_paths(hands: TravelHands, model: Any, paths: Iterable[str], where: st
 
 
 def _finish(
-    hands: TravelHands,
+    access: StorageAccess,
     model: Any,
     deltas: list[dict[str, Any]],
     tensors: Mapping[str, Array],
@@ -196,26 +143,26 @@ def _finish(
     notes: tuple[str, ...] = (),
 ) -> DeltaReport:
     """Check the base's tensors, put the deltas on, then fill both."""
-    base = hands.neutral(model)
+    base = access.neutral(model)
     compare_keys({n: 0 for n in extra if n in base}, dict.fromkeys(extra, 0), "the base model")
     compare_shapes(extra, {n: tuple(base[n].shape) for n in extra}, where)
-    described = put_on(hands, model, deltas, tensors, freeze, where)
-    _fill_base(hands, base, extra)
-    summary = report_of([e for _, e in hands.entries(model)])
+    described = put_on(access, model, deltas, tensors, freeze, where)
+    _fill_base(access, base, extra)
+    summary = report_of([e for _, e in access.entries(model)])
     kinds = ", ".join(dict.fromkeys(d["kind"] for d in deltas))
     named = ", ".join(dict.fromkeys(d["name"] for d in deltas))
     return DeltaReport(kinds, named, described, trainable=str(summary).splitlines()[0], notes=notes)
 
 
-def _fill_base(hands: TravelHands, base: Mapping[str, Any], extra: Mapping[str, Array]) -> None:
+def _fill_base(access: StorageAccess, base: Mapping[str, Any], extra: Mapping[str, Array]) -> None:
     """Overwrite base tensors that were trained with the delta, in place; they train from now on."""
     for name, value in extra.items():
-        hands.fill(base[name], value)
-        if hands.may_train(base[name]):
+        access.fill(base[name], value)
+        if access.may_train(base[name]):
             base[name].requires_grad = True
 
 
-def _load_peft(hands: TravelHands, model: Any, folder: Path, name: str, freeze: bool, rename: Any) -> DeltaReport:
+def _load_peft(access: StorageAccess, model: Any, folder: Path, name: str, freeze: bool, rename: Any) -> DeltaReport:
     """Put a Hugging Face PEFT adapter on a model, in place."""
     config, tensors = peft.read_files(folder)
     kind = peft.KINDS[config["peft_type"]]
@@ -223,27 +170,27 @@ def _load_peft(hands: TravelHands, model: Any, folder: Path, name: str, freeze: 
         record, parts, extra = peft.read_lora(config, tensors, name)
         record["layers"] = peft.rename_paths(record["layers"], rename)
         parts, extra = peft.rename_paths(parts, rename), peft.rename_paths(extra, rename)
-        _check_paths(hands, model, record["layers"], str(folder))
-        return _finish(hands, model, [record], parts, extra, freeze, str(folder))
+        _check_paths(access, model, record["layers"], str(folder))
+        return _finish(access, model, [record], parts, extra, freeze, str(folder))
     prompt, extra = peft.split_prompt(tensors)
-    base = hands.neutral(model)
+    base = access.neutral(model)
     compare_keys({n: 0 for n in extra if n in base}, dict.fromkeys(extra, 0), "the base model")
     compare_shapes(extra, {n: tuple(base[n].shape) for n in extra}, str(folder))
-    tables = hands.tables(model, kind)
+    tables = access.tables(model, kind)
     if tables:
         # The model was built with a prefix or prompt of its own: the file's values go there.
         if len(tables) > 1:
             raise ArgumentError(f"the model holds {len(tables)} {kind} tables; the file has values for one.")
-        hands.fill(tables[0], peft.read_prompt(prompt, tuple(tables[0].shape), str(folder)))
+        access.fill(tables[0], peft.read_prompt(prompt, tuple(tables[0].shape), str(folder)))
         report = DeltaReport(kind, name, {})
     else:
-        report = _load_prompt(hands, model, kind, config, prompt, {"name": name, "freeze": freeze}, str(folder))
-    _fill_base(hands, base, extra)
+        report = _load_prompt(access, model, kind, config, prompt, {"name": name, "freeze": freeze}, str(folder))
+    _fill_base(access, base, extra)
     return report
 
 
 def _load_prompt(
-    hands: TravelHands,
+    access: StorageAccess,
     model: Any,
     kind: str,
     config: Mapping[str, Any],
@@ -254,30 +201,30 @@ def _load_prompt(
     """Put a PEFT prefix or prompt on a model that was built without; on any error it comes off again."""
     tokens = int(config.get("num_virtual_tokens") or 0)
     if kind == "prompt":
-        report = hands.apply_kind(model, kind, None, num_virtual_tokens=tokens, **options)
+        report = access.apply_kind(model, kind, None, num_virtual_tokens=tokens, **options)
     else:
-        sizes = hands.prefix_sizes(model, config)
-        report = hands.apply_kind(model, kind, None, prefix_token_num=tokens, sizes=sizes, **options)
+        sizes = access.prefix_sizes(model, config)
+        report = access.apply_kind(model, kind, None, prefix_token_num=tokens, sizes=sizes, **options)
     try:
-        parts = [list(x.parts("").values()) for p, x in hands.layers(model).items() if p in report.layers]
+        parts = [list(x.parts("").values()) for p, x in access.layers(model).items() if p in report.layers]
         flat = peft.read_prompt(tensors, (tokens, sum(int(t.shape[1]) for pair in parts for t in pair)), where)
         values = [(flat,)] if kind == "prompt" else peft.split_prefix(flat, len(parts))
         for pair, pieces in zip(parts, values):
             for tensor, value in zip(pair, pieces):
-                hands.fill(tensor, value)
+                access.fill(tensor, value)
     except Exception:
-        inject.remove(hands, model, options["name"])
+        inject.remove(access, model, options["name"])
         raise
     return report
 
 
-def _prompt_rows(hands: TravelHands, model: Any, delta: Mapping[str, Any]) -> tuple[Array, dict[str, Any]]:
+def _prompt_rows(access: StorageAccess, model: Any, delta: Mapping[str, Any]) -> tuple[Array, dict[str, Any]]:
     """A prefix or prompt as PEFT's one tensor, and what PEFT's configuration says of it."""
-    layers = [x for p, x in hands.layers(model).items() if p in delta["layers"]]
+    layers = [x for p, x in access.layers(model).items() if p in delta["layers"]]
     config = getattr(model, "config", None)
     if delta["kind"] == "prompt":
         (table,) = layers[0].parts("").values()
-        rows = hands.value(table)
+        rows = access.value(table)
         about = {
             "peft_type": "PROMPT_TUNING",
             "prompt_tuning_init": "RANDOM",
@@ -286,7 +233,7 @@ def _prompt_rows(hands: TravelHands, model: Any, delta: Mapping[str, Any]) -> tu
             "num_layers": getattr(config, "num_hidden_layers", 1),
         }
     else:
-        pairs = hands.prefix_rows(model, layers)
+        pairs = access.prefix_rows(model, layers)
         if len({(x.prefix_heads, pair[0].shape) for x, pair in zip(layers, pairs)}) > 1:
             raise UnsupportedError("PEFT's prefix has the same shape in every layer; this one has not.")
         rows = np.concatenate([part for pair in pairs for part in pair], 1)
@@ -306,28 +253,28 @@ def _prompt_rows(hands: TravelHands, model: Any, delta: Mapping[str, Any]) -> tu
     }
 
 
-def save_peft(hands: TravelHands, model: Any, directory: Any, names: Any = None) -> Path:
+def save_peft(access: StorageAccess, model: Any, directory: Any, names: Any = None) -> Path:
     """Write one delta as Hugging Face PEFT's files; see `save_delta` of the wings."""
     folder = files.as_path(directory, "directory")
-    deltas, tensors, extra, _ = collect(hands, model, names)
+    deltas, tensors, extra, _ = collect(access, model, names)
     for kind, words in (("prefix", "PREFIX_TUNING"), ("prompt", "PROMPT_TUNING")):
-        tables = hands.tables(model, kind) if not deltas else []
+        tables = access.tables(model, kind) if not deltas else []
         if len(tables) == 1:
-            rows = hands.value(tables[0])
+            rows = access.value(tables[0])
             config = {"peft_type": words, "num_virtual_tokens": rows.shape[0], "num_transformer_submodules": 1}
-            config.update(hands.table_facts(model, kind), inference_mode=True)
-            peft.write_prompt(folder, rows, {}, hands.about(model), config)
+            config.update(access.table_facts(model, kind), inference_mode=True)
+            peft.write_prompt(folder, rows, {}, access.about(model), config)
             return folder
     if len(deltas) != 1 or deltas[0]["kind"] not in peft.KINDS.values():
         kinds = ", ".join(f"{d['kind']} {d['name']!r}" for d in deltas) or "none"
         raise ArgumentError(f"PEFT's files hold one delta of lora, prefix or prompt; choose it by names. Here: {kinds}")
     delta = deltas[0]
-    about = hands.about(model)
-    whole = hands.neutral(model)
+    about = access.about(model)
+    whole = access.neutral(model)
     modules = {n.rpartition(".")[0] for n in extra}
-    kept = {n: hands.value(t) for n, t in whole.items() if n.rpartition(".")[0] in modules and PREFIX not in n}
+    kept = {n: access.value(t) for n, t in whole.items() if n.rpartition(".")[0] in modules and PREFIX not in n}
     if delta["kind"] != "lora":
-        rows, config = _prompt_rows(hands, model, delta)
+        rows, config = _prompt_rows(access, model, delta)
         peft.write_prompt(folder, rows, kept, about, config)
         return folder
     specs = {p: spec_from_dict(r) for p, r in delta["layers"].items()}
@@ -337,12 +284,12 @@ def save_peft(hands: TravelHands, model: Any, directory: Any, names: Any = None)
             value = tensors.get(f"{path}.{key('lora', part, delta['name'])}")
             if value is not None:
                 spelled[part] = value
-    peft.write_lora(folder, specs, by_path, hands.sites(model), kept, about)
+    peft.write_lora(folder, specs, by_path, access.sites(model), kept, about)
     return folder
 
 
 def put_on(
-    hands: TravelHands,
+    access: StorageAccess,
     model: Any,
     deltas: list[dict[str, Any]],
     tensors: Mapping[str, Array],
@@ -355,16 +302,16 @@ def put_on(
     wanted: dict[str, Any] = {}
     try:
         for delta in deltas:
-            built_in = _built_in(hands, model, delta)
+            built_in = _built_in(access, model, delta)
             described.update(built_in)
             left = {p: r for p, r in delta["layers"].items() if p not in built_in}
             if left:
-                report = apply_record(hands, model, {**delta, "layers": left}, freeze)
+                report = apply_record(access, model, {**delta, "layers": left}, freeze)
                 done.append(delta["name"])
                 described.update(report.layers)
             # A prompt stands before the whole model: where exactly it is held differs between the frameworks.
             prompt = next(iter(delta["layers"]), None) if delta["kind"] == "prompt" else None
-            for here, layer in hands.layers(model).items():
+            for here, layer in access.layers(model).items():
                 path = here if prompt is None else prompt
                 if path in delta["layers"] and layer.delta_kind == delta["kind"] and delta["name"] in layer.specs:
                     for part, tensor in layer.parts(delta["name"], delta["file_name"]).items():
@@ -373,16 +320,16 @@ def put_on(
         compare_shapes(tensors, {k: tuple(t.shape) for k, t in wanted.items()}, where)
     except Exception:
         for name in done:
-            inject.remove(hands, model, name)
+            inject.remove(access, model, name)
         raise
     for spelled, tensor in wanted.items():
-        hands.fill(tensor, tensors[spelled])
+        access.fill(tensor, tensors[spelled])
     return described
 
 
-def _built_in(hands: TravelHands, model: Any, delta: Mapping[str, Any]) -> dict[str, Any]:
+def _built_in(access: StorageAccess, model: Any, delta: Mapping[str, Any]) -> dict[str, Any]:
     """The recorded layers that the model was built with: they are there already, and only want values."""
-    layers = hands.layers(model)
+    layers = access.layers(model)
     found = {}
     for path, record in delta["layers"].items():
         layer = layers.get(path)
@@ -400,17 +347,17 @@ def _built_in(hands: TravelHands, model: Any, delta: Mapping[str, Any]) -> dict[
     return found
 
 
-def apply_record(hands: TravelHands, model: Any, delta: Mapping[str, Any], freeze: bool) -> DeltaReport:
+def apply_record(access: StorageAccess, model: Any, delta: Mapping[str, Any], freeze: bool) -> DeltaReport:
     """Put one recorded delta on a model, its values still to be filled in."""
     kind = check.choice(delta.get("kind"), KINDS, "kind")
     records: Mapping[str, Any] = delta["layers"]
     if kind == "lora":
         specs = {p: spec_from_dict(r) for p, r in records.items()}
-        return inject.apply_layers(hands, model, kind, None, name=str(delta["name"]), freeze=freeze, specs=specs)
+        return inject.apply_layers(access, model, kind, None, name=str(delta["name"]), freeze=freeze, specs=specs)
     options = dict(next(iter(records.values())))
     if options.pop("heads", None) is not None:
         options["sizes"] = {path: record["heads"] for path, record in records.items()}
-    return hands.apply_kind(model, kind, list(records), name=delta["name"], freeze=freeze, **options)
+    return access.apply_kind(model, kind, list(records), name=delta["name"], freeze=freeze, **options)
 
 
 def _renamed(deltas: list[Any], name: str | None) -> list[dict[str, Any]]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from slimkit import bridge
-from slimkit.core.delta.bundle import sample_places
+from slimkit.core.delta.access import ModelAccess
 from slimkit.core.delta.spec import PREFIX, Site
-from slimkit.core.delta.travel import TravelHands
 from slimkit.core.freeze import Entry
 from slimkit.delta.adapter import AdapterDense
 from slimkit.delta.layer import DeltaLayer
@@ -17,9 +16,7 @@ from slimkit.delta.lora import LoRADense
 from slimkit.delta.lora_layers import LoRAConv1D, LoRAConv2d, LoRAEmbedding
 from slimkit.delta.low_rank_adapter import LowRankAdapterDense
 from slimkit.delta.multihead import call_layers
-from slimkit.delta.prefix import PrefixEncoder
 from slimkit.delta.prefix_model import forget_shift
-from slimkit.delta.prompt import PromptTuning
 
 import torch
 from torch import nn
@@ -70,7 +67,7 @@ def _site(module: nn.Module, parent: nn.Module) -> Site:
     return Site(kind, (shape[0], int(weight.numel() // max(shape[0], 1))), name, True, reason)
 
 
-class TorchHands(TravelHands):
+class TorchAccess(ModelAccess):
     """The torch wing's answers."""
 
     def sites(self, model: nn.Module) -> dict[str, Site]:
@@ -117,60 +114,8 @@ class TorchHands(TravelHands):
     def owners(self, model: nn.Module, parameter: Any) -> int:
         return sum(any(p is parameter for p in m._parameters.values()) for m in model.modules())
 
-    def value(self, tensor: torch.Tensor) -> Any:
-        whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-        plain = whole.detach().cpu()
-        return (plain.float() if plain.dtype == torch.bfloat16 else plain).numpy()
-
-    def fill(self, tensor: torch.Tensor, value: Any) -> None:
-        with torch.no_grad():
-            tensor.copy_(torch.from_numpy(value))
-
-    def sample(self, tensor: torch.Tensor) -> Any:
-        places = torch.from_numpy(sample_places(tensor.numel()))
-        return tensor.detach().reshape(-1)[places.to(tensor.device)].float().cpu().numpy()
-
-    def weight(self, model: nn.Module, path: str) -> Any:
-        layer = bridge.get_module(model, path)
-        merged = getattr(layer, "unmerged", None)
-        return getattr(layer, "weight", None) if merged is None else merged
-
-    def neutral(self, model: nn.Module) -> dict[str, Any]:
-        return {**dict(model.named_parameters()), **dict(model.named_buffers())}
-
     def settle(self, model: nn.Module) -> None:
         forget_shift(model)
 
-    def prefix_rows(self, model: nn.Module, layers: Sequence[Any]) -> list[tuple[Any, Any]]:
-        with bridge.evaluating(model), torch.no_grad():
-            return [tuple(map(self.value, layer.rows())) for layer in layers]  # type: ignore[misc]
 
-    def tables(self, model: nn.Module, kind: str) -> list[Any]:
-        found: list[Any] = []
-        for module in model.modules():
-            if kind == "prefix" and isinstance(module, PrefixEncoder) and not module.prefix_projection:
-                found.append(module.mindpet_delta_ptuning2_embedding.weight)
-            if kind == "prompt" and isinstance(module, PromptTuning) and not isinstance(module, DeltaLayer):
-                found.append(module.mindpet_delta_prompttuning_embedding.weight)
-        return found
-
-    def table_facts(self, model: nn.Module, kind: str) -> dict[str, Any]:
-        for module in model.modules():
-            if kind == "prefix" and isinstance(module, PrefixEncoder):
-                width = module.num_heads * module.kv_channels
-                facts = {"num_layers": module.num_layers, "num_attention_heads": module.num_heads, "token_dim": width}
-                return {**facts, "encoder_hidden_size": width}
-            if kind == "prompt" and isinstance(module, PromptTuning):
-                return {"token_dim": module.token_dim, "num_layers": 1, "num_attention_heads": 1}
-        return {}
-
-    def may_train(self, tensor: Any) -> bool:
-        return isinstance(tensor, nn.Parameter)
-
-    def apply_kind(self, model: nn.Module, kind: str, targets: list[str] | None, **options: Any) -> Any:
-        from slimkit.delta.inject import apply_delta
-
-        return apply_delta(model, kind, targets, **options)
-
-
-hands = TorchHands()
+access = TorchAccess()

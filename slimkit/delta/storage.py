@@ -1,0 +1,152 @@
+"""Saving the deltas of a torch model and putting them on another one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from slimkit import bridge
+from slimkit.core import check
+from slimkit.core.delta import storage
+from slimkit.core.delta.access import StorageAccess
+from slimkit.core.delta.bundle import sample_places
+from slimkit.core.delta.spec import DeltaReport
+from slimkit.delta.access import TorchAccess
+from slimkit.delta.inject import apply_delta
+from slimkit.delta.layer import DeltaLayer
+from slimkit.delta.prefix import PrefixEncoder
+from slimkit.delta.prompt import PromptTuning
+
+import torch
+from torch import nn
+
+FORMATS = ("slimkit", "peft")
+
+
+class TorchStorage(TorchAccess, StorageAccess):
+    """What the wing does to a model on behalf of files."""
+
+    def value(self, tensor: torch.Tensor) -> Any:
+        whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        plain = whole.detach().cpu()
+        return (plain.float() if plain.dtype == torch.bfloat16 else plain).numpy()
+
+    def fill(self, tensor: torch.Tensor, value: Any) -> None:
+        with torch.no_grad():
+            tensor.copy_(torch.from_numpy(value))
+
+    def sample(self, tensor: torch.Tensor) -> Any:
+        places = torch.from_numpy(sample_places(tensor.numel()))
+        return tensor.detach().reshape(-1)[places.to(tensor.device)].float().cpu().numpy()
+
+    def weight(self, model: nn.Module, path: str) -> Any:
+        layer = bridge.get_module(model, path)
+        merged = getattr(layer, "unmerged", None)
+        return getattr(layer, "weight", None) if merged is None else merged
+
+    def neutral(self, model: nn.Module) -> dict[str, Any]:
+        return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+    def prefix_rows(self, model: nn.Module, layers: Sequence[Any]) -> list[tuple[Any, Any]]:
+        with bridge.evaluating(model), torch.no_grad():
+            return [tuple(map(self.value, layer.rows())) for layer in layers]  # type: ignore[misc]
+
+    def tables(self, model: nn.Module, kind: str) -> list[Any]:
+        found: list[Any] = []
+        for module in model.modules():
+            if kind == "prefix" and isinstance(module, PrefixEncoder) and not module.prefix_projection:
+                found.append(module.mindpet_delta_ptuning2_embedding.weight)
+            if kind == "prompt" and isinstance(module, PromptTuning) and not isinstance(module, DeltaLayer):
+                found.append(module.mindpet_delta_prompttuning_embedding.weight)
+        return found
+
+    def table_facts(self, model: nn.Module, kind: str) -> dict[str, Any]:
+        for module in model.modules():
+            if kind == "prefix" and isinstance(module, PrefixEncoder):
+                width = module.num_heads * module.kv_channels
+                facts = {"num_layers": module.num_layers, "num_attention_heads": module.num_heads, "token_dim": width}
+                return {**facts, "encoder_hidden_size": width}
+            if kind == "prompt" and isinstance(module, PromptTuning):
+                return {"token_dim": module.token_dim, "num_layers": 1, "num_attention_heads": 1}
+        return {}
+
+    def may_train(self, tensor: Any) -> bool:
+        return isinstance(tensor, nn.Parameter)
+
+    def apply_kind(self, model: nn.Module, kind: str, targets: list[str] | None, **options: Any) -> Any:
+        return apply_delta(model, kind, targets, **options)
+
+
+_STORAGE = TorchStorage()
+
+
+def save_delta(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    *,
+    names: str | Sequence[str] | None = None,
+    format: str = "slimkit",
+) -> Path:
+    """Save what was trained: the deltas, and every base parameter that trains (a head, biases).
+
+    Args:
+        model: a model with deltas, or one in which `freeze_delta(model, "bitfit")` left something to train.
+        directory: a folder; made if missing.
+        names: the named deltas to save; None means all.
+        format: "slimkit" (a bundle that opens in either framework) or "peft" (files that Hugging Face PEFT loads; one
+            delta of lora, prefix or prompt).
+
+    Returns:
+        The folder.
+
+    Raises:
+        ArgumentError: nothing to save, an unknown name or format.
+        OSError: the folder cannot be written; an earlier bundle there is left as it was.
+
+    Example:
+        >>> import tempfile
+        >>> from slimkit.delta import apply_delta
+        >>> net = nn.Sequential(nn.Linear(4, 4))
+        >>> report = apply_delta(net, "lora", ["0"], rank=2)
+        >>> folder = save_delta(net, tempfile.mkdtemp())
+        >>> sorted(p.name for p in folder.iterdir())
+        ['delta.safetensors', 'manifest.json']
+    """
+    bridge.check_model(model)
+    if check.choice(format, FORMATS, "format") == "peft":
+        return storage.save_peft(_STORAGE, model, directory, names)
+    return storage.save(_STORAGE, model, directory, names)
+
+
+def load_delta(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    *,
+    name: str | None = None,
+    freeze: bool = True,
+    same_base: bool = False,
+    rename: Mapping[str, str] | Callable[[str], str] | None = None,
+) -> DeltaReport:
+    """Put saved deltas on a model, in place: a slimkit bundle of either framework, or a Hugging Face PEFT adapter.
+
+    Args:
+        model: a model like the one the delta was trained on, without the delta.
+        directory: the folder.
+        name: put the delta on under this name; None keeps its own.
+        freeze: stop everything else from training.
+        same_base: refuse a base whose weights are not those the delta was trained on; otherwise the log and the report
+            say so.
+        rename: how paths in the file are called here: {beginning: beginning}, or a function of a path.
+
+    Returns:
+        The layers changed, and the share of parameters that train now.
+
+    Raises:
+        FileFormatError: the files are damaged, or a tensor is missing, left over, transposed or of another shape.
+        ArgumentError: the model lacks a layer, or has one of another shape; a name is taken; (same_base) other weights.
+        In every case the model is as it was.
+    """
+    bridge.check_model(model)
+    return storage.load(_STORAGE, model, directory, name=name, freeze=freeze, same_base=same_base, rename=rename)

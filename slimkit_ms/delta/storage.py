@@ -1,0 +1,177 @@
+"""Saving the deltas of a MindSpore model and putting them on another one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from slimkit.core import check
+from slimkit.core.delta import storage
+from slimkit.core.delta.access import StorageAccess
+from slimkit.core.delta.bundle import sample_places
+from slimkit.core.delta.spec import DeltaReport
+from slimkit_ms import bridge
+from slimkit_ms.delta.access import MindSporeAccess, weight_of
+from slimkit_ms.delta.inject import apply_delta
+from slimkit_ms.delta.layer import DeltaLayer
+from slimkit_ms.delta.prefix import PrefixEncoder
+from slimkit_ms.delta.prefix_model import sizes_by_config
+from slimkit_ms.delta.prompt import PromptTuning
+
+import mindspore as ms
+from mindspore import nn
+
+FORMATS = ("slimkit", "peft")
+# MindSpore's parameter -> the same in torch
+_TORCH_NAMES = {
+    "gamma": "weight",
+    "beta": "bias",
+    "embedding_table": "weight",
+    "moving_mean": "running_mean",
+    "moving_variance": "running_var",
+}
+_RENAMED = (nn.LayerNorm, nn.GroupNorm, nn.Embedding, nn.layer.normalization._BatchNorm)
+
+
+class MindSporeStorage(MindSporeAccess, StorageAccess):
+    """What the wing does to a model on behalf of files."""
+
+    def value(self, tensor: Any) -> Any:
+        if tensor.dtype == ms.bfloat16:
+            tensor = tensor.astype(ms.float32)
+        return bridge.as_numpy(tensor)
+
+    def fill(self, tensor: Any, value: Any) -> None:
+        if isinstance(tensor, ms.Parameter):
+            tensor.set_data(ms.Tensor(value, tensor.dtype))
+        else:
+            tensor.assign_value(ms.Tensor(value, tensor.dtype))
+
+    def sample(self, tensor: Any) -> Any:
+        if isinstance(tensor, np.ndarray):
+            return tensor.reshape(-1)[sample_places(tensor.size)].astype(np.float32)
+        flat = self.value(tensor).reshape(-1)
+        return flat[sample_places(flat.size)].astype(np.float32)
+
+    def weight(self, model: nn.Cell, path: str) -> Any:
+        cell = self.module(model, path)
+        merged = getattr(cell, "unmerged", None)
+        return weight_of(cell) if merged is None else merged
+
+    def neutral(self, model: nn.Cell) -> dict[str, Any]:
+        found = {}
+        for prefix, cell in model.cells_and_names():
+            for key, parameter in cell._params.items():
+                if parameter is not None:
+                    name = _TORCH_NAMES.get(key, key) if isinstance(cell, _RENAMED) else key
+                    found[f"{prefix}.{name}" if prefix else name] = parameter
+        return found
+
+    def prefix_sizes(self, model: nn.Cell, config: Mapping[str, Any]) -> dict[str, tuple[int, int, int]]:
+        return sizes_by_config(model, int(config.get("num_attention_heads") or 1), int(config.get("token_dim") or 1))
+
+    def prefix_rows(self, model: nn.Cell, layers: Sequence[Any]) -> list[tuple[Any, Any]]:
+        with bridge.evaluating(model), bridge.pynative():
+            return [tuple(map(self.value, layer.rows())) for layer in layers]
+
+    def tables(self, model: nn.Cell, kind: str) -> list[Any]:
+        found: list[Any] = []
+        for module in (c for _, c in model.cells_and_names()):
+            if kind == "prefix" and isinstance(module, PrefixEncoder) and not module.prefix_projection:
+                found.append(module.mindpet_delta_ptuning2_embedding.embedding_table)
+            if kind == "prompt" and isinstance(module, PromptTuning) and not isinstance(module, DeltaLayer):
+                found.append(module.mindpet_delta_prompttuning_embedding.embedding_table)
+        return found
+
+    def table_facts(self, model: nn.Cell, kind: str) -> dict[str, Any]:
+        for module in (c for _, c in model.cells_and_names()):
+            if kind == "prefix" and isinstance(module, PrefixEncoder):
+                width = module.num_heads * module.kv_channels
+                facts = {"num_layers": module.num_layers, "num_attention_heads": module.num_heads, "token_dim": width}
+                return {**facts, "encoder_hidden_size": width}
+            if kind == "prompt" and isinstance(module, PromptTuning):
+                return {"token_dim": module.token_dim, "num_layers": 1, "num_attention_heads": 1}
+        return {}
+
+    def may_train(self, tensor: Any) -> bool:
+        return "moving_" not in tensor.name
+
+    def apply_kind(self, model: nn.Cell, kind: str, targets: list[str] | None, **options: Any) -> Any:
+        return apply_delta(model, kind, targets, **options)
+
+
+_STORAGE = MindSporeStorage()
+
+
+def save_delta(
+    model: nn.Cell,
+    directory: str | os.PathLike[str],
+    *,
+    names: str | Sequence[str] | None = None,
+    format: str = "slimkit",
+) -> Path:
+    """Save what was trained: the deltas, and every base parameter that trains (a head, biases).
+
+    Args:
+        model: a model with deltas, or one in which `freeze_delta(model, "bitfit")` left something to train.
+        directory: a folder; made if missing.
+        names: the named deltas to save; None means all.
+        format: "slimkit" (a bundle that opens in either framework) or "peft" (files that Hugging Face PEFT loads; one
+            delta of lora, prefix or prompt).
+
+    Returns:
+        The folder.
+
+    Raises:
+        ArgumentError: nothing to save, an unknown name or format.
+        OSError: the folder cannot be written; an earlier bundle there is left as it was.
+
+    Example:
+        >>> import tempfile
+        >>> from slimkit_ms.delta import apply_delta
+        >>> net = nn.SequentialCell(nn.Dense(4, 4))
+        >>> report = apply_delta(net, "lora", ["0"], rank=2)
+        >>> folder = save_delta(net, tempfile.mkdtemp())
+        >>> sorted(p.name for p in folder.iterdir())
+        ['delta.safetensors', 'manifest.json']
+    """
+    bridge.check_model(model)
+    if check.choice(format, FORMATS, "format") == "peft":
+        return storage.save_peft(_STORAGE, model, directory, names)
+    return storage.save(_STORAGE, model, directory, names)
+
+
+def load_delta(
+    model: nn.Cell,
+    directory: str | os.PathLike[str],
+    *,
+    name: str | None = None,
+    freeze: bool = True,
+    same_base: bool = False,
+    rename: Mapping[str, str] | Callable[[str], str] | None = None,
+) -> DeltaReport:
+    """Put saved deltas on a model, in place: a slimkit bundle of either framework, or a Hugging Face PEFT adapter.
+
+    Args:
+        model: a model like the one the delta was trained on, without the delta.
+        directory: the folder.
+        name: put the delta on under this name; None keeps its own.
+        freeze: stop everything else from training.
+        same_base: refuse a base whose weights are not those the delta was trained on; otherwise the log and the report
+            say so.
+        rename: how paths in the file are called here: {beginning: beginning}, or a function of a path.
+
+    Returns:
+        The layers changed, and the share of parameters that train now.
+
+    Raises:
+        FileFormatError: the files are damaged, or a tensor is missing, left over, transposed or of another shape.
+        ArgumentError: the model lacks a layer, or has one of another shape; a name is taken; (same_base) other weights.
+        In every case the model is as it was.
+    """
+    bridge.check_model(model)
+    return storage.load(_STORAGE, model, directory, name=name, freeze=freeze, same_base=same_base, rename=rename)
