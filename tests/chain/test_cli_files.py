@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -399,6 +400,41 @@ def test_ctrl_c_in_sparsify_resumes_to_the_same_bytes(tmp_path, one_thread):
     run(*command, out)
     for file in ("model.safetensors", "sparse_report.json", "config.json"):
         assert (out / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+
+
+def test_without_any_framework_the_rest_works_and_one_line_says_what_is_missing(tmp_path):
+    norms(tmp_path / "a.safetensors")
+    (tmp_path / "old.py").write_text("from msmodelslim import set_logger_level\n")
+    (tmp_path / "nets.py").write_text("def net():\n    return 1\n")
+    code = """
+        import importlib.abc, importlib.util, sys
+
+        class Blocked(importlib.abc.MetaPathFinder):
+            def find_spec(self, name, path=None, target=None):
+                if name.partition(".")[0] in ("torch", "mindspore"):
+                    raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+        real = importlib.util.find_spec
+        importlib.util.find_spec = lambda n, *a: None if n in ("torch", "mindspore") else real(n, *a)
+        sys.meta_path.insert(0, Blocked())
+        from slimkit.cli import app, main
+        for line in ("convert a.safetensors b.ckpt", "inspect b.ckpt", "migrate old.py --write", "schema --out s.json"):
+            app(line.split(), standalone_mode=False)
+        for framework in ("torch", "mindspore"):
+            sys.argv = ["slimkit", "prune", "--factory", "nets:net", "-f", framework, "-o", "x"]
+            try:
+                main()
+            except SystemExit as stop:
+                print("EXIT", stop.code)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, env=ENVIRONMENT, cwd=tmp_path
+    )
+    assert [line for line in done.stdout.splitlines() if line.startswith("EXIT")] == ["EXIT 2", "EXIT 2"], done.stderr
+    assert "slimkit[torch]" in done.stderr
+    assert "slimkit[mindspore]" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert {f.name for f in tmp_path.iterdir()} >= {"b.ckpt", "s.json"}
 
 
 def test_a_mistake_is_one_line_on_stderr_and_exit_code_2(tmp_path):

@@ -137,7 +137,7 @@ def test_a_missing_framework_gives_one_helpful_line(package):
     framework, extra = {"slimkit": ("torch", "slimkit[torch]"), "slimkit_ms": ("mindspore", "slimkit[mindspore]")}[
         package
     ]
-    rooms = sorted({h for h in public.homes(package).values() if not h.startswith("core.")} | {"bridge"})
+    rooms = sorted({h for h in public.homes(package).values() if not h.startswith("core.")} | {"bridge", "jobs"})
     done = fresh(
         f"""
         import importlib, importlib.abc, importlib.machinery, sys
@@ -173,7 +173,7 @@ def test_one_wing_works_without_the_other_framework(package):
     if importlib.util.find_spec(own) is None:
         assert package  # nothing to load here; the wing's own framework is not installed
         return
-    rooms = sorted({h for h in public.homes(package).values() if not h.startswith("core.")})
+    rooms = sorted({h for h in public.homes(package).values() if not h.startswith("core.")} | {"jobs"})
     done = fresh(
         f"""
         import importlib, sys
