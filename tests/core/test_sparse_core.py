@@ -94,9 +94,11 @@ def test_blocks_change_nothing_but_the_order_of_sums(block):
     weight, gram = rng.standard_normal((6, 70)), gram_of(70)
     keep = rng.random((6, 70)) > 0.5
     upper, _ = inverse_factor(gram, 0.0)
-    ours, mask = sweep(weight, upper, 0.5, None, block, keep=keep)
+    ours, mask, loss = sweep(weight, upper, 0.5, None, block, keep=keep)
     assert (mask == keep).all()
     np.testing.assert_allclose(ours, column_by_column(weight, gram, keep), atol=1e-8)  # float64, ill-conditioned
+    change = weight - ours
+    assert abs(loss - np.sum((change @ gram) * change)) < 1e-8 * loss
 
 
 def test_the_sweep_leaves_its_arguments_alone():

@@ -80,6 +80,22 @@ def _kth_of_long(rows: Array, k: int) -> Array:
     return namespace(rows).kthvalue(rows, k, 1, True)[0]
 
 
+def less_outer(matrix: Array, column: Array, row: Array) -> None:
+    """matrix -= column row, in place; torch does it in one call, without the product in memory."""
+    if hasattr(matrix, "addr_"):
+        matrix.addr_(column, row, alpha=-1)
+    else:
+        matrix -= column[:, None] * row
+
+
+def less_product(matrix: Array, left: Array, right: Array) -> None:
+    """matrix -= left @ right, in place."""
+    if hasattr(matrix, "addmm_"):
+        matrix.addmm_(left, right, alpha=-1)
+    else:
+        matrix -= left @ right
+
+
 def cholesky(matrix: Array) -> Array | None:
     """Lower Cholesky factor; None when the matrix is not positive definite in its own precision."""
     xp = namespace(matrix)
@@ -91,7 +107,8 @@ def cholesky(matrix: Array) -> Array | None:
         if not isinstance(error, (NotImplementedError, RuntimeError, TypeError)):
             raise
         return _on_cpu(_cholesky_numpy, matrix, error)
-    return factor if bool(xp.all(xp.isfinite(factor))) else None
+    # What is not finite in a row reaches its diagonal.
+    return factor if bool(xp.isfinite(xp.sum(xp.linalg.diagonal(factor)))) else None
 
 
 def eigh(matrix: Array) -> tuple[Array, Array]:

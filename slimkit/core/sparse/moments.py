@@ -85,9 +85,9 @@ class Moments:
         """Refuse moments of inputs that were NaN or infinite, naming the layer."""
         if self.gram is not None:
             xp = namespace(self.gram)
-            if not bool(xp.all(xp.isfinite(self.gram))) or (
-                self.cross is not None and not bool(xp.all(xp.isfinite(self.cross)))
-            ):
+            # One pass each: infinity or NaN anywhere spoils the sum.
+            sums = [xp.sum(a) for a in (self.gram, self.cross, self.drift_cross) if a is not None]
+            if not all(bool(xp.isfinite(s)) for s in sums):
                 raise ArgumentError(
                     f"dataset must give finite inputs to every layer. Received: NaN or infinity (or sums beyond "
                     f"float32) at the input of {self.layer.name!r}"

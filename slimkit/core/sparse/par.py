@@ -89,9 +89,13 @@ def _estimate(correlation: Array, count: int, spectral: bool) -> tuple[Array, An
     xp = namespace(correlation)
     if spectral:
         values, vectors = eigh(correlation)
-        found = shrink.nonlinear(to_numpy(values), count)
+        sample = to_numpy(values)
+        # The identity's share as well: tokens of one text resemble each other, so that rows count for less than they
+        # are and the smallest directions are known less well than independent rows would know them.
+        share = shrink.share(len(sample), float((sample**2).sum()), count)
+        found = shrink.nonlinear(sample, count) * (1 - share) + share
         shrunk = xp.astype(like(found, values), correlation.dtype)
-        facts = {"eigenvalues": [float(found[0]), float(found[-1])]}
+        facts = {"shrinkage": round(share, 6)}
         return (vectors * shrunk) @ vectors.T, lambda penalty: (vectors / (shrunk + penalty)) @ vectors.T, facts
     n = correlation.shape[0]
     eye = xp.eye(n, dtype=correlation.dtype, device=device_of(correlation))

@@ -96,16 +96,21 @@ def keep_nm(scores: Array, nm: NM) -> Array:
     Returns:
         Boolean array of the same shape.
     """
+    columns = scores.reshape(-1, nm.group).T
+    return keep_nm_columns(columns, nm).T.reshape(scores.shape)
+
+
+def keep_nm_columns(scores: Array, nm: NM) -> Array:
+    """Keep the `nm.keep` largest of each column of (group, columns); of equal scores the later wins."""
     xp = namespace(scores)
-    grouped = scores.reshape(scores.shape[0], -1, nm.group)
-    beaten = xp.zeros(grouped.shape, dtype=xp.int32, device=device_of(scores))
+    beaten = [0] * nm.group
     for i in range(nm.group):
-        for j in range(nm.group):
-            if i != j:
-                # Of equal scores the later one wins, as in keep_all_but.
-                win = grouped[..., j] >= grouped[..., i] if j > i else grouped[..., j] > grouped[..., i]
-                beaten[..., i] += xp.astype(win, xp.int32)
-    return (beaten < nm.keep).reshape(scores.shape)
+        for j in range(i + 1, nm.group):
+            win = xp.astype(scores[j] >= scores[i], xp.int8)  # one comparison tells both
+            beaten[i] = beaten[i] + win
+            beaten[j] = beaten[j] - win
+    # Entry j was compared with j earlier ones, each of which beats it unless it won.
+    return xp.stack([count < nm.keep - j for j, count in enumerate(beaten)])
 
 
 def keep_by_row(scores: Array, n_zeros: Array) -> Array:

@@ -21,13 +21,16 @@ def linear(correlation: Array, count: int) -> tuple[Array, float]:
     """
     xp = namespace(correlation)
     n = correlation.shape[0]
-    square = float(xp.sum(correlation * correlation))
-    spread = square - n
-    share = 1.0
-    if spread > 0 and count > 0:
-        share = min(1.0, ((1 - 2 / n) * square + n * n) / ((count + 1 - 2 / n) * spread))
+    part = share(n, float(xp.sum(correlation * correlation)), count)
     eye = xp.eye(n, dtype=correlation.dtype, device=device_of(correlation))
-    return correlation * (1 - share) + eye * share, share
+    return correlation * (1 - part) + eye * part, part
+
+
+def share(n: int, square: float, count: int) -> float:
+    """The identity's share for correlations of n channels whose squares add up to `square`."""
+    if square <= n or count <= 0:
+        return 1.0
+    return min(1.0, ((1 - 2 / n) * square + n * n) / ((count + 1 - 2 / n) * (square - n)))
 
 
 # Rows of the kernel sums made at once: (PIECE, n) float64.
