@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from slimkit.cli import check, convert, exits, export, inspect, migrate, prune, run, schema, sparsify, train
+from slimkit.cli import check, convert, exits, export, inspect, migrate, prune, report, run, schema, sparsify, train
 
 app = typer.Typer(
     name="slimkit",
@@ -18,6 +18,7 @@ app = typer.Typer(
 )
 for _command in (
     run.run,
+    report.report,
     prune.prune,
     sparsify.sparsify,
     train.distill,

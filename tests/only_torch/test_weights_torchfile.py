@@ -128,3 +128,15 @@ def test_fuzzed_torch_files_end_in_an_error_or_in_the_very_values(tmp_path, zipp
         else:
             assert all(torch.equal(found[n], t) for n, t in tensors.items())
     assert refused > 0.3 * FUZZED  # much of a zip is padding that nothing depends on
+
+
+def test_a_torch_that_reads_pickles_unsafely_is_refused(tmp_path):
+    from types import SimpleNamespace
+
+    from slimkit.core.checkpoint.torchfile import TorchFile
+    from slimkit.core.errors import UnsupportedError
+
+    torch.save({"a": torch.ones(2)}, tmp_path / "net.pt")
+    for version in ("2.9.1+cpu", "1.13.0"):
+        with pytest.raises(UnsupportedError, match=r"from 2\.10 on"):
+            TorchFile(tmp_path / "net.pt", SimpleNamespace(__version__=version))

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from slimkit.core import check
-from slimkit.core.errors import ConfigError, SlimkitError
+from slimkit.core.errors import ConfigError, FileFormatError, SlimkitError
 from slimkit.core.files import atomic_directory, read_json, write_json
 from slimkit.core.log import logger
 from slimkit.core.run import factory
@@ -48,6 +48,37 @@ class StageContext:
     directory: Path
     key: str
     dense: Any
+
+
+@dataclass
+class StageRecord:
+    """What stage.json holds: how a finished stage went.
+
+    Args:
+        name: the stage's folder.
+        kind: its kind in the recipe, "load" for the first.
+        options: its options in the recipe.
+        seed: the seed it began with.
+        seconds: how long it took.
+        facts: what it said about itself.
+        curves: name -> values over the steps or epochs.
+        measurement: what the model weighed afterwards.
+        metrics: the recipe's metrics afterwards.
+        digest: SHA-256 over the model's weights afterwards.
+        files: file -> bytes, in the stage's folder.
+    """
+
+    name: str
+    kind: str
+    options: dict[str, Any]
+    seed: int
+    seconds: float
+    facts: dict[str, Any]
+    curves: dict[str, list[float]]
+    measurement: Measurement
+    metrics: dict[str, float]
+    digest: str
+    files: dict[str, int]
 
 
 @dataclass
@@ -130,7 +161,7 @@ class _Run:
             for at, kind in enumerate(self.kinds):
                 directory = self._directory(at)
                 if (directory / "stage.json").exists():
-                    self.records.append(read_json(directory / "stage.json", "stage record"))
+                    self.records.append(_read_record(directory / "stage.json"))
                     self._same_start(at)
                     logger.info("%s: already done", directory.name)
                     continue
@@ -189,6 +220,8 @@ class _Run:
         edits = read_json(directory / "structure.json", "structure")
         model = self.wing.build(self.recipe, self.folder, edits, self.data["example"])
         self.wing.load(model, directory / "model.safetensors")
+        if self.wing.digest(model) != self.records[at]["digest"]:
+            raise FileFormatError(f"{directory / 'model.safetensors'} holds other weights than when the stage ended")
         return model
 
     def dense(self) -> Any:
@@ -266,6 +299,21 @@ class _Run:
         }
         write_report(report, self.output)
         return report
+
+
+def _read_record(file: Path) -> dict[str, Any]:
+    """A finished stage's record; FileFormatError names what is missing or of another kind."""
+    from pydantic import TypeAdapter, ValidationError
+
+    record = read_json(file, "stage record")
+    try:
+        TypeAdapter(StageRecord).validate_python(record)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise FileFormatError(f"{file} is damaged: {place}: {first['msg']}") from None
+    found: dict[str, Any] = record
+    return found
 
 
 def environment(versions: Mapping[str, str]) -> dict[str, Any]:

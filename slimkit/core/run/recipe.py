@@ -13,6 +13,10 @@ from slimkit.core.errors import ConfigError
 from slimkit.core.files import readable_file
 from slimkit.core.run.factory import Factory, Reference, Strict
 
+# A recipe is written by hand; a few lines of YAML aliases can stand for more values than fit into memory.
+_MOST_BYTES = 1 << 20
+_MOST_VALUES = 100_000
+
 Ratio = Annotated[float, Field(gt=0, lt=1)]
 
 
@@ -229,15 +233,30 @@ def load_recipe(path: Any, overrides: Mapping[str, Any] | None = None) -> Recipe
         ConfigError: it is not YAML, or says something that is not allowed; the message begins with the key's path.
     """
     file = readable_file(path, "recipe")
+    if file.stat().st_size > _MOST_BYTES:
+        raise ConfigError(f"{file} is larger than {_MOST_BYTES:,} bytes, which no recipe should be")
     try:
         content = yaml.load(file.read_text(encoding="utf-8"), Loader=_UniqueKeys)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{file} is not a YAML file: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{file} must hold a mapping of keys. Received: {type(content).__name__}")
+    if _values(content, {}) > _MOST_VALUES:
+        raise ConfigError(f"{file}: its aliases make more than {_MOST_VALUES:,} values, or lead back to themselves")
     for key, value in (overrides or {}).items():
         _override(content, key, value)
     return parse_recipe(content, source=str(file))
+
+
+def _values(value: Any, known: dict[int, float]) -> float:
+    """How many values a parsed file holds once its aliases are written out; infinite where one holds itself."""
+    if not isinstance(value, dict | list):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = float("inf")
+        inner = [part for pair in value.items() for part in pair] if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_values(part, known) for part in inner)
+    return known[id(value)]
 
 
 def parse_recipe(content: Mapping[str, Any], source: str = "recipe") -> Recipe:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from slimkit.core.distill.config import KnowledgeDistillConfig
-from slimkit.core.errors import ConfigError
+from slimkit.core.errors import ConfigError, FileFormatError
 from slimkit.core.files import digest_array
 from slimkit.core.onnxfile import OnnxReport, onnx_latency
 from slimkit.core.run import factory, recipe
@@ -105,6 +105,9 @@ class Stages(ABC):
 
     def build(self, made: Recipe, folder: Path, edits: list[dict[str, Any]], example: Any) -> Any:
         """A fresh model with the structural edits of earlier stages replayed on it, weights not yet loaded."""
+        for edit in edits if isinstance(edits, list) else [edits]:
+            if not isinstance(edit, dict) or len(edit) != 1 or not {"cut", "prune", "adapt"} >= set(edit):
+                raise FileFormatError("structure.json must be a list of edits, each a cut, prune or adapt")
         cuts = [i for i, edit in enumerate(edits) if "cut" in edit]
         arguments = edits[cuts[-1]]["cut"] if cuts else {}
         model = self.check_model(factory.make(made.model, folder, "model", **arguments))
