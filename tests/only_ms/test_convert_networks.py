@@ -170,3 +170,18 @@ def test_what_does_not_fit_is_refused_before_a_byte_is_written(tmp_path, name):
     report = slim.convert_checkpoint(path, out, torch_net, cell, strict=False)
     assert sorted(report.unused) == ["fc.bias", "fc.weight"]
     assert sorted(report.missing) == ["head.bias", "head.weight"]
+
+
+@pytest.mark.parametrize("name", FAMILIES[:1])
+def test_group_norm_and_transposed_convolution_both_ways(tmp_path, name):
+    torch, slim = importlib.import_module("torch"), importlib.import_module("slimkit")
+    net = torch.nn.Sequential(torch.nn.ConvTranspose2d(3, 4, 2, 2), torch.nn.GroupNorm(2, 4))
+    torch.nn.init.normal_(net[1].weight)
+    torch.nn.init.normal_(net[1].bias)
+    layers = ms.nn.Conv2dTranspose(3, 4, 2, 2, pad_mode="valid", has_bias=True), ms.nn.GroupNorm(2, 4)
+    cell, image = ms.nn.SequentialCell(*layers), family(name)[2]
+    path = slim.save_checkpoint(net, tmp_path / "net.pt").path
+    report = slim.convert_checkpoint(path, tmp_path / "net.ckpt", net, cell, inputs=image)
+    assert report.largest_difference < 1e-5  # float32, a dozen terms per sum
+    back = slim.convert_checkpoint(tmp_path / "net.ckpt", tmp_path / "back.pt", cell, net, inputs=image)
+    assert back.largest_difference < 1e-5
