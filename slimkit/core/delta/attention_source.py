@@ -95,7 +95,8 @@ def _name(node: ast.AST) -> str:
 
 
 def _is_softmax(node: ast.AST) -> bool:
-    return isinstance(node, ast.Call) and bool(node.args) and _name(node).replace("log_", "x").endswith("softmax")
+    word = _name(node)
+    return isinstance(node, ast.Call) and bool(node.args) and word.endswith("softmax") and "log" not in word
 
 
 def _factors(node: ast.AST) -> tuple[ast.expr, ast.expr] | None:
