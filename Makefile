@@ -18,7 +18,7 @@ export HF_HUB_OFFLINE := 1
 export OMP_WAIT_POLICY := PASSIVE
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo demo-ms test lint types docs bench clean help
+.PHONY: demo demo-ms test lint types docs bench release-check clean help
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -6
@@ -67,6 +67,10 @@ lint: $(VENV)/.test
 
 types: $(VENV)/.test
 	$(VENV)/bin/mypy
+
+# Wheel and sdist twice, compared, and the wheel tried with torch only, MindSpore only and neither.
+release-check: $(VENV)/.test
+	TORCH_INDEX=$(TORCH_INDEX) $(VENV)/bin/python tools/release_check.py --keep dist
 
 docs: $(VENV)/.test
 	$(VENV)/bin/mkdocs build --strict
