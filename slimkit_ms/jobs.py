@@ -38,7 +38,7 @@ class MindSporeJobs(Jobs):
             # Calibration runs operator by operator; on a CPU, waiting for each is ten times as fast as queueing them.
             ms.runtime.launch_blocking()
 
-    def open(self, place: ModelPlace) -> Opened:
+    def open(self, place: ModelPlace, delta: Path | None = None) -> Opened:
         if place.factory is None:
             raise ConfigError(
                 "--framework mindspore needs --factory MODULE:FUNCTION: a checkpoint does not say which cell it is of, "
@@ -53,6 +53,8 @@ class MindSporeJobs(Jobs):
         elif place.model is not None:
             own = place.model / _WEIGHTS
             self.slim.load_checkpoint(own if own.exists() else place.model, model, strict_load=True)
+        if delta is not None:
+            self.slim.load_delta(model, delta)
         model.set_train(False)
         return Opened(model, place, desc=desc)
 

@@ -109,6 +109,8 @@ def prune(
         )
         for reason, where in found["report"]["whole"].items() if verbose else ():
             talk.line(f"  whole, {reason}: {', '.join(where[:5])}")
+        for held in found["report"].get("held_back", ())[:3]:
+            talk.line(f"  --node-ratio holds back: {', '.join(held['layers'][:3])} at {held['keeps']}")
         if not dry_run:
             talk.line(f"Written: {folder} ({_readable(found['written'])})")
         talk.result({"model": places.say_where(place), "out": folder, "asked": ratio, **found}, dry_run=dry_run)

@@ -35,8 +35,11 @@ from torch import nn
 
 _SCHEDULES = {"cosine": cosine_schedule, "linear": linear_schedule, "constant": None}
 
-# Hidden states of equal depth are compared by the squared difference; logits as in Hinton et al. 2015.
+# The label of a position that no loss looks at, in torch and transformers.
 _IGNORED = -100
+
+# Words in the names of classification heads in transformers; such a head is fresh on a base model and trains whole.
+HEADS = ("classifier", "score")
 
 
 class Samples(torch.utils.data.Dataset):
@@ -195,16 +198,15 @@ def adapt(
     config, architecture = models.architecture(directory)
     chosen = task_of(task, architecture.__name__, rows)
     labels = label_names(rows, getattr(config, "label2id", None)) if chosen == "classification" else {}
-    extra = _head(labels) if labels else {}
     with _seeded(plan.seed):
-        opened = models.open_model(place, kind=TASKS[chosen], fresh=("classifier", "score"), **extra)
+        opened = models.open_model(place, kind=TASKS[chosen], fresh=HEADS, **head(labels))
     reader = Reader(directory, type(opened.model), opened.model.config, data.max_length)
     if getattr(opened.model.config, "pad_token_id", None) is None:
         opened.model.config.pad_token_id = reader.tokenizer.pad_token_id
     samples = Samples(_labelled(reader, rows, labels))
     held = None if evaluation is None else Samples(_labelled(reader, evaluation.rows(), labels))
-    also = ["*classifier*", "*score*"] if chosen == "classification" else None
-    also = [p for p in also or () if any(p.strip("*") in n for n, _ in opened.model.named_parameters())] or None
+    names = [n for n, _ in opened.model.named_parameters()]
+    also = [f"*{h}*" for h in HEADS if labels and any(h in n for n in names)] or None
     # A fresh head trains whole; a delta on it would only stand in its way.
     if also and kind not in ("prefix", "prompt"):
         settings = {"exclude": also, **settings}
@@ -243,7 +245,10 @@ def adapt(
     return facts
 
 
-def _head(labels: dict[str, int]) -> dict[str, Any]:
+def head(labels: dict[str, int]) -> dict[str, Any]:
+    """What a configuration says of a classification head; nothing for another task."""
+    if not labels:
+        return {}
     return {"num_labels": len(labels), "label2id": labels, "id2label": {v: k for k, v in labels.items()}}
 
 

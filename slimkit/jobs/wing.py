@@ -9,10 +9,12 @@ from typing import Any
 
 import slimkit
 from slimkit import bridge, export
+from slimkit.core import files
 from slimkit.core.errors import ConfigError
 from slimkit.core.jobs import folders
 from slimkit.core.jobs.bar import LayerBar
 from slimkit.core.jobs.data import DataPlace, ModelPlace
+from slimkit.core.jobs.training import TASKS
 from slimkit.core.jobs.wing import Jobs, Opened, sparse_plan
 from slimkit.core.run.measurement import Measurement
 from slimkit.core.sparse import SparseConfig, shards
@@ -34,8 +36,18 @@ class TorchJobs(Jobs):
     distill = staticmethod(teach.distill)
     adapt = staticmethod(teach.adapt)
 
-    def open(self, place: ModelPlace) -> Opened:
-        return models.open_model(place)
+    def open(self, place: ModelPlace, delta: Path | None = None) -> Opened:
+        report = None if delta is None else delta / "adapt_report.json"
+        if report is None or not report.exists() or place.factory is not None:
+            opened = models.open_model(place)
+        else:
+            # The report of `slimkit adapt` says which head the delta was trained with, and the delta holds its values.
+            told = files.read_json(report)
+            head = teach.head(told.get("labels") or {})
+            opened = models.open_model(place, kind=TASKS.get(told.get("task")), fresh=teach.HEADS, **head)
+        if delta is not None:
+            self.slim.load_delta(opened.model, delta)
+        return opened
 
     def tensors(self, arrays: Any) -> Any:
         return models.tensors(arrays)

@@ -165,6 +165,10 @@ def test_adapt_learns_saves_and_exports_merged(here, tmp_path):
     gap = (base.eval()(**ids).logits - merged.eval()(**ids).logits).detach().abs().max()
     assert float(gap) < 1e-5  # float32: one merged product instead of two
     assert run("inspect", tmp_path / "a", "--json")["facts"]["deltas"] == {"default": "lora"}
+    on_base = ("-m", "bert", "--delta", tmp_path / "a", "--length", 8, "--json")
+    assert run("export", *on_base, "-o", tmp_path / "m.onnx")["max_difference"] < 1e-4
+    measured = run("inspect", "bert", *on_base[2:], "--macs")["facts"]
+    assert measured["trainable"] == done["trained_parameters"]
 
 
 def test_adapt_a_language_model_as_peft(here, tmp_path):

@@ -54,8 +54,12 @@ class Jobs(ABC):
     # What a wing adds.
 
     @abstractmethod
-    def open(self, place: ModelPlace) -> Opened:
-        """Open the model, in eval mode; ConfigError or FileFormatError where that cannot be."""
+    def open(self, place: ModelPlace, delta: Path | None = None) -> Opened:
+        """Open the model, in eval mode, with a saved delta on it where one is given.
+
+        Raises:
+            ConfigError, FileFormatError: it cannot be opened, or the delta belongs to another one.
+        """
 
     @abstractmethod
     def tensors(self, arrays: Any) -> Any:
@@ -227,9 +231,8 @@ class Jobs(ABC):
                 f"--format {format} is not written here (choose from {written}): mindir is for --framework mindspore, "
                 "w16a16s for Hugging Face directories"
             )
-        opened = self.open(place)
+        opened = self.open(place, delta_folder)
         if delta_folder is not None:
-            self.slim.load_delta(opened.model, delta_folder)
             self.slim.merge_delta(opened.model, unload=True)
         facts: dict[str, Any] = {"format": format, "parameters": self.parameters(opened.model)}
         inputs = None
@@ -242,9 +245,7 @@ class Jobs(ABC):
         self, place: ModelPlace, *, example: str | None, length: int, delta_folder: Path | None, seed: int
     ) -> Measurement:
         """Parameters, zeros, MACs, trainable share and latency of a model on one input."""
-        opened = self.open(place)
-        if delta_folder is not None:
-            self.slim.load_delta(opened.model, delta_folder)
+        opened = self.open(place, delta_folder)
         return self.figures(opened.model, self.example(opened, example, length=length, seed=seed))
 
     # What they share.
