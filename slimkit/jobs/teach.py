@@ -194,6 +194,11 @@ def adapt(
         What was done, as plain values.
     """
     directory = _directory(place, "adapt")
+    # Refused now, and not after hours of training.
+    if merge and kind != "lora":
+        raise ConfigError(f"--merge is for --kind lora: nothing else becomes part of the weights. Received: {kind}")
+    if format == "peft" and kind not in ("lora", "prefix", "prompt"):
+        raise ConfigError(f"--format peft is for --kind lora, prefix or prompt. Received: {kind}")
     rows = data.rows()
     config, architecture = models.architecture(directory)
     chosen = task_of(task, architecture.__name__, rows)
@@ -205,13 +210,8 @@ def adapt(
         opened.model.config.pad_token_id = reader.tokenizer.pad_token_id
     samples = Samples(_labelled(reader, rows, labels))
     held = None if evaluation is None else Samples(_labelled(reader, evaluation.rows(), labels))
-    names = [n for n, _ in opened.model.named_parameters()]
-    also = [f"*{h}*" for h in HEADS if labels and any(h in n for n in names)] or None
-    # A fresh head trains whole; a delta on it would only stand in its way.
-    if also and kind not in ("prefix", "prompt"):
-        settings = {"exclude": also, **settings}
     with _seeded(plan.seed):
-        told = delta.apply_delta(opened.model, kind, targets, also_train=also, **settings)
+        told = _put_on(opened.model, kind, targets, settings, with_head=bool(labels))
     total = _size(opened.model)
     trained = sum(p.numel() for p in opened.model.parameters() if p.requires_grad)
     facts: dict[str, Any] = {
@@ -243,6 +243,17 @@ def adapt(
             facts["written"] = models.write_model(opened, folder / "merged")
         folders.write_report(folder, "adapt", facts)
     return facts
+
+
+def _put_on(
+    model: nn.Module, kind: str, targets: list[str] | None, settings: dict[str, Any], *, with_head: bool
+) -> Any:
+    """The delta on its layers; a classification head trains whole, and a delta on it would only stand in its way."""
+    names = [n for n, _ in model.named_parameters()]
+    heads = [f"*{h}*" for h in HEADS if with_head and any(h in n for n in names)] or None
+    if heads and kind not in ("prefix", "prompt"):
+        settings = {"exclude": heads, **settings}
+    return delta.apply_delta(model, kind, targets, also_train=heads, **settings)
 
 
 def head(labels: dict[str, int]) -> dict[str, Any]:

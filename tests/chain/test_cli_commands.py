@@ -260,6 +260,13 @@ def test_mistakes_are_one_line_and_leave_nothing(here, tmp_path):
         (("export", "-m", "llama", "--format", "mindir", *out), UnsupportedError, "mindspore"),
         (("export", "-m", "llama", "--delta", "nowhere", *out), ConfigError, "--delta"),
         (("adapt", "-m", "bert", "-d", "plain.jsonl", *out), ConfigError, "label"),
+        (("adapt", "-m", "bert", "-d", "labelled.jsonl", "--kind", "adapter", "--merge", *out), ConfigError, "--merge"),
+        (
+            ("adapt", "-m", "bert", "-d", "labelled.jsonl", "--kind", "adapter", "--format", "peft", *out),
+            ConfigError,
+            "peft",
+        ),
+        (("adapt", "-m", here / "nets.py", "-d", "labelled.jsonl", *out), ConfigError, "recipe"),
         (("distill", "-m", "bert", "-d", "plain.jsonl", *out), ConfigError, "--layers"),
         (("inspect", here / "labelled.jsonl"), FileFormatError, "labelled.jsonl"),
         (("inspect", here), FileFormatError, "neither"),
