@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import ctypes
 import hashlib
+import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -171,7 +173,7 @@ class CheckpointHost(TorchHost):
         """One stage a block: loaded, made sparse, written, and let go."""
         with_data = bool(dataset)
         done = self._done()
-        inputs = self._capture(dataset) if with_data else None
+        inputs = self._capture(dataset, paired) if with_data else None
         if inputs is not None and done:
             inputs.load(self._state / f"activations-{done:05d}")
         for index, path in enumerate(self._blocks):
@@ -204,6 +206,7 @@ class CheckpointHost(TorchHost):
     def settled(self, name: str, row: dict[str, Any]) -> None:
         """Keep a layer's row of the report, to be written with its block."""
         self._own[name] = row
+        _trim()
 
     def _done(self) -> int:
         done = 0
@@ -250,7 +253,7 @@ class CheckpointHost(TorchHost):
             {n: torch.empty_like(p, device="meta") for n, p in block.named_parameters()}, strict=False, assign=True
         )
 
-    def _capture(self, dataset: Iterable[Any]) -> BlockInputs:
+    def _capture(self, dataset: Iterable[Any], paired: bool) -> BlockInputs:
         """Run what comes before the blocks, then note how each block is called."""
         inside = tuple(b + "." for b in self._blocks)
         head = self.model.get_output_embeddings() if hasattr(self.model, "get_output_embeddings") else None
@@ -269,7 +272,12 @@ class CheckpointHost(TorchHost):
         self.model.load_state_dict(self._read(early), strict=False, assign=True)
         self._load(self._blocks[0])
         inputs = BlockInputs.of_stubs(
-            self.model, [_bound(b) for b in dataset], [valid_tokens(b) for b in dataset], self._blocks
+            self.model,
+            [_bound(b) for b in dataset],
+            [valid_tokens(b) for b in dataset],
+            self._blocks,
+            self._state / "activations",
+            paired,
         )
         self._release(self._blocks[0])
         self.model.load_state_dict(
@@ -317,6 +325,13 @@ class _Done(_Undata):
     def __init__(self, names: list[str], rows: dict[str, Any]) -> None:
         super().__init__(names)
         self.rows = rows
+
+
+def _trim() -> None:
+    """Give freed matrices back to the system, where glibc would keep them for later."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
 
 
 def _bound(batch: Any) -> Bound:

@@ -79,6 +79,39 @@ def send(model: torch.nn.Module, batch: Any) -> Any:
     return model(*batch.args, **batch.kwargs) if isinstance(batch, Bound) else bridge.run(model, batch)
 
 
+class Spilled:
+    """Tensors by number that lie in files, and in memory only while one is used.
+
+    Args:
+        folder: where; made if need be. Scratch: nothing here outlives a killed run.
+        name: how the files' names begin.
+    """
+
+    def __init__(self, folder: Path, name: str) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder, self._name, self._count = folder, name, 0
+
+    def append(self, value: torch.Tensor) -> None:
+        """Add one."""
+        self._count += 1
+        self[self._count - 1] = value
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        from safetensors.torch import load
+
+        if not 0 <= index < self._count:
+            raise IndexError(index)
+        return load((self._folder / f"{self._name}-{index:06d}").read_bytes())["x"]
+
+    def __setitem__(self, index: int, value: torch.Tensor) -> None:
+        from safetensors.torch import save_file
+
+        save_file({"x": value.detach().clone().contiguous()}, self._folder / f"{self._name}-{index:06d}")
+
+
 class BlockInputs:
     """What every batch gives every block: hidden states, which move on, and the other arguments, which stay.
 
@@ -93,7 +126,7 @@ class BlockInputs:
         self, model: torch.nn.Module, dense: torch.nn.Module | None, dataset: Iterable[Any], blocks: Sequence[str]
     ) -> None:
         self.valid: list[torch.Tensor | None] = []
-        self._hidden: dict[bool, list[torch.Tensor]] = {False: [], True: []}
+        self._hidden: dict[bool, Any] = {False: [], True: []}
         self._others: list[dict[str, tuple[tuple[Any, ...], dict[str, Any]]]] = []
         self.paired = dense is not None
         for batch in dataset:
@@ -126,6 +159,8 @@ class BlockInputs:
         calls: Sequence[Bound],
         valid: Sequence[torch.Tensor | None],
         blocks: Sequence[str],
+        folder: Path,
+        paired: bool,
     ) -> BlockInputs:
         """The same for a model of whose blocks only the first is in memory: the others pass their input on.
 
@@ -134,9 +169,12 @@ class BlockInputs:
             calls: the batches.
             valid: which tokens of each batch are no padding.
             blocks: the blocks' paths, a chain.
+            folder: scratch for the hidden states.
+            paired: keep those of the dense model too.
         """
         self = cls.__new__(cls)
-        self.valid, self._hidden, self._others, self.paired = list(valid), {False: [], True: []}, [], True
+        self.valid, self._hidden, self._others, self.paired = list(valid), {}, [], paired
+        self._hidden = {dense: Spilled(folder, "dense" if dense else "sparse") for dense in (False, True)}
         modules = {b: bridge.get_module(model, b) for b in blocks}
         wraps: list[bool] = []
 
@@ -171,16 +209,19 @@ class BlockInputs:
             if len(others) != len(blocks) or any(x is not first[0] for x in first):
                 raise UnsupportedError("src must be a model whose blocks pass hidden states straight to the next.")
             self._others.append(others)
-            self._hidden[False].append(first[0].detach())
-            self._hidden[True].append(first[0].detach())
+            self._hidden[False].append(first[0])
+            if paired:
+                self._hidden[True].append(first[0])
         return self
 
     def save(self, folder: Path) -> None:
         """Write the hidden states of every batch, one file each."""
         from safetensors.torch import save_file
 
-        for index, (sparse, dense) in enumerate(zip(self._hidden[False], self._hidden[True])):
-            states = {"sparse": sparse.contiguous(), "dense": dense.contiguous().clone()}
+        for index in range(len(self.valid)):
+            states = {"sparse": self._hidden[False][index].contiguous()}
+            if self.paired:
+                states["dense"] = self._hidden[True][index].contiguous()
             save_file(states, folder / f"{index:06d}.safetensors")
 
     def load(self, folder: Path) -> None:
@@ -189,7 +230,9 @@ class BlockInputs:
 
         for index in range(len(self.valid)):
             found = load_file(folder / f"{index:06d}.safetensors")
-            self._hidden[False][index], self._hidden[True][index] = found["sparse"], found["dense"]
+            self._hidden[False][index] = found["sparse"]
+            if self.paired:
+                self._hidden[True][index] = found["dense"]
 
     def call(self, path: str, index: int, dense: bool = False) -> Any:
         """One batch's call of a block as (args, kwargs)."""

@@ -129,7 +129,7 @@ def inverse_lower(factor: Array) -> Array:
     if hasattr(xp.linalg, "solve_triangular"):
         eye = xp.eye(factor.shape[0], dtype=factor.dtype, device=device_of(factor))
         try:
-            return xp.linalg.solve_triangular(factor, eye, upper=False)
+            return xp.linalg.solve_triangular(factor, eye, upper=False, out=eye)
         except (NotImplementedError, RuntimeError) as error:
             return _on_cpu(_inverse_lower_numpy, factor, error)
     return _inverse_lower_numpy(factor)

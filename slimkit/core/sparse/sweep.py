@@ -47,9 +47,11 @@ def inverse_factor(gram: Array, damping: float) -> tuple[Array, float]:
         except (TypeError, RuntimeError):
             continue  # the device has no float64
         turned.reshape(-1)[:: turned.shape[0] + 1] += share * mean
-        factor = cholesky(turned)
-        if factor is not None:
-            upper = xp.astype(xp.flip(inverse_lower(factor), axis=(0, 1)), gram.dtype, copy=False)
+        # Each name is taken over by the next: no more than two matrices of this size are alive here at once.
+        turned = cholesky(turned)
+        if turned is not None:
+            turned = inverse_lower(turned)
+            upper = xp.astype(xp.flip(turned, axis=(0, 1)), gram.dtype, copy=False)
             if bool(xp.isfinite(xp.sum(upper))):  # one pass: infinity or NaN anywhere spoils the sum
                 return upper, share
     raise ArgumentError(
