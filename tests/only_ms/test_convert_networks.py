@@ -185,3 +185,26 @@ def test_group_norm_and_transposed_convolution_both_ways(tmp_path, name):
     assert report.largest_difference < 1e-5  # float32, a dozen terms per sum
     back = slim.convert_checkpoint(tmp_path / "net.ckpt", tmp_path / "back.pt", cell, net, inputs=image)
     assert back.largest_difference < 1e-5
+
+
+def test_instance_norm_keeps_its_values_both_ways(tmp_path):
+    """MindSpore has no CPU kernel for it, so the networks cannot be run on one input."""
+    torch, slim = importlib.import_module("torch"), importlib.import_module("slimkit")
+    net = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 1), torch.nn.InstanceNorm2d(4, affine=True, track_running_stats=True)
+    )
+    torch.nn.init.normal_(net[1].weight)
+    torch.nn.init.normal_(net[1].bias)
+    cell = ms.nn.SequentialCell(ms.nn.Conv2d(3, 4, 1, has_bias=True), ms.nn.InstanceNorm2d(4))
+    path = slim.save_checkpoint(net, tmp_path / "net.safetensors").path
+    slim.convert_checkpoint(path, tmp_path / "net.ckpt", net, cell)
+    found = ms.load_checkpoint(str(tmp_path / "net.ckpt"))
+    np.testing.assert_array_equal(found["1.gamma"].asnumpy(), net[1].weight.detach().numpy())
+    np.testing.assert_array_equal(found["1.beta"].asnumpy(), net[1].bias.detach().numpy())
+    slim.convert_checkpoint(tmp_path / "net.ckpt", tmp_path / "back.safetensors", cell, net)
+    back = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 1), torch.nn.InstanceNorm2d(4, affine=True, track_running_stats=True)
+    )
+    slim.load_checkpoint(tmp_path / "back.safetensors", back)
+    for name, tensor in back.state_dict().items():
+        assert torch.equal(tensor, net.state_dict()[name])
