@@ -68,6 +68,11 @@ lint: $(VENV)/.test
 types: $(VENV)/.test
 	$(VENV)/bin/mypy
 
+# Every number of docs/numbers.md again, into bench/; hours on a small machine. BENCH_ARGS="--only prune sparse" for some.
+BENCH_ARGS ?=
+bench: $(VENV)/.test
+	$(VENV)/bin/python tools/bench_all.py --out bench $(BENCH_ARGS)
+
 # Wheel and sdist twice, compared, and the wheel tried with torch only, MindSpore only and neither.
 release-check: $(VENV)/.test
 	TORCH_INDEX=$(TORCH_INDEX) $(VENV)/bin/python tools/release_check.py --keep dist
