@@ -88,7 +88,7 @@ def without_call_layers(model: nn.Module) -> None:
                 del module._forward_pre_hooks[handle]
         if getattr(module, NESTED, False):
             delattr(module, NESTED)
-            module.use_nested_tensor = True  # type: ignore[assignment]
+            module.use_nested_tensor = True
 
 
 def _nothing(_module: nn.Module, _args: Any) -> None:

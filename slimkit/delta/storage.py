@@ -51,7 +51,7 @@ class TorchStorage(TorchAccess, StorageAccess):
 
     def prefix_rows(self, model: nn.Module, layers: Sequence[Any]) -> list[tuple[Any, Any]]:
         with bridge.evaluating(model), torch.no_grad():
-            return [tuple(map(self.value, layer.rows())) for layer in layers]  # type: ignore[misc]
+            return [tuple(map(self.value, layer.rows())) for layer in layers]
 
     def tables(self, model: nn.Module, kind: str) -> list[Any]:
         found: list[Any] = []

@@ -149,15 +149,13 @@ def _extended(cell: nn.Cell, kind: type) -> type:
     if "__class__" in function.__code__.co_freevars:
         raise NoAttentionError(f"its {name} calls super()")
     turned = frozenset(n for n, p in cell._primitives.items() if getattr(p, "transpose_b", False))
-    return type(
-        f"{kind.__name__}{type(cell).__name__}", (kind, type(cell)), {name: _edited(type(cell), function, turned)}
-    )
+    return type(f"{kind.__name__}{type(cell).__name__}", (kind, type(cell)), {name: _edited(function, turned)})
 
 
 @functools.cache
-def _edited(owner: type, function: Any, turned: frozenset[str]) -> Any:
-    source = with_prefix(inspect.getsource(function), owner.__name__, turned.__contains__)
-    return method_from(source, owner.__name__, function)
+def _edited(function: Any, turned: frozenset[str]) -> Any:
+    owner = function.__qualname__.split(".")[-2]  # the class that wrote it, for names with two underscores
+    return method_from(with_prefix(inspect.getsource(function), owner, turned.__contains__), owner, function)
 
 
 def _candidates(model: nn.Cell) -> tuple[dict[str, nn.Cell], dict[str, str]]:

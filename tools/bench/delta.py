@@ -1,6 +1,6 @@
 """Delta layers against Hugging Face PEFT in the same run: step time, peak memory, applying, saving, loading, freezing.
 
-    python tools/bench/delta.py [--rounds 7] [--only steps,memory,files,apply]
+    python tools/bench/delta.py [--rounds 7] [--only steps,memory,files,apply,freeze]
 
 Steps are CPU seconds of one thread, the variants taking turns; the ratio is the median over rounds of paired ratios.
 """
@@ -163,16 +163,39 @@ def apply():
     return out
 
 
+def freeze():
+    """Freezing 10,000 MindSpore parameters, CPU milliseconds, every call changing half of them."""
+    out = subprocess.run([sys.executable, __file__, "--child", "freeze"], capture_output=True, text=True, check=True)
+    return json.loads(out.stdout.splitlines()[-1])
+
+
+def freeze_mindspore():
+    import slimkit_ms
+
+    from mindspore import nn
+
+    wide = nn.SequentialCell(*[nn.Dense(2, 2) for _ in range(5000)])
+    taken = {"freeze_modules": [], "freeze_delta": []}
+    for _ in range(9):
+        began = time.process_time()
+        slimkit_ms.freeze_modules(wide, ["*.bias"], ["*.weight"])
+        between = time.process_time()
+        slimkit_ms.freeze_delta(wide, "bitfit")
+        taken["freeze_modules"].append(between - began)
+        taken["freeze_delta"].append(time.process_time() - between)
+    return {f"{name} of 10,000 MindSpore parameters ms": round(min(t) * 1000, 1) for name, t in taken.items()}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--only", default="steps,memory,files,apply")
+    parser.add_argument("--only", default="steps,memory,files,apply,freeze")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        print(memory_of(options.child))
+        print(json.dumps(freeze_mindspore()) if options.child == "freeze" else memory_of(options.child))
         return
-    jobs = {"steps": lambda: steps(options.rounds), "memory": memory, "files": files, "apply": apply}
+    jobs = {"steps": lambda: steps(options.rounds), "memory": memory, "files": files, "apply": apply, "freeze": freeze}
     for name in options.only.split(","):
         print(json.dumps({name: jobs[name]()}, indent=1))
 

@@ -56,13 +56,16 @@ def with_prefix(source: str, class_name: str, transposed: Callable[[str], bool] 
         raise NoAttentionError("it is no plain method")
     softmax, scores, mixing = _find(method)
     editor = _Editor(softmax, scores, mixing, transposed)
-    method.body = [editor.visit(statement) for statement in method.body]
+    for i, statement in enumerate(list(method.body)):
+        edited = editor.visit(statement)
+        assert isinstance(edited, ast.stmt)
+        method.body[i] = edited
     start = 1 if ast.get_docstring(method) is not None else 0
     method.body.insert(start, ast.parse(f"{_ROWS} = self.prefix_rows()").body[0])
     _plain_signature(method)
     made = ast.ClassDef(name=class_name, bases=[], keywords=[], body=[method], decorator_list=[])
-    if hasattr(made, "type_params") or "type_params" in ast.ClassDef._fields:
-        made.type_params = []
+    if "type_params" in ast.ClassDef._fields:  # Python 3.12
+        setattr(made, "type_params", [])  # noqa: B010  (an older Python's class has no such field)
     return ast.unparse(ast.fix_missing_locations(made))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from slimkit.core import check
 from slimkit.core.delta.layers import check_alpha, check_dropout
-from slimkit.core.errors import PatternError, UnsupportedError
+from slimkit.core.errors import ArgumentError, PatternError, UnsupportedError
 from slimkit.core.match import match
 
 PREFIX = "mindpet_delta_"
@@ -284,7 +284,10 @@ def lora_specs(
         check.positive(layer_rank, f"rank of {path}")
         layer_alpha = alpha_of.get(path, 2 * layer_rank if alpha is None else alpha)
         if layer_rank > min(site.shape):
-            check.wrong_value(f"rank of {path}", f"at most {min(site.shape)}, the layer's smaller side", layer_rank)
+            raise ArgumentError(
+                f"rank of {path} must be at most {min(site.shape)}, the layer's smaller side. Received: {layer_rank}. "
+                f"Give the layer its own in ranks={{{path!r}: ...}}, or leave it out by exclude=[{path!r}]."
+            )
         check_alpha(layer_alpha, "alpha")
         zeros = site.zeros and site.kind == "linear" if keep_zeros is None else keep_zeros
         if zeros and site.kind != "linear":
