@@ -22,7 +22,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
 
-from slimkit import KnowledgeDistillConfig, TeacherCache, Trainer, get_distill_model, make_student
+from slimkit import KnowledgeDistillConfig, TeacherCache, Trainer, get_distill_model, linear_schedule, make_student
 
 import torch
 from torch import nn
@@ -61,7 +61,9 @@ def batch_of(n: int, length: int, seed: int = 0) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-def hidden_config(pairs: dict[int, int]) -> KnowledgeDistillConfig:
+def hidden_config(
+    pairs: dict[int, int], loss: str = "HiddenMse", weight: float = 1, **more: str
+) -> KnowledgeDistillConfig:
     config = KnowledgeDistillConfig()
     for s, t in pairs.items():
         config.add_inter_soft_label(
@@ -70,7 +72,8 @@ def hidden_config(pairs: dict[int, int]) -> KnowledgeDistillConfig:
                 "s_module": f"encoder.layer.{s}",
                 "t_output_idx": 0,
                 "s_output_idx": 0,
-                "loss_func": [{"func_name": "HiddenMse", "func_weight": 1}],
+                "loss_func": [{"func_name": loss, "func_weight": weight}],
+                **more,
             }
         )
     return config
@@ -223,7 +226,7 @@ def digits(seeds: int = 5) -> dict[str, object]:
     }
 
 
-def minilm(steps: int = 60) -> dict[str, object]:
+def minilm(steps: int = 120, seeds: int = 3) -> dict[str, object]:
     """MiniLM cut from 6 to 3 layers: agreement of sentence embeddings with the teacher, on held-out sentences."""
     sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "recipes"))
     import minilm as recipe
@@ -232,35 +235,42 @@ def minilm(steps: int = 60) -> dict[str, object]:
     from transformers import AutoModel
 
     body = AutoModel.from_pretrained(recipe.model_folder()).eval()
-    data = recipe.data(pairs=steps * 8, held_out=64, batch_size=8)
-    batches = list(data["train"].dataset)
+    data = recipe.data(pairs=steps * 8, held_out=96, batch_size=8)
+    batches = [{name: tokens[:, :64] for name, tokens in batch.items()} for batch in data["train"].dataset]
 
-    def embed(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        states = model(**batch).last_hidden_state
-        mask = batch["attention_mask"][:, :, None].float()
-        return nn.functional.normalize((states * mask).sum(1) / mask.sum(1), dim=1)
+    def embed(model: nn.Module) -> np.ndarray:
+        model.eval()
+        found = []
+        with torch.no_grad():
+            for batch in data["sentences"]:
+                mask = batch["attention_mask"][:, :, None].float()
+                states = model(**batch).last_hidden_state
+                found.append(nn.functional.normalize((states * mask).sum(1) / mask.sum(1), dim=1))
+        return torch.cat(found).numpy()
+
+    theirs = embed(body)
+    above = np.triu_indices(len(theirs), 1)
 
     def agreement(model: nn.Module) -> list[float]:
-        model.eval()
-        with torch.no_grad():
-            mine = torch.cat([embed(model, b) for b in data["sentences"]]).numpy()
-            theirs = torch.cat([embed(body, b) for b in data["sentences"]]).numpy()
-        above = np.triu_indices(len(mine), 1)
+        mine = embed(model)
         rank = spearmanr((mine @ mine.T)[above], (theirs @ theirs.T)[above]).statistic
-        return [float((mine * theirs).sum(1).mean()), float(rank)]
+        return [round(float((mine * theirs).sum(1).mean()), 4), round(float(rank), 4)]
 
     output = {"t_output_idx": "last_hidden_state", "s_output_idx": "last_hidden_state", "mask": "attention_mask"}
     outer = {**output, "pool": "mean", "loss_func": [{"func_name": "HiddenMse", "func_weight": 100}]}
-    found: dict[str, object] = {}
-    for name, inner in (("cut", None), ("embedding loss", False), ("embedding + layers", True)):
-        student, _ = make_student(body, layers=3)
-        if inner is not None:
-            config = hidden_config({0: 1, 1: 3, 2: 5}) if inner else KnowledgeDistillConfig()
-            config.add_output_soft_label(outer)
-            dual = get_distill_model(body, student, config)
-            Trainer(dual, optimizer=lambda p: torch.optim.AdamW(p, lr=2e-4)).train(batches, 1)
-            student = dual.get_student_model()
-        found[name] = agreement(student)
+    found: dict[str, object] = {"cut": agreement(make_student(body, layers=3)[0])}
+    for seed in range(seeds):
+        order = np.random.default_rng(seed).permutation(len(batches))
+        for name in ("embedding", "embedding + layers"):
+            torch.manual_seed(seed)
+            student, _ = make_student(body, layers=3)
+            config = KnowledgeDistillConfig()
+            if name != "embedding":
+                config = hidden_config({0: 1, 1: 3, 2: 5}, "HiddenCosine", 10, mask="attention_mask")
+            dual = get_distill_model(body, student, config.add_output_soft_label(outer))
+            trainer = Trainer(dual, optimizer=lambda p: torch.optim.AdamW(p, lr=2e-4))
+            trainer.train([batches[i] for i in order], 1, create_scheduler_fn=linear_schedule(n_warmup=10))
+            found[f"{name}, seed {seed}"] = agreement(dual.get_student_model())
     return {"steps": len(batches), "cosine_and_spearman": found}
 
 
