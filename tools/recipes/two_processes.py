@@ -4,7 +4,7 @@
 
 The same script serves one process (python tools/recipes/two_processes.py). Each process holds its share of the
 calibration data; second moments are summed over all of them, so every process ends with the same zeros. Stop it and
-start it again: the training goes on from its last checkpoint.
+start it again in the same way: the training goes on from its last checkpoint.
 """
 
 from __future__ import annotations
