@@ -13,7 +13,7 @@ from slimkit.compensate import compensate
 from slimkit.core import files
 from slimkit.core.batch import without_labels
 from slimkit.core.errors import FileFormatError
-from slimkit.core.lazy import door
+from slimkit.core.lazy import door, library
 from slimkit.core.prune.attributes import Field, widths_of
 from slimkit.core.prune.graph import Graph
 from slimkit.core.prune.plan import Plan
@@ -88,19 +88,7 @@ class TorchWing:
         return widths_of(vars(config)) if hasattr(config, "__dict__") and hasattr(config, "to_dict") else {}
 
     def config_mismatch(self) -> str | None:
-        config = getattr(self.model, "config", None)
-        if not hasattr(config, "to_dict"):
-            return None
-        try:
-            with torch.device("meta"):
-                fresh = type(self.model)(copy.deepcopy(config))
-        except Exception as error:  # noqa: BLE001  (whatever the model's code raises is a finding)
-            return f"the configuration builds no model: {type(error).__name__}: {error}"
-        built = {path: list(tensor.shape) for path, tensor in fresh.state_dict().items()}
-        for path, tensor in self.model.state_dict().items():
-            if built.get(path) != list(tensor.shape):
-                return f"{path} is {list(tensor.shape)}, the configuration says {built.get(path, 'nothing')}"
-        return ""
+        return config_mismatch(self.model)
 
     def gradients(self, data: Iterable[Any], loss: Callable[..., Any] | None, square: bool) -> dict[str, Array]:
         found = surgery.tensors(self.model)
@@ -168,6 +156,33 @@ def _loss_of(model: nn.Module, batch: Any, loss: Callable[..., Any] | None) -> t
     while not isinstance(first, torch.Tensor):
         first = next(iter(first.values() if isinstance(first, Mapping) else first))
     return first.float().square().mean()
+
+
+def config_mismatch(model: nn.Module) -> str | None:
+    """Where the model that a Hugging Face configuration builds differs from this one.
+
+    Args:
+        model: any model.
+
+    Returns:
+        The first difference, "" where there is none, and None for a model without such a configuration.
+    """
+    config = getattr(model, "config", None)
+    if not hasattr(config, "to_dict"):
+        return None
+    accelerate = library("accelerate", "torch")
+    try:
+        # Buffers stay real: some constructors compute with them.
+        with accelerate.init_empty_weights(include_buffers=False):
+            built = type(model)(copy.deepcopy(config))
+    except Exception as error:  # noqa: BLE001  (whatever the model's code raises is a finding)
+        return f"the configuration builds no model: {type(error).__name__}: {error}"
+    told = {path: list(tensor.shape) for path, tensor in built.state_dict().items()}
+    held = {path: list(tensor.shape) for path, tensor in model.state_dict().items()}
+    for path in {**held, **told}:
+        if held.get(path) != told.get(path):
+            return f"{path} is {held.get(path, 'nothing')}, the configuration says {told.get(path, 'nothing')}"
+    return ""
 
 
 class PruneTorch(PrunerBase):

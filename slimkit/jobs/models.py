@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 from pathlib import Path
 from typing import Any
@@ -123,18 +122,6 @@ def tensors(value: Any) -> Any:
     return torch.from_numpy(value.copy())
 
 
-def loads_again(model: nn.Module) -> bool:
-    """Whether a model of transformers has the shapes that its own configuration says, so that it loads by itself."""
-    accelerate = library("accelerate", "torch")
-    with accelerate.init_empty_weights(include_buffers=False):
-        try:
-            again = type(model)(copy.deepcopy(model.config))
-        except (ValueError, TypeError, KeyError, ZeroDivisionError):
-            return False
-    here, there = ({n: tuple(t.shape) for n, t in m.named_parameters()} for m in (model, again))
-    return here == there
-
-
 def write_model(opened: Opened, folder: Path) -> str:
     """Write an opened (and changed) model into a folder that is being filled.
 
@@ -146,7 +133,7 @@ def write_model(opened: Opened, folder: Path) -> str:
         "transformers" where ``from_pretrained`` reads the folder, "slimkit" where the commands here (and
         `load_pruned`) do, "weights" for the file of a factory's network.
     """
-    model, plain = opened.model, opened.is_hf and loads_again(opened.model)
+    model, plain = opened.model, opened.is_hf and prune.config_mismatch(opened.model) == ""
     if opened.is_hf and not plain and opened.desc is None:
         raise UnsupportedError(
             "the model no longer has the shapes of its configuration, and no plan says how it was cut"

@@ -53,7 +53,7 @@ def quick(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[int, 
     if name in ("_adaptive_avg_pool2d", "adaptive_avg_pool2d"):
         return (*args[0].shape[:-2], *args[1])
     if name == "avg_pool2d" and not kwargs and args[0].dim() == 4 and not (len(args) > 4 and args[4]):
-        return _windows(args[0], *_pairs(args, (1, 2, 3)), [1, 1])
+        return _windows(args[0], _pairs([*args[:4]]))
     if name == "convolution" and args[0].dim() == args[1].dim() and args[0].shape[1] == _reads(args):
         return _convolution(*args[:9])
     if name == "_grouped_mm" and args[0].dim() == 2 and args[1].dim() == 3 and args[0].shape[1] == args[1].shape[1]:
@@ -71,26 +71,22 @@ def max_pool(args: Sequence[Any]) -> tuple[int, ...] | None:
     x = args[0]
     if x.device.type != "meta" or x.dim() != 4 or (len(args) > 5 and args[5]):
         return None
-    return _windows(x, *_pairs(args, (1, 2, 3, 4)))
+    return _windows(x, _pairs(args))
 
 
-def _pairs(args: Sequence[Any], places: Sequence[int]) -> list[list[int]]:
+def _pairs(args: Sequence[Any]) -> list[list[int]]:
     """Kernel, stride, padding and dilation of a pooling, a number for both axes written twice."""
     kernel = list(args[1]) * (2 // len(args[1]))
     defaults = [kernel, kernel, [0, 0], [1, 1]]
     return [
         list(args[k]) * (2 // len(args[k])) if len(args) > k and args[k] else default
-        for k, default in zip(places, defaults)
+        for k, default in enumerate(defaults, 1)
     ]
 
 
-def _windows(
-    x: Any, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
-) -> tuple[int, ...] | None:
+def _windows(x: Any, pooling: Sequence[Sequence[int]]) -> tuple[int, ...] | None:
     """Channels first; None where a window does not fit, which torch is to say."""
-    sizes = [
-        (n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in zip(x.shape[2:], kernel, stride, padding, dilation)
-    ]
+    sizes = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in zip(x.shape[2:], *pooling)]
     return (*x.shape[:2], *sizes) if min(sizes) > 0 else None
 
 

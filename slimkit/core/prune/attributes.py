@@ -159,9 +159,9 @@ def config_changes(
         by_kind[variable.kind].setdefault(variable.size, set()).add(counts[variable.name])
     by_kind["heads"] = {}
     for scope in scopes.values():
-        for old, labels in scope.items():
+        for size, labels in scope.items():
             if "heads" in labels:
-                by_kind["heads"].setdefault(old, set()).update(labels["heads"])
+                by_kind["heads"].setdefault(size, set()).update(labels["heads"])
     whole = _whole_widths(view)
     out: dict[str, tuple[Field, Field]] = {}
     for name, old in fields.items():
@@ -169,7 +169,7 @@ def config_changes(
         if isinstance(old, int):
             new = _new_field(name, old, by_kind, whole)
         elif isinstance(old, list) and _WIDTHS.search(name):
-            new = [_new_field(name, size, by_kind, whole) for size in old]
+            new = [_new_field(name, width, by_kind, whole) for width in old]
         elif old is None and name in _FOUR_TIMES:
             hidden = next((v for f, v in fields.items() if isinstance(v, int) and _HIDDEN.search(f)), 0)
             inner = _new_field(name, 4 * hidden, by_kind, whole)
