@@ -6,8 +6,10 @@ import contextlib
 import copy
 import ctypes
 import hashlib
+import json
 import os
 import shutil
+import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -286,8 +288,6 @@ class CheckpointHost(TorchHost):
         return inputs
 
     def _write(self, index: int, path: str, block: torch.nn.Module, stage: Any, inputs: BlockInputs | None) -> None:
-        from safetensors.torch import save
-
         changed = {}
         for name in stage.names:
             module = bridge.get_module(self.model, name)
@@ -296,7 +296,7 @@ class CheckpointHost(TorchHost):
                 if value is not None:
                     changed[self._key(f"{name}.{part}")] = value.detach().contiguous()
         with files.atomic_file(self._state / f"block-{index:05d}.safetensors") as handle:
-            handle.write(save(changed))
+            _save(handle, changed)
         if inputs is not None:
             with files.atomic_directory(self._state / f"activations-{index + 1:05d}") as folder:
                 inputs.save(folder)
@@ -325,6 +325,20 @@ class _Done(_Undata):
     def __init__(self, names: list[str], rows: dict[str, Any]) -> None:
         super().__init__(names)
         self.rows = rows
+
+
+def _save(handle: Any, tensors: dict[str, torch.Tensor]) -> None:
+    """Write a safetensors file from the tensors' own memory: its library would hold the whole block a second time."""
+    written = {dtype: name for name, dtype in DTYPES.items()}
+    entries, stop = {}, 0
+    for name, tensor in tensors.items():
+        start, stop = stop, stop + tensor.numel() * tensor.element_size()
+        entries[name] = {"dtype": written[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, stop]}
+    head = json.dumps(entries).encode()
+    head += b" " * (-len(head) % 8)
+    handle.write(struct.pack("<Q", len(head)) + head)
+    for tensor in tensors.values():
+        handle.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
 
 
 def _trim() -> None:
