@@ -1,12 +1,12 @@
 """Accuracy after pruning, before and after fine-tuning, against Torch-Pruning on the handwritten digits:
 
-    python tools/bench/prune_accuracy.py [--peer DIR] [--seeds 5] [--ratios 0.5 0.25] [--json FILE]
+    python tools/bench/prune_accuracy.py [--peer DIR] [--seeds 5] [--ratios 0.5 0.25] [--alignment 8]
 
 For every seed one dense network of the digits recipe is trained; each method prunes a copy of it to the same number of
-parameters (no tool rounds widths) and fine-tunes for three epochs, once with each learning rate, all methods with the
-same batches. A method's row is its mean accuracy over the seeds before fine-tuning, and after it with the rate that
-serves it best. Methods see the 1,438 training digits only. `--peer` is a folder with torch-pruning
-(pip install --no-deps --target DIR torch-pruning).
+parameters and fine-tunes for three epochs, once with each learning rate, all methods with the same batches. A method's
+row is its mean accuracy over the seeds before fine-tuning, and after it with the rate that serves it best. Methods see
+the 1,438 training digits only. `--peer` is a folder with torch-pruning (pip install --no-deps --target DIR
+torch-pruning).
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-RATES = (2e-4, 5e-4, 2e-3)
 Data = dict[str, torch.Tensor]
 
 
@@ -86,11 +85,13 @@ def size(net: nn.Module) -> int:
 
 
 def ours(importance: str, allocation: str, compensate: bool) -> Callable[..., nn.Module]:
-    def prune(net: nn.Module, data: Data, ratio: float) -> nn.Module:
+    def prune(net: nn.Module, data: Data, ratio: float, alignment: int) -> nn.Module:
         from slimkit.prune import PruneTorch
 
         batches = list(data["train"].split(128))
-        pruner = PruneTorch(net, data["test"][:1]).set_alignment(1).set_node_reserved_ratio(min(0.25, ratio / 2))
+        pruner = (
+            PruneTorch(net, data["test"][:1]).set_alignment(alignment).set_node_reserved_ratio(min(0.25, ratio / 2))
+        )
         if importance in ("taylor", "hessian"):
             labelled = list(zip(data["train"].split(8), data["labels"].split(8), strict=True))
             pruner.set_importance_evaluation_function(
@@ -108,7 +109,7 @@ def ours(importance: str, allocation: str, compensate: bool) -> Callable[..., nn
 
 
 def theirs(importance: str, everywhere: bool) -> Callable[..., nn.Module]:
-    def prune(net: nn.Module, data: Data, ratio: float) -> nn.Module:
+    def prune(net: nn.Module, data: Data, ratio: float, _alignment: int) -> nn.Module:
         import torch_pruning as tp
 
         kinds = {
@@ -175,6 +176,8 @@ def main() -> None:
     parser.add_argument("--peer")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--ratios", type=float, nargs="*", default=[0.5, 0.25])
+    parser.add_argument("--alignment", type=int, default=8, help="slimkit's; Torch-Pruning does not round")
+    parser.add_argument("--rates", type=float, nargs="*", default=[5e-4, 2e-3])
     parser.add_argument("--only", default="", help="run only methods whose name contains this")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
@@ -193,11 +196,11 @@ def main() -> None:
         print(f"seed {seed}: dense {dense_scores[-1]:.2f} %, {size(dense):,} parameters", flush=True)
         for ratio in given.ratios:
             for name, prune in methods.items():
-                pruned = prune(copy.deepcopy(dense).eval(), data, ratio)
+                pruned = prune(copy.deepcopy(dense).eval(), data, ratio, given.alignment)
                 row = rows.setdefault(f"{ratio:g} {name}", {})
                 row.setdefault("kept", []).append(size(pruned) / size(dense))
                 row.setdefault("before", []).append(accuracy(pruned, data))
-                for rate in RATES:
+                for rate in given.rates:
                     tuned = copy.deepcopy(pruned)
                     train(tuned, data, 3, rate, 32, seed + 100)
                     row.setdefault(f"after {rate:g}", []).append(accuracy(tuned, data))
@@ -205,7 +208,7 @@ def main() -> None:
     print(f"\ndense {statistics.mean(dense_scores):.2f} %, mean of {given.seeds} seeds")
     for name, row in rows.items():
         means = {k: statistics.mean(v) for k, v in row.items()}
-        rate = max(RATES, key=lambda r: means[f"after {r:g}"])
+        rate = max(given.rates, key=lambda r: means[f"after {r:g}"])
         after = row[f"after {rate:g}"]
         print(
             f"{name:44s} keeps {means['kept']:.3f}  before {means['before']:6.2f}  "
