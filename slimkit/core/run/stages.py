@@ -197,9 +197,13 @@ class Stages(ABC):
             pruner.set_compensation(self._calibration(context, options.compensation_batches))
         desc = pruner.prune(options.reserved_ratio, un_prune_list=options.un_prune_list)
         after = self._count(model)
+        said = f"{show(before, 'count')} to {show(after, 'count')} parameters: {after / before:.3f} kept"
+        if options.budget == "params":
+            said += f", {options.reserved_ratio} asked for"
+        else:
+            said += f"; {pruner.report()['reached']:.3f} of the MACs, {options.reserved_ratio} asked for"
         facts = {
-            "headline": f"{show(before, 'count')} to {show(after, 'count')} parameters: {after / before:.3f} kept, "
-            f"{options.reserved_ratio} asked for",
+            "headline": said,
             "report": pruner.report(),
         }
         return StageResult(model, edit={"prune": desc}, facts=facts)
