@@ -18,6 +18,7 @@ require("mindspore")
 
 import mindspore as ms  # noqa: E402
 from mindspore import nn  # noqa: E402
+from mindspore.common.api import _pynative_executor  # noqa: E402  (no public call forgets a broken-off gradient)
 
 
 def check_model(model: Any, name: str = "model") -> nn.Cell:
@@ -79,6 +80,17 @@ def run(model: nn.Cell, batch: Any) -> Any:
     """Call the cell on one batch."""
     args, kwargs = as_call(batch)
     return model(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def whole_gradient() -> Iterator[None]:
+    """Take a gradient; after an error in the model's code nothing is left of it for later gradients to trip over."""
+    try:
+        yield
+    except BaseException:
+        # PyNative records operators as they run, and the half-written record would stay open.
+        _pynative_executor.clear_res()
+        raise
 
 
 @contextlib.contextmanager

@@ -111,7 +111,9 @@ class MindSporeWing:
                 )
                 for batch in data:
                     number += 1
-                    for path, found in zip(weights, gradient(batch)[1], strict=True):
+                    with bridge.whole_gradient():
+                        _, gradients = gradient(batch)
+                    for path, found in zip(weights, gradients, strict=True):
                         value = found.asnumpy().astype(np.float32)
                         value = value * value if square else value
                         total[path] = total[path] + value if path in total else value.copy()

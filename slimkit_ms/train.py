@@ -203,7 +203,8 @@ class Trainer(TrainerLoop):
         total: Any = None
         gradients: Any = None
         for batch in batches:
-            loss, found = self._gradient(*self._call(batch))
+            with bridge.whole_gradient():
+                loss, found = self._gradient(*self._call(batch))
             total = loss if total is None else total + loss
             gradients = found if gradients is None else tuple(a + b for a, b in zip(gradients, found))
         if len(batches) > 1:

@@ -164,6 +164,9 @@ def test_an_error_in_a_step_reaches_the_caller_and_the_modes_come_back():
     with pytest.raises(ConfigError, match="no such thing"):
         Trainer(cell, compute_loss=refuse).train(Pairs(), 1)
     assert not any(c.training for _, c in cell.cells_and_names())
+    # A gradient broken off within the forward leaves nothing that the next one trips over.
+    norm = nn.SequentialCell(nn.Dense(5, 4), nn.LayerNorm((4,)), nn.Dense(4, 2))
+    assert np.isfinite(Trainer(norm, nn.MSELoss(), sgd).train(Pairs(), 1).get_latest_metric("train_loss_epoch"))
 
 
 def refuse(model, batch):
