@@ -36,6 +36,7 @@ def sparsify(
         bool, typer.Option("--measured-ratios", help="Each layer gets the ratio that its sensitivity allows.")
     ] = False,
     progressive: Annotated[bool, typer.Option("--progressive", help="Reach the ratio in steps.")] = False,
+    residual: Annotated[bool, typer.Option("--residual", help="Fit what the residual stream has lost, too.")] = False,
     targets: Annotated[
         list[str] | None, typer.Option("--target", metavar="GLOB", help="Layers to take.", show_default=False)
     ] = None,
@@ -75,6 +76,7 @@ def sparsify(
             pattern=pattern,
             uniform=not measured,
             progressive=progressive,
+            residual=residual,
             targets=targets or None,
             ignore=ignore or (),
         )

@@ -315,6 +315,9 @@ class _Undata:
     def replay(self, names: Sequence[str], seen: Any) -> None:
         """No data."""
 
+    def join(self) -> None:
+        """No stream."""
+
     def advance(self) -> None:
         """No activations."""
 

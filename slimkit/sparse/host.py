@@ -105,7 +105,7 @@ class TorchHost:
         after = [f for f in found.feeds[first:] if not where[f[0]]]
         if before:
             # The first block's first layer is listed too: the forward may end there.
-            stage = ModelStage(self.model, dense, dataset, modules, found.feeds, found.repeated)
+            stage = ModelStage(self.model, dense, dataset, modules, found.feeds, found.repeated, whole=False)
             stage.feeds = before
             yield stage
         inputs = BlockInputs(self.model, dense, dataset, blocks)
@@ -118,7 +118,7 @@ class TorchHost:
             )
         del inputs
         if after:
-            yield ModelStage(self.model, dense, dataset, modules, after, found.repeated)
+            yield ModelStage(self.model, dense, dataset, modules, after, found.repeated, whole=False)
 
     def outputs(self, batch: Any) -> Any:
         """The model's first output for a batch, as a float32 NumPy array without the rows of padding."""

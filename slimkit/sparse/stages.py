@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from slimkit import bridge
+from slimkit.core.errors import UnsupportedError
 from slimkit.sparse.inputs import BlockInputs, Enough, as_input, enough, quiet, send, valid_tokens
 from slimkit.sparse.residual import arriving, first_tensor, input_of, joints
 
@@ -90,6 +91,7 @@ class ModelStage:
         modules: path -> (layer, module of `model`).
         feeds: layers in the order they are called; those that share an input together.
         repeated: layers that are called more than once in a forward.
+        whole: whether it is all of the model, and not what stands before or after its blocks.
 
     Attributes:
         joined: layer -> where its output has been added to the residual stream; known for blocks only.
@@ -103,8 +105,10 @@ class ModelStage:
         modules: Modules,
         feeds: Sequence[tuple[str, ...]],
         repeated: set[str],
+        whole: bool = True,
     ) -> None:
         self.model, self.dense, self.dataset, self.modules = model, dense, dataset, modules
+        self._whole = whole
         self.feeds, self.repeated = list(feeds), repeated
         self.joined: dict[str, str] = {}
 
@@ -135,6 +139,13 @@ class ModelStage:
             if self.dense is not None:
                 self._watch(self.dense, names, dense_batch, valid, until, joined, first)
             self._watch(self.model, names, batch, valid, until, joined, both)
+
+    def join(self) -> None:
+        """No residual stream is known outside blocks."""
+        if self._whole:
+            raise UnsupportedError(
+                "SparseConfig.residual needs a model that is a chain of blocks, each fed by the last"
+            )
 
     def advance(self) -> None:
         """Nothing follows a whole model."""
@@ -212,11 +223,15 @@ class BlockStage(ModelStage):
         self.path, self.inputs = path, inputs
         self.feeds = list(feeds)
         self._short = short
+
+    def join(self) -> None:
+        """Find by one batch where outputs join the residual stream."""
         # Layers that share an input share its moments, and so can have no drift of their own.
-        alone = [feed[0] for feed in short if len(feed) == 1 and not isinstance(inner[feed[0]][1], torch.nn.Conv2d)]
-        if dense is not None and inputs.valid:
-            with quiet(block):
-                self.joined = joints(block, lambda: send(block, inputs.call(path, 0)), alone)
+        single = [feed[0] for feed in self._short if len(feed) == 1]
+        alone = [name for name in single if not isinstance(bridge.get_module(self.model, name), torch.nn.Conv2d)]
+        if self.dense is not None and self.inputs.valid:
+            with quiet(self.model):
+                self.joined = joints(self.model, lambda: send(self.model, self.inputs.call(self.path, 0)), alone)
 
     def batches(self) -> Iterator[tuple[Any, Any, torch.Tensor | None]]:
         """Each batch's call of this block."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from slimkit.core.errors import UnsupportedError
 from slimkit_ms import bridge
 
 import mindspore as ms
@@ -147,6 +148,10 @@ class CellStage:
                 seen(name, x, queue.pop(0) if queue else None)
 
             self._watch(self.model, names, batch, until, both)
+
+    def join(self) -> None:
+        """A cell runs whole, and its residual streams are not known."""
+        raise UnsupportedError("SparseConfig.residual is for PyTorch models that are a chain of blocks")
 
     def advance(self) -> None:
         """Nothing follows a whole cell."""

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from slimkit.core.errors import ArgumentError, ArgumentTypeError, ConfigError, PatternError
+from slimkit.core.errors import ArgumentError, ArgumentTypeError, ConfigError, PatternError, UnsupportedError
 from slimkit.core.sparse import SparseConfig
 
 METHODS = ("magnitude", "wanda", "hessian", "par", "par_v2")
@@ -70,6 +70,17 @@ def test_same_masks_and_values_in_every_kit(method):
         for a, b in zip(first.values(), other.values()):
             assert ((a == 0) == (b == 0)).all()
             np.testing.assert_allclose(a, b, atol=1e-4)  # float32 factorisations of two libraries
+
+
+def test_a_residual_stream_that_is_not_known_is_refused(kit):
+    model = chain(kit)
+    before = weights(kit, model)
+    with pytest.raises(UnsupportedError, match="chain of blocks"):
+        run(kit, model, batches(kit), method="par", residual=True)
+    for name, weight in weights(kit, model).items():
+        np.testing.assert_array_equal(weight, before[name])
+    with pytest.raises(ConfigError, match="residual"):
+        SparseConfig(method="hessian", residual=True)
 
 
 def test_better_methods_leave_less_error(kit):

@@ -31,9 +31,8 @@ def tokens(n=3):
 
 
 def test_blocks_fed_from_memory_equal_whole_forwards(monkeypatch):
-    from slimkit.sparse import host, stages
+    from slimkit.sparse import host
 
-    monkeypatch.setattr(stages, "joints", lambda *_: {})  # whole forwards know no residual streams
     by_block, whole = small_bert(), small_bert()
     config = SparseConfig(method="par", ignore=["pooler*"])
     Compressor(by_block, config).compress(tokens())
@@ -250,14 +249,12 @@ def test_what_the_residual_stream_has_lost_is_fitted_too():
     assert float((got - (x @ weight.T + drift)).norm() / drift.norm()) < 0.1  # 1 % of the weights are gone
 
 
-def test_blocks_of_a_residual_model_end_nearer_to_the_dense_one(monkeypatch):
-    from slimkit.sparse import stages
-
+def test_blocks_of_a_residual_model_end_nearer_to_the_dense_one():
     error = []
-    for joints in (stages.joints, lambda *_: {}):
-        monkeypatch.setattr(stages, "joints", joints)
+    for residual in (True, False):
         model, dense = small_bert(), small_bert()
-        Compressor(model, SparseConfig(method="par", sparse_ratio=0.7, ignore=["pooler*"])).compress(tokens(12))
+        config = SparseConfig(method="par", sparse_ratio=0.7, ignore=["pooler*"], residual=residual)
+        Compressor(model, config).compress(tokens(12))
         with torch.no_grad():
             error.append(sum(float((model(**b)[0] - dense(**b)[0]).square().sum()) for b in tokens(12)))
     assert error[0] < 0.95 * error[1]

@@ -146,7 +146,12 @@ def minilm(methods: list[str], ratios: list[str], n_batches: int) -> None:
         for text in ratios:
             model = fresh()
             pattern = text if ":" in text else None
-            config = SparseConfig(method=method, sparse_ratio=0.5 if pattern else float(text), pattern=pattern)
+            config = SparseConfig(
+                method=method,
+                sparse_ratio=0.5 if pattern else float(text),
+                pattern=pattern,
+                residual=method in ("par", "par_v2"),
+            )
             _, seconds = timed(lambda: Compressor(model, config).compress(data))  # noqa: B023
             cells.append(f"{float((embed(model) * dense).sum(1).mean()):.4f} ({seconds:.0f} s)")
         print(f"| {method} |", " | ".join(cells), "|", flush=True)

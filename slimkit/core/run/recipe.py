@@ -89,6 +89,7 @@ class SparsifyOptions(Strict):
     pattern: str | None = Field(None, description='n:m along input channels, for example "2:4"')
     uniform: bool = Field(True, description="the same ratio in every layer")
     progressive: bool = Field(False, description="reach the ratio in steps")
+    residual: bool = Field(False, description="also fit what the residual stream has lost (torch, chains of blocks)")
     targets: list[str] | None = Field(None, description="globs of layers to sparsify; null means all")
     ignore: list[str] | None = Field(None, description="globs of layers left dense")
     calibration_batches: PositiveInt = Field(8, description="batches of calibration data")

@@ -259,6 +259,7 @@ class Stages(ABC):
             sparse_ratio=options.sparse_ratio,
             progressive=options.progressive,
             uniform=options.uniform,
+            residual=options.residual,
             pattern=options.pattern,
             **chosen,
         )

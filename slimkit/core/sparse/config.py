@@ -35,6 +35,8 @@ class SparseConfig:
         sequential: calibrate each layer on the inputs that the already sparsified layers before it produce.
         asymmetric: fit those inputs to the *dense* model's outputs and correct the bias; None does so for par and
             par_v2. Needs `sequential`.
+        residual: let layers whose output joins the residual stream also make good what the stream has lost before
+            them. PyTorch models that are a chain of blocks only; needs the dense outputs (`asymmetric`).
         min_tokens: a layer that saw fewer calibration rows falls back to magnitude, and the report says so.
         progressive_steps: how many steps `progressive` takes.
         strict: raise when a pattern matches no layer, or an n:m pattern does not fit a layer; False lists it in
@@ -65,6 +67,7 @@ class SparseConfig:
     block_size: int = 128
     sequential: bool = True
     asymmetric: bool | None = None
+    residual: bool = False
     min_tokens: int = 16
     progressive_steps: int = 4
     strict: bool = True
@@ -73,7 +76,7 @@ class SparseConfig:
         check.choice(self.mode, ("sparse",), "SparseConfig.mode")
         check.choice(self.method, METHODS, "SparseConfig.method")
         check.ratio(self.sparse_ratio, "SparseConfig.sparse_ratio")
-        for name in ("progressive", "uniform", "sequential", "strict"):
+        for name in ("progressive", "uniform", "sequential", "residual", "strict"):
             check.boolean(getattr(self, name), f"SparseConfig.{name}")
         if self.asymmetric is not None:
             check.boolean(self.asymmetric, "SparseConfig.asymmetric")
@@ -107,6 +110,9 @@ class SparseConfig:
             raise ConfigError("SparseConfig.asymmetric needs sequential=True: both inputs must come from one pass.")
         if self.asymmetric and self.method in ("magnitude", "wanda"):
             raise ConfigError(f"SparseConfig.asymmetric needs a method that refits weights. Received: {self.method!r}")
+
+        if self.residual and not self.paired:
+            raise ConfigError("SparseConfig.residual needs the dense outputs: par, par_v2, or asymmetric=True.")
 
     @property
     def nm(self) -> NM | None:

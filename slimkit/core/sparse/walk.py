@@ -32,6 +32,9 @@ class Stage(Protocol):
         Dense inputs and drifts (see Moments.add) may be None, or left out.
         """
 
+    def join(self) -> None:
+        """Learn where layers' outputs join the residual stream; UnsupportedError where that cannot be known."""
+
     def advance(self) -> None:
         """Take the outputs of the part as it is now as the inputs of the next."""
 
@@ -142,6 +145,8 @@ class Walk:
                     self._estimate.skip(name)
                     next(self._bar, None)
                 continue
+            if self._config.residual:
+                stage.join()
             if self._config.sequential:
                 for feed in stage.feeds:
                     yield stage, [feed]
