@@ -10,7 +10,6 @@ import typer
 
 from slimkit.cli import options
 from slimkit.cli.session import Session, session
-from slimkit.core.errors import ConfigError
 
 # framework of a recipe -> the module and class that answer the runner
 _WINGS = {"torch": ("slimkit.stages", "TorchWing"), "mindspore": ("slimkit_ms.stages", "MindSporeWing")}
@@ -38,10 +37,11 @@ def run(
 
     Example: slimkit run tools/recipes/digits.yaml --set seed=3 --output runs/digits-3
     """
+    from slimkit.core.jobs.data import settings
     from slimkit.core.run.recipe import load_recipe
 
     with session("run", as_json=as_json, quiet=quiet, verbose=verbose) as talk:
-        checked = load_recipe(recipe, _overrides(set_ or []))
+        checked = load_recipe(recipe, settings(set_ or [], "--set"))
         folder = output or Path(checked.output or f"runs/{checked.name}")
         if check or dry_run:
             steps = [kind for kind, _ in checked.steps()]
@@ -57,21 +57,6 @@ def run(
         module, name = _WINGS[checked.framework]
         wing = getattr(importlib.import_module(module), name)()
         _show(run_recipe(checked, recipe.parent, wing, folder, restart=restart), folder, talk)
-
-
-def _overrides(pairs: list[str]) -> dict[str, Any]:
-    import yaml
-
-    overrides = {}
-    for pair in pairs:
-        key, sign, value = pair.partition("=")
-        if not key or not sign:
-            raise ConfigError(f"--set must be KEY=VALUE. Received: {pair!r}")
-        try:
-            overrides[key] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise ConfigError(f"--set {key}: the value is not YAML. Received: {value!r}") from None
-    return overrides
 
 
 def _show(report: dict[str, Any], folder: Path, talk: Session) -> None:

@@ -132,7 +132,7 @@ def rewritten(config: object, changes: Mapping[str, tuple[Field, Field]]) -> dic
     """
     out: dict[str, object] = {}
     for name, (old, new) in changes.items():
-        held = getattr(config, name, None) if hasattr(config, name) else ...
+        held = getattr(config, name, ...)
         if isinstance(held, (list, tuple)) and isinstance(new, list) and list(held) == old:
             out[name] = type(held)(new)
         elif held == old:
