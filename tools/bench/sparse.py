@@ -1,10 +1,8 @@
 """Sparsity measured: output error and time of every method against a plain SparseGPT loop, in one run.
 
     OMP_WAIT_POLICY=PASSIVE python tools/bench/sparse.py --widths 1024 2048
-    python tools/bench/sparse.py --minilm               sentence-embedding cosine of MiniLM
 
-MiniLM is calibrated layer after layer on standard-library docstrings (16 of 64 tokens a batch), and judged by the mean
-cosine of the embeddings of 128 other docstrings to the dense model's.
+What is left of the pretrained MiniLM's sentence embeddings is measured by tools/bench/sparse_text.py.
 
 The problem: one N x N layer, 4096 calibration and 4096 held-out rows X = (Z A + 0.5 noise) * scale with Z of rank N/4,
 log-normal channel scales (sigma 0.9) and 0.5 % of the channels 20 times larger. Times are CPU seconds of this process.
@@ -14,10 +12,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import random
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
 from slimkit.core.sparse.config import SparseConfig
@@ -109,69 +104,14 @@ def one_layer(widths: list[int]) -> None:
         print(f"| {n}, {pattern or ratio} |", " | ".join(cells), f"| {shown} | {a + b + c / 2:.2f} |", flush=True)
 
 
-def minilm(methods: list[str], ratios: list[str], n_batches: int) -> None:
-    """Mean cosine between the sentence embeddings of the dense and of the sparse model."""
-    from slimkit.sparse import Compressor
-
-    from transformers import AutoTokenizer, BertModel
-
-    sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
-    from docstring_text import docstrings, model_folder
-
-    directory = model_folder()
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    texts = sorted({f"{summary} {body}".strip() for _, summary, body in docstrings()})
-    random.Random(0).shuffle(texts)
-
-    def encode(some: list[str]) -> dict[str, torch.Tensor]:
-        return dict(tokenizer(some, return_tensors="pt", padding=True, truncation=True, max_length=64))
-
-    def fresh() -> torch.nn.Module:
-        return BertModel.from_pretrained(directory, add_pooling_layer=False).eval()
-
-    data = [encode(texts[i : i + 16]) for i in range(0, 16 * n_batches, 16)]
-    test = encode(texts[-128:])
-
-    def embed(model: torch.nn.Module) -> torch.Tensor:
-        with torch.no_grad():
-            states = model(**test).last_hidden_state
-        weight = test["attention_mask"][..., None]
-        return torch.nn.functional.normalize((states * weight).sum(1) / weight.sum(1), dim=1)
-
-    dense = embed(fresh())
-    print(sum(int(batch["attention_mask"].sum()) for batch in data), "calibration tokens")
-    print("| method |", " | ".join(ratios), "|\n|---" + "|---" * len(ratios) + "|")
-    for method in methods:
-        cells = []
-        for text in ratios:
-            model = fresh()
-            pattern = text if ":" in text else None
-            config = SparseConfig(
-                method=method,
-                sparse_ratio=0.5 if pattern else float(text),
-                pattern=pattern,
-                residual=method in ("par", "par_v2"),
-            )
-            _, seconds = timed(lambda: Compressor(model, config).compress(data))  # noqa: B023
-            cells.append(f"{float((embed(model) * dense).sum(1).mean()):.4f} ({seconds:.0f} s)")
-        print(f"| {method} |", " | ".join(cells), "|", flush=True)
-
-
 def main() -> None:
     """Read the command line and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--widths", type=int, nargs="*", default=[1024])
-    parser.add_argument("--minilm", action="store_true")
-    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=METHODS)
-    parser.add_argument("--ratios", nargs="*", default=["0.5", "0.6", "0.7", "2:4"], help="for --minilm")
-    parser.add_argument("--batches", type=int, default=5, help="calibration batches for --minilm")
     parser.add_argument("--threads", type=int, default=2)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    if given.minilm:
-        minilm(given.methods, given.ratios, given.batches)
-    else:
-        one_layer(given.widths)
+    one_layer(given.widths)
 
 
 if __name__ == "__main__":
