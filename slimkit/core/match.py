@@ -42,7 +42,8 @@ def match(names: Iterable[str], patterns: Sequence[str], *, whole_modules: bool 
         names: parameter or module names.
         patterns: a glob over the whole name ("*.dense.*"), a plain name, or "re:" and a bounded regular
             expression that must match the whole name.
-        whole_modules: a plain name also matches every name below it ("dense" matches "dense.weight").
+        whole_modules: a plain name also matches every name below it ("dense" matches "dense.weight", and
+            "gate_up_proj" matches "gate_up_proj[3]").
 
     Returns:
         The names that matched, by pattern and together.
@@ -75,8 +76,8 @@ def matcher(pattern: str, *, whole_modules: bool = False) -> Callable[[str], boo
     first, *rest = pattern.split("*")
     if not rest:
         if whole_modules:
-            prefix = pattern + "."
-            return lambda name: name == pattern or name.startswith(prefix)
+            below = (pattern + ".", pattern + "[")  # "[3]" stands for a part of a parameter
+            return lambda name: name == pattern or name.startswith(below)
         return lambda name: name == pattern
     *middle, last = [part for part in rest[:-1] if part] + [rest[-1]]
 

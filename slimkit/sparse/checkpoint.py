@@ -152,9 +152,9 @@ class CheckpointHost(TorchHost):
         self._own: dict[str, Any] = {}
         self.keeps_masks = False
 
-    def layers(self) -> tuple[dict[str, Any], dict[str, str]]:
+    def layers(self, dataset: Iterable[Any] | None = None) -> tuple[dict[str, Any], dict[str, str]]:
         """The layers inside the blocks; those outside are listed as left alone."""
-        found, skipped = super().layers()
+        found, skipped = super().layers()  # no weight is in memory that a batch could go through
         self._blocks = block_paths(self.model, {n: (n, None) for n in found})
         if not self._blocks:
             raise UnsupportedError(
@@ -186,12 +186,12 @@ class CheckpointHost(TorchHost):
                 continue
             block = self._load(path)
             dense = copy.deepcopy(block) if paired and inputs is not None else None
-            modules = {n: (n, bridge.get_module(self.model, n)) for n in mine}
+            modules = {n: (n, self._slots[n]) for n in mine}
             if inputs is None:
                 stage: Any = _Undata(mine)
             else:
                 found = trace_block(path, block, inputs, modules)
-                stage = BlockStage(path, block, dense, inputs, modules, found.feeds, found.repeated)
+                stage = BlockStage(path, block, dense, inputs, modules, found.feeds, found)
             stage.names = mine
             yield stage
             self._write(index, path, block, stage, inputs)

@@ -11,6 +11,7 @@ from typing import Any
 
 from slimkit import bridge
 from slimkit.core.errors import UnsupportedError
+from slimkit.sparse.reads import one_by_one
 from slimkit.sparse.residual import input_of
 
 import torch
@@ -36,7 +37,7 @@ def quiet(model: torch.nn.Module) -> Iterator[None]:
         if cache:
             config.use_cache = False  # a key-value cache would grow with every replay
         torch.backends.mha.set_fastpath_enabled(False)
-        with bridge.evaluating(model):
+        with bridge.evaluating(model), one_by_one(model):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)

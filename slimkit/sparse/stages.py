@@ -10,11 +10,13 @@ from typing import Any
 from slimkit import bridge
 from slimkit.core.errors import UnsupportedError
 from slimkit.sparse.inputs import BlockInputs, Enough, as_input, enough, quiet, send, valid_tokens
+from slimkit.sparse.reads import Reads
 from slimkit.sparse.residual import arriving, first_tensor, input_of, joints
+from slimkit.sparse.slots import Slot, inside
 
 import torch
 
-Modules = Mapping[str, tuple[str, torch.nn.Module]]  # path -> (layer it belongs to, module)
+Modules = Mapping[str, tuple[str, Slot]]  # path -> (layer it belongs to, where its weight lies)
 Seen = Callable[[str, torch.Tensor, torch.Tensor | None, torch.Tensor | None], None]
 
 
@@ -26,59 +28,94 @@ class Trace:
         feeds: layers in the order of their first call; those that always share one input together.
         repeated: layers that some batch calls more than once.
         chained: whether each block's first input is the output of the block before, in every batch.
+        order: for each batch, when each layer was called.
     """
 
     feeds: list[tuple[str, ...]] = field(default_factory=list)
     repeated: set[str] = field(default_factory=set)
     chained: bool = False
+    order: list[dict[str, int]] = field(default_factory=list)
+
+    def following(self, names: Sequence[str], among: Iterable[str]) -> str | None:
+        """The first of `among` that every batch calls, and after all of `names`; None when there is none."""
+        if self.repeated or any(all(n not in order for order in self.order) for n in names):
+            return None
+        latest = [max((order.get(n, -1) for n in names), default=-1) for order in self.order]
+        for name in among:
+            if name not in names and all(order.get(name, -1) > last for order, last in zip(self.order, latest)):
+                return name
+        return None
+
+
+@contextlib.contextmanager
+def watching(
+    model: torch.nn.Module,
+    slots: Mapping[str, Slot],
+    called: Callable[[str, Any, Any, Any], None],
+    read: Callable[[str, torch.Tensor], None],
+    valid: torch.Tensor | None = None,
+) -> Iterator[None]:
+    """In quiet, call ``called(path, args, kwargs, output)`` after each call of a layer, ``read(path, rows)`` for those
+    that are read without a call."""
+    modules = {p: s.owner(model) for p, s in slots.items() if not s.read}
+    reads = {p: s for p, s in slots.items() if s.read}
+
+    def each(paths: list[str], rows: torch.Tensor) -> None:
+        for path in paths:
+            read(path, rows)
+
+    with quiet(model), bridge.hooked(modules, called), contextlib.ExitStack() as stack:
+        if reads:
+            stack.enter_context(Reads(model, reads, each, valid))
+        yield
 
 
 def trace(model: torch.nn.Module, dataset: Iterable[Any], modules: Modules, blocks: Sequence[str] = ()) -> Trace:
     """Learn in which order layers are called, which share one input, and whether the blocks form a chain."""
     calls: dict[str, list[str]] = {}
+    kinds: dict[str, str] = {}
     found = Trace(chained=len(blocks) > 1)
     place = {b: i for i, b in enumerate(blocks)}
-    watched = {p: m for p, (_, m) in modules.items()} | {b: bridge.get_module(model, b) for b in blocks}
+    slots = {p: slot for p, (_, slot) in modules.items()}
+    for name, slot in modules.values():
+        kinds[name] = slot.kind
     for index, batch in enumerate(dataset):
         alive: list[Any] = []  # kept, so that an id stands for one tensor
         first: dict[int, str] = {}
-        called: set[str] = set()
+        order: dict[str, int] = {}
         outputs: dict[str, Any] = {}
 
-        def seen(path: str, args: Any, kwargs: Any, output: Any) -> None:
-            x = input_of(args, kwargs)
-            if path in place:
-                if path in outputs or (place[path] and x is not outputs.get(blocks[place[path] - 1])):  # noqa: B023
-                    found.chained = False
-                outputs[path] = first_tensor(output)  # noqa: B023
-                return
+        def note(path: str, x: Any) -> None:
             name = modules[path][0]
             alive.append(x)  # noqa: B023
-            if name in called:  # noqa: B023
+            if name in order:  # noqa: B023
                 found.repeated.add(name)
-            called.add(name)  # noqa: B023
+            order[name] = len(alive)  # noqa: B023
             calls.setdefault(name, []).append(f"{index}:{first.setdefault(id(x), name)}")  # noqa: B023
 
-        with quiet(model), bridge.hooked(watched, seen):
+        def passed(path: str, args: Any, kwargs: Any, output: Any) -> None:
+            x = input_of(args, kwargs)
+            if path in outputs or (place[path] and x is not outputs.get(blocks[place[path] - 1])):  # noqa: B023
+                found.chained = False
+            outputs[path] = first_tensor(output)  # noqa: B023
+
+        chain = {b: bridge.get_module(model, b) for b in blocks}
+        called = lambda path, args, kwargs, _output: note(path, input_of(args, kwargs))
+        with watching(model, slots, called, note), bridge.hooked(chain, passed):
             send(model, batch)
         found.chained = found.chained and len(outputs) == len(blocks)
+        found.order.append(order)
     shared: dict[tuple[str, ...], list[str]] = {}
     for name, steps in calls.items():
         # Convolutions unfold by their own geometry, so only matrix layers share moments.
-        alone = isinstance(bridge.get_module(model, name), torch.nn.Conv2d)
-        shared.setdefault((name if alone else "", *steps), []).append(name)
+        shared.setdefault((name if kinds[name] == "conv2d" else "", *steps), []).append(name)
     found.feeds = [tuple(names) for names in shared.values()]
     return found
 
 
 def trace_block(path: str, block: torch.nn.Module, inputs: BlockInputs, modules: Modules) -> Trace:
     """The same for one block that is fed from memory; `modules` carries whole paths."""
-    start = len(path) + 1
-    inner = {p[start:]: (name[start:], m) for p, (name, m) in modules.items()}
-    found = trace(block, [inputs.call(path, i) for i in range(len(inputs.valid))], inner)
-    found.feeds = [tuple(f"{path}.{n}" for n in feed) for feed in found.feeds]
-    found.repeated = {f"{path}.{n}" for n in found.repeated}
-    return found
+    return trace(block, [inputs.call(path, i) for i in range(len(inputs.valid))], inside(modules, path))
 
 
 class ModelStage:
@@ -88,9 +125,9 @@ class ModelStage:
         model: the model that becomes sparse.
         dense: its twin that stays dense, or None.
         dataset: batches.
-        modules: path -> (layer, module of `model`).
-        feeds: layers in the order they are called; those that share an input together.
-        repeated: layers that are called more than once in a forward.
+        modules: path in `model` -> (layer, where its weight lies).
+        feeds: its layers in the order they are called; those that share an input together.
+        traced: what a forward taught of the order of calls.
         whole: whether it is all of the model, and not what stands before or after its blocks.
 
     Attributes:
@@ -104,12 +141,12 @@ class ModelStage:
         dataset: Iterable[Any],
         modules: Modules,
         feeds: Sequence[tuple[str, ...]],
-        repeated: set[str],
+        traced: Trace,
         whole: bool = True,
     ) -> None:
         self.model, self.dense, self.dataset, self.modules = model, dense, dataset, modules
-        self._whole = whole
-        self.feeds, self.repeated = list(feeds), repeated
+        self._whole, self._traced = whole, traced
+        self.feeds = list(feeds)
         self.joined: dict[str, str] = {}
 
     def batches(self) -> Iterator[tuple[Any, Any, torch.Tensor | None]]:
@@ -151,12 +188,15 @@ class ModelStage:
         """Nothing follows a whole model."""
 
     def _following(self, names: Sequence[str], joined: Mapping[str, str]) -> str | None:
-        """The module at whose call a forward may end: the first layer called after all of `names` and their sums."""
-        if self.repeated or joined:
+        """The path at whose call a forward may end: what every batch calls after all of `names` and their sums."""
+        if joined:
             ends = set(joined.values())
-            return ends.pop() or None if len(names) == len(ends) == 1 and not self.repeated else None
-        last = max((i for i, feed in enumerate(self.feeds) if set(feed) & set(names)), default=-1)
-        return self.feeds[last + 1][0] if last + 1 < len(self.feeds) else None
+            return ends.pop() or None if len(names) == len(ends) == 1 and not self._traced.repeated else None
+        mine: dict[str, str] = {}
+        for path, (name, _) in self.modules.items():
+            mine.setdefault(name, path)
+        last = self._traced.following(names, (n for feed in self._traced.feeds for n in feed if n in mine))
+        return None if last is None else mine[last]
 
     def _watch(
         self,
@@ -168,41 +208,59 @@ class ModelStage:
         joined: Mapping[str, str],
         seen: Callable[[str, torch.Tensor, torch.Tensor | None], None],
     ) -> None:
-        wanted = {p: bridge.get_module(model, p) for p, (name, _) in self.modules.items() if name in set(names)}
+        asked = set(names)
+        wanted = {p: slot for p, (name, slot) in self.modules.items() if name in asked}
         waiting: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
-        def hook(path: str, args: Any, kwargs: Any, output: Any) -> None:
-            x = as_input(wanted[path], input_of(args, kwargs), valid)
+        def called(path: str, args: Any, kwargs: Any, output: Any) -> None:
+            x = as_input(wanted[path].owner(model), input_of(args, kwargs), valid)
             if path in joined:
                 waiting[path] = (x, output.detach())
             else:
                 seen(self.modules[path][0], x, None)
 
+        def read(path: str, rows: torch.Tensor) -> None:
+            if path == until:
+                raise Enough
+            seen(self.modules[path][0], rows, None)
+
         def arrived(place: str, total: Any) -> None:
             for path in [p for p in waiting if joined[p] == place]:
                 x, output = waiting.pop(path)
                 fits = isinstance(total, torch.Tensor) and total.shape == output.shape
-                rest = as_input(wanted[path], total.float() - output.float(), valid) if fits else None
+                rest = as_input(wanted[path].owner(model), total.float() - output.float(), valid) if fits else None
                 seen(self.modules[path][0], x, rest)
 
-        with quiet(model), bridge.hooked(wanted, hook), arriving(model, sorted(set(joined.values())), arrived):
+        last = self.modules.get(until) if until is not None else None
+        end = {until: last[1]} if until is not None and last is not None and last[1].read else {}
+        with (
+            contextlib.suppress(Enough),
+            watching(model, wanted | end, called, read, valid),
+            arriving(model, sorted(set(joined.values())), arrived),
             # After the hooks above: the forward may end where a sum arrives.
-            stop = bridge.get_module(model, until).register_forward_pre_hook(enough) if until else None
-            try:
-                with contextlib.suppress(Enough):
-                    send(model, batch)
-            finally:
-                if stop is not None:
-                    stop.remove()
+            _ending(model, until if not end else None),
+        ):
+            send(model, batch)
         for path, (x, _) in waiting.items():
             seen(self.modules[path][0], x, None)
+
+
+@contextlib.contextmanager
+def _ending(model: torch.nn.Module, until: str | None) -> Iterator[None]:
+    """End the forward when the module at that path is called."""
+    stop = bridge.get_module(model, until).register_forward_pre_hook(enough) if until else None
+    try:
+        yield
+    finally:
+        if stop is not None:
+            stop.remove()
 
 
 class BlockStage(ModelStage):
     """One block of a chain: it is fed from memory, so that no other part of the model runs.
 
     Args:
-        path: the block's path, with which the layers' paths begin.
+        path: the block's path, with which the paths of `modules` begin.
         inputs: what each batch gives the block; shared with the stages of the other blocks.
     """
 
@@ -214,21 +272,16 @@ class BlockStage(ModelStage):
         inputs: BlockInputs,
         modules: Modules,
         feeds: Sequence[tuple[str, ...]],
-        repeated: set[str],
+        traced: Trace,
     ) -> None:
-        start = len(path) + 1
-        inner = {p[start:]: (name[start:], m) for p, (name, m) in modules.items()}
-        short = [tuple(n[start:] for n in feed) for feed in feeds]
-        super().__init__(block, dense, (), inner, short, {n[start:] for n in repeated})
+        super().__init__(block, dense, (), inside(modules, path), feeds, traced)
         self.path, self.inputs = path, inputs
-        self.feeds = list(feeds)
-        self._short = short
 
     def join(self) -> None:
         """Find by one batch where outputs join the residual stream."""
         # Layers that share an input share its moments, and so can have no drift of their own.
-        single = [feed[0] for feed in self._short if len(feed) == 1]
-        alone = [name for name in single if not isinstance(bridge.get_module(self.model, name), torch.nn.Conv2d)]
+        single = {feed[0] for feed in self.feeds if len(feed) == 1}
+        alone = [p for p, (n, slot) in self.modules.items() if n in single and slot.kind != "conv2d" and not slot.read]
         if self.dense is not None and self.inputs.valid:
             with quiet(self.model):
                 self.joined = joints(self.model, lambda: send(self.model, self.inputs.call(self.path, 0)), alone)
@@ -238,12 +291,6 @@ class BlockStage(ModelStage):
         for index, valid in enumerate(self.inputs.valid):
             yield self.inputs.call(self.path, index), self.inputs.call(self.path, index, dense=True), valid
 
-    def replay(self, names: Sequence[str], seen: Seen) -> None:
-        """Send every batch through the block."""
-        start = len(self.path) + 1
-        full = {n[start:]: n for n in names}
-        super().replay(list(full), lambda name, x, dense, drift: seen(full[name], x, dense, drift))
-
     def advance(self) -> None:
         """The block's outputs become the next block's inputs."""
         for index in range(len(self.inputs.valid)):
@@ -252,10 +299,3 @@ class BlockStage(ModelStage):
                     with quiet(model):
                         out = first_tensor(send(model, self.inputs.call(self.path, index, dense=dense)))
                     self.inputs.put(index, out, dense=dense)
-
-    def _following(self, names: Sequence[str], joined: Mapping[str, str]) -> str | None:
-        whole, self.feeds = self.feeds, self._short
-        try:
-            return super()._following(names, joined)
-        finally:
-            self.feeds = whole

@@ -9,7 +9,7 @@ from typing import Any
 
 from slimkit import bridge
 from slimkit.core.sparse.masks import demand_masks
-from slimkit.sparse.host import kind_of
+from slimkit.sparse.slots import Slot, slots_of
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook  # torch.optim itself hides this module
@@ -22,17 +22,19 @@ class FrozenZeros:
         masks: layer name -> boolean tensor, True where the entry may change.
     """
 
-    def __init__(self, layers: Mapping[str, torch.nn.Module], masks: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, model: torch.nn.Module, layers: Mapping[str, Slot], masks: Mapping[str, torch.Tensor]) -> None:
         self.masks = dict(masks)
-        self._pairs = [(layers[name].weight, ~mask) for name, mask in masks.items()]
+        self._pairs: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
         self._handles: list[Any] = []
-        for index, (weight, _) in enumerate(self._pairs):
+        for index, (slot, drop) in enumerate(_drops(model, layers, masks)):
+            weight = slot.owner(model)._parameters[slot.key]
+            assert weight is not None  # slots are made from parameters that are there
+            self._pairs.append((weight, drop))
             if weight.requires_grad:
                 # Gradients too: an optimizer's moments would otherwise remember what the zeros wanted to become.
                 self._handles.append(weight.register_hook(partial(_masked, self._pairs, index)))
-        for index, name in enumerate(masks):
             # The hook holds this handle, so the zeros stay for as long as the layer lives.
-            self._handles.append(layers[name].register_forward_pre_hook(partial(_before_forward, self, index)))
+            self._handles.append(slot.caller(model).register_forward_pre_hook(partial(_before_forward, self, index)))
         self._handles.append(register_optimizer_step_post_hook(partial(_after_step, weakref.ref(self))))
         self.apply()
 
@@ -64,6 +66,21 @@ class FrozenZeros:
         self.remove()
 
 
+def _drops(
+    model: torch.nn.Module, layers: Mapping[str, Slot], masks: Mapping[str, torch.Tensor]
+) -> list[tuple[Slot, torch.Tensor]]:
+    """For each parameter a slot of it, and which of its entries the masks of its parts drop."""
+    found: dict[tuple[str, str], tuple[Slot, torch.Tensor]] = {}
+    for name, mask in masks.items():
+        slot = layers[name]
+        if (slot.module, slot.key) not in found:
+            whole = slot.owner(model)._parameters[slot.key]
+            found[slot.module, slot.key] = slot, torch.zeros_like(whole, dtype=torch.bool, requires_grad=False)
+        drop = found[slot.module, slot.key][1]
+        (drop if slot.index is None else drop[slot.index]).copy_(~mask)
+    return list(found.values())
+
+
 def _masked(pairs: list[tuple[torch.Tensor, torch.Tensor]], index: int, grad: torch.Tensor) -> torch.Tensor:
     return grad.masked_fill(pairs[index][1].to(grad.device), 0)
 
@@ -90,7 +107,8 @@ def freeze_zeros(
         model: a sparse model.
         masks: layer name -> boolean array, True where the weight may change, as `Compressor.masks` gives it; None
             takes every entry that is exactly zero now.
-        targets: globs (or "re:...") of layers; None takes every Linear, Conv1D and Conv2d that has zeros.
+        targets: globs (or "re:...") of layers; None takes every layer that `Compressor` can make sparse and that has
+            zeros.
 
     Returns:
         A handle with `remove()` and `apply()`, usable as a context manager.
@@ -106,18 +124,19 @@ def freeze_zeros(
         [[False, True]]
     """
     bridge.check_model(model)
-    layers = {
-        name: module
-        for name, module in model.named_modules()
-        if kind_of(module) is not None and isinstance(module._parameters.get("weight"), torch.nn.Parameter)
-    }
-    shapes = {name: tuple(module.weight.shape) for name, module in layers.items()}
+    slots, places = {}, set()
+    for name, slot in slots_of(model):
+        place = id(slot.owner(model)), slot.key, str(slot.index)
+        if place not in places and isinstance(slot.owner(model)._parameters.get(slot.key), torch.nn.Parameter):
+            places.add(place)
+            slots[name] = slot
+    shapes = {name: tuple(slot.weight(model).shape) for name, slot in slots.items()}
     if masks is None:
         names = demand_masks(shapes, None, targets)
-        found = {n: layers[n].weight.detach() != 0 for n in names}
+        found = {n: slots[n].weight(model) != 0 for n in names}
         found = {n: m for n, m in found.items() if not bool(m.all())}
         demand_masks(shapes, found, None)
     else:
         names = demand_masks(shapes, masks, targets)
-        found = {n: torch.as_tensor(masks[n], device=layers[n].weight.device).bool() for n in names}
-    return FrozenZeros({n: layers[n] for n in found}, found)
+        found = {n: torch.as_tensor(masks[n], device=slots[n].weight(model).device).bool() for n in names}
+    return FrozenZeros(model, slots, found)

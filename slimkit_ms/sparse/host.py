@@ -26,7 +26,7 @@ class MindSporeHost:
         self.model = model
         self.keeps_masks = True
 
-    def layers(self) -> tuple[dict[str, Layer], dict[str, str]]:
+    def layers(self, dataset: Iterable[Any] | None = None) -> tuple[dict[str, Layer], dict[str, str]]:
         """Every Dense and Conv2d by name, and those that cannot be sparse with the reason."""
         found: dict[str, Layer] = {}
         skipped: dict[str, str] = {}

@@ -23,7 +23,6 @@ EXCEPTIONS: dict[tuple[str, str], str] = {
     ("LoRADense", "compute_dtype"): _DTYPE,
     ("LowRankAdapterDense", "compute_dtype"): _DTYPE,
     ("LowRankAdapterLayer", "compute_dtype"): _DTYPE,
-    ("FrozenZeros", "model"): "the handle, made by freeze_zeros, must forget the cell's compiled graphs",
 }
 
 

@@ -92,10 +92,10 @@ def compress(
         The report (plain JSON values) and the masks (layer -> boolean array, True where the weight stays).
     """
     began = time.perf_counter()
-    layers, skipped = host.layers()
-    names, unmatched = select(layers, skipped, config)
     if config.needs_data:
         batches.dataset(dataset)
+    layers, skipped = host.layers(dataset if config.needs_data else None)
+    names, unmatched = select(layers, skipped, config)
     restore = host.snapshot(names)
     try:
         if config.uniform:

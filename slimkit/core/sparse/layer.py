@@ -26,6 +26,8 @@ class Layer:
         dilation: (vertical, horizontal) spacing of a convolution.
         has_bias: whether a bias is added to its output.
         aliases: other paths with the same weight.
+        family: what its siblings have in common that are fed by the same call and never by each other, such as the
+            experts of one parameter; empty without siblings.
     """
 
     name: str
@@ -36,6 +38,7 @@ class Layer:
     dilation: tuple[int, int] = (1, 1)
     has_bias: bool = False
     aliases: tuple[str, ...] = ()
+    family: str = ""
 
     @property
     def n_out(self) -> int:

@@ -51,8 +51,8 @@ class Host(Protocol):
     def settled(self, name: str, row: dict[str, Any]) -> None:
         """Learn that a layer is done, and its row of the report."""
 
-    def layers(self) -> tuple[dict[str, Layer], dict[str, str]]:
-        """Every layer that can be sparse by name, and those that cannot with the reason."""
+    def layers(self, dataset: Iterable[Any] | None = None) -> tuple[dict[str, Layer], dict[str, str]]:
+        """Every layer that can be sparse by name, and those that cannot with the reason; batches may help to tell."""
 
     def weight(self, name: str) -> Array:
         """The layer's weight as an array."""
@@ -148,8 +148,8 @@ class Walk:
             if self._config.residual:
                 stage.join()
             if self._config.sequential:
-                for feed in stage.feeds:
-                    yield stage, [feed]
+                for feeds in steps(stage.feeds, self._layers, 2 if self._config.paired else 1):
+                    yield stage, feeds
             elif stage.feeds:
                 yield stage, list(stage.feeds)
             for name in getattr(stage, "names", ()):
@@ -166,6 +166,43 @@ class Walk:
             for name in feed:
                 shared.layer = self._layers[name]
                 self._settle(name, shared)
+
+
+def steps(
+    feeds: Sequence[tuple[str, ...]], layers: Mapping[str, Layer], matrices: int = 1
+) -> list[list[tuple[str, ...]]]:
+    """The feeds that are calibrated in one pass: siblings of a family together, every other feed alone.
+
+    Siblings never feed each other, and a hundred experts would need a hundred passes. Their moments are in memory at
+    once, so no more of them go together than take the room of the family's weights.
+
+    Args:
+        feeds: layers in the order they are called; those that share one input together.
+        layers: the layers by name.
+        matrices: second moments kept for each feed.
+
+    Returns:
+        The same feeds in groups, in the order of each group's first.
+
+    Example:
+        >>> layers = {n: Layer(n, "linear", (8, 4), family=n[0]) for n in ("a0", "b0", "a1", "b1")}
+        >>> steps([("a0",), ("b0",), ("a1",), ("b1",)], layers)
+        [[('a0',), ('a1',)], [('b0',), ('b1',)]]
+    """
+    room: dict[str, int] = {}
+    for layer in layers.values():
+        room[layer.family] = room.get(layer.family, 0) + layer.size
+    found: list[list[tuple[str, ...]]] = []
+    latest: dict[str, list[tuple[str, ...]]] = {}
+    for feed in feeds:
+        first = layers[feed[0]]
+        group = latest.get(first.family) if first.family else None
+        if group is not None and (len(group) + 1) * matrices * first.n_in**2 <= room[first.family]:
+            group.append(feed)
+        else:
+            latest[first.family] = [feed]
+            found.append(latest[first.family])
+    return found
 
 
 def _over_processes(host: Host, moments: Moments) -> None:

@@ -1,0 +1,176 @@
+"""Where the weight of each layer lies in a torch model: in a module of its own, or as a part of another's parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from slimkit import bridge
+from slimkit.core.sparse.layer import Layer
+
+import torch
+
+PARTS = ("query", "key", "value")
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where the weight and the bias of a layer lie.
+
+    Args:
+        module: path of the module that holds the parameters.
+        kind: the core's word for the layer.
+        key: the weight's name in that module.
+        index: None for the whole parameter, a number for one expert of it, a slice for some of its rows.
+        bias_key: the bias's name in that module, None without bias.
+        bias_index: the same for the bias.
+        read: the weight is read without a call of the module, so only products with it tell its inputs.
+        learn: the layout was guessed; inputs would tell.
+    """
+
+    module: str
+    kind: str
+    key: str = "weight"
+    index: int | slice | None = None
+    bias_key: str | None = "bias"
+    bias_index: int | slice | None = None
+    read: bool = False
+    learn: bool = False
+
+    def owner(self, model: torch.nn.Module) -> torch.nn.Module:
+        """The module that holds the parameters."""
+        return bridge.get_module(model, self.module)
+
+    def caller(self, model: torch.nn.Module) -> torch.nn.Module:
+        """The module whose call uses the weight: attention reads the weight of its output layer itself."""
+        child = self.read and self.key == "weight" and self.index is None
+        return bridge.get_module(model, self.module.rpartition(".")[0] if child else self.module)
+
+    def weight(self, model: torch.nn.Module) -> torch.Tensor:
+        """The layer's weight, detached: a view of the parameter."""
+        parameter = self.owner(model)._parameters[self.key]
+        assert parameter is not None  # slots are made from parameters that are there
+        return parameter.detach() if self.index is None else parameter.detach()[self.index]
+
+    def bias(self, model: torch.nn.Module) -> torch.Tensor | None:
+        """The layer's bias, detached, or None."""
+        parameter = self.owner(model)._parameters.get(self.bias_key) if self.bias_key else None
+        if parameter is None:
+            return None
+        return parameter.detach() if self.bias_index is None else parameter.detach()[self.bias_index]
+
+    def inside(self, path: str) -> Slot:
+        """The same slot seen from the module at `path`."""
+        return replace(self, module=self.module[len(path) + 1 :])
+
+    def layer(self, name: str, model: torch.nn.Module) -> Layer:
+        """What the core is told of it."""
+        module, shape = self.owner(model), tuple(self.weight(model).shape)
+        has_bias = self.bias(model) is not None
+        if self.kind == "conv2d":
+            stride, dilation = tuple(module.stride), tuple(module.dilation)
+            return Layer(name, self.kind, shape, module.groups, stride, dilation, has_bias)
+        family = f"{self.module}.{self.key}" if isinstance(self.index, int) else ""
+        return Layer(name, self.kind, shape, has_bias=has_bias, family=family)
+
+
+def kind_of(module: torch.nn.Module) -> str | None:
+    """The core's word for a module that can be sparse, or None."""
+    if isinstance(module, torch.nn.Linear):
+        return "linear"
+    if isinstance(module, torch.nn.Conv2d):
+        return "conv2d"
+    # By name: importing transformers to look at a class would cost seconds.
+    if type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers."):
+        return "conv1d"
+    return None
+
+
+def slots_of(model: torch.nn.Module) -> Iterator[tuple[str, Slot]]:
+    """Every place of a weight that could be sparse by the layer's name, in the model's order; shared ones come again.
+
+    The layers are Linear, Hugging Face's Conv1D, Conv2d, the query, key and value parts of an attention's fused input
+    projection ("attn.in_proj_weight[query]"), and each expert of a parameter with three axes
+    ("experts.gate_up_proj[3]").
+    """
+    read = {id(m.out_proj) for m in model.modules() if isinstance(m, torch.nn.MultiheadAttention)}
+    for path, module in model.named_modules(remove_duplicate=False):
+        kind = kind_of(module)
+        if kind is not None:
+            yield path, Slot(path, kind, read=id(module) in read)
+        elif isinstance(module, torch.nn.MultiheadAttention):
+            yield from _projections(path, module)
+        else:
+            yield from _experts(path, module)
+
+
+def _projections(path: str, module: torch.nn.MultiheadAttention) -> Iterator[tuple[str, Slot]]:
+    stem = f"{path}." if path else ""
+    bias = "in_proj_bias" if module.in_proj_bias is not None else None
+    for i, part in enumerate(PARTS):
+        rows = slice(i * module.embed_dim, (i + 1) * module.embed_dim)
+        own = f"{part[0]}_proj_weight"
+        if module._parameters.get(own) is not None:
+            yield f"{stem}{own}", Slot(path, "linear", own, None, bias, rows, read=True)
+        elif module._parameters.get("in_proj_weight") is not None:
+            slot = Slot(path, "linear", "in_proj_weight", rows, bias, rows, read=True)
+            yield f"{stem}in_proj_weight[{part}]", slot
+
+
+def _experts(path: str, module: torch.nn.Module) -> Iterator[tuple[str, Slot]]:
+    """One slot for each expert of the parameters with three axes of a module that says that it has experts."""
+    if type(module).__module__.startswith("torch."):
+        return
+    stem = f"{path}." if path else ""
+    counts = {v for k, v in vars(module).items() if "expert" in k and type(v) is int}
+    named = "expert" in type(module).__name__.lower()
+    transposed = getattr(module, "is_transposed", None)  # transformers' word for (experts, in, out)
+    for key, parameter in module._parameters.items():
+        if parameter is None or parameter.ndim != 3 or min(parameter.shape) < 2:
+            continue
+        if not named and parameter.shape[0] not in counts:
+            continue
+        bias = f"{key}_bias" if module._parameters.get(f"{key}_bias") is not None else None
+        kind = "conv1d" if transposed else "linear"
+        for i in range(parameter.shape[0]):
+            slot = Slot(path, kind, key, i, bias, i, read=True, learn=not isinstance(transposed, bool))
+            yield f"{stem}{key}[{i}]", slot
+
+
+def described(model: torch.nn.Module, with_meta: bool) -> tuple[dict[str, Layer], dict[str, Slot], dict[str, str]]:
+    """The layers that can be sparse, the slots by path, and what cannot be sparse with the reason.
+
+    Args:
+        model: the model.
+        with_meta: take weights on the meta device too, because they will be loaded.
+    """
+    found: dict[str, Layer] = {}
+    slots: dict[str, Slot] = {}
+    skipped: dict[str, str] = {}
+    owner: dict[tuple[int, str], str] = {}
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, (torch.nn.Embedding, torch.nn.EmbeddingBag))}
+    for name, slot in slots_of(model):
+        weight = slot.owner(model)._parameters.get(slot.key)
+        place = id(weight), str(slot.index)
+        if weight is None:
+            skipped[name] = "its weight is computed, not a parameter"
+        elif not weight.is_floating_point():
+            skipped[name] = f"its weight is {weight.dtype}, which has no linear algebra"
+        elif weight.device.type == "meta" and not with_meta:
+            skipped[name] = "its weight is on the meta device"
+        elif id(weight) in tables:
+            skipped[name] = "its weight is tied to an embedding"
+        elif place in owner:
+            first = found[owner[place]]
+            found[first.name] = replace(first, aliases=(*first.aliases, name))
+            slots[name] = slot
+        else:
+            owner[place] = name
+            found[name], slots[name] = slot.layer(name, model), slot
+    return found, slots, skipped
+
+
+def inside(modules: Mapping[str, tuple[str, Slot]], path: str) -> dict[str, tuple[str, Slot]]:
+    """Those of the slots that lie in the module at `path`, with paths as seen from there."""
+    start = len(path) + 1
+    return {p[start:]: (name, s.inside(path)) for p, (name, s) in modules.items() if p.startswith(path + ".")}
