@@ -25,6 +25,7 @@ from slimkit.core.sparse.eta import Progress
 from slimkit.core.sparse.walk import Stage
 from slimkit.sparse.host import TorchHost, block_paths
 from slimkit.sparse.inputs import BlockInputs, Bound, valid_tokens
+from slimkit.sparse.layouts import Layouts
 from slimkit.sparse.stages import BlockStage, trace_block
 
 import torch
@@ -148,6 +149,7 @@ class CheckpointHost(TorchHost):
     ) -> None:
         super().__init__(_empty_model(source))
         self._state, self._places, self._names = state, places, names
+        self._layouts = Layouts(self.model)
         self._blocks: list[str] = []
         self._own: dict[str, Any] = {}
         self.keeps_masks = False
@@ -216,32 +218,50 @@ class CheckpointHost(TorchHost):
             done += 1
         return done
 
-    def _key(self, name: str) -> str:
-        if self._names is not None:
-            name = self._names(name)
+    def _find(self, name: str) -> str | None:
+        """The tensor of the files that a name stands for, with the base model's prefix added or left out."""
         prefix = getattr(self.model, "base_model_prefix", "") + "."
         for key in (name, name.removeprefix(prefix), prefix + name):
             for old, new in (("", ""), (".weight", ".gamma"), (".bias", ".beta")):
                 if key.endswith(old) and key.removesuffix(old) + new in self._places:
                     return key.removesuffix(old) + new
-        raise UnsupportedError(
-            f"src must hold a tensor for {name!r}, under this name or with the prefix {prefix!r} added or left out; "
-            "pass `names` for files that name it otherwise."
-        )
+        return None
+
+    def _keys(self, name: str) -> list[str]:
+        """The tensors of the files that make up a parameter: one, unless experts lie in the files one by one."""
+        if self._names is not None:
+            name = self._names(name)
+        whole = self._find(name)
+        if whole is not None:
+            return [whole]
+        pieces = self._layouts.split(name, self.model.get_parameter(name).to("meta")) if self._names is None else {}
+        found = [self._find(piece) for piece in pieces]
+        if not found or None in found:
+            raise UnsupportedError(
+                f"src must hold a tensor for {name!r}, under this name or with the base model's prefix added or left "
+                "out; pass `names` for files that name it otherwise."
+            )
+        return [key for key in found if key is not None]
 
     def _read(self, parameters: Iterable[str]) -> dict[str, torch.Tensor]:
-        # Plain reads: a mapped shard would stay in memory, page by page, for as long as it is open.
         values: dict[str, torch.Tensor] = {}
         for name in parameters:
-            place = self._places[self._key(name)]
-            if place.dtype not in DTYPES:
-                raise UnsupportedError(f"src must hold floating tensors; {name!r} is {place.dtype}.")
-            data = bytearray(place.stop - place.start)
-            with open(place.file, "rb") as handle:
-                handle.seek(place.start)
-                handle.readinto(data)
-            values[name] = torch.frombuffer(data, dtype=DTYPES[place.dtype]).reshape(place.shape)
+            pieces = {key: self._tensor(name, self._places[key]) for key in self._keys(name)}
+            values[name] = next(iter(pieces.values())) if self._is_whole(name) else self._layouts.join(pieces)
         return values
+
+    def _is_whole(self, name: str) -> bool:
+        return self._names is not None or self._find(name) is not None
+
+    def _tensor(self, name: str, place: shards.Place) -> torch.Tensor:
+        # A plain read: a mapped shard would stay in memory, page by page, for as long as it is open.
+        if place.dtype not in DTYPES:
+            raise UnsupportedError(f"src must hold floating tensors; {name!r} is {place.dtype}.")
+        data = bytearray(place.stop - place.start)
+        with open(place.file, "rb") as handle:
+            handle.seek(place.start)
+            handle.readinto(data)
+        return torch.frombuffer(data, dtype=DTYPES[place.dtype]).reshape(place.shape)
 
     def _load(self, path: str) -> torch.nn.Module:
         block = bridge.get_module(self.model, path)
@@ -269,7 +289,7 @@ class CheckpointHost(TorchHost):
         early = []
         for name in outside:
             with contextlib.suppress(UnsupportedError):  # a fresh head has no weights, and runs after the blocks
-                self._key(name)
+                self._keys(name)
                 early.append(name)
         self.model.load_state_dict(self._read(early), strict=False, assign=True)
         self._load(self._blocks[0])
@@ -287,14 +307,22 @@ class CheckpointHost(TorchHost):
         )
         return inputs
 
+    def _parameters(self, names: Sequence[str]) -> list[str]:
+        """The parameters that hold the weights and biases of layers, each once."""
+        found: dict[str, None] = {}
+        for slot in (self._slots[name] for name in names):
+            own = slot.owner(self.model)._parameters
+            found |= {
+                f"{slot.module}.{key}": None for key in (slot.key, slot.bias_key) if key and own.get(key) is not None
+            }
+        return list(found)
+
     def _write(self, index: int, path: str, block: torch.nn.Module, stage: Any, inputs: BlockInputs | None) -> None:
-        changed = {}
-        for name in stage.names:
-            module = bridge.get_module(self.model, name)
-            for part in ("weight", "bias"):
-                value = getattr(module, part)
-                if value is not None:
-                    changed[self._key(f"{name}.{part}")] = value.detach().contiguous()
+        changed: dict[str, torch.Tensor] = {}
+        for name in self._parameters(stage.names):
+            value = self.model.get_parameter(name).detach()
+            pieces = [value] if self._is_whole(name) else self._layouts.split(name, value).values()
+            changed |= {key: piece.contiguous() for key, piece in zip(self._keys(name), pieces)}
         with files.atomic_file(self._state / f"block-{index:05d}.safetensors") as handle:
             _save(handle, changed)
         if inputs is not None:

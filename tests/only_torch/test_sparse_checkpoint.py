@@ -47,6 +47,14 @@ def build(family):
         return hf.Qwen3ForCausalLM(hf.Qwen3Config(num_key_value_heads=2, head_dim=8, **SMALL))
     if family == "mistral":
         return hf.MistralForCausalLM(hf.MistralConfig(num_key_value_heads=2, **SMALL))
+    if family == "mixtral":  # its files hold every expert by itself, under older names
+        return hf.MixtralForCausalLM(
+            hf.MixtralConfig(num_key_value_heads=2, num_local_experts=3, num_experts_per_tok=2, **SMALL)
+        )
+    if family == "gpt_oss":  # (in, out), with biases
+        return hf.GptOssForCausalLM(
+            hf.GptOssConfig(num_key_value_heads=2, head_dim=8, num_local_experts=3, num_experts_per_tok=2, **SMALL)
+        )
     if family == "bert":
         return hf.BertModel(hf.BertConfig(**SMALL))
     if family == "opt":
@@ -92,7 +100,7 @@ def tree(folder):
     }
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "gpt2", "opt", "bert"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "gpt2", "opt", "bert", "mixtral", "gpt_oss"])
 def test_block_by_block_equals_the_whole_model(family, source, data, tmp_path):
     from slimkit.sparse import Compressor, sparsify_checkpoint
 

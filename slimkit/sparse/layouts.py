@@ -1,0 +1,56 @@
+"""How files hold tensors that transformers puts together when it loads them: experts one by one, older names."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any
+
+import torch
+
+
+class Layouts:
+    """The conversions of one model between its parameters and the tensors of its files.
+
+    Before version 5 transformers had none, and its parameters are what files hold.
+
+    Args:
+        model: a model of transformers; its weights may be on the meta device.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._model = model
+        try:
+            from transformers import conversion_mapping, core_model_loading
+        except ImportError:
+            self._loading: Any = None
+            return
+        self._loading = core_model_loading
+        # A prefix that some files carry is looked for where tensors are looked for.
+        self._conversions = [
+            c
+            for c in conversion_mapping.get_model_conversion_mapping(model, add_legacy=False)
+            if not isinstance(c, core_model_loading.PrefixChange)
+        ]
+
+    def split(self, name: str, value: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What files hold of a parameter: names and tensors; a tensor on the meta device gives meta tensors."""
+        if self._loading is None or not self._conversions:
+            return {name: value}
+        return dict(self._loading.revert_weight_conversion(self._model, {name: value}))
+
+    def join(self, pieces: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The parameter again from all its pieces, in the order that `split` gave them."""
+        kinds = self._loading.WeightConverter
+        renamings = [c for c in self._conversions if not isinstance(c, kinds)]
+        converters = [c for c in self._conversions if isinstance(c, kinds)]
+        by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
+        whole: Any = None
+        renamed = ""
+        for key, tensor in pieces.items():
+            renamed, pattern = self._loading.rename_source_key(key, renamings, converters)
+            if pattern is None:
+                return tensor  # only its name differs
+            whole = whole or deepcopy(by_pattern[pattern])
+            whole.add_tensor(renamed, key, pattern, tensor)
+        (value,) = whole.convert(renamed, model=self._model, config=self._model.config).values()
+        return value[0] if isinstance(value, list) else value
