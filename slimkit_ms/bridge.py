@@ -118,32 +118,30 @@ def parameter_entries(model: nn.Cell) -> list[tuple[ms.Parameter, Entry]]:
 
     The running statistics of a norm are parameters here and never train.
     """
-    order: list[tuple[ms.Parameter, str]] = []
-    shared: dict[int, list[str]] = {}
+    entries: list[tuple[ms.Parameter, Entry]] = []
+    place: dict[int, int] = {}
+    dtypes: dict[int, tuple[bool, Any]] = {}
     for prefix, cell in model.cells_and_names():
         stem = f"{prefix}." if prefix else ""
         for key, parameter in cell._params.items():
             if parameter is None:
                 continue
-            names = shared.setdefault(id(parameter), [])
-            if not names:
-                order.append((parameter, key))
-            names.append(stem + key)
-    entries = []
-    trainable: dict[int, bool] = {}
-    seen: list[Any] = []
-    for parameter, key in order:
-        # Each of these is a call into the framework, and there may be ten thousand parameters: every one is made once,
-        # on the record that needs no waiting for the device, and a dtype is compared by identity first.
-        info, dtype = parameter._param_info, parameter.dtype
-        may_train = trainable.get(id(dtype))
-        if may_train is None:
-            may_train = trainable[id(dtype)] = dtype in _TRAINABLE
-            seen.append(dtype)  # kept alive, so that no other dtype takes its identity
-        names, name = shared[id(parameter)], info.name
-        every = tuple(names) if name in names else (*names, name)
-        entry = Entry(every, parameter.size, info.requires_grad, may_train and key not in STATISTICS)
-        entries.append((parameter, entry))
+            path, at = stem + key, place.get(id(parameter))
+            if at is not None:
+                entry = entries[at][1]
+                if path not in entry.names:
+                    entries[at] = parameter, entry._replace(names=(*entry.names, path))
+                continue
+            place[id(parameter)] = len(entries)
+            # Each of these is a call into the framework, and there may be ten thousand parameters: every one is made
+            # once, on the record that needs no waiting for the device, and a dtype is compared by identity first.
+            info, dtype = parameter._param_info, parameter.dtype
+            name, known = info.name, dtypes.get(id(dtype))
+            if known is None:  # the dtype is kept alive, so that no other takes its identity
+                known = dtypes[id(dtype)] = dtype in _TRAINABLE, dtype
+            may_train = known[0] and key not in STATISTICS
+            names = (path,) if path == name else (path, name)
+            entries.append((parameter, Entry(names, parameter.size, info.requires_grad, may_train)))
     return entries
 
 

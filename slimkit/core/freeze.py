@@ -210,7 +210,7 @@ def _decide(
     entries: Sequence[Entry], before: Sequence[bool], include: list[str], exclude: list[str], *, strict: bool
 ) -> tuple[list[bool], FreezeReport]:
     frozen, trained = _match_entries(entries, include), _match_entries(entries, exclude)
-    if strict:
+    if strict and (frozen.unmatched or trained.unmatched):
         every = [name for entry in entries for name in entry.names]
         demand(frozen, every, "include")
         demand(trained, every, "exclude")
@@ -232,7 +232,10 @@ def _decide(
 
 def _match_entries(entries: Sequence[Entry], patterns: Sequence[str]) -> Matches:
     """Match every name of every parameter; what was found comes back under the first name of each."""
-    found = match([name for entry in entries for name in entry.names], patterns, whole_modules=True)
+    every = [name for entry in entries for name in entry.names]
+    found = match(every, patterns, whole_modules=True)
+    if len(every) == len(entries):
+        return found
     hit = set(found.names)
     names = tuple(entry.names[0] for entry in entries if not hit.isdisjoint(entry.names))
     return Matches(names=names, by_pattern=found.by_pattern, unmatched=found.unmatched)
