@@ -244,7 +244,7 @@ class Trainer(TrainerLoop):
             "scaler": None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict(),
             "random": {"torch": torch.get_rng_state(), "python": random.getstate(), "numpy": np.random.get_state()},
         }
-        if torch.accelerator.is_available():
+        if self.accelerator.device.type != "cpu":
             module = torch.get_device_module(self.accelerator.device)
             state["random"]["device"] = module.get_rng_state()
         packed = packing.pack(state, keep)
@@ -265,7 +265,7 @@ class Trainer(TrainerLoop):
         torch.set_rng_state(found["random"]["torch"])
         random.setstate(found["random"]["python"])
         np.random.set_state(found["random"]["numpy"])
-        if "device" in found["random"] and torch.accelerator.is_available():
+        if "device" in found["random"] and self.accelerator.device.type != "cpu":
             torch.get_device_module(self.accelerator.device).set_rng_state(found["random"]["device"])
 
     def _load_model(self, folder: Path, state: dict[str, Any]) -> None:

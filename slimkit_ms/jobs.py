@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,15 @@ from slimkit.core import files
 from slimkit.core.errors import ConfigError
 from slimkit.core.jobs import folders
 from slimkit.core.jobs.data import DataPlace, ModelPlace
+from slimkit.core.jobs.device import parse_device
+from slimkit.core.jobs.training import TrainingPlan
 from slimkit.core.jobs.wing import Jobs, Opened
 from slimkit.core.run.measurement import Measurement
 from slimkit.core.sparse.layer import Layer
-from slimkit_ms import bridge
+from slimkit_ms import bridge, train
 from slimkit_ms.measurement import measure_model
 from slimkit_ms.sparse.host import MindSporeHost
+from slimkit_ms.stages import MindSporeWing
 
 import mindspore as ms
 from mindspore import nn
@@ -32,11 +36,12 @@ class MindSporeJobs(Jobs):
 
     slim = slimkit_ms
     formats = ("onnx", "mindir")
+    class_dtype = "int32"
 
-    def __init__(self) -> None:
-        if ms.get_context("device_target") == "CPU":
-            # Calibration runs operator by operator; on a CPU, waiting for each is ten times as fast as queueing them.
-            ms.runtime.launch_blocking()
+    def __init__(self, device: str | None = None) -> None:
+        if device is not None:
+            _set_device(device)
+        self.stages = MindSporeWing()
 
     def open(self, place: ModelPlace, delta: Path | None = None) -> Opened:
         if place.factory is None:
@@ -76,6 +81,32 @@ class MindSporeJobs(Jobs):
         self.slim.save_checkpoint(opened.model, folder / _WEIGHTS)
         return "weights"
 
+    @contextlib.contextmanager
+    def seeded(self, seed: int) -> Iterator[None]:
+        self.stages.seed(seed)
+        yield
+
+    @contextlib.contextmanager
+    def evaluating(self, model: nn.Cell) -> Iterator[None]:
+        with bridge.pynative(), bridge.evaluating(model):
+            yield
+
+    def train(
+        self,
+        model: nn.Cell,
+        samples: Any,
+        plan: TrainingPlan,
+        loss: Callable[[Any, Any], Any],
+        callbacks: list[Any],
+        how: Mapping[str, Any],
+    ) -> train.Trainer:
+        wanted = model.trainable_params()
+        optimizer = ms.experimental.optim.AdamW(wanted, lr=plan.learning_rate, weight_decay=plan.weight_decay)
+        trainer = train.Trainer(model, optimizer=optimizer, compute_loss=loss, callbacks=callbacks)
+        with bridge.pynative():
+            trainer.train(samples, **how)
+        return trainer
+
     def parameters(self, model: nn.Cell) -> int:
         return sum(p.size for p, paths in bridge.parameter_paths(model) if bridge.is_weight(p, paths[0]))
 
@@ -95,6 +126,21 @@ class MindSporeJobs(Jobs):
         if format == "mindir":
             return self.slim.export_mindir(opened.model, given, out, tolerance=settings["tolerance"]).to_dict()
         return self.slim.export_onnx(opened.model, given, out, **settings).to_dict()
+
+
+def _set_device(name: str) -> None:
+    """Compute on the device that a command line names, in MindSpore's words."""
+    kind, number = parse_device(name)
+    target = {"cpu": "CPU", "cuda": "GPU", "npu": "Ascend"}[kind]
+    try:
+        if kind == "cpu":
+            ms.set_device(target)
+        else:
+            ms.set_device(target, number)
+        ms.Tensor(np.ones(1, np.float32)) + 1  # a device that is not there is refused at its first use
+    except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"--device {name}: MindSpore finds no {target} device here: {reason}") from None
 
 
 def _positional(inputs: Any) -> tuple[Any, ...]:

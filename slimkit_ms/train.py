@@ -152,12 +152,16 @@ class Trainer(TrainerLoop):
 
     def _set_rate(self, step: int) -> None:
         rate = self._rate * float(self._scheduler(step))
-        groups = getattr(self.optimizer, "param_groups", None)
-        for held in [g["lr"] for g in groups] if groups else [self.optimizer.learning_rate]:
+        for held in self._rates():
             if not isinstance(held, ms.Parameter):
                 raise ConfigError("create_scheduler_fn: the optimizer's learning rate is a schedule already")
             # assign, for set_data is not seen by an optimizer that has run before.
             ops.assign(held, ms.Tensor(rate, held.dtype).reshape(held.shape))
+
+    def _rates(self) -> list[Any]:
+        """The learning rate of each group; an experimental optimizer does not name them among its parameters."""
+        groups = getattr(self.optimizer, "param_groups", None)
+        return [g["lr"] for g in groups] if groups else [getattr(self.optimizer, "learning_rate", None)]
 
     def _optimized(self) -> list[Any]:
         return list(self.optimizer.parameters)
@@ -270,6 +274,7 @@ class Trainer(TrainerLoop):
             names[key] = f"{parameter.name} {tuple(parameter.shape)}"
         files.write_tensors(folder / "state.safetensors", arrays)
         state = {"python": random.getstate(), "numpy": np.random.get_state(), "names": names}
+        state["rates"] = [float(rate) if isinstance(rate, ms.Parameter) else None for rate in self._rates()]
         if hasattr(self._scheduler, "state_dict"):
             state["scheduler"] = self._scheduler.state_dict()
         return pack(state, lambda value: None)
@@ -286,6 +291,9 @@ class Trainer(TrainerLoop):
         self._assign(held, arrays)
         if hasattr(self._scheduler, "load_state_dict") and "scheduler" in found:
             self._scheduler.load_state_dict(found["scheduler"])
+        for held, rate in zip(self._rates(), found["rates"]):
+            if rate is not None:
+                ops.assign(held, ms.Tensor(rate, held.dtype).reshape(held.shape))
         random.setstate(found["python"])
         np.random.set_state(found["numpy"])
 

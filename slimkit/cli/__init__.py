@@ -6,7 +6,21 @@ from typing import Annotated
 
 import typer
 
-from slimkit.cli import check, convert, exits, export, inspect, migrate, prune, report, run, schema, sparsify, train
+from slimkit.cli import (
+    adapt,
+    check,
+    convert,
+    distill,
+    exits,
+    export,
+    inspect,
+    migrate,
+    prune,
+    report,
+    run,
+    schema,
+    sparsify,
+)
 
 app = typer.Typer(
     name="slimkit",
@@ -21,8 +35,8 @@ for _command in (
     report.report,
     prune.prune,
     sparsify.sparsify,
-    train.distill,
-    train.adapt,
+    distill.distill,
+    adapt.adapt,
     convert.convert,
     export.export,
     check.check,

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 _JOIN = " + "
 
 
+@options.spread
 def convert(
+    output: options.Output,
     src: Annotated[
         Path,
         typer.Argument(
@@ -78,10 +80,6 @@ def convert(
         bool, typer.Option("--loose", help="Report tensors without a place instead of refusing them.")
     ] = False,
     no_manifest: Annotated[bool, typer.Option("--no-manifest", help="Do not write FILE.manifest.json.")] = False,
-    dry_run: options.DryRun = False,
-    as_json: options.AsJson = False,
-    quiet: options.Quiet = False,
-    verbose: options.Verbose = False,
 ) -> None:
     """Convert a checkpoint from PyTorch to MindSpore or back: names, layouts, and every value bit by bit.
 
@@ -93,7 +91,7 @@ def convert(
     Example: slimkit convert net.pt net.ckpt --source-factory nets.py:net --result-factory nets_ms.py:net
     --example 1,3,32,32
     """
-    with session("convert", as_json=as_json, quiet=quiet, verbose=verbose) as talk:
+    with session("convert", output) as talk:
         from slimkit.core.run.measurement import show
 
         talk.go_on = "nothing was written; give the same command again"
@@ -103,7 +101,7 @@ def convert(
             raise ConfigError("--example needs --source-factory and --result-factory: the networks to run")
         nets = _networks(source_factory, result_factory)
         asked = {"to": to, "name_map": _name_map(name_map), "choice_func": _chosen(only), "strict": not loose}
-        if dry_run:
+        if output.dry_run:
             found = _plan(src, dst, nets, asked)
             talk.line(
                 f"would convert to {found['to']}: {len(found['renamed'])} names change, {len(found['relaid'])} layouts"
@@ -129,9 +127,9 @@ def convert(
         ):
             if found[key]:
                 talk.line(f"  {what}: {', '.join(found[key][:5])}{' ...' if len(found[key]) > 5 else ''}")
-        if verbose:
+        if output.verbose:
             talk.table("Names", ("in the source", "in the result"), list(found["renamed"].items()))
-        talk.result({"src": src, "dst": dst, **found}, dry_run=dry_run)
+        talk.result({"src": src, "dst": dst, **found}, dry_run=output.dry_run)
 
 
 def _networks(source: str | None, result: str | None) -> tuple[Any, Any]:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from slimkit.core.errors import SlimkitError
+from slimkit.core.jobs.signals import Terminated, terminating
 
 # The table of docs/cli.md; a test holds the two together.
 EXITS = {
@@ -16,23 +17,36 @@ EXITS = {
     2: "something given is wrong, missing or cannot be read or written; nothing was half written",
     70: "a bug in slimkit or in a library: the traceback is printed",
     130: "interrupted (Ctrl-C); the message says how to go on",
+    143: "terminated (SIGTERM, a scheduler's stop); the message says how to go on",
 }
 
 
 class Interrupted(Exception):
-    """Ctrl-C, with the line that says how to go on."""
+    """Ctrl-C or SIGTERM, with the line that says how to go on.
+
+    Args:
+        go_on: that line.
+        code: the exit code, 130 or 143.
+    """
+
+    def __init__(self, go_on: str, code: int = 130) -> None:
+        super().__init__(go_on)
+        self.code = code
 
 
 def exiting(command: Callable[[], object]) -> None:
     """Run the command line; every error becomes one line on stderr and an exit code of the table."""
     try:
-        command()
+        with terminating():
+            command()
     except SlimkitError as error:
         _fail(str(error), 2)
     except Interrupted as stop:
-        _fail(f"interrupted; {stop}", 130)
+        _fail(f"{'interrupted' if stop.code == 130 else 'terminated'}; {stop}", stop.code)
     except KeyboardInterrupt:
         _fail("interrupted; nothing was written", 130)
+    except Terminated:
+        _fail("terminated; nothing was written", 143)
     except OSError as error:
         _fail(f"{error.filename or 'output'}: {error.strerror or error}", 2)
     except Exception:  # noqa: BLE001  (the last resort: whatever is left is a bug, and says so)

@@ -11,9 +11,11 @@ from slimkit.cli import options, places
 from slimkit.cli.session import session
 
 
+@options.spread
 def export(
     out: Annotated[Path, typer.Option("--out", "-o", help="The file; a folder for w16a16s.", show_default=False)],
-    model: options.Model = None,
+    network: options.Network,
+    output: options.Output,
     format: Annotated[
         str,
         typer.Option(
@@ -32,15 +34,8 @@ def export(
         typer.Option("--delta", help="A delta to merge first (slimkit's or PEFT's folder).", show_default=False),
     ] = None,
     length: Annotated[int, typer.Option("--length", min=1, help="Tokens of the example text.")] = 128,
-    factory: options.Factory = None,
-    arguments: options.FactoryArguments = None,
-    framework: options.Framework = "torch",
     example: options.Example = None,
     seed: options.Seed = 0,
-    dry_run: options.DryRun = False,
-    as_json: options.AsJson = False,
-    quiet: options.Quiet = False,
-    verbose: options.Verbose = False,
 ) -> None:
     """Export a model as ONNX, MINDIR or a W16A16S folder.
 
@@ -51,21 +46,21 @@ def export(
 
     Example: slimkit export --model bert --delta my-lora --out bert.onnx --opset 13
     """
-    with session("export", as_json=as_json, quiet=quiet, verbose=verbose) as talk:
+    with session("export", output) as talk:
         from slimkit.core import check
         from slimkit.core.errors import ConfigError
         from slimkit.core.run.measurement import show
 
         check.choice(format, ("onnx", "w16a16s", "mindir"), "--format")
         talk.go_on = "nothing was written; give the same command again"
-        place = places.model(model, factory, arguments)
+        place = places.model(network)
         if delta is not None and not delta.is_dir():
             raise ConfigError(f"--delta must be an existing folder. Received: {str(delta)!r}")
         if format != "w16a16s" and out.is_dir():
             raise ConfigError(f"--out must be a file, and {str(out)!r} is a folder")
-        found = places.wing(framework, "write")(
+        found = places.wing(network.framework, network.device).write(
             place,
-            None if dry_run else out.absolute(),
+            None if output.dry_run else out.absolute(),
             format=format,
             opset=opset,
             example=example,
@@ -76,7 +71,7 @@ def export(
             seed=seed,
         )
         shapes = ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in found.get("shapes", {}).items())
-        if dry_run:
+        if output.dry_run:
             what = f" opset {opset}" if format == "onnx" else ""
             talk.line(f"would write {format}{what} with inputs {shapes or 'of its configuration'} to {out}")
         elif format == "w16a16s":
@@ -88,4 +83,4 @@ def export(
                 f"Written: {out} ({show(found['file_bytes'], 'bytes')}, inputs {shapes}); largest difference from the "
                 f"model {found['max_difference']:.2g}"
             )
-        talk.result({"model": places.say_where(place), "out": out, **found}, dry_run=dry_run)
+        talk.result({"model": places.say_where(place), "out": out, **found}, dry_run=output.dry_run)

@@ -29,6 +29,7 @@ def inspect(
     factory: options.Factory = None,
     arguments: options.FactoryArguments = None,
     framework: options.Framework = "torch",
+    device: options.Device = None,
     example: options.Example = None,
     length: Annotated[int, typer.Option("--length", min=1, help="Tokens of the example text.")] = 128,
     show_all: Annotated[bool, typer.Option("--all", help="Every row of the table.")] = False,
@@ -44,17 +45,19 @@ def inspect(
 
     Example: slimkit inspect --factory nets.py:resnet --example 1,3,224,224 --macs
     """
-    with session("inspect", as_json=as_json, quiet=quiet) as talk:
+    with session("inspect", options.Output(as_json=as_json, quiet=quiet)) as talk:
         from slimkit.core.errors import ConfigError
         from slimkit.core.jobs.look import look
 
         if path is None and factory is None:
             raise ConfigError("give a PATH, or --factory MODULE:FUNCTION")
         if macs or factory is not None:
-            place = places.model(path, factory, arguments)
-            measured = places.wing(framework, "measure")(
-                place, example=example, length=length, delta_folder=delta, seed=0
-            ).to_dict()
+            place = places.model(options.Network(path, factory, arguments))
+            measured = (
+                places.wing(framework, device)
+                .measure(place, example=example, length=length, delta_folder=delta, seed=0)
+                .to_dict()
+            )
             _measured(talk, measured, places.say_where(place), None if show_all else _ROWS)
             talk.result({"path": path, "kind": "measured", "facts": measured})
             return

@@ -32,7 +32,7 @@ def migrate(
 
     Example: slimkit migrate train.py --write
     """
-    with session("migrate", as_json=as_json, quiet=quiet) as talk:
+    with session("migrate", options.Output(as_json=as_json, quiet=quiet)) as talk:
         from slimkit.core import files
         from slimkit.core.jobs import migrate as jobs
 

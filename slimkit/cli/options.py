@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
@@ -95,3 +98,70 @@ MaxLength = Annotated[
 ]
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Samples in a batch.", rich_help_panel="Data")]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Of everything drawn at random.")]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        "--device",
+        metavar="cpu|cuda|npu[:N]",
+        help="Where to compute; the CPU by default, and for PyTorch training what accelerate finds.",
+        autocompletion=words("cpu", "cuda", "npu"),
+        show_default=False,
+        rich_help_panel="Model",
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Network:
+    """Which model, and where it is computed."""
+
+    model: Model = None
+    factory: Factory = None
+    arguments: FactoryArguments = None
+    framework: Framework = "torch"
+    device: Device = None
+
+
+@dataclass(frozen=True)
+class Output:
+    """What goes to the terminal, and whether anything is written."""
+
+    dry_run: DryRun = False
+    as_json: AsJson = False
+    quiet: Quiet = False
+    verbose: Verbose = False
+
+
+def spread(command: Callable[..., None]) -> Callable[..., None]:
+    """Let parameters that are dataclasses stand for their fields: an option each, under the field's name.
+
+    Example:
+        >>> @spread
+        ... def show(output: Output) -> None:
+        ...     print(output.quiet)
+        >>> show(dry_run=False, as_json=False, quiet=True, verbose=False)
+        True
+    """
+    hints = get_type_hints(command, include_extras=True)
+    groups: dict[str, tuple[type, list[str]]] = {}
+    taken: list[inspect.Parameter] = []
+    for name, parameter in inspect.signature(command).parameters.items():
+        kind = hints[name]
+        if not is_dataclass(kind) or not isinstance(kind, type):
+            taken.append(parameter.replace(kind=parameter.KEYWORD_ONLY, annotation=kind))
+            continue
+        inner = get_type_hints(kind, include_extras=True)
+        groups[name] = (kind, [one.name for one in fields(kind)])
+        taken += [
+            inspect.Parameter(one.name, parameter.KEYWORD_ONLY, default=one.default, annotation=inner[one.name])
+            for one in fields(kind)
+        ]
+
+    @functools.wraps(command)
+    def call(**given: Any) -> None:
+        made = {name: kind(**{one: given.pop(one) for one in names}) for name, (kind, names) in groups.items()}
+        command(**given, **made)
+
+    call.__signature__ = inspect.Signature(taken)  # type: ignore[attr-defined]
+    call.__annotations__ = {parameter.name: parameter.annotation for parameter in taken}
+    return call

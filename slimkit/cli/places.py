@@ -4,44 +4,63 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from slimkit.core.errors import UnsupportedError
+from slimkit.cli.options import Network
+from slimkit.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from slimkit.core.jobs.data import DataPlace, ModelPlace
+    from slimkit.core.jobs.wing import Jobs
 
 # framework -> the module and class of a wing's side of the commands
 _WINGS = {"torch": ("slimkit.jobs", "TorchJobs"), "mindspore": ("slimkit_ms.jobs", "MindSporeJobs")}
 
 
-def wing(framework: str, command: str) -> Any:
-    """The method of a framework that does a command.
+def wing(framework: str, device: str | None = None) -> Jobs:
+    """A framework's side of the commands, computing on a device.
 
     Raises:
         ArgumentError: an unknown framework.
         MissingFrameworkError: it is not installed.
-        UnsupportedError: the framework does not offer the command.
+        ConfigError: this machine has no such device.
     """
     from slimkit.core import check
     from slimkit.core.lazy import require
 
     require(check.choice(framework.lower(), _WINGS, "--framework"))
     module, name = _WINGS[framework.lower()]
-    jobs = getattr(importlib.import_module(module), name)()
-    if not hasattr(jobs, command):
-        raise UnsupportedError(
-            f"`slimkit {command}` is not offered for {framework}; `slimkit run` does it in a recipe "
-            f"(framework: {framework})"
-        )
-    return getattr(jobs, command)
+    jobs: Jobs = getattr(importlib.import_module(module), name)(device)
+    return jobs
 
 
-def model(path: Path | None, factory: str | None, arguments: list[str] | None) -> ModelPlace:
+def model(network: Network) -> ModelPlace:
     """The model that --model, --factory and --arg name."""
     from slimkit.core.jobs.data import ModelPlace, settings
 
-    return ModelPlace(path, factory, settings(arguments or [], "--arg"))
+    return ModelPlace(network.model, network.factory, settings(network.arguments or [], "--arg"))
+
+
+def student(
+    network: Network, weights: Path | None, factory: str | None, arguments: list[str] | None
+) -> ModelPlace | None:
+    """The student that --student, --student-factory and --student-arg name; None where none of them was given."""
+    from slimkit.core.jobs.data import ModelPlace, settings
+
+    if weights is None and factory is None and not arguments:
+        return None
+    return ModelPlace(weights, factory or network.factory, settings(arguments or [], "--student-arg"))
+
+
+def matches(texts: list[str]) -> tuple[tuple[str, str], ...]:
+    """The pairs of layers that --match names, the teacher's first."""
+    pairs = []
+    for text in texts:
+        theirs, _, mine = text.partition("=")
+        if not theirs or not mine:
+            raise ConfigError(f"--match must be TEACHER=STUDENT, two layers by their paths. Received: {text!r}")
+        pairs.append((theirs, mine))
+    return tuple(pairs)
 
 
 def data(reference: str | None, text_key: str, samples: int, max_length: int, batch_size: int) -> DataPlace | None:

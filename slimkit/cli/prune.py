@@ -11,9 +11,11 @@ from slimkit.cli import options, places
 from slimkit.cli.session import session
 
 
+@options.spread
 def prune(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the pruned model.", show_default=False)],
-    model: options.Model = None,
+    network: options.Network,
+    output: options.Output,
     ratio: Annotated[float, typer.Option("--ratio", "-r", help="Share of the parameters (or MACs) to keep.")] = 0.75,
     align: Annotated[int, typer.Option("--align", help="Kept widths are multiples of it; 16 suits Ascend.")] = 16,
     importance: Annotated[
@@ -52,9 +54,6 @@ def prune(
     compensate: Annotated[
         bool, typer.Option("--compensate", help="Refit what remains on the --calib data; no labels needed.")
     ] = False,
-    factory: options.Factory = None,
-    arguments: options.FactoryArguments = None,
-    framework: options.Framework = "torch",
     example: options.Example = None,
     calib: options.Calibration = None,
     text_key: options.TextKey = "text",
@@ -62,10 +61,6 @@ def prune(
     max_length: options.MaxLength = 128,
     batch_size: options.BatchSize = 8,
     seed: options.Seed = 0,
-    dry_run: options.DryRun = False,
-    as_json: options.AsJson = False,
-    quiet: options.Quiet = False,
-    verbose: options.Verbose = False,
 ) -> None:
     """Prune a model: drop whole channels, heads and features, coupled layers together.
 
@@ -77,16 +72,16 @@ def prune(
 
     Example: slimkit prune --factory nets.py:resnet --model resnet.pt --example 1,3,224,224 --ratio 0.5 --out small
     """
-    with session("prune", as_json=as_json, quiet=quiet, verbose=verbose) as talk:
+    with session("prune", output) as talk:
         from slimkit.core.jobs.folders import unused
         from slimkit.core.run.measurement import show
 
         talk.go_on = "nothing was written; give the same command again"
-        place = places.model(model, factory, arguments)
+        place = places.model(network)
         folder = unused(out)
-        found = places.wing(framework, "prune")(
+        found = places.wing(network.framework, network.device).prune(
             place,
-            None if dry_run else folder,
+            None if output.dry_run else folder,
             ratio=ratio,
             align=align,
             importance=importance,
@@ -104,16 +99,16 @@ def prune(
         talk.table("Widths", ("layers", "before", "after"), widths, limit=20)
         reached = "" if budget == "params" else f"; of the {budget} {found['report']['reached']:.3f}"
         talk.line(
-            f"{'Would keep' if dry_run else 'Kept'} {show(after, 'count')} of {show(before, 'count')} parameters: "
-            f"{after / before:.3f}{reached}, {ratio} asked for"
+            f"{'Would keep' if output.dry_run else 'Kept'} {show(after, 'count')} of {show(before, 'count')} "
+            f"parameters: {after / before:.3f}{reached}, {ratio} asked for"
         )
-        for reason, where in found["report"]["whole"].items() if verbose else ():
+        for reason, where in found["report"]["whole"].items() if output.verbose else ():
             talk.line(f"  whole, {reason}: {', '.join(where[:5])}")
         for held in found["report"].get("held_back", ())[:3]:
             talk.line(f"  --node-ratio holds back: {', '.join(held['layers'][:3])} at {held['keeps']}")
-        if not dry_run:
+        if not output.dry_run:
             talk.line(f"Written: {folder} ({_readable(found['written'])})")
-        talk.result({"model": places.say_where(place), "out": folder, "asked": ratio, **found}, dry_run=dry_run)
+        talk.result({"model": places.say_where(place), "out": folder, "asked": ratio, **found}, dry_run=output.dry_run)
 
 
 def _widths(report: dict[str, object]) -> list[tuple[str, str, str]]:

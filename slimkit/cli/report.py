@@ -21,7 +21,7 @@ def report(
 
     Example: slimkit report runs/digits runs/digits-3 --out compare.html
     """
-    with session("report", as_json=as_json, quiet=quiet) as talk:
+    with session("report", options.Output(as_json=as_json, quiet=quiet)) as talk:
         from slimkit.core.run.compare import compare_rows, read_report, recipe_rows, write_comparison
 
         page = write_comparison(runs, out)

@@ -15,8 +15,10 @@ from slimkit.cli.session import Session, session
 _WINGS = {"torch": ("slimkit.stages", "TorchWing"), "mindspore": ("slimkit_ms.stages", "MindSporeWing")}
 
 
+@options.spread
 def run(
     recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.")],
+    asked: options.Output,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder of the run; runs/NAME by default.")
     ] = None,
@@ -26,10 +28,6 @@ def run(
     ] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Throw an earlier run in the folder away.")] = False,
     check: Annotated[bool, typer.Option("--check", help="Check the recipe and stop.")] = False,
-    dry_run: options.DryRun = False,
-    as_json: options.AsJson = False,
-    quiet: options.Quiet = False,
-    verbose: options.Verbose = False,
 ) -> None:
     """Run a recipe: load, prune, distil, sparsify, adapt, export, report.
 
@@ -40,13 +38,13 @@ def run(
     from slimkit.core.jobs.data import settings
     from slimkit.core.run.recipe import load_recipe
 
-    with session("run", as_json=as_json, quiet=quiet, verbose=verbose) as talk:
+    with session("run", asked) as talk:
         checked = load_recipe(recipe, settings(set_ or [], "--set"))
         folder = output or Path(checked.output or f"runs/{checked.name}")
-        if check or dry_run:
+        if check or asked.dry_run:
             steps = [kind for kind, _ in checked.steps()]
             talk.line(f"{recipe}: {len(steps)} stages, nothing wrong")
-            if dry_run:
+            if asked.dry_run:
                 talk.line(f"would run {', '.join(steps)} into {folder}")
             talk.result({"stages": steps, "folder": folder, "framework": checked.framework}, dry_run=True)
             return

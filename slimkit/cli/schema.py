@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from slimkit.cli import options
 from slimkit.cli.session import session
 
 
@@ -22,7 +23,7 @@ def schema(
 
     Example: slimkit schema --out recipe.schema.json
     """
-    with session("schema") as talk:
+    with session("schema", options.Output()) as talk:
         from slimkit.core import files
         from slimkit.core.run.recipe import Recipe
 

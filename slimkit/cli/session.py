@@ -1,4 +1,4 @@
-"""One command at work: what goes to stdout, what to stderr, how loud, and what Ctrl-C says."""
+"""One command at work: what goes to stdout, what to stderr, how loud, and what Ctrl-C and SIGTERM say."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from slimkit.cli.exits import Interrupted
+from slimkit.cli.options import Output
 from slimkit.core.errors import ConfigError
+from slimkit.core.jobs.signals import Terminated
 from slimkit.core.log import logger, set_logger_level
 
 _WIDE = 10_000
@@ -29,7 +31,7 @@ class Session:
     def __init__(self, command: str, as_json: bool, quiet: bool) -> None:
         self.command, self.as_json, self.quiet = command, as_json, quiet
         self._out = sys.stdout
-        # What Ctrl-C tells the user; a command overwrites it once it has left something to go on from.
+        # What Ctrl-C and SIGTERM tell the user; a command overwrites it once it has left something to go on from.
         self.go_on = "nothing was written"
 
     def line(self, text: str) -> None:
@@ -66,18 +68,20 @@ class Session:
 
 
 @contextlib.contextmanager
-def session(command: str, *, as_json: bool = False, quiet: bool = False, verbose: bool = False) -> Iterator[Session]:
-    """A command at work: the logger's level is set, libraries' prints go to stderr, Ctrl-C says how to go on."""
-    if quiet and verbose:
+def session(command: str, output: Output) -> Iterator[Session]:
+    """A command at work: the logger's level is set, libraries' prints go to stderr, a stop says how to go on."""
+    if output.quiet and output.verbose:
         raise ConfigError("--quiet and --verbose cannot both be given")
     before, level = list(logger.handlers), logger.level
-    set_logger_level("warning" if quiet else "debug" if verbose else "info")
-    made = Session(command, as_json, quiet)
+    set_logger_level("warning" if output.quiet else "debug" if output.verbose else "info")
+    made = Session(command, output.as_json, output.quiet)
     try:
         with contextlib.redirect_stdout(sys.stderr):
             yield made
     except KeyboardInterrupt:
         raise Interrupted(made.go_on) from None
+    except Terminated:
+        raise Interrupted(made.go_on, 143) from None
     finally:
         # A command called from a program leaves its logging as it was.
         logger.setLevel(level)

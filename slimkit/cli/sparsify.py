@@ -11,9 +11,11 @@ from slimkit.cli import options, places
 from slimkit.cli.session import Session, session
 
 
+@options.spread
 def sparsify(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the sparse model.", show_default=False)],
-    model: options.Model = None,
+    network: options.Network,
+    output: options.Output,
     method: Annotated[
         str,
         typer.Option(
@@ -48,14 +50,7 @@ def sparsify(
     samples: options.Samples = 128,
     max_length: options.MaxLength = 512,
     batch_size: options.BatchSize = 4,
-    factory: options.Factory = None,
-    arguments: options.FactoryArguments = None,
-    framework: options.Framework = "torch",
     restart: Annotated[bool, typer.Option("--restart", help="Throw an unfinished run in --out away.")] = False,
-    dry_run: options.DryRun = False,
-    as_json: options.AsJson = False,
-    quiet: options.Quiet = False,
-    verbose: options.Verbose = False,
 ) -> None:
     """Make a model sparse: set the weights that matter least to zero and refit the others.
 
@@ -66,10 +61,11 @@ def sparsify(
 
     Example: slimkit sparsify --model llama --pattern 4:2 --calib text.jsonl --out llama-42 --dry-run
     """
-    with session("sparsify", as_json=as_json, quiet=quiet, verbose=verbose) as talk:
+    with session("sparsify", output) as talk:
         from slimkit.core.sparse import SparseConfig
 
-        place = places.model(model, factory, arguments)
+        place = places.model(network)
+        jobs = places.wing(network.framework, network.device)
         cfg = SparseConfig(
             method=method,
             sparse_ratio=ratio,
@@ -81,16 +77,16 @@ def sparsify(
             ignore=ignore or (),
         )
         data = places.data(calib, text_key, samples, max_length, batch_size)
-        if dry_run:
-            _plan(talk, places.wing(framework, "plan_sparsify")(place, out.absolute(), cfg, calib=data), cfg, out)
+        if output.dry_run:
+            _plan(talk, jobs.plan_sparsify(place, out.absolute(), cfg, calib=data), cfg, out)
             return
         talk.go_on = "the same command goes on from the last finished block, or begins again where there was none"
-        report = places.wing(framework, "sparsify")(place, out.absolute(), cfg, calib=data, restart=restart)
+        report = jobs.sparsify(place, out.absolute(), cfg, calib=data, restart=restart)
         rows = [
             (n, row["method"], f"{row['ratio']:.3f}", f"{row['output_error']:.4f}" if "output_error" in row else "")
             for n, row in report["layers"].items()
         ]
-        if verbose:
+        if output.verbose:
             talk.table("Layers", ("layer", "method", "zeros", "output error"), rows)
         talk.line(
             f"{report['zeros']:,} of {report['weights']:,} weights of {len(rows)} layers are zero: "

@@ -2,38 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import math
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from slimkit import bridge, delta, students, train
+from slimkit import bridge, delta, students
 from slimkit import distill as distilling
 from slimkit.core import files
 from slimkit.core.distill.config import KnowledgeDistillConfig
 from slimkit.core.errors import ConfigError
-from slimkit.core.jobs import folders
+from slimkit.core.jobs import fitting, folders, networks
 from slimkit.core.jobs.data import DataPlace, ModelPlace
-from slimkit.core.jobs.interrupt import SaveOnInterrupt
-from slimkit.core.jobs.training import TASKS, TrainingPlan, label_names, task_of
+from slimkit.core.jobs.training import TASKS, AdaptAims, DistillAims, TrainingPlan, label_names, task_of
 from slimkit.core.jobs.wing import Opened
-from slimkit.core.sparse import shards
-from slimkit.core.train.callbacks import Checkpoints
-from slimkit.core.train.runlog import ProgressBar
-from slimkit.core.train.schedules import cosine_schedule, linear_schedule
 from slimkit.core.weights.influence import find_stack
 from slimkit.jobs import models
 from slimkit.jobs.texts import Reader
 
 import torch
 from torch import nn
-
-_SCHEDULES = {"cosine": cosine_schedule, "linear": linear_schedule, "constant": None}
 
 # The label of a position that no loss looks at, in torch and transformers.
 _IGNORED = -100
@@ -56,39 +43,34 @@ class Samples(torch.utils.data.Dataset):
 
 
 def distill(
-    place: ModelPlace,
-    data: DataPlace,
-    out: Path | None,
-    plan: TrainingPlan,
-    *,
-    sizes: dict[str, Any],
-    selection: str,
-    temperature: float,
-    hidden_weight: float,
-    output_weight: float,
+    wing: Any, place: ModelPlace, data: DataPlace, out: Path | None, plan: TrainingPlan, aims: DistillAims
 ) -> dict[str, Any]:
     """Cut a student out of a teacher and train it to answer and to think like the teacher, on plain text.
 
     Args:
+        wing: PyTorch's side of the commands.
         place: the teacher, a Hugging Face directory.
         data: text.
         out: the student's folder; None only says what would be done.
         plan: how to train.
-        sizes: layers, ffn, heads, hidden of the student, those that change.
-        selection: "importance" or "first": which rows and columns of the teacher stay.
-        temperature: softening of logits.
-        hidden_weight: weight of each layer's hidden-state term; 0 leaves them out.
-        output_weight: weight of the term on the outputs; 0 leaves it out.
+        aims: the student's sizes and the terms.
 
     Returns:
         What was done, as plain values.
     """
-    directory = _directory(place, "distill")
-    teacher = models.open_model(place)
+    if not aims.sizes:
+        raise ConfigError("give at least one of --layers, --ffn, --heads and --hidden: what makes the student smaller")
+    if aims.student is not None or aims.matches or aims.hard_weight or aims.output_loss != "auto":
+        raise ConfigError(
+            "--student-factory, --student, --student-arg, --match, --hard-weight and --output-loss are for --factory"
+        )
+    directory = place.model
+    assert directory is not None
+    teacher = wing.open(place)
     reader = Reader(directory, type(teacher.model), teacher.model.config, data.max_length)
     rows = [row["text"] for row in data.rows()]
-    with _seeded(plan.seed):
-        student, report = students.make_student(teacher.model, selection=selection, **sizes)
+    with wing.seeded(plan.seed):
+        student, report = students.make_student(teacher.model, selection=aims.selection, **aims.sizes)
     facts: dict[str, Any] = {
         "teacher_parameters": _size(teacher.model),
         "parameters": _size(student),
@@ -97,20 +79,19 @@ def distill(
     }
     samples = Samples(reader.encode(rows))
     example = reader.pad(samples.rows[: plan.batch_size])
-    config = _comparison(teacher.model, student, report["layers"], example, temperature, hidden_weight, output_weight)
+    config = _comparison(teacher.model, student, report["layers"], example, aims)
     facts["terms"] = [
         f"{label.label}: {term.func_name}" for label in config.spec().soft_labels for term in label.losses
     ]
     if out is None:
         return facts
-    with _seeded(plan.seed):
+    with wing.seeded(plan.seed):
         dual = distilling.get_distill_model(teacher.model, student, config, inputs=example)
-    job = {"command": "distill", "sizes": sizes, "selection": selection, "temperature": temperature}
-    job |= {"weights": [hidden_weight, output_weight], "teacher": _digest_folder(directory), "text": _digest(rows)}
-    trainer = _fit(dual, samples, reader.pad, plan, out, job, lambda model, batch: bridge.run(model, batch)[0])
+    job = {"command": "distill", **aims.identity(), "teacher": _digest_folder(directory), "text": _digest(rows)}
+    facts |= fitting.fit(wing, dual, samples, plan, out, job, wing.stages.soft_loss, reader.pad)
     opened = Opened(dual.get_student_model().eval(), place, directory)
     with files.atomic_directory(out) as folder:
-        facts |= {"written": models.write_model(opened, folder), **_curve(trainer)}
+        facts["written"] = models.write_model(opened, folder)
         folders.write_report(folder, "distill", facts)
     return facts
 
@@ -124,33 +105,29 @@ def _comparison(
     student: nn.Module,
     layers: dict[int, int],
     example: dict[str, Any],
-    temperature: float,
-    hidden_weight: float,
-    output_weight: float,
+    aims: DistillAims,
 ) -> KnowledgeDistillConfig:
     """Outputs against outputs, and each student block against the teacher block it came from."""
     config = KnowledgeDistillConfig()
     mask = "attention_mask" if "attention_mask" in example else None
     with bridge.evaluating(teacher):
         outputs = bridge.run(teacher, example)
-    if output_weight:
+    if aims.output_weight:
         key = "logits" if "logits" in outputs else "last_hidden_state"
-        term: dict[str, Any] = {"func_name": "HiddenMse", "func_weight": output_weight}
+        term: dict[str, Any] = {"func_name": "HiddenMse", "func_weight": aims.output_weight}
         if key == "logits":
-            term = {
-                "func_name": "KDKLDiv", "func_weight": output_weight, "temperature": temperature, "t_squared": True,
-            }  # fmt: skip
+            term |= {"func_name": "KDKLDiv", "temperature": aims.temperature, "t_squared": True}
         label: dict[str, Any] = {"t_output_idx": key, "s_output_idx": key, "loss_func": [term]}
         config.add_output_soft_label({**label, **({"mask": mask} if mask and outputs[key].ndim == 3 else {})})
-    if hidden_weight:
+    if aims.hidden_weight:
         theirs, mine = _blocks(teacher), _blocks(student)
         for at, path in enumerate(mine):
             label = {
                 "t_module": theirs[layers.get(at, at)], "s_module": path, "t_output_idx": 0, "s_output_idx": 0,
-                "loss_func": [{"func_name": "HiddenMse", "func_weight": hidden_weight}],
+                "loss_func": [{"func_name": "HiddenMse", "func_weight": aims.hidden_weight}],
             }  # fmt: skip
             config.add_inter_soft_label(label)
-    if not output_weight and not hidden_weight:
+    if not aims.output_weight and not aims.hidden_weight:
         raise ConfigError("--hidden-weight and --output-weight are both 0: there is nothing to learn from")
     return config
 
@@ -162,98 +139,69 @@ def _blocks(model: nn.Module) -> list[str]:
 
 
 def adapt(
-    place: ModelPlace,
-    data: DataPlace,
-    out: Path | None,
-    plan: TrainingPlan,
-    *,
-    task: str,
-    kind: str,
-    targets: list[str] | None,
-    settings: dict[str, Any],
-    evaluation: DataPlace | None,
-    format: str,
-    merge: bool,
+    wing: Any, place: ModelPlace, data: DataPlace, out: Path | None, plan: TrainingPlan, aims: AdaptAims
 ) -> dict[str, Any]:
     """Train a delta on a frozen model with a text file, and save it as a bundle.
 
     Args:
+        wing: PyTorch's side of the commands.
         place: the base, a Hugging Face directory.
         data: text; for classification each line needs a "label".
         out: the bundle's folder; None only says what would be done.
         plan: how to train.
-        task: "auto", "classification" or "causal-lm".
-        kind: delta kind, for `apply_delta`.
-        targets: globs of layers, or None for the kind's default.
-        settings: options of the kind.
-        evaluation: held-out text of the same form, or None.
-        format: "slimkit" or "peft".
-        merge: also write the merged model into OUT/merged.
+        aims: task and delta.
 
     Returns:
         What was done, as plain values.
     """
-    directory = _directory(place, "adapt")
-    # Refused now, and not after hours of training.
-    if merge and kind != "lora":
-        raise ConfigError(f"--merge is for --kind lora: nothing else becomes part of the weights. Received: {kind}")
-    if format == "peft" and kind not in ("lora", "prefix", "prompt"):
-        raise ConfigError(f"--format peft is for --kind lora, prefix or prompt. Received: {kind}")
+    if aims.loss != "auto":
+        raise ConfigError("--loss is for arrays; text has the loss of its --task")
+    directory = place.model
+    assert directory is not None
     rows = data.rows()
     config, architecture = models.architecture(directory)
-    chosen = task_of(task, architecture.__name__, rows)
+    chosen = task_of(aims.task, architecture.__name__, rows)
     labels = label_names(rows, getattr(config, "label2id", None)) if chosen == "classification" else {}
-    with _seeded(plan.seed):
+    with wing.seeded(plan.seed):
         opened = models.open_model(place, kind=TASKS[chosen], fresh=HEADS, **head(labels))
     reader = Reader(directory, type(opened.model), opened.model.config, data.max_length)
     if getattr(opened.model.config, "pad_token_id", None) is None:
         opened.model.config.pad_token_id = reader.tokenizer.pad_token_id
     samples = Samples(_labelled(reader, rows, labels))
-    held = None if evaluation is None else Samples(_labelled(reader, evaluation.rows(), labels))
-    with _seeded(plan.seed):
-        told = _put_on(opened.model, kind, targets, settings, with_head=bool(labels))
-    total = _size(opened.model)
-    trained = sum(p.numel() for p in opened.model.parameters() if p.requires_grad)
+    held = None
+    if aims.evaluation is not None:
+        held = Samples(_labelled(reader, aims.evaluation.rows(), labels))
+    with wing.seeded(plan.seed):
+        told = _put_on(opened.model, aims, with_head=bool(labels))
     facts: dict[str, Any] = {
         "task": chosen,
         "labels": labels,
         "fresh": list(opened.fresh),
-        "kind": kind,
+        "kind": aims.kind,
         "layers": sorted(told.layers),
-        "parameters": total,
-        "trained_parameters": trained,
-        "trained_share": trained / total,
+        **fitting.share(wing.stages.sizes(opened.model)),
         "samples": len(samples),
     }
     if out is None:
         return facts
-    job = {"command": "adapt", "task": chosen, "kind": kind, "targets": targets, "settings": settings}
+    job = {"command": "adapt", "task": chosen, **aims.identity()}
     job |= {"base": _digest_folder(directory), "text": _digest([repr(sorted(r.items())) for r in rows])}
     pad = _padding(reader, chosen)
-    trainer = _fit(opened.model, samples, pad, plan, out, job, lambda model, batch: model(**batch).loss)
-    facts |= _curve(trainer)
+    facts |= fitting.fit(wing, opened.model, samples, plan, out, job, lambda model, batch: model(**batch).loss, pad)
     if held is not None:
         facts["evaluation"] = _evaluate(opened.model, held, pad, plan.batch_size, chosen)
-    with files.atomic_directory(out) as folder:
-        delta.save_delta(opened.model, folder, format=format)
-        facts["delta_bytes"] = sum(f.stat().st_size for f in folder.iterdir())
-        if merge:
-            delta.merge_delta(opened.model, unload=True)
-            (folder / "merged").mkdir()
-            facts["written"] = models.write_model(opened, folder / "merged")
-        folders.write_report(folder, "adapt", facts)
-    return facts
+    return networks.write_adapted(wing, opened, out, aims, facts)
 
 
-def _put_on(
-    model: nn.Module, kind: str, targets: list[str] | None, settings: dict[str, Any], *, with_head: bool
-) -> Any:
+def _put_on(model: nn.Module, aims: AdaptAims, *, with_head: bool) -> Any:
     """The delta on its layers; a classification head trains whole, and a delta on it would only stand in its way."""
     names = [n for n, _ in model.named_parameters()]
-    heads = [f"*{h}*" for h in HEADS if with_head and any(h in n for n in names)] or None
-    if heads and kind not in ("prefix", "prompt"):
+    heads = [f"*{h}*" for h in HEADS if with_head and any(h in n for n in names)]
+    settings = dict(aims.settings)
+    if heads and aims.kind not in ("prefix", "prompt"):
         settings = {"exclude": heads, **settings}
-    return delta.apply_delta(model, kind, targets, also_train=heads, **settings)
+    also = [*heads, *(aims.also_train or ())] or None
+    return delta.apply_delta(model, aims.kind, aims.targets, also_train=also, **settings)
 
 
 def head(labels: dict[str, int]) -> dict[str, Any]:
@@ -300,63 +248,6 @@ def _evaluate(model: nn.Module, held: Samples, pad: Any, batch_size: int, task: 
             loss += float(found.loss) * n
             right += float((found.logits.argmax(-1) == batch["labels"]).sum()) if task == "classification" else 0.0
     return {"loss": loss / len(held), **({"accuracy": right / len(held)} if task == "classification" else {})}
-
-
-def _fit(
-    model: nn.Module, samples: Samples, pad: Any, plan: TrainingPlan, out: Path, job: dict[str, Any], loss: Any
-) -> train.Trainer:
-    """Train what wants a gradient, going on from an earlier checkpoint of the same job where there is one."""
-    state = out / folders.STATE
-    if plan.restart and state.is_dir():
-        shutil.rmtree(out)
-    folders.unused(out, state=folders.STATE)
-    shards.same_job(state, {**job, "plan": plan.identity()})
-    wanted = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(wanted, lr=plan.learning_rate, weight_decay=plan.weight_decay)
-    stop = SaveOnInterrupt(state / "last")
-    keep = Checkpoints(state, metric=None, every_n_steps=plan.save_every)
-    schedule = _SCHEDULES[plan.schedule]
-    trainer = train.Trainer(model, optimizer=optimizer, compute_loss=loss, callbacks=[ProgressBar(), keep, stop])
-    try:
-        trainer.train(
-            samples,
-            num_epochs=plan.epochs,
-            per_device_batch_size=plan.batch_size,
-            gradient_clip_norm=plan.clip_norm,
-            create_scheduler_fn=None if schedule is None else schedule(plan.warmup),
-            max_num_train_steps=plan.max_steps,
-            seed=plan.seed,
-            collate_fn=pad,
-            resume_from=state / "last" if (state / "last").exists() else None,
-        )
-    finally:
-        stop.restore()
-    return trainer
-
-
-def _curve(trainer: train.Trainer) -> dict[str, Any]:
-    losses = [float(v) for v in trainer.run_history.get_metric_values("train_loss_epoch")]
-    if not all(map(math.isfinite, losses)):
-        raise ConfigError(f"the loss became {losses[-1]}: give a lower --lr and --restart; nothing was saved")
-    return {"steps": trainer.global_step, "loss_by_epoch": losses}
-
-
-@contextlib.contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Draw the same values whenever the same command is given, without disturbing anybody else's."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        np.random.seed(seed % 2**32)
-        yield
-
-
-def _directory(place: ModelPlace, command: str) -> Path:
-    if place.factory is not None or place.model is None or not place.model.is_dir():
-        raise ConfigError(
-            f"`slimkit {command}` needs a Hugging Face directory as --model, with its tokenizer; for other networks "
-            "write a recipe (`slimkit run`), which takes any model, data and loss"
-        )
-    return place.model
 
 
 def _digest(texts: list[str]) -> str:

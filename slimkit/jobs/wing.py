@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import slimkit
-from slimkit import bridge, export
+from slimkit import bridge, export, train
 from slimkit.core import files
 from slimkit.core.errors import ConfigError
 from slimkit.core.jobs import folders
 from slimkit.core.jobs.bar import LayerBar
 from slimkit.core.jobs.data import DataPlace, ModelPlace
-from slimkit.core.jobs.training import TASKS
+from slimkit.core.jobs.training import TASKS, AdaptAims, DistillAims, TrainingPlan
 from slimkit.core.jobs.wing import Jobs, Opened, sparse_plan
 from slimkit.core.run.measurement import Measurement
 from slimkit.core.sparse import SparseConfig, shards
 from slimkit.core.sparse.layer import Layer
-from slimkit.jobs import models, teach, texts
+from slimkit.jobs import devices, models, teach, texts
 from slimkit.measurement import measure_model
 from slimkit.sparse import checkpoint as blocks
 from slimkit.sparse.host import TorchHost
+from slimkit.stages import TorchWing
 
+import torch
 from torch import nn
 
 
@@ -32,9 +37,11 @@ class TorchJobs(Jobs):
 
     slim = slimkit
     formats = ("onnx", "w16a16s")
+    class_dtype = "int64"
 
-    distill = staticmethod(teach.distill)
-    adapt = staticmethod(teach.adapt)
+    def __init__(self, device: str | None = None) -> None:
+        self.stages = TorchWing()
+        self.device = devices.choose_device(device)
 
     def open(self, place: ModelPlace, delta: Path | None = None) -> Opened:
         report = None if delta is None else delta / "adapt_report.json"
@@ -47,13 +54,16 @@ class TorchJobs(Jobs):
             opened = models.open_model(place, kind=TASKS.get(told.get("task")), fresh=teach.HEADS, **head)
         if delta is not None:
             self.slim.load_delta(opened.model, delta)
+        opened.model.to(self.device)
         return opened
 
     def tensors(self, arrays: Any) -> Any:
-        return models.tensors(arrays)
+        return bridge.to_device(models.tensors(arrays), self.device)
 
     def own_example(self, opened: Opened, length: int, seed: int) -> Any:
-        return models.own_example(opened.model, length, seed) if opened.is_hf else None
+        if not opened.is_hf:
+            return None
+        return bridge.to_device(models.own_example(opened.model, length, seed), self.device)
 
     def text(self, opened: Opened, place: DataPlace) -> list[Any]:
         if not opened.is_hf or opened.directory is None:
@@ -86,13 +96,56 @@ class TorchJobs(Jobs):
             return self.slim.save_w16a16s(out, opened.model, opened.directory).to_dict()
         return export.export_onnx(opened.model, inputs, out, **settings).to_dict()
 
+    @contextlib.contextmanager
+    def seeded(self, seed: int) -> Iterator[None]:
+        # Without disturbing anybody else's draws: a command may be called from a program.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            np.random.seed(seed % 2**32)
+            yield
+
+    def evaluating(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
+        return bridge.evaluating(model)
+
+    def train(
+        self,
+        model: nn.Module,
+        samples: Any,
+        plan: TrainingPlan,
+        loss: Callable[[Any, Any], Any],
+        callbacks: list[Any],
+        how: Mapping[str, Any],
+    ) -> train.Trainer:
+        wanted = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(wanted, lr=plan.learning_rate, weight_decay=plan.weight_decay)
+        trainer = train.Trainer(model, optimizer=optimizer, compute_loss=loss, callbacks=callbacks)
+        trainer.train(samples, **how)
+        model.to(self.device)  # accelerate may have put it elsewhere
+        return trainer
+
+    def distill(
+        self, place: ModelPlace, data: DataPlace, out: Path | None, plan: TrainingPlan, aims: DistillAims
+    ) -> dict[str, Any]:
+        """As everywhere, but a Hugging Face teacher is cut into its student and learns from text."""
+        if _reads_text(place, data):
+            return teach.distill(self, place, data, out, plan, aims)
+        return super().distill(place, data, out, plan, aims)
+
+    def adapt(
+        self, place: ModelPlace, data: DataPlace, out: Path | None, plan: TrainingPlan, aims: AdaptAims
+    ) -> dict[str, Any]:
+        """As everywhere, but a Hugging Face directory has a tokenizer and a task, and learns from text."""
+        if _reads_text(place, data):
+            return teach.adapt(self, place, data, out, plan, aims)
+        return super().adapt(place, data, out, plan, aims)
+
     def sparsify(
         self, place: ModelPlace, out: Path, cfg: SparseConfig, *, calib: DataPlace | None, restart: bool
     ) -> dict[str, Any]:
         """As everywhere, but Hugging Face directories go block by block and resume."""
         if restart and (out / blocks.STATE).is_dir():
             shutil.rmtree(out)
-        if not _by_blocks(place, cfg):
+        if not self._by_blocks(place, cfg):
             return super().sparsify(place, out, cfg, calib=calib, restart=restart)
         assert place.model is not None
         _resumable(out)
@@ -105,7 +158,7 @@ class TorchJobs(Jobs):
         self, place: ModelPlace, out: Path, cfg: SparseConfig, *, calib: DataPlace | None
     ) -> dict[str, Any]:
         """As everywhere, with how much of a resumable run is done already."""
-        if not _by_blocks(place, cfg):
+        if not self._by_blocks(place, cfg):
             return super().plan_sparsify(place, out, cfg, calib=calib)
         source = place.model
         assert source is not None
@@ -115,6 +168,13 @@ class TorchJobs(Jobs):
         plan = sparse_plan(*found, cfg, self._block_data(source, cfg, calib))
         return {**plan, "blocks_done": done, "resumable": True}
 
+    def _by_blocks(self, place: ModelPlace, cfg: SparseConfig) -> bool:
+        """Whether a model is walked block by block: a plain Hugging Face directory, with equal ratios, on the CPU."""
+        source = place.model
+        if place.factory is not None or source is None or self.device.type != "cpu" or not cfg.uniform:
+            return False
+        return (source / "config.json").exists() and any(source.glob("*.safetensors"))
+
     def _block_data(self, source: Path, cfg: SparseConfig, calib: DataPlace | None) -> list[Any] | None:
         """Calibration batches without the model, which is never whole in memory."""
         if calib is None or calib.kind != "text":
@@ -123,16 +183,13 @@ class TorchJobs(Jobs):
         return _text(source, kind, config, calib)
 
 
+def _reads_text(place: ModelPlace, data: DataPlace) -> bool:
+    return place.factory is None and place.model is not None and place.model.is_dir() and data.kind == "text"
+
+
 def _text(directory: Path, kind: type, config: Any, place: DataPlace) -> list[Any]:
     lines = [row["text"] for row in place.rows()]
     return texts.Reader(directory, kind, config, place.max_length).batches(lines, place.batch_size)
-
-
-def _by_blocks(place: ModelPlace, cfg: SparseConfig) -> bool:
-    """Whether a model is walked block by block: a plain Hugging Face directory, with equal ratios."""
-    source = place.model
-    plain = place.factory is None and source is not None and (source / "config.json").exists()
-    return plain and cfg.uniform and any(source.glob("*.safetensors"))  # type: ignore[union-attr]
 
 
 def _resumable(out: Path) -> None:

@@ -201,33 +201,37 @@ def test_a_loss_that_is_no_number_saves_nothing(here, tmp_path):
     assert done["fresh"] == ["classifier.bias", "classifier.weight"]
 
 
-class Stop:
-    """A callback that presses Ctrl-C after an update."""
+def stop_by(number):
+    """A callback that sends a signal after an update."""
 
-    def on_step_end(self, trainer):
-        if trainer.global_step == 2:
-            signal.raise_signal(signal.SIGINT)
+    class Stop:
+        def on_step_end(self, trainer):
+            if trainer.global_step == 2:
+                signal.raise_signal(number)
+
+    return Stop
 
 
 @pytest.mark.parametrize(
-    "command",
+    ("command", "number", "code"),
     [
-        ("adapt", "-m", "bert", "-d", "labelled.jsonl", "--rank", 2, "--set", "dropout=0.1"),
-        ("distill", "-m", "bert", "--layers", 2, "-d", "plain.jsonl"),
+        (("adapt", "-m", "bert", "-d", "labelled.jsonl", "--rank", 2, "--set", "dropout=0.1"), signal.SIGINT, 130),
+        (("distill", "-m", "bert", "--layers", 2, "-d", "plain.jsonl"), signal.SIGTERM, 143),
     ],
-    ids=lambda c: c[0],
+    ids=("adapt", "distill"),
 )
-def test_ctrl_c_in_training_goes_on_to_the_same_bytes(here, tmp_path, monkeypatch, command):
-    from slimkit.jobs import teach
+def test_a_stop_in_training_goes_on_to_the_same_bytes(here, tmp_path, monkeypatch, command, number, code):
+    from slimkit.core.jobs import fitting
 
     options = ("--epochs", 2, "--batch-size", 8)
     run(*command, *options, "-o", tmp_path / "whole")
-    monkeypatch.setattr(teach, "ProgressBar", Stop)
-    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(fitting, "ProgressBar", stop_by(number))
+    before = signal.getsignal(number)
     stop = refused(*command, *options, "-o", tmp_path / "cut")
     assert isinstance(stop, Interrupted)
+    assert stop.code == code
     assert "same command goes on" in str(stop)
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(number) is before
     monkeypatch.undo()
     monkeypatch.chdir(here)
     with_other = refused(*command, "--epochs", 3, "--batch-size", 8, "-o", tmp_path / "cut")
@@ -266,7 +270,7 @@ def test_mistakes_are_one_line_and_leave_nothing(here, tmp_path):
             ConfigError,
             "peft",
         ),
-        (("adapt", "-m", here / "nets.py", "-d", "labelled.jsonl", *out), ConfigError, "recipe"),
+        (("adapt", "-m", here / "nets.py", "-d", "labelled.jsonl", *out), ConfigError, "tokenizer"),
         (("distill", "-m", "bert", "-d", "plain.jsonl", *out), ConfigError, "--layers"),
         (("inspect", here / "labelled.jsonl"), FileFormatError, "labelled.jsonl"),
         (("inspect", here), FileFormatError, "neither"),

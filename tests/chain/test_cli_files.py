@@ -379,7 +379,10 @@ def forked(arguments, folder):
 
 
 @pytest.mark.skipif("torch" not in INSTALLED or not hasattr(os, "fork"), reason="walks a PyTorch model")
-def test_ctrl_c_in_sparsify_resumes_to_the_same_bytes(tmp_path, one_thread):
+@pytest.mark.parametrize(
+    ("number", "code", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
+def test_a_stopped_sparsify_resumes_to_the_same_bytes(tmp_path, one_thread, number, code, word):
     model = tiny_models.hugging_face(tmp_path, "llama", num_hidden_layers=4)
     text = tiny_models.text(tmp_path / "text.jsonl", labels=False)
     command = ("sparsify", "-m", model, "--method", "par_v2", "--calib", text, "--samples", 8, "-o")
@@ -389,12 +392,12 @@ def test_ctrl_c_in_sparsify_resumes_to_the_same_bytes(tmp_path, one_thread):
     end = time.monotonic() + 120
     while not list(out.glob(".slimkit-sparse/block-*.json")) and time.monotonic() < end:
         time.sleep(0.01)
-    os.kill(child, signal.SIGINT)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    os.kill(child, number)
+    said_code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     said = (tmp_path / "stderr").read_text()
-    assert code == 130, said
+    assert said_code == code, said
     assert (tmp_path / "stdout").read_text() == ""
-    assert "interrupted; the same command goes on from the last finished block" in said.splitlines()[-1]
+    assert f"{word}; the same command goes on from the last finished block" in said.splitlines()[-1]
     assert not (out / "model.safetensors").exists()
     assert run(*command, out, "--dry-run", "--json")["blocks_done"] >= 1
     run(*command, out)

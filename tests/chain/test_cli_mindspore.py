@@ -61,6 +61,7 @@ def test_arrays_calibrate_and_a_checkpoint_is_read_again(tmp_path):
 
 
 def test_what_mindspore_lacks_says_so(tmp_path):
+    np.save("x.npy", np.zeros((2, 3), np.float32))
     (tmp_path / "t.jsonl").write_text('{"text": "a"}\n')
     for arguments, kind, words in (
         (("prune", "--framework", "mindspore", "-m", ".", "-o", "x"), ConfigError, "--factory"),
@@ -68,11 +69,12 @@ def test_what_mindspore_lacks_says_so(tmp_path):
         (("export", *CELL, "-o", "x.onnx"), ConfigError, "--example"),
         (("export", *CELL, *SHAPE, "--format", "w16a16s", "-o", "x"), UnsupportedError, "mindir"),
         (
-            ("distill", "-f", "mindspore", "-m", ".", "-d", "t.jsonl", "--layers", 1, "-o", "x"),
-            UnsupportedError,
-            "recipe",
+            ("distill", "-f", "mindspore", "-m", ".", "-d", "x.npy", "--student-arg", "a=1", "-o", "x"),
+            ConfigError,
+            "--f",
         ),
-        (("adapt", "-f", "mindspore", "-m", ".", "-d", "t.jsonl", "-o", "x"), UnsupportedError, "recipe"),
+        (("adapt", "-f", "mindspore", "-m", ".", "-d", "t.jsonl", "-o", "x"), ConfigError, "tokenizer"),
+        (("inspect", *CELL, *SHAPE, "--device", "npu"), ConfigError, "Ascend"),
     ):
         error = refused(*arguments)
         assert isinstance(error, kind), (arguments, error)

@@ -29,6 +29,80 @@ def nothing():
     return 3
 """
 
+# The same small classifier in both frameworks, for the commands that train networks of one's own.
+TORCH_PLAIN = """
+import torch
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.fc1, self.norm, self.fc2 = nn.Linear(6, width), nn.BatchNorm1d(width), nn.Linear(width, 3)
+
+    def forward(self, x):
+        return self.fc2(torch.relu(self.norm(self.fc1(x))))
+
+
+def net(width=16):
+    return Net(width)
+
+
+def wide(width=16):
+    return nn.Linear(5, 3)
+
+
+def batches():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(32, 6, generator=generator)
+    return [(x[i : i + 8], x[i : i + 8, :3].argmax(1)) for i in range(0, 32, 8)]
+
+
+def inputs():
+    return [x for x, _ in batches()]
+
+
+def margin(model, batch):
+    return ((model(batch[0]) - 1) ** 2).mean()
+"""
+
+MS_PLAIN = """
+import mindspore as ms
+import numpy as np
+from mindspore import nn, ops
+
+
+class Net(nn.Cell):
+    def __init__(self, width):
+        super().__init__()
+        self.fc1, self.norm, self.fc2 = nn.Dense(6, width), nn.BatchNorm1d(width), nn.Dense(width, 3)
+
+    def construct(self, x):
+        return self.fc2(ops.relu(self.norm(self.fc1(x))))
+
+
+def net(width=16):
+    return Net(width)
+
+
+def wide(width=16):
+    return nn.Dense(5, 3)
+
+
+def batches():
+    x = np.random.default_rng(0).standard_normal((32, 6)).astype(np.float32)
+    y = x[:, :3].argmax(1).astype(np.int32)
+    return [(ms.Tensor(x[i : i + 8]), ms.Tensor(y[i : i + 8])) for i in range(0, 32, 8)]
+
+
+def inputs():
+    return [x for x, _ in batches()]
+
+
+def margin(model, batch):
+    return ((model(batch[0]) - 1) ** 2).mean()
+"""
+
 MS_NET = """
 import mindspore as ms
 from mindspore import nn

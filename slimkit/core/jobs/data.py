@@ -17,12 +17,12 @@ import numpy as np
 
 from slimkit.core import check
 from slimkit.core.errors import ConfigError, FileFormatError
-from slimkit.core.files import readable_file
+from slimkit.core.files import read_tensors, readable_file
 
 Array = np.ndarray[Any, Any]
 
 TEXT_ENDINGS = (".jsonl", ".json", ".txt", ".md")
-ARRAY_ENDINGS = (".npy", ".npz")
+ARRAY_ENDINGS = (".npy", ".npz", ".safetensors")
 
 # What NumPy's readers raise on damaged or dishonest files; a header may claim more numbers than any memory holds.
 _ARRAY_ERRORS = (
@@ -214,11 +214,13 @@ def _row(path: Path, number: int, line: str, text_key: str) -> dict[str, Any]:
 
 
 def read_arrays(path: Path) -> Any:
-    """The arrays of a .npy file, or name -> array of a .npz file; nothing is unpickled.
+    """The array of a .npy file, or name -> array of a .npz or .safetensors file; nothing is unpickled.
 
     Raises:
         FileFormatError: damaged, or holding Python objects.
     """
+    if path.suffix == ".safetensors":
+        return read_tensors(path, "the data file")[0]
     with open(readable_file(path, "the data file"), "rb") as handle:
         try:
             if path.suffix == ".npy":

@@ -1,4 +1,4 @@
-"""Ctrl-C during training: the update is finished, a checkpoint is written, and only then does the run stop."""
+"""Training that is asked to stop: the update is finished, a checkpoint is written, and only then does the run end."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from slimkit.core.jobs.signals import SIGNALS, stopped_by
 from slimkit.core.log import logger
 from slimkit.core.train.callbacks import TrainerCallback
 
 
 class SaveOnInterrupt(TrainerCallback):
-    """Turn the first Ctrl-C into a checkpoint and a stop; a second one stops at once.
+    """Turn the first Ctrl-C or SIGTERM into a checkpoint and a stop; a second one stops at once.
 
     Args:
         directory: where the checkpoint goes, a folder for `train(resume_from=...)`.
@@ -20,26 +21,26 @@ class SaveOnInterrupt(TrainerCallback):
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self._asked = False
-        self._before: Any = None
+        self._asked: int | None = None
+        self._before: dict[int, Any] = {}
 
     def on_train_begin(self, trainer: Any) -> None:
-        # Only the main thread may set handlers; elsewhere Ctrl-C stops at once, and the last checkpoint serves.
+        # Only the main thread may set handlers; elsewhere a signal stops at once, and the last checkpoint serves.
         if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGINT, self._ask)
+            self._before = {number: signal.signal(number, self._ask) for number in SIGNALS}
 
     def _ask(self, number: int, frame: Any) -> None:
         self.restore()
-        self._asked = True
-        logger.warning("stopping after this update; Ctrl-C again stops at once")
+        self._asked = number
+        logger.warning("stopping after this update; %s again stops at once", signal.Signals(number).name)
 
     def on_step_end(self, trainer: Any) -> None:
-        if self._asked:
+        if self._asked is not None:
             trainer.save_checkpoint(self.directory)
-            raise KeyboardInterrupt
+            raise stopped_by(self._asked)
 
     def restore(self) -> None:
-        """Put the handler of before back."""
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
-            self._before = None
+        """Put the handlers of before back."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ from typing import Any
 from slimkit.core import files
 from slimkit.core.errors import ConfigError, UnsupportedError
 from slimkit.core.jobs import data as sources
-from slimkit.core.jobs import folders
+from slimkit.core.jobs import folders, networks
 from slimkit.core.jobs.data import DataPlace, ModelPlace
+from slimkit.core.jobs.training import AdaptAims, DistillAims, TrainingPlan
 from slimkit.core.run.measurement import Measurement
+from slimkit.core.run.stages import Stages
 from slimkit.core.sparse import SparseConfig
 from slimkit.core.sparse.compress import select
 from slimkit.core.sparse.layer import Layer
@@ -50,6 +53,10 @@ class Jobs(ABC):
     slim: Any
     # What `write` can write.
     formats: tuple[str, ...]
+    # The framework's answers to recipes, many of which the commands ask for as well.
+    stages: Stages
+    # The type that the framework's cross entropy wants classes in.
+    class_dtype: str
 
     # What a wing adds.
 
@@ -99,7 +106,39 @@ class Jobs(ABC):
     def input_shapes(self, inputs: Any) -> dict[str, list[int]]:
         """The shapes of an example's tensors, by the names an exported file gives them."""
 
+    @abstractmethod
+    def seeded(self, seed: int) -> contextlib.AbstractContextManager[None]:
+        """Draw the same values whenever the same command is given."""
+
+    @abstractmethod
+    def evaluating(self, model: Any) -> contextlib.AbstractContextManager[None]:
+        """Eval mode without gradients, for a while."""
+
+    @abstractmethod
+    def train(
+        self,
+        model: Any,
+        samples: Any,
+        plan: TrainingPlan,
+        loss: Callable[[Any, Any], Any],
+        callbacks: list[Any],
+        how: Mapping[str, Any],
+    ) -> Any:
+        """Train what wants a gradient with AdamW, in place; `how` is for `Trainer.train`; returns the trainer."""
+
     # The commands.
+
+    def distill(
+        self, place: ModelPlace, data: DataPlace, out: Path | None, plan: TrainingPlan, aims: DistillAims
+    ) -> dict[str, Any]:
+        """Train a student to answer like its teacher; with `out` None only say what would be done."""
+        return networks.distill(self, place, data, out, plan, aims)
+
+    def adapt(
+        self, place: ModelPlace, data: DataPlace, out: Path | None, plan: TrainingPlan, aims: AdaptAims
+    ) -> dict[str, Any]:
+        """Train a delta on a frozen model and save it; with `out` None only say what would be done."""
+        return networks.adapt(self, place, data, out, plan, aims)
 
     def prune(
         self,

@@ -222,7 +222,67 @@ def measure_and_export():
     assert on_device(copy.deepcopy(model))
 
 
+NETS = """
+import torch
+from tests.only_torch.fake_npu.scenarios import Net
+
+def net():
+    torch.manual_seed(0)
+    return Net()
+"""
+
+
+def the_commands_compute_where_they_are_told():
+    import os
+    from pathlib import Path
+
+    import numpy as np
+    from typer.testing import CliRunner
+
+    from slimkit.cli import app
+    from slimkit.jobs import TorchJobs
+
+    seen = []
+    opened = TorchJobs.open
+
+    def watched(self, *arguments):
+        found = opened(self, *arguments)
+        seen.append({t.device.type for t in found.model.state_dict().values()})
+        return found
+
+    before = os.getcwd()
+    TorchJobs.open = watched
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            os.chdir(folder)
+            Path("nets.py").write_text(NETS)
+            np.savez("x.npz", x=images().numpy(), labels=np.arange(8) % 4)
+            np.save("calib.npy", images().numpy())
+            net = ("--factory", "nets.py:net", "--device", "npu:0", "-q")
+            example = ("--example", "2,3,8,8")
+            weights = ("--model", "s")
+            for command in (
+                ("prune", *net, *example, "--align", "4", "-r", "0.7", "-o", "p"),
+                ("sparsify", *net, "--model", "p", "--calib", "calib.npy", "-o", "s"),
+                ("adapt", *net, *weights, "-d", "x.npz", "--rank", "2", "--eval", "x.npz", "-o", "a"),
+                # accelerate does not know this device and trains on the CPU, where the teacher does not follow.
+                ("distill", *net, "--student", "p", "-d", "calib.npy", "-o", "d", "--dry-run"),
+                ("export", *net, *weights, *example, "--delta", "a", "-o", "m.onnx"),
+                ("inspect", "s", *net[:-1], *example, "--macs", "-q"),
+            ):
+                done = CliRunner().invoke(app, list(command))
+                assert done.exit_code == 0, (command[0], done.exception, traceback.format_exception(done.exception))
+            assert seen, "no command opened a model"
+            assert all(kinds == {"npu"} for kinds in seen), seen
+            too_many = CliRunner().invoke(app, ["inspect", "s", *net[:2], "--device", "npu:7", *example, "--macs"])
+            assert "counted from 0" in str(too_many.exception), too_many.exception
+    finally:
+        TorchJobs.open = opened
+        os.chdir(before)
+
+
 SCENARIOS = [
+    the_commands_compute_where_they_are_told,
     the_device_is_one, prune, prune_with_compensation_and_gradients, sparsify, train_a_lora_and_carry_it_to_the_cpu,
     freeze, save_and_load, distil_a_step, measure_and_export,
     linear_algebra_that_the_device_lacks_runs_on_the_cpu_and_says_so_once,
