@@ -12,12 +12,13 @@ from slimkit.core.sparse import pattern as patterns
 from slimkit.core.sparse import shards, shrink
 from slimkit.core.sparse.allocate import REACH, spread
 from slimkit.core.sparse.config import SparseConfig
+from slimkit.core.sparse.factor import inverse_factor
 from slimkit.core.sparse.layer import Layer
 from slimkit.core.sparse.moments import Moments
 from slimkit.core.sparse.par import refit
 from slimkit.core.sparse.pattern import NM
 from slimkit.core.sparse.solve import solve, steps_to
-from slimkit.core.sparse.sweep import inverse_factor, sweep
+from slimkit.core.sparse.sweep import sweep
 
 few = settings(max_examples=25, deadline=None)
 
@@ -94,18 +95,45 @@ def test_blocks_change_nothing_but_the_order_of_sums(block):
     weight, gram = rng.standard_normal((6, 70)), gram_of(70)
     keep = rng.random((6, 70)) > 0.5
     upper, _ = inverse_factor(gram, 0.0)
-    ours, mask, loss = sweep(weight, upper, 0.5, None, block, keep=keep)
-    assert (mask == keep).all()
+    turned = weight.T.copy()
+    mask, loss = sweep(turned, upper, 0.5, None, block, keep=keep.T)
+    ours = turned.T
+    assert (mask.T == keep).all()
     np.testing.assert_allclose(ours, column_by_column(weight, gram, keep), atol=1e-8)  # float64, ill-conditioned
     change = weight - ours
     assert abs(loss - np.sum((change @ gram) * change)) < 1e-8 * loss
 
 
-def test_the_sweep_leaves_its_arguments_alone():
-    weight, gram = np.random.default_rng(0).standard_normal((4, 12)), gram_of(12)
-    before = weight.copy()
-    sweep(weight, inverse_factor(gram, 0.01)[0], 0.5, None, 8)
-    assert (weight == before).all()
+@pytest.mark.parametrize("nm", [NM(2, 4), NM(1, 4), NM(5, 8)])
+def test_groups_choose_by_what_the_columns_before_them_left(nm):
+    rng = np.random.default_rng(0)
+    weight, gram = rng.standard_normal((6, 48)), gram_of(48)
+    upper, _ = inverse_factor(gram, 0.01)
+    turned = weight.T.copy()
+    mask, _ = sweep(turned, upper, 0.0, nm, 128)
+    damped = gram + 0.01 * np.trace(gram) / 48 * np.eye(48)
+    for start in range(0, 48, nm.group):  # what stands when a group's turn comes, and what it chooses then
+        chosen = mask.T.copy()
+        chosen[:, start:] = True
+        stands = column_by_column(weight, damped, chosen)[:, start : start + nm.group]
+        scores = (stands / np.diag(upper)[start : start + nm.group]) ** 2
+        assert (patterns.keep_nm(scores, nm) == mask.T[:, start : start + nm.group]).all()
+
+
+def test_no_zero_is_negative():
+    turned = np.random.default_rng(0).standard_normal((48, 6))
+    sweep(turned, inverse_factor(gram_of(48), 0.01)[0], 0.5, None, 16)
+    assert not np.signbit(turned[turned == 0]).any()
+
+
+@pytest.mark.parametrize("zeros", [1, 20_000, 65_000, 99_999])
+def test_exact_counts_among_many_scores(zeros):
+    scores = np.random.default_rng(0).standard_normal((10, 10_000))
+    scores[:7] = np.round(scores[:7], 1)  # ties, and a sample that a sorted array misleads
+    for some in (scores, np.sort(scores.reshape(-1)).reshape(scores.shape)):
+        keep = patterns.keep_all_but(some, zeros)
+        assert (~keep).sum() == zeros
+        assert some[~keep].max() <= some[keep].min()
 
 
 def test_refit_reaches_least_squares_on_the_support():

@@ -87,7 +87,8 @@ def one_layer(widths: list[int]) -> None:
             return float(top / bottom) ** 0.5
 
         nm = SparseConfig(pattern=pattern).nm
-        reference, seconds = timed(lambda: plain(weight, moments.gram[0] / moments.count, ratio, nm))  # noqa: B023
+        gram = moments.gram[0] / moments.count
+        reference, seconds = timed(lambda: plain(weight, gram, ratio, nm))  # noqa: B023
         base = error(reference)
         cells = [f"{base:.4f} ({seconds:.2f} s)"]
         ratios = []
@@ -96,7 +97,7 @@ def one_layer(widths: list[int]) -> None:
             solved, spent = timed(lambda: solve(layer, weight, moments, ratio, config))  # noqa: B023
             cells.append(f"{error(solved.weight):.4f} ({spent:.2f} s)")
             ratios.append(error(solved.weight) / base)
-        gram = moments.gram[0] / moments.count + torch.eye(n)
+        gram += torch.eye(n)
         factor, a = timed(lambda: torch.linalg.cholesky(gram))  # noqa: B023
         inverse, b = timed(lambda: torch.linalg.solve_triangular(factor, torch.eye(n), upper=False))  # noqa: B023
         _, c = timed(lambda: weight @ inverse)  # noqa: B023  # the trailing products come to half of one of these

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from functools import cache
 from typing import Any
 
@@ -60,40 +61,64 @@ def like(values: np.ndarray[Any, Any], model: Array) -> Array:
     return xp.asarray(values, device=device_of(model))
 
 
+def library(array: Array) -> Any:
+    """The module behind the namespace: the same functions without the standard's checks, for inner loops."""
+    return sys.modules[namespace(array).__name__.removeprefix("array_api_compat.")]
+
+
+def bits(array: Array) -> Array:
+    """The same memory as signed integers, which order as nonnegative floats do."""
+    lib = library(array)
+    return array.view(lib.int32 if array.dtype.itemsize == 4 else lib.int64)
+
+
+def own_copy(array: Array, dtype: Any = None) -> Array:
+    """A contiguous copy."""
+    xp = namespace(array)
+    copy = xp.empty(array.shape, dtype=array.dtype if dtype is None else dtype, device=device_of(array))
+    copy[...] = array
+    return copy
+
+
+def inner(a: Array, b: Array) -> float:
+    """The sum of the products of two arrays' entries."""
+    return float(library(a).dot(a.reshape(-1), b.reshape(-1)))
+
+
 def kth_smallest(rows: Array, k: int) -> Array:
     """The k-th smallest entry of each row, k counted from 1, as a column."""
     xp = namespace(rows)
     if hasattr(xp, "kthvalue"):
-        if rows.shape[0] == 1 and rows.shape[1] > 1 << 16:
-            return _kth_of_long(rows, k)
         return xp.kthvalue(rows, k, 1, True)[0]
     if hasattr(xp, "partition"):
         return xp.partition(rows, k - 1, axis=1)[:, k - 1 : k]
     return xp.sort(rows, axis=1)[:, k - 1 : k]
 
 
-def _kth_of_long(rows: Array, k: int) -> Array:
-    # torch selects on one thread; numpy's introselect is several times faster on the CPU.
-    if str(device_of(rows)) == "cpu":
-        values = to_numpy(rows)
-        return like(np.partition(values, k - 1, axis=1)[:, k - 1 : k], rows)
-    return namespace(rows).kthvalue(rows, k, 1, True)[0]
-
-
-def less_outer(matrix: Array, column: Array, row: Array) -> None:
-    """matrix -= column row, in place; torch does it in one call, without the product in memory."""
-    if hasattr(matrix, "addr_"):
-        matrix.addr_(column, row, alpha=-1)
+def add_vector(column: Array, matrix: Array, vector: Array, sign: int = 1) -> None:
+    """column += sign * matrix @ vector, in place."""
+    if hasattr(column, "addmv_"):
+        column.addmv_(matrix, vector, alpha=sign)
     else:
-        matrix -= column[:, None] * row
+        column += sign * (matrix @ vector)
 
 
-def less_product(matrix: Array, left: Array, right: Array) -> None:
-    """matrix -= left @ right, in place."""
+def add_product(matrix: Array, left: Array, right: Array, sign: int = 1) -> None:
+    """matrix += sign * left @ right, in place; torch does it in one call, without the product in memory."""
     if hasattr(matrix, "addmm_"):
-        matrix.addmm_(left, right, alpha=-1)
+        matrix.addmm_(left, right, alpha=sign)
+    elif sign == 1:
+        matrix += left @ right
     else:
         matrix -= left @ right
+
+
+def product_into(matrix: Array, left: Array, right: Array) -> None:
+    """matrix = left @ right, in its own memory."""
+    if hasattr(matrix, "addmm_"):
+        matrix.addmm_(left, right, beta=0)
+    else:
+        matrix[...] = left @ right
 
 
 def cholesky(matrix: Array) -> Array | None:

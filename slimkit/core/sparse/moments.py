@@ -35,6 +35,7 @@ class Moments:
         self.dense_square = 0.0
         self.drift_cross: Array = None
         self.drift_total: Array = None
+        self._averaged = False
 
     def add(self, x: Array, dense: Array = None, drift: Array = None) -> None:
         """Add the rows of one call's input.
@@ -45,6 +46,8 @@ class Moments:
             drift: (..., n_out) what the dense model adds to the layer's output minus what this one adds; None when
                 unknown. Every call must give it, or none.
         """
+        if self._averaged:
+            raise RuntimeError(f"the moments of {self.layer.name!r} are means already")
         xp = namespace(x)
         first = self.count == 0
         if dense is None or dense.shape != x.shape:
@@ -80,6 +83,14 @@ class Moments:
         cross, total = xp.permute_dims(drift, (0, 2, 1)) @ rows, xp.sum(drift, axis=1)
         self.drift_cross = cross if first else self.drift_cross + cross
         self.drift_total = total if first else self.drift_total + total
+
+    def average(self) -> None:
+        """Turn the sums over rows into means, in place: no second Hessian in memory. No row can be added after it."""
+        if not self._averaged:
+            self._averaged = True
+            for array in self.state():
+                array /= self.count
+            self.dense_square /= max(self.count, 1)  # an expert that nobody chose has no rows
 
     def check_finite(self) -> None:
         """Refuse moments of inputs that were NaN or infinite, naming the layer."""

@@ -8,8 +8,8 @@ from typing import Any
 from slimkit.core.sparse import pattern as patterns
 from slimkit.core.sparse import shrink
 from slimkit.core.sparse.backend import Array, device_of, eigh, like, namespace, to_numpy
+from slimkit.core.sparse.factor import inverse_factor
 from slimkit.core.sparse.pattern import NM
-from slimkit.core.sparse.sweep import inverse_factor
 
 
 @dataclass(frozen=True)

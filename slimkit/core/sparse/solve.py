@@ -9,13 +9,14 @@ from typing import Any
 from slimkit.core.errors import ArgumentError
 from slimkit.core.sparse import pattern as patterns
 from slimkit.core.sparse import shrink
-from slimkit.core.sparse.backend import Array, device_of, namespace, precision
+from slimkit.core.sparse.backend import Array, device_of, inner, library, namespace, own_copy, precision
 from slimkit.core.sparse.config import SparseConfig
+from slimkit.core.sparse.factor import inverse_factor, quadratic
 from slimkit.core.sparse.layer import Layer
 from slimkit.core.sparse.moments import Moments
 from slimkit.core.sparse.par import PAR, PAR_V2, refine
 from slimkit.core.sparse.pattern import NM
-from slimkit.core.sparse.sweep import inverse_factor, sweep
+from slimkit.core.sparse.sweep import sweep
 
 # Up to this damping the sweep's own loss, less the damping's part, keeps enough digits.
 PRECISE = 0.05
@@ -88,18 +89,20 @@ def wanda(p: Problem) -> tuple[Array, Array, dict[str, Any]]:
 
 def hessian(p: Problem) -> tuple[Array, Array, dict[str, Any]]:
     """SparseGPT's sweep (Frantar & Alistarh 2023, algorithm 1)."""
+    turned = own_copy(p.target.T)
+    facts: dict[str, Any] = {"power": quadratic(turned, p.gram)}
     upper, damping = inverse_factor(p.gram, p.config.damping)
-    facts: dict[str, Any] = {"damping": damping}
-    weight, keep = p.target, None
+    facts["damping"] = damping
     for ratio in steps_to(p.ratio, p.config):
-        weight, keep, loss = sweep(weight, upper, ratio, p.nm, p.config.block_size, dead=p.dead)
+        mask, loss = sweep(turned, upper, ratio, p.nm, p.config.block_size, dead=p.dead)
+    del upper
+    weight = own_copy(turned.T)
     if damping <= PRECISE and not p.config.progressive:
         # The damped loss less what the damping added: the error for free.
-        xp = namespace(p.target)
-        change = (p.target - weight).reshape(-1)
-        mean = float(xp.mean(xp.linalg.diagonal(p.gram)))
-        facts["loss"] = loss - damping * mean * float(xp.vecdot(change, change))
-    return weight, keep, facts
+        change = library(weight).subtract(p.target, weight, out=turned.reshape(weight.shape))
+        mean = float(namespace(weight).mean(namespace(weight).linalg.diagonal(p.gram)))
+        facts["loss"] = loss - damping * mean * inner(change, change)
+    return weight, own_copy(mask.T), facts
 
 
 def par(p: Problem) -> tuple[Array, Array, dict[str, Any]]:
@@ -153,7 +156,7 @@ def solve(layer: Layer, weight: Array, moments: Moments | None, ratio: float, co
         ArgumentError: the weight or the inputs are not finite.
     """
     xp = namespace(weight)
-    matrix = xp.astype(layer.to_matrix(weight), precision(weight, layer.n_in))
+    matrix = xp.astype(layer.to_matrix(weight), precision(weight, layer.n_in), copy=False)
     if not bool(xp.isfinite(xp.sum(matrix))):
         raise ArgumentError(f"the weight of {layer.name!r} must be finite. Received: NaN or infinity")
     account: dict[str, Any] = {"kind": layer.kind, "shape": list(layer.shape), "method": config.method}
@@ -183,15 +186,15 @@ def solve(layer: Layer, weight: Array, moments: Moments | None, ratio: float, co
             count=moments.count if moments else 0,
         )
         new, keep, facts = SOLVERS[method](problem)
-        loss = facts.pop("loss", None)
+        loss, own_power = facts.pop("loss", None), facts.pop("power", None)
         account.update(facts)
         weights.append(new)
         keeps.append(keep)
         if gram is not None:
-            error += quadratic(problem.target - new, gram) if loss is None else loss
-            power += quadratic(problem.target, gram)
-    new, keep = xp.stack(weights), xp.stack(keeps)
-    left = int(xp.sum(xp.astype(keep, xp.int64)))
+            error += quadratic((problem.target - new).T, gram) if loss is None else loss
+            power += quadratic(problem.target.T, gram) if own_power is None else own_power
+    new, keep = _together(weights), _together(keeps)
+    left = int(xp.count_nonzero(keep))
     account |= {"weights": layer.size, "zeros": layer.size - left, "ratio": 1 - left / layer.size}
     if power > 0:
         account["output_error"] = (max(error, 0.0) / power) ** 0.5
@@ -201,17 +204,16 @@ def solve(layer: Layer, weight: Array, moments: Moments | None, ratio: float, co
     return Solved(layer.from_matrix(new), layer.from_matrix(keep), shift, account)
 
 
-def quadratic(difference: Array, gram: Array) -> float:
-    """The mean squared output that a weight difference makes: tr(D gram D^T)."""
-    xp = namespace(difference)
-    return float(xp.sum((difference @ gram) * difference))
+def _together(groups: list[Array]) -> Array:
+    # One group, the common case, without a copy.
+    return groups[0][None] if len(groups) == 1 else namespace(groups[0]).stack(groups)
 
 
 def _no_use(moments: Moments, config: SparseConfig) -> str | None:
     if moments.count < max(1, config.min_tokens):
         return f"saw {moments.count} calibration rows, fewer than min_tokens={config.min_tokens}"
     xp = namespace(moments.gram)
-    if not bool(xp.any(moments.gram)):
+    if not bool(xp.any(xp.linalg.diagonal(moments.gram))):
         return "its inputs are all zero"
     return None
 
@@ -237,19 +239,18 @@ def _targets(
     """
     if moments is None or moments.gram is None:
         return None, None, None
-    grams = moments.gram / moments.count
+    moments.average()
+    grams, cross, drift = moments.gram, moments.cross, moments.drift_cross
     if method in ("magnitude", "wanda") or not config.paired or not moments.related:
         return grams, None, None
-    cross, drift = moments.cross / moments.count, moments.drift_cross
-    drift = None if drift is None else drift / moments.count
     gain = None
     if moments.layer.has_bias:
-        sparse_mean, dense_mean = moments.total / moments.count, moments.dense_total / moments.count
+        sparse_mean, dense_mean = moments.total, moments.dense_total
         grams = _centred(grams - sparse_mean[:, :, None] * sparse_mean[:, None, :])
         cross = cross - dense_mean[:, :, None] * sparse_mean[:, None, :]
         gain = (matrix @ dense_mean[..., None], sparse_mean[..., None])
         if drift is not None:
-            drift_mean = moments.drift_total / moments.count
+            drift_mean = moments.drift_total
             drift = drift - drift_mean[:, :, None] * sparse_mean[:, None, :]
             gain = (gain[0] + drift_mean[..., None], gain[1])
     difference = matrix @ (cross - grams)  # zero with equal inputs: the target is W then, exactly
