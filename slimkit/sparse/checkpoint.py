@@ -78,6 +78,9 @@ def sparsify_checkpoint(
     # A run killed in its first moments leaves its state folder and nothing else.
     if target.exists() and any(f.name != STATE for f in target.iterdir()) and not (state / "job.json").exists():
         check.wrong_value("dst", "absent, empty, or an unfinished run", str(target))
+    host = CheckpointHost(source, state, places, names)
+    if host.processes() > 1:
+        raise UnsupportedError("sparsify_checkpoint needs one process: all would write the same files.")
     digests = {f.name: files.digest_file(f) for f in sorted({p.file for p in places.values()})}
     job = {"config": cfg.to_dict(), "source": digests, "dataset": _digest(data), "threads": torch.get_num_threads()}
     shards.same_job(state, job)
@@ -87,7 +90,6 @@ def sparsify_checkpoint(
     if report_file.exists():
         _tidy(state)  # the kill may have come while tidying
         return files.read_json(report_file)
-    host = CheckpointHost(source, state, places, names)
     report, _ = compress(host, cfg, data, on_progress)
     for row in report["layers"].values():
         row.pop("seconds", None)  # the same job writes the same bytes
@@ -339,6 +341,7 @@ class _Undata:
     def __init__(self, names: list[str]) -> None:
         self.names = names
         self.feeds: list[tuple[str, ...]] = []
+        self.joined: dict[str, str] = {}
 
     def replay(self, names: Sequence[str], seen: Any) -> None:
         """No data."""

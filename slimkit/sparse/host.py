@@ -10,6 +10,7 @@ from typing import Any
 
 from slimkit import bridge
 from slimkit.core.sparse.layer import Layer
+from slimkit.core.sparse.processes import agreed
 from slimkit.core.sparse.walk import Stage
 from slimkit.sparse.inputs import BlockInputs, as_input, quiet, valid_tokens
 from slimkit.sparse.reads import Reads
@@ -89,19 +90,20 @@ class TorchHost:
                     modules[path] = (name, slot)
         dense = dense_twin(self.model, [self._slots[n].owner(self.model) for n in names]) if paired else None
         blocks = block_paths(self.model, modules)
-        found = trace(self.model, dataset, modules, blocks)
-        if not found.chained:
-            yield ModelStage(self.model, dense, dataset, modules, found.feeds, found)
+        found, chained = trace(self.model, dataset, modules, blocks)
+        every = agreed(self, found.feeds)
+        if not all(self.gather(chained)):
+            yield ModelStage(self.model, dense, dataset, modules, every, found)
             return
         where = {name: next((b for b in blocks if name.startswith(b + ".")), "") for name in names}
-        first = next(i for i, feed in enumerate(found.feeds) if where[feed[0]])
-        before = [f for f in found.feeds[:first] if not where[f[0]]]
-        after = [f for f in found.feeds[first:] if not where[f[0]]]
+        first = next(i for i, feed in enumerate(every) if where[feed[0]])
+        before = [f for f in every[:first] if not where[f[0]]]
+        after = [f for f in every[first:] if not where[f[0]]]
         if before:
             yield ModelStage(self.model, dense, dataset, modules, before, found, whole=False)
         inputs = BlockInputs(self.model, dense, dataset, blocks)
         for block in blocks:
-            feeds = [f for f in found.feeds if where[f[0]] == block]
+            feeds = [f for f in every if where[f[0]] == block]
             twin = bridge.get_module(dense, block) if dense is not None else None
             yield BlockStage(block, bridge.get_module(self.model, block), twin, inputs, modules, feeds, found)
         del inputs
@@ -123,16 +125,31 @@ class TorchHost:
 
         return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
-    def reduce(self, arrays: Sequence[torch.Tensor], count: int) -> tuple[list[torch.Tensor], int]:
+    def rank(self) -> int:
+        """The number of this process of torch.distributed, from 0."""
+        import torch.distributed as dist
+
+        return dist.get_rank() if self.processes() > 1 else 0
+
+    def gather(self, value: Any) -> list[Any]:
+        """A plain value of every process of torch.distributed, by its number."""
+        import torch.distributed as dist
+
+        found = [value] * self.processes()
+        if len(found) > 1:
+            dist.all_gather_object(found, value)
+        return found
+
+    def reduce(self, arrays: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Sums over all processes of torch.distributed, when it runs."""
         import torch.distributed as dist
 
         if self.processes() < 2:
-            return list(arrays), count
-        total = torch.tensor([count], device=arrays[0].device)
-        for array in (*arrays, total):
+            return list(arrays)
+        totals = [array.contiguous() for array in arrays]
+        for array in totals:
             dist.all_reduce(array)
-        return list(arrays), int(total)
+        return totals
 
 
 def _turned(model: torch.nn.Module, slots: Mapping[str, Slot], dataset: Iterable[Any]) -> set[str]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from slimkit import bridge
 from slimkit.core.errors import UnsupportedError
+from slimkit.core.sparse.calls import Calls
 from slimkit.sparse.inputs import BlockInputs, Enough, as_input, enough, quiet, send, valid_tokens
 from slimkit.sparse.reads import Reads
 from slimkit.sparse.residual import arriving, first_tensor, input_of, joints
@@ -18,33 +18,6 @@ import torch
 
 Modules = Mapping[str, tuple[str, Slot]]  # path -> (layer it belongs to, where its weight lies)
 Seen = Callable[[str, torch.Tensor, torch.Tensor | None, torch.Tensor | None], None]
-
-
-@dataclass
-class Trace:
-    """What one forward of every batch teaches.
-
-    Args:
-        feeds: layers in the order of their first call; those that always share one input together.
-        repeated: layers that some batch calls more than once.
-        chained: whether each block's first input is the output of the block before, in every batch.
-        order: for each batch, when each layer was called.
-    """
-
-    feeds: list[tuple[str, ...]] = field(default_factory=list)
-    repeated: set[str] = field(default_factory=set)
-    chained: bool = False
-    order: list[dict[str, int]] = field(default_factory=list)
-
-    def following(self, names: Sequence[str], among: Iterable[str]) -> str | None:
-        """The first of `among` that every batch calls, and after all of `names`; None when there is none."""
-        if self.repeated or any(all(n not in order for order in self.order) for n in names):
-            return None
-        latest = [max((order.get(n, -1) for n in names), default=-1) for order in self.order]
-        for name in among:
-            if name not in names and all(order.get(name, -1) > last for order, last in zip(self.order, latest)):
-                return name
-        return None
 
 
 @contextlib.contextmanager
@@ -70,52 +43,45 @@ def watching(
         yield
 
 
-def trace(model: torch.nn.Module, dataset: Iterable[Any], modules: Modules, blocks: Sequence[str] = ()) -> Trace:
-    """Learn in which order layers are called, which share one input, and whether the blocks form a chain."""
-    calls: dict[str, list[str]] = {}
-    kinds: dict[str, str] = {}
-    found = Trace(chained=len(blocks) > 1)
+def trace(
+    model: torch.nn.Module, dataset: Iterable[Any], modules: Modules, blocks: Sequence[str] = ()
+) -> tuple[Calls, bool]:
+    """Send every batch through once, to learn in which order layers are called and which share one input.
+
+    Returns:
+        The calls, and whether each block's first input is the output of the block before, in every batch.
+    """
+    calls = Calls({name for name, slot in modules.values() if slot.kind == "conv2d"})
+    chained = len(blocks) > 1
     place = {b: i for i, b in enumerate(blocks)}
     slots = {p: slot for p, (_, slot) in modules.items()}
-    for name, slot in modules.values():
-        kinds[name] = slot.kind
-    for index, batch in enumerate(dataset):
-        alive: list[Any] = []  # kept, so that an id stands for one tensor
-        first: dict[int, str] = {}
-        order: dict[str, int] = {}
+    for batch in dataset:
         outputs: dict[str, Any] = {}
-
-        def note(path: str, x: Any) -> None:
-            name = modules[path][0]
-            alive.append(x)  # noqa: B023
-            if name in order:  # noqa: B023
-                found.repeated.add(name)
-            order[name] = len(alive)  # noqa: B023
-            calls.setdefault(name, []).append(f"{index}:{first.setdefault(id(x), name)}")  # noqa: B023
+        calls.batch()
 
         def passed(path: str, args: Any, kwargs: Any, output: Any) -> None:
+            nonlocal chained
             x = input_of(args, kwargs)
             if path in outputs or (place[path] and x is not outputs.get(blocks[place[path] - 1])):  # noqa: B023
-                found.chained = False
+                chained = False
             outputs[path] = first_tensor(output)  # noqa: B023
 
+        def called(path: str, args: Any, kwargs: Any, _output: Any) -> None:
+            calls.note(modules[path][0], input_of(args, kwargs))
+
+        def read(path: str, rows: torch.Tensor) -> None:
+            calls.note(modules[path][0], rows)
+
         chain = {b: bridge.get_module(model, b) for b in blocks}
-        called = lambda path, args, kwargs, _output: note(path, input_of(args, kwargs))
-        with watching(model, slots, called, note), bridge.hooked(chain, passed):
+        with watching(model, slots, called, read), bridge.hooked(chain, passed):
             send(model, batch)
-        found.chained = found.chained and len(outputs) == len(blocks)
-        found.order.append(order)
-    shared: dict[tuple[str, ...], list[str]] = {}
-    for name, steps in calls.items():
-        # Convolutions unfold by their own geometry, so only matrix layers share moments.
-        shared.setdefault((name if kinds[name] == "conv2d" else "", *steps), []).append(name)
-    found.feeds = [tuple(names) for names in shared.values()]
-    return found
+        chained = chained and len(outputs) == len(blocks)
+    return calls, chained
 
 
-def trace_block(path: str, block: torch.nn.Module, inputs: BlockInputs, modules: Modules) -> Trace:
+def trace_block(path: str, block: torch.nn.Module, inputs: BlockInputs, modules: Modules) -> Calls:
     """The same for one block that is fed from memory; `modules` carries whole paths."""
-    return trace(block, [inputs.call(path, i) for i in range(len(inputs.valid))], inside(modules, path))
+    return trace(block, [inputs.call(path, i) for i in range(len(inputs.valid))], inside(modules, path))[0]
 
 
 class ModelStage:
@@ -141,7 +107,7 @@ class ModelStage:
         dataset: Iterable[Any],
         modules: Modules,
         feeds: Sequence[tuple[str, ...]],
-        traced: Trace,
+        traced: Calls,
         whole: bool = True,
     ) -> None:
         self.model, self.dense, self.dataset, self.modules = model, dense, dataset, modules
@@ -272,7 +238,7 @@ class BlockStage(ModelStage):
         inputs: BlockInputs,
         modules: Modules,
         feeds: Sequence[tuple[str, ...]],
-        traced: Trace,
+        traced: Calls,
     ) -> None:
         super().__init__(block, dense, (), inside(modules, path), feeds, traced)
         self.path, self.inputs = path, inputs

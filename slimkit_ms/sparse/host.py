@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from slimkit.core.sparse.layer import Layer
+from slimkit.core.sparse.processes import agreed
 from slimkit.core.sparse.walk import Stage
 from slimkit_ms import bridge
 from slimkit_ms.sparse.stages import CellStage, last_two, trace, watching
@@ -86,8 +88,8 @@ class MindSporeHost:
         """The whole cell as one stage; its layers in the order they are called."""
         cells = {name: bridge.get_module(self.model, name) for name in names}
         dense = copy.deepcopy(self.model) if paired else None
-        feeds, repeated = trace(self.model, dataset, cells)
-        yield CellStage(self.model, dense, dataset, names, feeds, repeated)
+        calls = trace(self.model, dataset, cells)
+        yield CellStage(self.model, dense, dataset, names, agreed(self, calls.feeds), calls)
 
     def outputs(self, batch: Any) -> Array:
         """The cell's first output for a batch, as a float32 NumPy array."""
@@ -102,17 +104,49 @@ class MindSporeHost:
 
         return get_group_size() if GlobalComm.INITED else 1
 
-    def reduce(self, arrays: Sequence[Array], count: int) -> tuple[list[Array], int]:
+    def rank(self) -> int:
+        """The number of this process of mindspore.communication, from 0."""
+        from mindspore.communication import get_rank
+
+        return get_rank() if self.processes() > 1 else 0
+
+    def gather(self, value: Any) -> list[Any]:
+        """A plain JSON value of every process of mindspore.communication, by its number."""
+        n, rank = self.processes(), self.rank()
+        if n < 2:
+            return [value]
+        text = json.dumps(value).encode()
+        sizes = np.zeros(n, np.float32)
+        sizes[rank] = len(text)
+        sizes = _all_reduce(sizes).astype(np.int64)
+        table = np.zeros((n, int(sizes.max())), np.float32)  # bytes, exact in any dtype
+        table[rank, : len(text)] = np.frombuffer(text, np.uint8)
+        table = _all_reduce(table).astype(np.uint8)
+        return [json.loads(bytes(row[:size])) for row, size in zip(table, sizes)]
+
+    def reduce(self, arrays: Sequence[Array]) -> list[Array]:
         """Sums over all processes of mindspore.communication, when it runs."""
-        from mindspore import ops
+        n = self.processes()
+        if n < 2:
+            return list(arrays)
+        totals = []
+        for array in arrays:
+            if array.dtype == np.float32:
+                totals.append(_all_reduce(array))
+                continue
+            # AllReduce knows no float64: each process sends two halves of every number to a place of its own.
+            parts = np.zeros((n, 2, *array.shape), np.float32)
+            parts[self.rank(), 0] = array
+            parts[self.rank(), 1] = array - parts[self.rank(), 0]
+            totals.append(_all_reduce(parts).sum((0, 1), dtype=np.float64))
+        return totals
 
-        if self.processes() < 2:
-            return list(arrays), count
 
-        total = ops.AllReduce()
-        summed = [bridge.as_numpy(total(ms.Tensor(a))) for a in arrays]
-        rows = bridge.as_numpy(total(ms.Tensor(np.array([count], np.float32))))
-        return summed, round(float(rows[0]))
+def _all_reduce(values: Array) -> Array:
+    from mindspore import ops
+
+    total: Array = bridge.as_numpy(ops.AllReduce()(ms.Tensor(np.ascontiguousarray(values, np.float32))))
+    return total
 
 
 def kind_of(cell: nn.Cell) -> str | None:

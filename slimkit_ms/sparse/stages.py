@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from slimkit.core.errors import UnsupportedError
+from slimkit.core.sparse.calls import Calls
 from slimkit_ms import bridge
 
 import mindspore as ms
@@ -53,32 +54,14 @@ def watching(model: nn.Cell, seen: Mapping[str, Callable[[Any], None]], until: s
         ms.set_context(mode=mode)
 
 
-def trace(
-    model: nn.Cell, dataset: Iterable[Any], cells: Mapping[str, nn.Cell]
-) -> tuple[list[tuple[str, ...]], set[str]]:
-    """Learn in which order layers are called, which always share one input, and which are called more than once."""
-    calls: dict[str, list[str]] = {}
-    repeated: set[str] = set()
-    for index, batch in enumerate(dataset):
-        alive: list[Any] = []  # kept, so that an id stands for one tensor
-        first: dict[int, str] = {}
-        called: set[str] = set()
-
-        def seen(name: str, x: Any) -> None:
-            alive.append(x)  # noqa: B023
-            if name in called:  # noqa: B023
-                repeated.add(name)
-            called.add(name)  # noqa: B023
-            calls.setdefault(name, []).append(f"{index}:{first.setdefault(id(x), name)}")  # noqa: B023
-
-        with watching(model, {n: partial(seen, n) for n in cells}):
+def trace(model: nn.Cell, dataset: Iterable[Any], cells: Mapping[str, nn.Cell]) -> Calls:
+    """Send every batch through once, to learn in which order layers are called and which share one input."""
+    calls = Calls({name for name, cell in cells.items() if isinstance(cell, nn.Conv2d)})
+    for batch in dataset:
+        calls.batch()
+        with watching(model, {n: partial(calls.note, n) for n in cells}):
             bridge.run(model, batch)
-    shared: dict[tuple[str, ...], list[str]] = {}
-    for name, steps in calls.items():
-        # Convolutions unfold by their own geometry, so only matrix layers share moments.
-        alone = isinstance(cells[name], nn.Conv2d)
-        shared.setdefault((name if alone else "", *steps), []).append(name)
-    return [tuple(names) for names in shared.values()], repeated
+    return calls
 
 
 def as_input(cell: nn.Cell, x: ms.Tensor) -> Array:
@@ -118,7 +101,7 @@ class CellStage:
         dataset: batches.
         names: the layers.
         feeds: layers in the order they are called; those that share an input together.
-        repeated: layers that are called more than once in a forward.
+        traced: what a forward taught of the order of calls.
     """
 
     def __init__(
@@ -128,16 +111,16 @@ class CellStage:
         dataset: Iterable[Any],
         names: Sequence[str],
         feeds: Sequence[tuple[str, ...]],
-        repeated: set[str],
+        traced: Calls,
     ) -> None:
         self.model, self.dense, self.dataset = model, dense, dataset
         self.cells = {name: bridge.get_module(model, name) for name in names}
-        self.feeds, self.repeated = list(feeds), repeated
+        self.feeds, self._traced = list(feeds), traced
+        self.joined: dict[str, str] = {}
 
     def replay(self, names: Sequence[str], seen: Seen) -> None:
         """Send every batch through; the forward ends once the layers have been seen."""
-        last = max((i for i, feed in enumerate(self.feeds) if set(feed) & set(names)), default=-1)
-        until = self.feeds[last + 1][0] if last + 1 < len(self.feeds) and not self.repeated else None
+        until = self._traced.following(names, (n for feed in self.feeds for n in feed))
         for batch in self.dataset:
             waiting: dict[str, list[Array]] = {n: [] for n in names}
             if self.dense is not None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from slimkit.core import batch as batches
 from slimkit.core import check, match
-from slimkit.core.errors import ArgumentError, PatternError, UnsupportedError
+from slimkit.core.errors import ArgumentError, PatternError
 from slimkit.core.log import logger, progress
 from slimkit.core.sparse.allocate import REACH, spread
 from slimkit.core.sparse.backend import Array
@@ -119,15 +119,13 @@ def _better(
     restore: Callable[[], None],
 ) -> tuple[Walk, dict[str, Any]]:
     """The better of equal and measured ratios, by the change of the model's own outputs on the calibration data."""
-    if host.processes() > 1:
-        raise UnsupportedError("SparseConfig.uniform=False needs one process: sensitivities are measured on all data.")
-    probes = list(itertools.islice(dataset, PROBE_BATCHES))
+    probes = list(itertools.islice(dataset, max(1, PROBE_BATCHES // host.processes())))
     dense = [host.outputs(batch) for batch in probes]
-    power = sum(float((d * d).sum()) for d in dense) or 1.0
+    power = sum(host.gather(sum(float((d * d).sum()) for d in dense))) or 1.0
 
     def error() -> float:
         change = sum(float(((host.outputs(batch) - d) ** 2).sum()) for batch, d in zip(probes, dense))
-        return (change / power) ** 0.5
+        return float(sum(host.gather(change)) / power) ** 0.5
 
     around = [max(0.02, config.sparse_ratio - REACH), min(0.98, config.sparse_ratio + REACH)]
     alone = replace(config, method="magnitude", uniform=True, progressive=False, asymmetric=None)
@@ -147,7 +145,11 @@ def _better(
     measured = Walk(host, config, layers, names, ratios)
     measured.run(dataset)
     measured_error = error()
-    facts = {"uniform_error": equal_error, "measured_error": measured_error, "probe_batches": len(probes)}
+    facts = {
+        "uniform_error": equal_error,
+        "measured_error": measured_error,
+        "probe_batches": sum(host.gather(len(probes))),
+    }
     if measured_error < equal_error:
         return measured, {"kept": "measured", **facts}
     logger.warning(

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from slimkit.core.log import progress
+from slimkit.core.sparse import processes
 from slimkit.core.sparse.backend import Array
 from slimkit.core.sparse.config import SparseConfig
 from slimkit.core.sparse.eta import Estimate, Progress
@@ -21,10 +22,12 @@ class Stage(Protocol):
     """A part of the model through which calibration data can be sent again and again.
 
     Attributes:
-        feeds: layers in the order they are called; those that share one input together.
+        feeds: layers in the order they are called, the same in every process; those that share one input together.
+        joined: where layers' outputs join the residual stream, as far as `join` has learned it.
     """
 
     feeds: list[tuple[str, ...]]
+    joined: dict[str, str]
 
     def replay(self, names: Sequence[str], seen: Seen) -> None:
         """Send every batch through, calling ``seen(name, x, dense x, drift)`` at each call of the layers.
@@ -72,8 +75,14 @@ class Host(Protocol):
     def processes(self) -> int:
         """How many processes share the calibration data."""
 
-    def reduce(self, arrays: Sequence[Array], count: int) -> tuple[list[Array], int]:
-        """Sums over all processes."""
+    def rank(self) -> int:
+        """The number of this process, from 0."""
+
+    def gather(self, value: Any) -> list[Any]:
+        """A plain JSON value of every process, by its number."""
+
+    def reduce(self, arrays: Sequence[Array]) -> list[Array]:
+        """Sums over all processes; exact where all but one give zeros."""
 
 
 class Walk:
@@ -122,11 +131,18 @@ class Walk:
         next(self._bar, None)
 
     def _settle(self, name: str, moments: Moments | None) -> None:
+        self._put(name, self._solve(name, moments))
+
+    def _solve(self, name: str, moments: Moments | None) -> Solved:
         start = time.perf_counter()
         ratio = self._config.sparse_ratio if self._ratios is None else self._ratios[name]
-        result: Solved = solve(self._layers[name], self._host.weight(name), moments, ratio, self._config)
+        result = solve(self._layers[name], self._host.weight(name), moments, ratio, self._config)
+        result.account["seconds"] = round(time.perf_counter() - start, 4)
+        return result
+
+    def _put(self, name: str, result: Solved) -> None:
         self._host.store(name, result.weight, result.bias_shift)
-        self.solved[name] = {**result.account, "seconds": round(time.perf_counter() - start, 4)}
+        self.solved[name] = result.account
         if self._host.keeps_masks:
             self.masks[name] = result.keep
         self._host.settled(name, self.solved[name])
@@ -147,6 +163,7 @@ class Walk:
                 continue
             if self._config.residual:
                 stage.join()
+                stage.joined = self._host.gather(stage.joined)[0]
             if self._config.sequential:
                 for feeds in steps(stage.feeds, self._layers, 2 if self._config.paired else 1):
                     yield stage, feeds
@@ -160,12 +177,25 @@ class Walk:
     def _calibrate(self, stage: Stage, feeds: Sequence[tuple[str, ...]]) -> None:
         moments = {feed[0]: Moments(self._layers[feed[0]], self._config.paired) for feed in feeds}
         stage.replay(list(moments), lambda name, *inputs: moments[name].add(*inputs))
+        for name, sums in moments.items():
+            processes.add_up(self._host, sums, self._host.weight(name))
+        together = [self._layers[name] for feed in feeds for name in feed]
+        owner = processes.owners(together, self._config.method, self._host.processes())
+        mine: dict[str, Solved | Exception] = {}
         for feed in feeds:
             shared = moments.pop(feed[0])
-            _over_processes(self._host, shared)
             for name in feed:
                 shared.layer = self._layers[name]
-                self._settle(name, shared)
+                if not owner:
+                    self._settle(name, shared)
+                elif owner[name] == self._host.rank():
+                    try:
+                        mine[name] = self._solve(name, shared)
+                    except Exception as error:  # noqa: BLE001  (raised again once the others know)
+                        mine[name] = error
+        if owner:
+            for name, result in processes.exchange(self._host, together, owner, mine):
+                self._put(name, result)
 
 
 def steps(
@@ -203,12 +233,3 @@ def steps(
             latest[first.family] = [feed]
             found.append(latest[first.family])
     return found
-
-
-def _over_processes(host: Host, moments: Moments) -> None:
-    if moments.gram is None:
-        return
-    arrays, moments.count = host.reduce(moments.state(), moments.count)
-    for array, total in zip(moments.state(), arrays):
-        if array is not total:
-            array[...] = total

@@ -1,0 +1,164 @@
+"""Several processes on one model: calibration data is split, sums are added up, layers are solved by one each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from slimkit.core.errors import ArgumentError
+from slimkit.core.sparse.backend import Array, device_of, namespace, precision
+from slimkit.core.sparse.layer import Layer
+from slimkit.core.sparse.moments import Moments
+from slimkit.core.sparse.solve import Solved
+
+if TYPE_CHECKING:
+    from slimkit.core.sparse.walk import Host
+
+# What a process solves and sends, roughly: enough to tell a gain from a loss.
+PRODUCTS_PER_SECOND = 2e10
+BYTES_PER_SECOND = 5e8
+SECONDS_PER_CALL = 2e-3
+
+# Work of a method, in units of n^3 + rows n^2 products.
+WORK = {"magnitude": 0.0, "wanda": 0.0, "hessian": 1.0, "par": 8.0, "par_v2": 40.0}
+
+FIELDS = ("gram", "total", "cross", "dense_total", "drift_cross", "drift_total")
+
+
+def agreed(host: Host, feeds: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """The feeds of all processes: each may have seen other experts, in another order, and all must go on alike.
+
+    Args:
+        host: the model.
+        feeds: layers in the order this process saw them called; those that share one input together.
+
+    Returns:
+        Every layer that any process saw, the same list in each; layers are together where all that saw them agree.
+    """
+    every = [[tuple(feed) for feed in found] for found in host.gather([list(feed) for feed in feeds])]
+    if len(every) == 1:
+        return every[0]
+    order: list[str] = []
+    for found in every:
+        at = 0
+        for name in (n for feed in found for n in feed):
+            if name in order:
+                at = order.index(name) + 1
+            else:  # behind what was called before it
+                order.insert(at, name)
+                at += 1
+    place = [{name: i for i, feed in enumerate(found) for name in feed} for found in every]
+    groups: dict[tuple[int, ...], list[str]] = {}
+    for name in order:
+        groups.setdefault(tuple(p.get(name, -1) for p in place), []).append(name)
+    return [tuple(names) for names in groups.values()]
+
+
+def add_up(host: Host, moments: Moments, weight: Array) -> None:
+    """Add up one layer's moments over all processes, in place; a process may have seen none of its rows.
+
+    Args:
+        host: the model.
+        moments: this process's sums.
+        weight: the layer's weight, which tells where to calculate.
+    """
+    if host.processes() < 2:
+        return
+    own = {"count": moments.count, "square": moments.dense_square}
+    every = host.gather({**own, "has": [f for f in FIELDS if getattr(moments, f) is not None]})
+    seen = [set(e["has"]) for e in every if e["count"]]
+    if not seen:
+        return
+    layer, xp = moments.layer, namespace(weight)
+    square, line = (layer.groups, layer.n_in, layer.n_in), (layer.groups, layer.n_in)
+    drift = (1, layer.n_out, layer.n_in), (1, layer.n_out)
+    shapes = dict(zip(FIELDS, (square, line, square, line, *drift)))
+    dtype, device = precision(weight, layer.n_in), device_of(weight)
+    kept = [f for f in FIELDS if all(f in has for has in seen)]
+    # Rows of one process that have no dense counterparts spoil the pairing for all.
+    moments.paired = moments.paired and "cross" in kept
+    arrays = [
+        xp.zeros(shapes[f], dtype=dtype, device=device) if getattr(moments, f) is None else getattr(moments, f)
+        for f in kept
+    ]
+    totals = dict(zip(kept, host.reduce(arrays)))
+    for name in FIELDS:
+        setattr(moments, name, totals.get(name))
+    moments.count = sum(e["count"] for e in every)
+    moments.dense_square = sum(e["square"] for e in every)
+
+
+def owners(layers: Sequence[Layer], method: str, processes: int) -> dict[str, int]:
+    """Which process solves which of some layers that do not wait for each other; empty where each had better do all.
+
+    The dearest layer goes first, each to the process that has least to do.
+
+    Args:
+        layers: the layers.
+        method: how they are solved.
+        processes: how many share the work.
+
+    Example:
+        >>> layers = [Layer(n, "linear", (4096, 4096)) for n in "qkv"]
+        >>> owners(layers, "hessian", 2)
+        {'q': 0, 'k': 1, 'v': 0}
+        >>> owners([Layer(n, "linear", (16, 16)) for n in "qkv"], "hessian", 2)
+        {}
+    """
+    if processes < 2 or len(layers) < 2:
+        return {}
+    costs = {x.name: WORK[method] * x.groups * (x.n_in**3 + x.n_out * x.n_in**2) for x in layers}
+    load = [0.0] * processes
+    found: dict[str, int] = {}
+    for name in sorted(costs, key=lambda n: -costs[n]):
+        found[name] = load.index(min(load))
+        load[found[name]] += costs[name]
+    saved = (sum(load) - max(load)) / PRODUCTS_PER_SECOND
+    sent = sum(2 * 4 * x.size for x in layers) / BYTES_PER_SECOND + SECONDS_PER_CALL * len(layers)
+    return found if saved > sent else {}
+
+
+def exchange(
+    host: Host,
+    layers: Sequence[Layer],
+    owner: Mapping[str, int],
+    solved: Mapping[str, Solved | Exception],
+) -> Iterator[tuple[str, Solved]]:
+    """Give every process what each has solved.
+
+    Args:
+        host: the model.
+        layers: the layers, in an order that is the same everywhere.
+        owner: layer -> the process that solved it.
+        solved: what this process solved, or the error that kept it from it.
+
+    Raises:
+        Exception: the error of this process; ArgumentError in the others.
+    """
+    told: dict[str, Any] = {}
+    for name, result in solved.items():
+        if isinstance(result, Exception):
+            told[name] = {"error": str(result)}
+        else:
+            told[name] = [result.account, result.bias_shift is not None]
+    accounts = {name: found for part in host.gather(told) for name, found in part.items()}
+    for layer in layers:
+        if isinstance(accounts[layer.name], dict):
+            own = solved.get(layer.name)
+            raise own if isinstance(own, Exception) else ArgumentError(accounts[layer.name]["error"])
+    for layer in layers:
+        account, shifted = accounts[layer.name]
+        weight = host.weight(layer.name)
+        xp, dtype, device = namespace(weight), precision(weight, layer.n_in), device_of(weight)
+        own = solved.get(layer.name)
+        shape = (layer.groups, layer.n_out, layer.n_in)
+        if isinstance(own, Solved):
+            arrays = [layer.to_matrix(own.weight), layer.to_matrix(xp.astype(own.keep, dtype))]
+            arrays += [own.bias_shift] if own.bias_shift is not None else []
+            arrays = [xp.astype(a, dtype) for a in arrays]
+        else:  # nothing added to what its owner sends is what its owner sends
+            shapes = [shape, shape, *([(layer.groups * layer.n_out,)] if shifted else [])]
+            arrays = [xp.zeros(s, dtype=dtype, device=device) for s in shapes]
+        new, keep, *shift = host.reduce(arrays)
+        keep = layer.from_matrix(keep) > 0.5
+        yield layer.name, Solved(layer.from_matrix(new), keep, shift[0] if shift else None, account)
