@@ -1,0 +1,56 @@
+"""Run under msrun, or alone: sparsify a small cell on this process's share of the data, and save what became."""
+
+import os
+import sys
+
+import numpy as np
+
+from slimkit.core.sparse import processes
+from slimkit_ms import Compressor, SparseConfig
+
+import mindspore as ms
+from mindspore import nn
+
+
+class Gated(nn.Cell):
+    """Two layers on one input, for two processes to solve, and one of more than 256 inputs: its sums are float32."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.gate, self.down = nn.Dense(16, 300), nn.Dense(16, 300), nn.Dense(300, 8)
+        rng = np.random.default_rng(0)
+        for p in self.get_parameters():
+            p.set_data(ms.Tensor(rng.standard_normal(p.shape).astype(np.float32) * 0.3))
+
+    def construct(self, x):
+        return self.down(self.up(x) * self.gate(x))
+
+
+def run(rank, n):
+    """What becomes of each method on this process's share of the data."""
+    processes.SECONDS_PER_CALL = 0.0  # so that even small layers are spread
+    processes.PRODUCTS_PER_SECOND = 1e6
+    rng = np.random.default_rng(2)
+    data = [ms.Tensor(rng.standard_normal((128, 16)).astype(np.float32)) for _ in range(4)]
+    found = {}
+    for name, options in {"par": {}, "magnitude": {"uniform": False}}.items():
+        model = Gated()
+        compressor = Compressor(model, SparseConfig(method=name, **options))
+        report = compressor.compress(data[rank::n])
+        found |= {f"{name}/{p.name}": p.asnumpy() for p in model.get_parameters()}
+        found |= {f"{name}/masks/{layer}": mask for layer, mask in compressor.masks.items()}
+        found[f"{name}/rows"] = np.array([row.get("rows", 0) for row in report["layers"].values()])
+    return found
+
+
+if __name__ == "__main__":
+    ms.set_device("CPU")
+    ms.runtime.launch_blocking()
+    if "MS_ROLE" in os.environ:  # the scheduler that msrun starts, too
+        ms.communication.init()
+    owners = processes.owners
+    spread = []
+    processes.owners = lambda *args: spread.append(owners(*args)) or spread[-1]
+    rank, n = (ms.communication.get_rank(), 2) if "MS_ROLE" in os.environ else (0, 1)
+    found = run(rank, n)
+    np.savez(f"{sys.argv[1]}/{n}-{rank}.npz", spread=sum(bool(owner) for owner in spread), **found)
