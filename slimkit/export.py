@@ -15,11 +15,11 @@ import numpy as np
 
 import slimkit
 from slimkit import bridge
-from slimkit.core import check
+from slimkit.core import check, onnxaxes
 from slimkit.core.batch import as_call
 from slimkit.core.errors import UnsupportedError
 from slimkit.core.files import as_path
-from slimkit.core.onnxfile import OnnxReport, publish, unique
+from slimkit.core.onnxfile import OnnxReport, Proof, publish, unique
 
 import torch
 from torch import nn
@@ -46,6 +46,23 @@ class _Flat(nn.Module):
     def names(self) -> list[str]:
         alone = len(self._slots) == 1
         return ["input" if alone else f"input_{i}" for i in range(len(self._slots))] + list(self._keys)
+
+    def answer(self) -> Any:
+        """What the model answers with."""
+        return self.model(*self._args, **self._kwargs)
+
+    def at(self, axes: onnxaxes.Axes, sizes: Mapping[str, tuple[int, int]]) -> _Flat:
+        """The same call at other sizes."""
+        arrays = self.arrays()
+        made = [
+            torch.from_numpy(onnxaxes.resized(arrays[name], axes.get(name, {}), sizes).copy()).to(tensor.device)
+            for name, tensor in zip(self.names(), self.tensors())
+        ]
+        args, kwargs = list(self._args), dict(self._kwargs)
+        for slot, tensor in zip(self._slots, made):
+            args[slot] = tensor
+        kwargs.update(zip(self._keys, made[len(self._slots) :]))
+        return _Flat(self.model, tuple(args), kwargs)
 
     def arrays(self) -> dict[str, np.ndarray]:
         return dict(zip(self.names(), (t.detach().cpu().numpy() for t in self.tensors())))
@@ -78,6 +95,7 @@ def export_onnx(
     *,
     opset: int = 13,
     dynamic_batch: bool = False,
+    dynamic: Mapping[Any, Any] | None = None,
     tolerance: float = 1e-4,
     external_data: bool | None = None,
     merge_delta: bool = False,
@@ -90,6 +108,8 @@ def export_onnx(
         path: the file to write; it appears whole or not at all.
         opset: the ONNX opset to write, 9 to 20. The default 13 is one that Ascend's ATC of CANN 5 to 9 reads.
         dynamic_batch: leave the first axis of every input open.
+        dynamic: axes to leave open: ``{"input_ids": {0: "batch", 1: "sequence"}}``, or ``{0: "batch", 1: "sequence"}``
+            for every input that has them. The file is proven at a second size of each.
         tolerance: largest absolute difference between file and model that is accepted, float32 units.
         external_data: put the weights into `path` and ".data" beside the file; None: where they exceed 2 GB, which one
             ONNX file cannot hold.
@@ -100,8 +120,9 @@ def export_onnx(
 
     Raises:
         ArgumentTypeError: `model` is not a module.
-        ArgumentError: an opset outside 9 to 20, or inputs without a tensor.
-        UnsupportedError: the model cannot be written at that opset, or the file disagrees with the model.
+        ArgumentError: an opset outside 9 to 20, inputs without a tensor, or an open axis that no input has.
+        UnsupportedError: the model cannot be written at that opset, does not run at a second size of an open axis, or
+            the file disagrees with the model.
         MissingFrameworkError: onnx or onnxruntime is not installed.
 
     Example:
@@ -121,18 +142,54 @@ def export_onnx(
     flat = _Flat(model, args, kwargs)
     if not flat.tensors():
         check.wrong_value("inputs", "a batch with at least one tensor", inputs)
+    shapes = {name: tuple(tensor.shape) for name, tensor in zip(flat.names(), flat.tensors())}
+    axes = onnxaxes.open_axes(dynamic, dynamic_batch, shapes)
     with bridge.evaluating(model), _exportable_attention(model, opset):
-        expected = named_tensors(bridge.run(model, inputs))
+        expected = named_tensors(flat.answer())
         outputs = unique([name for name, _ in expected])
-        arrays = {name: tensor.detach().cpu().numpy() for name, (_, tensor) in zip(outputs, expected)}
+        proofs = [Proof(flat.arrays(), _arrays(outputs, expected))]
+        result_axes: onnxaxes.Axes = {}
+        if axes:
+            sizes = onnxaxes.other_sizes(axes, shapes)
+            other = flat.at(axes, sizes)
+            proofs.append(Proof(other.arrays(), _arrays(outputs, _again(other, sizes))))
+            kinds = [{name: array.shape for name, array in proof.expected.items()} for proof in proofs]
+            result_axes = onnxaxes.output_axes(kinds[0], kinds[1], sizes)
+            if opset > _OLDER_LIMIT:
+                flat = other  # the newer exporter takes a size of 1 for fixed, and the other sizes never are 1
         with tempfile.TemporaryDirectory() as folder:
             # By way of a file, for beyond 2 GB the exporters write one file for each weight.
             file = Path(folder, "model.onnx")
-            _write(flat, file, opset, flat.names(), outputs, dynamic_batch)
-            return publish(file, target, opset, flat.arrays(), arrays, tolerance, external_data)
+            _write(flat, file, opset, flat.names(), outputs, axes, result_axes)
+            return publish(file, target, opset, proofs, tolerance, external_data, axes)
 
 
-def _write(flat: _Flat, file: Path, opset: int, inputs: list[str], outputs: list[str], dynamic_batch: bool) -> None:
+def _arrays(names: list[str], found: list[tuple[str, torch.Tensor]]) -> dict[str, np.ndarray]:
+    return {name: tensor.detach().cpu().numpy() for name, (_, tensor) in zip(names, found)}
+
+
+def _again(flat: _Flat, sizes: Mapping[str, tuple[int, int]]) -> list[tuple[str, torch.Tensor]]:
+    """The model's answer at the other sizes."""
+    try:
+        return named_tensors(flat.answer())
+    except Exception as error:  # the model raises what it likes
+        tried = ", ".join(f"{label} {after}" for label, (_, after) in sizes.items())
+        reason = " ".join(str(error).split())[:300]
+        raise UnsupportedError(
+            f"dynamic: the model does not run with {tried}; give an example whose half it takes, or leave that axis "
+            f"fixed: {reason}"
+        ) from error
+
+
+def _write(
+    flat: _Flat,
+    file: Path,
+    opset: int,
+    inputs: list[str],
+    outputs: list[str],
+    axes: onnxaxes.Axes,
+    result_axes: onnxaxes.Axes,
+) -> None:
     """Write the ONNX file by the exporter that honours the opset."""
     tensors = tuple(flat.tensors())
     try:
@@ -140,14 +197,12 @@ def _write(flat: _Flat, file: Path, opset: int, inputs: list[str], outputs: list
             # The older exporter announces its removal on every call; the opset is read back from the file anyway.
             warnings.simplefilter("ignore")
             if opset <= _OLDER_LIMIT:
-                axes = {name: {0: "batch"} for name in (*inputs, *outputs)} if dynamic_batch else None
                 torch.onnx.export(
                     flat, tensors, str(file), opset_version=opset, input_names=inputs, output_names=outputs,
-                    dynamic_axes=axes, dynamo=False, do_constant_folding=True,
+                    dynamic_axes={**axes, **result_axes} or None, dynamo=False, do_constant_folding=True,
                 )  # fmt: skip
             else:
-                batch = torch.export.Dim("batch")
-                shapes = (tuple({0: batch} for _ in tensors),) if dynamic_batch else None
+                shapes = (tuple(axes.get(name) for name in inputs),) if axes else None
                 program = torch.onnx.export(
                     flat, tensors, opset_version=opset, input_names=inputs, output_names=outputs,
                     dynamic_shapes=shapes, dynamo=True, verbose=False,

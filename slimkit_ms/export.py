@@ -17,7 +17,7 @@ from slimkit.core.batch import as_call
 from slimkit.core.errors import UnsupportedError
 from slimkit.core.files import as_path, atomic_file
 from slimkit.core.lazy import library
-from slimkit.core.onnxfile import OnnxReport, publish, unique
+from slimkit.core.onnxfile import OnnxReport, Proof, publish, unique
 from slimkit_ms import bridge
 
 import mindspore as ms
@@ -55,6 +55,7 @@ def export_onnx(
     *,
     opset: int = 13,
     dynamic_batch: bool = False,
+    dynamic: Any = None,
     tolerance: float = 1e-4,
     external_data: bool | None = None,
     merge_delta: bool = False,
@@ -69,6 +70,7 @@ def export_onnx(
         path: the file to write; it appears whole or not at all.
         opset: the ONNX opset to write, 11 to 20. The default 13 is one that Ascend's ATC of CANN 5 to 9 reads.
         dynamic_batch: must be False: MindSpore 2.10 writes fixed shapes here.
+        dynamic: must be None, for the same reason.
         tolerance: largest absolute difference between file and cell that is accepted, float32 units.
         external_data: put the weights into `path` and ".data" beside the file; None and False: into the file, for
             MindSpore cannot write 2 GB of them anyway.
@@ -89,8 +91,8 @@ def export_onnx(
     """
     check.integer(opset, "opset", minimum=11, maximum=20)
     check.number(tolerance, "tolerance", minimum=0)
-    if check.boolean(dynamic_batch, "dynamic_batch"):
-        raise UnsupportedError("dynamic_batch: MindSpore 2.10 writes ONNX with fixed shapes; export each batch size.")
+    if check.boolean(dynamic_batch, "dynamic_batch") or dynamic is not None:
+        raise UnsupportedError("dynamic: MindSpore 2.10 writes ONNX with fixed shapes; export each size.")
     target = as_path(path, "path")
     onnx = library("onnx", "onnx")
     if external_data is not None:
@@ -114,7 +116,7 @@ def export_onnx(
     names = [i.name for i in proto.graph.input if i.name not in {t.name for t in proto.graph.initializer}]
     feeds = dict(zip(names, (bridge.as_numpy(t) for t in tensors)))
     arrays = dict(zip((o.name for o in proto.graph.output), expected.values()))
-    return publish(data, target, opset, feeds, arrays, tolerance, external_data)
+    return publish(data, target, opset, [Proof(feeds, arrays)], tolerance, external_data)
 
 
 def export_mindir(model: nn.Cell, inputs: Any, path: Any, *, tolerance: float = 1e-4) -> MindirReport:

@@ -26,6 +26,15 @@ def export(
     ] = "onnx",
     opset: Annotated[int, typer.Option("--opset", help="ONNX opset; 13 suits Ascend's ATC.")] = 13,
     dynamic_batch: Annotated[bool, typer.Option("--dynamic-batch", help="Leave the batch size open.")] = False,
+    dynamic: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--dynamic",
+            metavar="[INPUT=]AXIS:NAME,...",
+            help="Leave axes open, proven at a second size: 0:batch,1:sequence, or input_ids=1:sequence.",
+            show_default=False,
+        ),
+    ] = None,
     tolerance: Annotated[
         float, typer.Option("--tolerance", help="Largest difference accepted between file and model.")
     ] = 1e-4,
@@ -49,6 +58,7 @@ def export(
     with session("export", output) as talk:
         from slimkit.core import check
         from slimkit.core.errors import ConfigError
+        from slimkit.core.onnxaxes import parse_axes
         from slimkit.core.run.measurement import show
 
         check.choice(format, ("onnx", "w16a16s", "mindir"), "--format")
@@ -66,6 +76,7 @@ def export(
             example=example,
             length=length,
             dynamic_batch=dynamic_batch,
+            dynamic=parse_axes(dynamic or []),
             tolerance=tolerance,
             delta_folder=delta,
             seed=seed,

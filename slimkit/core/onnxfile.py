@@ -7,7 +7,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ class OnnxReport:
         differences: output name -> largest absolute difference between onnxruntime and the model.
         inputs: input names in order.
         data_file: name of the file beside it that holds the weights; None: they are in the file itself.
+        open_axes: input -> {axis: name} of the axes whose size is left open.
     """
 
     path: str
@@ -48,6 +49,7 @@ class OnnxReport:
     differences: dict[str, float]
     inputs: list[str]
     data_file: str | None = None
+    open_axes: dict[str, dict[int, str]] = field(default_factory=dict)
 
     @property
     def max_difference(self) -> float:
@@ -59,14 +61,27 @@ class OnnxReport:
         return {**asdict(self), "max_difference": self.max_difference}
 
 
+@dataclass(frozen=True)
+class Proof:
+    """What goes into a file and what should come out of it.
+
+    Args:
+        feeds: input name -> array.
+        expected: output name -> array, in the file's order.
+    """
+
+    feeds: Mapping[str, Array]
+    expected: Mapping[str, Array]
+
+
 def publish(
     source: bytes | Path,
     path: Path,
     opset: int,
-    feeds: Mapping[str, Array],
-    expected: Mapping[str, Array],
+    proofs: Sequence[Proof],
     tolerance: float,
     external_data: bool | None = None,
+    open_axes: dict[str, dict[int, str]] | None = None,
 ) -> OnnxReport:
     """Prove an ONNX file against the arrays it should give, and only then write it.
 
@@ -75,10 +90,10 @@ def publish(
         path: where it goes; it appears whole or not at all. With external data, `path` and a file of that name and
             ".data"; the latter takes its place first.
         opset: the opset that was asked for.
-        feeds: input name -> array.
-        expected: output name -> array, in the file's order.
+        proofs: what goes in and should come out, at each size that is to be proven.
         tolerance: largest absolute difference accepted.
         external_data: put the weights into a file beside it; None: where one file could not hold them (2 GB).
+        open_axes: for the report.
 
     Returns:
         What was written.
@@ -102,7 +117,7 @@ def publish(
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".part", dir=path.parent) as folder:
         files = _write(proto, Path(folder, path.name), external_data)
-        differences = _compare(str(files[-1]), feeds, expected)
+        differences = _compare(str(files[-1]), proofs)
         if not all(d <= tolerance for d in differences.values()):
             shown = ", ".join(f"{k} {v:.3g}" for k, v in differences.items())
             raise UnsupportedError(f"the ONNX file differs from the model by more than {tolerance:g}: {shown}")
@@ -117,8 +132,9 @@ def publish(
         zeros=zeros,
         weights=entries,
         differences=differences,
-        inputs=list(feeds),
+        inputs=list(proofs[0].feeds),
         data_file=files[0].name if len(files) > 1 else None,
+        open_axes=open_axes or {},
     )
 
 
@@ -162,20 +178,30 @@ def _session(file: str) -> Any:
     return runtime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
 
 
-def _compare(file: str, feeds: Mapping[str, Array], expected: Mapping[str, Array]) -> dict[str, float]:
-    """Largest absolute difference of each output; infinite where shapes or infinities disagree."""
+def _compare(file: str, proofs: Sequence[Proof]) -> dict[str, float]:
+    """Largest absolute difference of each output over all proofs; infinite where shapes or infinities disagree."""
     session = _session(file)
     known = {i.name for i in session.get_inputs()}
-    # An input that the graph does not use is not an input of the file.
-    results = session.run(list(expected), {k: v for k, v in feeds.items() if k in known})
-    differences = {}
-    for (name, want), got in zip(expected.items(), results):
-        if want.shape != got.shape or not np.array_equal(np.isfinite(want), np.isfinite(got)):
-            differences[name] = float("inf")
-        else:
-            gap = np.abs(np.nan_to_num(want.astype(np.float64)) - np.nan_to_num(got.astype(np.float64)))
-            differences[name] = float(gap.max(initial=0.0))
+    differences: dict[str, float] = {}
+    for proof in proofs:
+        # An input that the graph does not use is not an input of the file.
+        feeds = {k: v for k, v in proof.feeds.items() if k in known}
+        try:
+            results = session.run(list(proof.expected), feeds)
+        except Exception as error:  # onnxruntime raises its own kinds
+            shapes = {name: array.shape for name, array in feeds.items()}
+            reason = " ".join(str(error).split())[:200]
+            raise UnsupportedError(f"the ONNX file does not run with inputs of {shapes}: {reason}") from error
+        for (name, want), got in zip(proof.expected.items(), results):
+            differences[name] = max(differences.get(name, 0.0), _gap(want, got))
     return differences
+
+
+def _gap(want: Array, got: Array) -> float:
+    if want.shape != got.shape or not np.array_equal(np.isfinite(want), np.isfinite(got)):
+        return float("inf")
+    gap = np.abs(np.nan_to_num(want.astype(np.float64)) - np.nan_to_num(got.astype(np.float64)))
+    return float(gap.max(initial=0.0))
 
 
 def onnx_latency(files: Mapping[str, Any], inputs: Mapping[str, Array], budget_s: float = 2.0) -> dict[str, float]:

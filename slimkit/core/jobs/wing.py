@@ -256,7 +256,7 @@ class Jobs(ABC):
             length: tokens of a made-up text.
             delta_folder: a delta to put on and merge first; the model's files stay as they are.
             seed: of made-up inputs.
-            settings: opset, dynamic_batch, tolerance.
+            settings: opset, dynamic_batch, dynamic, tolerance.
 
         Returns:
             What was written and how well it agrees, as plain values.
