@@ -167,34 +167,69 @@ def test_configurations_that_do_not_fit_the_model(kit, config, error):
     assert all((before[n] == v).all() for n, v in kit.values(model).items())
 
 
+def unchanged(kit, model, before):
+    after = kit.values(model)
+    return before.keys() == after.keys() and all((before[n] == v).all() for n, v in after.items())
+
+
 @pytest.mark.parametrize(
-    ("data", "error"),
+    ("data", "error", "words"),
     [
-        (None, ArgumentTypeError),
-        ([], ArgumentError),
-        (5, ArgumentTypeError),
+        (lambda kit: None, ArgumentTypeError, "dataset must be a list of batches"),
+        (lambda kit: 5, ArgumentTypeError, "dataset must be a list of batches"),
+        (lambda kit: [], ArgumentError, "dataset must be .* at least one batch"),
+        (lambda kit: (b for b in batches(kit)), ArgumentTypeError, "only once"),
+        (lambda kit: batches(kit)[0], ArgumentTypeError, "list of batches"),
     ],
+    ids=["none", "number", "empty", "generator", "tensor"],
 )
-def test_data_sets_that_are_refused(kit, data, error):
-    with pytest.raises(error, match="dataset"):
-        run(kit, chain(kit), data, method="wanda")
+@pytest.mark.parametrize("config", [{"method": "wanda"}, {"uniform": False}])
+def test_data_sets_that_are_refused(kit, data, error, words, config):
+    model = chain(kit)
+    before = kit.values(model)
+    with pytest.raises(error, match=words):
+        run(kit, model, data(kit), **config)
+    assert unchanged(kit, model, before)
 
 
-def test_a_generator_and_a_bare_tensor_are_refused(kit):
-    with pytest.raises(ArgumentTypeError, match="only once"):
-        run(kit, chain(kit), (b for b in batches(kit)), method="wanda")
-    with pytest.raises(ArgumentTypeError, match="list of batches"):
-        run(kit, chain(kit), batches(kit)[0], method="wanda")
-
-
-def test_nan_inputs_name_the_layer_and_leave_the_model(kit):
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("method", ["wanda", "hessian", "par"])
+def test_inputs_that_are_not_finite_name_the_layer_and_leave_the_model(kit, method, value):
     model = chain(kit)
     before = kit.values(model)
     bad = np.ones((64, 16), np.float32)
-    bad[3, 3] = np.nan
-    with pytest.raises(ArgumentError, match="'first'"):
-        run(kit, model, [*batches(kit), kit.tensor(bad)], method="hessian")
-    assert all((before[n] == v).all() for n, v in kit.values(model).items())
+    bad[3, 3] = value
+    with pytest.raises(ArgumentError, match=r"finite inputs to every layer.*'first'"):
+        run(kit, model, [*batches(kit), kit.tensor(bad)], method=method)
+    assert unchanged(kit, model, before)
+
+
+def test_weights_that_are_not_finite_name_the_layer_and_leave_the_rest(kit):
+    model = chain(kit)
+    last = kit.params(model)["last.weight"]
+    kit.assign(last, np.full((8, 12), np.nan, np.float32))
+    first = kit.values(model)["first.weight"]
+    with pytest.raises(ArgumentError, match="weight of 'last' must be finite"):
+        run(kit, model, batches(kit), method="hessian")
+    np.testing.assert_array_equal(kit.values(model)["first.weight"], first)
+
+
+def test_weights_without_linear_algebra_are_left_alone_and_reported(kit):
+    model = chain(kit)
+    whole = kit.linear(8, 4, bias=False)
+    if kit.name == "torch":
+        whole.weight = kit.torch.nn.Parameter(whole.weight.detach().to(kit.torch.int8), requires_grad=False)
+    else:
+        whole.weight = kit.ms.Parameter(kit.ms.Tensor(np.ones((4, 8), np.int8)), requires_grad=False)
+    model = kit.named(whole=whole, first=kit.fill(kit.linear(16, 12)))
+    report, masks = run(kit, model, None)
+    assert list(masks) == ["first"]
+    assert "has no linear algebra" in report["skipped"]["whole"]
+    assert "nt8" in report["skipped"]["whole"]
+    with pytest.raises(ArgumentError, match=r"can be sparse.*'whole'.*no linear algebra"):
+        run(kit, model, None, targets=["whole"])
+    report, _ = run(kit, model, None, targets=["whole", "first"])
+    assert list(report["layers"]) == ["first"]
 
 
 def test_an_error_in_the_middle_leaves_the_model(kit):
@@ -280,6 +315,10 @@ def test_freeze_zeros_needs_zeros_and_fitting_masks(kit):
         ({"method": "hesian"}, ArgumentError, "hessian"),
         ({"mode": "dense"}, ArgumentError, "mode"),
         ({"sparse_ratio": 1.0}, ArgumentError, "sparse_ratio"),
+        ({"sparse_ratio": 0.0}, ArgumentError, "sparse_ratio"),
+        ({"sparse_ratio": -0.5}, ArgumentError, "sparse_ratio"),
+        ({"sparse_ratio": 50}, (ArgumentError, ArgumentTypeError), "sparse_ratio"),
+        ({"sparse_ratio": float("nan")}, ArgumentError, "sparse_ratio"),
         ({"sparse_ratio": "0.5"}, ArgumentTypeError, "sparse_ratio"),
         ({"sparse_ratio": True}, ArgumentTypeError, "sparse_ratio"),
         ({"progressive": 1}, ArgumentTypeError, "progressive"),

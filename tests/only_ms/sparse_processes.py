@@ -31,7 +31,7 @@ def run(rank, n):
     processes.SECONDS_PER_CALL = 0.0  # so that even small layers are spread
     processes.PRODUCTS_PER_SECOND = 1e6
     rng = np.random.default_rng(2)
-    data = [ms.Tensor(rng.standard_normal((128, 16)).astype(np.float32)) for _ in range(4)]
+    data = [ms.Tensor(rng.standard_normal((256, 16)).astype(np.float32)) for _ in range(2)]
     found = {}
     for name, options in {"par": {}, "magnitude": {"uniform": False}}.items():
         model = Gated()
