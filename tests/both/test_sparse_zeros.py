@@ -95,3 +95,42 @@ def test_masks_of_a_compressor_are_taken(kit):
     kit.fill(model, seed=5)
     frozen.remove() if kit.name == "mindspore" else frozen.apply()
     assert (zeros(kit, model)["only.weight"].reshape(4, 2, 4).sum(2) == 2).all()
+
+
+@pytest.mark.parametrize("keep_zeros", [None, False])
+def test_zeros_stay_through_lora_training_and_merge(kit, keep_zeros):
+    model = kit.fill(kit.named(first=kit.linear(8, 12), act=kit.relu(), last=kit.linear(12, 4)))
+    compressor = kit.slim.Compressor(model, SparseConfig())
+    compressor.compress()
+    before, values = zeros(kit, model), kit.values(model)
+    frozen = kit.slim.freeze_zeros(model, compressor.masks)
+    kit.slim.apply_delta(model, "lora", targets=["first", "last"], rank=2, alpha=4, keep_zeros=keep_zeros)
+    train(kit, model)
+    kit.slim.merge_delta(model, unload=True)
+    if keep_zeros is False:  # the plain merge fills them
+        frozen.apply()
+    after = kit.values(model)
+    assert after.keys() == values.keys()
+    for name, mask in before.items():
+        np.testing.assert_array_equal(after[name] == 0, mask, err_msg=name)
+        assert (after[name] != values[name]).any()
+    train(kit, model)
+    assert all((zeros(kit, model)[n] == mask).all() for n, mask in before.items())
+
+
+def test_masks_go_through_a_safetensors_file(kit, tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    def net():
+        return kit.fill(kit.named(conv=kit.conv(4, 6, 3), dense=kit.linear(16, 8)))
+
+    compressor = kit.slim.Compressor(net(), SparseConfig(pattern="2:4"))
+    compressor.compress()
+    save_file({name: np.asarray(mask) for name, mask in compressor.masks.items()}, tmp_path / "masks.safetensors")
+    masks = load_file(tmp_path / "masks.safetensors")
+    model = net()
+    frozen = kit.slim.freeze_zeros(model, masks)
+    frozen.remove()
+    for name, mask in masks.items():
+        assert mask.dtype == bool
+        np.testing.assert_array_equal(kit.values(model)[f"{name}.weight"] != 0, mask)

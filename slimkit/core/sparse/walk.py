@@ -144,7 +144,8 @@ class Walk:
         self._host.store(name, result.weight, result.bias_shift)
         self.solved[name] = result.account
         if self._host.keeps_masks:
-            self.masks[name] = result.keep
+            # In the order of its shape, whatever the layer's layout: safetensors files take no other.
+            self.masks[name] = result.keep.reshape(-1).reshape(result.keep.shape)
         self._host.settled(name, self.solved[name])
         next(self._bar, None)
         step = self._estimate.finished(name)
