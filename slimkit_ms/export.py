@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import os
+import shutil
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,10 +14,10 @@ from typing import Any
 import numpy as np
 
 import slimkit_ms
-from slimkit.core import check
+from slimkit.core import check, onnxaxes
 from slimkit.core.batch import as_call
 from slimkit.core.errors import UnsupportedError
-from slimkit.core.files import as_path, atomic_file
+from slimkit.core.files import as_path, atomic_directory, place_file
 from slimkit.core.lazy import library
 from slimkit.core.onnxfile import OnnxReport, Proof, publish, unique
 from slimkit_ms import bridge
@@ -23,20 +25,25 @@ from slimkit_ms import bridge
 import mindspore as ms
 from mindspore import nn
 
+# What MindSpore calls the pieces of a MINDIR beyond 1 GB: NAME_graph.mindir and the folder NAME_variables.
+_GRAPH, _VARIABLES = "_graph.mindir", "_variables"
+
 
 @dataclass(frozen=True)
 class MindirReport:
     """What was written and how well it agrees with the cell.
 
     Args:
-        path: the file.
-        file_bytes: its size.
+        path: the file; beyond 1 GB MindSpore writes NAME_graph.mindir instead of NAME.mindir.
+        file_bytes: its size, with the folder of weights beside it where there is one.
         differences: output name -> largest absolute difference between the reloaded file and the cell.
+        data_folder: name of the folder beside it that holds the weights; None: they are in the file itself.
     """
 
     path: str
     file_bytes: int
     differences: dict[str, float]
+    data_folder: str | None = None
 
     @property
     def max_difference(self) -> float:
@@ -69,11 +76,13 @@ def export_onnx(
         inputs: what `model(*inputs)` takes: a tensor, or a tuple or list of tensors.
         path: the file to write; it appears whole or not at all.
         opset: the ONNX opset to write, 11 to 20. The default 13 is one that Ascend's ATC of CANN 5 to 9 reads.
-        dynamic_batch: must be False: MindSpore 2.10 writes fixed shapes here.
-        dynamic: must be None, for the same reason.
+        dynamic_batch: leave the first axis of every input open.
+        dynamic: axes to leave open: ``{"x": {0: "batch"}}`` by the names of construct's arguments, or ``{0: "batch"}``
+            for every input. The file is proven at a second size; a cell that computes with its input's sizes keeps
+            them as constants and is refused.
         tolerance: largest absolute difference between file and cell that is accepted, float32 units.
-        external_data: put the weights into `path` and ".data" beside the file; None and False: into the file, for
-            MindSpore cannot write 2 GB of them anyway.
+        external_data: put the weights into `path` and ".data" beside the file; None: where they exceed 2 GB, which one
+            ONNX file cannot hold.
         merge_delta: write a copy of the cell with its LoRAs merged; the cell keeps them.
 
     Returns:
@@ -81,8 +90,9 @@ def export_onnx(
 
     Raises:
         ArgumentTypeError: `model` is not a cell.
-        ArgumentError: an opset outside 11 to 20, or inputs that are not tensors.
-        UnsupportedError: the cell cannot be written at that opset, or the file disagrees with it.
+        ArgumentError: an opset outside 11 to 20, inputs that are not tensors, or an open axis that no input has.
+        UnsupportedError: the cell cannot be written at that opset, does not run at a second size of an open axis, or
+            the file disagrees with it.
         MissingFrameworkError: onnx or onnxruntime is not installed.
 
     Example:
@@ -91,32 +101,98 @@ def export_onnx(
     """
     check.integer(opset, "opset", minimum=11, maximum=20)
     check.number(tolerance, "tolerance", minimum=0)
-    if check.boolean(dynamic_batch, "dynamic_batch") or dynamic is not None:
-        raise UnsupportedError("dynamic: MindSpore 2.10 writes ONNX with fixed shapes; export each size.")
     target = as_path(path, "path")
-    onnx = library("onnx", "onnx")
+    library("onnx", "onnx")
     if external_data is not None:
         check.boolean(external_data, "external_data")
     tensors = _tensors(bridge.check_model(model), inputs)
+    names = list(inspect.signature(model.construct).parameters)[: len(tensors)]
+    feeds = dict(zip(names, (bridge.as_numpy(t) for t in tensors)))
+    shapes = {name: array.shape for name, array in feeds.items()}
+    axes = onnxaxes.open_axes(dynamic, dynamic_batch, shapes)
     if check.boolean(merge_delta, "merge_delta"):
         model = copy.deepcopy(model)
         slimkit_ms.merge_delta(model, unload=True)
-    _check_size(model, 2**31 - 2**24, "ONNX")
     with bridge.evaluating(model):
-        expected = outputs(model(*tensors))
-        data = _file(model, tensors, "ONNX")
-    proto = onnx.load_from_string(data)
-    if proto.opset_import[0].version != opset:
+        answers = [outputs(model(*tensors))]
+        proofs = [feeds]
+        if axes:
+            sizes = onnxaxes.other_sizes(axes, shapes)
+            proofs.append({n: onnxaxes.resized(a, axes.get(n, {}), sizes) for n, a in feeds.items()})
+            answers.append(_again(model, proofs[1], sizes))
+        proto = _graph(model, tensors, names, axes)
+    proto = _at_opset(proto, opset)
+    _put_weights(proto, model)
+    known = [o.name for o in proto.graph.output]
+    expected = [dict(zip(known, found.values())) for found in answers]
+    if axes:
+        kinds = [{name: array.shape for name, array in found.items()} for found in expected]
+        _name_axes(proto, onnxaxes.output_axes(kinds[0], kinds[1], sizes))
+    pairs = [Proof(given, found) for given, found in zip(proofs, expected)]
+    return publish(proto, target, opset, pairs, tolerance, external_data, axes)
+
+
+def _again(model: nn.Cell, arrays: dict[str, np.ndarray], sizes: dict[str, tuple[int, int]]) -> dict[str, np.ndarray]:
+    """The cell's answer at the other sizes."""
+    try:
+        return outputs(model(*(ms.Tensor(array) for array in arrays.values())))
+    except Exception as error:  # the cell raises what it likes
+        tried = ", ".join(f"{label} {after}" for label, (_, after) in sizes.items())
+        reason = " ".join(str(error).split())[:300]
+        raise UnsupportedError(
+            f"dynamic: the cell does not run with {tried}; leave that axis fixed: {reason}"
+        ) from error
+
+
+def _graph(model: nn.Cell, tensors: tuple[ms.Tensor, ...], names: list[str], axes: onnxaxes.Axes) -> Any:
+    """The graph at the opset that MindSpore writes, its parameters as inputs: so it is small whatever they weigh."""
+    onnx = library("onnx", "onnx")
+    with tempfile.TemporaryDirectory() as folder:
+        file = os.path.join(folder, "model.onnx")
+        # MindSpore changes the graph that it compiled for a file, and cannot write it a second time.
+        keep = {p for _, cell in model.cells_and_names() for p in cell.compile_cache if "export.onnx" not in p}
+        bridge.forget_graphs(model, keep)
         try:
-            data = onnx.version_converter.convert_version(proto, opset).SerializeToString()
-        except Exception as error:  # the converter raises plain RuntimeErrors of many texts
+            ms.onnx.export(
+                model, *tensors, file_name=file, input_names=names, export_params=False, dynamic_axes=axes or None
+            )  # fmt: skip
+        except Exception as error:  # MindSpore raises dozens of kinds; each means the same to the caller
             reason = " ".join(str(error).split())[:300]
-            raise UnsupportedError(f"the cell cannot be written as ONNX opset {opset}: {reason}") from error
-        proto = onnx.load_from_string(data)
-    names = [i.name for i in proto.graph.input if i.name not in {t.name for t in proto.graph.initializer}]
-    feeds = dict(zip(names, (bridge.as_numpy(t) for t in tensors)))
-    arrays = dict(zip((o.name for o in proto.graph.output), expected.values()))
-    return publish(data, target, opset, [Proof(feeds, arrays)], tolerance, external_data)
+            raise UnsupportedError(f"the cell cannot be written as ONNX: {reason}") from error
+        finally:
+            bridge.forget_graphs(model, keep)
+        return onnx.load(file)
+
+
+def _at_opset(proto: Any, opset: int) -> Any:
+    onnx = library("onnx", "onnx")
+    if proto.opset_import[0].version == opset:
+        return proto
+    try:
+        return onnx.version_converter.convert_version(proto, opset)
+    except Exception as error:  # the converter raises plain RuntimeErrors of many texts
+        reason = " ".join(str(error).split())[:300]
+        raise UnsupportedError(f"the cell cannot be written as ONNX opset {opset}: {reason}") from error
+
+
+def _put_weights(proto: Any, model: nn.Cell) -> None:
+    """Make the inputs that are parameters of the cell into the weights they are, in place."""
+    onnx = library("onnx", "onnx")
+    held = {p.name: p for p, _ in bridge.parameter_paths(model)}
+    inputs = list(proto.graph.input)
+    del proto.graph.input[:]
+    for one in inputs:
+        if one.name in held:
+            proto.graph.initializer.append(onnx.numpy_helper.from_array(held[one.name].asnumpy(), one.name))
+        else:
+            proto.graph.input.append(one)
+
+
+def _name_axes(proto: Any, axes: onnxaxes.Axes) -> None:
+    """Write the open axes of the outputs, in place."""
+    for output in proto.graph.output:
+        for axis, label in axes.get(output.name, {}).items():
+            output.type.tensor_type.shape.dim[axis].dim_param = label
 
 
 def export_mindir(model: nn.Cell, inputs: Any, path: Any, *, tolerance: float = 1e-4) -> MindirReport:
@@ -125,7 +201,8 @@ def export_mindir(model: nn.Cell, inputs: Any, path: Any, *, tolerance: float = 
     Args:
         model: the cell; it is exported in eval mode and left as it was.
         inputs: what `model(*inputs)` takes: a tensor, or a tuple or list of tensors.
-        path: the file to write, ending in .mindir; it appears whole or not at all.
+        path: the file to write, ending in .mindir; it appears whole or not at all. Beyond 1 GB of parameters MindSpore
+            writes two pieces, NAME_graph.mindir and the folder NAME_variables, which must stay together.
         tolerance: largest absolute difference between file and cell that is accepted, float32 units.
 
     Returns:
@@ -145,20 +222,33 @@ def export_mindir(model: nn.Cell, inputs: Any, path: Any, *, tolerance: float = 
     if target.suffix != ".mindir":
         check.wrong_value("path", "a file name that ends in .mindir", str(path))
     tensors = _tensors(bridge.check_model(model), inputs)
-    _check_size(model, 2**30, "MINDIR")
-    with bridge.evaluating(model):
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        bridge.evaluating(model),
+        tempfile.TemporaryDirectory(prefix=f".{target.name}.", suffix=".part", dir=target.parent) as folder,
+    ):
         expected = outputs(model(*tensors))
-        data = _file(model, tensors, "MINDIR")
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder, "proof.mindir")
-        copy.write_bytes(data)
-        found = outputs(nn.GraphCell(ms.load(str(copy)))(*tensors))
-    gaps = {name: float(np.abs(expected[name] - found[name]).max(initial=0)) for name in expected}
-    if not all(gap <= tolerance for gap in gaps.values()):
-        raise UnsupportedError(f"the MINDIR file differs from the cell by more than {tolerance:g}: {gaps}")
-    with atomic_file(target) as handle:
-        handle.write(data)
-    return MindirReport(str(target), len(data), gaps)
+        try:
+            ms.export(model, *tensors, file_name=os.path.join(folder, target.stem), file_format="MINDIR")
+        except Exception as error:  # MindSpore raises dozens of kinds; each means the same to the caller
+            reason = " ".join(str(error).split())[:300]
+            raise UnsupportedError(f"the cell cannot be written as MINDIR: {reason}") from error
+        graph, weights = Path(folder, target.stem + _GRAPH), Path(folder, target.stem + _VARIABLES)
+        split = graph.exists()
+        graph = graph if split else Path(folder, target.name)
+        found = outputs(nn.GraphCell(ms.load(str(graph)))(*tensors))
+        gaps = {name: float(np.abs(expected[name] - found[name]).max(initial=0)) for name in expected}
+        if not all(gap <= tolerance for gap in gaps.values()):
+            raise UnsupportedError(f"the MINDIR file differs from the cell by more than {tolerance:g}: {gaps}")
+        size = sum(f.stat().st_size for f in Path(folder).rglob("*") if f.is_file())
+        if split:
+            # First, so that a graph is never without its weights.
+            with atomic_directory(target.parent / weights.name) as place:
+                for file in weights.iterdir():
+                    shutil.move(file, place / file.name)
+        os.chmod(graph, 0o600)  # MindSpore leaves it read-only
+        place_file(graph, target.parent / graph.name)
+    return MindirReport(str(target.parent / graph.name), size, gaps, weights.name if split else None)
 
 
 def _tensors(model: nn.Cell, inputs: Any) -> tuple[ms.Tensor, ...]:
@@ -178,21 +268,3 @@ def outputs(output: Any, name: str = "output") -> dict[str, np.ndarray]:
 
     tensors = flat(output)
     return dict(zip(unique([name] * len(tensors)), (bridge.as_numpy(t) for t in tensors)))
-
-
-def _check_size(model: nn.Cell, most: int, file_format: str) -> None:
-    """Refuse what MindSpore writes in several files (MINDIR beyond 1 GB) or not at all (ONNX beyond 2 GB)."""
-    size = sum(p.nbytes for p, _ in bridge.parameter_paths(model))
-    if size > most:
-        raise UnsupportedError(f"{size:,} bytes of parameters: one {file_format} file of MindSpore holds {most:,}.")
-
-
-def _file(model: nn.Cell, tensors: tuple[ms.Tensor, ...], file_format: str) -> bytes:
-    """The bytes that ms.export writes, by way of a temporary folder."""
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            ms.export(model, *tensors, file_name=os.path.join(folder, "model"), file_format=file_format)
-        except Exception as error:  # MindSpore raises dozens of kinds; each means the same to the caller
-            reason = " ".join(str(error).split())[:300]
-            raise UnsupportedError(f"the cell cannot be written as {file_format}: {reason}") from error
-        return Path(folder, f"model.{file_format.lower()}").read_bytes()

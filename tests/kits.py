@@ -98,7 +98,8 @@ class MindSporeKit:
     def __init__(self) -> None:
         import mindspore as ms
 
-        ms.set_device("CPU")
+        if ms.get_context("device_target") != "CPU":  # once something has run, even the same device is refused
+            ms.set_device("CPU")
         # Without it a small PyNative step takes a second, and errors surface far from their cause.
         ms.runtime.launch_blocking()
         self.ms = ms

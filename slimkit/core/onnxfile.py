@@ -75,7 +75,7 @@ class Proof:
 
 
 def publish(
-    source: bytes | Path,
+    source: Any,
     path: Path,
     opset: int,
     proofs: Sequence[Proof],
@@ -86,7 +86,7 @@ def publish(
     """Prove an ONNX file against the arrays it should give, and only then write it.
 
     Args:
-        source: the file's bytes, or where an exporter left it, with or without files of weights beside it.
+        source: where an exporter left the file, with or without files of weights beside it; or the model itself.
         path: where it goes; it appears whole or not at all. With external data, `path` and a file of that name and
             ".data"; the latter takes its place first.
         opset: the opset that was asked for.
@@ -99,12 +99,12 @@ def publish(
         What was written.
 
     Raises:
-        FileFormatError: the bytes are not an ONNX model.
+        FileFormatError: the exporter's file is not an ONNX model.
         UnsupportedError: the opset or the outputs are not those asked for, or the weights do not fit in one file.
     """
     onnx = library("onnx", "onnx")
     try:
-        proto = onnx.load_from_string(source) if isinstance(source, bytes) else onnx.load(str(source))
+        proto = onnx.load(str(source)) if isinstance(source, Path) else source
     except Exception as error:  # protobuf raises its own kinds, which differ between its back ends
         raise FileFormatError(f"the exporter's output is not an ONNX model: {error}") from error
     written = next((o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")), None)
@@ -180,7 +180,11 @@ def _session(file: str) -> Any:
 
 def _compare(file: str, proofs: Sequence[Proof]) -> dict[str, float]:
     """Largest absolute difference of each output over all proofs; infinite where shapes or infinities disagree."""
-    session = _session(file)
+    try:
+        session = _session(file)
+    except Exception as error:  # onnxruntime raises its own kinds
+        reason = " ".join(str(error).split())[:300]
+        raise UnsupportedError(f"onnxruntime does not take the ONNX file: {reason}") from error
     known = {i.name for i in session.get_inputs()}
     differences: dict[str, float] = {}
     for proof in proofs:
