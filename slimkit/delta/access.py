@@ -15,8 +15,8 @@ from slimkit.delta.layer import DeltaLayer
 from slimkit.delta.lora import LoRADense
 from slimkit.delta.lora_layers import LoRAConv1D, LoRAConv2d, LoRAEmbedding
 from slimkit.delta.low_rank_adapter import LowRankAdapterDense
-from slimkit.delta.multihead import call_layers
-from slimkit.delta.prefix_model import forget_shift
+from slimkit.delta.multihead import call_layers, without_call_layers
+from slimkit.delta.prefix_model import forget_prefixes
 
 import torch
 from torch import nn
@@ -115,7 +115,10 @@ class TorchAccess(ModelAccess):
         return sum(any(p is parameter for p in m._parameters.values()) for m in model.modules())
 
     def settle(self, model: nn.Module) -> None:
-        forget_shift(model)
+        without_call_layers(model)
+
+    def without_prefix(self, model: nn.Module) -> None:
+        forget_prefixes(model)
 
 
 access = TorchAccess()

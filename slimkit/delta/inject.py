@@ -50,8 +50,9 @@ def apply_delta(
             bottleneck_size, non_linearity. low_rank_adapter: reduction_factor, low_rank_size, low_rank_w_init,
             non_linearity. prefix: prefix_token_num, projection, mid_dim, dropout_rate, text_ids, inputs (one batch,
             where a model has no dummy inputs of its own), or sizes ({path: (heads, width, query heads)}) instead of
-            a run. prompt: num_virtual_tokens, init ("vocabulary", "random"),
-            text_ids.
+            a run, positions (globs over the modules that are given position numbers, which then begin behind the
+            prefix; None: those of Hugging Face models do, others stay as they are). prompt: num_virtual_tokens, init
+            ("vocabulary", "random"), text_ids.
 
     Returns:
         The layers changed, what was skipped, and the share of parameters that train now (print it).

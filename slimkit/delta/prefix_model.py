@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,7 +11,8 @@ from slimkit.core.delta import prefix as rules
 from slimkit.core.delta.named import OneAdapter
 from slimkit.core.errors import UnsupportedError
 from slimkit.delta.layer import DeltaLayer
-from slimkit.delta.multihead import call_layers, prefixed_multihead, watching_multihead, without_call_layers
+from slimkit.delta.multihead import call_layers, prefixed_multihead, watching_multihead
+from slimkit.delta.positions import counting, start_at_zero, start_behind
 from slimkit.delta.prefix import PrefixLayer
 
 import torch
@@ -210,6 +209,7 @@ def put_prefix(
         modules: dict[str, Any] = {path: bridge.get_module(model, path) for path in seen}
         rules.refuse_taken([p for p, m in modules.items() if isinstance(m, DeltaLayer) or hasattr(m, ROWS)])
         made = {path: _rows(seen[path], plan, dtype or torch.float32) for path in seen}
+        places = counting(model, plan.prefix_token_num, plan.counting(p for p, _ in model.named_modules()))
     except BaseException:
         for config, kernel in kernels:
             config._attn_implementation = kernel
@@ -221,12 +221,12 @@ def put_prefix(
         module.__class__ = type(f"Prefixed{type(module).__name__}", (kind, type(module)), {})
         setattr(module, ROWS, made[path].to(None if first is None else first.device).train(module.training))
         module.prefix_heads = seen[path].heads
-        described[path] = plan.record(seen[path])
+        described[path] = plan.record(seen[path], bool(places))
         module.begin(described[path], name)
     for config, kernel in kernels:
         config.attention_before_prefix = kernel
     call_layers(model, modules)
-    _shift(model, plan.prefix_token_num)
+    start_behind(plan.prefix_token_num, places)
     return described
 
 
@@ -240,41 +240,11 @@ def _rows(seen: rules.Seen, plan: rules.Plan, kind: torch.dtype) -> nn.Module:
     return Rows(torch.randn(shape, dtype=kind), torch.randn(shape, dtype=kind))
 
 
-def _shift(model: nn.Module, tokens: int) -> None:
-    """Let positions start after the prefix in causal Hugging Face models, as PEFT does."""
-    for module in model.modules():
-        if not getattr(module, "config", None) or not any(getattr(m, "is_causal", False) for m in module.modules()):
-            continue
-        if "position_ids" in inspect.signature(type(module).forward).parameters:
-            module.prefix_shift = tokens
-            module.register_forward_pre_hook(_shift_positions, with_kwargs=True)
-            return
-
-
-def _shift_positions(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    positions = kwargs.get("position_ids")
-    if positions is None:
-        given = kwargs.get("input_ids", args[0] if args else None)
-        given = kwargs.get("inputs_embeds") if given is None else given
-        if given is None:
-            return args, kwargs
-        past = kwargs.get("past_key_values")
-        start = past.get_seq_length() if past is not None else 0
-        positions = torch.arange(start, start + given.shape[1], device=given.device).unsqueeze(0)
-    return args, {**kwargs, "position_ids": positions + module.prefix_shift}
-
-
-def forget_shift(model: nn.Module) -> None:
+def forget_prefixes(model: nn.Module) -> None:
     """Let positions start at zero again and attention run as it did before, in place."""
-    without_call_layers(model)
+    start_at_zero(model)
     for module in model.modules():
         config = getattr(module, "config", None)
         if hasattr(config, "attention_before_prefix"):
             config._attn_implementation = config.attention_before_prefix  # type: ignore[union-attr]
             del config.attention_before_prefix  # type: ignore[union-attr]
-        for handle, hook in list(module._forward_pre_hooks.items()):
-            if hook is _shift_positions:
-                del module._forward_pre_hooks[handle]
-                module._forward_pre_hooks_with_kwargs.pop(handle, None)
-                with contextlib.suppress(AttributeError):
-                    del module.prefix_shift

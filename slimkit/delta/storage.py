@@ -16,6 +16,7 @@ from slimkit.core.delta.spec import DeltaReport
 from slimkit.delta.access import TorchAccess
 from slimkit.delta.inject import apply_delta
 from slimkit.delta.layer import DeltaLayer
+from slimkit.delta.positions import is_counted_by_library
 from slimkit.delta.prefix import PrefixEncoder
 from slimkit.delta.prompt import PromptTuning
 
@@ -48,6 +49,9 @@ class TorchStorage(TorchAccess, StorageAccess):
 
     def neutral(self, model: nn.Module) -> dict[str, Any]:
         return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+    def positions(self, model: nn.Module) -> list[str] | None:
+        return None if is_counted_by_library(model) else super().positions(model)
 
     def prefix_rows(self, model: nn.Module, layers: Sequence[Any]) -> list[tuple[Any, Any]]:
         with bridge.evaluating(model), torch.no_grad():
@@ -128,6 +132,7 @@ def load_delta(
     freeze: bool = True,
     same_base: bool = False,
     rename: Mapping[str, str] | Callable[[str], str] | None = None,
+    positions: Sequence[str] | None = None,
 ) -> DeltaReport:
     """Put saved deltas on a model, in place: a slimkit bundle of either framework, or a Hugging Face PEFT adapter.
 
@@ -139,6 +144,9 @@ def load_delta(
         same_base: refuse a base whose weights are not those the delta was trained on; otherwise the log and the report
             say so.
         rename: how paths in the file are called here: {beginning: beginning}, or a function of a path.
+        positions: for a prefix, globs over the modules that are given position numbers; they count from behind it, as
+            they did where it was trained. None finds them (Hugging Face models, and modules with Hugging Face's names);
+            empty leaves positions as they are.
 
     Returns:
         The layers changed, and the share of parameters that train now.
@@ -146,7 +154,17 @@ def load_delta(
     Raises:
         FileFormatError: the files are damaged, or a tensor is missing, left over, transposed or of another shape.
         ArgumentError: the model lacks a layer, or has one of another shape; a name is taken; (same_base) other weights.
+        UnsupportedError: positions start behind the file's prefix, and nothing here is known to hold them.
         In every case the model is as it was.
     """
     bridge.check_model(model)
-    return storage.load(_STORAGE, model, directory, name=name, freeze=freeze, same_base=same_base, rename=rename)
+    return storage.load(
+        _STORAGE,
+        model,
+        directory,
+        name=name,
+        freeze=freeze,
+        same_base=same_base,
+        rename=rename,
+        positions=positions,
+    )

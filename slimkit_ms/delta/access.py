@@ -14,6 +14,7 @@ from slimkit_ms.delta.layer import DeltaLayer
 from slimkit_ms.delta.lora import LoRADense
 from slimkit_ms.delta.lora_layers import LoRAConv2d, LoRAEmbedding
 from slimkit_ms.delta.low_rank_adapter import LowRankAdapterDense
+from slimkit_ms.delta.positions import start_at_zero
 
 from mindspore import nn
 
@@ -102,6 +103,9 @@ class MindSporeAccess(ModelAccess):
 
     def entries(self, model: nn.Cell) -> list[tuple[Any, Entry]]:
         return bridge.parameter_entries(model)
+
+    def without_prefix(self, model: nn.Cell) -> None:
+        start_at_zero(model)
 
     def owners(self, model: nn.Cell, parameter: Any) -> int:
         return sum(any(p is parameter for p in c._params.values()) for _, c in model.cells_and_names())

@@ -49,8 +49,10 @@ def apply_delta(
             "gaussian", "pissa"), ranks and alphas ({glob: number}), keep_zeros (None: on sparse layers). adapter:
             bottleneck_size, non_linearity. low_rank_adapter: reduction_factor, low_rank_size, low_rank_w_init,
             non_linearity. prefix: prefix_token_num, projection, mid_dim, dropout_rate, text_ids, inputs (one batch to
-            see the attention at work), or sizes ({path: (heads, width, query heads)}) instead of a run. prompt:
-            num_virtual_tokens, init ("vocabulary", "random"), text_ids.
+            see the attention at work), or sizes ({path: (heads, width, query heads)}) instead of
+            a run, positions (globs over the cells that are given position numbers, which then begin behind the prefix;
+            None: positions stay). prompt: num_virtual_tokens,
+            init ("vocabulary", "random"), text_ids.
 
     Returns:
         The layers changed, what was skipped, and the share of parameters that train now (print it).

@@ -19,6 +19,7 @@ from slimkit_ms import bridge
 from slimkit_ms.delta.generated import method_from
 from slimkit_ms.delta.layer import DeltaLayer
 from slimkit_ms.delta.multihead import METHODS, PrefixedMultiheadAttention
+from slimkit_ms.delta.positions import shifted_classes, start_behind
 from slimkit_ms.delta.prefix import PrefixLayer
 
 import mindspore as ms
@@ -249,6 +250,7 @@ def put_prefix(model: nn.Cell, targets: Any, *, name: str, dtype: Any, strict: b
     rules.refuse_taken([p for p, c in cells.items() if isinstance(c, DeltaLayer)])
     made = {path: _rows(seen[path], plan, dtype or ms.float32) for path in seen}
     classes = {path: _extended(cell, Prefixed) for path, cell in cells.items()}
+    counting = shifted_classes(model, plan.counting(p for p, _ in model.cells_and_names()) or ())
     described = {}
     for path, cell in cells.items():
         cell.__class__ = classes[path]
@@ -257,8 +259,9 @@ def put_prefix(model: nn.Cell, targets: Any, *, name: str, dtype: Any, strict: b
             parameter.name = f"{path}.{ROWS}.{key}" if path else f"{ROWS}.{key}"
         cell.prefix_heads, cell.query_heads = seen[path].heads, seen[path].query_heads
         cell.prefix_tokens = plan.prefix_token_num
-        described[path] = plan.record(seen[path])
+        described[path] = plan.record(seen[path], bool(counting))
         cell.begin(described[path], name)
+    start_behind(model, plan.prefix_token_num, counting)
     bridge.forget_graphs(model)
     return described
 

@@ -153,6 +153,7 @@ def load_delta(
     freeze: bool = True,
     same_base: bool = False,
     rename: Mapping[str, str] | Callable[[str], str] | None = None,
+    positions: Sequence[str] | None = None,
 ) -> DeltaReport:
     """Put saved deltas on a model, in place: a slimkit bundle of either framework, or a Hugging Face PEFT adapter.
 
@@ -164,6 +165,9 @@ def load_delta(
         same_base: refuse a base whose weights are not those the delta was trained on; otherwise the log and the report
             say so.
         rename: how paths in the file are called here: {beginning: beginning}, or a function of a path.
+        positions: for a prefix, globs over the modules that are given position numbers; they count from behind it, as
+            they did where it was trained. None finds them (Hugging Face models, and modules with Hugging Face's names);
+            empty leaves positions as they are.
 
     Returns:
         The layers changed, and the share of parameters that train now.
@@ -171,7 +175,17 @@ def load_delta(
     Raises:
         FileFormatError: the files are damaged, or a tensor is missing, left over, transposed or of another shape.
         ArgumentError: the model lacks a layer, or has one of another shape; a name is taken; (same_base) other weights.
+        UnsupportedError: positions start behind the file's prefix, and nothing here is known to hold them.
         In every case the model is as it was.
     """
     bridge.check_model(model)
-    return storage.load(_STORAGE, model, directory, name=name, freeze=freeze, same_base=same_base, rename=rename)
+    return storage.load(
+        _STORAGE,
+        model,
+        directory,
+        name=name,
+        freeze=freeze,
+        same_base=same_base,
+        rename=rename,
+        positions=positions,
+    )

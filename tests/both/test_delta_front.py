@@ -83,8 +83,35 @@ def test_a_prefix_stands_in_front_of_keys_and_values(kit, net, batch):
     np.testing.assert_allclose(kit.array(net(*batch)), by_hand(values, ids, mask), atol=1e-5)  # float32, 16 terms
 
 
-def by_hand(values, ids, mask):
-    """The twins' outputs under a prefix, in NumPy."""
+def test_positions_start_behind_the_prefix_where_told(kit, net, batch, tmp_path):
+    y0 = kit.array(net(*batch))
+    ids, mask = (kit.array(t) for t in batch)
+    kit.slim.apply_delta(net, "prefix", prefix_token_num=3, inputs=batch, positions=["places"])
+    values = {n.replace("embedding_table", "weight"): kit.array(p) for n, p in kit.params(net).items()}
+    want = by_hand(values, ids, mask, start=3)
+    np.testing.assert_allclose(kit.array(net(*batch)), want, atol=1e-5)  # float32, 16 terms
+    kit.slim.save_delta(net, tmp_path / "d")
+    kit.slim.remove_delta(net)
+    np.testing.assert_array_equal(kit.array(net(*batch)), y0)
+    with pytest.raises(UnsupportedError, match=r"positions start behind it.*positions=\["):
+        kit.slim.load_delta(net, tmp_path / "d")  # no name says which module holds the positions
+    np.testing.assert_array_equal(kit.array(net(*batch)), y0)
+    kit.slim.load_delta(net, tmp_path / "d", positions=["place*"])
+    np.testing.assert_allclose(kit.array(net(*batch)), want, atol=1e-5)
+
+
+def test_a_module_that_gets_no_positions_is_named(kit, net, batch):
+    y0 = kit.array(net(*batch))
+    with pytest.raises(PatternError, match="palces"):
+        kit.slim.apply_delta(net, "prefix", inputs=batch, positions=["palces"])
+    np.testing.assert_array_equal(kit.array(net(*batch)), y0)
+    kit.slim.apply_delta(net, "prefix", inputs=batch, positions=["head"])
+    with pytest.raises((TypeError, UnsupportedError), match="whole numbers"):
+        net(*batch)
+
+
+def by_hand(values, ids, mask, start=0):
+    """The twins' outputs under a prefix, in NumPy; positions count from `start`."""
 
     def linear(x, name):
         return x @ values[f"{name}.weight"].T + values[f"{name}.bias"]
@@ -92,7 +119,7 @@ def by_hand(values, ids, mask):
     def split(x):
         return x.reshape(*x.shape[:2], twins.HEADS, -1).swapaxes(1, 2)
 
-    x = values["words.weight"][ids] + values["places.weight"][: ids.shape[1]]
+    x = values["words.weight"][ids] + values["places.weight"][start : start + ids.shape[1]]
     hidden = (1.0 - mask[:, None, None]) * -1e4
     hidden = np.concatenate((np.zeros((*hidden.shape[:-1], 3)), hidden), -1)
     for i in range(2):

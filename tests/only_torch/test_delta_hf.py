@@ -40,7 +40,16 @@ def gpt2(seed=0):
     return transformers.GPT2LMHeadModel(config).eval()
 
 
-MODELS = {"llama": llama, "bert": bert, "gpt2": gpt2}
+def roberta(seed=0):
+    torch.manual_seed(seed)
+    config = transformers.RobertaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, vocab_size=64, num_labels=3,
+        max_position_embeddings=40,
+    )  # fmt: skip
+    return transformers.RobertaForSequenceClassification(config).eval()
+
+
+MODELS = {"llama": llama, "bert": bert, "gpt2": gpt2, "roberta": roberta}
 IDS = torch.arange(3, 15).reshape(2, 6)
 
 
@@ -216,24 +225,26 @@ def test_rename_translates_paths(adapter):
         slimkit.load_delta(llama().model, adapter, rename={"modle.": ""})
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "roberta"])
 @pytest.mark.parametrize("projection", [False, True])
 def test_prefix_from_peft_and_back(name, projection, tmp_path):
+    """Positions begin behind the virtual tokens in all of them, also in encoders."""
     peft = pytest.importorskip("peft")
-    config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, prefix_projection=projection)
+    task = "CAUSAL_LM" if name in ("llama", "gpt2") else "SEQ_CLS"
+    config = peft.PrefixTuningConfig(task_type=task, num_virtual_tokens=3, prefix_projection=projection)
     theirs = peft.get_peft_model(MODELS[name](), config).eval()
     stir(theirs)
     theirs.save_pretrained(tmp_path / "theirs")
     theirs = peft.PeftModel.from_pretrained(MODELS[name](), tmp_path / "theirs").eval()
     ours = MODELS[name]()
-    y0 = logits(ours)
+    y0 = ours.base_model(IDS)[0].detach()
     slimkit.load_delta(ours, tmp_path / "theirs")
     torch.testing.assert_close(logits(ours), logits(theirs), rtol=1e-5, atol=1e-5)
     slimkit.save_delta(ours, tmp_path / "ours", format="peft")
     again = quietly(lambda: peft.PeftModel.from_pretrained(MODELS[name](), tmp_path / "ours")).eval()
     torch.testing.assert_close(logits(again), logits(theirs), rtol=1e-5, atol=1e-5)
     slimkit.remove_delta(ours)
-    assert torch.equal(logits(ours), y0)
+    assert torch.equal(ours.base_model(IDS)[0], y0)  # the head of a classifier came with the file, and stays
 
 
 def test_prompt_from_peft_and_back(tmp_path):
@@ -280,7 +291,7 @@ def test_prefix_and_prompt_train_on_unedited_models(name, kind, tmp_path):
     }
     assert report.layers
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 0.05)
-    labels = torch.tensor([0, 2]) if name == "bert" else IDS
+    labels = torch.tensor([0, 2]) if "bert" in name else IDS
     mask = torch.ones_like(IDS)
     mask[0, 4:] = 0
     losses = []

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from slimkit.core.delta.peft import task_type
+from slimkit.core.delta.positions import recognised
 from slimkit.core.delta.spec import DeltaReport, Site
 from slimkit.core.freeze import Entry
 
@@ -40,6 +41,10 @@ class ModelAccess(ABC):
 
     def settle(self, model: Any) -> None:
         """Undo what a delta needed around the layers, once the last one is off."""
+        return
+
+    def without_prefix(self, model: Any) -> None:
+        """Undo what a prefix needed around the layers, once the last one is off."""
         return
 
     @abstractmethod
@@ -90,6 +95,10 @@ class StorageAccess(ModelAccess):
     def prefix_sizes(self, model: Any, config: Mapping[str, Any]) -> Mapping[str, Sequence[int]] | None:
         """The attention layers that PEFT's configuration speaks of, where a run is not what finds them."""
         return None
+
+    def positions(self, model: Any) -> list[str] | None:
+        """Paths of the modules that are given position numbers, by their names; None where the wing knows them."""
+        return recognised(self.sites(model))
 
     @abstractmethod
     def prefix_rows(self, model: Any, layers: Sequence[Any]) -> list[tuple[Array, Array]]:

@@ -228,7 +228,10 @@ def _restore(access: ModelAccess, model: Any, layers: Mapping[str, Any]) -> None
     access.put(model, {p: layer.original for p, layer in swapped.items()})
     for layer in beside.values():
         layer.revert()
-    if not access.layers(model):
+    left = access.layers(model)
+    if all(layer.delta_kind != "prefix" for layer in left.values()):
+        access.without_prefix(model)
+    if not left:
         access.settle(model)
         if hasattr(model, FLAGS):
             _set_flags(access, model, getattr(model, FLAGS))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +144,7 @@ def write_lora(
     tensors: Mapping[str, Mapping[str, Array]],
     sites: Mapping[str, Site],
     extra: Mapping[str, Array],
+    modules: Sequence[str],
     about: Mapping[str, Any],
 ) -> None:
     """Write a LoRA as PEFT's two files.
@@ -154,6 +155,7 @@ def write_lora(
         tensors: path -> part ("a", "b", "magnitude", "a0", "b0") -> array.
         sites: every module path of the model.
         extra: whole base parameters that were trained, by their names.
+        modules: the modules that these are, as `saved_modules` gives them.
         about: further configuration: task_type, base_model_name_or_path.
 
     Raises:
@@ -179,7 +181,6 @@ def write_lora(
         arrays[f"{_ROOT}{path}.lora_embedding_B" if embedding else f"{_ROOT}{path}.lora_B.weight"] = b
         if spec.dora:
             arrays[f"{_ROOT}{path}.lora_magnitude_vector"] = parts["magnitude"]
-    modules = sorted({name.rpartition(".")[0] for name in extra})
     for module in modules:
         clash = [p for p in sites if p.endswith(module) and p not in modules and p not in specs]
         if not module or clash:
@@ -203,9 +204,41 @@ def write_lora(
         "target_modules": _targets(list(specs), list(sites)),
         "rank_pattern": {f"^{re.escape(p)}": r for p, r in ranks.items() if r != next(iter(ranks.values()))},
         "alpha_pattern": {f"^{re.escape(p)}": a for p, a in alphas.items() if a != next(iter(alphas.values()))},
-        "modules_to_save": modules or None,
+        "modules_to_save": list(modules) or None,
     }
     write_files(folder, config, arrays)
+
+
+def saved_modules(extra: Iterable[str], every: Iterable[str], taken: Iterable[str]) -> list[str]:
+    """The modules that hold these tensors and nothing else: a head of several layers is named as one.
+
+    Args:
+        extra: names of the base tensors that travel.
+        every: names of all base tensors.
+        taken: paths of the layers that carry the delta; no module around one is named.
+
+    Example:
+        >>> names = ["body.weight", "head.dense.weight", "head.out.weight"]
+        >>> saved_modules(names[1:], names, ["body"])
+        ['head']
+    """
+    inside = set(extra)
+    modules = {name.rpartition(".")[0] for name in inside}
+    whole = {p for m in modules for p in _parents(m)}
+    whole -= {p for name in every if name not in inside for p in _parents(name)}
+    whole -= {p for path in taken for p in _parents(f"{path}.")}
+    return sorted({next((p for p in _parents(m) if p in whole), m) for m in modules})
+
+
+def _parents(path: str) -> list[str]:
+    """Every path above this one, the topmost first, without the model itself.
+
+    Example:
+        >>> _parents("a.b.weight")
+        ['a', 'a.b']
+    """
+    parts = path.split(".")
+    return [".".join(parts[:i]) for i in range(1, len(parts))]
 
 
 def _with_head(about: Mapping[str, Any], modules: Sequence[str]) -> dict[str, Any]:
@@ -238,12 +271,16 @@ def split_prompt(tensors: Mapping[str, Array]) -> tuple[dict[str, Array], dict[s
 
 
 def write_prompt(
-    folder: files.PathLike, rows: Array, extra: Mapping[str, Array], about: Mapping[str, Any], config: Mapping[str, Any]
+    folder: files.PathLike,
+    rows: Array,
+    extra: Mapping[str, Array],
+    modules: Sequence[str],
+    about: Mapping[str, Any],
+    config: Mapping[str, Any],
 ) -> None:
     """Write a prefix or prompt as PEFT's two files, with whole base parameters that were trained beside it."""
-    modules = sorted({name.rpartition(".")[0] for name in extra})
     tensors = {"prompt_embeddings": rows, **{f"base_model.{name}": value for name, value in extra.items()}}
-    write_files(folder, {**_with_head(about, modules), **config, "modules_to_save": modules or None}, tensors)
+    write_files(folder, {**_with_head(about, modules), **config, "modules_to_save": list(modules) or None}, tensors)
 
 
 def read_prompt(prompt: Mapping[str, Array], shape: Sequence[int], where: str) -> Array:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -38,16 +38,39 @@ class Plan:
     text_ids: list[int] | None
     inputs: Any
     sizes: Mapping[str, Sequence[int]] | None
+    positions: list[str] | None
 
-    def record(self, seen: Seen) -> dict[str, Any]:
-        """What a bundle says of the prefix of one layer, as plain values."""
+    def record(self, seen: Seen, shift: bool) -> dict[str, Any]:
+        """What a bundle says of the prefix of one layer, as plain values.
+
+        Args:
+            seen: the attention layer.
+            shift: whether positions start after the prefix.
+        """
         return {
             "prefix_token_num": self.prefix_token_num,
             "projection": self.projection,
             "mid_dim": self.mid_dim,
             "dropout_rate": self.dropout_rate,
             "heads": [seen.heads, seen.width, seen.query_heads],
+            "shift": shift,
         }
+
+    def counting(self, paths: Iterable[str]) -> list[str] | None:
+        """The modules whose positions start after the prefix; None where the wing has to know.
+
+        Args:
+            paths: of all modules of the model.
+
+        Raises:
+            PatternError: an entry of `positions` matches none of them.
+        """
+        if not self.positions:
+            return self.positions
+        paths = [p for p in paths if p]
+        found = match(paths, self.positions)
+        demand(found, paths, "positions")
+        return list(found.names)
 
 
 def checked(
@@ -58,6 +81,7 @@ def checked(
     text_ids: Any = None,
     inputs: Any = None,
     sizes: Any = None,
+    positions: Any = None,
 ) -> Plan:
     """The options of a prefix, checked.
 
@@ -69,6 +93,9 @@ def checked(
         text_ids: token ids; the prefix starts as the keys and values that this text has in the model.
         inputs: one batch to run the model on.
         sizes: path -> (heads of the keys, width of a head, heads of the queries), where no run is needed to know them.
+        positions: globs over the modules that are given position numbers (an embedding of positions, a rotary
+            embedding): they get them increased by the prefix's length. Empty: none. None: Hugging Face models count
+            from behind the prefix, all others as they did.
 
     Raises:
         ArgumentTypeError, ArgumentError: an option of the wrong type or value.
@@ -94,7 +121,9 @@ def checked(
     tokens = size(8 if prefix_token_num is None else prefix_token_num, "prefix_token_num")
     if sizes is not None:
         check.instance(sizes, Mapping, "sizes", "a mapping of path to (heads, width, query heads)")
-    return Plan(tokens, projection, mid_dim, dropout_rate, text_ids, inputs, sizes)
+    if positions is not None:
+        positions = list(check.strings(positions, "positions")) if positions != [] else []
+    return Plan(tokens, projection, mid_dim, dropout_rate, text_ids, inputs, sizes, positions)
 
 
 def given_sizes(plan: Plan, paths: Mapping[str, Any]) -> dict[str, Seen]:

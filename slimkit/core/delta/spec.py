@@ -27,7 +27,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "lora": ("rank", "alpha", "dropout", "rslora", "dora", "init", "keep_zeros", "ranks", "alphas"),
     "adapter": ("bottleneck_size", "non_linearity"),
     "low_rank_adapter": ("reduction_factor", "low_rank_size", "low_rank_w_init", "non_linearity"),
-    "prefix": ("prefix_token_num", "projection", "mid_dim", "dropout_rate", "text_ids", "inputs", "sizes"),
+    "prefix": ("prefix_token_num", "projection", "mid_dim", "dropout_rate", "text_ids", "inputs", "sizes", "positions"),
     "prompt": ("num_virtual_tokens", "init", "text_ids"),
 }
 LORA_INITS = ("kaiming", "gaussian", "pissa")

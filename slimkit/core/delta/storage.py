@@ -12,6 +12,7 @@ from slimkit.core import check, files
 from slimkit.core.delta import inject, peft
 from slimkit.core.delta.access import StorageAccess
 from slimkit.core.delta.bundle import MANIFEST, compare_keys, compare_shapes, fingerprint, read_bundle, write_bundle
+from slimkit.core.delta.positions import counted, positions_for
 from slimkit.core.delta.spec import KINDS, PREFIX, DeltaReport, delta_name, key, spec_from_dict
 from slimkit.core.errors import ArgumentError, FileFormatError, UnsupportedError
 from slimkit.core.freeze import report_of
@@ -80,6 +81,7 @@ def load(
     freeze: bool = True,
     same_base: bool = False,
     rename: Any = None,
+    positions: Any = None,
 ) -> DeltaReport:
     """Put saved deltas on a model, in place; see `load_delta` of the wings."""
     folder = files.as_path(directory, "directory")
@@ -90,7 +92,7 @@ def load(
     check.boolean(freeze, "freeze")
     check.boolean(same_base, "same_base")
     if not (folder / MANIFEST).exists() and peft.is_adapter(folder):
-        return _load_peft(access, model, folder, name or "default", freeze, rename)
+        return _load_peft(access, model, folder, name or "default", freeze, rename, positions)
     manifest, tensors = read_bundle(folder)
     deltas = _renamed(manifest["deltas"], name)
     extra = {n: tensors.pop(n) for n in manifest["extra"] if n in tensors}
@@ -111,6 +113,7 @@ def load(
                 f"the delta in {folder} was trained on a base where {path} has shape {tuple(shape)}; here it has "
                 f"{have}. A pruned base needs the delta trained on it."
             )
+    deltas = [counted(access, model, d, positions, str(folder)) for d in deltas]
     notes = []
     here = _base_of(access, model, {p: new_path[p] for p in shapes})
     if here["fingerprint"] != manifest["base"].get("fingerprint"):
@@ -162,7 +165,9 @@ def _fill_base(access: StorageAccess, base: Mapping[str, Any], extra: Mapping[st
             base[name].requires_grad = True
 
 
-def _load_peft(access: StorageAccess, model: Any, folder: Path, name: str, freeze: bool, rename: Any) -> DeltaReport:
+def _load_peft(
+    access: StorageAccess, model: Any, folder: Path, name: str, freeze: bool, rename: Any, positions: Any
+) -> DeltaReport:
     """Put a Hugging Face PEFT adapter on a model, in place."""
     config, tensors = peft.read_files(folder)
     kind = peft.KINDS[config["peft_type"]]
@@ -184,7 +189,10 @@ def _load_peft(access: StorageAccess, model: Any, folder: Path, name: str, freez
         access.fill(tables[0], peft.read_prompt(prompt, tuple(tables[0].shape), str(folder)))
         report = DeltaReport(kind, name, {})
     else:
-        report = _load_prompt(access, model, kind, config, prompt, {"name": name, "freeze": freeze}, str(folder))
+        options = {"name": name, "freeze": freeze}
+        if kind == "prefix":
+            options["positions"] = positions_for(access, model, True, positions, str(folder))
+        report = _load_prompt(access, model, kind, config, prompt, options, str(folder))
     _fill_base(access, base, extra)
     return report
 
@@ -263,7 +271,7 @@ def save_peft(access: StorageAccess, model: Any, directory: Any, names: Any = No
             rows = access.value(tables[0])
             config = {"peft_type": words, "num_virtual_tokens": rows.shape[0], "num_transformer_submodules": 1}
             config.update(access.table_facts(model, kind), inference_mode=True)
-            peft.write_prompt(folder, rows, {}, access.about(model), config)
+            peft.write_prompt(folder, rows, {}, [], access.about(model), config)
             return folder
     if len(deltas) != 1 or deltas[0]["kind"] not in peft.KINDS.values():
         kinds = ", ".join(f"{d['kind']} {d['name']!r}" for d in deltas) or "none"
@@ -273,9 +281,10 @@ def save_peft(access: StorageAccess, model: Any, directory: Any, names: Any = No
     whole = access.neutral(model)
     modules = {n.rpartition(".")[0] for n in extra}
     kept = {n: access.value(t) for n, t in whole.items() if n.rpartition(".")[0] in modules and PREFIX not in n}
+    named = peft.saved_modules(kept, (n for n in whole if PREFIX not in n), delta["layers"])
     if delta["kind"] != "lora":
         rows, config = _prompt_rows(access, model, delta)
-        peft.write_prompt(folder, rows, kept, about, config)
+        peft.write_prompt(folder, rows, kept, named, about, config)
         return folder
     specs = {p: spec_from_dict(r) for p, r in delta["layers"].items()}
     by_path: dict[str, dict[str, Array]] = {p: {} for p in specs}
@@ -284,7 +293,7 @@ def save_peft(access: StorageAccess, model: Any, directory: Any, names: Any = No
             value = tensors.get(f"{path}.{key('lora', part, delta['name'])}")
             if value is not None:
                 spelled[part] = value
-    peft.write_lora(folder, specs, by_path, access.sites(model), kept, about)
+    peft.write_lora(folder, specs, by_path, access.sites(model), kept, named, about)
     return folder
 
 

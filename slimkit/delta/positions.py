@@ -1,0 +1,123 @@
+"""Positions that start behind a prefix, as Hugging Face models count them behind cached keys."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from slimkit.core.delta import positions as rules
+from slimkit.core.errors import ArgumentError
+
+import torch
+from torch import nn
+
+Hook = Callable[..., Any]
+
+
+def counting(model: nn.Module, tokens: int, paths: Sequence[str] | None) -> list[tuple[nn.Module, Hook]]:
+    """The modules that are given position numbers, each with the hook that shifts them; nothing is changed.
+
+    Args:
+        model: the model.
+        tokens: of the prefix.
+        paths: of the modules whose whole-number inputs are positions; None finds them in Hugging Face models and
+            nowhere else.
+
+    Raises:
+        ArgumentError: positions start behind another prefix already.
+    """
+    found = list(_places(model, paths))
+    for module, _ in found:
+        there = getattr(module, "prefix_shift", tokens)
+        if there != tokens:
+            raise ArgumentError(f"positions start behind a prefix of {there} tokens already; this one has {tokens}.")
+    return found
+
+
+def start_behind(tokens: int, places: Sequence[tuple[Any, Hook]]) -> None:
+    """Let positions start after a prefix, in place, where `counting` found them."""
+    for module, hook in places:
+        if all(h is not hook for h in module._forward_pre_hooks.values()):
+            module.prefix_shift = tokens
+            module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def _places(model: nn.Module, paths: Sequence[str] | None) -> Iterator[tuple[Any, Hook]]:
+    """The modules to hook, each with its hook."""
+    if paths is not None:
+        yield from ((model.get_submodule(path), _shift_whole_numbers) for path in paths)
+        return
+    counting = [m for m in model.modules() if _counts_past(m)]
+    if counting:
+        yield from ((m, _shift_past) for m in counting)
+        return
+    for module in model.modules():
+        causal = getattr(module, "config", None) and any(getattr(m, "is_causal", False) for m in module.modules())
+        if causal and "position_ids" in inspect.signature(type(module).forward).parameters:
+            yield module, _shift_positions
+            return
+
+
+def _counts_past(module: nn.Module) -> bool:
+    """Whether these are BERT's embeddings or their like, which count positions from the length of the cache."""
+    wanted = {"input_ids", "token_type_ids", "past_key_values_length"}
+    return wanted <= set(inspect.signature(type(module).forward).parameters)
+
+
+def is_counted_by_library(model: nn.Module) -> bool:
+    """Whether this is a Hugging Face model, or holds one, whose way of counting positions is known."""
+    return any(hasattr(getattr(m, "config", None), "model_type") for m in model.modules())
+
+
+def _shift_whole_numbers(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    found = False
+
+    def moved(given: Any) -> Any:
+        nonlocal found
+        if not isinstance(given, torch.Tensor) or given.is_floating_point() or given.dtype == torch.bool:
+            return given
+        found = True
+        return given + module.prefix_shift
+
+    out = tuple(map(moved, args)), {k: moved(v) for k, v in kwargs.items()}
+    if not found:
+        raise rules.NoPositionsError(rules.no_positions(type(module).__name__))
+    return out
+
+
+def _shift_past(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    bound = inspect.signature(type(module).forward).bind(module, *args, **kwargs)
+    if bound.arguments.get("position_ids") is not None:
+        bound.arguments["position_ids"] = bound.arguments["position_ids"] + module.prefix_shift
+    else:
+        bound.arguments["past_key_values_length"] = (
+            bound.arguments.get("past_key_values_length", 0) + module.prefix_shift
+        )
+    return bound.args[1:], bound.kwargs
+
+
+def _shift_positions(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    positions = kwargs.get("position_ids")
+    if positions is None:
+        given = kwargs.get("input_ids", args[0] if args else None)
+        given = kwargs.get("inputs_embeds") if given is None else given
+        if given is None:
+            return args, kwargs
+        past = kwargs.get("past_key_values")
+        start = past.get_seq_length() if past is not None else 0
+        positions = torch.arange(start, start + given.shape[1], device=given.device).unsqueeze(0)
+    return args, {**kwargs, "position_ids": positions + module.prefix_shift}
+
+
+_HOOKS = (_shift_whole_numbers, _shift_past, _shift_positions)
+
+
+def start_at_zero(model: nn.Module) -> None:
+    """Let positions start at zero again, in place."""
+    for module in model.modules():
+        for handle, hook in list(module._forward_pre_hooks.items()):
+            if any(hook is own for own in _HOOKS):
+                del module._forward_pre_hooks[handle]
+                module._forward_pre_hooks_with_kwargs.pop(handle, None)
+                module.__dict__.pop("prefix_shift", None)
