@@ -72,6 +72,14 @@ def bits(array: Array) -> Array:
     return array.view(lib.int32 if array.dtype.itemsize == 4 else lib.int64)
 
 
+def erase(array: Array, keep: Array) -> None:
+    """Put zeros where a mask of the same shape is False, in place and faster than a choice of two values."""
+    xp, values = namespace(array), bits(array)
+    ones = xp.astype(keep, values.dtype)
+    ones *= -1
+    values &= ones
+
+
 def own_copy(array: Array, dtype: Any = None) -> Array:
     """A contiguous copy."""
     xp = namespace(array)
@@ -95,22 +103,23 @@ def kth_smallest(rows: Array, k: int) -> Array:
     return xp.sort(rows, axis=1)[:, k - 1 : k]
 
 
-def add_vector(column: Array, matrix: Array, vector: Array, sign: int = 1) -> None:
-    """column += sign * matrix @ vector, in place."""
+def less_vector(column: Array, matrix: Array, vector: Array) -> None:
+    """column -= matrix @ vector, in place."""
     if hasattr(column, "addmv_"):
-        column.addmv_(matrix, vector, alpha=sign)
+        column.addmv_(matrix, vector, alpha=-1)
     else:
-        column += sign * (matrix @ vector)
+        column -= matrix @ vector
 
 
-def add_product(matrix: Array, left: Array, right: Array, sign: int = 1) -> None:
-    """matrix += sign * left @ right, in place; torch does it in one call, without the product in memory."""
+def add_product(matrix: Array, left: Array, right: Array, factor: float = 1) -> None:
+    """matrix += factor * left @ right, in place; torch does it in one call, without the product in memory."""
     if hasattr(matrix, "addmm_"):
-        matrix.addmm_(left, right, alpha=sign)
-    elif sign == 1:
-        matrix += left @ right
+        matrix.addmm_(left, right, alpha=factor)
     else:
-        matrix -= left @ right
+        product = left @ right
+        if factor != 1:
+            product *= factor
+        matrix += product
 
 
 def product_into(matrix: Array, left: Array, right: Array) -> None:

@@ -53,6 +53,17 @@ def inverse_factor(gram: Array, damping: float) -> tuple[Array, float]:
     )
 
 
+def inverse_from(upper: Array) -> Array:
+    """The inverse U^T U that an upper triangular factor stands for, without the products with zeros."""
+    inverse = namespace(upper).empty_like(upper)
+    n = upper.shape[0]
+    for start in range(0, n, STRIP):
+        stop = min(start + STRIP, n)
+        product_into(inverse[start:stop, start:], upper[:stop, start:stop].T, upper[:stop, start:])
+        inverse[stop:, start:stop] = inverse[start:stop, stop:].T
+    return inverse
+
+
 def quadratic(turned: Array, gram: Array) -> float:
     """The mean squared output that weights make: tr(D^T gram D), from one half of the symmetric gram.
 
@@ -150,9 +161,9 @@ def _less_square(a: Array, r: Array) -> None:
     """a -= r r^T, the upper half of it."""
     n = a.shape[0]
     if n <= LEAF:
-        add_product(a, r, r.T, sign=-1)
+        add_product(a, r, r.T, factor=-1)
         return
     half = _half(n)
     _less_square(a[:half, :half], r[:half])
-    add_product(a[:half, half:], r[:half], r[half:].T, sign=-1)
+    add_product(a[:half, half:], r[:half], r[half:].T, factor=-1)
     _less_square(a[half:, half:], r[half:])

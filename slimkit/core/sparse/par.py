@@ -7,8 +7,8 @@ from typing import Any
 
 from slimkit.core.sparse import pattern as patterns
 from slimkit.core.sparse import shrink
-from slimkit.core.sparse.backend import Array, device_of, eigh, like, namespace, to_numpy
-from slimkit.core.sparse.factor import inverse_factor
+from slimkit.core.sparse.backend import Array, add_product, device_of, eigh, erase, like, namespace, own_copy, to_numpy
+from slimkit.core.sparse.factor import inverse_factor, inverse_from
 from slimkit.core.sparse.pattern import NM
 
 
@@ -18,6 +18,7 @@ class Schedule:
 
     Args:
         rounds: steps of the support search; the ratio is reached after half of them.
+        relax: how far a step goes, 1..2; 1 goes to where the two copies' distance is least.
         first, last: the penalty that ties the two copies of the weights; it grows from one to the other.
         hold: rounds for which a penalty is kept: each new one costs a product of two matrices.
         refits: conjugate gradient steps on the final support.
@@ -26,6 +27,7 @@ class Schedule:
     """
 
     rounds: int
+    relax: float
     first: float
     last: float
     hold: int
@@ -34,8 +36,8 @@ class Schedule:
     spectral: bool
 
 
-PAR = Schedule(rounds=8, first=1.0, last=1.0, hold=8, refits=5, swaps=0, spectral=False)
-PAR_V2 = Schedule(rounds=30, first=0.1, last=1.0, hold=3, refits=12, swaps=2, spectral=True)
+PAR = Schedule(rounds=5, relax=1.5, first=0.6, last=0.6, hold=5, refits=3, swaps=0, spectral=False)
+PAR_V2 = Schedule(rounds=30, relax=1.0, first=0.1, last=1.0, hold=3, refits=12, swaps=2, spectral=True)
 
 # Never divide by less: rows that are fitted already have a gradient of zero.
 TINY = 1e-30
@@ -71,7 +73,9 @@ def refine(
     """
     xp = namespace(target)
     scale = xp.sqrt(xp.linalg.diagonal(gram))  # (n,)
-    correlation, inverse, facts = _estimate(gram / scale[:, None] / scale[None, :], count, schedule.spectral)
+    correlation = gram / scale[:, None]
+    correlation /= scale
+    correlation, inverse, facts = _estimate(correlation, count, schedule.spectral)
     goal = target * scale
     allowed = None if dead is None else ~dead[None, :] & xp.ones(target.shape, dtype=xp.bool, device=device_of(target))
     sparse, keep = goal, allowed
@@ -81,7 +85,9 @@ def refine(
     sparse = refit(goal, sparse, keep, correlation, schedule.refits)
     if schedule.swaps:
         sparse, keep = _swap(goal, sparse, keep, correlation, nm, schedule)
-    return xp.where(keep, sparse / scale, 0.0), keep, facts
+    sparse /= scale
+    erase(sparse, keep)
+    return sparse, keep, facts
 
 
 def _estimate(correlation: Array, count: int, spectral: bool) -> tuple[Array, Any, dict[str, Any]]:
@@ -97,36 +103,45 @@ def _estimate(correlation: Array, count: int, spectral: bool) -> tuple[Array, An
         shrunk = xp.astype(like(found, values), correlation.dtype)
         facts = {"shrinkage": round(share, 6)}
         return (vectors * shrunk) @ vectors.T, lambda penalty: (vectors / (shrunk + penalty)) @ vectors.T, facts
-    n = correlation.shape[0]
-    eye = xp.eye(n, dtype=correlation.dtype, device=device_of(correlation))
     mixed, share = shrink.linear(correlation, count)
-
-    def inverse(penalty: float) -> Array:
-        upper, _ = inverse_factor(mixed + penalty * eye, 0.0)
-        return upper.T @ upper
-
-    return mixed, inverse, {"shrinkage": round(share, 6)}
+    # The diagonal's mean is one: damping is the penalty.
+    return mixed, lambda penalty: inverse_from(inverse_factor(mixed, penalty)[0]), {"shrinkage": round(share, 6)}
 
 
 def _search(
     goal: Array, correlation: Array, inverse: Any, ratio: float, nm: NM | None, allowed: Array | None, s: Schedule
 ) -> tuple[Array, Array]:
-    """Support search: V fits the outputs, Z is sparse, U remembers where they disagree."""
+    """Support search: V fits the outputs, Z is sparse, U remembers where they disagree.
+
+    Z and U never share an entry, so one matrix, M = Z + U, holds both: on the mask it is Z, off it U. The step
+    V = (goal C + p (Z - U)) (C + p)^-1 is goal + p (Z - U - goal) (C + p)^-1, which is the goal itself at first.
+    """
     xp = namespace(goal)
-    fixed = goal @ correlation
-    z, u, keep = goal, xp.zeros_like(goal), allowed
+    m, keep, solver = own_copy(goal), allowed, None
     steps = -(-s.rounds // s.hold)
     growth = (s.last / s.first) ** (1 / max(1, steps - 1))
     penalty = s.first
     for k in range(s.rounds):
-        if k % s.hold == 0:
-            if k:
-                penalty, u = penalty * growth, u / growth
-            solver = inverse(penalty)
-        v = (fixed + penalty * (z - u)) @ solver
-        u = u + v
+        if k:
+            kept = xp.astype(keep, goal.dtype)
+            kept *= m  # Z
+            if k % s.hold == 0:
+                penalty, solver = penalty * growth, None
+                m -= kept
+                m /= growth  # U belongs to the penalty
+                m += kept
+            if solver is None:
+                solver = inverse(penalty)
+            apart = 2 * kept
+            apart -= m
+            apart -= goal
+            # M = U + relax V + (1 - relax) Z
+            kept -= goal
+            kept *= s.relax
+            m -= kept
+            add_product(m, apart, solver, factor=s.relax * penalty)
         rising = ratio * (1 - max(0.0, 1 - 2 * (k + 1) / s.rounds) ** 3)  # cubic, as Zhu & Gupta 2017
-        scores = xp.abs(u)
+        scores = xp.abs(m)
         if allowed is not None:
             scores = xp.where(allowed, scores, -1.0)
         keep = (
@@ -134,9 +149,8 @@ def _search(
             if nm
             else patterns.keep_all_but(scores, round(rising * goal.shape[0] * goal.shape[1]))
         )
-        z = xp.where(keep, u, 0.0)
-        u = u - z
-    return z, keep
+    erase(m, keep)
+    return m, keep
 
 
 def refit(goal: Array, start: Array, keep: Array, correlation: Array, steps: int) -> Array:
@@ -155,16 +169,20 @@ def refit(goal: Array, start: Array, keep: Array, correlation: Array, steps: int
     xp = namespace(goal)
     mask = xp.astype(keep, goal.dtype)
     fitted = start * mask
-    residual = ((goal - fitted) @ correlation) * mask
-    direction = residual
+    residual = (goal - fitted) @ correlation
+    residual *= mask
+    direction = own_copy(residual)
     power = xp.sum(residual * residual, axis=1, keepdims=True)
     for _ in range(steps):
-        image = (direction @ correlation) * mask
+        image = direction @ correlation
+        image *= mask
         length = power / xp.clip(xp.sum(direction * image, axis=1, keepdims=True), TINY, None)
-        fitted = fitted + length * direction
-        residual = residual - length * image
+        fitted += length * direction
+        image *= length
+        residual -= image
         new = xp.sum(residual * residual, axis=1, keepdims=True)
-        direction = residual + new / xp.clip(power, TINY, None) * direction
+        direction *= new / xp.clip(power, TINY, None)
+        direction += residual
         power = new
     return fitted
 

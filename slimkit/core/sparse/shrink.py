@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from slimkit.core.sparse.backend import Array, device_of, namespace
+from slimkit.core.sparse.backend import Array, inner
 
 
 def linear(correlation: Array, count: int) -> tuple[Array, float]:
@@ -19,11 +19,11 @@ def linear(correlation: Array, count: int) -> tuple[Array, float]:
     Returns:
         The mixed matrix and the identity's share, 0..1.
     """
-    xp = namespace(correlation)
     n = correlation.shape[0]
-    part = share(n, float(xp.sum(correlation * correlation)), count)
-    eye = xp.eye(n, dtype=correlation.dtype, device=device_of(correlation))
-    return correlation * (1 - part) + eye * part, part
+    part = share(n, inner(correlation, correlation), count)
+    mixed = correlation * (1 - part)
+    mixed.reshape(-1)[:: n + 1] += part
+    return mixed, part
 
 
 def share(n: int, square: float, count: int) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from slimkit.core.sparse import pattern as patterns
-from slimkit.core.sparse.backend import Array, add_product, add_vector, bits, device_of, inner, library, namespace
+from slimkit.core.sparse.backend import Array, add_product, bits, device_of, inner, less_vector, library, namespace
 from slimkit.core.sparse.pattern import NM
 
 # Columns that hear of each other's errors one by one; a matrix product carries them to the rest of the block.
@@ -62,7 +62,7 @@ def sweep(
             part.choose(patterns.zeros_between(ratio, start * n_out, stop * n_out))
         part.sweep(choose=keep is None)
         if stop < n:
-            add_product(turned[stop:], upper[start:stop, stop:].T, part.error, sign=-1)
+            add_product(turned[stop:], upper[start:stop, stop:].T, part.error, factor=-1)
         part.store(turned[start:stop], mask[start:stop])
         loss += inner(part.error, part.error)
     return mask, loss
@@ -142,15 +142,15 @@ class _Block:
         multiply = self._lib.multiply
         for before, turns in self._groups:
             if before is not None:
-                add_product(*before, sign=-1)
+                add_product(*before, factor=-1)
             for columns, ahead, own in turns:
                 for w, errors, factors in ahead:
-                    add_vector(w, errors, factors, sign=-1)
+                    less_vector(w, errors, factors)
                 if choose and self._nm is not None:
                     self._choose_nm(columns, self._nm)
                 for w, drop, error, errors, factors in own:
                     if errors is not None:
-                        add_vector(w, errors, factors, sign=-1)
+                        less_vector(w, errors, factors)
                     multiply(w, drop, out=error)
 
     def _choose_nm(self, columns: slice, nm: NM) -> None:
