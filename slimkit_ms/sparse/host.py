@@ -13,7 +13,8 @@ from slimkit.core.sparse.layer import Layer
 from slimkit.core.sparse.processes import agreed
 from slimkit.core.sparse.walk import Stage
 from slimkit_ms import bridge
-from slimkit_ms.sparse.stages import CellStage, last_two, trace, watching
+from slimkit_ms.sparse.slots import Slot, slots_of
+from slimkit_ms.sparse.stages import CellStage, trace, watching
 
 import mindspore as ms
 from mindspore import nn
@@ -27,28 +28,28 @@ class MindSporeHost:
     def __init__(self, model: nn.Cell) -> None:
         self.model = model
         self.keeps_masks = True
+        self._slots: dict[str, Slot] = {}
 
     def layers(self, dataset: Iterable[Any] | None = None) -> tuple[dict[str, Layer], dict[str, str]]:
-        """Every Dense and Conv2d by name, and those that cannot be sparse with the reason."""
+        """Every layer that can be sparse by name, and those that cannot with the reason."""
         found: dict[str, Layer] = {}
         skipped: dict[str, str] = {}
-        owner: dict[int, str] = {}
+        owner: dict[tuple[int, str], str] = {}
         tables = {id(c.embedding_table) for _, c in self.model.cells_and_names() if isinstance(c, nn.Embedding)}
-        for name, cell in self.model.cells_and_names():
-            kind = kind_of(cell)
-            if kind is None:
-                continue
-            weight = cell.weight
+        self._slots = dict(slots_of(self.model))
+        for name, slot in self._slots.items():
+            weight = slot.parameter(self.model)
+            place = id(weight), str(slot.rows)
             if not weight.is_floating_point():
                 skipped[name] = f"its weight is {weight.dtype}, which has no linear algebra"
             elif id(weight) in tables:
                 skipped[name] = "its weight is tied to an embedding"
-            elif id(weight) in owner:
+            elif place in owner:
                 # Two cells on one parameter would need the inputs of both; rare in MindSpore, so left whole.
-                skipped[name] = f"its weight is shared with {owner[id(weight)]!r}"
+                skipped[name] = f"its weight is shared with {owner[place]!r}"
             else:
-                owner[id(weight)] = name
-                found[name] = _describe(name, kind, cell)
+                owner[place] = name
+                found[name] = slot.layer(name, self.model)
         for name in [r.split("'")[1] for r in skipped.values() if r.startswith("its weight is shared")]:
             if found.pop(name, None) is not None:
                 skipped[name] = "its weight is shared with another cell"
@@ -56,27 +57,22 @@ class MindSporeHost:
 
     def weight(self, name: str) -> Array:
         """The layer's weight in float32."""
-        return bridge.as_numpy(bridge.get_module(self.model, name).weight.astype(ms.float32))
+        return self._slots[name].weight(self.model)
 
     def store(self, name: str, weight: Array, bias_shift: Array | None) -> None:
         """Put a weight in place and shift the bias, in the parameters' own dtype."""
-        cell = bridge.get_module(self.model, name)
-        cell.weight.set_data(ms.Tensor(np.ascontiguousarray(weight, dtype=np.float32)).astype(cell.weight.dtype))
-        if bias_shift is not None:
-            bias = bridge.as_numpy(cell.bias.astype(ms.float32)) + bias_shift
-            cell.bias.set_data(ms.Tensor(bias.astype(np.float32)).astype(cell.bias.dtype))
+        self._slots[name].store(self.model, weight, bias_shift)
 
     def settled(self, name: str, row: dict[str, Any]) -> None:
         """Nothing to do: the report is made at the end."""
 
     def snapshot(self, names: Sequence[str]) -> Callable[[], None]:
         """Remember weights and biases; the function returned puts them back."""
-        kept = []
-        for name in names:
-            cell = bridge.get_module(self.model, name)
-            for parameter in (cell.weight, cell.bias if cell.has_bias else None):
-                if parameter is not None:
-                    kept.append((parameter, parameter.value().copy()))
+        slots = [self._slots[name] for name in names]
+        parameters = [
+            p for s in slots for p in (s.parameter(self.model), s.bias_parameter(self.model)) if p is not None
+        ]
+        kept = [(parameter, parameter.value().copy()) for parameter in {id(p): p for p in parameters}.values()]
 
         def restore() -> None:
             for parameter, value in kept:
@@ -86,14 +82,14 @@ class MindSporeHost:
 
     def stages(self, dataset: Iterable[Any], names: Sequence[str], paired: bool) -> Iterator[Stage]:
         """The whole cell as one stage; its layers in the order they are called."""
-        cells = {name: bridge.get_module(self.model, name) for name in names}
+        slots = {name: self._slots[name] for name in names}
         dense = copy.deepcopy(self.model) if paired else None
-        calls = trace(self.model, dataset, cells)
-        yield CellStage(self.model, dense, dataset, names, agreed(self, calls.feeds), calls)
+        calls = trace(self.model, dataset, slots)
+        yield CellStage(self.model, dense, dataset, slots, agreed(self, calls.feeds), calls)
 
     def outputs(self, batch: Any) -> Array:
         """The cell's first output for a batch, as a float32 NumPy array."""
-        with watching(self.model, {}):
+        with watching(self.model, {}, lambda _name, _x: None):
             output = bridge.run(self.model, batch)
         output = output[0] if isinstance(output, (tuple, list)) else output
         return bridge.as_numpy(output.astype(ms.float32))
@@ -147,17 +143,3 @@ def _all_reduce(values: Array) -> Array:
 
     total: Array = bridge.as_numpy(ops.AllReduce()(ms.Tensor(np.ascontiguousarray(values, np.float32))))
     return total
-
-
-def kind_of(cell: nn.Cell) -> str | None:
-    """The core's word for a cell that can be sparse, or None."""
-    if isinstance(cell, nn.Dense):
-        return "linear"
-    return "conv2d" if isinstance(cell, nn.Conv2d) else None
-
-
-def _describe(name: str, kind: str, cell: nn.Cell) -> Layer:
-    shape, has_bias = tuple(cell.weight.shape), bool(cell.has_bias)
-    if kind == "linear":
-        return Layer(name, kind, shape, has_bias=has_bias)
-    return Layer(name, kind, shape, cell.group, last_two(cell.stride), last_two(cell.dilation), has_bias)

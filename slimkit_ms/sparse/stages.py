@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ import numpy as np
 from slimkit.core.errors import UnsupportedError
 from slimkit.core.sparse.calls import Calls
 from slimkit_ms import bridge
+from slimkit_ms.sparse.slots import PARTS, Slot, attended, last_two
 
 import mindspore as ms
 from mindspore import nn
@@ -29,23 +29,33 @@ def _enough(*_: Any) -> None:
 
 
 @contextlib.contextmanager
-def watching(model: nn.Cell, seen: Mapping[str, Callable[[Any], None]], until: str | None = None) -> Iterator[None]:
-    """Eval mode, layer by layer, calling ``seen[path](input)`` before each call of the cells at those paths.
+def watching(
+    model: nn.Cell, slots: Mapping[str, Slot], seen: Callable[[str, Any], None], until: Slot | None = None
+) -> Iterator[None]:
+    """Eval mode, layer by layer, calling ``seen(name, input)`` before each use of the layers' weights.
 
     Compiled graphs know no hooks, so the work is done in PyNative mode.
     """
     mode = ms.get_context("mode")
     handles = []
 
-    def hook(call: Callable[[Any], None]) -> Callable[..., None]:
-        return lambda _cell, inputs: call(inputs[0])
+    def hook(name: str, part: str) -> Callable[..., None]:
+        if part == "out":
+            return lambda cell, args, kwargs: seen(name, attended(cell, args, kwargs))
+        place = PARTS.index(part) if part else 0
+        return lambda _cell, args, kwargs: seen(name, kwargs[part] if part in kwargs else args[place])
+
+    def before(slot: Slot, call: Callable[..., None]) -> None:
+        cell = bridge.get_module(model, slot.caller)
+        handles.append(cell.register_forward_pre_hook(call, with_kwargs=True))
 
     try:
         ms.set_context(mode=ms.PYNATIVE_MODE)
-        for path, call in seen.items():
-            handles.append(bridge.get_module(model, path).register_forward_pre_hook(hook(call)))
+        # Attention is asked for its output layer's input last, as it would come to it.
+        for name, slot in sorted(slots.items(), key=lambda item: item[1].part == "out"):
+            before(slot, hook(name, slot.part))
         if until is not None:
-            handles.append(bridge.get_module(model, until).register_forward_pre_hook(_enough))
+            before(until, _enough)
         with bridge.evaluating(model), contextlib.suppress(_Enough):
             yield
     finally:
@@ -54,12 +64,12 @@ def watching(model: nn.Cell, seen: Mapping[str, Callable[[Any], None]], until: s
         ms.set_context(mode=mode)
 
 
-def trace(model: nn.Cell, dataset: Iterable[Any], cells: Mapping[str, nn.Cell]) -> Calls:
+def trace(model: nn.Cell, dataset: Iterable[Any], slots: Mapping[str, Slot]) -> Calls:
     """Send every batch through once, to learn in which order layers are called and which share one input."""
-    calls = Calls({name for name, cell in cells.items() if isinstance(cell, nn.Conv2d)})
+    calls = Calls({name for name, slot in slots.items() if slot.kind == "conv2d"})
     for batch in dataset:
         calls.batch()
-        with watching(model, {n: partial(calls.note, n) for n in cells}):
+        with watching(model, slots, calls.note):
             bridge.run(model, batch)
     return calls
 
@@ -87,11 +97,6 @@ def _pads(cell: nn.Conv2d, size: tuple[int, ...]) -> list[tuple[int, int]]:
     return pads
 
 
-def last_two(value: Any) -> tuple[int, int]:
-    """Vertical and horizontal of a stride or dilation that MindSpore may keep as 1, 2 or 4 numbers."""
-    return (value, value) if isinstance(value, int) else (int(value[-2]), int(value[-1]))
-
-
 class CellStage:
     """A whole cell as one stage.
 
@@ -99,7 +104,7 @@ class CellStage:
         model: the cell that becomes sparse.
         dense: its twin that stays dense, or None.
         dataset: batches.
-        names: the layers.
+        slots: where the layers' weights lie.
         feeds: layers in the order they are called; those that share an input together.
         traced: what a forward taught of the order of calls.
     """
@@ -109,12 +114,12 @@ class CellStage:
         model: nn.Cell,
         dense: nn.Cell | None,
         dataset: Iterable[Any],
-        names: Sequence[str],
+        slots: Mapping[str, Slot],
         feeds: Sequence[tuple[str, ...]],
         traced: Calls,
     ) -> None:
         self.model, self.dense, self.dataset = model, dense, dataset
-        self.cells = {name: bridge.get_module(model, name) for name in names}
+        self.slots = slots
         self.feeds, self._traced = list(feeds), traced
         self.joined: dict[str, str] = {}
 
@@ -143,8 +148,8 @@ class CellStage:
         self, model: nn.Cell, names: Sequence[str], batch: Any, until: str | None, seen: Callable[[str, Array], None]
     ) -> None:
         def call(name: str, x: ms.Tensor) -> None:
-            seen(name, as_input(self.cells[name], x))
+            seen(name, as_input(bridge.get_module(model, self.slots[name].caller), x))
 
-        calls = {n: partial(call, n) for n in names}
-        with watching(model, calls, until):
+        slots = {n: self.slots[n] for n in names}
+        with watching(model, slots, call, self.slots[until] if until is not None else None):
             bridge.run(model, batch)

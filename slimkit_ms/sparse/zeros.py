@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from slimkit.core.errors import UnsupportedError
 from slimkit.core.sparse.masks import demand_masks
 from slimkit_ms import bridge
-from slimkit_ms.sparse.host import kind_of
+from slimkit_ms.sparse.slots import Slot, attend, kind_of, slots_of
 
 import mindspore as ms
 from mindspore import nn
@@ -28,6 +29,33 @@ class Masked(nn.Cell):
         return self.operator(x, weight * self.mask)
 
 
+class MaskedAttention(nn.MultiheadAttention):
+    """Attention whose weights are masked on the way in; an attention becomes one, and is itself again afterwards."""
+
+    def construct(
+        self,
+        query: ms.Tensor,
+        key: ms.Tensor,
+        value: ms.Tensor,
+        key_padding_mask: Any = None,
+        need_weights: bool = True,
+        attn_mask: Any = None,
+        average_attn_weights: bool = True,
+    ) -> Any:
+        """Attend with masked weights."""
+        if self.in_proj_weight is not None:
+            weights = (self.in_proj_weight * self.in_proj_mask, None, None, None)
+        else:
+            weights = (
+                None,
+                self.q_proj_weight * self.q_proj_mask,
+                self.k_proj_weight * self.k_proj_mask,
+                self.v_proj_weight * self.v_proj_mask,
+            )
+        call = (query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights)
+        return attend(self, weights, self.out_proj.weight * self.out_proj_mask, self.out_proj.bias, call)
+
+
 class FrozenZeros:
     """A handle on zeros that stay; as a context manager it lets them go at its end.
 
@@ -38,32 +66,31 @@ class FrozenZeros:
         masks: layer name -> boolean array, True where the entry may change.
     """
 
-    def __init__(self, model: nn.Cell, layers: Mapping[str, nn.Cell], masks: Mapping[str, Any]) -> None:
+    def __init__(self, model: nn.Cell, layers: Mapping[str, Slot], masks: Mapping[str, Any]) -> None:
         self.masks = dict(masks)
         self._model = model
-        self._held = []
-        for name, mask in masks.items():
-            cell = layers[name]
-            slot = "matmul" if kind_of(cell) == "linear" else "conv2d"
-            operator = getattr(cell, slot)
-            delattr(cell, slot)
-            setattr(cell, slot, Masked(operator, ms.Tensor(mask).astype(cell.weight.dtype)))
-            self._held.append((cell, slot, operator))
+        self._drops: list[tuple[ms.Parameter, ms.Tensor]] = []
+        self._undo: list[Callable[[], None]] = []
+        for slot, mask in _whole_masks(model, layers, masks):
+            keep = ms.Tensor(mask).astype(slot.parameter(model).dtype)
+            self._drops.append((slot.parameter(model), keep))
+            cell = bridge.get_module(model, slot.caller)
+            self._undo.append(_mask_attention(cell, slot, keep) if slot.part else _mask_operator(cell, keep))
         self.apply()
         bridge.forget_graphs(model)
 
     def apply(self) -> None:
         """Set the entries to zero again, in place: for weights changed by hand, such as a merged delta."""
-        for (cell, _, _), mask in zip(self._held, self.masks.values()):
-            cell.weight.set_data(cell.weight.value() * ms.Tensor(mask).astype(cell.weight.dtype))
+        for weight, keep in self._drops:
+            weight.set_data(weight.value() * keep)
 
     def remove(self) -> None:
         """Let the zeros go: from here on they train like any other entry."""
         self.apply()
-        for cell, slot, operator in self._held:
-            delattr(cell, slot)
-            setattr(cell, slot, operator)
-        self._held.clear()
+        for undo in reversed(self._undo):
+            undo()
+        self._undo.clear()
+        self._drops.clear()
         bridge.forget_graphs(self._model)
 
     def __enter__(self) -> FrozenZeros:
@@ -71,6 +98,52 @@ class FrozenZeros:
 
     def __exit__(self, *_: object) -> None:
         self.remove()
+
+
+def _whole_masks(
+    model: nn.Cell, layers: Mapping[str, Slot], masks: Mapping[str, Any]
+) -> list[tuple[Slot, np.ndarray[Any, Any]]]:
+    """For each parameter a slot of it, and the masks of its parts in one array."""
+    found: dict[tuple[str, str], tuple[Slot, np.ndarray[Any, Any]]] = {}
+    for name, mask in masks.items():
+        slot = layers[name]
+        if (slot.cell, slot.key) not in found:
+            found[slot.cell, slot.key] = slot, np.ones(slot.parameter(model).shape, bool)
+        whole = found[slot.cell, slot.key][1]
+        whole[slice(None) if slot.rows is None else slot.rows] = np.asarray(mask, bool)
+    return list(found.values())
+
+
+def _mask_operator(cell: nn.Cell, keep: ms.Tensor) -> Callable[[], None]:
+    """Mask the weight of a Dense or Conv2d on its way into the operator; the function returned undoes it."""
+    name = "matmul" if kind_of(cell) == "linear" else "conv2d"
+    operator = getattr(cell, name)
+
+    def put(value: Any) -> None:
+        delattr(cell, name)
+        setattr(cell, name, value)
+
+    put(Masked(operator, keep))
+    return lambda: put(operator)
+
+
+def _mask_attention(cell: nn.MultiheadAttention, slot: Slot, keep: ms.Tensor) -> Callable[[], None]:
+    """Mask a weight that attention reads itself; the function returned undoes it."""
+    if not isinstance(cell, MaskedAttention):
+        # Its parameters keep their names this way, which a cell around it would change.
+        cell.__class__ = MaskedAttention
+        for name in ("in_proj_mask", "q_proj_mask", "k_proj_mask", "v_proj_mask", "out_proj_mask"):
+            setattr(cell, name, ms.Tensor(1, keep.dtype))
+    name = "out_proj_mask" if slot.part == "out" else slot.key.replace("weight", "mask")
+    setattr(cell, name, keep)
+
+    def undo() -> None:
+        if isinstance(cell, MaskedAttention):
+            cell.__class__ = nn.MultiheadAttention
+            for part in ("in_proj_mask", "q_proj_mask", "k_proj_mask", "v_proj_mask", "out_proj_mask"):
+                delattr(cell, part)
+
+    return undo
 
 
 def freeze_zeros(
@@ -85,7 +158,8 @@ def freeze_zeros(
         model: a sparse model.
         masks: layer name -> boolean array, True where the weight may change, as `Compressor.masks` gives it; None
             takes every entry that is exactly zero now.
-        targets: globs (or "re:...") of layers; None takes every Dense and Conv2d that has zeros.
+        targets: globs (or "re:...") of layers; None takes every layer that `Compressor` can make sparse and that has
+            zeros.
 
     Returns:
         A handle with `remove()` and `apply()`, usable as a context manager.
@@ -93,6 +167,7 @@ def freeze_zeros(
     Raises:
         PatternError: a target matches no layer.
         ArgumentError: no layer has a zero, or a mask's name or shape does not fit.
+        UnsupportedError: a layer of attention that is a subclass of nn.MultiheadAttention.
 
     Example:
         >>> layer = nn.Dense(2, 1)
@@ -101,13 +176,20 @@ def freeze_zeros(
         [[False, True]]
     """
     bridge.check_model(model)
-    layers = {name: cell for name, cell in model.cells_and_names() if kind_of(cell) is not None}
-    shapes = {name: tuple(cell.weight.shape) for name, cell in layers.items()}
+    layers = dict(slots_of(model))
+    shapes = {name: slot.layer(name, model).shape for name, slot in layers.items()}
     names = demand_masks(shapes, masks, targets)
     if masks is None:
-        found = {n: bridge.as_numpy(layers[n].weight.astype(ms.float32)) != 0 for n in names}
+        found = {n: layers[n].weight(model) != 0 for n in names}
         found = {n: m for n, m in found.items() if not m.all()}
         demand_masks(shapes, found, None)
     else:
         found = {n: np.asarray(masks[n], dtype=bool) for n in names}
+    for name in found:
+        cell = bridge.get_module(model, layers[name].caller)
+        if layers[name].part and type(cell) not in (nn.MultiheadAttention, MaskedAttention):
+            raise UnsupportedError(
+                f"freeze_zeros cannot mask the weights that {type(cell).__name__} reads for {name!r}: it is a subclass "
+                "of nn.MultiheadAttention with a construct of its own; leave it out of `targets` or `masks`."
+            )
     return FrozenZeros(model, layers, found)

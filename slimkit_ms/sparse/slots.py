@@ -1,0 +1,185 @@
+"""Where the weight of each layer lies in a MindSpore cell: in a cell of its own, or in attention, which reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from slimkit.core.sparse.layer import Layer
+from slimkit_ms import bridge
+
+import mindspore as ms
+from mindspore import nn, ops
+
+Array = np.ndarray[Any, Any]
+
+PARTS = ("query", "key", "value")
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where the weight and the bias of a layer lie.
+
+    Args:
+        cell: path of the cell that holds the parameters.
+        kind: the core's word for the layer.
+        key: the weight's name in that cell.
+        rows: its rows that are the layer's; None for all.
+        bias_key: the bias's name, None without bias.
+        bias_rows: the same for the bias.
+        part: "" for a cell that is called; else what attention multiplies it with: "query", "key", "value" or "out".
+    """
+
+    cell: str
+    kind: str
+    key: str = "weight"
+    rows: slice | None = None
+    bias_key: str | None = "bias"
+    bias_rows: slice | None = None
+    part: str = ""
+
+    @property
+    def caller(self) -> str:
+        """Path of the cell whose call uses the weight."""
+        return self.cell.rpartition(".")[0] if self.part == "out" else self.cell
+
+    def parameter(self, model: nn.Cell) -> ms.Parameter:
+        """The parameter that holds the weight."""
+        return getattr(bridge.get_module(model, self.cell), self.key)
+
+    def bias_parameter(self, model: nn.Cell) -> ms.Parameter | None:
+        """The parameter that holds the bias, or None."""
+        return getattr(bridge.get_module(model, self.cell), self.bias_key) if self.bias_key else None
+
+    def weight(self, model: nn.Cell) -> Array:
+        """The layer's weight in float32."""
+        return _values(self.parameter(model), self.rows)
+
+    def store(self, model: nn.Cell, weight: Array, bias_shift: Array | None) -> None:
+        """Put a weight in place and shift the bias, in the parameters' own dtype."""
+        _put(self.parameter(model), self.rows, weight)
+        bias = self.bias_parameter(model)
+        if bias_shift is not None and bias is not None:
+            _put(bias, self.bias_rows, _values(bias, self.bias_rows) + bias_shift)
+
+    def layer(self, name: str, model: nn.Cell) -> Layer:
+        """What the core is told of it."""
+        cell, shape = bridge.get_module(model, self.cell), tuple(self.parameter(model).shape)
+        if self.kind == "conv2d":
+            stride, dilation = last_two(cell.stride), last_two(cell.dilation)
+            return Layer(name, self.kind, shape, cell.group, stride, dilation, bool(cell.has_bias))
+        rows = shape[0] if self.rows is None else self.rows.stop - self.rows.start
+        return Layer(name, self.kind, (rows, shape[1]), has_bias=self.bias_key is not None)
+
+
+def _values(parameter: ms.Parameter, rows: slice | None) -> Array:
+    values: Array = bridge.as_numpy(parameter.astype(ms.float32))
+    return values if rows is None else values[rows]
+
+
+def _put(parameter: ms.Parameter, rows: slice | None, values: Array) -> None:
+    if rows is not None:
+        whole = _values(parameter, None)
+        whole[rows] = values
+        values = whole
+    parameter.set_data(ms.Tensor(np.ascontiguousarray(values, dtype=np.float32)).astype(parameter.dtype))
+
+
+def last_two(value: Any) -> tuple[int, int]:
+    """Vertical and horizontal of a stride or dilation that MindSpore may keep as 1, 2 or 4 numbers."""
+    return (value, value) if isinstance(value, int) else (int(value[-2]), int(value[-1]))
+
+
+def kind_of(cell: nn.Cell) -> str | None:
+    """The core's word for a cell that can be sparse, or None."""
+    if isinstance(cell, nn.Dense):
+        return "linear"
+    return "conv2d" if isinstance(cell, nn.Conv2d) else None
+
+
+def slots_of(model: nn.Cell) -> Iterator[tuple[str, Slot]]:
+    """Every place of a weight that could be sparse by the layer's name, in the model's order.
+
+    The layers are Dense, Conv2d, and the query, key and value parts of an attention's fused input projection
+    ("attn.in_proj_weight[query]").
+    """
+    attention = {id(c.out_proj) for _, c in model.cells_and_names() if isinstance(c, nn.MultiheadAttention)}
+    for path, cell in model.cells_and_names():
+        kind = kind_of(cell)
+        if kind is not None:
+            part = "out" if id(cell) in attention else ""
+            yield path, Slot(path, kind, bias_key="bias" if cell.has_bias else None, part=part)
+        elif isinstance(cell, nn.MultiheadAttention):
+            yield from _projections(path, cell)
+
+
+def _projections(path: str, cell: nn.MultiheadAttention) -> Iterator[tuple[str, Slot]]:
+    stem = f"{path}." if path else ""
+    bias = "in_proj_bias" if cell.in_proj_bias is not None else None
+    for i, part in enumerate(PARTS):
+        rows = slice(i * cell.embed_dim, (i + 1) * cell.embed_dim)
+        if cell.in_proj_weight is not None:
+            name, key, own = f"{stem}in_proj_weight[{part}]", "in_proj_weight", rows
+        else:
+            key = f"{part[0]}_proj_weight"
+            name, own = f"{stem}{key}", None
+        yield name, Slot(path, "linear", key, own, bias, rows, part)
+
+
+def attend(cell: nn.MultiheadAttention, weights: Any, out: Any, bias: Any, call: Any) -> Any:
+    """What attention computes, with other weights than its own.
+
+    Args:
+        cell: the attention.
+        weights: the input projections: fused, or None and one each for query, key and value.
+        out: the weight of the output projection.
+        bias: its bias, or None.
+        call: the seven arguments of its construct.
+    """
+    query, key, value, padding, need_weights, mask, average = call
+    turned = cell.batch_first and query.ndim == 3
+    if turned:
+        query, key, value = query.swapaxes(1, 0), key.swapaxes(1, 0), value.swapaxes(1, 0)
+    fused, q_weight, k_weight, v_weight = weights
+    output, attention = ops.function.nn_func.multi_head_attention_forward(
+        query,
+        key,
+        value,
+        cell.embed_dim,
+        cell.num_heads,
+        fused,
+        cell.in_proj_bias,
+        cell.bias_k,
+        cell.bias_v,
+        cell.add_zero_attn,
+        cell.dropout,
+        out,
+        bias,
+        training=cell.training,
+        key_padding_mask=padding,
+        attn_mask=mask,
+        use_separate_proj_weight=fused is None,
+        q_proj_weight=q_weight,
+        k_proj_weight=k_weight,
+        v_proj_weight=v_weight,
+        average_attn_weights=average,
+        k_is_v=cell.k_is_v,
+        q_is_k=cell.q_is_k,
+        dtype=cell.dtype,
+    )
+    if turned:
+        output = output.swapaxes(1, 0)
+    return (output, attention) if need_weights else (output,)
+
+
+def attended(cell: nn.MultiheadAttention, args: Any, kwargs: Any) -> Any:
+    """What an attention's call hands to its output projection."""
+    names = ("query", "key", "value", "key_padding_mask", "need_weights", "attn_mask", "average_attn_weights")
+    given = dict(zip(names, args)) | kwargs
+    call = [given.get(n, d) for n, d in zip(names, (None, None, None, None, True, None, True))]
+    weights = (cell.in_proj_weight, cell.q_proj_weight, cell.k_proj_weight, cell.v_proj_weight)
+    # Through an identity instead of the projection.
+    return attend(cell, weights, ops.eye(cell.embed_dim, cell.embed_dim, cell.out_proj.weight.dtype), None, call)[0]
