@@ -160,7 +160,7 @@ def _turned(model: torch.nn.Module, slots: Mapping[str, Slot], dataset: Iterable
         found.add((slots[path].module, slots[path].key))
 
     for batch in itertools.islice(dataset, 1):
-        with quiet(model), Reads(model, slots, lambda _paths, _rows: None, transposed=turned):
+        with quiet(model), Reads(model, slots, lambda *_: None, transposed=turned):
             bridge.run(model, batch)
     return {n for n, slot in slots.items() if (slot.module, slot.key) in found}
 

@@ -31,7 +31,8 @@ class Reads(TorchDispatchMode):
     Args:
         model: the model.
         slots: path -> slot of the weights to watch.
-        seen: gets the paths whose weights one product reads, and its rows (rows, n_in).
+        seen: gets the paths whose weights one product reads, its rows (rows, n_in), and for an expert which tokens
+            they are, if that is known.
         valid: which tokens of the batch are no padding; None when all count.
         transposed: called with a path when its weight is read as (in, out) though its kind says (out, in), or the
             other way round; such reads are not passed on.
@@ -41,7 +42,7 @@ class Reads(TorchDispatchMode):
         self,
         model: torch.nn.Module,
         slots: Mapping[str, Slot],
-        seen: Callable[[list[str], torch.Tensor], None],
+        seen: Callable[[list[str], torch.Tensor, torch.Tensor | None], None],
         valid: torch.Tensor | None = None,
         transposed: Callable[[str], None] = lambda _path: None,
     ) -> None:
@@ -54,7 +55,7 @@ class Reads(TorchDispatchMode):
             self._places.append((start, start + weight.numel() * weight.element_size(), path, slot))
         self._places.sort(key=lambda place: place[0])
         self._valid = None if valid is None or bool(valid.all()) else valid
-        self._picked: torch.Tensor | None = None  # which of the rows gathered last are no padding
+        self._picked: torch.Tensor | None = None  # the tokens gathered last
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Look at an operator, then run it."""
@@ -69,14 +70,10 @@ class Reads(TorchDispatchMode):
             for i, stop in enumerate(args[2].tolist()):
                 self._look(args[0][start:stop], args[1][i])
                 start = stop
-        elif func is aten.index.Tensor and self._valid is not None:
-            self._gathered(args[0], args[1])
+        elif func is aten.index.Tensor and args[0].ndim == 2 and len(args[1]) == 1 and args[1][0] is not None:
+            index = args[1][0]
+            self._picked = index.nonzero().squeeze(1) if index.dtype == torch.bool else index
         return func(*args, **(kwargs or {}))
-
-    def _gathered(self, source: torch.Tensor, indices: Any) -> None:
-        one = len(indices) == 1 and indices[0] is not None and indices[0].dtype == torch.int64
-        if one and self._valid is not None and source.ndim == 2 and source.shape[0] == self._valid.numel():
-            self._picked = self._valid.reshape(-1).to(source.device)[indices[0]]
 
     def _look(self, x: torch.Tensor, weight: torch.Tensor) -> bool:
         """Whether `weight` is (part of) a watched one; what is multiplied with it is passed on."""
@@ -98,20 +95,24 @@ class Reads(TorchDispatchMode):
                 self._transposed(path)
         paths = [path for path, slot in read if slot.kind == kind]
         if paths:
-            rows = self._without_padding(x.reshape(-1, x.shape[-1]), read[0][1])
-            self._seen(paths, rows)
+            self._seen(paths, *self._rows(x.reshape(-1, x.shape[-1]), read[0][1]))
         return True
 
-    def _without_padding(self, rows: torch.Tensor, slot: Slot) -> torch.Tensor:
-        if isinstance(slot.index, int):
-            # Tokens of other experts come as zeros where all experts are multiplied at once.
-            alive = (rows != 0).any(1)
-            if self._picked is not None and len(self._picked) == len(rows):
-                alive &= self._picked
-            return rows if bool(alive.all()) else rows[alive]
-        if self._valid is not None and self._valid.numel() == len(rows):
-            return rows[self._valid.T.reshape(-1).to(rows.device)]  # attention puts tokens first, then samples
-        return rows
+    def _rows(self, rows: torch.Tensor, slot: Slot) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The rows that count, and which tokens they are."""
+        valid = None if self._valid is None else self._valid.to(rows.device)
+        if not isinstance(slot.index, int):
+            if valid is not None and valid.numel() == len(rows):
+                rows = rows[valid.T.reshape(-1)]  # attention puts tokens first, then samples
+            return rows, None
+        # Tokens of other experts come as zeros where all experts are multiplied at once.
+        alive = (rows != 0).any(1)
+        tokens = self._picked
+        if tokens is None or len(tokens) != len(rows):
+            tokens = None if bool(alive.all()) else torch.arange(len(rows), device=rows.device)
+        if valid is not None and tokens is not None and bool((tokens < valid.numel()).all()):
+            alive &= valid.reshape(-1)[tokens]
+        return rows[alive], None if tokens is None else tokens[alive]
 
 
 def _layout(weight: torch.Tensor) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from slimkit import bridge
@@ -20,22 +21,59 @@ Modules = Mapping[str, tuple[str, Slot]]  # path -> (layer it belongs to, where 
 Seen = Callable[[str, torch.Tensor, torch.Tensor | None, torch.Tensor | None], None]
 
 
+@dataclass(frozen=True)
+class Use:
+    """One use of a layer.
+
+    Args:
+        x: its input.
+        rest: what else reaches the sum that its output joins; None when unknown.
+        tokens: for each row of the input which token it is; None when the rows are the same in every model.
+    """
+
+    x: torch.Tensor
+    rest: torch.Tensor | None = None
+    tokens: torch.Tensor | None = None
+
+
+def _same_tokens(use: Use, dense: Use) -> tuple[Use, Use]:
+    """Only the tokens that both models send to the layer: routing changes as a model becomes sparse."""
+    if use.tokens is None or dense.tokens is None or torch.equal(use.tokens, dense.tokens):
+        return use, dense
+
+    def common(one: Use, other: Use) -> Use:
+        assert one.tokens is not None
+        assert other.tokens is not None
+        place = torch.isin(one.tokens, other.tokens).nonzero().squeeze(1)
+        tokens, order = one.tokens[place].sort()
+        return Use(one.x[place[order]], tokens=tokens)
+
+    return common(use, dense), common(dense, use)
+
+
 @contextlib.contextmanager
 def watching(
     model: torch.nn.Module,
     slots: Mapping[str, Slot],
     called: Callable[[str, Any, Any, Any], None],
-    read: Callable[[str, torch.Tensor], None],
+    read: Callable[[str, torch.Tensor, torch.Tensor | None], None],
     valid: torch.Tensor | None = None,
 ) -> Iterator[None]:
-    """In quiet, call ``called(path, args, kwargs, output)`` after each call of a layer, ``read(path, rows)`` for those
-    that are read without a call."""
+    """Watch layers in quiet: those that are called, and those whose weights are read without a call.
+
+    Args:
+        model: the model.
+        slots: path -> where the layer's weight lies.
+        called: gets path, args, kwargs and output after each call.
+        read: gets path, rows and the tokens they are before each use without a call.
+        valid: which tokens of the batch are no padding.
+    """
     modules = {p: s.owner(model) for p, s in slots.items() if not s.read}
     reads = {p: s for p, s in slots.items() if s.read}
 
-    def each(paths: list[str], rows: torch.Tensor) -> None:
+    def each(paths: list[str], rows: torch.Tensor, tokens: torch.Tensor | None) -> None:
         for path in paths:
-            read(path, rows)
+            read(path, rows, tokens)
 
     with quiet(model), bridge.hooked(modules, called), contextlib.ExitStack() as stack:
         if reads:
@@ -69,7 +107,7 @@ def trace(
         def called(path: str, args: Any, kwargs: Any, _output: Any) -> None:
             calls.note(modules[path][0], input_of(args, kwargs))
 
-        def read(path: str, rows: torch.Tensor) -> None:
+        def read(path: str, rows: torch.Tensor, _tokens: torch.Tensor | None) -> None:
             calls.note(modules[path][0], rows)
 
         chain = {b: bridge.get_module(model, b) for b in blocks}
@@ -128,16 +166,22 @@ class ModelStage:
         joined = {p: self.joined[p] for p, (name, _) in self.modules.items() if name in names and p in self.joined}
         until = self._following(names, joined)
         for batch, dense_batch, valid in self.batches():
-            waiting: dict[str, list[tuple[torch.Tensor, torch.Tensor | None]]] = {}
+            waiting: dict[str, list[Use]] = {}
 
-            def first(name: str, x: torch.Tensor, rest: torch.Tensor | None) -> None:
-                waiting.setdefault(name, []).append((x, rest))  # noqa: B023
+            def first(name: str, use: Use) -> None:
+                waiting.setdefault(name, []).append(use)  # noqa: B023
 
-            def both(name: str, x: torch.Tensor, rest: torch.Tensor | None) -> None:
+            def both(name: str, use: Use) -> None:
                 queue = waiting.get(name)  # noqa: B023
-                dense_x, dense_rest = queue.pop(0) if queue else (None, None)
-                same = rest is not None and dense_rest is not None and rest.shape == dense_rest.shape
-                seen(name, x, dense_x, dense_rest - rest if same else None)  # type: ignore[operator]
+                dense = queue.pop(0) if queue else None
+                if dense is None:
+                    # An expert that the dense model gave none of these tokens has nothing to be fitted to.
+                    if self.dense is None or use.tokens is None:
+                        seen(name, use.x, None, None)
+                    return
+                use, dense = _same_tokens(use, dense)
+                same = use.rest is not None and dense.rest is not None and use.rest.shape == dense.rest.shape
+                seen(name, use.x, dense.x, dense.rest - use.rest if same else None)  # type: ignore[operator]
 
             if self.dense is not None:
                 self._watch(self.dense, names, dense_batch, valid, until, joined, first)
@@ -172,7 +216,7 @@ class ModelStage:
         valid: torch.Tensor | None,
         until: str | None,
         joined: Mapping[str, str],
-        seen: Callable[[str, torch.Tensor, torch.Tensor | None], None],
+        seen: Callable[[str, Use], None],
     ) -> None:
         asked = set(names)
         wanted = {p: slot for p, (name, slot) in self.modules.items() if name in asked}
@@ -183,19 +227,19 @@ class ModelStage:
             if path in joined:
                 waiting[path] = (x, output.detach())
             else:
-                seen(self.modules[path][0], x, None)
+                seen(self.modules[path][0], Use(x))
 
-        def read(path: str, rows: torch.Tensor) -> None:
+        def read(path: str, rows: torch.Tensor, tokens: torch.Tensor | None) -> None:
             if path == until:
                 raise Enough
-            seen(self.modules[path][0], rows, None)
+            seen(self.modules[path][0], Use(rows, tokens=tokens))
 
         def arrived(place: str, total: Any) -> None:
             for path in [p for p in waiting if joined[p] == place]:
                 x, output = waiting.pop(path)
                 fits = isinstance(total, torch.Tensor) and total.shape == output.shape
                 rest = as_input(wanted[path].owner(model), total.float() - output.float(), valid) if fits else None
-                seen(self.modules[path][0], x, rest)
+                seen(self.modules[path][0], Use(x, rest))
 
         last = self.modules.get(until) if until is not None else None
         end = {until: last[1]} if until is not None and last is not None and last[1].read else {}
@@ -208,7 +252,7 @@ class ModelStage:
         ):
             send(model, batch)
         for path, (x, _) in waiting.items():
-            seen(self.modules[path][0], x, None)
+            seen(self.modules[path][0], Use(x))
 
 
 @contextlib.contextmanager

@@ -139,6 +139,45 @@ def test_experts_in_one_parameter_become_what_experts_of_their_own_become(kind, 
         assert torch.equal(compressor.masks[f"w[{i}]"], fused.w[i] != 0)
 
 
+def test_the_dense_rows_of_an_expert_are_those_of_the_same_tokens():
+    from slimkit.sparse.stages import Use, _same_tokens
+
+    def use(tokens):
+        return Use(torch.tensor(tokens)[:, None] * 10.0, tokens=torch.tensor(tokens))
+
+    ours, dense = _same_tokens(use([5, 1, 3]), use([3, 4, 5]))
+    assert ours.x.tolist() == dense.x.tolist() == [[30.0], [50.0]]
+    ours, dense = _same_tokens(use([1]), use([2]))
+    assert len(ours.x) == len(dense.x) == 0
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_experts_are_fitted_to_the_dense_model_though_routing_changes(family, monkeypatch):
+    from slimkit.core.sparse.moments import Moments
+
+    seen = []
+    add = Moments.add
+
+    def recorded(self, x, dense=None, drift=None):
+        seen.append((self.layer.name, dense is not None and dense.shape == x.shape))
+        add(self, x, dense, drift)
+
+    monkeypatch.setattr(Moments, "add", recorded)
+    model, dense = moe(family), moe(family)
+    with torch.no_grad():
+        for each in (model, dense):
+            for p in each.parameters():
+                if p.ndim > 1:
+                    p.mul_(8)  # far enough from zero for routing to change
+    config = SparseConfig(method="par", sparse_ratio=0.7, targets=["model.layers"], min_tokens=1)
+    report = Compressor(model, config).compress(tokens())
+    experts = [same for name, same in seen if "experts" in name]
+    assert len(experts) > 12
+    assert all(experts)
+    rows = sum(row["rows"] for name, row in report["layers"].items() if "layers.1.mlp.experts.down" in name)
+    assert 96 < rows < 192  # some tokens went elsewhere
+
+
 def test_experts_that_nobody_chose_fall_back_and_are_named():
     model = Fused(False)
     with torch.no_grad():
