@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from slimkit import bridge
 from slimkit.core import check
+from slimkit.core.batch import as_call
 from slimkit.core.delta import prefix as rules
 from slimkit.core.delta.named import OneAdapter
 from slimkit.core.errors import UnsupportedError
+from slimkit.core.log import logger
+from slimkit.core.weights.heads import heads_told_by
 from slimkit.delta.layer import DeltaLayer
 from slimkit.delta.multihead import call_layers, prefixed_multihead, watching_multihead
 from slimkit.delta.positions import counting, start_at_zero, start_behind
 from slimkit.delta.prefix import PrefixLayer
+from slimkit.delta.written import Extending, Watched, also_fused, edited_class, written_attention
 
 import torch
 from torch import nn
@@ -31,9 +36,18 @@ class Found:
     def __init__(self, module: nn.Module, key: torch.Tensor, value: torch.Tensor) -> None:
         self.module, self.key, self.value = module, key.detach(), value.detach()
 
+    @classmethod
+    def written(cls, module: nn.Module, batch: int) -> Found:
+        """Of the shapes (batch, heads, tokens, width), (batch * heads, tokens, width) or (tokens, width)."""
+        pair = [vars(module)[name] for name in ("seen_keys", "seen_values")]
+        if pair[0].ndim != 4:
+            pair = [t.reshape(batch if t.ndim == 3 else 1, -1, *t.shape[-2:]) for t in pair]
+        return cls(module, *pair)
+
     def seen(self) -> rules.Seen:
         """Heads, width, and the rows of the first sample."""
-        told = getattr(getattr(self.module, "config", None), "num_key_value_heads", None)
+        facts = heads_told_by(self.module) or heads_told_by(getattr(self.module, "config", None))
+        told = facts.keys if facts is not None else None
         queries = int(self.key.shape[1])
         # Where queries share keys, some kernels get the keys repeated; the prefix holds each of them once.
         heads = told if told and queries % told == 0 else queries
@@ -79,7 +93,8 @@ def find_attention(model: nn.Module, inputs: Any) -> dict[str, rules.Seen]:
     """Run the model once and see where attention happens.
 
     Args:
-        model: any model whose attention is torch's scaled_dot_product_attention or nn.MultiheadAttention.
+        model: any model whose attention is torch's scaled_dot_product_attention, nn.MultiheadAttention, or written as
+            two matrix products around a softmax.
         inputs: one batch; None takes a Hugging Face model's own dummy inputs.
 
     Returns:
@@ -93,25 +108,46 @@ def find_attention(model: nn.Module, inputs: Any) -> dict[str, rules.Seen]:
         inputs = getattr(model, "dummy_inputs", None)
         if inputs is None:
             check.wrong_value("inputs", "one batch to run the model on, to see where its attention is", inputs)
+    written, unfit = written_attention(model)
+    plain = {m: type(m) for m in written.values()}
     stack: list[nn.Module] = [model]
     handles = []
     for module in model.modules():
         handles.append(module.register_forward_pre_hook(lambda m, _args: stack.append(m)))
         handles.append(module.register_forward_hook(lambda _m, _args, _out: stack.pop() and None, always_call=True))
+    found: dict[int, Found] = {}
     try:
+        for module, kind in plain.items():
+            module.__class__ = edited_class(kind, Watched)
         with bridge.evaluating(model), watching_multihead(model) as multihead, _Watch(stack) as watch:
             bridge.run(model, inputs)
+        for module in plain:
+            if "seen_values" in vars(module):
+                found[id(module)] = Found.written(module, _batch_of(inputs))
     finally:
         for handle in handles:
             handle.remove()
-    found: dict[int, Found] = {}
+        for module, kind in plain.items():
+            module.__class__ = kind
+            for name in ("seen_keys", "seen_values"):
+                vars(module).pop(name, None)
     for call in [*watch.calls, *(Found(*call) for call in multihead)]:
         found.setdefault(id(call.module), call)
     if not found:
         raise UnsupportedError(
-            rules.nothing_found("torch.nn.functional.scaled_dot_product_attention or nn.MultiheadAttention", {})
+            rules.nothing_found(
+                "torch.nn.functional.scaled_dot_product_attention, nn.MultiheadAttention, or a softmax between two "
+                "matrix products",
+                unfit,
+            )
         )
     return {path: found[id(m)].seen() for path, m in model.named_modules() if id(m) in found}
+
+
+def _batch_of(inputs: Any) -> int:
+    args, kwargs = as_call(inputs)
+    parts = (*args, *kwargs.values())
+    return next((int(p.shape[0]) for p in parts if isinstance(p, torch.Tensor) and p.ndim), 1)
 
 
 class Rows(nn.Module):
@@ -158,6 +194,9 @@ class Prefixed(OneAdapter, DeltaLayer):
 
     delta_kind = "prefix"
     prefix_heads: int
+    query_heads: int
+    prefix_tokens: int
+    plain_class: type
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         with _Extend(self):
@@ -180,8 +219,15 @@ class Prefixed(OneAdapter, DeltaLayer):
     def revert(self) -> None:
         """Take the prefix off again, in place."""
         delattr(self, ROWS)
-        del self.specs, self.prefix_heads
-        self.__class__ = type(self).__bases__[1]
+        del self.specs, self.prefix_heads, self.query_heads, self.prefix_tokens
+        self.__class__ = type(self).plain_class
+
+
+class PrefixedWritten(Prefixed, Extending):
+    """A prefix on attention that is written out: the module's own method calls what extends it."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return super(Prefixed, self).forward(*args, **kwargs)  # type: ignore[misc]
 
 
 def put_prefix(
@@ -209,6 +255,7 @@ def put_prefix(
         modules: dict[str, Any] = {path: bridge.get_module(model, path) for path in seen}
         rules.refuse_taken([p for p, m in modules.items() if isinstance(m, DeltaLayer) or hasattr(m, ROWS)])
         made = {path: _rows(seen[path], plan, dtype or torch.float32) for path in seen}
+        classes = {path: _prefixed_class(path, module) for path, module in modules.items()}
         places = counting(model, plan.prefix_token_num, plan.counting(p for p, _ in model.named_modules()))
     except BaseException:
         for config, kernel in kernels:
@@ -216,11 +263,11 @@ def put_prefix(
         raise
     described = {}
     for path, module in modules.items():
-        kind = prefixed_multihead(module, Prefixed) or Prefixed
         first = next(module.parameters(), None)
-        module.__class__ = type(f"Prefixed{type(module).__name__}", (kind, type(module)), {})
+        module.__class__ = classes[path]
         setattr(module, ROWS, made[path].to(None if first is None else first.device).train(module.training))
-        module.prefix_heads = seen[path].heads
+        module.prefix_heads, module.query_heads = seen[path].heads, seen[path].query_heads
+        module.prefix_tokens = plan.prefix_token_num
         described[path] = plan.record(seen[path], bool(places))
         module.begin(described[path], name)
     for config, kernel in kernels:
@@ -228,6 +275,23 @@ def put_prefix(
     call_layers(model, modules)
     start_behind(plan.prefix_token_num, places)
     return described
+
+
+def _prefixed_class(path: str, module: nn.Module) -> type:
+    """The class of an attention module with a prefix, whichever way its attention is written."""
+    kind, name = type(module), f"Prefixed{type(module).__name__}"
+    bases: tuple[type, ...] = (prefixed_multihead(module, Prefixed) or Prefixed, kind)
+    own: dict[str, Any] = {"plain_class": kind}
+    fit, unfit = written_attention(module)
+    if "" in unfit and also_fused(kind):
+        logger.warning("%s: its own softmax takes no prefix (%s); its fused attention does", path, unfit[""])
+    elif "" in fit and also_fused(kind):
+        bases = (Prefixed, edited_class(kind, Extending))
+    elif "" in fit:
+        edited = edited_class(kind, PrefixedWritten)
+        bases = edited.__bases__
+        own |= {k: v for k, v in vars(edited).items() if inspect.isfunction(v)}
+    return type(name, bases, own)
 
 
 def _rows(seen: rules.Seen, plan: rules.Plan, kind: torch.dtype) -> nn.Module:

@@ -12,11 +12,11 @@ from slimkit.core import check
 from slimkit.core.batch import as_call
 from slimkit.core.delta import prefix as rules
 from slimkit.core.delta.attention_source import NoAttentionError, calls_softmax, with_prefix
+from slimkit.core.delta.generated import method_from
 from slimkit.core.delta.named import OneAdapter
 from slimkit.core.errors import UnsupportedError
 from slimkit.core.weights.heads import heads_told_by
 from slimkit_ms import bridge
-from slimkit_ms.delta.generated import method_from
 from slimkit_ms.delta.layer import DeltaLayer
 from slimkit_ms.delta.multihead import METHODS, PrefixedMultiheadAttention
 from slimkit_ms.delta.positions import shifted_classes, start_behind

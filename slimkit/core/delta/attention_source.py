@@ -99,7 +99,15 @@ def _name(node: ast.AST) -> str:
 
 def _is_softmax(node: ast.AST) -> bool:
     word = _name(node)
-    return isinstance(node, ast.Call) and bool(node.args) and word.endswith("softmax") and "log" not in word
+    return isinstance(node, ast.Call) and word.endswith("softmax") and "log" not in word and _operand(node) is not None
+
+
+def _operand(softmax: ast.Call) -> ast.expr | None:
+    """What a softmax is taken of: its first argument, or where that is an axis the object it is a method of."""
+    axis = not softmax.args or isinstance(softmax.args[0], (ast.Constant, ast.UnaryOp))
+    if not axis:
+        return softmax.args[0]
+    return softmax.func.value if isinstance(softmax.func, ast.Attribute) else None
 
 
 def _factors(node: ast.AST) -> tuple[ast.expr, ast.expr] | None:
@@ -166,8 +174,10 @@ def _find(method: ast.FunctionDef) -> tuple[ast.Call, ast.AST, ast.AST]:
         raise NoAttentionError(f"it calls a softmax {len(found)} times, not once")
     softmax = found[0]
     assert isinstance(softmax, ast.Call)
+    operand = _operand(softmax)
+    assert operand is not None
     products = {id(n): n for n in nodes if _factors(n) is not None}.values()
-    before = [p for p in products if _flows(method.body, p, softmax.args[0])]
+    before = [p for p in products if _flows(method.body, p, operand)]
     last = [p for p in before if not any(o is not p and _flows_into(method.body, p, o) for o in before)]
     if len(last) != 1:
         raise NoAttentionError(f"{len(last)} matrix products (matmul, bmm, BatchMatMul, @) end in its softmax, not one")

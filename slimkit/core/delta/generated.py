@@ -1,4 +1,4 @@
-"""Methods made from source text, in a form that graph mode can compile: it reads the source from a file."""
+"""Methods made from source text that lies in a file: graph mode, and whoever debugs, reads it there."""
 
 from __future__ import annotations
 
@@ -11,17 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from slimkit_ms import bridge
-
-__all__ = ["bridge", "method_from"]
-
 _COUNT = itertools.count()
 
 
 @functools.cache
 def _folder() -> tempfile.TemporaryDirectory[str]:
     # Kept for the life of the process: graph mode reads the source at every compilation.
-    return tempfile.TemporaryDirectory(prefix="slimkit_ms_")
+    return tempfile.TemporaryDirectory(prefix="slimkit_")
 
 
 def method_from(source: str, class_name: str, like: Callable[..., Any]) -> Any:
