@@ -30,6 +30,7 @@ from slimkit.core.sparse.par import refit
 
 import torch
 from transformers import AutoTokenizer, BertModel
+from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 from docstring_text import docstrings, model_folder
@@ -169,6 +170,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
+    logging.set_verbosity_error()  # the pooler that is not used
+    logging.disable_progress_bar()
     seeds = [Texts(s, given.batches, given.held_out) for s in range(given.first_seed, given.first_seed + given.seeds)]
     print(f"| method | {' | '.join(given.ratios)} | CPU s |\n|---{'|---' * len(given.ratios)}|---|")
     best: dict[str, list[float]] = {}
