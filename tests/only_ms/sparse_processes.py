@@ -1,6 +1,5 @@
 """Run under msrun, or alone: sparsify a small cell on this process's share of the data, and save what became."""
 
-import os
 import sys
 
 import numpy as np
@@ -46,11 +45,10 @@ def run(rank, n):
 if __name__ == "__main__":
     ms.set_device("CPU")
     ms.runtime.launch_blocking()
-    if "MS_ROLE" in os.environ:  # the scheduler that msrun starts, too
-        ms.communication.init()
+    ms.communication.init()  # in the scheduler that msrun starts, too
     owners = processes.owners
     spread = []
     processes.owners = lambda *args: spread.append(owners(*args)) or spread[-1]
-    rank, n = (ms.communication.get_rank(), 2) if "MS_ROLE" in os.environ else (0, 1)
-    found = run(rank, n)
-    np.savez(f"{sys.argv[1]}/{n}-{rank}.npz", spread=sum(bool(owner) for owner in spread), **found)
+    rank = ms.communication.get_rank()
+    found = run(rank, 2)
+    np.savez(f"{sys.argv[1]}/2-{rank}.npz", spread=sum(bool(owner) for owner in spread), **found)

@@ -38,7 +38,7 @@ def chain():
 def cases():
     """Name -> model, data and configuration."""
     torch.manual_seed(0)
-    rows = [torch.randn(32, 16) for _ in range(4)]
+    rows = [torch.randn(64, 16) for _ in range(4)]
     rows[3][:, 1] = 100.0
     sequences = [torch.randn(4, 12, 16) * torch.rand(16) for _ in range(4)]
     return {

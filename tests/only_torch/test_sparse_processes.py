@@ -74,8 +74,8 @@ def test_layers_were_spread_and_errors_reach_every_process(found):
 
 def test_experts_that_one_process_never_saw_count_in_both(found):
     rows = found[0]["experts/rows"]
-    assert int(rows[2]) > 0  # of the last batch alone
-    assert int(rows.sum()) == 128
+    assert int(rows[2]) >= 16  # of the last batch alone
+    assert int(rows.sum()) == 256
 
 
 class Heard:
