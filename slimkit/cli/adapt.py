@@ -110,13 +110,9 @@ def adapt(
         )
         place = places.model(network)
         talk.go_on = training.GO_ON
-        found = places.wing(network.framework, network.device).adapt(
-            place,
-            texts.place(data),
-            None if output.dry_run else out.absolute(),
-            trained.plan(lr, texts.batch_size),
-            aims,
-        )
+        jobs = places.wing(network.framework, network.device)
+        with places.alone(out, output.dry_run) as target:
+            found = jobs.adapt(place, texts.place(data), target, trained.plan(lr, texts.batch_size), aims)
         talk.line(
             f"{'Would train' if output.dry_run else 'Trained'} {found['trained_parameters']:,} of "
             f"{found['parameters']:,} parameters ({found['trained_share']:.2%}) on {found['samples']} samples, "

@@ -115,13 +115,9 @@ def distill(
         )
         place = places.model(network)
         talk.go_on = training.GO_ON
-        found = places.wing(network.framework, network.device).distill(
-            place,
-            texts.place(data),
-            None if output.dry_run else out.absolute(),
-            trained.plan(lr, texts.batch_size),
-            aims,
-        )
+        jobs = places.wing(network.framework, network.device)
+        with places.alone(out, output.dry_run) as target:
+            found = jobs.distill(place, texts.place(data), target, trained.plan(lr, texts.batch_size), aims)
         talk.line(
             f"{'Would train' if output.dry_run else 'Trained'} a student of {show(found['parameters'], 'count')} "
             f"parameters ({found['parameters'] / found['teacher_parameters']:.3f} of the teacher) on "

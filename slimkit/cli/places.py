@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -72,6 +74,18 @@ def data(reference: str | None, text_key: str, samples: int, max_length: int, ba
     place = DataPlace(reference, text_key, samples, max_length, batch_size)
     _ = place.kind  # refused now, and not after a model was loaded
     return place
+
+
+@contextlib.contextmanager
+def alone(out: Path, dry_run: bool = False) -> Iterator[Path | None]:
+    """The folder of a resumable command, absolute and held against a second run; None for one that writes nothing."""
+    from slimkit.core.locks import locked
+
+    if dry_run:
+        yield None
+        return
+    with locked(out.absolute(), "--out"):
+        yield out.absolute()
 
 
 def say_where(place: ModelPlace) -> str:

@@ -81,7 +81,8 @@ def sparsify(
             _plan(talk, jobs.plan_sparsify(place, out.absolute(), cfg, calib=data), cfg, out)
             return
         talk.go_on = "the same command goes on from the last finished block, or begins again where there was none"
-        report = jobs.sparsify(place, out.absolute(), cfg, calib=data, restart=restart)
+        with places.alone(out):
+            report = jobs.sparsify(place, out.absolute(), cfg, calib=data, restart=restart)
         rows = [
             (n, row["method"], f"{row['ratio']:.3f}", f"{row['output_error']:.4f}" if "output_error" in row else "")
             for n, row in report["layers"].items()

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -125,13 +125,29 @@ def place_file(source: PathLike, target: PathLike) -> None:
     Raises:
         LinkPathError: `target` is a symbolic link.
     """
-    if Path(target).is_symlink():
-        raise LinkPathError(f"refusing to write through the symbolic link {str(target)!r}")
-    with open(source, "rb+") as handle:
-        os.fsync(handle.fileno())
-    os.chmod(source, 0o666 & ~_umask())
-    os.replace(source, target)
-    _sync_folder(Path(target).parent)
+    place_files([(source, target)])
+
+
+def place_files(pairs: Sequence[tuple[PathLike, PathLike]]) -> None:
+    """Move finished files that belong together to their places, as `place_file` does, in order.
+
+    All of them are on the disk before the first one moves: a disk that is full at that moment leaves the old ones.
+
+    Args:
+        pairs: (source, target) of each.
+
+    Raises:
+        LinkPathError: a target is a symbolic link; nothing was moved.
+    """
+    for source, target in pairs:
+        if Path(target).is_symlink():
+            raise LinkPathError(f"refusing to write through the symbolic link {str(target)!r}")
+        with open(source, "rb+") as handle:
+            os.fsync(handle.fileno())
+        os.chmod(source, 0o666 & ~_umask())
+    for source, target in pairs:
+        os.replace(source, target)
+        _sync_folder(Path(target).parent)
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from slimkit.core.errors import (
 )
 from slimkit.core.files import readable_file
 from slimkit.core.match import Matches, demand, match
+from slimkit.core.yamltext import parse_yaml
 
 # The last part of the name decides: "bias", "in_proj_bias", "bias_ih_l0", and "beta", a norm's bias in MindSpore.
 _BIASES = r"re:(?:|.*\.)(?:bias|beta|[^.]*_bias|bias_[^.]*)"
@@ -278,14 +279,12 @@ def read_config(config_path: Any) -> tuple[list[str] | None, list[str] | None]:
     check.instance(config_path, (str, os.PathLike), "config_path", "a str")
     if not os.fspath(config_path):
         check.wrong_value("config_path", "a non-empty str", config_path)
-    import yaml
-
     try:
         file = readable_file(config_path, "config_path")
         if file.stat().st_size > _CONFIG_LIMIT_BYTES:
             raise FileFormatError(f"it is larger than {_CONFIG_LIMIT_BYTES} bytes, which no such file should be")
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (FileFormatError, LinkPathError, OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
+        content = parse_yaml(file.read_text(encoding="utf-8"))
+    except (FileFormatError, LinkPathError, OSError, UnicodeDecodeError) as error:
         raise ReadYamlFileError(f"config_path could not be read as YAML: {error}") from error
     # Messages name types, never values: a YAML file can hold aliases whose repr would not fit into memory.
     if not isinstance(content, dict) or "freeze" not in content:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from slimkit.core.errors import FileFormatError, UnsupportedError
-from slimkit.core.files import place_file
+from slimkit.core.files import place_files
 from slimkit.core.lazy import library
 
 Array = np.ndarray[Any, Any]
@@ -122,8 +122,7 @@ def publish(
             shown = ", ".join(f"{k} {v:.3g}" for k, v in differences.items())
             raise UnsupportedError(f"the ONNX file differs from the model by more than {tolerance:g}: {shown}")
         size = sum(file.stat().st_size for file in files)
-        for file in files:
-            place_file(file, path.with_name(file.name))
+        place_files([(file, path.with_name(file.name)) for file in files])
     return OnnxReport(
         path=str(path),
         opset=opset,

@@ -22,7 +22,7 @@ LOWER = {"trace", "surgery", "freeze", "bridge", "measurement"}
 # Base requirements that only some core files need, each imported at the top of files nobody imports for less.
 CORE_TOP = {"numpy", "slimkit"}
 CORE_TOP_FILES = {
-    "recipe.py": {"pydantic", "yaml"},
+    "recipe.py": {"pydantic"},
     "factory.py": {"pydantic"},
 }
 

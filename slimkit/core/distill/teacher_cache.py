@@ -15,6 +15,7 @@ from slimkit.core.batch import as_call
 from slimkit.core.batch import dataset as check_dataset
 from slimkit.core.distill.config import LOSSES, DistillSpec, KnowledgeDistillConfig, SoftLabel
 from slimkit.core.errors import ConfigError, FileFormatError
+from slimkit.core.locks import locked
 from slimkit.core.log import progress
 
 VERSION = 1
@@ -146,7 +147,8 @@ class TeacherFiles(ABC):
             The finished cache, to be given to `get_distill_model` in the teacher's place.
 
         Raises:
-            ConfigError: the folder holds a cache of another teacher, configuration or top_k.
+            ConfigError: the folder holds a cache of another teacher, configuration or top_k, or another build runs in
+                it.
         """
         check.positive(top_k, "top_k")
         check.choice(dtype, ("float32", "float16"), "dtype")
@@ -177,7 +179,7 @@ class TeacherFiles(ABC):
                 held.clear()
                 keys.clear()
 
-        with cls._answering(teacher, spec.soft_labels) as answer:
+        with locked(folder, "directory"), cls._answering(teacher, spec.soft_labels) as answer:
             for batch in progress(dataset, "teacher batches"):
                 args, kwargs = as_call(to_inputs(batch) if to_inputs else batch)
                 found = [key.hex() for key in sample_keys(args, kwargs, cls._numpy)]
@@ -195,8 +197,8 @@ class TeacherFiles(ABC):
                 if sum(a.nbytes for a in held.values()) >= shard_mb << 20:
                     write()
             write()
-        facts["complete"] = True
-        files.write_json(folder / "cache.json", facts)
+            facts["complete"] = True
+            files.write_json(folder / "cache.json", facts)
         return cls(folder)
 
     def check(self, spec: DistillSpec) -> None:
@@ -242,6 +244,8 @@ class TeacherFiles(ABC):
                 part: self._read(shard, f"{batch}.{place}.{part}", [row for _, row in members])
                 for part in self._parts(shard, f"{batch}.{place}.")
             }
+            if not kept.keys() >= {"dense"} and kept.keys() != {"values", "places", "tail"}:
+                raise FileFormatError(f"{self.directory}: shard {shard} lacks tensors of batch {batch}: call verify()")
             values = spread_logits(kept, self.facts["widths"][place])
             if found is None:
                 found = np.empty((len(rows), *values.shape[1:]), np.float32)
@@ -267,10 +271,11 @@ class TeacherFiles(ABC):
         return [p for p in ("dense", "values", "places", "tail") if prefix + p in self._handle(shard)[1]]
 
     def _read(self, shard: int, name: str, rows: list[int]) -> Array:
-        handle = self._handle(shard)[0]
+        view = self._handle(shard)[0].get_slice(name)
+        if max(rows) >= view.get_shape()[0]:
+            raise FileFormatError(f"{self.directory}: {name} of shard {shard} has fewer rows than cache.json says")
         if rows == list(range(len(rows))):
-            return np.asarray(handle.get_slice(name)[: len(rows)])
-        view = handle.get_slice(name)
+            return np.asarray(view[: len(rows)])
         return np.concatenate([view[row : row + 1] for row in rows])
 
     @staticmethod
@@ -298,4 +303,29 @@ def _read_facts(folder: Path) -> dict[str, Any]:
     facts = files.read_json(folder / "cache.json", "directory", limit_bytes=4 << 30)
     if not isinstance(facts, dict) or facts.get("version") != VERSION:
         raise FileFormatError(f"{folder} holds no teacher cache of version {VERSION}")
+    if not _well_formed(facts):
+        raise FileFormatError(f"{folder / 'cache.json'} is damaged: build the cache again in another folder")
     return facts
+
+
+def _well_formed(facts: Mapping[str, Any]) -> bool:
+    """Whether a cache's facts have the form in which `build` writes them."""
+    shards, targets, widths = facts.get("shards"), facts.get("targets"), facts.get("widths")
+    if not (isinstance(shards, list) and isinstance(targets, list) and isinstance(widths, list)):
+        return False
+    if not isinstance(facts.get("complete"), bool) or not {"teacher", "top_k", "dtype"} <= set(facts):
+        return False
+    if shards and (len(widths) != len(targets) or not all(type(w) is int and 0 < w < 2**31 for w in widths)):
+        return False
+    return all(isinstance(target, dict) and "logits" in target for target in targets) and all(
+        isinstance(shard, dict)
+        and isinstance(shard.get("file"), str)
+        and isinstance(shard.get("digest"), str)
+        and isinstance(shard.get("keys"), list)
+        and all(isinstance(rows, list) and all(map(_is_key, rows)) for rows in shard["keys"])
+        for shard in shards
+    )
+
+
+def _is_key(text: Any) -> bool:
+    return isinstance(text, str) and len(text) == 32 and set(text) <= set("0123456789abcdef")

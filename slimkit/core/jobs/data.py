@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import sys
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ import numpy as np
 from slimkit.core import check
 from slimkit.core.errors import ConfigError, FileFormatError
 from slimkit.core.files import read_tensors, readable_file
+from slimkit.core.yamltext import parse_yaml
 
 Array = np.ndarray[Any, Any]
 
@@ -27,7 +29,7 @@ ARRAY_ENDINGS = (".npy", ".npz", ".safetensors")
 # What NumPy's readers raise on damaged or dishonest files; a header may claim more numbers than any memory holds.
 _ARRAY_ERRORS = (
     ValueError, OSError, EOFError, KeyError, TypeError, AttributeError, SyntaxError, MemoryError, RecursionError,
-    OverflowError, NotImplementedError, zipfile.BadZipFile, zlib.error,
+    OverflowError, NotImplementedError, zipfile.BadZipFile, zlib.error, tokenize.TokenError,
 )  # fmt: skip
 
 # A line longer than this is no sentence but a damaged file.
@@ -144,16 +146,14 @@ def settings(pairs: Sequence[str], option: str) -> dict[str, Any]:
         >>> settings(["width=8", "name=a"], "--arg")
         {'width': 8, 'name': 'a'}
     """
-    import yaml
-
     values = {}
     for pair in pairs:
         key, sign, value = pair.partition("=")
         if not key or not sign:
             raise ConfigError(f"{option} must be KEY=VALUE. Received: {pair!r}")
         try:
-            values[key] = yaml.safe_load(value)
-        except yaml.YAMLError:
+            values[key] = parse_yaml(value)
+        except FileFormatError:
             raise ConfigError(f"{option} {key}: the value is not YAML. Received: {value!r}") from None
     return values
 

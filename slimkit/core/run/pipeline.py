@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import json
 import os
 import platform
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -18,6 +16,7 @@ from typing import Any, Protocol
 from slimkit.core import check
 from slimkit.core.errors import ConfigError, FileFormatError, SlimkitError
 from slimkit.core.files import atomic_directory, read_json, write_json
+from slimkit.core.locks import locked
 from slimkit.core.log import logger
 from slimkit.core.run import factory
 from slimkit.core.run.measurement import Measurement
@@ -151,7 +150,7 @@ class _Run:
         self._dense: Any = None
 
     def go(self) -> dict[str, Any]:
-        with _locked(self.output):
+        with locked(self.output, "output", inside=True):
             self._open()
             # The same seed before each making, so that resuming meets the model and data the first run met.
             self.wing.seed(self.recipe.seed)
@@ -324,29 +323,6 @@ def environment(versions: Mapping[str, str]) -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "versions": dict(versions),
     }
-
-
-@contextlib.contextmanager
-def _locked(output: Path) -> Iterator[None]:
-    """One run at a time in a folder; the lock goes with the process, also when it is killed."""
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        handle = open(output / ".lock", "a")  # noqa: SIM115  # held for the whole run
-    except OSError as error:
-        raise ConfigError(f"output: cannot use {output}: {error.strerror or error}") from None
-    with handle:
-        try:
-            import fcntl
-        except ImportError:  # Windows has no fcntl; two runs in one folder are then the user's care
-            yield
-            return
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.EACCES):
-                raise
-            raise ConfigError(f"output: another run is using {output}") from None
-        yield
 
 
 def _first_difference(old: Any, new: Any, path: str = "") -> str:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, get_args
 
-import yaml
 from pydantic import BaseModel, Discriminator, Field, PositiveFloat, PositiveInt, Tag, ValidationError
 
 from slimkit.core import check
-from slimkit.core.errors import ConfigError
+from slimkit.core.errors import ConfigError, FileFormatError
 from slimkit.core.files import readable_file
 from slimkit.core.run.factory import Factory, Reference, Strict
+from slimkit.core.yamltext import parse_yaml
 
 # A recipe is written by hand; a few lines of YAML aliases can stand for more values than fit into memory.
 _MOST_BYTES = 1 << 20
@@ -204,21 +204,6 @@ class Recipe(Strict):
         return [(kind, getattr(stage, kind)) for stage in self.stages for kind in type(stage).model_fields]
 
 
-class _UniqueKeys(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML ships no types
-    """A YAML loader that refuses a key given twice: the second would silently win."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, str | int) and key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} is given twice", key_node.start_mark
-                )
-            seen.add(key) if isinstance(key, str | int) else None
-        return super().construct_mapping(node, deep=deep)
-
-
 def load_recipe(path: Any, overrides: Mapping[str, Any] | None = None) -> Recipe:
     """Read and check a recipe.
 
@@ -237,9 +222,9 @@ def load_recipe(path: Any, overrides: Mapping[str, Any] | None = None) -> Recipe
     if file.stat().st_size > _MOST_BYTES:
         raise ConfigError(f"{file} is larger than {_MOST_BYTES:,} bytes, which no recipe should be")
     try:
-        content = yaml.load(file.read_text(encoding="utf-8"), Loader=_UniqueKeys)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ConfigError(f"{file} is not a YAML file: {' '.join(str(error).split())}") from None
+        content = parse_yaml(file.read_text(encoding="utf-8"))
+    except (FileFormatError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} is not a YAML file: {error}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{file} must hold a mapping of keys. Received: {type(content).__name__}")
     if _values(content, {}) > _MOST_VALUES:
