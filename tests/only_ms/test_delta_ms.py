@@ -57,6 +57,48 @@ def test_graph_mode_computes_what_pynative_computes(kind, options):
     np.testing.assert_allclose(net(X).asnumpy(), want, rtol=1e-5, atol=1e-6)
 
 
+class Pictures(nn.Cell):
+    """A table of tokens beside a convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.conv = nn.Embedding(5, 4), nn.Conv2d(3, 4, 3, pad_mode="pad", padding=1)
+
+    def construct(self, ids, pictures):
+        return self.conv(pictures).mean((2, 3)) + self.table(ids)
+
+
+def test_graph_mode_computes_the_other_layers_too():
+    net = Pictures().set_train(False)
+    batch = ms.Tensor([3, 1], ms.int32), ms.Tensor(np.linspace(-1, 1, 96).reshape(2, 3, 4, 4).astype(np.float32))
+    slimkit_ms.apply_delta(net, "lora", ["table", "conv"], rank=2, rslora=True)
+    stir(net)
+    want = net(*batch).asnumpy()
+    ms.set_context(mode=ms.GRAPH_MODE)
+    np.testing.assert_allclose(net(*batch).asnumpy(), want, rtol=1e-5, atol=1e-6)  # float32, another order of adding
+
+
+def test_graph_mode_computes_the_layers_without_a_base():
+    class Parts(nn.Cell):
+        def __init__(self):
+            super().__init__()
+            self.prompt = slimkit_ms.PromptTuning(3, 4)
+            self.encoder = slimkit_ms.PrefixEncoder(2, 1, 2, 2)
+            self.loss = slimkit_ms.RDropLoss()
+
+        def construct(self, ids, logits, labels):
+            return self.prompt(ids), self.encoder(2), self.loss(logits, labels, 4)
+
+    net = Parts().set_train(False)
+    ids, labels = ms.Tensor([[0, 1], [1, 0]], ms.int32), ms.Tensor([1, 1, 0, 0], ms.int32)
+    logits = ms.Tensor(np.linspace(-1, 1, 12).reshape(4, 3).astype(np.float32))
+    want = net(ids, logits, labels)
+    ms.set_context(mode=ms.GRAPH_MODE)
+    prompt, encoder, loss = net(ids, logits, labels)
+    for one, other in ((prompt, want[0]), (encoder[0], want[1][0]), (loss, want[2])):
+        np.testing.assert_allclose(one.asnumpy(), other.asnumpy(), rtol=1e-5, atol=1e-6)
+
+
 def test_a_compiled_graph_notices_merging_switching_and_removal():
     net = build()
     ms.set_context(mode=ms.GRAPH_MODE)

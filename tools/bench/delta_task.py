@@ -6,6 +6,7 @@ import ast
 import importlib.util
 import pathlib
 import sysconfig
+from typing import NamedTuple
 
 import numpy as np
 
@@ -52,23 +53,45 @@ def docstrings() -> list[list[str]]:
     return found
 
 
-def data(train: int, test: int, length: int) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Token ids, mask and label of the texts to learn from and of the held-out ones, equally many a package."""
+class Part(NamedTuple):
+    """Token ids and mask (texts, length) and labels (texts,) of one part of the task."""
+
+    ids: np.ndarray
+    mask: np.ndarray
+    labels: np.ndarray
+
+
+def data(train: int, validation: int, test: int, length: int) -> dict[str, Part]:
+    """The texts to learn from, to choose learning rates with, and to measure with; no text is in two of them.
+
+    Args:
+        train: texts to learn from, equally many of each package.
+        validation: texts to choose rates with, equally many of each package.
+        test: texts to measure with at most; an equal share of each package where it has that many left, else the rest.
+        length: tokens of a text, cut or padded.
+
+    Returns:
+        The parts "train", "validation" and "test".
+    """
     from tokenizers import Tokenizer
 
     rng = np.random.default_rng(0)
-    each = -(-(train + test) // len(PACKAGES))
-    chosen = [(t, y) for y, texts in enumerate(docstrings()) for t in rng.permutation(texts)[:each]]
-    if len(chosen) < train + test:
-        raise SystemExit(f"the packages hold {len(chosen)} texts of the {train + test} asked for")
-    chosen = [chosen[i] for i in rng.permutation(len(chosen))]
     tokenizer = Tokenizer.from_file(str(model_folder() / "tokenizer.json"))
     tokenizer.enable_truncation(length)
     tokenizer.enable_padding(length=length)
-    tokens = tokenizer.encode_batch([str(t) for t, _ in chosen])
-    ids, mask = np.array([t.ids for t in tokens]), np.array([t.attention_mask for t in tokens])
-    labels = np.array([y for _, y in chosen])
-    return [(ids[s], mask[s], labels[s]) for s in (slice(train), slice(train, train + test))]
+    shuffled = [[str(t) for t in rng.permutation(texts)] for texts in docstrings()]
+    parts, at = {}, 0
+    for name, texts in (("train", train), ("validation", validation), ("test", test)):
+        each = texts // len(PACKAGES)
+        chosen = [(t, y) for y, found in enumerate(shuffled) for t in found[at : at + each]]
+        if name != "test" and len(chosen) < each * len(PACKAGES):
+            raise SystemExit(f"the packages hold {len(chosen)} texts of the {texts} asked for to {name}")
+        at += each
+        chosen = [chosen[i] for i in rng.permutation(len(chosen))]
+        tokens = tokenizer.encode_batch([t for t, _ in chosen])
+        ids, mask = np.array([t.ids for t in tokens]), np.array([t.attention_mask for t in tokens])
+        parts[name] = Part(ids, mask, np.array([y for _, y in chosen]))
+    return parts
 
 
 def batches(texts: int, size: int, steps: int, seed: int) -> list[np.ndarray]:

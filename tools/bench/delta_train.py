@@ -1,6 +1,6 @@
 """Every way of tuning MiniLM on one real task (delta_task.py), beside full fine-tuning and Hugging Face PEFT's own.
 
-    python tools/bench/delta_train.py [--steps 200] [--train 800] [--test 1000] [--length 24] [--kinds full,lora_qv]
+    python tools/bench/delta_train.py [--steps 100] [--seeds 1] [--kinds full,lora_qv] [--tune]
 
 Each way trains in a process of its own (so that its peak memory is its own) with the same data, head, order and
 schedule; only what trains and the learning rate differ. The MindSpore twin is delta_train_ms.py.
@@ -15,11 +15,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import importlib
 import json
+import multiprocessing
 import resource
-import subprocess
-import sys
 import time
+import traceback
 
 import delta_task
 import numpy as np
@@ -28,16 +29,21 @@ QV = ["*query", "*value"]
 ALL = [*QV, "*key", "*dense"]
 LORA = {"rank": 8, "alpha": 16}
 
-# way -> learning rate of what it trains; the head learns at 1e-3 everywhere
+# the rates that --tune tries for each way, as multiples of the one below
+FACTORS = (0.4, 1.0, 2.5)
+
+HEAD_RATE = 1e-2  # of the new head, where more than the head trains
+
+# way -> learning rate of what it trains
 RATES = {
     "full": 1e-4,
     "lora_all": 2e-3,
     "peft_lora_all": 2e-3,
-    "prefix": 3e-2,
-    "peft_prefix": 3e-2,
+    "prefix": 7.5e-2,
+    "peft_prefix": 7.5e-2,
     "prompt": 3e-2,
     "peft_prompt": 3e-2,
-    "adapter": 2e-3,
+    "adapter": 5e-3,
     "low_rank_adapter": 1e-2,
     "bitfit": 5e-3,
     "lora_qv": 5e-3,
@@ -46,11 +52,11 @@ RATES = {
     "peft_dora": 5e-3,
     "rslora": 3e-3,
     "peft_rslora": 3e-3,
-    "lora_plus": 1e-3,
+    "lora_plus": 2.5e-3,
     "pissa": 1e-3,
     "peft_pissa": 1e-3,
     "rdrop": 2e-3,
-    "head": 1e-3,
+    "head": 2.5e-2,
 }
 
 # way -> kind, targets, options of apply_delta
@@ -121,49 +127,48 @@ def build(way):
     return model
 
 
-def optimizer_of(way, model):
+def optimizer_of(way, model, rate):
     """AdamW over the head and what the way trains."""
     import slimkit
 
     import torch
 
     body = [p for n, p in model.named_parameters() if p.requires_grad and not n.startswith("head")]
-    groups = [{"params": list(model.head.parameters()), "lr": 1e-3}]
+    groups = [{"params": list(model.head.parameters()), "lr": rate if way == "head" else HEAD_RATE}]
     if way == "lora_plus":
-        groups += slimkit.lora_plus_groups(model.body, RATES[way], 16.0)
+        groups += slimkit.lora_plus_groups(model.body, rate, 16.0)
     elif body:
-        groups += [{"params": body, "lr": RATES[way]}]
+        groups += [{"params": body, "lr": rate}]
     return torch.optim.AdamW(groups, weight_decay=0.0), body
 
 
-def accuracy(model, check):
+def judge(model, part):
+    """Which texts the model classifies rightly, as 0 and 1, and its mean cross-entropy."""
     import torch
 
     model.eval()
     with torch.no_grad():
-        rows = [slice(i, i + 100) for i in range(0, len(check[2]), 100)]
-        hits = [(model(check[0][r], check[1][r]).argmax(-1) == check[2][r]).float() for r in rows]
-    return 100 * torch.cat(hits).mean().item()
+        rows = [slice(i, i + 100) for i in range(0, len(part.labels), 100)]
+        logits = torch.cat([model(part.ids[r], part.mask[r]) for r in rows])
+    model.train()
+    return (logits.argmax(-1) == part.labels).long(), torch.nn.functional.cross_entropy(logits, part.labels).item()
 
 
-def train(way, options):
+def fit(way, rate, steps, options, learn, seed):
+    """One model trained; it, what of its body trains, the losses, and the names of the parameters that never moved."""
     import slimkit
 
     import torch
 
-    torch.set_num_threads(1)
-    parts = delta_task.data(options.train, options.test, options.length)
-    learn, check = (tuple(map(torch.from_numpy, part)) for part in parts)
-    torch.manual_seed(options.seed)
+    torch.manual_seed(seed)
     model = build(way)
-    everything = sum(p.numel() for p in model.parameters())
-    optimizer, body = optimizer_of(way, model)
-    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: delta_task.schedule(i, options.steps))
+    optimizer, body = optimizer_of(way, model, rate)
+    pace = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: delta_task.schedule(i, steps))
     before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
     rdrop = slimkit.RDropLoss()
     model.train()
-    began, losses = time.process_time(), []
-    for rows in delta_task.batches(options.train, options.batch, options.steps, options.seed):
+    losses = []
+    for rows in delta_task.batches(len(learn.labels), options.batch, steps, seed):
         ids, mask, labels = (part[rows] for part in learn)
         optimizer.zero_grad()
         if way == "rdrop":
@@ -173,49 +178,126 @@ def train(way, options):
             loss = torch.nn.functional.cross_entropy(model(ids, mask), labels)
         loss.backward()
         optimizer.step()
-        rate.step()
+        pace.step()
         losses.append(loss.item())
-    seconds = (time.process_time() - began) / options.steps
-    tenth = max(options.steps // 10, 1)
-    found = accuracy(model, check)
+    return model, body, losses, [n for n, p in before.items() if torch.equal(p, dict(model.named_parameters())[n])]
+
+
+def parts_of(options):
+    """The task as tensors; what every way imports is imported here, once."""
+    for name in ("peft", "slimkit", "transformers"):
+        importlib.import_module(name)
+    import torch
+
+    torch.set_num_threads(1)
+    parts = delta_task.data(options.train, options.validation, options.test, options.length)
+    return {name: delta_task.Part(*map(torch.from_numpy, part)) for name, part in parts.items()}
+
+
+def tune(way, options, parts):
+    """The rate of the least cross-entropy on the validation texts, of three around the one in the table."""
+    found = {}
+    for factor in FACTORS:
+        rate = RATES[way] * factor
+        model, _, _, _ = fit(way, rate, options.steps, options, parts["train"], 0)
+        hits, loss = judge(model, parts["validation"])
+        found[f"{rate:.1e}"] = (round(loss, 3), round(100 * hits.float().mean().item(), 1))
+    return {"way": way, "rate: (loss, accuracy) on validation": found, "best": min(found, key=lambda r: found[r][0])}
+
+
+def train(way, options, parts):
+    hits, tenth = [], max(options.steps // 10, 1)
+    seconds, firsts, lasts, still = [], [], [], set()
+    for seed in range(options.seeds):
+        began = time.process_time()
+        model, body, losses, unmoved = fit(way, RATES[way], options.steps, options, parts["train"], seed)
+        seconds.append((time.process_time() - began) / options.steps)
+        hits.append(judge(model, parts["test"])[0].tolist())
+        firsts.append(np.mean(losses[:tenth]))
+        lasts.append(np.mean(losses[-tenth:]))
+        still.update(unmoved)
     return {
         "way": way,
-        "trained, % of all": round(100 * sum(p.numel() for p in body) / everything, 3),
-        "accuracy, %": round(found, 1),
-        "loss first -> last tenth": f"{np.mean(losses[:tenth]):.2f} -> {np.mean(losses[-tenth:]):.2f}",
-        "CPU s a step": round(seconds, 3),
+        "rate": RATES[way],
+        "trained, % of all": round(100 * sum(p.numel() for p in body) / sum(p.numel() for p in model.parameters()), 3),
+        "loss first -> last tenth": f"{np.mean(firsts):.2f} -> {np.mean(lasts):.2f}",
+        "CPU s a step": round(min(seconds), 3),
         "peak MB": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
-        "parameters that never moved": [
-            n for n, p in model.named_parameters() if p.requires_grad and torch.equal(before[n], p)
-        ],
+        "parameters that never moved": sorted(still),
+        "hits": hits,
     }
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__)
+def beside(hits, full):
+    """Accuracy over the seeds, and how far from full fine-tuning's, each with its standard error, in points.
+
+    Both errors are over texts, a text's hits averaged over the seeds first; the second one is paired, text by text.
+    """
+    found = 100 * np.mean(hits, axis=0)
+    error = lambda x: f"{x.mean():.1f} ± {x.std(ddof=1) / len(x) ** 0.5:.1f}"
+    seeds = [round(float(100 * np.mean(h)), 1) for h in hits]
+    return {"accuracy, %": error(found), "by seed": seeds} | (
+        {} if full is None else {"minus full fine-tuning's": error(found - 100 * np.mean(full, axis=0))}
+    )
+
+
+def show(rows):
+    """Print a row of each way, the accuracies beside those of `full` where it ran; says at the end which failed."""
+    full, failed = None, []
+    for way, row in rows:
+        if isinstance(row, str):
+            failed.append(way)
+            print(f"{way}: {row[-4000:]}", flush=True)
+            continue
+        if "hits" in row:
+            hits = row.pop("hits")
+            row |= beside(hits, full)
+            full = hits if way == "full" else full
+        print(json.dumps(row, ensure_ascii=False), flush=True)
+    if failed:
+        raise SystemExit(f"failed: {', '.join(failed)}")
+
+
+def forked(job, ways, *arguments):
+    """What `job` gives for each way, every one in a process of its own, which shares imports and data."""
+    context = multiprocessing.get_context("fork")
+
+    def run(pipe, way):
+        try:
+            pipe.send(job(way, *arguments))
+        except Exception:  # noqa: BLE001  (the parent prints it)
+            pipe.send(traceback.format_exc())
+
+    for way in ways:
+        here, there = context.Pipe(duplex=False)
+        process = context.Process(target=run, args=(there, way))
+        process.start()
+        there.close()
+        try:
+            yield way, here.recv()
+        except EOFError:
+            yield way, "the process ended without an answer"
+        process.join()
+
+
+def arguments(description, ways, steps):
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--train", type=int, default=800)
-    parser.add_argument("--test", type=int, default=1000)
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--validation", type=int, default=300)
+    parser.add_argument("--test", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=steps)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--length", type=int, default=24)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--kinds", default=",".join(RATES))
-    parser.add_argument("--rate", type=float, help="another learning rate, to look for a better one")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--kinds", default=",".join(ways))
+    return parser
+
+
+def main():
+    parser = arguments(__doc__, RATES, 100)
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--tune", action="store_true", help="look for each way's rate on the validation texts instead")
     options = parser.parse_args()
-    if options.child:
-        if options.rate:
-            RATES[options.child] = options.rate
-        print(json.dumps(train(options.child, options)))
-        return
-    same = [f"--{k}={v}" for k, v in vars(options).items() if k not in ("kinds", "child") and v is not None]
-    for way in options.kinds.split(","):
-        out = subprocess.run(
-            [sys.executable, __file__, "--child", way, *same], check=False, capture_output=True, text=True
-        )
-        print(
-            out.stdout.strip().splitlines()[-1] if out.returncode == 0 else f"{way}: {out.stderr[-2000:]}", flush=True
-        )
+    show(forked(tune if options.tune else train, options.kinds.split(","), options, parts_of(options)))
 
 
 if __name__ == "__main__":

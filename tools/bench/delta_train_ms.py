@@ -191,7 +191,8 @@ def optimizer_of(way, model, steps):
         return [base * delta_task.schedule(i, steps) for i in range(steps)]
 
     inner = [p for p in model.trainable_params() if not p.name.startswith("head")]
-    groups = [{"params": [p for p in model.trainable_params() if p.name.startswith("head")], "lr": rates(1e-3)}]
+    head = delta_train.RATES["head"] if way == "head" else delta_train.HEAD_RATE
+    groups = [{"params": [p for p in model.trainable_params() if p.name.startswith("head")], "lr": rates(head)}]
     if way == "lora_plus":
         found = slimkit_ms.lora_plus_groups(model.body, delta_train.RATES[way], 16.0)
         groups += [{"params": g["params"], "lr": rates(g["lr"])} for g in found]
@@ -208,8 +209,9 @@ def train(way, options):
 
     ms.set_device("CPU")
     ms.set_context(mode=ms.GRAPH_MODE)
-    ms.set_seed(options.seed)
-    learn, check = delta_task.data(options.train, options.test, options.length)
+    ms.set_seed(0)
+    parts = delta_task.data(options.train, options.validation, options.test, options.length)
+    learn, check = parts["train"], parts["test"]
     model = build(way)
     everything = sum(p.size for p in model.get_parameters())
     optimizer, inner = optimizer_of(way, model, options.steps)
@@ -229,49 +231,49 @@ def train(way, options):
     before = [(p.name, p, p.asnumpy().copy()) for p in model.trainable_params()]
     step = nn.TrainOneStepCell(WithLoss(), optimizer).set_train()
     losses, began = [], 0.0
-    for i, rows in enumerate(delta_task.batches(options.train, options.batch, options.steps, options.seed)):
+    for i, rows in enumerate(delta_task.batches(options.train, options.batch, options.steps, 0)):
         if i == 1:  # the first step compiles the graph
             began = time.process_time()
         losses.append(float(step(*(ms.Tensor(part[rows].astype(np.int32)) for part in learn)).asnumpy()))
     seconds = (time.process_time() - began) / max(options.steps - 1, 1)
     model.set_train(False)
-    hits = 0
-    for i in range(0, options.test, 100):
-        ids, mask, labels = (part[i : i + 100].astype(np.int32) for part in check)
-        hits += int((model(ms.Tensor(ids), ms.Tensor(mask)).asnumpy().argmax(-1) == labels).sum())
+    hits = []
+    for i in range(0, len(check.labels), 100):
+        ids, mask, labels = (part[i : i + 100] for part in check)
+        short = (0, 100 - len(labels))  # the last rows are filled up, so that one compiled graph serves all
+        filled = (ms.Tensor(np.pad(part, (short, (0, 0)), "edge").astype(np.int32)) for part in (ids, mask))
+        hits += (model(*filled).asnumpy()[: len(labels)].argmax(-1) == labels).astype(int).tolist()
     tenth = max(options.steps // 10, 1)
     return {
         "way": way,
+        "rate": delta_train.RATES[way],
         "trained, % of all": round(100 * sum(p.size for p in inner) / everything, 3),
-        "accuracy, %": round(100 * hits / options.test, 1),
         "loss first -> last tenth": f"{np.mean(losses[:tenth]):.2f} -> {np.mean(losses[-tenth:]):.2f}",
         "CPU s a step": round(seconds, 3),
         "peak MB": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
         "parameters that never moved": [n for n, p, old in before if np.array_equal(old, p.asnumpy())],
+        "hits": [hits],
     }
 
 
+def spawned(ways, options):
+    """The row of each way, every one from a process of its own."""
+    same = [f"--{k}={v}" for k, v in vars(options).items() if k not in ("kinds", "child")]
+    for way in ways:
+        out = subprocess.run(
+            [sys.executable, __file__, "--child", way, *same], capture_output=True, text=True, check=False
+        )
+        yield way, json.loads(out.stdout.strip().splitlines()[-1]) if out.returncode == 0 else out.stderr
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--train", type=int, default=800)
-    parser.add_argument("--test", type=int, default=1000)
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--length", type=int, default=24)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--kinds", default=",".join(WAYS))
+    parser = delta_train.arguments(__doc__, WAYS, 60)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
         print(json.dumps(train(options.child, options)))
         return
-    same = [f"--{k}={v}" for k, v in vars(options).items() if k not in ("kinds", "child")]
-    for way in options.kinds.split(","):
-        out = subprocess.run(
-            [sys.executable, __file__, "--child", way, *same], capture_output=True, text=True, check=False
-        )
-        done = out.returncode == 0
-        print(out.stdout.strip().splitlines()[-1] if done else f"{way}: {out.stderr[-6000:]}", flush=True)
+    delta_train.show(spawned(options.kinds.split(","), options))
 
 
 if __name__ == "__main__":
