@@ -7,11 +7,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from slimkit import bridge
+from slimkit.core.sparse.calls import TOLERANCE
 
 import torch
-
-# A disturbance that arrives changed by less than this share of itself was only added to something.
-TOLERANCE = 0.02
 
 
 def first_tensor(value: Any) -> Any:

@@ -11,13 +11,14 @@ import numpy as np
 from slimkit.core.errors import UnsupportedError
 from slimkit.core.sparse.calls import Calls
 from slimkit_ms import bridge
+from slimkit_ms.sparse.residual import arriving, block_paths, chained, hooks, joints
 from slimkit_ms.sparse.slots import PARTS, Slot, attended, last_two
 
 import mindspore as ms
 from mindspore import nn
 
 Array = np.ndarray[Any, Any]
-Seen = Callable[[str, Array, Array | None], None]
+Seen = Callable[[str, Array, Array | None, Array | None], None]
 
 
 class _Enough(Exception):
@@ -122,34 +123,91 @@ class CellStage:
         self.slots = slots
         self.feeds, self._traced = list(feeds), traced
         self.joined: dict[str, str] = {}
+        self._blocks: list[str] = []
 
     def replay(self, names: Sequence[str], seen: Seen) -> None:
-        """Send every batch through; the forward ends once the layers have been seen."""
+        """Send every batch through, calling ``seen(name, x, dense x, drift)`` at each use of the layers.
+
+        The drift is what else reaches the sum that the layer's output joins: the dense model's minus this one's.
+        """
         until = self._traced.following(names, (n for feed in self.feeds for n in feed))
+        until = None if any(name in self.joined for name in names) else until
         for batch in self.dataset:
-            waiting: dict[str, list[Array]] = {n: [] for n in names}
-            if self.dense is not None:
-                self._watch(self.dense, names, batch, until, lambda n, x: waiting[n].append(x))  # noqa: B023
+            waiting: dict[str, list[tuple[Array, Array | None]]] = {n: [] for n in names}
 
-            def both(name: str, x: Array) -> None:
+            def first(name: str, x: Array, rest: Array | None) -> None:
+                waiting[name].append((x, rest))  # noqa: B023
+
+            def both(name: str, x: Array, rest: Array | None) -> None:
                 queue = waiting[name]  # noqa: B023
-                seen(name, x, queue.pop(0) if queue else None)
+                dense_x, dense_rest = queue.pop(0) if queue else (None, None)
+                same = rest is not None and dense_rest is not None and rest.shape == dense_rest.shape
+                seen(name, x, dense_x, dense_rest - rest if same else None)  # type: ignore[operator]
 
+            if self.dense is not None:
+                self._watch(self.dense, names, batch, until, first)
             self._watch(self.model, names, batch, until, both)
 
     def join(self) -> None:
-        """A cell runs whole, and its residual streams are not known."""
-        raise UnsupportedError("SparseConfig.residual is for PyTorch models that are a chain of blocks")
+        """Find by one batch where outputs join the residual stream."""
+        blocks = block_paths(self.model, self.slots)
+        batch = next(iter(self.dataset))
+
+        def run() -> None:
+            bridge.run(self.model, batch)
+
+        with watching(self.model, {}, lambda _name, _x: None):
+            chain = bool(blocks) and chained(self.model, run, blocks)
+            # Layers that share an input share its moments, and so can have no drift of their own.
+            single = [feed[0] for feed in self.feeds if len(feed) == 1]
+            alone = [n for n in single if self.slots[n].kind == "linear" and not self.slots[n].part]
+            self.joined = joints(self.model, run, alone, blocks) if chain else {}
+        if not chain:
+            raise UnsupportedError(
+                "SparseConfig.residual needs a model that is a chain of blocks, each fed by the last"
+            )
+        self._blocks = blocks
 
     def advance(self) -> None:
         """Nothing follows a whole cell."""
 
     def _watch(
-        self, model: nn.Cell, names: Sequence[str], batch: Any, until: str | None, seen: Callable[[str, Array], None]
+        self,
+        model: nn.Cell,
+        names: Sequence[str],
+        batch: Any,
+        until: str | None,
+        seen: Callable[[str, Array, Array | None], None],
     ) -> None:
+        inputs: dict[str, Array] = {}
+        waiting: dict[str, tuple[Array, Array]] = {}
+
         def call(name: str, x: ms.Tensor) -> None:
-            seen(name, as_input(bridge.get_module(model, self.slots[name].caller), x))
+            value = as_input(bridge.get_module(model, self.slots[name].caller), x)
+            if name in self.joined:
+                inputs[name] = value
+            else:
+                seen(name, value, None)
+
+        def leaving(name: str) -> Callable[..., None]:
+            return lambda _cell, _inputs, output: waiting.update({name: (inputs.pop(name), _numpy(output))})
+
+        def arrived(place: str, total: ms.Tensor) -> None:
+            for name in [n for n in waiting if self.joined[n] == place]:
+                x, output = waiting.pop(name)
+                value = _numpy(total)
+                seen(name, x, value - output if value.shape == output.shape else None)
 
         slots = {n: self.slots[n] for n in names}
-        with watching(model, slots, call, self.slots[until] if until is not None else None):
-            bridge.run(model, batch)
+        joined = [n for n in names if n in self.joined]
+        with hooks() as handles, watching(model, slots, call, self.slots[until] if until is not None else None):
+            handles += [bridge.get_module(model, n).register_forward_hook(leaving(n)) for n in joined]
+            with arriving(model, sorted({self.joined[n] for n in joined}), self._blocks, arrived):
+                bridge.run(model, batch)
+        for name, (x, _) in waiting.items():
+            seen(name, x, None)
+
+
+def _numpy(value: ms.Tensor) -> Array:
+    values: Array = bridge.as_numpy(value.astype(ms.float32))
+    return values

@@ -83,6 +83,58 @@ def test_a_residual_stream_that_is_not_known_is_refused(kit):
         SparseConfig(method="hessian", residual=True)
 
 
+def residual_chain(kit):
+    """Three blocks that add to what passes through them."""
+
+    class Block(kit.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = kit.layer_norm(16)
+            self.up, self.act, self.down = kit.linear(16, 24), kit.relu(), kit.linear(24, 16)
+
+        def forward(self, x):
+            return x + self.down(self.act(self.up(self.norm(x))))
+
+        construct = forward
+
+    class Chain(kit.Module):
+        def __init__(self):
+            super().__init__()
+            several = kit.torch.nn.ModuleList if kit.name == "torch" else kit.ms.nn.CellList
+            self.blocks = several([Block() for _ in range(3)])
+
+        def forward(self, x):
+            for block in self.blocks:
+                x = block(x)
+            return x
+
+        construct = forward
+
+    return kit.fill(Chain())
+
+
+def test_the_residual_stream_is_fitted_alike_in_every_kit():
+    from tests import kits
+    from tests.conftest import INSTALLED
+
+    found = {}
+    for name in INSTALLED:
+        kit = kits.make(name)
+        data, error = batches(kit, n=3, rows=64), []
+        for residual in (True, False):
+            model = residual_chain(kit)
+            dense = [kit.array(model(x)) for x in data]
+            run(kit, model, data, method="par", sparse_ratio=0.7, residual=residual)
+            error.append(sum(np.square(kit.array(model(x)) - d).sum() for x, d in zip(data, dense)))
+            found.setdefault(residual, []).append(weights(kit, model))
+        assert error[0] < 0.98 * error[1]
+    for first, *others in found.values():
+        for other in others:
+            for a, b in zip(first.values(), other.values()):
+                assert ((a == 0) != (b == 0)).mean() <= 0.01  # ties of two libraries' sums
+                np.testing.assert_allclose(a, b, atol=1e-3)
+
+
 def test_better_methods_leave_less_error(kit):
     data = batches(kit, n=8, rows=64, width=48)
     error = {}

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
+# A disturbance that arrives changed by less than this share of itself was only added to something.
+TOLERANCE = 0.02
+
 
 class Calls:
     """A record of calls, batch by batch.
