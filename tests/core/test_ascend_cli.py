@@ -12,6 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from slimkit.cli import app
+from slimkit.core.ascend import findings, targets
 from slimkit.core.errors import ArgumentError, ConfigError, FileFormatError
 from tests.core.test_ascend_check import activation, dense
 
@@ -94,3 +95,31 @@ def test_it_runs_without_any_framework(good):
     done = subprocess.run([sys.executable, "-c", code, str(good)], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert "atc --model=" in done.stdout
+
+
+def test_the_page_names_every_document_that_a_fact_rests_on():
+    page = (Path(__file__).parents[2] / "docs" / "ascend.md").read_text(encoding="utf-8")
+    table = json.loads((Path(targets.__file__).with_name("operators.json")).read_text(encoding="utf-8"))
+    urls = {source.url for target in targets.TARGETS.values() for source in target.sources.values()}
+    urls |= {source["url"] for source in table["sources"].values()}
+    urls |= {source["source"] for source in table["float_inputs"].values()}
+    assert len(urls) >= 15
+    assert [url for url in sorted(urls) if url not in page] == []
+
+
+def test_the_page_says_what_the_tables_say():
+    page = (Path(__file__).parents[2] / "docs" / "ascend.md").read_text(encoding="utf-8")
+    for rule in findings.RULES:
+        assert f"`{rule}`" in page, rule
+    for severity in findings.SEVERITIES:
+        assert f"| {severity} |" in page
+    for target in targets.TARGETS.values():
+        assert target.soc_version in page
+        for dtype in ("float16", "int8", "float32"):
+            rows, columns = target.block(dtype)
+            assert f"{rows} x {columns}" in page
+    made = findings.OnnxCheck("m", "A2", "8.0", 13, "c", "fp16", {}, (), (), "atc", True, ())
+    for key in made.to_dict():
+        assert f"`{key}`" in page, key
+    table = json.loads((Path(targets.__file__).with_name("operators.json")).read_text(encoding="utf-8"))
+    assert f"holds {len(table['operators'])} operators" in page
