@@ -78,6 +78,26 @@ def test_graph_mode_computes_the_other_layers_too():
     np.testing.assert_allclose(net(*batch).asnumpy(), want, rtol=1e-5, atol=1e-6)  # float32, another order of adding
 
 
+@pytest.mark.parametrize("kind", [ms.float16, ms.float32])
+@pytest.mark.parametrize(
+    ("layer", "options"),
+    [
+        ("LoRADense", {"lora_rank": 2, "lora_alpha": 4}),
+        ("AdapterDense", {"bottleneck_size": 4}),
+        ("LowRankAdapterDense", {"reduction_factor": 2}),
+    ],
+)
+def test_graph_mode_computes_in_the_asked_dtype(layer, options, kind):
+    net = getattr(slimkit_ms, layer)(6, 8, compute_dtype=kind, **options).set_train(False)
+    stir(net)
+    want = net(X).asnumpy()
+    ms.set_context(mode=ms.GRAPH_MODE)
+    found = net(X)
+    assert found.dtype == ms.float32  # the input's own
+    close = 3e-3 if kind == ms.float16 else 1e-5  # a few roundings (2**-11), which a fused graph does elsewhere
+    np.testing.assert_allclose(found.asnumpy(), want, rtol=close, atol=close)
+
+
 def test_graph_mode_computes_the_layers_without_a_base():
     class Parts(nn.Cell):
         def __init__(self):
