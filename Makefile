@@ -18,7 +18,7 @@ export HF_HUB_OFFLINE := 1
 export OMP_WAIT_POLICY := PASSIVE
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo demo-ms test lint types docs bench release-check clean help
+.PHONY: demo demo-ms test lint types docs bench release-check audit clean help
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -6
@@ -68,7 +68,8 @@ lint: $(VENV)/.test
 types: $(VENV)/.test
 	$(VENV)/bin/mypy
 
-# Every number of docs/numbers.md again, into bench/; hours on a small machine. BENCH_ARGS="--only prune sparse" for some.
+# Every number of docs/numbers.md again, into bench/; hours on a small machine. BENCH_ARGS="--only prune sparse" for some,
+# BENCH_ARGS=--check to see in minutes whether each starts.
 BENCH_ARGS ?=
 bench: $(VENV)/.test
 	$(VENV)/bin/python tools/bench_all.py --out bench $(BENCH_ARGS)
@@ -76,6 +77,11 @@ bench: $(VENV)/.test
 # Wheel and sdist twice, compared, and the wheel tried with torch only, MindSpore only and neither.
 release-check: $(VENV)/.test
 	TORCH_INDEX=$(TORCH_INDEX) $(VENV)/bin/python tools/release_check.py --keep dist
+
+# Known vulnerabilities of the pinned dependencies; asks PyPI's advisory database, so it needs the network.
+audit: $(VENV)/.test
+	$(PIP) pip-audit
+	$(VENV)/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip --strict --progress-spinner off
 
 docs: $(VENV)/.test
 	$(VENV)/bin/mkdocs build --strict

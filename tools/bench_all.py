@@ -1,4 +1,4 @@
-"""Run every bench and keep what it prints: `python tools/bench_all.py [--out bench] [--only NAME ...] [--list]`.
+"""Run every bench and keep what it prints: `python tools/bench_all.py [--out bench] [--only NAME ...] [--check]`.
 
 One text file a bench, and index.json with the command, the seconds, the exit code and the machine. docs/numbers.md says
 which bench gives which table. Benches against other packages need them on --peers, a folder made with pip install
@@ -44,6 +44,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=list(BENCHES), default=list(BENCHES), metavar="NAME")
     parser.add_argument("--peers", type=Path, help="folder that holds the packages compared with")
     parser.add_argument("--list", action="store_true", help="print the names and commands, and stop")
+    parser.add_argument("--check", action="store_true", help="only see whether each bench starts: minutes, not hours")
     options = parser.parse_args()
     if options.list:
         for name, command in BENCHES.items():
@@ -61,6 +62,9 @@ def main() -> None:
             print(f"{name}: left out, needs --peers")
             continue
         command = [part.format(out=options.out, peers=options.peers) for part in BENCHES[name]]
+        if options.check:
+            # Imports and options are tried; a recipe is read and its factories are not called.
+            command.append("--check" if command[:2] == _RUN[:2] else "--help")
         # MindSpore's convolutions are slow on some AVX-512 processors; torch's benches keep what the processor has.
         environment = {"DNNL_MAX_CPU_ISA": "AVX2"} if name.endswith("_ms") else {}
         began = time.perf_counter()
@@ -69,6 +73,10 @@ def main() -> None:
             env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1", **environment},
         )  # fmt: skip
         seconds = round(time.perf_counter() - began, 1)
+        if options.check:
+            print(f"{name}: {'starts' if done.returncode == 0 else done.stderr.strip().splitlines()[-1:]}", flush=True)
+            failed |= done.returncode != 0
+            continue
         (options.out / f"{name}.txt").write_text(done.stdout)
         (options.out / f"{name}.log").write_text(done.stderr)
         rows[name] = {"command": ["python", *command], "seconds": seconds, "exit_code": done.returncode}

@@ -7,6 +7,7 @@ CPU seconds of this process, paired and alternating, medians; accuracy over seed
 
 from __future__ import annotations
 
+import argparse
 import copy
 import json
 import os
@@ -274,9 +275,16 @@ def minilm(steps: int = 120, seeds: int = 3) -> dict[str, object]:
     return {"steps": len(batches), "cosine_and_spearman": found}
 
 
+BENCHES = ["overhead", "cache", "digits", "minilm"]
+
+
 def main() -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    wanted = sys.argv[1:] or ["overhead", "cache", "digits", "minilm"]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("benches", nargs="*", metavar="BENCH", help=f"{', '.join(BENCHES)}; all of them by default")
+    wanted = parser.parse_args().benches or BENCHES
+    if unknown := set(wanted) - set(BENCHES):
+        parser.error(f"no bench {', '.join(sorted(unknown))}; choose from {', '.join(BENCHES)}")
     print(
         f"# {platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, {torch.get_num_threads()} threads"
     )
