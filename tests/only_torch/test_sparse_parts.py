@@ -203,6 +203,24 @@ def test_padding_tokens_do_not_count_for_experts():
         assert ((a == 0) == (b == 0)).all()
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_the_layout_of_gated_experts_is_seen_in_how_they_fit_together(transposed):
+    class TwoExperts(nn.Module):
+        pass
+
+    model = TwoExperts()
+    shapes = {"up": (2, 24, 16), "down": (2, 16, 12)}  # (experts, out, in)
+    for name, shape in shapes.items():
+        weight = torch.randn(shape)
+        model.register_parameter(name, nn.Parameter(weight.mT.contiguous() if transposed else weight))
+    report = Compressor(model, SparseConfig(pattern="2:4")).compress()
+    assert list(report["layers"]) == ["up[0]", "up[1]", "down[0]", "down[1]"]
+    for name, (n, rows, channels) in shapes.items():
+        weight = getattr(model, name)
+        weight = weight.mT if transposed else weight
+        assert ((weight.reshape(n, rows, channels // 4, 4) != 0).sum(3) == 2).all()
+
+
 def test_weights_of_experts_that_have_no_linear_algebra_are_reported():
     model = Fused(False)
     model.w = nn.Parameter(model.w.detach().to(torch.int8), requires_grad=False)
