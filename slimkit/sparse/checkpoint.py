@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import ctypes
 import hashlib
 import json
-import os
 import shutil
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,6 +21,7 @@ from slimkit.core.sparse import SparseConfig, shards
 from slimkit.core.sparse.compress import compress
 from slimkit.core.sparse.eta import Progress
 from slimkit.core.sparse.walk import Stage
+from slimkit.sparse import memory
 from slimkit.sparse.host import TorchHost, block_paths
 from slimkit.sparse.inputs import BlockInputs, Bound, valid_tokens
 from slimkit.sparse.layouts import Layouts
@@ -35,6 +34,7 @@ STATE = ".slimkit-sparse"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
+@memory.returned_at_once()
 def sparsify_checkpoint(
     src: Any,
     dst: Any,
@@ -212,7 +212,7 @@ class CheckpointHost(TorchHost):
     def settled(self, name: str, row: dict[str, Any]) -> None:
         """Keep a layer's row of the report, to be written with its block."""
         self._own[name] = row
-        _trim()
+        memory.trim()
 
     def _done(self) -> int:
         done = 0
@@ -373,13 +373,6 @@ def _save(handle: Any, tensors: dict[str, torch.Tensor]) -> None:
     handle.write(struct.pack("<Q", len(head)) + head)
     for tensor in tensors.values():
         handle.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
-
-
-def _trim() -> None:
-    """Give freed matrices back to the system, where glibc would keep them for later."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
-    if trim is not None:
-        trim(0)
 
 
 def _bound(batch: Any) -> Bound:

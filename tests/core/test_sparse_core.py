@@ -12,7 +12,7 @@ from slimkit.core.sparse import pattern as patterns
 from slimkit.core.sparse import shards, shrink
 from slimkit.core.sparse.allocate import REACH, spread
 from slimkit.core.sparse.config import SparseConfig
-from slimkit.core.sparse.factor import inverse_factor
+from slimkit.core.sparse.factor import inverse_factor, inverse_from, quadratic
 from slimkit.core.sparse.layer import Layer
 from slimkit.core.sparse.moments import Moments
 from slimkit.core.sparse.par import refit
@@ -63,13 +63,22 @@ def test_pieces_of_a_row_add_up(ratio, sizes):
     assert sum(pieces) == round(ratio * ends[-1])
 
 
-def test_inverse_factor_is_the_factor_of_the_inverse():
-    gram = gram_of(20)
+@pytest.mark.parametrize("n", [20, 129, 300, 600])  # a leaf, and recursions that do not divide evenly
+def test_inverse_factor_is_the_factor_of_the_inverse(n):
+    gram = gram_of(n, rows=2 * n)
     upper, damping = inverse_factor(gram, 0.01)
     assert damping == 0.01
-    assert np.allclose(np.tril(upper, -1), 0)
-    damped = gram + 0.01 * np.trace(gram) / 20 * np.eye(20)
-    np.testing.assert_allclose(upper.T @ upper, np.linalg.inv(damped), atol=1e-10)
+    assert not np.tril(upper, -1).any()
+    inverse = np.linalg.inv(gram + 0.01 * np.trace(gram) / n * np.eye(n))
+    np.testing.assert_allclose(upper.T @ upper, inverse, atol=1e-9)
+    np.testing.assert_allclose(inverse_from(upper), inverse, atol=1e-9)
+
+
+@pytest.mark.parametrize("n", [20, 300, 600])
+def test_half_of_a_symmetric_gram_tells_the_outputs_power(n):
+    gram, turned = gram_of(n, rows=2 * n), np.random.default_rng(0).standard_normal((n, 7))
+    whole = np.trace(turned.T @ gram @ turned)
+    assert abs(quadratic(turned, gram) - whole) < 1e-9 * whole
 
 
 def test_a_matrix_that_no_damping_cures_is_refused():
@@ -265,5 +274,8 @@ def test_shrinking_each_eigenvalue_beats_one_share_for_all(rows):
     found = shrink.nonlinear(values, rows)
     assert (np.diff(found) >= 0).all()
     assert found[0] > 0
-    error = [np.linalg.norm(m - truth) for m in ((vectors * found) @ vectors.T, shrink.linear(sample.copy(), rows)[0], sample)]
+    error = [
+        np.linalg.norm(m - truth)
+        for m in ((vectors * found) @ vectors.T, shrink.linear(sample.copy(), rows)[0], sample)
+    ]
     assert error[0] < 0.97 * error[1] < error[2]

@@ -54,14 +54,13 @@ def inverse_factor(gram: Array, damping: float) -> tuple[Array, float]:
 
 
 def inverse_from(upper: Array) -> Array:
-    """The inverse U^T U that an upper triangular factor stands for, without the products with zeros."""
-    inverse = namespace(upper).empty_like(upper)
+    """The inverse U^T U that an upper triangular factor stands for, in its memory, without the products with zeros."""
     n = upper.shape[0]
-    for start in range(0, n, STRIP):
+    for start in range((n - 1) // STRIP * STRIP, -1, -STRIP):  # no rows above need those below
         stop = min(start + STRIP, n)
-        product_into(inverse[start:stop, start:], upper[:stop, start:stop].T, upper[:stop, start:])
-        inverse[stop:, start:stop] = inverse[start:stop, stop:].T
-    return inverse
+        upper[start:stop, start:] = upper[:stop, start:stop].T @ upper[:stop, start:]
+        upper[stop:, start:stop] = upper[start:stop, stop:].T
+    return upper
 
 
 def quadratic(turned: Array, gram: Array) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from slimkit.core.errors import ArgumentError
-from slimkit.core.sparse.backend import Array, device_of, namespace, precision
+from slimkit.core.sparse.backend import Array, add_product, device_of, namespace, precision
 from slimkit.core.sparse.layer import Layer
 
 
@@ -69,11 +69,11 @@ class Moments:
                     self.dense_total = xp.zeros(shape[:2], dtype=dtype, device=device)
             turned = xp.permute_dims(rows, (0, 2, 1))
             self.count += rows.shape[1]
-            self.gram += turned @ rows
+            _add(self.gram, turned, rows)
             self.total += xp.sum(rows, axis=1)
             if self.paired:
                 dense_rows = xp.astype(dense_rows, dtype)
-                self.cross += xp.permute_dims(dense_rows, (0, 2, 1)) @ rows
+                _add(self.cross, xp.permute_dims(dense_rows, (0, 2, 1)), rows)
                 self.dense_total += xp.sum(dense_rows, axis=1)
                 self.dense_square += float(xp.sum(dense_rows * dense_rows))
         if drift is None or not (first or self.drift_cross is not None):
@@ -121,3 +121,10 @@ class Moments:
             for a in (self.gram, self.total, self.cross, self.dense_total, self.drift_cross, self.drift_total)
             if a is not None
         ]
+
+
+def _add(sums: Array, left: Array, right: Array) -> None:
+    if sums.shape[0] == 1:  # the common case: without the product in memory
+        add_product(sums[0], left[0], right[0])
+    else:
+        sums += left @ right

@@ -10,20 +10,20 @@ from slimkit.core.sparse.backend import Array, inner
 
 
 def linear(correlation: Array, count: int) -> tuple[Array, float]:
-    """Mix a correlation matrix with the identity by the oracle-approximating share (Chen et al. 2010, eq. 23).
+    """Mix correlations with the identity, in place, by the oracle-approximating share (Chen et al. 2010, eq. 23).
 
     Args:
-        correlation: (n, n), ones on the diagonal.
+        correlation: (n, n), ones on the diagonal; becomes the mixed one.
         count: rows behind it.
 
     Returns:
-        The mixed matrix and the identity's share, 0..1.
+        The matrix and the identity's share, 0..1.
     """
     n = correlation.shape[0]
     part = share(n, inner(correlation, correlation), count)
-    mixed = correlation * (1 - part)
-    mixed.reshape(-1)[:: n + 1] += part
-    return mixed, part
+    correlation *= 1 - part
+    correlation.reshape(-1)[:: n + 1] += part
+    return correlation, part
 
 
 def share(n: int, square: float, count: int) -> float:
