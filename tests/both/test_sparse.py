@@ -54,6 +54,15 @@ def test_every_method_reaches_the_exact_ratio(kit, method):
     assert report["unmatched"] == []
 
 
+@pytest.mark.parametrize("method", ["magnitude", "hessian"])
+def test_each_layer_reports_progress(kit, method):
+    steps = []
+    compressor = kit.slim.Compressor(chain(kit), SparseConfig(method=method))
+    compressor.compress(batches(kit), on_progress=steps.append)
+    assert [(s.layer, s.done, s.total) for s in steps] == [("first", 1, 2), ("last", 2, 2)]
+    assert steps[0].seconds_left > 0 == steps[1].seconds_left
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_same_masks_and_values_in_every_kit(method):
     from tests import kits

@@ -102,7 +102,7 @@ def compress(
             walk, allocation = Walk(host, config, layers, names, None, on_progress), None
             walk.run(dataset)
         else:
-            walk, allocation = _better(host, config, dataset, layers, names, restore)
+            walk, allocation = _better(host, config, dataset, layers, names, restore, on_progress)
     except BaseException:
         restore()
         raise
@@ -117,6 +117,7 @@ def _better(
     layers: Mapping[str, Layer],
     names: Sequence[str],
     restore: Callable[[], None],
+    on_progress: Callable[[Progress], None] | None,
 ) -> tuple[Walk, dict[str, Any]]:
     """The better of equal and measured ratios, by the change of the model's own outputs on the calibration data."""
     probes = list(itertools.islice(dataset, max(1, PROBE_BATCHES // host.processes())))
@@ -138,11 +139,11 @@ def _better(
             costs[name].append(error() ** 2)
             back()
     ratios = spread(costs, around, {n: layers[n].size for n in names}, config.sparse_ratio)
-    equal = Walk(host, config, layers, names)
+    equal = Walk(host, config, layers, names, None, on_progress)
     equal.run(dataset)
     equal_error, keep_equal = error(), host.snapshot(names)
     restore()
-    measured = Walk(host, config, layers, names, ratios)
+    measured = Walk(host, config, layers, names, ratios, on_progress)
     measured.run(dataset)
     measured_error = error()
     facts = {
@@ -212,12 +213,15 @@ class BaseCompressor:
     def _ask(self, model: Any) -> Host:
         raise NotImplementedError
 
-    def compress(self, dataset: Any = None) -> dict[str, Any]:
+    def compress(self, dataset: Any = None, *, on_progress: Callable[[Progress], None] | None = None) -> dict[str, Any]:
         """Make the model sparse, in place.
 
         Args:
             dataset: a list (or any re-iterable) of batches: a tensor, a tuple or list of arguments, or a dict of
                 keyword arguments. "magnitude" needs none.
+            on_progress: called after every layer with a `Progress` (layer, done, total, seconds, seconds_left), with
+                `uniform=False` in each of the two runs over the model; None shows a bar on a terminal and log lines
+                elsewhere.
 
         Returns:
             The report: "layers" (a row each: method, ratio, rows, output_error ...), "fallbacks", "skipped",
@@ -228,6 +232,6 @@ class BaseCompressor:
             ArgumentError: it is empty, it gives NaN or infinite inputs, or a pattern does not fit.
             PatternError: a pattern matches no layer.
         """
-        report, self.masks = compress(self._host, self._config, dataset)
+        report, self.masks = compress(self._host, self._config, dataset, on_progress)
         self.compressed_model = self._model
         return report

@@ -32,7 +32,8 @@ class Progress:
 class Estimate:
     """Seconds left, from the seconds that the last layer of the same place in its block took.
 
-    A layer whose place was not seen yet counts by its number of products, at the rate of those that were.
+    A layer whose place was not seen yet is solved at the rate per product of those that were, and waits for its
+    inputs as long as they did on average: a layer that shares its inputs with the one before waits for nothing.
 
     Args:
         layers: every layer of the run, in any order.
@@ -48,23 +49,33 @@ class Estimate:
     def __init__(self, layers: Mapping[str, Layer], clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._began = self._last = clock()
-        self._left = {n: layer.size * layer.n_in for n, layer in layers.items()}
+        # Factoring a Hessian, and going over the weights.
+        self._left = {n: layer.groups * layer.n_in**3 + layer.size * layer.n_in for n, layer in layers.items()}
         self._total = len(layers)
-        self._took: dict[str, tuple[int, float]] = {}  # place in a block -> products and seconds of the last such layer
+        # Place in a block -> products, seconds of solving and of waiting of the last such layer.
+        self._took: dict[str, tuple[int, float, float]] = {}
+
+    def start(self) -> None:
+        """Begin the first layer: what came before, such as capturing the inputs of the blocks, does not come again."""
+        if not self._took:
+            self._last = self._clock()
 
     def skip(self, name: str) -> None:
         """Count a layer that an earlier run finished."""
         self._left.pop(name, None)
         self._last = self._clock()
 
-    def finished(self, name: str) -> Progress:
-        """Count a layer whose work ends now."""
+    def finished(self, name: str, solving: float = 0.0) -> Progress:
+        """Count a layer whose work ends now, and of whose seconds so many went into solving it."""
         now = self._clock()
-        self._took[_place(name)] = self._left.pop(name, 0), now - self._last
+        self._took[_place(name)] = self._left.pop(name, 0), solving, max(0.0, now - self._last - solving)
         self._last = now
-        products, seconds = (sum(values) for values in zip(*self._took.values()))
-        rate = seconds / max(products, 1)
-        left = sum(self._took.get(_place(n), (0, rate * work))[1] for n, work in self._left.items())
+        products, solved, waited = (sum(values) for values in zip(*self._took.values()))
+        rate, wait = solved / max(products, 1), waited / len(self._took)
+        left = 0.0
+        for other, work in self._left.items():
+            _, own, own_wait = self._took.get(_place(other), (0, rate * work, wait))
+            left += own + own_wait
         return Progress(name, self._total - len(self._left), self._total, now - self._began, left)
 
 

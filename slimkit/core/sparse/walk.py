@@ -148,7 +148,7 @@ class Walk:
             self.masks[name] = result.keep.reshape(-1).reshape(result.keep.shape)
         self._host.settled(name, self.solved[name])
         next(self._bar, None)
-        step = self._estimate.finished(name)
+        step = self._estimate.finished(name, self.solved[name]["seconds"])
         if self._on_progress is not None:
             self._on_progress(step)
 
@@ -176,6 +176,7 @@ class Walk:
             stage.advance()
 
     def _calibrate(self, stage: Stage, feeds: Sequence[tuple[str, ...]]) -> None:
+        self._estimate.start()
         moments = {feed[0]: Moments(self._layers[feed[0]], self._config.paired) for feed in feeds}
         stage.replay(list(moments), lambda name, *inputs: moments[name].add(*inputs))
         for name, sums in moments.items():
