@@ -1,6 +1,9 @@
 """Sparsity measured: output error and time of every method against a plain SparseGPT loop, in one run.
 
     OMP_WAIT_POLICY=PASSIVE python tools/bench/sparse.py --widths 1024 2048
+    python tools/bench/sparse.py --speed --widths 1024  times in turn: plain loop, hessian, par and the lower bound
+    python tools/bench/sparse.py --memory               memory of sparsify_checkpoint on a Llama of eight blocks
+    python tools/bench/sparse.py --allocation           equal against measured ratios on MiniLM, on other text
 
 What is left of the pretrained MiniLM's sentence embeddings is measured by tools/bench/sparse_text.py.
 
@@ -12,7 +15,14 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
 import time
+from pathlib import Path
 from typing import Any
 
 from slimkit.core.sparse.config import SparseConfig
@@ -72,8 +82,8 @@ def timed(call: Any) -> tuple[Any, float]:
 
 def one_layer(widths: list[int]) -> None:
     """Held-out relative error and CPU seconds, as a table."""
-    print("| N, pattern | plain SparseGPT |", " | ".join(METHODS), "| error / plain: hessian, par, par_v2 | bound s |")
-    print("|---" * (len(METHODS) + 4) + "|")
+    print("| N, pattern | plain SparseGPT |", " | ".join(METHODS), "| error / plain: hessian, par, par_v2 |")
+    print("|---" * (len(METHODS) + 3) + "|")
     for n, (ratio, pattern) in itertools.product(widths, [(0.5, None), (0.7, None), (0.5, "2:4")]):
         weight, rows, held = problem(n)
         layer = Layer("layer", "linear", (n, n))
@@ -97,22 +107,146 @@ def one_layer(widths: list[int]) -> None:
             solved, spent = timed(lambda: solve(layer, weight, moments, ratio, config))  # noqa: B023
             cells.append(f"{error(solved.weight):.4f} ({spent:.2f} s)")
             ratios.append(error(solved.weight) / base)
-        gram += torch.eye(n)
-        factor, a = timed(lambda: torch.linalg.cholesky(gram))  # noqa: B023
-        inverse, b = timed(lambda: torch.linalg.solve_triangular(factor, torch.eye(n), upper=False))  # noqa: B023
-        _, c = timed(lambda: weight @ inverse)  # noqa: B023  # the trailing products come to half of one of these
         shown = ", ".join(f"{r:.3f}" for r in ratios[2:])
-        print(f"| {n}, {pattern or ratio} |", " | ".join(cells), f"| {shown} | {a + b + c / 2:.2f} |", flush=True)
+        print(f"| {n}, {pattern or ratio} |", " | ".join(cells), f"| {shown} |", flush=True)
+
+
+def speed(widths: list[int], repeats: int) -> None:
+    """Medians of calls in turn, so that a busy machine is as busy for each; the bound is what the algorithm needs.
+
+    That is one Cholesky and one triangular inverse for the factor of the inverse Hessian, and products of rows x n x n
+    / 2 for the updates: one product of half the rows. The library's own calls, each timed in the same turns.
+    """
+    print(
+        "| N, pattern | seconds: wall, CPU |"
+        + " plain / hessian | hessian / bound | par / hessian |\n|---|---|---|---|---|"
+    )
+    for n, pattern in itertools.product(widths, (None, "2:4")):
+        weight, rows, _ = problem(n)
+        layer = Layer("layer", "linear", (n, n))
+        moments = Moments(layer)
+        moments.add(rows)
+        gram = moments.gram[0] / moments.count
+        damped = gram + 0.01 * gram.diagonal().mean() * torch.eye(n)
+        factor, eye, half = torch.linalg.cholesky(damped), torch.eye(n), weight[: n // 2].contiguous()
+        configs = {m: SparseConfig(method=m, pattern=pattern) for m in ("hessian", "par")}
+        calls = {
+            "plain": lambda: plain(weight, gram, 0.5, configs["par"].nm),  # noqa: B023
+            **{m: lambda c=c: solve(layer, weight, moments, 0.5, c) for m, c in configs.items()},  # noqa: B023
+            "Cholesky": lambda: torch.linalg.cholesky(damped),  # noqa: B023
+            "inverse": lambda: torch.linalg.solve_triangular(factor, eye, upper=False),  # noqa: B023
+            "half product": lambda: half @ gram,  # noqa: B023
+        }
+        taken: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
+        for turn in range(repeats + 1):
+            for name, call in calls.items():
+                wall, cpu = time.perf_counter(), time.process_time()
+                call()
+                if turn:  # the first is for warming up
+                    taken[name].append((time.perf_counter() - wall, time.process_time() - cpu))
+        medians = {name: [statistics.median(t) for t in zip(*values)] for name, values in taken.items()}
+        told = ", ".join(f"{name} {wall:.3f} {cpu:.3f}" for name, (wall, cpu) in medians.items())
+
+        def ratio(*names: str) -> str:
+            return " ".join(
+                f"{medians[names[0]][i] / sum(medians[m][i] for m in names[1:]):.2f}"  # noqa: B023
+                for i in range(2)
+            )
+
+        bound = ratio("hessian", "Cholesky", "inverse", "half product")
+        print(f"| {n}, {pattern or 0.5} | {told} | {ratio('plain', 'hessian')} | {bound} | {ratio('par', 'hessian')} |")
+
+
+def memory(method: str) -> None:
+    """Peak resident memory of sparsify_checkpoint above what the process held before, on a Llama of eight blocks."""
+    from slimkit.sparse import sparsify_checkpoint
+
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    hidden, inner = 1024, 2816
+    shape = {"hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": 8, "num_attention_heads": 16}
+    g = torch.Generator().manual_seed(0)
+    data = [{"input_ids": torch.randint(0, 1000, (2, 256), generator=g)} for _ in range(4)]
+    with tempfile.TemporaryDirectory() as folder:
+        # In a process of its own, so that the model never was in this one's memory.
+        code = (
+            "import sys, torch, transformers as t; torch.manual_seed(0); "
+            f"t.LlamaForCausalLM(t.LlamaConfig(vocab_size=1000, **{shape!r})).save_pretrained(sys.argv[1])"
+        )
+        subprocess.run([sys.executable, "-c", code, f"{folder}/model"], check=True)
+        LlamaForCausalLM(LlamaConfig(vocab_size=10, hidden_size=8, intermediate_size=8, num_attention_heads=1))
+        solve_once(method)
+        base, peak, over = resident(), [0.0], threading.Event()
+
+        def watch() -> None:
+            while not over.wait(0.002):
+                peak[0] = max(peak[0], resident())
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        sparsify_checkpoint(f"{folder}/model", f"{folder}/out", SparseConfig(method=method), data)
+        over.set()
+        watcher.join()
+    block, hessian = 4e-6 * (4 * hidden**2 + 3 * hidden * inner), 4e-6 * inner**2
+    above, bound = peak[0] - base, 2.5 * (block + hessian)
+    print(f"{method}: base {base:.0f} MB, peak {peak[0]:.0f} MB, {above:.0f} MB above; block {block:.0f} MB, largest")
+    print(
+        f"Hessian {hessian:.0f} MB: {above / (block + hessian):.2f} times their sum (bound {bound:.0f} MB, 2.5 times)"
+    )
+
+
+def resident() -> float:
+    """Resident memory of this process in MB."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 1e6
+
+
+def solve_once(method: str) -> None:
+    """Load what a solver loads when it first runs."""
+    layer = Layer("layer", "linear", (300, 300))
+    moments = Moments(layer)
+    moments.add(torch.randn(600, 300))
+    solve(layer, torch.randn(300, 300), moments, 0.5, SparseConfig(method=method))
+
+
+def allocation(methods: list[str], ratios: list[float]) -> None:
+    """Cosine of MiniLM's embeddings to the dense model's with equal and with measured ratios, and which was kept."""
+    from sparse_text import Texts, fresh
+
+    from slimkit.sparse import Compressor
+
+    texts = Texts(seed=0, batches=5, held_out=256)
+    print("| method, ratio | equal | uniform=False | kept |\n|---|---|---|---|")
+    for method, ratio in itertools.product(methods, ratios):
+        cells = []
+        for uniform in (True, False):
+            model = fresh()
+            config = SparseConfig(method=method, sparse_ratio=ratio, uniform=uniform)
+            report = Compressor(model, config).compress(texts.calibration)
+            cells.append(f"{texts.cosine(model):.4f}")
+        print(f"| {method}, {ratio} |", " | ".join(cells), f"| {report['allocation']['kept']} |", flush=True)
 
 
 def main() -> None:
     """Read the command line and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--widths", type=int, nargs="*", default=[1024])
+    for mode in ("--speed", "--memory", "--allocation"):
+        parser.add_argument(mode, action="store_true")
+    parser.add_argument("--methods", nargs="*", default=["hessian", "par"], help="for --memory, --allocation")
+    parser.add_argument("--ratios", type=float, nargs="*", default=[0.5, 0.7], help="for --allocation")
+    parser.add_argument("--repeats", type=int, default=7, help="for --speed")
     parser.add_argument("--threads", type=int, default=2)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    one_layer(given.widths)
+    if given.speed:
+        speed(given.widths, given.repeats)
+    elif given.memory:
+        for method in given.methods:
+            memory(method)
+    elif given.allocation:
+        allocation(given.methods, given.ratios)
+    else:
+        one_layer(given.widths)
 
 
 if __name__ == "__main__":
