@@ -14,13 +14,13 @@ from slimkit.core.sparse import processes
 from tests.only_ms import sparse_processes
 from tests.only_ms.test_train_ms import free_port
 
-import mindspore as ms
-
 FOLDER = Path(__file__).parent
 
 
 @pytest.mark.slow
-def test_two_processes_with_split_data_equal_one(tmp_path, monkeypatch):
+@pytest.mark.parametrize("kit", ["mindspore"], indirect=True, scope="session")
+def test_two_processes_with_split_data_equal_one(kit, tmp_path, monkeypatch):
+    assert kit.name == "mindspore"  # it has set the device of this process
     script = str(FOLDER / "sparse_processes.py")
     bin_folder = str(Path(sys.executable).parent)
     env = {
@@ -37,8 +37,6 @@ def test_two_processes_with_split_data_equal_one(tmp_path, monkeypatch):
     assert (tmp_path / "2-1.npz").exists(), two.stdout[-2000:] + two.stderr[-2000:]
     first, second = (dict(np.load(tmp_path / f"2-{rank}.npz")) for rank in range(2))
     assert first["spread"] == second["spread"] > 0
-    ms.set_device("CPU")
-    ms.runtime.launch_blocking()
     monkeypatch.setattr(processes, "SECONDS_PER_CALL", processes.SECONDS_PER_CALL)  # put back what the run changes
     monkeypatch.setattr(processes, "PRODUCTS_PER_SECOND", processes.PRODUCTS_PER_SECOND)
     single = sparse_processes.run(0, 1)
