@@ -98,8 +98,10 @@ class MindSporeKit:
     def __init__(self) -> None:
         import mindspore as ms
 
-        if ms.get_context("device_target") != "CPU":  # once something has run, even the same device is refused
-            ms.set_device("CPU")
+        try:
+            ms.set_device("CPU")  # also where it is the default: tests that set it later are refused otherwise
+        except RuntimeError:  # once something has run, even the same device is refused
+            assert ms.get_context("device_target") == "CPU"
         # Without it a small PyNative step takes a second, and errors surface far from their cause.
         ms.runtime.launch_blocking()
         self.ms = ms
