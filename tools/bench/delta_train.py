@@ -53,8 +53,8 @@ RATES = {
     "rslora": 3e-3,
     "peft_rslora": 3e-3,
     "lora_plus": 2.5e-3,
-    "pissa": 1e-3,
-    "peft_pissa": 1e-3,
+    "pissa": 2.5e-3,
+    "peft_pissa": 2.5e-3,
     "rdrop": 2e-3,
     "head": 2.5e-2,
 }

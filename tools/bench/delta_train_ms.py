@@ -1,6 +1,6 @@
 """The MindSpore twin of delta_train.py: an own BERT-like Cell with MiniLM's converted weights, in graph mode.
 
-    python tools/bench/delta_train_ms.py [--steps 60] [--train 800] [--test 1000] [--kinds full,lora_all]
+    python tools/bench/delta_train_ms.py [--steps 60] [--kinds full,lora_all]
 
 Data, batches, schedule, head and learning rates are those of delta_train.py; each way trains in a process of its own.
 """
