@@ -164,7 +164,7 @@ def apply():
 
 
 def freeze():
-    """Freezing 10,000 MindSpore parameters, CPU milliseconds, every call changing half of them."""
+    """Freezing 10,000 MindSpore parameters, CPU milliseconds, every call changing all of them."""
     out = subprocess.run([sys.executable, __file__, "--child", "freeze"], capture_output=True, text=True, check=True)
     return json.loads(out.stdout.splitlines()[-1])
 
