@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import os
+import re
 import shutil
 import tempfile
 from dataclasses import asdict, dataclass
@@ -27,6 +28,8 @@ from mindspore import nn
 
 # What MindSpore calls the pieces of a MINDIR beyond 1 GB: NAME_graph.mindir and the folder NAME_variables.
 _GRAPH, _VARIABLES = "_graph.mindir", "_variables"
+# File names that MindSpore takes.
+_WRITABLE = re.compile(r"[0-9a-zA-Z@_\-.:]+")
 
 
 @dataclass(frozen=True)
@@ -223,20 +226,27 @@ def export_mindir(model: nn.Cell, inputs: Any, path: Any, *, tolerance: float = 
         check.wrong_value("path", "a file name that ends in .mindir", str(path))
     tensors = _tensors(bridge.check_model(model), inputs)
     target.parent.mkdir(parents=True, exist_ok=True)
+    name = target.stem if _WRITABLE.fullmatch(target.stem) else "model"
     with (
         bridge.evaluating(model),
         tempfile.TemporaryDirectory(prefix=f".{target.name}.", suffix=".part", dir=target.parent) as folder,
+        tempfile.TemporaryDirectory() as plain,
     ):
         expected = outputs(model(*tensors))
+        # MindSpore refuses paths with spaces or letters beyond ASCII: it gets there by a link.
+        link = Path(plain, "out")
+        link.symlink_to(Path(folder).resolve(), target_is_directory=True)
         try:
-            ms.export(model, *tensors, file_name=os.path.join(folder, target.stem), file_format="MINDIR")
+            ms.export(model, *tensors, file_name=str(link / name), file_format="MINDIR")
         except Exception as error:  # MindSpore raises dozens of kinds; each means the same to the caller
             reason = " ".join(str(error).split())[:300]
             raise UnsupportedError(f"the cell cannot be written as MINDIR: {reason}") from error
-        graph, weights = Path(folder, target.stem + _GRAPH), Path(folder, target.stem + _VARIABLES)
+        graph, weights = Path(folder, name + _GRAPH), Path(folder, name + _VARIABLES)
         split = graph.exists()
-        graph = graph if split else Path(folder, target.name)
-        found = outputs(nn.GraphCell(ms.load(str(graph)))(*tensors))
+        if split and name != target.stem:
+            check.wrong_value("path", "a name of ASCII letters, digits, - and _ for a cell beyond 1 GB", str(path))
+        graph = graph if split else Path(folder, f"{name}.mindir")
+        found = outputs(nn.GraphCell(ms.load(str(link / graph.name)))(*tensors))
         gaps = {name: float(np.abs(expected[name] - found[name]).max(initial=0)) for name in expected}
         if not all(gap <= tolerance for gap in gaps.values()):
             raise UnsupportedError(f"the MINDIR file differs from the cell by more than {tolerance:g}: {gaps}")
@@ -247,8 +257,9 @@ def export_mindir(model: nn.Cell, inputs: Any, path: Any, *, tolerance: float = 
                 for file in weights.iterdir():
                     shutil.move(file, place / file.name)
         os.chmod(graph, 0o600)  # MindSpore leaves it read-only
-        place_file(graph, target.parent / graph.name)
-    return MindirReport(str(target.parent / graph.name), size, gaps, weights.name if split else None)
+        written = target.parent / graph.name if split else target
+        place_file(graph, written)
+    return MindirReport(str(written), size, gaps, weights.name if split else None)
 
 
 def _tensors(model: nn.Cell, inputs: Any) -> tuple[ms.Tensor, ...]:
