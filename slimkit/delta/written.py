@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 from typing import Any
 
 from slimkit import bridge
-from slimkit.core.delta.attention_source import NoAttentionError, calls_softmax, with_prefix
-from slimkit.core.delta.generated import method_from
+from slimkit.core.delta.attention_method import edited_method, softmax_method
 from slimkit.core.errors import UnsupportedError
 
 import torch
@@ -75,50 +73,19 @@ class Watched(Extending):
         return mask
 
 
-def _method(kind: type) -> tuple[str, Any] | None:
-    """The method of a module's class that calls a softmax, by name; None where no or only torch's own code does."""
-    for owner in kind.__mro__:
-        if owner.__module__.startswith("torch."):
-            return None
-        for name, function in vars(owner).items():
-            if inspect.isfunction(function) and _calls_softmax(function):
-                return name, function
-    return None
-
-
-@functools.cache
-def _calls_softmax(function: Any) -> bool:
-    try:
-        return calls_softmax(inspect.getsource(function))
-    except (OSError, TypeError):  # no source to be had: made at run time
-        return False
-
-
 def edited_class(kind: type, extending: type) -> type:
     """A subclass of a module's class whose attention takes its keys and values from the methods of `extending`.
 
     Raises:
         NoAttentionError: the source holds no attention that can be extended; the message says what is missing.
     """
-    found = _method(kind)
-    if found is None:
-        raise NoAttentionError("none of its methods calls a softmax")
-    name, function = found
-    function = inspect.unwrap(function)
-    if "__class__" in function.__code__.co_freevars:
-        raise NoAttentionError(f"its {name} calls super()")
-    return type(kind.__name__, (extending, kind), {name: _edited(function)})
-
-
-@functools.cache
-def _edited(function: Any) -> Any:
-    owner = function.__qualname__.split(".")[-2]  # the class that wrote it, for names with two underscores
-    return method_from(with_prefix(inspect.getsource(function), owner), owner, function)
+    name, method = edited_method(kind, "torch")
+    return type(kind.__name__, (extending, kind), {name: method})
 
 
 def also_fused(kind: type) -> bool:
     """Whether the method that calls a softmax can run scaled_dot_product_attention instead."""
-    found = _method(kind)
+    found = softmax_method(kind, "torch")
     return found is not None and "scaled_dot_product_attention" in inspect.getsource(found[1])
 
 
@@ -127,7 +94,7 @@ def written_attention(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str,
     fit: dict[str, nn.Module] = {}
     unfit: dict[str, str] = {}
     for path, module in model.named_modules():
-        if _method(type(module)) is None:
+        if softmax_method(type(module), "torch") is None:
             continue
         try:
             edited_class(type(module), Watched)

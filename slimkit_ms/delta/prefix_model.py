@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 from typing import Any
 
 import numpy as np
@@ -11,8 +9,7 @@ import numpy as np
 from slimkit.core import check
 from slimkit.core.batch import as_call
 from slimkit.core.delta import prefix as rules
-from slimkit.core.delta.attention_source import NoAttentionError, calls_softmax, with_prefix
-from slimkit.core.delta.generated import method_from
+from slimkit.core.delta.attention_method import edited_method, softmax_method
 from slimkit.core.delta.named import OneAdapter
 from slimkit.core.errors import UnsupportedError
 from slimkit.core.weights.heads import heads_told_by
@@ -126,37 +123,14 @@ class _Watched(Extending):
         return mask
 
 
-def _method(cell: nn.Cell) -> tuple[str, Any] | None:
-    """The method of a cell that calls a softmax, by name; None where no or only MindSpore's own code does."""
-    for owner in type(cell).__mro__:
-        if owner.__module__.startswith("mindspore."):
-            return None
-        for name, function in vars(owner).items():
-            if inspect.isfunction(function) and calls_softmax(inspect.getsource(function)):
-                return name, function
-    return None
-
-
 def _extended(cell: nn.Cell, kind: type) -> type:
     """The class of an attention cell with its keys and values extended by the methods of `kind`."""
     if isinstance(cell, nn.MultiheadAttention):
         PrefixedMultiheadAttention.check(cell)
         return type(f"{kind.__name__}{type(cell).__name__}", (kind, type(cell)), dict(METHODS))
-    found = _method(cell)
-    if found is None:
-        raise NoAttentionError("none of its methods calls a softmax")
-    name, function = found
-    function = inspect.unwrap(function)
-    if "__class__" in function.__code__.co_freevars:
-        raise NoAttentionError(f"its {name} calls super()")
     turned = frozenset(n for n, p in cell._primitives.items() if getattr(p, "transpose_b", False))
-    return type(f"{kind.__name__}{type(cell).__name__}", (kind, type(cell)), {name: _edited(function, turned)})
-
-
-@functools.cache
-def _edited(function: Any, turned: frozenset[str]) -> Any:
-    owner = function.__qualname__.split(".")[-2]  # the class that wrote it, for names with two underscores
-    return method_from(with_prefix(inspect.getsource(function), owner, turned.__contains__), owner, function)
+    name, method = edited_method(type(cell), "mindspore", turned)
+    return type(f"{kind.__name__}{type(cell).__name__}", (kind, type(cell)), {name: method})
 
 
 def _candidates(model: nn.Cell) -> tuple[dict[str, nn.Cell], dict[str, str]]:
@@ -164,7 +138,7 @@ def _candidates(model: nn.Cell) -> tuple[dict[str, nn.Cell], dict[str, str]]:
     fit: dict[str, nn.Cell] = {}
     unfit: dict[str, str] = {}
     for path, cell in model.cells_and_names():
-        if not isinstance(cell, nn.MultiheadAttention) and _method(cell) is None:
+        if not isinstance(cell, nn.MultiheadAttention) and softmax_method(type(cell), "mindspore") is None:
             continue
         try:
             _extended(cell, _Watched)
