@@ -149,11 +149,13 @@ def test_refit_reaches_least_squares_on_the_support():
     rng = np.random.default_rng(0)
     gram = np.corrcoef(rng.standard_normal((200, 12)) @ rng.standard_normal((12, 12)), rowvar=False) + 0.1 * np.eye(12)
     goal, keep = rng.standard_normal((5, 12)), rng.random((5, 12)) > 0.4
-    fitted = refit(goal, goal * keep, keep, gram, 40)
-    for row, target, mask in zip(fitted, goal, keep):
+    fitted = goal.copy()
+    losses = refit(goal, fitted, keep, gram, 40)
+    for row, target, mask, loss in zip(fitted, goal, keep, losses[:, 0]):
         best = np.linalg.solve(gram[np.ix_(mask, mask)], gram[mask] @ target)
         np.testing.assert_allclose(row[mask], best, atol=1e-8)
         assert not row[~mask].any()
+        assert abs(loss - (target - row) @ gram @ (target - row)) < 1e-8
 
 
 def test_shrinkage_grows_as_rows_get_few():
@@ -209,6 +211,34 @@ def test_paired_moments_find_the_weights_for_changed_inputs():
     before = dense @ weight.T
     after = (dense @ turn + 0.5) @ np.asarray(solved.weight).T + np.asarray(solved.bias_shift)
     assert np.linalg.norm(after - before) < 0.05 * np.linalg.norm(before)  # the shrinkage's price
+
+
+@pytest.mark.parametrize("rows", [4, 30, 400])
+@pytest.mark.parametrize("method", ["hessian", "par", "par_v2"])
+def test_the_error_told_is_the_calibration_rows_error(method, rows):
+    rng = np.random.default_rng(0)
+    dense = rng.standard_normal((rows, 24)) @ rng.standard_normal((24, 24))
+    sparse = dense + 0.2 * rng.standard_normal(dense.shape)
+    dense[:, 5] = sparse[:, 5] = 0.0  # a dead column
+    weight, drift = rng.standard_normal((9, 24)), 0.1 * rng.standard_normal((rows, 9))
+    for layer, inputs in (
+        (Layer("l", "linear", (9, 24)), (sparse,)),
+        (Layer("l", "linear", (9, 24), has_bias=True), (sparse, dense, drift)),
+    ):
+        moments = [Moments(layer, paired=len(inputs) > 1) for _ in range(2)]
+        for m in moments:
+            m.add(*inputs)
+        config = SparseConfig(method=method, pattern="2:4", min_tokens=1)
+        kept, spent = (solve(layer, weight, m, 0.5, config, last=last) for m, last in zip(moments, (False, True)))
+        np.testing.assert_array_equal(kept.weight, spent.weight)  # memory is saved, nothing else
+        assert kept.account["output_error"] == spent.account["output_error"]
+        if len(inputs) == 1:
+            change = sparse @ (weight - np.asarray(kept.weight)).T
+            told = kept.account["output_error"] ** 2 * (
+                np.sum((sparse @ weight.T) ** 2) + rows * np.sum(weight[:, 5] ** 2)
+            )
+            dead = rows * np.sum((weight - np.asarray(kept.weight))[:, 5] ** 2)  # which counts as of variance one
+            np.testing.assert_allclose(told, np.sum(change**2) + dead, rtol=1e-6)
 
 
 def test_shards_are_copied_with_some_tensors_replaced(tmp_path):

@@ -84,7 +84,8 @@ def alps(weight: torch.Tensor, gram: torch.Tensor, ratio: float, nm: Any) -> tor
                 break
             penalty *= 1.3 if changed >= 0.1 * kept else 1.2 if changed >= 0.005 * kept else 1.1
             before = keep
-    return refit(goal, d, keep, gram, 10) / scale
+    refit(goal, d, keep, gram, 10)
+    return d / scale
 
 
 PEERS: dict[str, Peer] = {"admm": admm, "alps": alps}

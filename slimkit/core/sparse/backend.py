@@ -93,6 +93,11 @@ def inner(a: Array, b: Array) -> float:
     return float(library(a).dot(a.reshape(-1), b.reshape(-1)))
 
 
+def row_products(a: Array, b: Array) -> Array:
+    """The inner products of the rows of two matrices, as a column."""
+    return library(a).einsum("ij,ij->i", a, b)[:, None]
+
+
 def kth_smallest(rows: Array, k: int) -> Array:
     """The k-th smallest entry of each row, k counted from 1, as a column."""
     xp = namespace(rows)

@@ -20,12 +20,13 @@ LEAF = 128
 STRIP = 256
 
 
-def inverse_factor(gram: Array, damping: float) -> tuple[Array, float]:
+def inverse_factor(gram: Array, damping: float, *, each: bool = False) -> tuple[Array, float]:
     """Upper triangular U with U^T U = (gram + damping)^-1, from one factorisation.
 
     Args:
         gram: (n, n) symmetric, no zero on its diagonal.
         damping: what is added to the diagonal, as a share of its mean.
+        each: as a share of every entry of it instead: what the mean's share is to correlations, without making them.
 
     Returns:
         U in the gram's dtype, and the damping that it took: the one asked for, in float64 if float32 fails, then ten
@@ -35,14 +36,15 @@ def inverse_factor(gram: Array, damping: float) -> tuple[Array, float]:
         ArgumentError: even that is not positive definite.
     """
     xp = namespace(gram)
-    mean = float(xp.mean(xp.linalg.diagonal(gram)))
+    line = xp.linalg.diagonal(gram)
+    unit = line if each else float(xp.mean(line))
     attempts = [(gram.dtype, damping)] + [(xp.float64, max(damping, 1e-6) * 10**k) for k in range(4)]
     for dtype, share in attempts:
         try:
             upper = own_copy(gram, dtype)
         except (TypeError, RuntimeError):
             continue  # the device has no float64
-        upper.reshape(-1)[:: upper.shape[0] + 1] += share * mean
+        upper.reshape(-1)[:: upper.shape[0] + 1] += share * unit
         if _invert(upper):
             upper = xp.astype(upper, gram.dtype, copy=False)
             if bool(xp.isfinite(xp.sum(upper))):  # one pass: infinity or NaN anywhere spoils the sum

@@ -59,7 +59,7 @@ class Moments:
         )
         for rows, dense_rows in pieces:
             dtype = precision(rows, rows.shape[2])
-            rows = xp.astype(rows, dtype)
+            rows = xp.astype(rows, dtype, copy=False)
             if self.gram is None:
                 shape, device = (rows.shape[0], rows.shape[2], rows.shape[2]), device_of(rows)
                 self.gram = xp.zeros(shape, dtype=dtype, device=device)
@@ -72,17 +72,20 @@ class Moments:
             _add(self.gram, turned, rows)
             self.total += xp.sum(rows, axis=1)
             if self.paired:
-                dense_rows = xp.astype(dense_rows, dtype)
+                dense_rows = xp.astype(dense_rows, dtype, copy=False)
                 _add(self.cross, xp.permute_dims(dense_rows, (0, 2, 1)), rows)
                 self.dense_total += xp.sum(dense_rows, axis=1)
                 self.dense_square += float(xp.sum(dense_rows * dense_rows))
         if drift is None or not (first or self.drift_cross is not None):
             self.drift_cross = self.drift_total = None
             return
-        drift = xp.astype(drift.reshape(1, -1, drift.shape[-1]), dtype)
-        cross, total = xp.permute_dims(drift, (0, 2, 1)) @ rows, xp.sum(drift, axis=1)
-        self.drift_cross = cross if first else self.drift_cross + cross
-        self.drift_total = total if first else self.drift_total + total
+        drift = xp.astype(drift.reshape(1, -1, drift.shape[-1]), dtype, copy=False)
+        if first:
+            shape, device = (1, drift.shape[2], rows.shape[2]), device_of(rows)
+            self.drift_cross = xp.zeros(shape, dtype=dtype, device=device)
+            self.drift_total = xp.zeros(shape[:2], dtype=dtype, device=device)
+        _add(self.drift_cross, xp.permute_dims(drift, (0, 2, 1)), rows)
+        self.drift_total += xp.sum(drift, axis=1)
 
     def average(self) -> None:
         """Turn the sums over rows into means, in place: no second Hessian in memory. No row can be added after it."""

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from slimkit.core.sparse import pattern as patterns
-from slimkit.core.sparse import shrink
-from slimkit.core.sparse.backend import Array, add_product, device_of, eigh, erase, like, namespace, own_copy, to_numpy
-from slimkit.core.sparse.factor import inverse_factor, inverse_from
+from slimkit.core.sparse.backend import Array, add_product, device_of, erase, library, namespace, own_copy, row_products
+from slimkit.core.sparse.correlations import Correlations, Mixed, Spectral
 from slimkit.core.sparse.pattern import NM
 
 
@@ -61,7 +60,7 @@ def refine(
 
     Args:
         target: (out, n) float32.
-        gram: (n, n) mean of x x^T, ones on the diagonal of dead columns.
+        gram: (n, n) mean of x x^T, ones on the diagonal of dead columns; its memory is used up.
         ratios: shares to drop, one after the other; the last is the one asked for.
         nm: the n:m pattern, or None.
         dead: (n,) columns whose input is always zero: they go first.
@@ -69,61 +68,48 @@ def refine(
         schedule: how long to search.
 
     Returns:
-        The new weight, its mask, and facts for the report.
+        The new weight, its mask, and facts for the report: the shrinkage, and under the gram as it was the mean squared
+        outputs of the target ("power") and of the change ("loss").
     """
     xp = namespace(target)
     scale = xp.sqrt(xp.linalg.diagonal(gram))  # (n,)
-    correlation = gram / scale[:, None]
-    correlation /= scale
-    correlation, inverse, facts = _estimate(correlation, count, schedule.spectral)
+    gram /= scale[:, None]
+    gram /= scale
+    known: Correlations = (Spectral if schedule.spectral else Mixed)(gram, count)
+    del gram
     goal = target * scale
+    facts = {"shrinkage": round(known.share, 6), "power": known.sample_loss(goal)}
     allowed = None if dead is None else ~dead[None, :] & xp.ones(target.shape, dtype=xp.bool, device=device_of(target))
-    sparse, keep = goal, allowed
     for ratio in ratios:
-        sparse, keep = _search(goal, correlation, inverse, ratio, nm, allowed, schedule)
+        sparse, keep = _search(goal, known, ratio, nm, allowed, schedule)
         allowed = keep
-    sparse = refit(goal, sparse, keep, correlation, schedule.refits)
+    losses = refit(goal, sparse, keep, known.matrix, schedule.refits)
     if schedule.swaps:
-        sparse, keep = _swap(goal, sparse, keep, correlation, nm, schedule)
+        sparse, keep, losses = _swap(goal, sparse, keep, losses, known.matrix, nm, schedule)
+    goal -= sparse
+    facts["loss"] = known.sample_loss(goal, float(xp.sum(losses)))
     sparse /= scale
     erase(sparse, keep)
     return sparse, keep, facts
 
 
-def _estimate(correlation: Array, count: int, spectral: bool) -> tuple[Array, Any, dict[str, Any]]:
-    """The shrunk correlations, a function penalty -> (correlations + penalty)^-1, and facts for the report."""
-    xp = namespace(correlation)
-    if spectral:
-        values, vectors = eigh(correlation)
-        sample = to_numpy(values)
-        # The identity's share as well: tokens of one text resemble each other, so that rows count for less than they
-        # are and the smallest directions are known less well than independent rows would know them.
-        share = shrink.share(len(sample), float((sample**2).sum()), count)
-        found = shrink.nonlinear(sample, count) * (1 - share) + share
-        shrunk = xp.astype(like(found, values), correlation.dtype)
-        facts = {"shrinkage": round(share, 6)}
-        return (vectors * shrunk) @ vectors.T, lambda penalty: (vectors / (shrunk + penalty)) @ vectors.T, facts
-    mixed, share = shrink.linear(correlation, count)
-    # The diagonal's mean is one: damping is the penalty.
-    return mixed, lambda penalty: inverse_from(inverse_factor(mixed, penalty)[0]), {"shrinkage": round(share, 6)}
-
-
 def _search(
-    goal: Array, correlation: Array, inverse: Any, ratio: float, nm: NM | None, allowed: Array | None, s: Schedule
+    goal: Array, known: Correlations, ratio: float, nm: NM | None, allowed: Array | None, s: Schedule
 ) -> tuple[Array, Array]:
     """Support search: V fits the outputs, Z is sparse, U remembers where they disagree.
 
     Z and U never share an entry, so one matrix, M = Z + U, holds both: on the mask it is Z, off it U. The step
     V = (goal C + p (Z - U)) (C + p)^-1 is goal + p (Z - U - goal) (C + p)^-1, which is the goal itself at first.
     """
-    xp = namespace(goal)
+    xp, lib = namespace(goal), library(goal)
     m, keep, solver = own_copy(goal), allowed, None
     steps = -(-s.rounds // s.hold)
     growth = (s.last / s.first) ** (1 / max(1, steps - 1))
     penalty = s.first
+    kept, apart = xp.empty_like(goal), xp.empty_like(goal)
     for k in range(s.rounds):
         if k:
-            kept = xp.astype(keep, goal.dtype)
+            kept[...] = keep
             kept *= m  # Z
             if k % s.hold == 0:
                 penalty, solver = penalty * growth, None
@@ -131,8 +117,8 @@ def _search(
                 m /= growth  # U belongs to the penalty
                 m += kept
             if solver is None:
-                solver = inverse(penalty)
-            apart = 2 * kept
+                solver = known.inverse(penalty)
+            lib.multiply(kept, 2, out=apart)
             apart -= m
             apart -= goal
             # M = U + relax V + (1 - relax) Z
@@ -141,7 +127,7 @@ def _search(
             m -= kept
             add_product(m, apart, solver, factor=s.relax * penalty)
         rising = ratio * (1 - max(0.0, 1 - 2 * (k + 1) / s.rounds) ** 3)  # cubic, as Zhu & Gupta 2017
-        scores = xp.abs(m)
+        scores = lib.abs(m, out=apart)
         if allowed is not None:
             scores = xp.where(allowed, scores, -1.0)
         keep = (
@@ -149,63 +135,60 @@ def _search(
             if nm
             else patterns.keep_all_but(scores, round(rising * goal.shape[0] * goal.shape[1]))
         )
-    erase(m, keep)
     return m, keep
 
 
-def refit(goal: Array, start: Array, keep: Array, correlation: Array, steps: int) -> Array:
+def refit(goal: Array, fitted: Array, keep: Array, correlation: Array, steps: int) -> Array:
     """Fit each row on its own support by conjugate gradients; the unit diagonal is preconditioner enough.
 
     Args:
         goal: (out, n) what to come close to.
-        start: (out, n) where to begin, zero off the support.
+        fitted: (out, n) where to begin; becomes the fit, zero off the support.
         keep: (out, n) the support.
         correlation: (n, n) positive definite.
-        steps: matrix products to spend.
+        steps: matrix products to spend, and one more to begin with.
 
     Returns:
-        (out, n), zero off the support.
+        (out, 1) tr(D C D^T) of what is missing from the goal, D, row by row.
     """
     xp = namespace(goal)
     mask = xp.astype(keep, goal.dtype)
-    fitted = start * mask
-    residual = (goal - fitted) @ correlation
+    fitted *= mask
+    direction = goal - fitted
+    residual = direction @ correlation
+    losses = row_products(direction, residual)
     residual *= mask
-    direction = own_copy(residual)
-    power = xp.sum(residual * residual, axis=1, keepdims=True)
+    direction[...] = residual
+    power = row_products(residual, residual)
     for _ in range(steps):
         image = direction @ correlation
         image *= mask
-        length = power / xp.clip(xp.sum(direction * image, axis=1, keepdims=True), TINY, None)
+        length = power / xp.clip(row_products(direction, image), TINY, None)
+        losses -= length * power
         fitted += length * direction
         image *= length
         residual -= image
-        new = xp.sum(residual * residual, axis=1, keepdims=True)
+        new = row_products(residual, residual)
         direction *= new / xp.clip(power, TINY, None)
         direction += residual
         power = new
-    return fitted
+    return losses
 
 
 def _swap(
-    goal: Array, sparse: Array, keep: Array, correlation: Array, nm: NM | None, s: Schedule
-) -> tuple[Array, Array]:
+    goal: Array, sparse: Array, keep: Array, losses: Array, correlation: Array, nm: NM | None, s: Schedule
+) -> tuple[Array, Array, Array]:
     """Exchange weights whose gradient is large for kept ones that are small; a row that gains nothing steps shorter."""
     xp = namespace(goal)
     n_zeros = xp.sum(xp.astype(~keep, xp.int64), axis=1, keepdims=True)
     length = xp.ones_like(goal[:, :1])
-    loss = _losses(goal - sparse, correlation)
     for _ in range(s.swaps):
         scores = xp.abs(sparse + length * ((goal - sparse) @ correlation))
         tried = patterns.keep_nm(scores, nm) if nm else patterns.keep_by_row(scores, n_zeros)
-        fitted = refit(goal, sparse, tried, correlation, s.refits // 2)
-        new = _losses(goal - fitted, correlation)
-        better = new < loss
+        fitted = own_copy(sparse)
+        new = refit(goal, fitted, tried, correlation, s.refits // 2)
+        better = new < losses
         sparse, keep = xp.where(better, fitted, sparse), xp.where(better, tried, keep)
-        loss, length = xp.where(better, new, loss), xp.where(better, length, length / 2)
-    return refit(goal, sparse, keep, correlation, s.refits // 2), keep
-
-
-def _losses(difference: Array, correlation: Array) -> Array:
-    xp = namespace(difference)
-    return xp.sum((difference @ correlation) * difference, axis=1, keepdims=True)
+        losses, length = xp.where(better, new, losses), xp.where(better, length, length / 2)
+    losses = refit(goal, sparse, keep, correlation, s.refits // 2)
+    return sparse, keep, losses

@@ -8,6 +8,9 @@ import numpy as np
 
 from slimkit.core.sparse.backend import Array, inner
 
+# The identity's share at most: with less of the sample its own loss could not be had back from the mixed one's.
+MOST = 0.99
+
 
 def linear(correlation: Array, count: int) -> tuple[Array, float]:
     """Mix correlations with the identity, in place, by the oracle-approximating share (Chen et al. 2010, eq. 23).
@@ -17,10 +20,10 @@ def linear(correlation: Array, count: int) -> tuple[Array, float]:
         count: rows behind it.
 
     Returns:
-        The matrix and the identity's share, 0..1.
+        The matrix and the identity's share, 0..0.99.
     """
     n = correlation.shape[0]
-    part = share(n, inner(correlation, correlation), count)
+    part = min(MOST, share(n, inner(correlation, correlation), count))
     correlation *= 1 - part
     correlation.reshape(-1)[:: n + 1] += part
     return correlation, part

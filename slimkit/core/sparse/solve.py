@@ -8,12 +8,12 @@ from typing import Any
 
 from slimkit.core.errors import ArgumentError
 from slimkit.core.sparse import pattern as patterns
-from slimkit.core.sparse.backend import Array, device_of, inner, library, namespace, own_copy, precision
+from slimkit.core.sparse.backend import Array, add_product, inner, library, namespace, own_copy, precision
 from slimkit.core.sparse.config import SparseConfig
-from slimkit.core.sparse.factor import inverse_factor, quadratic
+from slimkit.core.sparse.factor import STRIP, inverse_factor, quadratic
 from slimkit.core.sparse.layer import Layer
 from slimkit.core.sparse.moments import Moments
-from slimkit.core.sparse.par import PAR, PAR_V2, refine
+from slimkit.core.sparse.par import PAR, PAR_V2, Schedule, refine
 from slimkit.core.sparse.pattern import NM
 from slimkit.core.sparse.sweep import sweep
 
@@ -52,6 +52,7 @@ class Problem:
         weight: (out, n) the trained weight.
         target: (out, n) what to come close to; the weight itself unless the dense model's outputs are the aim.
         gram: (n, n) mean of x x^T, with ones on the diagonal of dead columns.
+        spend: whether the gram's memory may be used up.
         dead: (n,) columns whose input is always zero, or None.
         ratio: share to drop.
         nm: the n:m pattern, or None.
@@ -62,6 +63,7 @@ class Problem:
     weight: Array
     target: Array
     gram: Array
+    spend: bool
     dead: Array | None
     ratio: float
     nm: NM | None
@@ -112,12 +114,17 @@ def hessian(p: Problem) -> tuple[Array, Array, dict[str, Any]]:
 
 def par(p: Problem) -> tuple[Array, Array, dict[str, Any]]:
     """Support search by ADMM on shrunk moments, then a refit of what stays."""
-    return refine(p.target, p.gram, steps_to(p.ratio, p.config), p.nm, p.dead, p.count, PAR)
+    return _refined(p, PAR)
 
 
 def par_v2(p: Problem) -> tuple[Array, Array, dict[str, Any]]:
     """A longer search than par, with swaps between dropped and kept weights."""
-    return refine(p.target, p.gram, steps_to(p.ratio, p.config), p.nm, p.dead, p.count, PAR_V2)
+    return _refined(p, PAR_V2)
+
+
+def _refined(p: Problem, schedule: Schedule) -> tuple[Array, Array, dict[str, Any]]:
+    gram = p.gram if p.spend else own_copy(p.gram)
+    return refine(p.target, gram, steps_to(p.ratio, p.config), p.nm, p.dead, p.count, schedule)
 
 
 SOLVERS: dict[str, Callable[[Problem], tuple[Array, Array, dict[str, Any]]]] = {
@@ -143,7 +150,15 @@ def steps_to(ratio: float, config: SparseConfig) -> list[float]:
     return [ratio * (1 - (1 - k / n) ** 3) for k in range(1, n + 1)]
 
 
-def solve(layer: Layer, weight: Array, moments: Moments | None, ratio: float, config: SparseConfig) -> Solved:
+def solve(
+    layer: Layer,
+    weight: Array,
+    moments: Moments | None,
+    ratio: float,
+    config: SparseConfig,
+    *,
+    last: bool = False,
+) -> Solved:
     """Make one layer sparse.
 
     Args:
@@ -152,6 +167,7 @@ def solve(layer: Layer, weight: Array, moments: Moments | None, ratio: float, co
         moments: sums over its inputs; None for a method that needs none.
         ratio: share of its weights to drop.
         config: method, pattern and the rest.
+        last: whether no other layer needs the moments: they are used up then, which saves as much memory again.
 
     Returns:
         The new weight, its mask, a bias correction and the report row. A layer with too few rows, or whose inputs
@@ -173,16 +189,21 @@ def solve(layer: Layer, weight: Array, moments: Moments | None, ratio: float, co
         if reason and method != "magnitude":
             method = account["method"] = "magnitude"
             account["fallback"] = reason
-    grams, targets, gain = _targets(matrix, moments, config, method)
+    means = _means(matrix, moments, config, method, last)
     weights, keeps = [], []
     error = power = 0.0
     for g in range(layer.groups):
-        gram, dead = (None, None) if grams is None else _alive(grams[g])
+        gram, dead = (None, None) if means.grams is None else _alive(means.grams[g], means.own)
         start, size = g * layer.n_out * layer.n_in, layer.n_out * layer.n_in
+        target = matrix[g]
+        if means.missing is not None:
+            assert moments is not None
+            target = target + _regress(means.missing[g], gram, moments.count)
         problem = Problem(
             weight=matrix[g],
-            target=matrix[g] if targets is None else targets[g],
+            target=target,
             gram=gram,
+            spend=means.own or dead is not None,
             dead=dead,
             # Groups of few weights (depthwise) take turns in rounding, so that the layer's total is exact.
             ratio=patterns.zeros_between(ratio, start, start + size) / size if layer.groups > 1 else ratio,
@@ -196,16 +217,16 @@ def solve(layer: Layer, weight: Array, moments: Moments | None, ratio: float, co
         weights.append(new)
         keeps.append(keep)
         if gram is not None:
-            error += quadratic((problem.target - new).T, gram) if loss is None else loss
-            power += quadratic(problem.target.T, gram) if own_power is None else own_power
+            error += quadratic((target - new).T, gram) if loss is None else loss
+            power += quadratic(target.T, gram) if own_power is None else own_power
     new, keep = _together(weights), _together(keeps)
     left = int(xp.count_nonzero(keep))
     account |= {"weights": layer.size, "zeros": layer.size - left, "ratio": 1 - left / layer.size}
     if power > 0:
         account["output_error"] = (max(error, 0.0) / power) ** 0.5
     shift = None
-    if gain is not None:
-        shift = (gain[0] - new @ gain[1]).reshape(-1)
+    if means.gain is not None:
+        shift = (means.gain[0] - new @ means.gain[1]).reshape(-1)
     return Solved(layer.from_matrix(new), layer.from_matrix(keep), shift, account)
 
 
@@ -223,62 +244,81 @@ def _no_use(moments: Moments, config: SparseConfig) -> str | None:
     return None
 
 
-def _alive(gram: Array) -> tuple[Array, Array | None]:
-    """A gram whose dead columns have ones on the diagonal, and which columns those are."""
-    xp = namespace(gram)
-    diagonal = xp.linalg.diagonal(gram)
-    dead = diagonal <= 0
-    if not bool(xp.any(dead)):
-        return gram, None
-    return gram + xp.eye(gram.shape[0], dtype=gram.dtype, device=device_of(gram)) * xp.astype(dead, gram.dtype), dead
+@dataclass(frozen=True)
+class _Means:
+    """What the moments say of a layer.
+
+    Args:
+        grams: (groups, n, n) mean second moments of the inputs; None without moments.
+        own: whether their memory may be used up.
+        missing: (groups, out, n) mean products of the outputs that are missing with the inputs; None when unknown.
+        gain: what the bias takes up, (outputs of the trained weight, inputs); None when nothing.
+    """
+
+    grams: Array | None
+    own: bool = False
+    missing: Array | None = None
+    gain: tuple[Array, Array] | None = None
 
 
-def _targets(
-    matrix: Array, moments: Moments | None, config: SparseConfig, method: str
-) -> tuple[Array | None, Array | None, tuple[Array, Array] | None]:
-    """Mean grams, targets and what the bias gains; the last two only when dense inputs are known.
+def _means(matrix: Array, moments: Moments | None, config: SparseConfig, method: str, last: bool) -> _Means:
+    """Mean grams; and what outputs are missing and what the bias gains, when dense inputs are known.
 
-    With dense inputs x and sparse inputs s, the best dense-output weights are W E[x s^T] E[s s^T]^-1; what the layers
-    before have already lost on the residual stream (the drift) is one more output to fit. With a bias, all moments
-    are taken about the means and the bias carries the rest.
+    With dense inputs x and sparse inputs s, the best dense-output weights are W E[x s^T] E[s s^T]^-1, which is W and
+    a regression of the outputs that are missing, W (E[x s^T] - E[s s^T]); what the layers before have already lost on
+    the residual stream (the drift) is one more output to fit. With a bias, all moments are taken about the means and
+    the bias carries the rest.
     """
     if moments is None or moments.gram is None:
-        return None, None, None
+        return _Means(None)
     moments.average()
     grams, cross, drift = moments.gram, moments.cross, moments.drift_cross
     if method in ("magnitude", "wanda") or not config.paired or not moments.related:
-        return grams, None, None
-    gain = None
-    if moments.layer.has_bias:
-        sparse_mean, dense_mean = moments.total, moments.dense_total
-        grams = _centred(grams - sparse_mean[:, :, None] * sparse_mean[:, None, :])
-        cross = cross - dense_mean[:, :, None] * sparse_mean[:, None, :]
-        gain = (matrix @ dense_mean[..., None], sparse_mean[..., None])
-        if drift is not None:
-            drift_mean = moments.drift_total
-            drift = drift - drift_mean[:, :, None] * sparse_mean[:, None, :]
-            gain = (gain[0] + drift_mean[..., None], gain[1])
-    difference = matrix @ (cross - grams)  # zero with equal inputs: the target is W then, exactly
+        return _Means(grams, last)
+    gain, own = None, last
+    centred = moments.layer.has_bias
+    if centred:
+        gain = (matrix @ moments.dense_total[..., None], moments.total[..., None])
+        grams, own = grams if last else own_copy(grams), True
+        _centre(grams, moments.total)
+    missing = own_copy(matrix)
+    for start in range(0, matrix.shape[2], STRIP):
+        some = slice(start, start + STRIP)
+        apart = cross[..., some] - grams[..., some]  # zero with equal inputs: the target is W then, exactly
+        if centred:
+            apart -= moments.dense_total[:, :, None] * moments.total[:, None, some]
+        missing[..., some] = matrix @ apart
     if drift is not None:
-        difference = difference + drift
+        missing += drift
+        if centred:
+            missing -= moments.drift_total[:, :, None] * moments.total[:, None, :]
+            gain = (gain[0] + moments.drift_total[..., None], gain[1]) if gain else None
+    if last:
+        moments.cross = moments.drift_cross = None
+    return _Means(grams, own, missing, gain)
+
+
+def _centre(grams: Array, means: Array) -> None:
+    """Second moments become central ones; rounding may have left a column that never varies slightly below zero."""
     xp = namespace(grams)
-    targets = [matrix[g] + _regress(difference[g], grams[g], moments.count) for g in range(grams.shape[0])]
-    return grams, xp.stack(targets), gain
+    for gram, mean in zip(grams, means):
+        add_product(gram, mean[:, None], mean[None, :], factor=-1)
+        line = gram.reshape(-1)[:: gram.shape[0] + 1]
+        line[...] = xp.clip(line, 0.0, None)
 
 
-def _centred(grams: Array) -> Array:
-    """Central moments; rounding may have left a column that never varies slightly below zero."""
-    xp = namespace(grams)
-    eye = xp.eye(grams.shape[1], dtype=grams.dtype, device=device_of(grams))
-    return grams * (1 - eye) + eye * xp.clip(xp.linalg.diagonal(grams), 0.0, None)[:, :, None]
-
-
-def _regress(difference: Array, gram: Array, count: int) -> Array:
-    """Coefficients of a ridge regression of what was lost on the sparse inputs, from its cross-moments."""
+def _alive(gram: Array, own: bool) -> tuple[Array, Array | None]:
+    """A gram with ones on the diagonal of dead columns, in memory of its own unless it may be changed, and which."""
     xp = namespace(gram)
-    gram, _ = _alive(gram)
-    scale = xp.sqrt(xp.linalg.diagonal(gram))
-    correlation = gram / scale[:, None]
-    correlation /= scale
-    upper, _ = inverse_factor(correlation, min(RIDGE, RIDGE_PER_ROW * gram.shape[0] / count))
-    return ((difference / scale) @ upper.T) @ upper / scale
+    dead = xp.linalg.diagonal(gram) <= 0
+    if not bool(xp.any(dead)):
+        return gram, None
+    gram = gram if own else own_copy(gram)
+    gram.reshape(-1)[:: gram.shape[0] + 1] += xp.astype(dead, gram.dtype)
+    return gram, dead
+
+
+def _regress(missing: Array, gram: Array, count: int) -> Array:
+    """Coefficients of a ridge regression of missing outputs on the inputs, from their mean products."""
+    upper, _ = inverse_factor(gram, min(RIDGE, RIDGE_PER_ROW * gram.shape[0] / count), each=True)
+    return (missing @ upper.T) @ upper

@@ -130,13 +130,13 @@ class Walk:
                     self._settle(name, Moments(self._layers[name]))
         next(self._bar, None)
 
-    def _settle(self, name: str, moments: Moments | None) -> None:
-        self._put(name, self._solve(name, moments))
+    def _settle(self, name: str, moments: Moments | None, last: bool = True) -> None:
+        self._put(name, self._solve(name, moments, last))
 
-    def _solve(self, name: str, moments: Moments | None) -> Solved:
+    def _solve(self, name: str, moments: Moments | None, last: bool) -> Solved:
         start = time.perf_counter()
         ratio = self._config.sparse_ratio if self._ratios is None else self._ratios[name]
-        result = solve(self._layers[name], self._host.weight(name), moments, ratio, self._config)
+        result = solve(self._layers[name], self._host.weight(name), moments, ratio, self._config, last=last)
         result.account["seconds"] = round(time.perf_counter() - start, 4)
         return result
 
@@ -189,10 +189,10 @@ class Walk:
             for name in feed:
                 shared.layer = self._layers[name]
                 if not owner:
-                    self._settle(name, shared)
+                    self._settle(name, shared, name == feed[-1])
                 elif owner[name] == self._host.rank():
                     try:
-                        mine[name] = self._solve(name, shared)
+                        mine[name] = self._solve(name, shared, name == feed[-1])
                     except Exception as error:  # noqa: BLE001  (raised again once the others know)
                         mine[name] = error
         if owner:
