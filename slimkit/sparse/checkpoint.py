@@ -8,7 +8,8 @@ import hashlib
 import json
 import shutil
 import struct
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from slimkit.sparse import memory
 from slimkit.sparse.host import TorchHost, block_paths
 from slimkit.sparse.inputs import BlockInputs, Bound, valid_tokens
 from slimkit.sparse.layouts import Layouts
-from slimkit.sparse.stages import BlockStage, trace_block
+from slimkit.sparse.stages import LentStage, trace_block
 
 import torch
 
@@ -154,6 +155,7 @@ class CheckpointHost(TorchHost):
         self._layouts = Layouts(self.model)
         self._blocks: list[str] = []
         self._own: dict[str, Any] = {}
+        self._changed: set[str] = set()  # parameters of the block in work that are no longer what the files hold
         self.keeps_masks = False
 
     def layers(self, dataset: Iterable[Any] | None = None) -> tuple[dict[str, Any], dict[str, str]]:
@@ -189,18 +191,42 @@ class CheckpointHost(TorchHost):
                 yield _Done(mine, rows)
                 continue
             block = self._load(path)
-            dense = copy.deepcopy(block) if paired and inputs is not None else None
+            dense = _without_weights(block) if paired and inputs is not None else None
+            self._changed.clear()
             modules = {n: (n, self._slots[n]) for n in mine}
             if inputs is None:
                 stage: Any = _Undata(mine)
             else:
                 found = trace_block(path, block, inputs, modules)
-                stage = BlockStage(path, block, dense, inputs, modules, found.feeds, found)
+                lend = partial(self._dense_weights, path, block, dense)
+                stage = LentStage(lend, path, block, dense, inputs, modules, found.feeds, found)
             stage.names = mine
             yield stage
             self._write(index, path, block, stage, inputs)
             self._release(path)
             del block, dense, stage
+
+    @contextlib.contextmanager
+    def _dense_weights(self, path: str, block: torch.nn.Module, dense: torch.nn.Module | None) -> Iterator[None]:
+        """Give a block's dense twin its weights: the block's own where they have not changed, else from the files."""
+        if dense is None:
+            yield
+            return
+        own = {f"{path}.{n}": p for n, p in block.named_parameters()}
+        values = {n: p for n, p in own.items() if n not in self._changed} | self._read(
+            n for n in own if n in self._changed
+        )
+        try:
+            dense.load_state_dict({n[len(path) + 1 :]: v for n, v in values.items()}, strict=False, assign=True)
+            dense.requires_grad_(False)
+            yield
+        finally:
+            _to_meta(dense)
+
+    def store(self, name: str, weight: torch.Tensor, bias_shift: torch.Tensor | None) -> None:
+        """Put a weight in place and shift the bias."""
+        self._changed.update(self._parameters([name]))
+        super().store(name, weight, bias_shift)
 
     def finished(self) -> dict[str, shards.Place]:
         """Where the new bytes of every changed tensor lie."""
@@ -272,10 +298,7 @@ class CheckpointHost(TorchHost):
         return block.requires_grad_(False)
 
     def _release(self, path: str) -> None:
-        block = bridge.get_module(self.model, path)
-        block.load_state_dict(
-            {n: torch.empty_like(p, device="meta") for n, p in block.named_parameters()}, strict=False, assign=True
-        )
+        _to_meta(bridge.get_module(self.model, path))
 
     def _capture(self, dataset: Iterable[Any], paired: bool) -> BlockInputs:
         """Run what comes before the blocks, then note how each block is called."""
@@ -342,6 +365,7 @@ class _Undata:
         self.names = names
         self.feeds: list[tuple[str, ...]] = []
         self.joined: dict[str, str] = {}
+        self.reached: Mapping[str, float] = {}
 
     def replay(self, names: Sequence[str], seen: Any) -> None:
         """No data."""
@@ -373,6 +397,18 @@ def _save(handle: Any, tensors: dict[str, torch.Tensor]) -> None:
     handle.write(struct.pack("<Q", len(head)) + head)
     for tensor in tensors.values():
         handle.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+
+
+def _to_meta(module: torch.nn.Module) -> None:
+    """Let a module's weights go; their shapes stay."""
+    meta = {n: torch.empty_like(p, device="meta") for n, p in module.named_parameters()}
+    module.load_state_dict(meta, strict=False, assign=True)
+
+
+def _without_weights(module: torch.nn.Module) -> torch.nn.Module:
+    """A copy of a module whose weights are shapes only."""
+    meta = {id(p): torch.nn.Parameter(torch.empty_like(p, device="meta"), False) for p in module.parameters()}
+    return copy.deepcopy(module, meta)
 
 
 def _bound(batch: Any) -> Bound:

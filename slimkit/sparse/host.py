@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from slimkit import bridge
+from slimkit.core.sparse.experts import OTHER_KIND
 from slimkit.core.sparse.layer import Layer
 from slimkit.core.sparse.processes import agreed
 from slimkit.core.sparse.walk import Stage
@@ -40,8 +41,9 @@ class TorchHost:
         guessed = {n: slot for n, slot in self._slots.items() if slot.learn and n in found}
         if guessed and dataset is not None:
             for name in _turned(self.model, guessed, dataset):
-                self._slots[name] = replace(self._slots[name], kind="conv1d")
-                found[name] = replace(found[name], kind="conv1d")
+                kind = OTHER_KIND[found[name].kind]
+                self._slots[name] = replace(self._slots[name], kind=kind)
+                found[name] = replace(found[name], kind=kind)
         self._layers = found
         return dict(found), skipped
 

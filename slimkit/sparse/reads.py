@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from slimkit.core.sparse.experts import routed
 from slimkit.sparse.slots import Slot
 
 import torch
@@ -105,14 +106,7 @@ class Reads(TorchDispatchMode):
             if valid is not None and valid.numel() == len(rows):
                 rows = rows[valid.T.reshape(-1)]  # attention puts tokens first, then samples
             return rows, None
-        # Tokens of other experts come as zeros where all experts are multiplied at once.
-        alive = (rows != 0).any(1)
-        tokens = self._picked
-        if tokens is None or len(tokens) != len(rows):
-            tokens = None if bool(alive.all()) else torch.arange(len(rows), device=rows.device)
-        if valid is not None and tokens is not None and bool((tokens < valid.numel()).all()):
-            alive &= valid.reshape(-1)[tokens]
-        return rows[alive], None if tokens is None else tokens[alive]
+        return routed(rows, self._picked, valid)
 
 
 def _layout(weight: torch.Tensor) -> str:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from slimkit import bridge
+from slimkit.core.sparse.experts import fused
 from slimkit.core.sparse.layer import Layer
 
 import torch
@@ -121,35 +122,14 @@ def _experts(path: str, module: torch.nn.Module) -> Iterator[tuple[str, Slot]]:
     """One slot for each expert of the parameters with three axes of a module that says that it has experts."""
     if type(module).__module__.startswith("torch."):
         return
+    own = {key: parameter for key, parameter in module._parameters.items() if parameter is not None}
+    found = fused(module, {key: tuple(parameter.shape) for key, parameter in own.items()})
     stem = f"{path}." if path else ""
-    counts = {v for k, v in vars(module).items() if "expert" in k and type(v) is int}
-    named = "expert" in type(module).__name__.lower()
-    found = {
-        key: parameter
-        for key, parameter in module._parameters.items()
-        if parameter is not None and parameter.ndim == 3 and min(parameter.shape) > 1
-        if named or parameter.shape[0] in counts
-    }
-    told = getattr(module, "is_transposed", None)  # transformers' word for (experts, in, out)
-    transposed = told if isinstance(told, bool) else _fit_transposed(found.values())
-    for key in found:
-        bias = f"{key}_bias" if module._parameters.get(f"{key}_bias") is not None else None
-        kind = "conv1d" if transposed else "linear"
-        for i in range(found[key].shape[0]):
-            slot = Slot(path, kind, key, i, bias, i, read=True, learn=not isinstance(told, bool))
+    for key in found.keys:
+        bias = f"{key}_bias" if f"{key}_bias" in own else None
+        for i in range(own[key].shape[0]):
+            slot = Slot(path, found.kind, key, i, bias, i, read=True, learn=not found.told)
             yield f"{stem}{key}[{i}]", slot
-
-
-def _fit_transposed(parameters: Iterable[torch.Tensor]) -> bool:
-    """Whether two parameters only fit together as (experts, in, out): what the first gives out, the second takes in.
-
-    A gate makes the first one wider than what the second takes, so the hidden width alone is in both.
-    """
-    shapes = [tuple(p.shape[1:]) for p in parameters]
-    if len(shapes) != 2:
-        return False
-    (a, b), (c, d) = shapes
-    return a == d and b != c
 
 
 def described(model: torch.nn.Module, with_meta: bool) -> tuple[dict[str, Layer], dict[str, Slot], dict[str, str]]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from slimkit import bridge
 from slimkit.core.errors import UnsupportedError
 from slimkit.core.sparse.calls import Calls
+from slimkit.core.sparse.experts import Pairs, Use
 from slimkit.sparse.inputs import BlockInputs, Enough, as_input, enough, quiet, send, valid_tokens
 from slimkit.sparse.reads import Reads
 from slimkit.sparse.residual import arriving, first_tensor, input_of, joints
@@ -19,36 +19,6 @@ import torch
 
 Modules = Mapping[str, tuple[str, Slot]]  # path -> (layer it belongs to, where its weight lies)
 Seen = Callable[[str, torch.Tensor, torch.Tensor | None, torch.Tensor | None], None]
-
-
-@dataclass(frozen=True)
-class Use:
-    """One use of a layer.
-
-    Args:
-        x: its input.
-        rest: what else reaches the sum that its output joins; None when unknown.
-        tokens: for each row of the input which token it is; None when the rows are the same in every model.
-    """
-
-    x: torch.Tensor
-    rest: torch.Tensor | None = None
-    tokens: torch.Tensor | None = None
-
-
-def _same_tokens(use: Use, dense: Use) -> tuple[Use, Use]:
-    """Only the tokens that both models send to the layer: routing changes as a model becomes sparse."""
-    if use.tokens is None or dense.tokens is None or torch.equal(use.tokens, dense.tokens):
-        return use, dense
-
-    def common(one: Use, other: Use) -> Use:
-        assert one.tokens is not None
-        assert other.tokens is not None
-        place = torch.isin(one.tokens, other.tokens).nonzero().squeeze(1)
-        tokens, order = one.tokens[place].sort()
-        return Use(one.x[place[order]], tokens=tokens)
-
-    return common(use, dense), common(dense, use)
 
 
 @contextlib.contextmanager
@@ -151,6 +121,7 @@ class ModelStage:
         self.model, self.dense, self.dataset, self.modules = model, dense, dataset, modules
         self._whole, self._traced = whole, traced
         self.feeds = list(feeds)
+        self.reached: Mapping[str, float] = traced.reached
         self.joined: dict[str, str] = {}
 
     def batches(self) -> Iterator[tuple[Any, Any, torch.Tensor | None]]:
@@ -166,26 +137,10 @@ class ModelStage:
         joined = {p: self.joined[p] for p, (name, _) in self.modules.items() if name in names and p in self.joined}
         until = self._following(names, joined)
         for batch, dense_batch, valid in self.batches():
-            waiting: dict[str, list[Use]] = {}
-
-            def first(name: str, use: Use) -> None:
-                waiting.setdefault(name, []).append(use)  # noqa: B023
-
-            def both(name: str, use: Use) -> None:
-                queue = waiting.get(name)  # noqa: B023
-                dense = queue.pop(0) if queue else None
-                if dense is None:
-                    # An expert that the dense model gave none of these tokens has nothing to be fitted to.
-                    if self.dense is None or use.tokens is None:
-                        seen(name, use.x, None, None)
-                    return
-                use, dense = _same_tokens(use, dense)
-                same = use.rest is not None and dense.rest is not None and use.rest.shape == dense.rest.shape
-                seen(name, use.x, dense.x, dense.rest - use.rest if same else None)  # type: ignore[operator]
-
+            pairs = Pairs(seen, self.dense is not None)
             if self.dense is not None:
-                self._watch(self.dense, names, dense_batch, valid, until, joined, first)
-            self._watch(self.model, names, batch, valid, until, joined, both)
+                self._watch(self.dense, names, dense_batch, valid, until, joined, pairs.dense)
+            self._watch(self.model, names, batch, valid, until, joined, pairs.sparse)
 
     def join(self) -> None:
         """No residual stream is known outside blocks."""
@@ -309,3 +264,26 @@ class BlockStage(ModelStage):
                     with quiet(model):
                         out = first_tensor(send(model, self.inputs.call(self.path, index, dense=dense)))
                     self.inputs.put(index, out, dense=dense)
+
+
+class LentStage(BlockStage):
+    """A block whose dense twin is in memory only while batches pass through both.
+
+    Args:
+        lend: a context in which the twin has its weights.
+        others: as for BlockStage.
+    """
+
+    def __init__(self, lend: Callable[[], contextlib.AbstractContextManager[None]], *others: Any) -> None:
+        super().__init__(*others)
+        self._lend = lend
+
+    def replay(self, names: Sequence[str], seen: Seen) -> None:
+        """Send every batch through, as any stage does."""
+        with self._lend():
+            super().replay(names, seen)
+
+    def advance(self) -> None:
+        """The block's outputs become the next block's inputs."""
+        with self._lend():
+            super().advance()

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+from slimkit.core.sparse.experts import OTHER_KIND
 from slimkit.core.sparse.layer import Layer
 from slimkit.core.sparse.processes import agreed
 from slimkit.core.sparse.walk import Stage
 from slimkit_ms import bridge
+from slimkit_ms.sparse.reads import Reads
+from slimkit_ms.sparse.residual import first_tensor
 from slimkit_ms.sparse.slots import Slot, slots_of
-from slimkit_ms.sparse.stages import CellStage, trace, watching
+from slimkit_ms.sparse.stages import CellStage, as_input, trace, unwatched, valid_tokens, watching
 
 import mindspore as ms
 from mindspore import nn
@@ -39,7 +44,7 @@ class MindSporeHost:
         self._slots = dict(slots_of(self.model))
         for name, slot in self._slots.items():
             weight = slot.parameter(self.model)
-            place = id(weight), str(slot.rows)
+            place = id(weight), str(slot.index)
             if not weight.is_floating_point():
                 skipped[name] = f"its weight is {weight.dtype}, which has no linear algebra"
             elif id(weight) in tables:
@@ -53,6 +58,12 @@ class MindSporeHost:
         for name in [r.split("'")[1] for r in skipped.values() if r.startswith("its weight is shared")]:
             if found.pop(name, None) is not None:
                 skipped[name] = "its weight is shared with another cell"
+        guessed = {n: slot for n, slot in self._slots.items() if slot.learn and n in found}
+        if guessed and dataset is not None:
+            for name in _turned(self.model, guessed, dataset):
+                kind = OTHER_KIND[found[name].kind]
+                self._slots[name] = replace(self._slots[name], kind=kind)
+                found[name] = replace(found[name], kind=kind)
         return found, skipped
 
     def weight(self, name: str) -> Array:
@@ -89,10 +100,9 @@ class MindSporeHost:
 
     def outputs(self, batch: Any) -> Array:
         """The cell's first output for a batch, as a float32 NumPy array."""
-        with watching(self.model, {}, lambda _name, _x: None):
+        with watching(self.model, {}, unwatched):
             output = bridge.run(self.model, batch)
-        output = output[0] if isinstance(output, (tuple, list)) else output
-        return bridge.as_numpy(output.astype(ms.float32))
+        return as_input(self.model, first_tensor(output), valid_tokens(batch))
 
     def processes(self) -> int:
         """How many processes of mindspore.communication share the calibration data."""
@@ -136,6 +146,19 @@ class MindSporeHost:
             parts[self.rank(), 1] = array - parts[self.rank(), 0]
             totals.append(_all_reduce(parts).sum((0, 1), dtype=np.float64))
         return totals
+
+
+def _turned(model: nn.Cell, slots: Mapping[str, Slot], dataset: Iterable[Any]) -> set[str]:
+    """The layers whose weights turn out to be read the other way round, with their siblings in the same parameter."""
+    found: set[tuple[str, str]] = set()
+
+    def turned(name: str) -> None:
+        found.add((slots[name].cell, slots[name].key))
+
+    for batch in itertools.islice(dataset, 1):
+        with watching(model, {}, unwatched), Reads(model, slots, unwatched, transposed=turned):
+            bridge.run(model, batch)
+    return {n for n, slot in slots.items() if (slot.cell, slot.key) in found}
 
 
 def _all_reduce(values: Array) -> Array:

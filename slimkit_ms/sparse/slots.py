@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from slimkit.core.sparse.experts import fused
 from slimkit.core.sparse.layer import Layer
 from slimkit_ms import bridge
 
@@ -27,19 +28,26 @@ class Slot:
         cell: path of the cell that holds the parameters.
         kind: the core's word for the layer.
         key: the weight's name in that cell.
-        rows: its rows that are the layer's; None for all.
+        index: None for the whole parameter, a number for one expert of it, a slice for some of its rows.
         bias_key: the bias's name, None without bias.
-        bias_rows: the same for the bias.
+        bias_index: the same for the bias.
         part: "" for a cell that is called; else what attention multiplies it with: "query", "key", "value" or "out".
+        learn: the layout was guessed; inputs would tell.
     """
 
     cell: str
     kind: str
     key: str = "weight"
-    rows: slice | None = None
+    index: int | slice | None = None
     bias_key: str | None = "bias"
-    bias_rows: slice | None = None
+    bias_index: int | slice | None = None
     part: str = ""
+    learn: bool = False
+
+    @property
+    def read(self) -> bool:
+        """Whether the weight is read without a call that tells its inputs: only products with it do."""
+        return isinstance(self.index, int)
 
     @property
     def caller(self) -> str:
@@ -56,14 +64,14 @@ class Slot:
 
     def weight(self, model: nn.Cell) -> Array:
         """The layer's weight in float32."""
-        return _values(self.parameter(model), self.rows)
+        return _values(self.parameter(model), self.index)
 
     def store(self, model: nn.Cell, weight: Array, bias_shift: Array | None) -> None:
         """Put a weight in place and shift the bias, in the parameters' own dtype."""
-        _put(self.parameter(model), self.rows, weight)
+        _put(self.parameter(model), self.index, weight)
         bias = self.bias_parameter(model)
         if bias_shift is not None and bias is not None:
-            _put(bias, self.bias_rows, _values(bias, self.bias_rows) + bias_shift)
+            _put(bias, self.bias_index, _values(bias, self.bias_index) + bias_shift)
 
     def layer(self, name: str, model: nn.Cell) -> Layer:
         """What the core is told of it."""
@@ -71,19 +79,22 @@ class Slot:
         if self.kind == "conv2d":
             stride, dilation = last_two(cell.stride), last_two(cell.dilation)
             return Layer(name, self.kind, shape, cell.group, stride, dilation, bool(cell.has_bias))
-        rows = shape[0] if self.rows is None else self.rows.stop - self.rows.start
-        return Layer(name, self.kind, (rows, shape[1]), has_bias=self.bias_key is not None)
+        has_bias = self.bias_key is not None
+        if isinstance(self.index, int):
+            return Layer(name, self.kind, shape[1:], has_bias=has_bias, family=f"{self.cell}.{self.key}")
+        rows = shape[0] if self.index is None else self.index.stop - self.index.start
+        return Layer(name, self.kind, (rows, shape[1]), has_bias=has_bias)
 
 
-def _values(parameter: ms.Parameter, rows: slice | None) -> Array:
-    values: Array = bridge.as_numpy(parameter.astype(ms.float32))
-    return values if rows is None else values[rows]
+def _values(parameter: ms.Parameter, index: int | slice | None) -> Array:
+    values: Array = parameter.astype(ms.float32).asnumpy()
+    return (values if index is None else values[index]).copy()  # a part of many experts alone
 
 
-def _put(parameter: ms.Parameter, rows: slice | None, values: Array) -> None:
-    if rows is not None:
+def _put(parameter: ms.Parameter, index: int | slice | None, values: Array) -> None:
+    if index is not None:
         whole = _values(parameter, None)
-        whole[rows] = values
+        whole[index] = values
         values = whole
     parameter.set_data(ms.Tensor(np.ascontiguousarray(values, dtype=np.float32)).astype(parameter.dtype))
 
@@ -103,8 +114,8 @@ def kind_of(cell: nn.Cell) -> str | None:
 def slots_of(model: nn.Cell) -> Iterator[tuple[str, Slot]]:
     """Every place of a weight that could be sparse by the layer's name, in the model's order.
 
-    The layers are Dense, Conv2d, and the query, key and value parts of an attention's fused input projection
-    ("attn.in_proj_weight[query]").
+    The layers are Dense, Conv2d, the query, key and value parts of an attention's fused input projection
+    ("attn.in_proj_weight[query]"), and each expert of a parameter with three axes ("experts.w[3]").
     """
     attention = {id(c.out_proj) for _, c in model.cells_and_names() if isinstance(c, nn.MultiheadAttention)}
     for path, cell in model.cells_and_names():
@@ -114,6 +125,8 @@ def slots_of(model: nn.Cell) -> Iterator[tuple[str, Slot]]:
             yield path, Slot(path, kind, bias_key="bias" if cell.has_bias else None, part=part)
         elif isinstance(cell, nn.MultiheadAttention):
             yield from _projections(path, cell)
+        else:
+            yield from _experts(path, cell)
 
 
 def _projections(path: str, cell: nn.MultiheadAttention) -> Iterator[tuple[str, Slot]]:
@@ -127,6 +140,20 @@ def _projections(path: str, cell: nn.MultiheadAttention) -> Iterator[tuple[str, 
             key = f"{part[0]}_proj_weight"
             name, own = f"{stem}{key}", None
         yield name, Slot(path, "linear", key, own, bias, rows, part)
+
+
+def _experts(path: str, cell: nn.Cell) -> Iterator[tuple[str, Slot]]:
+    """One slot for each expert of the parameters with three axes of a cell that says that it has experts."""
+    if type(cell).__module__.startswith("mindspore."):
+        return
+    own = {key: parameter for key, parameter in cell._params.items() if parameter is not None}
+    found = fused(cell, {key: tuple(parameter.shape) for key, parameter in own.items()})
+    stem = f"{path}." if path else ""
+    for key in found.keys:
+        bias = f"{key}_bias" if f"{key}_bias" in own else None
+        for i in range(own[key].shape[0]):
+            slot = Slot(path, found.kind, key, i, bias, i, learn=not found.told)
+            yield f"{stem}{key}[{i}]", slot
 
 
 def attend(cell: nn.MultiheadAttention, weights: Any, out: Any, bias: Any, call: Any) -> Any:

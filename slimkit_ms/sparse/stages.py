@@ -10,7 +10,9 @@ import numpy as np
 
 from slimkit.core.errors import UnsupportedError
 from slimkit.core.sparse.calls import Calls
+from slimkit.core.sparse.experts import Pairs, Use
 from slimkit_ms import bridge
+from slimkit_ms.sparse.reads import Reads
 from slimkit_ms.sparse.residual import arriving, block_paths, chained, hooks, joints
 from slimkit_ms.sparse.slots import PARTS, Slot, attended, last_two
 
@@ -19,6 +21,9 @@ from mindspore import nn
 
 Array = np.ndarray[Any, Any]
 Seen = Callable[[str, Array, Array | None, Array | None], None]
+
+
+_END = ""  # the name of the weight whose use ends a forward; no layer has it
 
 
 class _Enough(Exception):
@@ -31,33 +36,55 @@ def _enough(*_: Any) -> None:
 
 @contextlib.contextmanager
 def watching(
-    model: nn.Cell, slots: Mapping[str, Slot], seen: Callable[[str, Any], None], until: Slot | None = None
+    model: nn.Cell,
+    slots: Mapping[str, Slot],
+    seen: Callable[[str, Any, Array | None], None],
+    until: Slot | None = None,
+    valid: Array | None = None,
 ) -> Iterator[None]:
-    """Eval mode, layer by layer, calling ``seen(name, input)`` before each use of the layers' weights.
+    """Eval mode, layer by layer, calling ``seen(name, input, tokens)`` before each use of the layers' weights.
 
     Compiled graphs know no hooks, so the work is done in PyNative mode.
+
+    Args:
+        model: the cell.
+        slots: layer -> where its weight lies.
+        seen: gets the layer, its input (of an expert the rows, in NumPy) and which tokens these are, if that is known.
+        until: ends the forward before the use of this weight.
+        valid: which tokens of the batch are no padding.
     """
     mode = ms.get_context("mode")
     handles = []
 
     def hook(name: str, part: str) -> Callable[..., None]:
         if part == "out":
-            return lambda cell, args, kwargs: seen(name, attended(cell, args, kwargs))
+            return lambda cell, args, kwargs: seen(name, attended(cell, args, kwargs), None)
         place = PARTS.index(part) if part else 0
-        return lambda _cell, args, kwargs: seen(name, kwargs[part] if part in kwargs else args[place])
+        return lambda _cell, args, kwargs: seen(name, kwargs[part] if part in kwargs else args[place], None)
 
     def before(slot: Slot, call: Callable[..., None]) -> None:
         cell = bridge.get_module(model, slot.caller)
         handles.append(cell.register_forward_pre_hook(call, with_kwargs=True))
 
+    def read(name: str, rows: Array, tokens: Array | None) -> None:
+        if name == _END:
+            raise _Enough
+        seen(name, rows, tokens)
+
+    reads = {name: slot for name, slot in slots.items() if slot.read}
+    if until is not None and until.read:
+        reads[_END] = until
     try:
         ms.set_context(mode=ms.PYNATIVE_MODE)
         # Attention is asked for its output layer's input last, as it would come to it.
         for name, slot in sorted(slots.items(), key=lambda item: item[1].part == "out"):
-            before(slot, hook(name, slot.part))
-        if until is not None:
+            if not slot.read:
+                before(slot, hook(name, slot.part))
+        if until is not None and not until.read:
             before(until, _enough)
-        with bridge.evaluating(model), contextlib.suppress(_Enough):
+        with bridge.evaluating(model), contextlib.suppress(_Enough), contextlib.ExitStack() as stack:
+            if reads:
+                stack.enter_context(Reads(model, reads, read, valid))
             yield
     finally:
         for handle in handles:
@@ -65,20 +92,35 @@ def watching(
         ms.set_context(mode=mode)
 
 
+def unwatched(_name: str, _x: Any, _tokens: Any) -> None:
+    """For a forward in which no layer is watched."""
+
+
 def trace(model: nn.Cell, dataset: Iterable[Any], slots: Mapping[str, Slot]) -> Calls:
     """Send every batch through once, to learn in which order layers are called and which share one input."""
     calls = Calls({name for name, slot in slots.items() if slot.kind == "conv2d"})
     for batch in dataset:
         calls.batch()
-        with watching(model, slots, calls.note):
+        with watching(model, slots, lambda name, x, _tokens: calls.note(name, x)):
             bridge.run(model, batch)
     return calls
 
 
-def as_input(cell: nn.Cell, x: ms.Tensor) -> Array:
-    """A layer's input as a float32 NumPy array, padded already for a convolution."""
+def valid_tokens(batch: Any) -> Array | None:
+    """Which tokens of a batch are no padding: its 2-D attention mask of zeros and ones, if it has one."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    if not isinstance(mask, ms.Tensor) or mask.ndim != 2:
+        return None
+    found: Array = bridge.as_numpy(mask) != 0
+    return found
+
+
+def as_input(cell: nn.Cell, x: ms.Tensor, valid: Array | None = None) -> Array:
+    """A layer's input as a float32 NumPy array: padded for a convolution, without the rows of padding tokens."""
     values = bridge.as_numpy(x.astype(ms.float32))
-    return np.pad(values, [(0, 0), (0, 0), *_pads(cell, values.shape[2:])]) if isinstance(cell, nn.Conv2d) else values
+    if isinstance(cell, nn.Conv2d):
+        return np.pad(values, [(0, 0), (0, 0), *_pads(cell, values.shape[2:])])
+    return values[valid] if valid is not None and values.ndim == 3 and values.shape[:2] == valid.shape else values
 
 
 def _pads(cell: nn.Conv2d, size: tuple[int, ...]) -> list[tuple[int, int]]:
@@ -122,6 +164,7 @@ class CellStage:
         self.model, self.dense, self.dataset = model, dense, dataset
         self.slots = slots
         self.feeds, self._traced = list(feeds), traced
+        self.reached: Mapping[str, float] = traced.reached
         self.joined: dict[str, str] = {}
         self._blocks: list[str] = []
 
@@ -133,20 +176,11 @@ class CellStage:
         until = self._traced.following(names, (n for feed in self.feeds for n in feed))
         until = None if any(name in self.joined for name in names) else until
         for batch in self.dataset:
-            waiting: dict[str, list[tuple[Array, Array | None]]] = {n: [] for n in names}
-
-            def first(name: str, x: Array, rest: Array | None) -> None:
-                waiting[name].append((x, rest))  # noqa: B023
-
-            def both(name: str, x: Array, rest: Array | None) -> None:
-                queue = waiting[name]  # noqa: B023
-                dense_x, dense_rest = queue.pop(0) if queue else (None, None)
-                same = rest is not None and dense_rest is not None and rest.shape == dense_rest.shape
-                seen(name, x, dense_x, dense_rest - rest if same else None)  # type: ignore[operator]
-
+            valid = valid_tokens(batch)
+            pairs = Pairs(seen, self.dense is not None)
             if self.dense is not None:
-                self._watch(self.dense, names, batch, until, first)
-            self._watch(self.model, names, batch, until, both)
+                self._watch(self.dense, names, batch, valid, until, pairs.dense)
+            self._watch(self.model, names, batch, valid, until, pairs.sparse)
 
     def join(self) -> None:
         """Find by one batch where outputs join the residual stream."""
@@ -156,11 +190,15 @@ class CellStage:
         def run() -> None:
             bridge.run(self.model, batch)
 
-        with watching(self.model, {}, lambda _name, _x: None):
+        with watching(self.model, {}, unwatched):
             chain = bool(blocks) and chained(self.model, run, blocks)
             # Layers that share an input share its moments, and so can have no drift of their own.
             single = [feed[0] for feed in self.feeds if len(feed) == 1]
-            alone = [n for n in single if self.slots[n].kind == "linear" and not self.slots[n].part]
+            alone = [
+                n
+                for n in single
+                if self.slots[n].kind == "linear" and not self.slots[n].part and not self.slots[n].read
+            ]
             self.joined = joints(self.model, run, alone, blocks) if chain else {}
         if not chain:
             raise UnsupportedError(
@@ -176,38 +214,41 @@ class CellStage:
         model: nn.Cell,
         names: Sequence[str],
         batch: Any,
+        valid: Array | None,
         until: str | None,
-        seen: Callable[[str, Array, Array | None], None],
+        seen: Callable[[str, Use], None],
     ) -> None:
         inputs: dict[str, Array] = {}
         waiting: dict[str, tuple[Array, Array]] = {}
 
-        def call(name: str, x: ms.Tensor) -> None:
-            value = as_input(bridge.get_module(model, self.slots[name].caller), x)
+        def call(name: str, x: Any, tokens: Array | None) -> None:
+            if self.slots[name].read:
+                seen(name, Use(x, tokens=tokens))
+                return
+            value = as_input(bridge.get_module(model, self.slots[name].caller), x, valid)
             if name in self.joined:
                 inputs[name] = value
             else:
-                seen(name, value, None)
+                seen(name, Use(value))
 
         def leaving(name: str) -> Callable[..., None]:
-            return lambda _cell, _inputs, output: waiting.update({name: (inputs.pop(name), _numpy(output))})
+            return lambda _cell, _inputs, output: waiting.update({name: (inputs.pop(name), _rows(output))})
 
         def arrived(place: str, total: ms.Tensor) -> None:
             for name in [n for n in waiting if self.joined[n] == place]:
                 x, output = waiting.pop(name)
-                value = _numpy(total)
-                seen(name, x, value - output if value.shape == output.shape else None)
+                value = _rows(total)
+                seen(name, Use(x, value - output if value.shape == output.shape else None))
+
+        def _rows(value: ms.Tensor) -> Array:
+            return as_input(model, value, valid)
 
         slots = {n: self.slots[n] for n in names}
         joined = [n for n in names if n in self.joined]
-        with hooks() as handles, watching(model, slots, call, self.slots[until] if until is not None else None):
+        end = self.slots[until] if until is not None else None
+        with hooks() as handles, watching(model, slots, call, end, valid):
             handles += [bridge.get_module(model, n).register_forward_hook(leaving(n)) for n in joined]
             with arriving(model, sorted({self.joined[n] for n in joined}), self._blocks, arrived):
                 bridge.run(model, batch)
         for name, (x, _) in waiting.items():
-            seen(name, x, None)
-
-
-def _numpy(value: ms.Tensor) -> Array:
-    values: Array = bridge.as_numpy(value.astype(ms.float32))
-    return values
+            seen(name, Use(x))

@@ -110,7 +110,7 @@ def _whole_masks(
         if (slot.cell, slot.key) not in found:
             found[slot.cell, slot.key] = slot, np.ones(slot.parameter(model).shape, bool)
         whole = found[slot.cell, slot.key][1]
-        whole[slice(None) if slot.rows is None else slot.rows] = np.asarray(mask, bool)
+        whole[slice(None) if slot.index is None else slot.index] = np.asarray(mask, bool)
     return list(found.values())
 
 

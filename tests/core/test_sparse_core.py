@@ -277,35 +277,6 @@ def test_damaged_shards_are_refused_or_read(position, value):
         assert all(0 <= p.start <= p.stop <= len(data) for p in places.values())
 
 
-def test_time_left_is_learned_from_the_same_place_in_other_blocks():
-    from slimkit.core.sparse.eta import Estimate
-
-    layers = {f"h.{i}.{n}": Layer(f"h.{i}.{n}", "linear", (4, 4)) for i in range(3) for n in ("q", "up")}
-    now = iter([0.0, 100.0, 101.0, 110.0, 114.0, 115.0])
-    estimate = Estimate(layers, lambda: next(now))
-    estimate.start()  # 100 seconds of preparation do not come again
-    assert estimate.finished("h.0.q").seconds_left == 5.0  # five layers like the only one seen
-    assert estimate.finished("h.0.up").seconds_left == 20.0  # two blocks of 1 + 9
-    estimate.skip("h.1.q")
-    step = estimate.finished("h.1.up")
-    assert (step.done, step.total, step.seconds) == (4, 6, 115.0)
-    assert step.seconds_left == 2.0  # the last block, as quick as the layers before
-
-
-def test_time_left_within_the_first_block_parts_solving_from_waiting():
-    from slimkit.core.sparse.eta import Estimate
-
-    shapes = {"q": (4, 4), "k": (4, 4), "down": (4, 8)}
-    layers = {f"h.{i}.{n}": Layer(f"h.{i}.{n}", "linear", shape) for i in range(2) for n, shape in shapes.items()}
-    now = iter([0.0, 0.0, 7.0, 8.0])
-    estimate = Estimate(layers, lambda: next(now))
-    estimate.start()
-    estimate.finished("h.0.q", solving=1.0)  # q and k share the inputs that took 6 seconds to make
-    left = estimate.finished("h.0.k", solving=1.0).seconds_left
-    # down has (8^3 + 4 8^2) / (4^3 + 4 4^2) = 6 times the products of q, and waits 3 seconds as these do on average.
-    assert left == 2 * (6 + 3) + 7 + 1
-
-
 @pytest.mark.parametrize("rows", [30, 60, 90, 600])
 def test_shrinking_each_eigenvalue_beats_one_share_for_all(rows):
     rng = np.random.default_rng(0)

@@ -140,14 +140,14 @@ def test_experts_in_one_parameter_become_what_experts_of_their_own_become(kind, 
 
 
 def test_the_dense_rows_of_an_expert_are_those_of_the_same_tokens():
-    from slimkit.sparse.stages import Use, _same_tokens
+    from slimkit.core.sparse.experts import Use, same_tokens
 
     def use(tokens):
         return Use(torch.tensor(tokens)[:, None] * 10.0, tokens=torch.tensor(tokens))
 
-    ours, dense = _same_tokens(use([5, 1, 3]), use([3, 4, 5]))
+    ours, dense = same_tokens(use([5, 1, 3]), use([3, 4, 5]))
     assert ours.x.tolist() == dense.x.tolist() == [[30.0], [50.0]]
-    ours, dense = _same_tokens(use([1]), use([2]))
+    ours, dense = same_tokens(use([1]), use([2]))
     assert len(ours.x) == len(dense.x) == 0
 
 

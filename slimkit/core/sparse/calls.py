@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+import time
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 # A disturbance that arrives changed by less than this share of itself was only added to something.
@@ -14,10 +15,12 @@ class Calls:
 
     Args:
         alone: layers that share their input with no other, such as convolutions: each unfolds it in its own way.
+        clock: seconds, rising.
 
     Attributes:
         feeds: layers in the order of their first call; those that always share one input together.
         repeated: layers that some batch calls more than once.
+        reached: layer -> seconds of all batches' forwards until they call it.
 
     Example:
         >>> calls, x = Calls(), [[1.0], [2.0]]
@@ -30,9 +33,11 @@ class Calls:
         'up'
     """
 
-    def __init__(self, alone: Collection[str] = ()) -> None:
+    def __init__(self, alone: Collection[str] = (), clock: Callable[[], float] = time.perf_counter) -> None:
         self.repeated: set[str] = set()
-        self._alone = alone
+        self._alone, self._clock = alone, clock
+        self._began = 0.0
+        self._seconds: list[dict[str, float]] = []  # for each batch, when each layer was called
         self._steps: dict[str, list[str]] = {}
         self._order: list[dict[str, int]] = []  # for each batch, when each layer was called
         self._alive: list[Any] = []  # inputs of this batch, kept so that an id stands for one
@@ -43,6 +48,8 @@ class Calls:
         self._order.append({})
         self._alive.clear()
         self._first.clear()
+        self._seconds.append({})
+        self._began = self._clock()
 
     def note(self, name: str, x: Any) -> None:
         """A layer is called with an input."""
@@ -50,6 +57,7 @@ class Calls:
         if name in order:
             self.repeated.add(name)
         order[name] = len(self._alive)
+        self._seconds[-1][name] = self._clock() - self._began
         self._alive.append(x)
         first = self._first.setdefault(id(x), name)
         self._steps.setdefault(name, []).append(f"{len(self._order)}:{first}")
@@ -61,6 +69,19 @@ class Calls:
         for name, steps in self._steps.items():
             shared.setdefault((name if name in self._alone else "", *steps), []).append(name)
         return [tuple(names) for names in shared.values()]
+
+    @property
+    def reached(self) -> dict[str, float]:
+        """Layer -> seconds of all batches' forwards until they call it, for the last time.
+
+        The first batch also warms libraries up, so where there are others it counts as much as they do on average.
+        """
+        found: dict[str, float] = {}
+        for name in self._steps:
+            calls = [batch[name] for batch in self._seconds if name in batch]
+            steady = calls[1:] if len(calls) > 1 and name in self._seconds[0] else calls
+            found[name] = sum(steady) * len(calls) / len(steady)
+        return found
 
     def following(self, names: Sequence[str], among: Iterable[str]) -> str | None:
         """The first of `among` that every batch calls, and after all of `names`; None when there is none.

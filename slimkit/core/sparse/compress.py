@@ -18,7 +18,7 @@ from slimkit.core.sparse.config import SparseConfig
 from slimkit.core.sparse.eta import Progress
 from slimkit.core.sparse.layer import Layer
 from slimkit.core.sparse.solve import solve
-from slimkit.core.sparse.walk import Host, Walk
+from slimkit.core.sparse.walk import Host, Walk, estimate_of
 
 # Batches whose outputs judge a choice of ratios.
 PROBE_BATCHES = 4
@@ -139,11 +139,13 @@ def _better(
             costs[name].append(error() ** 2)
             back()
     ratios = spread(costs, around, {n: layers[n].size for n in names}, config.sparse_ratio)
-    equal = Walk(host, config, layers, names, None, on_progress)
+    estimate = estimate_of(config, layers, names, walks=2)
+    equal = Walk(host, config, layers, names, None, on_progress, estimate)
     equal.run(dataset)
     equal_error, keep_equal = error(), host.snapshot(names)
     restore()
-    measured = Walk(host, config, layers, names, ratios, on_progress)
+    estimate.again()
+    measured = Walk(host, config, layers, names, ratios, on_progress, estimate)
     measured.run(dataset)
     measured_error = error()
     facts = {

@@ -24,10 +24,12 @@ class Stage(Protocol):
     Attributes:
         feeds: layers in the order they are called, the same in every process; those that share one input together.
         joined: where layers' outputs join the residual stream, as far as `join` has learned it.
+        reached: layer -> seconds of a forward over all batches until its call, as far as one was watched.
     """
 
     feeds: list[tuple[str, ...]]
     joined: dict[str, str]
+    reached: Mapping[str, float]
 
     def replay(self, names: Sequence[str], seen: Seen) -> None:
         """Send every batch through, calling ``seen(name, x, dense x, drift)`` at each call of the layers.
@@ -95,6 +97,7 @@ class Walk:
         names: the layers that are to change, in the model's order.
         ratios: layer -> ratio; None gives every layer the configuration's.
         on_progress: called after every layer; None shows a bar on a terminal and log lines elsewhere.
+        estimate: of the seconds left, where several walks share one.
 
     Attributes:
         solved: layer -> its row of the report, as far as the walk has come.
@@ -109,11 +112,12 @@ class Walk:
         names: Sequence[str],
         ratios: Mapping[str, float] | None = None,
         on_progress: Callable[[Progress], None] | None = None,
+        estimate: Estimate | None = None,
     ) -> None:
         self.solved: dict[str, dict[str, Any]] = {}
         self.masks: dict[str, Array] = {}
         self._host, self._config, self._layers, self._names, self._ratios = host, config, layers, names, ratios
-        self._estimate = Estimate({n: layers[n] for n in names})
+        self._estimate = estimate or estimate_of(config, layers, names)
         self._on_progress = on_progress
         self._bar = iter(progress(list(names), "layers")) if on_progress is None else iter(())
 
@@ -162,23 +166,32 @@ class Walk:
                     self._estimate.skip(name)
                     next(self._bar, None)
                 continue
+            start = time.perf_counter()
             if self._config.residual:
                 stage.join()
                 stage.joined = self._host.gather(stage.joined)[0]
+            passes = [list(stage.feeds)] if stage.feeds else []
             if self._config.sequential:
-                for feeds in steps(stage.feeds, self._layers, 2 if self._config.paired else 1):
-                    yield stage, feeds
-            elif stage.feeds:
-                yield stage, list(stage.feeds)
+                passes = steps(stage.feeds, self._layers, 2 if self._config.paired else 1)
+            self._estimate.opened(passes, stage.reached, time.perf_counter() - start)
+            for feeds in passes:
+                yield stage, feeds
             for name in getattr(stage, "names", ()):
                 if name not in self.solved:  # its block leaves memory now, reached or not
                     self._settle(name, Moments(self._layers[name]) if self._config.needs_data else None)
             stage.advance()
+            self._estimate.closed()
 
     def _calibrate(self, stage: Stage, feeds: Sequence[tuple[str, ...]]) -> None:
-        self._estimate.start()
         moments = {feed[0]: Moments(self._layers[feed[0]], self._config.paired) for feed in feeds}
-        stage.replay(list(moments), lambda name, *inputs: moments[name].add(*inputs))
+
+        def add(name: str, *inputs: Array) -> None:
+            start = time.perf_counter()
+            moments[name].add(*inputs)
+            self._estimate.added(time.perf_counter() - start)
+
+        stage.replay(list(moments), add)
+        self._estimate.replayed(feeds[0][0])
         for name, sums in moments.items():
             processes.add_up(self._host, sums, self._host.weight(name))
         together = [self._layers[name] for feed in feeds for name in feed]
@@ -198,6 +211,11 @@ class Walk:
         if owner:
             for name, result in processes.exchange(self._host, together, owner, mine):
                 self._put(name, result)
+
+
+def estimate_of(config: SparseConfig, layers: Mapping[str, Layer], names: Sequence[str], walks: int = 1) -> Estimate:
+    """The estimate for walks over some layers that begin now."""
+    return Estimate({n: layers[n] for n in names}, config.method, 2 if config.paired else 1, walks)
 
 
 def steps(

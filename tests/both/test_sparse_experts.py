@@ -1,0 +1,169 @@
+"""Experts that a model keeps in one parameter with three axes, in both frameworks, with NumPy as the referee."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from slimkit.core.sparse import SparseConfig
+from slimkit.core.sparse.layer import Layer
+from slimkit.core.sparse.moments import Moments
+from slimkit.core.sparse.solve import solve
+
+N_EXPERTS, N_IN, N_OUT = 3, 8, 6
+
+
+def model_of(kit, way, transposed):
+    """A router and its experts: each asked for the tokens that chose it, or all at once with zeros for the others."""
+    rng = np.random.default_rng(0)
+    gate = rng.standard_normal((N_EXPERTS, N_IN)).astype(np.float32)
+    w = rng.standard_normal((N_EXPERTS, N_IN, N_OUT) if transposed else (N_EXPERTS, N_OUT, N_IN)).astype(np.float32)
+    net = (torch_experts if kit.name == "torch" else mindspore_experts)(kit, way, transposed)
+    kit.assign(kit.params(net)["gate.weight"], gate)
+    kit.assign(kit.params(net)["w"], w)
+    return net, gate, w
+
+
+def torch_experts(kit, way, transposed):
+    torch = kit.torch
+
+    class Experts(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate, self.n_experts = torch.nn.Linear(N_IN, N_EXPERTS, bias=False), N_EXPERTS
+            self.w = torch.nn.Parameter(torch.zeros(N_EXPERTS, *((N_IN, N_OUT) if transposed else (N_OUT, N_IN))))
+
+        def forward(self, x):
+            choice = self.gate(x).argmax(1)
+            if way == "loop":
+                experts = {i: self.w[i] if transposed else self.w[i].T for i in choice.unique().tolist()}
+                return torch.cat([x[choice == i] @ w for i, w in experts.items()])
+            weight = torch.nn.functional.one_hot(choice, N_EXPERTS).to(x.dtype)
+            return torch.bmm(weight.T[:, :, None] * x, self.w if transposed else self.w.mT).sum(0)
+
+    return Experts()
+
+
+def mindspore_experts(kit, way, transposed):
+    ms, ops = kit.ms, kit.ms.ops
+
+    class Experts(ms.nn.Cell):
+        def __init__(self):
+            super().__init__()
+            self.gate, self.n_experts = ms.nn.Dense(N_IN, N_EXPERTS, has_bias=False), N_EXPERTS
+            shape = (N_EXPERTS, *((N_IN, N_OUT) if transposed else (N_OUT, N_IN)))
+            self.w = ms.Parameter(ms.Tensor(np.zeros(shape, np.float32)), name="w")
+            self.product = ops.BatchMatMul(transpose_b=not transposed)
+
+        def construct(self, x):
+            choice = self.gate(x).argmax(1)
+            if way == "loop":
+                called = sorted(set(choice.asnumpy().tolist()))
+                experts = {i: self.w[i] if transposed else self.w[i].T for i in called}
+                return ops.cat([ops.matmul(x[choice == i], w) for i, w in experts.items()])
+            weight = ops.one_hot(choice, N_EXPERTS, ms.Tensor(1.0), ms.Tensor(0.0))
+            spread = weight.T[:, :, None] * x
+            return self.product(spread, self.w).sum(0)
+
+    return Experts()
+
+
+def batches(n=3, rows=128):
+    rng = np.random.default_rng(1)
+    return [(rng.standard_normal((rows, N_IN)) * rng.random(N_IN)).astype(np.float32) for _ in range(n)]
+
+
+def expected(config, gate, w, data, transposed):
+    """What the core makes of each expert and of the rows that chose it."""
+    x = np.concatenate(data)
+    choice = (x @ gate.T).argmax(1)
+    for i in range(N_EXPERTS):
+        layer = Layer(f"w[{i}]", "conv1d" if transposed else "linear", w[i].shape)
+        moments = Moments(layer, config.paired)
+        moments.add(x[choice == i], x[choice == i] if config.paired else None)
+        yield i, int((choice == i).sum()), solve(layer, w[i], moments, config.sparse_ratio, config)
+
+
+@pytest.mark.parametrize("way", ["loop", "at once"])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("method", ["hessian", "par"])
+def test_each_expert_of_one_parameter_is_fitted_to_its_own_tokens(kit, way, transposed, method):
+    model, gate, w = model_of(kit, way, transposed)
+    config = SparseConfig(method=method, ignore=["gate"], pattern="2:4")
+    compressor = kit.slim.Compressor(model, config)
+    report = compressor.compress([kit.tensor(x) for x in batches()])
+    assert list(report["layers"]) == [f"w[{i}]" for i in range(N_EXPERTS)]
+    assert report["fallbacks"] == report["skipped"] == {}
+    found = kit.array(kit.params(model)["w"])
+    for i, rows, result in expected(config, gate, w, batches(), transposed):
+        assert report["layers"][f"w[{i}]"]["rows"] == rows
+        np.testing.assert_allclose(found[i], result.weight, atol=1e-5)  # float64 sums of float32 rows, in any order
+        np.testing.assert_array_equal(np.asarray(compressor.masks[f"w[{i}]"]), result.keep)
+
+
+def test_experts_that_nobody_chose_fall_back_and_are_named(kit):
+    model, gate, _ = model_of(kit, "loop", True)
+    gate[2] = gate[0] * 1e-3  # never the largest of positive ones
+    gate = np.abs(gate)
+    kit.assign(kit.params(model)["gate.weight"], gate)
+    report = kit.slim.Compressor(model, SparseConfig(method="wanda", targets=["w"])).compress(
+        [kit.tensor(np.abs(x)) for x in batches()]
+    )
+    missed = [n for n, row in report["layers"].items() if row["rows"] < 16]
+    assert "w[2]" in missed
+    assert list(report["fallbacks"]) == missed
+    assert all(report["layers"][n]["method"] == "magnitude" for n in missed)
+    assert report["ratio"] == 0.5
+
+
+def test_a_weight_that_no_product_reads_falls_back_and_is_named(kit):
+    model, *_ = model_of(kit, "loop", True)
+    forward = "forward" if kit.name == "torch" else "construct"
+    setattr(type(model), forward, lambda self, x: self.gate(x).sum() + (self.w * 2).sum())
+    report = kit.slim.Compressor(model, SparseConfig(method="hessian", targets=["w"])).compress(
+        [kit.tensor(batches()[0])]
+    )
+    assert list(report["fallbacks"]) == ["w[0]", "w[1]", "w[2]"]
+    assert "saw 0 calibration rows" in report["fallbacks"]["w[1]"]
+
+
+def test_a_name_without_brackets_stands_for_all_experts(kit):
+    model, *_ = model_of(kit, "at once", False)
+    report = kit.slim.Compressor(model, SparseConfig(targets=["w"], ignore=["w[1]"])).compress()
+    assert list(report["layers"]) == ["w[0]", "w[2]"]
+    assert set(report["ignored"]) == {"gate", "w[1]"}
+    assert (kit.array(kit.params(model)["w"])[1] != 0).all()
+
+
+def test_padding_tokens_do_not_count(kit):
+    class Padded(kit.Module):
+        def __init__(self, net):
+            super().__init__()
+            self.net = net
+
+        def forward(self, hidden, attention_mask):
+            return self.net(hidden.reshape(-1, N_IN))
+
+        construct = forward
+
+    mask = np.array([[1] * 40 + [0] * 24] * 2)
+    x = batches(1)[0].reshape(2, 64, N_IN)
+    found = {}
+    for padded in (False, True):
+        model, *_ = model_of(kit, "loop", False)
+        given = x if padded else x[:, :40]
+        batch = {"hidden": kit.tensor(given), "attention_mask": kit.tensor(mask if padded else mask[:, :40])}
+        report = kit.slim.Compressor(Padded(model), SparseConfig(method="wanda", min_tokens=1)).compress([batch])
+        found[padded] = {n: row["rows"] for n, row in report["layers"].items() if n != "net.gate"}
+    assert found[True] == found[False]
+    assert sum(found[True].values()) == 80
+
+
+def test_an_error_leaves_experts_as_they_were(kit):
+    model, *_ = model_of(kit, "loop", False)
+    before = kit.array(kit.params(model)["w"])
+    bad = batches()[0]
+    bad[5, 2] = np.nan
+    with pytest.raises(ValueError, match="finite"):
+        kit.slim.Compressor(model, SparseConfig(method="hessian")).compress([kit.tensor(batches()[0]), kit.tensor(bad)])
+    np.testing.assert_array_equal(kit.array(kit.params(model)["w"]), before)
