@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from slimkit.core.sparse.layer import Layer
@@ -40,11 +40,16 @@ class Progress:
 
 
 class _Latest:
-    """Seconds by key, the latest of each; the first of all also loads libraries, and is forgotten for any other."""
+    """Seconds by key, as of late; the first of all also loads libraries, and is forgotten for any other."""
 
     def __init__(self) -> None:
         self._latest: dict[str, tuple[float, float]] = {}
         self._first: str | None = None
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing was measured yet."""
+        return not self._latest
 
     def put(self, key: str, seconds: float, work: float) -> None:
         """So much work took so many seconds."""
@@ -53,7 +58,7 @@ class _Latest:
         elif self._first is not None:
             del self._latest[self._first]
             self._first = None
-        self._latest[key] = seconds, work
+        self._latest[key] = _blend(self._latest[key][0] if key in self._latest else None, seconds), work
 
     def of(self, key: str, work: float) -> float:
         """The seconds of a key; at the rate of the others where it was not seen."""
@@ -61,6 +66,11 @@ class _Latest:
             return self._latest[key][0]
         seconds, known = (sum(values) for values in zip(*self._latest.values())) if self._latest else (0.0, 0.0)
         return seconds * work / known if known else 0.0
+
+
+def _blend(before: float | None, now: float) -> float:
+    # A single block may meet a busy machine; three in a row tell that it became busy.
+    return now if before is None else (before + 2 * now) / 3
 
 
 class Estimate:
@@ -98,7 +108,8 @@ class Estimate:
         self._total, self._done = len(layers) * walks, 0
         self._left = dict.fromkeys(layers)
         self._solving, self._adding = _Latest(), _Latest()
-        self._solved = self._worked = self._added = 0.0
+        self._solved = self._worked = 0.0
+        self._added: list[float] = []  # seconds of each sum of this pass
         self._foretold: dict[str, float] = {}  # pass -> seconds of its forwards by the first one
         self._forward: dict[str, float] = {}  # pass -> seconds of its forwards as they were
         self._sums: dict[str, float] = {}  # pass -> products of its sums, for one row
@@ -133,13 +144,14 @@ class Estimate:
         """
         now = self._clock()
         if self._n_parts:  # what comes before the first part, such as reading the embeddings, does not come again
-            self._opening, self._known_opening = now - self._last, True
+            took = now - self._last
+            self._opening = _blend(self._opening if self._known_opening else None, took)
+            self._known_opening = True
         self._last, self._n_parts = now, self._n_parts + 1
         self._part = frozenset(n for feeds in passes for feed in feeds for n in feed)
         self._passes = {feeds[0][0] for feeds in passes}
         self._whole = len({_block(n) for n in self._part}) > 1
-        first = min((reached[n] for n in self._part if n in reached), default=0.0)
-        start = max((s for n, s in reached.items() if n not in self._part and s < first), default=0.0)
+        start = _start(self._part, reached)
         for feeds in passes:
             key = self._key(feeds[0][0])
             until = max(reached.get(n, start) for feed in feeds for n in feed)
@@ -154,15 +166,18 @@ class Estimate:
 
     def added(self, seconds: float) -> None:
         """So many seconds of the waiting went into sums over rows."""
-        self._added += seconds
+        self._added.append(seconds)
 
     def replayed(self, first: str) -> None:
         """All data has been sent through for the pass that begins with this layer."""
         now, key = self._clock(), self._key(first)
         self._passes.discard(first)
-        self._forward[key] = max(0.0, now - self._last - self._added)
-        self._adding.put(key, self._added, self._sums[key])
-        self._last, self._added = now, 0.0
+        summed = sum(self._added)
+        self._forward[key] = _blend(self._forward.get(key), max(0.0, now - self._last - summed))
+        if self._adding.empty and len(self._added) > 1:  # the first one of all loads libraries, too
+            summed = (summed - self._added[0]) * len(self._added) / (len(self._added) - 1)
+        self._adding.put(key, summed, self._sums[key])
+        self._last, self._added = now, []
 
     def finished(self, name: str, solving: float = 0.0) -> Progress:
         """Count a layer whose work ends now, and of whose seconds so many went into solving it."""
@@ -179,7 +194,8 @@ class Estimate:
     def closed(self) -> None:
         """All data has been sent through the part as it is now."""
         now = self._clock()
-        self._closing, self._known_closing, self._last = now - self._last, True, now
+        self._closing = _blend(self._closing if self._known_closing else None, now - self._last)
+        self._known_closing, self._last = True, now
 
     def _walk_left(self) -> float:
         """Seconds that are left of this walk."""
@@ -204,6 +220,22 @@ class Estimate:
         column, weight, cube, product = self._costs
         n, size = layer.n_in, layer.n_out * layer.n_in
         return layer.groups * (column * n + weight * size + cube * n**3 + product * size * n)
+
+
+def _start(part: Collection[str], reached: Mapping[str, float]) -> float:
+    """Seconds of a forward until it comes to a part of the model."""
+    first = min((n for n in part if n in reached), key=lambda n: reached[n], default=None)
+    if first is None:
+        return 0.0
+    before = [s for n, s in reached.items() if n not in part and s < reached[first]]
+    if before:
+        return max(before)
+    # What comes before the first block, such as embeddings, is told by how soon the other blocks reach the same layer.
+    gaps = []
+    for other, seconds in reached.items():
+        if other not in part and _place(other) == _place(first):
+            gaps.append(seconds - max((s for s in reached.values() if s < seconds), default=0.0))
+    return reached[first] - min(gaps) if gaps else 0.0
 
 
 def _shape(layer: Layer) -> str:
