@@ -57,7 +57,7 @@ class Spectral:
     known less well than independent rows would know them: hence the identity's share as well.
 
     Args:
-        sample: (n, n), ones on the diagonal; not needed any more.
+        sample: (n, n), ones on the diagonal; its memory becomes `matrix`.
         count: rows behind it.
     """
 
@@ -68,11 +68,11 @@ class Spectral:
         found = shrink.nonlinear(values, count) * (1 - self.share) + self.share
         xp = namespace(sample)
         self._values = xp.astype(like(np.asarray(found), self._sample), sample.dtype)
-        self.matrix = self._with(self._values)
+        self.matrix = self._with(self._values, sample)
 
     def inverse(self, penalty: float) -> Array:
         """(matrix + penalty)^-1, from the eigenvalues."""
-        return self._with(1 / (self._values + penalty))
+        return self._with(1 / (self._values + penalty), namespace(self._vectors).empty_like(self._vectors))
 
     def sample_loss(self, rows: Array, loss: float | None = None) -> float:
         """From the sample's own eigenvalues."""
@@ -81,12 +81,11 @@ class Spectral:
         turned *= turned
         return float(xp.sum(xp.sum(turned, axis=0) * self._sample))
 
-    def _with(self, values: Array) -> Array:
-        """The matrix of these eigenvalues; one half is calculated and mirrored."""
+    def _with(self, values: Array, out: Array) -> Array:
+        """Fill a matrix with the one of these eigenvalues; a half is calculated and mirrored."""
         vectors = self._vectors
-        n, whole = vectors.shape[0], namespace(vectors).empty_like(vectors)
-        for start in range(0, n, STRIP):
+        for start in range(0, vectors.shape[0], STRIP):
             stop = start + STRIP
-            whole[start:stop, start:] = (vectors[start:stop] * values) @ vectors[start:].T
-            whole[stop:, start:stop] = whole[start:stop, stop:].T
-        return whole
+            out[start:stop, start:] = (vectors[start:stop] * values) @ vectors[start:].T
+            out[stop:, start:stop] = out[start:stop, stop:].T
+        return out

@@ -6,7 +6,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from slimkit.core.sparse import pattern as patterns
-from slimkit.core.sparse.backend import Array, add_product, device_of, erase, library, namespace, own_copy, row_products
+from slimkit.core.sparse.backend import (
+    Array,
+    add_product,
+    device_of,
+    erase,
+    library,
+    namespace,
+    own_copy,
+    product_into,
+    row_products,
+)
 from slimkit.core.sparse.correlations import Correlations, Mixed, Spectral
 from slimkit.core.sparse.pattern import NM
 
@@ -59,7 +69,7 @@ def refine(
     while the ratio rises; last, what stays is refitted by conjugate gradients on its support.
 
     Args:
-        target: (out, n) float32.
+        target: (out, n) float32; its memory is used up.
         gram: (n, n) mean of x x^T, ones on the diagonal of dead columns; its memory is used up.
         ratios: shares to drop, one after the other; the last is the one asked for.
         nm: the n:m pattern, or None.
@@ -77,7 +87,8 @@ def refine(
     gram /= scale
     known: Correlations = (Spectral if schedule.spectral else Mixed)(gram, count)
     del gram
-    goal = target * scale
+    target *= scale
+    goal = target
     facts = {"shrinkage": round(known.share, 6), "power": known.sample_loss(goal)}
     allowed = None if dead is None else ~dead[None, :] & xp.ones(target.shape, dtype=xp.bool, device=device_of(target))
     for ratio in ratios:
@@ -151,23 +162,23 @@ def refit(goal: Array, fitted: Array, keep: Array, correlation: Array, steps: in
     Returns:
         (out, 1) tr(D C D^T) of what is missing from the goal, D, row by row.
     """
-    xp = namespace(goal)
+    xp, lib = namespace(goal), library(goal)
     mask = xp.astype(keep, goal.dtype)
     fitted *= mask
     direction = goal - fitted
-    residual = direction @ correlation
+    residual, image = direction @ correlation, xp.empty_like(direction)
     losses = row_products(direction, residual)
     residual *= mask
     direction[...] = residual
     power = row_products(residual, residual)
     for _ in range(steps):
-        image = direction @ correlation
+        product_into(image, direction, correlation)
         image *= mask
         length = power / xp.clip(row_products(direction, image), TINY, None)
         losses -= length * power
-        fitted += length * direction
         image *= length
         residual -= image
+        fitted += lib.multiply(direction, length, out=image)
         new = row_products(residual, residual)
         direction *= new / xp.clip(power, TINY, None)
         direction += residual
@@ -183,9 +194,13 @@ def _swap(
     n_zeros = xp.sum(xp.astype(~keep, xp.int64), axis=1, keepdims=True)
     length = xp.ones_like(goal[:, :1])
     for _ in range(s.swaps):
-        scores = xp.abs(sparse + length * ((goal - sparse) @ correlation))
+        fitted = (goal - sparse) @ correlation
+        fitted *= length
+        fitted += sparse
+        scores = xp.abs(fitted)
         tried = patterns.keep_nm(scores, nm) if nm else patterns.keep_by_row(scores, n_zeros)
-        fitted = own_copy(sparse)
+        del scores
+        fitted[...] = sparse
         new = refit(goal, fitted, tried, correlation, s.refits // 2)
         better = new < losses
         sparse, keep = xp.where(better, fitted, sparse), xp.where(better, tried, keep)

@@ -50,7 +50,8 @@ class Problem:
 
     Args:
         weight: (out, n) the trained weight.
-        target: (out, n) what to come close to; the weight itself unless the dense model's outputs are the aim.
+        target: (out, n) what to come close to; the weight itself unless the dense model's outputs are the aim, and
+            in memory of its own, to be used up, then.
         gram: (n, n) mean of x x^T, with ones on the diagonal of dead columns.
         spend: whether the gram's memory may be used up.
         dead: (n,) columns whose input is always zero, or None.
@@ -124,7 +125,8 @@ def par_v2(p: Problem) -> tuple[Array, Array, dict[str, Any]]:
 
 def _refined(p: Problem, schedule: Schedule) -> tuple[Array, Array, dict[str, Any]]:
     gram = p.gram if p.spend else own_copy(p.gram)
-    return refine(p.target, gram, steps_to(p.ratio, p.config), p.nm, p.dead, p.count, schedule)
+    target = own_copy(p.target) if p.target is p.weight else p.target
+    return refine(target, gram, steps_to(p.ratio, p.config), p.nm, p.dead, p.count, schedule)
 
 
 SOLVERS: dict[str, Callable[[Problem], tuple[Array, Array, dict[str, Any]]]] = {
@@ -195,12 +197,14 @@ def solve(
     for g in range(layer.groups):
         gram, dead = (None, None) if means.grams is None else _alive(means.grams[g], means.own)
         start, size = g * layer.n_out * layer.n_in, layer.n_out * layer.n_in
-        target = matrix[g]
+        dense = target = matrix[g]
         if means.missing is not None:
             assert moments is not None
-            target = target + _regress(means.missing[g], gram, moments.count)
+            target = means.missing[g]
+            target[...] = _regress(target, gram, moments.count)
+            target += dense
         problem = Problem(
-            weight=matrix[g],
+            weight=dense,
             target=target,
             gram=gram,
             spend=means.own or dead is not None,
