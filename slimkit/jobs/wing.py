@@ -19,6 +19,7 @@ from slimkit.core.jobs.bar import LayerBar
 from slimkit.core.jobs.data import DataPlace, ModelPlace
 from slimkit.core.jobs.training import TASKS, AdaptAims, DistillAims, TrainingPlan
 from slimkit.core.jobs.wing import Jobs, Opened, sparse_plan
+from slimkit.core.locks import locked
 from slimkit.core.run.measurement import Measurement
 from slimkit.core.sparse import SparseConfig, shards
 from slimkit.core.sparse.layer import Layer
@@ -144,7 +145,8 @@ class TorchJobs(Jobs):
     ) -> dict[str, Any]:
         """As everywhere, but Hugging Face directories go block by block and resume."""
         if restart and (out / blocks.STATE).is_dir():
-            shutil.rmtree(out)
+            with locked(out / blocks.STATE, "--out", inside=True):  # a Python program may be at work there
+                shutil.rmtree(out)
         if not self._by_blocks(place, cfg):
             return super().sparsify(place, out, cfg, calib=calib, restart=restart)
         assert place.model is not None

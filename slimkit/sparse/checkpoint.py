@@ -18,6 +18,7 @@ from slimkit.core import batch as batches
 from slimkit.core import check, files
 from slimkit.core.errors import UnsupportedError
 from slimkit.core.lazy import library
+from slimkit.core.locks import locked
 from slimkit.core.sparse import SparseConfig, shards
 from slimkit.core.sparse.compress import compress
 from slimkit.core.sparse.eta import Progress
@@ -66,6 +67,7 @@ def sparsify_checkpoint(
     Raises:
         FileFormatError: `src` is damaged or holds no safetensors.
         UnsupportedError: the model has no chain of blocks, a tensor is not found, or `dst` was begun with other inputs.
+        ConfigError: another process is at work in `dst`.
     """
     source, target = files.as_path(src, "src"), files.as_path(dst, "dst")
     check.instance(cfg, SparseConfig, "cfg")
@@ -84,6 +86,21 @@ def sparsify_checkpoint(
         raise UnsupportedError("sparsify_checkpoint needs one process: all would write the same files.")
     digests = {f.name: files.digest_file(f) for f in sorted({p.file for p in places.values()})}
     job = {"config": cfg.to_dict(), "source": digests, "dataset": _digest(data), "threads": torch.get_num_threads()}
+    with locked(state, "dst", inside=True):
+        return _resume(host, cfg, data, source, target, job, on_progress)
+
+
+def _resume(
+    host: CheckpointHost,
+    cfg: SparseConfig,
+    data: Sequence[Any],
+    source: Path,
+    target: Path,
+    job: Mapping[str, Any],
+    on_progress: Callable[[Progress], None] | None,
+) -> dict[str, Any]:
+    """Begin a job in `target`, or go on with it; the caller holds its lock."""
+    state = target / STATE
     shards.same_job(state, job)
     for part in target.rglob(".*.part"):  # a killed writer cannot clean up after itself
         shutil.rmtree(part) if part.is_dir() else part.unlink()
@@ -105,7 +122,7 @@ def _tidy(state: Path) -> None:
     for leftover in state.iterdir():
         if leftover.is_dir():
             shutil.rmtree(leftover)
-        elif leftover.name != "job.json":
+        elif leftover.name not in ("job.json", ".lock"):
             leftover.unlink()
 
 

@@ -58,7 +58,7 @@ class Machine:
             forward = max(times.values())
             self.take(0.2 + forward)  # loaded, and sent through once to see the order of the layers
             passes = [[tuple(f"h.{i}.{n}" for n in feed) for feed in feeds] for i in part for feeds in PASSES]
-            estimate.opened(passes, times)
+            estimate.opened([f"h.{i}.{n}" for i in part for n in SHAPES], passes, times)
             for feeds in passes:
                 self.calibrate(estimate, feeds, times)
             if not self.whole:

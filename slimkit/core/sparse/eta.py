@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from slimkit.core.sparse.layer import Layer
@@ -133,11 +133,16 @@ class Estimate:
         self._last = self._clock()
 
     def opened(
-        self, passes: Sequence[Sequence[Sequence[str]]], reached: Mapping[str, float], preparing: float = 0.0
+        self,
+        names: Iterable[str],
+        passes: Sequence[Sequence[Sequence[str]]],
+        reached: Mapping[str, float],
+        preparing: float = 0.0,
     ) -> None:
         """A part of the model is ready.
 
         Args:
+            names: its layers, as far as known.
             passes: for each sending of the data through it the feeds it is for.
             reached: layer -> seconds of one model's forward over all batches until its call, as far as known.
             preparing: how many of the seconds before come again with every part.
@@ -148,7 +153,7 @@ class Estimate:
             self._opening = _blend(self._opening if self._known_opening else None, took)
             self._known_opening = True
         self._last, self._n_parts = now, self._n_parts + 1
-        self._part = frozenset(n for feeds in passes for feed in feeds for n in feed)
+        self._part = frozenset(names).union(n for feeds in passes for feed in feeds for n in feed)
         self._passes = {feeds[0][0] for feeds in passes}
         self._whole = len({_block(n) for n in self._part}) > 1
         start = _start(self._part, reached)

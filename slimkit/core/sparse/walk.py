@@ -173,10 +173,11 @@ class Walk:
             passes = [list(stage.feeds)] if stage.feeds else []
             if self._config.sequential:
                 passes = steps(stage.feeds, self._layers, 2 if self._config.paired else 1)
-            self._estimate.opened(passes, stage.reached, time.perf_counter() - start)
+            names = getattr(stage, "names", ())
+            self._estimate.opened(names, passes, stage.reached, time.perf_counter() - start)
             for feeds in passes:
                 yield stage, feeds
-            for name in getattr(stage, "names", ()):
+            for name in names:
                 if name not in self.solved:  # its block leaves memory now, reached or not
                     self._settle(name, Moments(self._layers[name]) if self._config.needs_data else None)
             stage.advance()
