@@ -241,6 +241,26 @@ def test_the_error_told_is_the_calibration_rows_error(method, rows):
             np.testing.assert_allclose(told, np.sum(change**2) + dead, rtol=1e-6)
 
 
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_outputs_summed_as_missing_are_those_of_the_inputs_products(has_bias, groups):
+    rng = np.random.default_rng(0)
+    layer = Layer("l", "conv2d", (6, 8 // groups, 1, 1), groups=groups, has_bias=has_bias)
+    weight = rng.standard_normal(layer.shape)
+    dense = rng.standard_normal((50, 8, 3, 3)) + 0.5
+    sparse = dense + 0.1 * rng.standard_normal(dense.shape)
+    ways = [Moments(layer, True), Moments(layer, True, weight)]
+    for moments in ways:
+        for half in (slice(0, 20), slice(20, 50)):
+            moments.add(sparse[half], dense[half])
+    assert ways[0].missing is None
+    assert ways[1].cross is None
+    first, second = (solve(layer, weight, m, 0.5, SparseConfig(method="par")) for m in ways)
+    np.testing.assert_allclose(first.weight, second.weight, atol=1e-12)
+    if has_bias:
+        np.testing.assert_allclose(first.bias_shift, second.bias_shift, atol=1e-12)
+
+
 def test_shards_are_copied_with_some_tensors_replaced(tmp_path):
     from slimkit.core import files
 

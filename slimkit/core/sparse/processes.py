@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from slimkit.core.errors import ArgumentError
 from slimkit.core.sparse.backend import Array, device_of, namespace, precision
 from slimkit.core.sparse.layer import Layer
-from slimkit.core.sparse.moments import Moments
+from slimkit.core.sparse.moments import SUMS, Moments
 from slimkit.core.sparse.solve import Solved
 
 if TYPE_CHECKING:
@@ -21,8 +21,6 @@ SECONDS_PER_CALL = 2e-3
 
 # Work of a method, in units of n^3 + rows n^2 products.
 WORK = {"magnitude": 0.0, "wanda": 0.0, "hessian": 1.0, "par": 8.0, "par_v2": 40.0}
-
-FIELDS = ("gram", "total", "cross", "dense_total", "drift_cross", "drift_total")
 
 
 def agreed(host: Host, feeds: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
@@ -64,28 +62,30 @@ def add_up(host: Host, moments: Moments, weight: Array) -> None:
     """
     if host.processes() < 2:
         return
-    own = {"count": moments.count, "square": moments.dense_square}
-    every = host.gather({**own, "has": [f for f in FIELDS if getattr(moments, f) is not None]})
+    own = {"count": moments.count, "square": moments.dense_square, "inner": moments.dense_inner}
+    every = host.gather({**own, "has": [f for f in SUMS if getattr(moments, f) is not None]})
     seen = [set(e["has"]) for e in every if e["count"]]
     if not seen:
         return
     layer, xp = moments.layer, namespace(weight)
     square, line = (layer.groups, layer.n_in, layer.n_in), (layer.groups, layer.n_in)
     drift = (1, layer.n_out, layer.n_in), (1, layer.n_out)
-    shapes = dict(zip(FIELDS, (square, line, square, line, *drift)))
+    outputs = (layer.groups, layer.n_out, layer.n_in)
+    shapes = dict(zip(SUMS, (square, line, square, outputs, line, *drift)))
     dtype, device = precision(weight, layer.n_in), device_of(weight)
-    kept = [f for f in FIELDS if all(f in has for has in seen)]
+    kept = [f for f in SUMS if all(f in has for has in seen)]
     # Rows of one process that have no dense counterparts spoil the pairing for all.
-    moments.paired = moments.paired and "cross" in kept
+    moments.paired = moments.paired and "dense_total" in kept
     arrays = [
         xp.zeros(shapes[f], dtype=dtype, device=device) if getattr(moments, f) is None else getattr(moments, f)
         for f in kept
     ]
     totals = dict(zip(kept, host.reduce(arrays)))
-    for name in FIELDS:
+    for name in SUMS:
         setattr(moments, name, totals.get(name))
     moments.count = sum(e["count"] for e in every)
     moments.dense_square = sum(e["square"] for e in every)
+    moments.dense_inner = sum(e["inner"] for e in every)
 
 
 def owners(layers: Sequence[Layer], method: str, processes: int) -> dict[str, int]:

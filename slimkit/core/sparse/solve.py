@@ -285,20 +285,26 @@ def _means(matrix: Array, moments: Moments | None, config: SparseConfig, method:
         gain = (matrix @ moments.dense_total[..., None], moments.total[..., None])
         grams, own = grams if last else own_copy(grams), True
         _centre(grams, moments.total)
-    missing = own_copy(matrix)
-    for start in range(0, matrix.shape[2], STRIP):
-        some = slice(start, start + STRIP)
-        apart = cross[..., some] - grams[..., some]  # zero with equal inputs: the target is W then, exactly
+    if moments.missing is not None:
+        missing = moments.missing if last else own_copy(moments.missing)
         if centred:
-            apart -= moments.dense_total[:, :, None] * moments.total[:, None, some]
-        missing[..., some] = matrix @ apart
+            change = moments.dense_total - moments.total
+            missing -= (matrix @ change[..., None]) * moments.total[:, None, :]
+    else:
+        missing = own_copy(matrix)
+        for start in range(0, matrix.shape[2], STRIP):
+            some = slice(start, start + STRIP)
+            apart = cross[..., some] - grams[..., some]  # zero with equal inputs: the target is W then, exactly
+            if centred:
+                apart -= moments.dense_total[:, :, None] * moments.total[:, None, some]
+            missing[..., some] = matrix @ apart
     if drift is not None:
         missing += drift
         if centred:
             missing -= moments.drift_total[:, :, None] * moments.total[:, None, :]
             gain = (gain[0] + moments.drift_total[..., None], gain[1]) if gain else None
     if last:
-        moments.cross = moments.drift_cross = None
+        moments.cross = moments.missing = moments.drift_cross = None
     return _Means(grams, own, missing, gain)
 
 
