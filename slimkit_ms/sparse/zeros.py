@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from slimkit.core.errors import UnsupportedError
+from slimkit.core.sparse.masked_reads import masked_methods
 from slimkit.core.sparse.masks import demand_masks
 from slimkit_ms import bridge
 from slimkit_ms.sparse.slots import Slot, attend, kind_of, slots_of
@@ -75,7 +76,10 @@ class FrozenZeros:
             keep = ms.Tensor(mask).astype(slot.parameter(model).dtype)
             self._drops.append((slot.parameter(model), keep))
             cell = bridge.get_module(model, slot.caller)
-            self._undo.append(_mask_attention(cell, slot, keep) if slot.part else _mask_operator(cell, keep))
+            if slot.read:
+                self._undo.append(_mask_reads(cell, slot.key, keep))
+            else:
+                self._undo.append(_mask_attention(cell, slot, keep) if slot.part else _mask_operator(cell, keep))
         self.apply()
         bridge.forget_graphs(model)
 
@@ -146,6 +150,20 @@ def _mask_attention(cell: nn.MultiheadAttention, slot: Slot, keep: ms.Tensor) ->
     return undo
 
 
+def _mask_reads(cell: nn.Cell, key: str, keep: ms.Tensor) -> Callable[[], None]:
+    """Mask a parameter wherever the cell's own code reads it; the function returned undoes it."""
+    kind, mask = type(cell), f"{key}_mask"
+    methods = masked_methods(kind, key, mask, "mindspore")
+    setattr(cell, mask, keep)
+    cell.__class__ = type(kind.__name__, (kind,), {**methods, "__module__": kind.__module__})
+
+    def undo() -> None:
+        cell.__class__ = kind
+        delattr(cell, mask)
+
+    return undo
+
+
 def freeze_zeros(
     model: nn.Cell,
     masks: Mapping[str, Any] | None = None,
@@ -167,7 +185,8 @@ def freeze_zeros(
     Raises:
         PatternError: a target matches no layer.
         ArgumentError: no layer has a zero, or a mask's name or shape does not fit.
-        UnsupportedError: a layer of attention that is a subclass of nn.MultiheadAttention.
+        UnsupportedError: a layer of attention that is a subclass of nn.MultiheadAttention, or experts whose cell does
+            not read them itself in plain methods.
 
     Example:
         >>> layer = nn.Dense(2, 1)
@@ -192,4 +211,11 @@ def freeze_zeros(
                 f"freeze_zeros cannot mask the weights that {type(cell).__name__} reads for {name!r}: it is a subclass "
                 "of nn.MultiheadAttention with a construct of its own; leave it out of `targets` or `masks`."
             )
+        if layers[name].read:
+            try:
+                masked_methods(type(cell), layers[name].key, f"{layers[name].key}_mask", "mindspore")
+            except UnsupportedError as error:
+                raise UnsupportedError(
+                    f"freeze_zeros cannot mask {name!r}: {error}; leave it out of `targets` or `masks`."
+                ) from None
     return FrozenZeros(model, layers, found)

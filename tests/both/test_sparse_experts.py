@@ -167,3 +167,56 @@ def test_an_error_leaves_experts_as_they_were(kit):
     with pytest.raises(ValueError, match="finite"):
         kit.slim.Compressor(model, SparseConfig(method="hessian")).compress([kit.tensor(batches()[0]), kit.tensor(bad)])
     np.testing.assert_array_equal(kit.array(kit.params(model)["w"]), before)
+
+
+def train(kit, model, steps=3):
+    x = kit.tensor(batches(1)[0])
+    if kit.name == "torch":
+        optimizer = kit.torch.optim.AdamW(model.parameters(), lr=0.05, weight_decay=0.1)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+        return
+    ms = kit.ms
+    optimizer = ms.nn.AdamWeightDecay(model.trainable_params(), 0.05, weight_decay=0.1)
+    step = ms.nn.TrainOneStepCell(squared(kit, model), optimizer)
+    step.set_train()
+    for _ in range(steps):
+        step(x)
+
+
+def squared(kit, model):
+    class Squared(kit.ms.nn.Cell):
+        def __init__(self):
+            super().__init__()
+            self.net = model
+
+        def construct(self, x):
+            return self.net(x).square().mean()
+
+    return Squared()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_zeros_of_experts_stay_in_training(kit, compiled):
+    model, _, before = model_of(kit, "at once", True)
+    compressor = kit.slim.Compressor(model, SparseConfig(targets=["w"]))
+    compressor.compress()
+    kind, dropped = type(model), kit.array(model.w) == 0
+    if compiled and kit.name == "mindspore":
+        mode = kit.ms.get_context("mode")
+        kit.ms.set_context(mode=kit.ms.GRAPH_MODE)
+    try:
+        with kit.slim.freeze_zeros(model, compressor.masks) as frozen:
+            assert list(frozen.masks) == [f"w[{i}]" for i in range(N_EXPERTS)]
+            train(kit, model)
+            after = kit.array(model.w)
+            np.testing.assert_array_equal(after == 0, dropped)
+            assert (after[~dropped] != before[~dropped]).all()
+        assert type(model) is kind
+        train(kit, model)
+        assert (kit.array(model.w) == 0).mean() < 0.1  # let go, they move again
+    finally:
+        if compiled and kit.name == "mindspore":
+            kit.ms.set_context(mode=mode)

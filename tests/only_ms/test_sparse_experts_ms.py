@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from slimkit.core.errors import UnsupportedError
 from slimkit.core.sparse import SparseConfig
 
 N_EXPERTS, N_IN, N_OUT = 3, 8, 6
@@ -123,3 +124,13 @@ def test_a_compiled_product_is_not_seen_and_its_experts_are_named(kit):
 
     report = compressed(kit, cell_of(kit, read), [tokens(kit)])
     assert list(report["fallbacks"]) == ["w[0]", "w[1]", "w[2]"]
+
+
+@pytest.mark.parametrize("kit", ["mindspore"], indirect=True, scope="session")
+def test_zeros_of_experts_that_the_cell_does_not_read_plainly_are_refused(kit):
+    cell = cell_of(kit, lambda cell, x: kit.ms.ops.matmul(x, cell.w[0]))
+    kit.slim.Compressor(cell, SparseConfig()).compress()
+    kind = type(cell)
+    with pytest.raises(UnsupportedError, match=r"freeze_zeros cannot mask 'w\[0\]': no method of Experts reads self.w"):
+        kit.slim.freeze_zeros(cell)
+    assert type(cell) is kind
