@@ -7,13 +7,13 @@ import ctypes
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from slimkit.core import check
 from slimkit.core.batch import as_call
 from slimkit.core.errors import ArgumentError
-from slimkit.core.freeze import Entry
+from slimkit.core.freeze import Parameters, Reading
 from slimkit.core.lazy import require
 from slimkit.core.log import logger
 from slimkit.core.weights.coupling import Structure, Target, computed_names
@@ -118,18 +118,27 @@ def hooked(modules: Mapping[str, torch.nn.Module], seen: Callable[[str, Any, Any
             handle.remove()
 
 
-def parameter_entries(model: torch.nn.Module) -> list[tuple[torch.nn.Parameter, Entry]]:
-    """Every parameter with all its names, its size and whether it trains; a shared parameter comes once."""
-    found: dict[int, tuple[torch.nn.Parameter, list[str]]] = {}
+def parameters(model: torch.nn.Module) -> Parameters:
+    """Every parameter with all its names; a shared parameter comes once."""
+    found = Parameters([], [], {}, _readings)
+    place: dict[int, int] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
         for key, parameter in module._parameters.items():
-            if parameter is not None:
-                names = found.setdefault(id(parameter), (parameter, []))[1]
-                names.append(f"{prefix}.{key}" if prefix else key)
-    return [
-        (p, Entry(tuple(names), p.numel(), p.requires_grad, p.is_floating_point() or p.is_complex()))
-        for p, names in found.values()
-    ]
+            if parameter is None:
+                continue
+            path, at = f"{prefix}.{key}" if prefix else key, place.setdefault(id(parameter), len(found.held))
+            if at < len(found.held):
+                found.further.setdefault(at, []).append(path)
+            else:
+                found.held.append(parameter)
+                found.names.append(path)
+    return found
+
+
+def _readings(held: Sequence[torch.nn.Parameter], paths: Sequence[str]) -> Iterator[Reading]:
+    """What torch says of each parameter, when it is asked for; none has a name of its own."""
+    for p in held:
+        yield None, p.numel(), p.requires_grad, p.is_floating_point() or p.is_complex()
 
 
 def structure(model: torch.nn.Module) -> Structure:

@@ -54,10 +54,8 @@ def freeze_modules(
         >>> freeze_modules(net, include=["0"]).frozen
         ('0.weight', '0.bias')
     """
-    entries = bridge.parameter_entries(bridge.check_model(model))
-    flags, report = rules.decide_modules([e for _, e in entries], include, exclude, strict=strict)
-    _set(entries, flags)
-    return report
+    found = bridge.parameters(bridge.check_model(model))
+    return rules.train_by_lists(found, include, exclude, strict=strict)
 
 
 def freeze_delta(
@@ -94,10 +92,8 @@ def freeze_delta(
         >>> freeze_delta(torch.nn.Linear(2, 2), "bitfit").trainable_count
         2
     """
-    entries = bridge.parameter_entries(bridge.check_model(model))
-    flags, report = rules.decide_delta([e for _, e in entries], mode, include, exclude, strict=strict)
-    _set(entries, flags)
-    return report
+    found = bridge.parameters(bridge.check_model(model))
+    return rules.train_by_mode(found, mode, include, exclude, strict=strict)
 
 
 def freeze_from_config(
@@ -140,13 +136,7 @@ def trainable_summary(model: torch.nn.Module) -> FreezeReport:
              1 x weight  4
              1 x bias  2
     """
-    return rules.report_of([e for _, e in bridge.parameter_entries(bridge.check_model(model))])
-
-
-def _set(entries: Sequence[tuple[Any, rules.Entry]], flags: Sequence[bool]) -> None:
-    for (parameter, entry), trains in zip(entries, flags):
-        if entry.trains != trains:
-            parameter.requires_grad = trains
+    return rules.report_of(bridge.parameters(bridge.check_model(model)))
 
 
 class ModelFreezer(Freezer):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from slimkit.core import check
 from slimkit.core.batch import as_call
 from slimkit.core.errors import ArgumentError
-from slimkit.core.freeze import Entry
+from slimkit.core.freeze import Parameters, Reading
 from slimkit.core.lazy import require
 from slimkit.core.weights.coupling import Structure, Target
 from slimkit.core.weights.heads import Heads, heads_told_by
@@ -113,36 +113,54 @@ def as_numpy(tensor: ms.Tensor) -> Any:
     return tensor.asnumpy().copy()
 
 
-def parameter_entries(model: nn.Cell) -> list[tuple[ms.Parameter, Entry]]:
-    """Every parameter with all its names, its size and whether it trains; a shared parameter comes once.
+def parameters(model: nn.Cell) -> Parameters:
+    """Every parameter with all its names; a shared parameter comes once.
 
     The running statistics of a norm are parameters here and never train.
     """
-    entries: list[tuple[ms.Parameter, Entry]] = []
+    found = Parameters([], [], {}, _readings)
     place: dict[int, int] = {}
-    dtypes: dict[int, tuple[bool, Any]] = {}
-    for prefix, cell in model.cells_and_names():
-        stem = f"{prefix}." if prefix else ""
+    for stem, cell in _stems(model):
         for key, parameter in cell._params.items():
             if parameter is None:
                 continue
-            path, at = stem + key, place.get(id(parameter))
-            if at is not None:
-                entry = entries[at][1]
-                if path not in entry.names:
-                    entries[at] = parameter, entry._replace(names=(*entry.names, path))
-                continue
-            place[id(parameter)] = len(entries)
-            # Each of these is a call into the framework, and there may be ten thousand parameters: every one is made
-            # once, on the record that needs no waiting for the device, and a dtype is compared by identity first.
-            info, dtype = parameter._param_info, parameter.dtype
-            name, known = info.name, dtypes.get(id(dtype))
-            if known is None:  # the dtype is kept alive, so that no other takes its identity
-                known = dtypes[id(dtype)] = dtype in _TRAINABLE, dtype
-            may_train = known[0] and key not in STATISTICS
-            names = (path,) if path == name else (path, name)
-            entries.append((parameter, Entry(names, parameter.size, info.requires_grad, may_train)))
-    return entries
+            at = place.setdefault(id(parameter), len(found.held))
+            if at < len(found.held):
+                found.further.setdefault(at, []).append(stem + key)
+            else:
+                found.held.append(parameter)
+                found.names.append(stem + key)
+    return found
+
+
+def _readings(held: Sequence[ms.Parameter], paths: Sequence[str]) -> Iterator[Reading]:
+    """What MindSpore says of each parameter, when it is asked for."""
+    dtypes: dict[int, tuple[bool, Any]] = {}
+    for parameter, path in zip(held, paths):
+        # Each of these is a call into the framework, and there may be ten thousand parameters: every one is made
+        # once, on the record that needs no waiting for the device, and a dtype is compared by identity first.
+        info, dtype = parameter._param_info, parameter.dtype
+        known = dtypes.get(id(dtype))
+        if known is None:  # the dtype is kept alive, so that no other takes its identity
+            known = dtypes[id(dtype)] = dtype in _TRAINABLE, dtype
+        is_statistic = path.endswith(STATISTICS) and path.rpartition(".")[2] in STATISTICS
+        yield info.name, parameter.size, info.requires_grad, known[0] and not is_statistic
+
+
+def _stems(model: nn.Cell) -> list[tuple[str, nn.Cell]]:
+    """Every cell once, in the order of cells_and_names, with what stands before its parameters' names.
+
+    Without the nested generators of cells_and_names, which take three times as long.
+    """
+    found, waiting, seen = [], [("", model)], set()
+    while waiting:
+        stem, cell = waiting.pop()
+        if id(cell) not in seen:
+            seen.add(id(cell))
+            found.append((stem, cell))
+            if cell._cells:
+                waiting += [(f"{stem}{name}.", c) for name, c in reversed(cell._cells.items()) if c is not None]
+    return found
 
 
 _TRAINABLE = {ms.float16, ms.bfloat16, ms.float32, ms.float64, ms.complex64, ms.complex128}

@@ -54,10 +54,8 @@ def freeze_modules(
         >>> freeze_modules(net, include=["0"]).frozen
         ('0.weight', '0.bias')
     """
-    entries = bridge.parameter_entries(bridge.check_model(model))
-    flags, report = rules.decide_modules([e for _, e in entries], include, exclude, strict=strict)
-    _set(entries, flags)
-    return report
+    found = bridge.parameters(bridge.check_model(model))
+    return rules.train_by_lists(found, include, exclude, strict=strict)
 
 
 def freeze_delta(
@@ -94,10 +92,8 @@ def freeze_delta(
         >>> freeze_delta(nn.Dense(2, 2), "bitfit").trainable_count
         2
     """
-    entries = bridge.parameter_entries(bridge.check_model(model))
-    flags, report = rules.decide_delta([e for _, e in entries], mode, include, exclude, strict=strict)
-    _set(entries, flags)
-    return report
+    found = bridge.parameters(bridge.check_model(model))
+    return rules.train_by_mode(found, mode, include, exclude, strict=strict)
 
 
 def freeze_from_config(model: nn.Cell, config_path: str | os.PathLike[str], *, strict: bool = True) -> FreezeReport:
@@ -138,13 +134,7 @@ def trainable_summary(model: nn.Cell) -> FreezeReport:
              1 x weight  4
              1 x bias  2
     """
-    return rules.report_of([e for _, e in bridge.parameter_entries(bridge.check_model(model))])
-
-
-def _set(entries: Sequence[tuple[Any, rules.Entry]], flags: Sequence[bool]) -> None:
-    for (parameter, entry), trains in zip(entries, flags):
-        if entry.trains != trains:
-            parameter.requires_grad = trains
+    return rules.report_of(bridge.parameters(bridge.check_model(model)))
 
 
 class ModelFreezer(Freezer):
@@ -179,11 +169,11 @@ class ModelFreezer(Freezer):
         return [cell for _, cell in module.cells_and_names()]
 
     def _parameters(self, module: Any, *, own: bool = False) -> list[Any]:
-        held = module._params.values() if own else None
+        held, found = module._params.values() if own else None, bridge.parameters(module)
         return [
-            p
-            for p, e in bridge.parameter_entries(module)
-            if e.may_train and (held is None or any(p is q for q in held))
+            parameter
+            for parameter, (_, _, _, may_train) in zip(found.held, found.readings())
+            if may_train and (held is None or any(parameter is own for own in held))
         ]
 
     def _is_batch_norm(self, module: Any) -> bool:

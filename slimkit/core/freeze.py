@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from slimkit.core import check
 from slimkit.core.errors import (
@@ -17,23 +17,23 @@ from slimkit.core.errors import (
     ReadYamlFileError,
 )
 from slimkit.core.files import readable_file
-from slimkit.core.match import Matches, demand, match
+from slimkit.core.match import demand, match, matcher
 from slimkit.core.yamltext import parse_yaml
 
-# The last part of the name decides: "bias", "in_proj_bias", "bias_ih_l0", and "beta", a norm's bias in MindSpore.
-_BIASES = r"re:(?:|.*\.)(?:bias|beta|[^.]*_bias|bias_[^.]*)"
+# A bias by the last part of its name: "bias", "in_proj_bias", "bias_ih_l0", and "beta", a norm's bias in MindSpore.
+_BIAS = "re:bias|beta|[^.]*_bias|bias_[^.]*"
 
-# mode -> the patterns of what that way of tuning trains
-MODES: dict[str, tuple[str, ...]] = {
-    "lora": ("*mindpet_delta_lora*",),
-    "prefixtuning": ("*mindpet_delta_prefixtuning*",),
-    "prefix": ("*mindpet_delta_prefixtuning*",),
-    "adapter": ("*mindpet_delta_adapter*",),
-    "low_rank_adapter": ("*mindpet_delta_low_rank_adapter*",),
-    "bitfit": (_BIASES,),
-    "prompttuning": ("*mindpet_delta_prompttuning*",),
-    "prompt": ("*mindpet_delta_prompttuning*",),
-    "ptuning2": ("*mindpet_delta_ptuning2*",),
+# mode -> the pattern of what that way of tuning trains; bitfit's is held against the last part of a name
+MODES: dict[str, str] = {
+    "lora": "*mindpet_delta_lora*",
+    "prefixtuning": "*mindpet_delta_prefixtuning*",
+    "prefix": "*mindpet_delta_prefixtuning*",
+    "adapter": "*mindpet_delta_adapter*",
+    "low_rank_adapter": "*mindpet_delta_low_rank_adapter*",
+    "bitfit": _BIAS,
+    "prompttuning": "*mindpet_delta_prompttuning*",
+    "prompt": "*mindpet_delta_prompttuning*",
+    "ptuning2": "*mindpet_delta_ptuning2*",
 }
 
 _CONFIG_LIMIT_BYTES = 1 << 20
@@ -43,20 +43,45 @@ class _WrongKindError(ArgumentTypeError, ArgumentError):
     """The documents promise a ValueError where Python's habit is a TypeError: this is both."""
 
 
-class Entry(NamedTuple):
-    """One parameter as the rules see it.
+# What a framework says of one parameter: the name it carries itself (None where parameters carry none), its number of
+# values, whether it trains now, and whether it may: integers and the running statistics of a norm never do. Plain
+# tuples, since ten thousand records take longer to make than all the rules.
+Reading = tuple[str | None, int, bool, bool]
+
+
+@dataclass
+class Parameters:
+    """A model's parameters under the paths they are held at, each parameter once.
 
     Args:
-        names: its names, the first being the one reports use; a shared parameter has several.
-        size: its number of values.
-        trains: whether it trains now.
-        may_train: False for what no optimizer may touch: integers, the running statistics of a norm.
+        held: the framework's own parameters.
+        names: the first path of each, which reports use.
+        further: place -> the other names it answers to; a shared parameter has several.
+        read: reads parameters, given with their names, one after the other, each when it is asked for.
     """
 
-    names: tuple[str, ...]
-    size: int
-    trains: bool
-    may_train: bool = True
+    held: list[Any]
+    names: list[str]
+    further: dict[int, list[str]]
+    read: Callable[[Sequence[Any], Sequence[str]], Iterable[Reading]]
+
+    def readings(self) -> Iterator[Reading]:
+        """What the framework says of each parameter, in order, read when it is asked for."""
+        return iter(self.read(self.held, self.names))
+
+    def trains(self) -> dict[str, bool]:
+        """Which parameters train now, by their names."""
+        return {name: trains for name, (_, _, trains, _) in zip(self.names, self.readings())}
+
+    def every_name(self) -> list[str]:
+        """All names of all parameters."""
+        return [*self.names, *(name for more in self.further.values() for name in more)]
+
+    def add_own_names(self) -> None:
+        """Let every parameter also answer to the name it carries itself, where that is none of its paths."""
+        for place, (own, *_) in enumerate(self.readings()):
+            if own is not None and own != self.names[place] and own not in self.further.get(place, ()):
+                self.further.setdefault(place, []).append(own)
 
 
 @dataclass(frozen=True)
@@ -127,138 +152,172 @@ def check_mode(mode: Any) -> str:
     return str(check.choice(mode.strip().lower(), MODES, "mode"))
 
 
-def decide_modules(
-    entries: Sequence[Entry], include: Any, exclude: Any, *, strict: bool = True
-) -> tuple[list[bool], FreezeReport]:
-    """Decide for each parameter whether it trains, by the two lists.
+def train_by_lists(found: Parameters, include: Any, exclude: Any, *, strict: bool = True) -> FreezeReport:
+    """Say by two lists which parameters train, in place.
 
     Args:
-        entries: the model's parameters.
+        found: the model's parameters.
         include: patterns of what is frozen, or None.
         exclude: patterns of what trains, or None; what both lists match is left alone.
         strict: whether a pattern that matches nothing is an error.
 
     Returns:
-        One flag per parameter, and the report.
+        What was done, and what trains now.
 
     Raises:
         ArgumentError: both lists are None.
         ArgumentTypeError: a list is not a non-empty list of str.
         PatternError: a pattern matches nothing, or is not safe.
-
-    Example:
-        >>> entries = [Entry(("a.weight",), 4, True), Entry(("a.bias",), 2, True)]
-        >>> decide_modules(entries, ["a"], ["*.bias"])[0]
-        [False, True]
     """
-    patterns = check_lists(include, exclude)
-    return _decide(entries, [entry.trains for entry in entries], *patterns, strict=strict)
+    lists = check_lists(include, exclude)
+    return _settle(found, lambda: _choose(found, [None] * len(found.names), *lists, strict=strict))
 
 
-def decide_delta(
-    entries: Sequence[Entry], mode: Any, include: Any = None, exclude: Any = None, *, strict: bool = True
-) -> tuple[list[bool], FreezeReport]:
-    """Decide for each parameter whether it trains: first by the way of tuning, then by the user's two lists.
+def train_by_mode(
+    found: Parameters, mode: Any, include: Any = None, exclude: Any = None, *, strict: bool = True
+) -> FreezeReport:
+    """Train only what a way of tuning trains, then go by the user's two lists, in place.
 
     Args:
-        entries: the model's parameters.
+        found: the model's parameters.
         mode: a key of MODES, in any letter case.
         include: further patterns of what is frozen, or None.
         exclude: further patterns of what trains, or None.
         strict: whether a mode or a pattern that matches nothing is an error.
 
     Returns:
-        One flag per parameter, and the report.
+        What was done, and what trains now.
 
     Raises:
-        ArgumentError: `mode` is unknown.
+        ArgumentError: `mode` is unknown, or the model has nothing that it trains.
         ArgumentTypeError: a list is not a non-empty list of str.
-        PatternError: the model has nothing that `mode` trains, or a pattern matches nothing.
-
-    Example:
-        >>> decide_delta([Entry(("weight",), 4, True), Entry(("bias",), 2, True)], "BitFit")[0]
-        [False, True]
+        PatternError: a pattern matches nothing, or is not safe.
     """
     word = check_mode(mode)
-    lists = check_lists(include, exclude) if include is not None or exclude is not None else None
-    preset = _match_entries(entries, MODES[word])
-    if strict and not preset.names:
-        raise ArgumentError(
-            f"mode {word!r} found nothing to train among {len(entries)} parameters: it trains names like "
-            f"{MODES[word][0].removeprefix('re:')!r}. Add the delta first (apply_delta), or pass strict=False."
-        )
-    chosen = set(preset.names)
-    flags = [e.names[0] in chosen if e.may_train else e.trains for e in entries]
-    if lists is None:
-        return flags, _report(entries, flags, (), (), preset.unmatched)
-    flags, report = _decide(entries, flags, *lists, strict=strict)
-    return flags, _report(
-        entries, flags, report.left_alone, report.cannot_train, (*preset.unmatched, *report.unmatched)
-    )
+    lists = check_lists(include, exclude) if include is not None or exclude is not None else ([], [])
+
+    def choose() -> _Choice:
+        chosen = _of_mode(found, word)
+        if not chosen:
+            found.add_own_names()
+            chosen = _of_mode(found, word)
+        if strict and not chosen:
+            raise ArgumentError(
+                f"mode {word!r} found nothing to train among {len(found.names)} parameters: it trains names like "
+                f"{MODES[word].removeprefix('re:')!r}. Add the delta first (apply_delta), or pass strict=False."
+            )
+        choice = _choose(found, [name in chosen for name in found.names], *lists, strict=strict)
+        return choice if chosen else replace(choice, unmatched=(MODES[word], *choice.unmatched))
+
+    return _settle(found, choose)
 
 
-def report_of(entries: Sequence[Entry]) -> FreezeReport:
-    """The report of a model as it is, nothing changed.
+def report_of(found: Parameters) -> FreezeReport:
+    """The report of a model as it is, nothing changed."""
+    return _settle(found, lambda: _Choice([None] * len(found.names), set(), set(), ()))
 
-    Example:
-        >>> str(report_of([Entry(("w",), 3, True), Entry(("b",), 1, False)])).splitlines()[0]
-        '3 of 4 parameters train (75.0000%), in 1 tensors'
+
+def matched(found: Parameters, patterns: Any, argument: str) -> set[str]:
+    """The parameters that patterns match, by their first names; PatternError where a pattern matches nothing."""
+    wanted = check.strings(patterns, argument)
+    found.add_own_names()
+    every = found.every_name()
+    matches = match(every, wanted, whole_modules=True)
+    demand(matches, every, argument)
+    return _first_names(found, matches.names)
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """What names alone decide.
+
+    Args:
+        wishes: for each parameter whether it shall train, None to leave it as it is.
+        freeze: what the first list matched.
+        train: what the second list matched.
+        unmatched: patterns that matched nothing.
     """
-    return _report(entries, [entry.trains for entry in entries], (), (), ())
+
+    wishes: list[bool | None]
+    freeze: set[str]
+    train: set[str]
+    unmatched: tuple[str, ...]
 
 
-def _decide(
-    entries: Sequence[Entry], before: Sequence[bool], include: list[str], exclude: list[str], *, strict: bool
-) -> tuple[list[bool], FreezeReport]:
-    frozen, trained = _match_entries(entries, include), _match_entries(entries, exclude)
-    if strict and (frozen.unmatched or trained.unmatched):
-        every = [name for entry in entries for name in entry.names]
+def _choose(
+    found: Parameters, wishes: Sequence[bool | None], include: list[str], exclude: list[str], *, strict: bool
+) -> _Choice:
+    """Lay the two lists over the wishes there are."""
+    every = found.every_name()
+    frozen, trained = match(every, include, whole_modules=True), match(every, exclude, whole_modules=True)
+    if frozen.unmatched or trained.unmatched:
+        found.add_own_names()
+        every = found.every_name()
+        frozen, trained = match(every, include, whole_modules=True), match(every, exclude, whole_modules=True)
+    if strict:
         demand(frozen, every, "include")
         demand(trained, every, "exclude")
-    freeze, train = set(frozen.names), set(trained.names)
-    flags, left, cannot = [], [], []
-    for entry, now in zip(entries, before):
-        name = entry.names[0]
-        if name in freeze and name in train:
-            left.append(name)
-        elif name in freeze:
-            now = False
-        elif name in train and entry.may_train:
-            now = True
-        elif name in train:
-            cannot.append(name)
-        flags.append(now)
-    return flags, _report(entries, flags, left, cannot, (*frozen.unmatched, *trained.unmatched))
-
-
-def _match_entries(entries: Sequence[Entry], patterns: Sequence[str]) -> Matches:
-    """Match every name of every parameter; what was found comes back under the first name of each."""
-    every = [name for entry in entries for name in entry.names]
-    found = match(every, patterns, whole_modules=True)
-    if len(every) == len(entries):
-        return found
-    hit = set(found.names)
-    names = tuple(entry.names[0] for entry in entries if not hit.isdisjoint(entry.names))
-    return Matches(names=names, by_pattern=found.by_pattern, unmatched=found.unmatched)
-
-
-def _report(
-    entries: Sequence[Entry],
-    flags: Sequence[bool],
-    left: Sequence[str],
-    cannot: Sequence[str],
-    unmatched: Sequence[str],
-) -> FreezeReport:
-    changed = [(entry.names[0], now) for entry, now in zip(entries, flags) if now != entry.trains]
-    return FreezeReport(
-        frozen=tuple(name for name, now in changed if not now),
-        trained=tuple(name for name, now in changed if now),
-        left_alone=tuple(left),
-        cannot_train=tuple(cannot),
-        unmatched=tuple(unmatched),
-        trainable={entry.names[0]: entry.size for entry, now in zip(entries, flags) if now},
-        total=sum(entry.size for entry, now in zip(entries, flags) if now or entry.may_train),
+    freeze, train = _first_names(found, frozen.names), _first_names(found, trained.names)
+    off, on = freeze - train, train - freeze
+    return _Choice(
+        [False if name in off else True if name in on else wish for name, wish in zip(found.names, wishes)],
+        freeze,
+        train,
+        (*frozen.unmatched, *trained.unmatched),
     )
+
+
+def _settle(found: Parameters, choose: Callable[[], _Choice]) -> FreezeReport:
+    """Read each parameter and set it at once, in place: by a second walk it would have left the processor's cache.
+
+    Nothing is set before `choose` has found every pattern's names, so its errors come while the model is untouched.
+    """
+    choice = choose()
+    frozen: list[str] = []
+    trained: list[str] = []
+    cannot: list[str] = []
+    trainable: dict[str, int] = {}
+    total = 0
+    held, wishes, further = found.held, choice.wishes, found.further
+    for place, (name, (own, size, before, may_train)) in enumerate(zip(found.names, found.readings())):
+        if own != name and own is not None and own not in further.get(place, ()):
+            # The first that is called otherwise than its path: with the own names of all, those before choose alike.
+            found.add_own_names()
+            choice = choose()
+            wishes = choice.wishes
+        wish = wishes[place]
+        now = before if wish is None else wish
+        if not may_train:
+            now = before and not (name in choice.freeze and name not in choice.train)
+            if name in choice.train and name not in choice.freeze:
+                cannot.append(name)
+        if now != before:
+            held[place].requires_grad = now
+            (trained if now else frozen).append(name)
+        if now:
+            trainable[name] = size
+        if now or may_train:
+            total += size
+    both = choice.freeze & choice.train
+    left = tuple(name for name in found.names if name in both) if both else ()
+    return FreezeReport(tuple(frozen), tuple(trained), left, tuple(cannot), choice.unmatched, trainable, total)
+
+
+def _of_mode(found: Parameters, mode: str) -> set[str]:
+    """The parameters that a way of tuning trains, by their first names."""
+    every, test = found.every_name(), matcher(MODES[mode])
+    if MODES[mode] != _BIAS:
+        return _first_names(found, filter(test, every))
+    # A model has few different last parts, and a regular expression takes long over ten thousand names.
+    ends = [name.rpartition(".")[2] for name in every]
+    biases = set(filter(test, set(ends)))
+    return _first_names(found, (name for name, end in zip(every, ends) if end in biases))
+
+
+def _first_names(found: Parameters, names: Iterable[str]) -> set[str]:
+    """The names, and for each that is a parameter's further one also its first, by which the rules go on."""
+    hit = set(names)
+    return hit.union(found.names[place] for place, more in found.further.items() if not hit.isdisjoint(more))
 
 
 def read_config(config_path: Any) -> tuple[list[str] | None, list[str] | None]:

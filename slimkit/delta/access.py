@@ -9,7 +9,7 @@ from typing import Any
 from slimkit import bridge
 from slimkit.core.delta.access import ModelAccess
 from slimkit.core.delta.spec import PREFIX, Site
-from slimkit.core.freeze import Entry
+from slimkit.core.freeze import Parameters
 from slimkit.delta.adapter import AdapterDense
 from slimkit.delta.layer import DeltaLayer
 from slimkit.delta.lora import LoRADense
@@ -108,8 +108,8 @@ class TorchAccess(ModelAccess):
             return False
         return bool((weight == 0).sum() * 10 >= weight.numel())
 
-    def entries(self, model: nn.Module) -> list[tuple[Any, Entry]]:
-        return bridge.parameter_entries(model)
+    def parameters(self, model: nn.Module) -> Parameters:
+        return bridge.parameters(model)
 
     def owners(self, model: nn.Module, parameter: Any) -> int:
         return sum(any(p is parameter for p in m._parameters.values()) for m in model.modules())

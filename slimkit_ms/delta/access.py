@@ -7,7 +7,7 @@ from typing import Any
 
 from slimkit.core.delta.access import ModelAccess
 from slimkit.core.delta.spec import PREFIX, Site
-from slimkit.core.freeze import Entry
+from slimkit.core.freeze import Parameters
 from slimkit_ms import bridge
 from slimkit_ms.delta.adapter import AdapterDense
 from slimkit_ms.delta.layer import DeltaLayer
@@ -101,8 +101,8 @@ class MindSporeAccess(ModelAccess):
         weight = weight_of(module).asnumpy()
         return bool((weight == 0).sum() * 10 >= weight.size)
 
-    def entries(self, model: nn.Cell) -> list[tuple[Any, Entry]]:
-        return bridge.parameter_entries(model)
+    def parameters(self, model: nn.Cell) -> Parameters:
+        return bridge.parameters(model)
 
     def without_prefix(self, model: nn.Cell) -> None:
         start_at_zero(model)

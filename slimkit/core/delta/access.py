@@ -11,7 +11,7 @@ import numpy as np
 from slimkit.core.delta.peft import task_type
 from slimkit.core.delta.positions import recognised
 from slimkit.core.delta.spec import DeltaReport, Site
-from slimkit.core.freeze import Entry
+from slimkit.core.freeze import Parameters
 
 Array = np.ndarray[Any, Any]
 
@@ -56,7 +56,7 @@ class ModelAccess(ABC):
         """Whether at least a tenth of a layer's weight is exactly zero."""
 
     @abstractmethod
-    def entries(self, model: Any) -> list[tuple[Any, Entry]]:
+    def parameters(self, model: Any) -> Parameters:
         """Every parameter, as the freezing rules see it."""
 
     @abstractmethod

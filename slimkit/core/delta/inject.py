@@ -11,7 +11,7 @@ from slimkit.core.delta import spec as rules
 from slimkit.core.delta.access import ModelAccess
 from slimkit.core.delta.spec import DeltaReport, LoraSpec
 from slimkit.core.errors import ArgumentError, UnsupportedError
-from slimkit.core.freeze import decide_modules, report_of
+from slimkit.core.freeze import matched, report_of
 from slimkit.core.log import logger
 
 FLAGS = "slimkit_flags_before_delta"
@@ -92,7 +92,7 @@ def apply_layers(
     access.put(model, new)
     _remember_flags(access, model)
     _set_flags(access, model, flags)
-    summary = str(report_of([e for _, e in access.entries(model)])).splitlines()[0]
+    summary = str(report_of(access.parameters(model))).splitlines()[0]
     logger.info("%s %r on %d layers: %s", kind, name, len(paths), summary)
     for note in notes:
         logger.info("%s", note)
@@ -120,34 +120,33 @@ def apply_in_place(
     _remember_flags(access, model)
     _set_flags(access, model, flags)
     access.changed(model)
-    summary = str(report_of([e for _, e in access.entries(model)])).splitlines()[0]
+    summary = str(report_of(access.parameters(model))).splitlines()[0]
     logger.info("%s %r on %d layers: %s", kind, name, len(described), summary)
     return DeltaReport(kind, name, described, trainable=summary)
 
 
 def _planned_flags(access: ModelAccess, model: Any, freeze: bool, also_train: Any) -> dict[str, bool]:
     """Base parameter -> whether it shall train once the delta is on."""
-    entries = [e for _, e in access.entries(model)]
-    before = {e.names[0]: e.trains for e in entries}
-    wanted = {n: False if freeze and rules.PREFIX not in n else t for n, t in before.items()}
-    if also_train is not None:
-        chosen, _ = decide_modules([e._replace(trains=wanted[e.names[0]]) for e in entries], None, also_train)
-        wanted = dict(zip(wanted, chosen))
-    return wanted
+    found = access.parameters(model)
+    trained = matched(found, also_train, "exclude") if also_train is not None else set()
+    return {
+        name: (may_train and name in trained) or (now and not (freeze and rules.PREFIX not in name))
+        for name, (_, _, now, may_train) in zip(found.names, found.readings())
+    }
 
 
 def _remember_flags(access: ModelAccess, model: Any) -> None:
     """Note once how the base's parameters stood, for the day the last delta leaves."""
     if not hasattr(model, FLAGS):
-        flags = {e.names[0]: e.trains for _, e in access.entries(model) if rules.PREFIX not in e.names[0]}
-        setattr(model, FLAGS, flags)
+        flags = access.parameters(model).trains()
+        setattr(model, FLAGS, {name: now for name, now in flags.items() if rules.PREFIX not in name})
 
 
 def _set_flags(access: ModelAccess, model: Any, flags: Mapping[str, bool]) -> None:
-    for parameter, entry in access.entries(model):
-        wanted = flags.get(entry.names[0], entry.trains)
-        if wanted != entry.trains:
-            parameter.requires_grad = wanted
+    found = access.parameters(model)
+    for parameter, (name, now) in zip(found.held, found.trains().items()):
+        if flags.get(name, now) != now:
+            parameter.requires_grad = flags[name]
 
 
 def merge(access: ModelAccess, model: Any, *, unload: bool = False) -> DeltaReport:

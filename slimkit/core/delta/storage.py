@@ -151,7 +151,7 @@ def _finish(
     compare_shapes(extra, {n: tuple(base[n].shape) for n in extra}, where)
     described = put_on(access, model, deltas, tensors, freeze, where)
     _fill_base(access, base, extra)
-    summary = report_of([e for _, e in access.entries(model)])
+    summary = report_of(access.parameters(model))
     kinds = ", ".join(dict.fromkeys(d["kind"] for d in deltas))
     named = ", ".join(dict.fromkeys(d["name"] for d in deltas))
     return DeltaReport(kinds, named, described, trainable=str(summary).splitlines()[0], notes=notes)
