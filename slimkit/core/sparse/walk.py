@@ -183,8 +183,13 @@ class Walk:
             stage.advance()
             self._estimate.closed()
 
+    def _moments(self, feed: tuple[str, ...]) -> Moments:
+        layer, paired = self._layers[feed[0]], self._config.paired
+        alone = paired and len(feed) == 1 and layer.n_out <= layer.n_in
+        return Moments(layer, paired, self._host.weight(feed[0]) if alone else None)
+
     def _calibrate(self, stage: Stage, feeds: Sequence[tuple[str, ...]]) -> None:
-        moments = {feed[0]: Moments(self._layers[feed[0]], self._config.paired) for feed in feeds}
+        moments = {feed[0]: self._moments(feed) for feed in feeds}
 
         def add(name: str, *inputs: Array) -> None:
             start = time.perf_counter()
