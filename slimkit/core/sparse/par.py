@@ -96,7 +96,7 @@ def refine(
         allowed = keep
     losses = refit(goal, sparse, keep, known.matrix, schedule.refits)
     if schedule.swaps:
-        sparse, keep, losses = _swap(goal, sparse, keep, losses, known.matrix, nm, schedule)
+        losses = _swap(goal, sparse, keep, losses, known.matrix, nm, schedule)
     goal -= sparse
     facts["loss"] = known.sample_loss(goal, float(xp.sum(losses)))
     sparse /= scale
@@ -188,10 +188,13 @@ def refit(goal: Array, fitted: Array, keep: Array, correlation: Array, steps: in
 
 def _swap(
     goal: Array, sparse: Array, keep: Array, losses: Array, correlation: Array, nm: NM | None, s: Schedule
-) -> tuple[Array, Array, Array]:
-    """Exchange weights whose gradient is large for kept ones that are small; a row that gains nothing steps shorter."""
+) -> Array:
+    """Exchange, in place, kept weights that are small for others whose gradient is large; returns the new losses.
+
+    A row that gains nothing steps shorter.
+    """
     xp = namespace(goal)
-    n_zeros = xp.sum(xp.astype(~keep, xp.int64), axis=1, keepdims=True)
+    n_zeros = xp.count_nonzero(~keep, axis=1)[:, None]
     length = xp.ones_like(goal[:, :1])
     for _ in range(s.swaps):
         fitted = (goal - sparse) @ correlation
@@ -202,8 +205,8 @@ def _swap(
         del scores
         fitted[...] = sparse
         new = refit(goal, fitted, tried, correlation, s.refits // 2)
-        better = new < losses
-        sparse, keep = xp.where(better, fitted, sparse), xp.where(better, tried, keep)
-        losses, length = xp.where(better, new, losses), xp.where(better, length, length / 2)
-    losses = refit(goal, sparse, keep, correlation, s.refits // 2)
-    return sparse, keep, losses
+        better = (new < losses)[:, 0]
+        for old, found in ((sparse, fitted), (keep, tried), (losses, new)):
+            old[better] = found[better]
+        length[~better] /= 2
+    return refit(goal, sparse, keep, correlation, s.refits // 2)

@@ -118,7 +118,7 @@ def _break_ties(scores: Array, limit: Array, n_zeros: Any) -> Array:
     """Keep what is above the limit (rows, 1), and of what equals it the last ones, so that each count is exact."""
     xp = namespace(scores)
     keep = scores > limit
-    spare = (scores.shape[1] - n_zeros) - xp.sum(xp.astype(keep, xp.int64), axis=1, keepdims=True)
+    spare = (scores.shape[1] - n_zeros) - xp.count_nonzero(keep, axis=1)[:, None]
     if bool(xp.any(spare > 0)):
         tie = scores == limit
         place = xp.cumulative_sum(xp.astype(tie, xp.int64), axis=1)
