@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -52,12 +53,12 @@ class Reads(ms.MsDispatchMode):
         self._seen, self._transposed = seen, transposed
         self._valid = None if valid is None or bool(valid.all()) else valid
         self._picked: Array | None = None  # the tokens gathered last
-        found: dict[int, tuple[ms.Parameter, dict[int, tuple[str, Slot]]]] = {}
+        self._experts: dict[tuple[int, ...], list[_Expert]] = {}  # by shape
         for name, slot in slots.items():
-            parameter = slot.parameter(model)
             assert isinstance(slot.index, int)  # experts alone are read
-            found.setdefault(id(parameter), (parameter, {}))[1][slot.index] = name, slot
-        self._stacks = [_Stack(parameter, places) for parameter, places in found.values()]
+            parameter = slot.parameter(model)
+            self._experts.setdefault(tuple(parameter.shape[1:]), []).append(_Expert(name, slot, parameter, slot.index))
+        self._known: dict[tuple[tuple[int, ...], Any], dict[bytes, list[_Expert]]] = {}
 
     def __ms_dispatch__(self, func: Any, args: Any, kwargs: Any = None) -> Any:
         """Look at an operator, then run it."""
@@ -78,64 +79,61 @@ class Reads(ms.MsDispatchMode):
     def _look(self, x: ms.Tensor, turn_x: bool, weight: ms.Tensor, turn_weight: bool) -> bool:
         """Whether `weight` holds watched ones; what is multiplied with them is passed on."""
         rows: Array | None = None
-        for stack in self._stacks:
-            for where, name, slot, kind in stack.inside(weight, turn_weight):
-                if kind != slot.kind:
-                    self._transposed(name)
+        for kind in ("conv1d", "linear"):
+            # As it lies in the parameter: (in, out) of a "conv1d", (out, in) of a "linear".
+            flip = turn_weight == (kind == "conv1d")
+            for where, expert in self._inside(weight, flip):
+                if kind != expert.slot.kind:
+                    self._transposed(expert.name)
                     continue
                 if rows is None:
                     rows = bridge.as_numpy(x.astype(ms.float32))
                     assert rows is not None
                     rows = np.swapaxes(rows, -1, -2) if turn_x and rows.ndim > 1 else rows
-                self._seen(name, *routed(_rows_of(rows, where, weight.shape), self._picked, self._valid))
+                self._seen(expert.name, *routed(_rows_of(rows, where, weight.shape), self._picked, self._valid))
         return rows is not None
 
-
-class _Stack:
-    """The experts of one parameter, known by their values."""
-
-    def __init__(self, parameter: ms.Parameter, places: Mapping[int, tuple[str, Slot]]) -> None:
-        self._parameter, self._places = parameter, places
-        self._shape = tuple(parameter.shape[1:])
-        self._samples: dict[Any, Array] = {}
-
-    def inside(self, operand: ms.Tensor, turned: bool) -> Iterator[tuple[tuple[int, ...], str, Slot, str]]:
-        """The experts that an operand of a product holds, where, and how each lies in the parameter.
-
-        Args:
-            operand: (..., in, out), or (..., out, in) when turned.
-            turned: whether the operator turns it.
-        """
-        if operand.dtype not in (ms.float32, ms.float16, ms.bfloat16, ms.float64):
+    def _inside(self, operand: ms.Tensor, flip: bool) -> Iterator[tuple[tuple[int, ...], _Expert]]:
+        """The experts that a factor (..., n, m) holds, and where; flip: the parameter holds its transposed."""
+        shape = tuple(operand.shape[-2:])
+        shape = shape[::-1] if flip else shape
+        if shape not in self._experts or not operand.is_floating_point():
             return
-        for kind in ("conv1d", "linear"):
-            # As it lies in the parameter: (in, out) of a "conv1d", (out, in) of a "linear".
-            flip = turned == (kind == "conv1d")
-            size = tuple(operand.shape[-2:])
-            if (size[::-1] if flip else size) != self._shape:
-                continue
-            yield from self._matching(operand, flip, kind)
-
-    def _matching(self, operand: ms.Tensor, flip: bool, kind: str) -> Iterator[tuple[tuple[int, ...], str, Slot, str]]:
-        steps = [max(1, n // SAMPLE) for n in self._shape]
-        own = self._sample(operand.dtype, steps)
+        steps = [max(1, n // SAMPLE) for n in shape]
+        known = self._samples(shape, operand.dtype, steps)
         high, wide = reversed(steps) if flip else steps
         some = _values(operand[..., ::high, ::wide])
         for where in np.ndindex(*operand.shape[:-2]):
             sample = some[where].T if flip else some[where]
-            alike = [i for i in self._places if np.array_equal(own[i], sample)]
+            alike = known.get(sample.tobytes(), [])
             if len(alike) > 1 or not sample.any():  # experts that are equal through and through share their rows
                 whole = _values(operand)[where]
                 whole = whole.T if flip else whole
-                alike = [i for i in alike if np.array_equal(_values(self._parameter[i].astype(operand.dtype)), whole)]
-            for i in alike:
-                yield where, *self._places[i], kind
+                alike = [e for e in alike if np.array_equal(_values(e.weight().astype(operand.dtype)), whole)]
+            for expert in alike:
+                yield where, expert
 
-    def _sample(self, dtype: Any, steps: list[int]) -> Array:
-        """Some entries of every expert, rounded as the operator rounds its factors."""
-        if dtype not in self._samples:
-            self._samples[dtype] = _values(self._parameter[:, :: steps[0], :: steps[1]].astype(dtype))
-        return self._samples[dtype]
+    def _samples(self, shape: tuple[int, ...], dtype: Any, steps: list[int]) -> dict[bytes, list[_Expert]]:
+        """The experts of a shape by some of their entries, rounded as the operator rounds its factors."""
+        if (shape, dtype) not in self._known:
+            found: dict[bytes, list[_Expert]] = {}
+            for expert in self._experts[shape]:
+                sample = _values(expert.weight()[:: steps[0], :: steps[1]].astype(dtype))
+                found.setdefault(sample.tobytes(), []).append(expert)
+            self._known[shape, dtype] = found
+        return self._known[shape, dtype]
+
+
+@dataclass(frozen=True)
+class _Expert:
+    name: str
+    slot: Slot
+    parameter: ms.Parameter
+    index: int
+
+    def weight(self) -> ms.Tensor:
+        """Its weight, (in, out) or (out, in)."""
+        return self.parameter[self.index]
 
 
 def _values(tensor: ms.Tensor) -> Array:
