@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from slimkit.core.sparse.experts import routed
-from slimkit_ms import bridge
 from slimkit_ms.sparse.slots import Slot
 
 import mindspore as ms
@@ -87,8 +86,7 @@ class Reads(ms.MsDispatchMode):
                     self._transposed(expert.name)
                     continue
                 if rows is None:
-                    rows = bridge.as_numpy(x.astype(ms.float32))
-                    assert rows is not None
+                    rows = _values(x).copy()
                     rows = np.swapaxes(rows, -1, -2) if turn_x and rows.ndim > 1 else rows
                 self._seen(expert.name, *routed(_rows_of(rows, where, weight.shape), self._picked, self._valid))
         return rows is not None
@@ -109,7 +107,7 @@ class Reads(ms.MsDispatchMode):
             if len(alike) > 1 or not sample.any():  # experts that are equal through and through share their rows
                 whole = _values(operand)[where]
                 whole = whole.T if flip else whole
-                alike = [e for e in alike if np.array_equal(_values(e.weight().astype(operand.dtype)), whole)]
+                alike = [e for e in alike if np.array_equal(_values(_cast(e.weight(), operand.dtype)), whole)]
             for expert in alike:
                 yield where, expert
 
@@ -117,9 +115,10 @@ class Reads(ms.MsDispatchMode):
         """The experts of a shape by some of their entries, rounded as the operator rounds its factors."""
         if (shape, dtype) not in self._known:
             found: dict[bytes, list[_Expert]] = {}
+            stacks = {id(expert.parameter): expert.parameter for expert in self._experts[shape]}
+            some = {key: _values(_cast(p[:, :: steps[0], :: steps[1]], dtype)) for key, p in stacks.items()}
             for expert in self._experts[shape]:
-                sample = _values(expert.weight()[:: steps[0], :: steps[1]].astype(dtype))
-                found.setdefault(sample.tobytes(), []).append(expert)
+                found.setdefault(some[id(expert.parameter)][expert.index].tobytes(), []).append(expert)
             self._known[shape, dtype] = found
         return self._known[shape, dtype]
 
@@ -136,8 +135,14 @@ class _Expert:
         return self.parameter[self.index]
 
 
+def _cast(tensor: ms.Tensor, dtype: Any) -> ms.Tensor:
+    # Casting to the same dtype is a launch like any other.
+    return tensor if tensor.dtype == dtype else tensor.astype(dtype)
+
+
 def _values(tensor: ms.Tensor) -> Array:
-    values: Array = tensor.astype(ms.float32).asnumpy()  # only looked at: no copy is needed
+    """A tensor's values in float32, maybe in its own memory."""
+    values: Array = _cast(tensor, ms.float32).asnumpy()
     return values
 
 
