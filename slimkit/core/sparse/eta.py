@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -103,10 +104,13 @@ class Estimate:
         walks: int = 1,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self._layers, self._costs, self._models, self._walks, self._clock = layers, COSTS[method], models, walks, clock
+        self._models, self._walks, self._clock = models, walks, clock
+        self._layers = {name: (layer, _shape(layer)) for name, layer in layers.items()}
+        self._work = {_shape(layer): _cost(layer, COSTS[method]) for layer in layers.values()}
         self._began = self._walk_began = self._last = clock()
         self._total, self._done = len(layers) * walks, 0
-        self._left = dict.fromkeys(layers)
+        self._left: set[str] = set()
+        self._shapes: Counter[str] = Counter()  # how many layers of each shape are left
         self._solving, self._adding = _Latest(), _Latest()
         self._solved = self._worked = 0.0
         self._added: list[float] = []  # seconds of each sum of this pass
@@ -116,20 +120,26 @@ class Estimate:
         self._part: frozenset[str] = frozenset()
         self._whole = False  # this part holds several blocks, each of which waits longer than the one before
         self._passes: set[str] = set()  # the first layers of those passes of this part that are to come
-        self._n_parts = 0
+        self._after: Counter[str] = Counter()  # passes of the parts that are to come
+        self._n_parts = self._n_after = 0
         self._opening = self._closing = 0.0  # seconds before a part is ready, and of sending all data through it
         self._known_opening = self._known_closing = False
+        self._begin()
+
+    def _begin(self) -> None:
+        self._left = set(self._layers)
+        self._shapes = Counter(shape for _, shape in self._layers.values())
+        self._n_parts = 0
 
     def again(self) -> None:
         """Begin the next walk."""
         self._walks -= 1
-        self._left, self._n_parts = dict.fromkeys(self._layers), 0
+        self._begin()
         self._walk_began = self._last = self._clock()
 
     def skip(self, name: str) -> None:
         """Count a layer that an earlier run finished."""
-        self._left.pop(name, None)
-        self._done += 1
+        self._count(name)
         self._last = self._clock()
 
     def opened(
@@ -161,8 +171,11 @@ class Estimate:
             key = self._key(feeds[0][0])
             until = max(reached.get(n, start) for feed in feeds for n in feed)
             self._foretold[key] = self._models * (until - start)
-            inputs = [self._layers[feed[0]] for feed in feeds]
+            inputs = [self._layers[feed[0]][0] for feed in feeds]
             self._sums[key] = sum(float(layer.groups * layer.n_in**2) for layer in inputs)
+        outside = self._left - self._part
+        self._after = Counter(key for key in map(self._key, outside) if key in self._foretold)
+        self._n_after = len({_block(n) for n in outside})
         whole = max((reached[n] - start for n in self._part if n in reached), default=0.0)
         if not self._known_opening:
             self._opening = preparing + (whole if self._part >= reached.keys() else 0.0)
@@ -188,10 +201,10 @@ class Estimate:
         """Count a layer whose work ends now, and of whose seconds so many went into solving it."""
         now = self._clock()
         took = now - self._last
-        self._solving.put(_shape(self._layers[name]), solving or took, self._cost(name))
+        shape = self._layers[name][1]
+        self._solving.put(shape, solving or took, self._work[shape])
         self._solved, self._worked, self._last = self._solved + (solving or took), self._worked + took, now
-        self._left.pop(name, None)
-        self._done += 1
+        self._count(name)
         left = self._walk_left()
         left += (self._walks - 1) * (now - self._walk_began + left)
         return Progress(name, self._done, self._total, now - self._began, left)
@@ -205,26 +218,25 @@ class Estimate:
     def _walk_left(self) -> float:
         """Seconds that are left of this walk."""
         # Several processes solve at once; and what is solved is stored, too.
-        left = sum(self._solving.of(_shape(self._layers[n]), self._cost(n)) for n in self._left)
+        left = sum(n * self._solving.of(shape, self._work[shape]) for shape, n in self._shapes.items())
         left *= self._worked / self._solved if self._solved else 1.0
-        outside = [n for n in self._left if n not in self._part]
         beside = [took - self._foretold[key] for key, took in self._forward.items()]
         more = sum(beside) / len(beside) if beside else 0.0  # such as reading what enters a block from files
-        for key in map(self._key, (*self._passes, *(n for n in outside if self._key(n) in self._foretold))):
-            left += self._forward.get(key, max(0.0, self._foretold[key] + more))
-            left += self._adding.of(key, self._sums[key])
-        parts = len({_block(n) for n in outside})
-        return left + parts * (self._opening + self._closing) + (self._closing if parts or self._n_parts > 1 else 0.0)
+        for key, n in (self._after + Counter(map(self._key, self._passes))).items():
+            left += n * self._forward.get(key, max(0.0, self._foretold[key] + more))
+            left += n * self._adding.of(key, self._sums[key])
+        left += self._n_after * (self._opening + self._closing)
+        return left + (self._closing if self._n_after or self._n_parts > 1 else 0.0)
+
+    def _count(self, name: str) -> None:
+        self._done += 1
+        if name in self._left:
+            self._left.remove(name)
+            self._shapes[self._layers[name][1]] -= 1
 
     def _key(self, first: str) -> str:
         """What a pass has in common with those of other parts that are like it: the place of its first layer."""
         return first if self._whole else _place(first)
-
-    def _cost(self, name: str) -> float:
-        layer = self._layers[name]
-        column, weight, cube, product = self._costs
-        n, size = layer.n_in, layer.n_out * layer.n_in
-        return layer.groups * (column * n + weight * size + cube * n**3 + product * size * n)
 
 
 def _start(part: Collection[str], reached: Mapping[str, float]) -> float:
@@ -241,6 +253,13 @@ def _start(part: Collection[str], reached: Mapping[str, float]) -> float:
         if other not in part and _place(other) == _place(first):
             gaps.append(seconds - max((s for s in reached.values() if s < seconds), default=0.0))
     return reached[first] - min(gaps) if gaps else 0.0
+
+
+def _cost(layer: Layer, costs: Sequence[float]) -> float:
+    """Seconds of solving a layer, in proportion to those of others."""
+    n, size = layer.n_in, layer.n_out * layer.n_in
+    column, weight, cube, product = costs
+    return layer.groups * (column * n + weight * size + cube * n**3 + product * size * n)
 
 
 def _shape(layer: Layer) -> str:
