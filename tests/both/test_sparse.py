@@ -63,6 +63,19 @@ def test_each_layer_reports_progress(kit, method):
     assert steps[0].seconds_left > 0 == steps[1].seconds_left
 
 
+def test_progress_counts_the_walks_with_equal_and_with_measured_ratios(kit):
+    steps = []
+    compressor = kit.slim.Compressor(chain(kit), SparseConfig(method="wanda", uniform=False))
+    compressor.compress(batches(kit), on_progress=steps.append)
+    assert [(s.layer, s.done, s.total) for s in steps] == [
+        ("first", 1, 4),
+        ("last", 2, 4),
+        ("first", 3, 4),
+        ("last", 4, 4),
+    ]
+    assert steps[1].seconds_left > steps[3].seconds_left == 0
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_same_masks_and_values_in_every_kit(method):
     from tests import kits
