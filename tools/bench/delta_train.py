@@ -1,6 +1,6 @@
 """Every way of tuning MiniLM on one real task (delta_task.py), beside full fine-tuning and Hugging Face PEFT's own.
 
-    python tools/bench/delta_train.py [--steps 200] [--seeds 1] [--close-seeds 5] [--kinds full,lora_qv] [--tune]
+    python tools/bench/delta_train.py [--steps 200] [--seeds 1] [--close-seeds 3] [--kinds full,lora_qv] [--tune]
 
 Each way trains in a process of its own (so that its peak memory is its own) with the same data, head, order and
 schedule; only what trains and the learning rate differ. The MindSpore twin is delta_train_ms.py.
@@ -312,7 +312,7 @@ def arguments(description, ways, steps):
 def main():
     parser = arguments(__doc__, RATES, 200)
     parser.add_argument("--seeds", type=int, default=1, help="seeds of each way")
-    parser.add_argument("--close-seeds", type=int, default=5, help=f"of {', '.join(CLOSE)}")
+    parser.add_argument("--close-seeds", type=int, default=3, help=f"of {', '.join(CLOSE)}")
     parser.add_argument("--tune", action="store_true", help="look for each way's rate on the validation texts instead")
     options = parser.parse_args()
     show(forked(tune if options.tune else train, options.kinds.split(","), options, parts_of(options)))
