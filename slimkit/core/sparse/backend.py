@@ -95,7 +95,9 @@ def inner(a: Array, b: Array) -> float:
 
 def row_products(a: Array, b: Array) -> Array:
     """The inner products of the rows of two matrices, as a column."""
-    return library(a).einsum("ij,ij->i", a, b)[:, None]
+    xp, near = namespace(a), 64  # rows whose products stay in the processor's cache
+    pieces = [slice(start, start + near) for start in range(0, a.shape[0], near)]
+    return xp.concat([xp.sum(a[piece] * b[piece], axis=1, keepdims=True) for piece in pieces])
 
 
 def kth_smallest(rows: Array, k: int) -> Array:
