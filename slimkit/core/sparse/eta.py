@@ -220,13 +220,21 @@ class Estimate:
         # Several processes solve at once; and what is solved is stored, too.
         left = sum(n * self._solving.of(shape, self._work[shape]) for shape, n in self._shapes.items())
         left *= self._worked / self._solved if self._solved else 1.0
-        beside = [took - self._foretold[key] for key, took in self._forward.items()]
-        more = sum(beside) / len(beside) if beside else 0.0  # such as reading what enters a block from files
+        times, more = self._unlike_foretold()
         for key, n in (self._after + Counter(map(self._key, self._passes))).items():
-            left += n * self._forward.get(key, max(0.0, self._foretold[key] + more))
+            left += n * self._forward.get(key, max(0.0, self._foretold[key] * times + more))
             left += n * self._adding.of(key, self._sums[key])
         left += self._n_after * (self._opening + self._closing)
         return left + (self._closing if self._n_after or self._n_parts > 1 else 0.0)
+
+    def _unlike_foretold(self) -> tuple[float, float]:
+        """What to multiply the foretold seconds of a pass with, and what to add, by the passes that were seen."""
+        if not self._forward:
+            return 1.0, 0.0
+        took, foretold = sum(self._forward.values()), sum(self._foretold[key] for key in self._forward)
+        if self._whole and foretold:
+            return took / foretold, 0.0
+        return 1.0, (took - foretold) / len(self._forward)  # such as reading what enters a block from files
 
     def _count(self, name: str) -> None:
         self._done += 1
