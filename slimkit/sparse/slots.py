@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from slimkit import bridge
-from slimkit.core.sparse.experts import fused
+from slimkit.core.sparse.experts import UNCLEAR, Fused, fused
 from slimkit.core.sparse.layer import Layer
 
 import torch
@@ -120,16 +120,20 @@ def _projections(path: str, module: torch.nn.MultiheadAttention) -> Iterator[tup
 
 def _experts(path: str, module: torch.nn.Module) -> Iterator[tuple[str, Slot]]:
     """One slot for each expert of the parameters with three axes of a module that says that it has experts."""
-    if type(module).__module__.startswith("torch."):
-        return
-    own = {key: parameter for key, parameter in module._parameters.items() if parameter is not None}
-    found = fused(module, {key: tuple(parameter.shape) for key, parameter in own.items()})
+    own, found = module._parameters, _fused(module)
     stem = f"{path}." if path else ""
     for key in found.keys:
-        bias = f"{key}_bias" if f"{key}_bias" in own else None
-        for i in range(own[key].shape[0]):
+        weight = own[key]
+        assert weight is not None
+        bias = f"{key}_bias" if own.get(f"{key}_bias") is not None else None
+        for i in range(weight.shape[0]):
             slot = Slot(path, found.kind, key, i, bias, i, read=True, learn=not found.told)
             yield f"{stem}{key}[{i}]", slot
+
+
+def _fused(module: torch.nn.Module) -> Fused:
+    own = {} if type(module).__module__.startswith("torch.") else module._parameters
+    return fused(module, {key: tuple(p.shape) for key, p in own.items() if p is not None})
 
 
 def described(model: torch.nn.Module, with_meta: bool) -> tuple[dict[str, Layer], dict[str, Slot], dict[str, str]]:
@@ -162,6 +166,8 @@ def described(model: torch.nn.Module, with_meta: bool) -> tuple[dict[str, Layer]
         else:
             owner[place] = name
             found[name], slots[name] = slot.layer(name, model), slot
+    for path, module in model.named_modules():
+        skipped |= {f"{path}.{key}" if path else key: UNCLEAR for key in _fused(module).unclear}
     return found, slots, skipped
 
 

@@ -18,7 +18,7 @@ from slimkit.core.sparse.walk import Stage
 from slimkit_ms import bridge
 from slimkit_ms.sparse.reads import Reads
 from slimkit_ms.sparse.residual import first_tensor
-from slimkit_ms.sparse.slots import Slot, slots_of
+from slimkit_ms.sparse.slots import Slot, slots_of, unclear
 from slimkit_ms.sparse.stages import CellStage, as_input, trace, unwatched, valid_tokens, watching
 
 import mindspore as ms
@@ -58,6 +58,7 @@ class MindSporeHost:
         for name in [r.split("'")[1] for r in skipped.values() if r.startswith("its weight is shared")]:
             if found.pop(name, None) is not None:
                 skipped[name] = "its weight is shared with another cell"
+        skipped |= unclear(self.model)
         guessed = {n: slot for n, slot in self._slots.items() if slot.learn and n in found}
         if guessed and dataset is not None:
             for name in _turned(self.model, guessed, dataset):

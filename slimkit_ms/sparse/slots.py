@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from slimkit.core.sparse.experts import fused
+from slimkit.core.sparse.experts import UNCLEAR, Fused, fused
 from slimkit.core.sparse.layer import Layer
 from slimkit_ms import bridge
 
@@ -144,16 +144,27 @@ def _projections(path: str, cell: nn.MultiheadAttention) -> Iterator[tuple[str, 
 
 def _experts(path: str, cell: nn.Cell) -> Iterator[tuple[str, Slot]]:
     """One slot for each expert of the parameters with three axes of a cell that says that it has experts."""
-    if type(cell).__module__.startswith("mindspore."):
-        return
-    own = {key: parameter for key, parameter in cell._params.items() if parameter is not None}
-    found = fused(cell, {key: tuple(parameter.shape) for key, parameter in own.items()})
+    own, found = cell._params, _fused(cell)
     stem = f"{path}." if path else ""
     for key in found.keys:
-        bias = f"{key}_bias" if f"{key}_bias" in own else None
+        bias = f"{key}_bias" if own.get(f"{key}_bias") is not None else None
         for i in range(own[key].shape[0]):
             slot = Slot(path, found.kind, key, i, bias, i, learn=not found.told)
             yield f"{stem}{key}[{i}]", slot
+
+
+def _fused(cell: nn.Cell) -> Fused:
+    own = {} if type(cell).__module__.startswith("mindspore.") else cell._params
+    return fused(cell, {key: tuple(p.shape) for key, p in own.items() if p is not None})
+
+
+def unclear(model: nn.Cell) -> dict[str, str]:
+    """Parameters that may hold experts, but whose cell does not say so, with that as the reason."""
+    return {
+        f"{path}.{key}" if path else key: UNCLEAR
+        for path, cell in model.cells_and_names()
+        for key in _fused(cell).unclear
+    }
 
 
 def attend(cell: nn.MultiheadAttention, weights: Any, out: Any, bias: Any, call: Any) -> Any:

@@ -127,6 +127,19 @@ def test_a_weight_that_no_product_reads_falls_back_and_is_named(kit):
     assert "saw 0 calibration rows" in report["fallbacks"]["w[1]"]
 
 
+def test_a_parameter_with_three_axes_that_no_word_calls_experts_is_reported(kit):
+    class Stack(kit.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = kit.linear(8, 8)
+            parameter = kit.torch.nn.Parameter if kit.name == "torch" else kit.ms.Parameter
+            self.w = parameter(kit.tensor(np.ones((3, 8, 6), np.float32)))
+
+    report = kit.slim.Compressor(kit.named(stack=Stack()), SparseConfig()).compress()
+    assert list(report["layers"]) == ["stack.first"]
+    assert "three axes" in report["skipped"]["stack.w"]
+
+
 def test_a_name_without_brackets_stands_for_all_experts(kit):
     model, *_ = model_of(kit, "at once", False)
     report = kit.slim.Compressor(model, SparseConfig(targets=["w"], ignore=["w[1]"])).compress()

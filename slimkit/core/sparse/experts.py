@@ -22,11 +22,16 @@ class Fused:
         keys: their names in the module.
         kind: the core's word for one expert: "linear" for (out, in), "conv1d" for (in, out).
         told: the module itself tells its layout; otherwise it is a guess.
+        unclear: parameters with three axes of which the module does not say that they hold experts.
     """
 
     keys: tuple[str, ...]
     kind: str
     told: bool
+    unclear: tuple[str, ...] = ()
+
+
+UNCLEAR = "it has three axes, and its module names no experts (a number of them, or its class)"
 
 
 def fused(module: Any, shapes: Mapping[str, tuple[int, ...]]) -> Fused:
@@ -42,18 +47,16 @@ def fused(module: Any, shapes: Mapping[str, tuple[int, ...]]) -> Fused:
         >>> class Experts:
         ...     pass
         >>> fused(Experts(), {"up": (4, 24, 16), "down": (4, 16, 24), "bias": (4, 24)})
-        Fused(keys=('up', 'down'), kind='linear', told=False)
+        Fused(keys=('up', 'down'), kind='linear', told=False, unclear=())
     """
     counts = {v for k, v in vars(module).items() if "expert" in k and type(v) is int}
     named = "expert" in type(module).__name__.lower()
-    found = {
-        key: shape
-        for key, shape in shapes.items()
-        if len(shape) == 3 and min(shape) > 1 and (named or shape[0] in counts)
-    }
+    deep = {key: shape for key, shape in shapes.items() if len(shape) == 3 and min(shape) > 1}
+    found = {key: shape for key, shape in deep.items() if named or shape[0] in counts}
     told = getattr(module, "is_transposed", None)  # transformers' word for (experts, in, out)
     transposed = told if isinstance(told, bool) else _fit_transposed(found.values())
-    return Fused(tuple(found), "conv1d" if transposed else "linear", isinstance(told, bool))
+    unclear = tuple(key for key in deep if key not in found)
+    return Fused(tuple(found), "conv1d" if transposed else "linear", isinstance(told, bool), unclear)
 
 
 def _fit_transposed(shapes: Iterable[tuple[int, ...]]) -> bool:
