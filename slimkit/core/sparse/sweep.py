@@ -68,7 +68,7 @@ def sweep(
     return mask, loss
 
 
-Views = tuple[Array, ...]
+Views = tuple[Array, Array, Array]
 
 
 class _Block:
@@ -105,11 +105,10 @@ class _Block:
             turns = [self._turn(first, j, min(j + step, last)) for j in range(first, last, step)]
             self._groups.append((before, turns))
 
-    def _turn(
-        self, first: int, start: int, stop: int
-    ) -> tuple[slice, list[tuple[Array, ...]], list[tuple[Array, ...]]]:
+    def _turn(self, first: int, start: int, stop: int) -> tuple[slice, Views | None, list[tuple[Array, ...]]]:
         """Columns start..stop, which choose together: what they take up of errors first..start, then of their own."""
-        ahead = [(self._w[j], *self._taken(first, start, j)) for j in range(start, stop)] if start > first else []
+        errors = slice(first, start)
+        ahead = (self._w[start:stop], self._upper[start:stop, errors], self.error[errors]) if start > first else None
         own = [
             (self._w[j], self._drop[j], self.error[j], *(self._taken(start, j, j) if j > start else (None, None)))
             for j in range(start, stop)
@@ -144,8 +143,8 @@ class _Block:
             if before is not None:
                 add_product(*before, factor=-1)
             for columns, ahead, own in turns:
-                for w, errors, factors in ahead:
-                    less_vector(w, errors, factors)
+                if ahead is not None:
+                    add_product(*ahead, factor=-1)
                 if choose and self._nm is not None:
                     self._choose_nm(columns, self._nm)
                 for w, drop, error, errors, factors in own:
