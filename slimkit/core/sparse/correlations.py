@@ -15,38 +15,43 @@ class Correlations(Protocol):
     """Estimated correlations, and the sample they were made of.
 
     Attributes:
-        matrix: (n, n) the estimate, positive definite, ones on the diagonal or nearly so.
-        share: how much of it is the identity, 0..1.
+        share: how much of the estimate is the identity, 0..1.
     """
 
-    matrix: Array
     share: float
 
+    def matrix(self) -> Array:
+        """The estimate (n, n), positive definite, the diagonal's mean one; `inverse` may use its memory again."""
+
     def inverse(self, penalty: float) -> Array:
-        """(matrix + penalty)^-1, in memory of its own."""
+        """(estimate + penalty)^-1; the next call of this or of `matrix` may use its memory again."""
 
     def sample_loss(self, rows: Array, loss: float | None = None) -> float:
-        """tr(D S D^T) of rows D (out, n) under the sample S, by way of the same under `matrix` where that is known."""
+        """tr(D S D^T) of rows D (out, n) under the sample S, from the same under the estimate where that is known."""
 
 
 class Mixed:
     """The sample mixed with the identity.
 
     Args:
-        sample: (n, n), ones on the diagonal; its memory becomes `matrix`.
+        sample: (n, n), ones on the diagonal; its memory becomes the estimate's.
         count: rows behind it.
     """
 
     def __init__(self, sample: Array, count: int) -> None:
-        self.matrix, self.share = shrink.linear(sample, count)
+        self._matrix, self.share = shrink.linear(sample, count)
+
+    def matrix(self) -> Array:
+        """The mixture."""
+        return self._matrix
 
     def inverse(self, penalty: float) -> Array:
-        """(matrix + penalty)^-1: the diagonal's mean is one, so damping is the penalty."""
-        return inverse_from(inverse_factor(self.matrix, penalty)[0])
+        """(estimate + penalty)^-1: the diagonal's mean is one, so damping is the penalty."""
+        return inverse_from(inverse_factor(self._matrix, penalty)[0])
 
     def sample_loss(self, rows: Array, loss: float | None = None) -> float:
         """What the identity added to the loss taken off again."""
-        whole = quadratic(rows.T, self.matrix) if loss is None else loss
+        whole = quadratic(rows.T, self._matrix) if loss is None else loss
         return (whole - self.share * inner(rows, rows)) / (1 - self.share)
 
 
@@ -57,7 +62,7 @@ class Spectral:
     known less well than independent rows would know them: hence the identity's share as well.
 
     Args:
-        sample: (n, n), ones on the diagonal; its memory becomes `matrix`.
+        sample: (n, n), ones on the diagonal; its memory serves for the estimate and inverses in turn.
         count: rows behind it.
     """
 
@@ -68,11 +73,15 @@ class Spectral:
         found = shrink.nonlinear(values, count) * (1 - self.share) + self.share
         xp = namespace(sample)
         self._values = xp.astype(like(np.asarray(found), self._sample), sample.dtype)
-        self.matrix = self._with(self._values, sample)
+        self._room = sample
+
+    def matrix(self) -> Array:
+        """The estimate, from the shrunk eigenvalues."""
+        return self._with(self._values)
 
     def inverse(self, penalty: float) -> Array:
-        """(matrix + penalty)^-1, from the eigenvalues."""
-        return self._with(1 / (self._values + penalty), namespace(self._vectors).empty_like(self._vectors))
+        """(estimate + penalty)^-1, from the same."""
+        return self._with(1 / (self._values + penalty))
 
     def sample_loss(self, rows: Array, loss: float | None = None) -> float:
         """From the sample's own eigenvalues."""
@@ -81,9 +90,9 @@ class Spectral:
         turned *= turned
         return float(xp.sum(xp.sum(turned, axis=0) * self._sample))
 
-    def _with(self, values: Array, out: Array) -> Array:
-        """Fill a matrix with the one of these eigenvalues; a half is calculated and mirrored."""
-        vectors = self._vectors
+    def _with(self, values: Array) -> Array:
+        """The matrix of these eigenvalues; a half is calculated and mirrored."""
+        vectors, out = self._vectors, self._room
         for start in range(0, vectors.shape[0], STRIP):
             stop = start + STRIP
             out[start:stop, start:] = (vectors[start:stop] * values) @ vectors[start:].T

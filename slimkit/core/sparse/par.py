@@ -94,9 +94,10 @@ def refine(
     for ratio in ratios:
         sparse, keep = _search(goal, known, ratio, nm, allowed, schedule)
         allowed = keep
-    losses = refit(goal, sparse, keep, known.matrix, schedule.refits)
+    correlation = known.matrix()
+    losses = refit(goal, sparse, keep, correlation, schedule.refits)
     if schedule.swaps:
-        losses = _swap(goal, sparse, keep, losses, known.matrix, nm, schedule)
+        losses = _swap(goal, sparse, keep, losses, correlation, nm, schedule)
     goal -= sparse
     facts["loss"] = known.sample_loss(goal, float(xp.sum(losses)))
     sparse /= scale
