@@ -364,6 +364,25 @@ def test_measured_ratios_keep_the_total_and_are_never_worse(kit, method):
     assert facts["kept"] == ("measured" if facts["measured_error"] < facts["uniform_error"] else "uniform")
 
 
+@pytest.mark.parametrize("method", ["wanda", "par"])
+def test_measured_ratios_are_judged_by_batches_that_chose_nothing(kit, method):
+    data, steps = batches(kit, n=6), []
+    model, again = chain(kit), chain(kit)
+    compressor = kit.slim.Compressor(model, SparseConfig(method=method, uniform=False))
+    report = compressor.compress(data, on_progress=steps.append)
+    facts = report["allocation"]
+    assert facts["held_out"] is True
+    assert facts["probe_batches"] == 1
+    assert [s.done for s in steps] == [1, 2, 3, 4, 5, 6]
+    # What was judged has seen five batches; what is kept was fitted to all six.
+    assert {row["rows"] for row in report["layers"].values()} == {6 * 32}
+    x, dense = kit.array(data[5]), kit.array(again(data[5]))
+    run(kit, again, data[:5], method=method)
+    error = np.linalg.norm(kit.array(again(kit.tensor(x))) - dense) / np.linalg.norm(dense)
+    np.testing.assert_allclose(facts["uniform_error"], error, rtol=1e-4)
+    assert facts["kept"] == ("measured" if facts["measured_error"] < facts["uniform_error"] else "uniform")
+
+
 def test_wrong_model_and_config(kit):
     with pytest.raises(ArgumentTypeError, match="model"):
         kit.slim.Compressor(3, SparseConfig())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -22,6 +21,9 @@ from slimkit.core.sparse.walk import Host, Walk, estimate_of
 
 # Batches whose outputs judge a choice of ratios.
 PROBE_BATCHES = 4
+
+# One of so many batches is held out from a choice of ratios, to judge it by; with fewer all are used for both.
+HOLD_OUT = 5
 
 
 def select(layers: Mapping[str, Layer], skipped: dict[str, str], config: SparseConfig) -> tuple[list[str], list[str]]:
@@ -110,6 +112,29 @@ def compress(
     return report | ({"allocation": allocation} if allocation else {}), walk.masks
 
 
+class _Judge:
+    """How much some batches' outputs change, relative to those of the model as it was."""
+
+    def __init__(self, host: Host, probes: Sequence[Any]) -> None:
+        self._host, self._probes = host, probes
+        self._dense = [host.outputs(batch) for batch in probes]
+        self._power = sum(host.gather(sum(float((d * d).sum()) for d in self._dense))) or 1.0
+
+    def error(self) -> float:
+        """The relative change of all processes' outputs."""
+        pairs = zip(self._probes, self._dense)
+        change = sum(float(((self._host.outputs(batch) - d) ** 2).sum()) for batch, d in pairs)
+        return float(sum(self._host.gather(change)) / self._power) ** 0.5
+
+
+def _apart(host: Host, dataset: Any) -> tuple[Any, list[Any]]:
+    """Batches to choose ratios with, and others to judge the choice by; no others where there are few."""
+    data = list(dataset)
+    n = min(len(data) // HOLD_OUT, max(1, PROBE_BATCHES // host.processes()))
+    n = n if all(host.gather(n)) else 0  # all processes alike
+    return data[: len(data) - n], data[len(data) - n :]
+
+
 def _better(
     host: Host,
     config: SparseConfig,
@@ -119,49 +144,66 @@ def _better(
     restore: Callable[[], None],
     on_progress: Callable[[Progress], None] | None,
 ) -> tuple[Walk, dict[str, Any]]:
-    """The better of equal and measured ratios, by the change of the model's own outputs on the calibration data."""
-    probes = list(itertools.islice(dataset, max(1, PROBE_BATCHES // host.processes())))
-    dense = [host.outputs(batch) for batch in probes]
-    power = sum(host.gather(sum(float((d * d).sum()) for d in dense))) or 1.0
+    """The better of equal and measured ratios, by the change of the model's own outputs.
 
-    def error() -> float:
-        change = sum(float(((host.outputs(batch) - d) ** 2).sum()) for batch, d in zip(probes, dense))
-        return float(sum(host.gather(change)) / power) ** 0.5
+    A method that refits weights follows its calibration data more closely with some ratios than with others, and what
+    it gains there says little of other data; so both are judged by batches that neither has seen, where there are
+    enough, and the better one is repeated with all of them.
+    """
+    data, others = _apart(host, dataset)
+    probes = data[: max(1, PROBE_BATCHES // host.processes())]
+    ratios = _measured(host, config, layers, names, _Judge(host, probes))
+    judge = _Judge(host, others or probes)
+    estimate = estimate_of(config, layers, names, walks=3 if others else 2)
 
+    def walked(ratios: Mapping[str, float] | None, batches: Any) -> Walk:
+        walk = Walk(host, config, layers, names, ratios, on_progress, estimate)
+        walk.run(batches)
+        return walk
+
+    equal = walked(None, data)
+    equal_error, keep_equal = judge.error(), host.snapshot(names)
+    restore()
+    estimate.again()
+    best = walked(ratios, data)
+    measured_error = judge.error()
+    facts = {
+        "kept": "measured" if measured_error < equal_error else "uniform",
+        "uniform_error": equal_error,
+        "measured_error": measured_error,
+        "probe_batches": sum(host.gather(len(others or probes))),
+        "held_out": bool(others),
+    }
+    if facts["kept"] == "uniform":
+        logger.warning(
+            "measured ratios change the outputs by %.4g, equal ones by %.4g: kept equal ratios.",
+            measured_error,
+            equal_error,
+        )
+        keep_equal()
+        best = equal
+    if others:
+        restore()
+        estimate.again()
+        best = walked(None if best is equal else ratios, [*data, *others])
+    return best, facts
+
+
+def _measured(
+    host: Host, config: SparseConfig, layers: Mapping[str, Layer], names: Sequence[str], judge: _Judge
+) -> dict[str, float]:
+    """Ratios by how much the model's outputs change when one layer alone loses its smallest weights."""
     around = [max(0.02, config.sparse_ratio - REACH), min(0.98, config.sparse_ratio + REACH)]
-    alone = replace(config, method="magnitude", uniform=True, progressive=False, asymmetric=None)
+    alone = replace(config, method="magnitude", uniform=True, progressive=False, asymmetric=None, residual=False)
     costs: dict[str, list[float]] = {}
     for name in progress(names, "sensitivities"):
         back = host.snapshot([name])
         costs[name] = []
         for ratio in around:
             host.store(name, solve(layers[name], host.weight(name), None, ratio, alone).weight, None)
-            costs[name].append(error() ** 2)
+            costs[name].append(judge.error() ** 2)
             back()
-    ratios = spread(costs, around, {n: layers[n].size for n in names}, config.sparse_ratio)
-    estimate = estimate_of(config, layers, names, walks=2)
-    equal = Walk(host, config, layers, names, None, on_progress, estimate)
-    equal.run(dataset)
-    equal_error, keep_equal = error(), host.snapshot(names)
-    restore()
-    estimate.again()
-    measured = Walk(host, config, layers, names, ratios, on_progress, estimate)
-    measured.run(dataset)
-    measured_error = error()
-    facts = {
-        "uniform_error": equal_error,
-        "measured_error": measured_error,
-        "probe_batches": sum(host.gather(len(probes))),
-    }
-    if measured_error < equal_error:
-        return measured, {"kept": "measured", **facts}
-    logger.warning(
-        "measured ratios change the outputs by %.4g, equal ones by %.4g: kept equal ratios.",
-        measured_error,
-        equal_error,
-    )
-    keep_equal()
-    return equal, {"kept": "uniform", **facts}
+    return spread(costs, around, {n: layers[n].size for n in names}, config.sparse_ratio)
 
 
 def _report(
