@@ -52,7 +52,7 @@ RATES = {
     "peft_dora": 5e-3,
     "rslora": 3e-3,
     "peft_rslora": 3e-3,
-    "lora_plus": 2.5e-3,
+    "lora_plus": 4e-4,
     "pissa": 2.5e-3,
     "peft_pissa": 2.5e-3,
     "rdrop": 2e-3,
