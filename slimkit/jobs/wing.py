@@ -26,6 +26,7 @@ from slimkit.core.sparse.layer import Layer
 from slimkit.jobs import devices, models, teach, texts
 from slimkit.measurement import measure_model
 from slimkit.sparse import checkpoint as blocks
+from slimkit.sparse.file_host import CheckpointHost
 from slimkit.sparse.host import TorchHost
 from slimkit.stages import TorchWing
 
@@ -165,7 +166,7 @@ class TorchJobs(Jobs):
         source = place.model
         assert source is not None
         _resumable(out)
-        found = blocks.CheckpointHost(source, out / blocks.STATE, shards.locate(source), None).layers()
+        found = CheckpointHost(source, out / blocks.STATE, shards.locate(source), None).layers()
         done = len(list((out / blocks.STATE).glob("block-*.json")))
         plan = sparse_plan(*found, cfg, self._block_data(source, cfg, calib))
         return {**plan, "blocks_done": done, "resumable": True}
