@@ -383,7 +383,7 @@ def forked(arguments, folder):
     ("number", "code", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
 )
 def test_a_stopped_sparsify_resumes_to_the_same_bytes(tmp_path, one_thread, number, code, word):
-    model = tiny_models.hugging_face(tmp_path, "llama", num_hidden_layers=4)
+    model = tiny_models.hugging_face(tmp_path, "llama", num_hidden_layers=16)
     text = tiny_models.text(tmp_path / "text.jsonl", labels=False)
     command = ("sparsify", "-m", model, "--method", "par_v2", "--calib", text, "--samples", 8, "-o")
     out = tmp_path / "cut"
