@@ -103,8 +103,7 @@ class CheckpointHost(TorchHost):
             n for n in own if n in self._changed
         )
         try:
-            dense.load_state_dict({n[len(path) + 1 :]: v for n, v in values.items()}, strict=False, assign=True)
-            dense.requires_grad_(False)
+            _fill(dense, path, values)
             yield
         finally:
             _to_meta(dense)
@@ -180,8 +179,7 @@ class CheckpointHost(TorchHost):
     def _load(self, path: str) -> torch.nn.Module:
         block = bridge.get_module(self.model, path)
         values = self._read(f"{path}.{n}" for n, _ in block.named_parameters())
-        block.load_state_dict({n[len(path) + 1 :]: v for n, v in values.items()}, strict=False, assign=True)
-        return block.requires_grad_(False)
+        return _fill(block, path, values)
 
     def _release(self, path: str) -> None:
         _to_meta(bridge.get_module(self.model, path))
@@ -213,9 +211,7 @@ class CheckpointHost(TorchHost):
             paired,
         )
         self._release(self._blocks[0])
-        self.model.load_state_dict(
-            {n: torch.empty_like(self.model.get_parameter(n), device="meta") for n in early}, strict=False, assign=True
-        )
+        _to_meta(self.model, early)
         return inputs
 
     def _parameters(self, names: Sequence[str]) -> list[str]:
@@ -285,9 +281,16 @@ def _save(handle: Any, tensors: dict[str, torch.Tensor]) -> None:
         handle.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
 
 
-def _to_meta(module: torch.nn.Module) -> None:
-    """Let a module's weights go; their shapes stay."""
-    meta = {n: torch.empty_like(p, device="meta") for n, p in module.named_parameters()}
+def _fill(module: torch.nn.Module, path: str, values: dict[str, torch.Tensor]) -> torch.nn.Module:
+    """Put weights, named by whole paths, into the module at a path, without gradients."""
+    module.load_state_dict({n[len(path) + 1 :]: v for n, v in values.items()}, strict=False, assign=True)
+    return module.requires_grad_(False)
+
+
+def _to_meta(module: torch.nn.Module, names: Iterable[str] | None = None) -> None:
+    """Let a module's weights go, all or those named; their shapes stay."""
+    names = [n for n, _ in module.named_parameters()] if names is None else names
+    meta = {n: torch.empty_like(module.get_parameter(n), device="meta") for n in names}
     module.load_state_dict(meta, strict=False, assign=True)
 
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import copy
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from slimkit import bridge
-from slimkit.core.sparse.experts import OTHER_KIND
+from slimkit.core.sparse.experts import learn_layouts
 from slimkit.core.sparse.layer import Layer
 from slimkit.core.sparse.processes import agreed
 from slimkit.core.sparse.walk import Stage
@@ -38,14 +36,13 @@ class TorchHost:
             dataset: batches; one is sent through where only a product tells how experts are laid out.
         """
         found, self._slots, skipped = described(self.model, with_meta=not self.keeps_masks)
-        guessed = {n: slot for n, slot in self._slots.items() if slot.learn and n in found}
-        if guessed and dataset is not None:
-            for name in _turned(self.model, guessed, dataset):
-                kind = OTHER_KIND[found[name].kind]
-                self._slots[name] = replace(self._slots[name], kind=kind)
-                found[name] = replace(found[name], kind=kind)
+        learn_layouts(found, self._slots, dataset, self._watch_products)
         self._layers = found
         return dict(found), skipped
+
+    def _watch_products(self, slots: Mapping[str, Slot], batch: Any, turned: Callable[[str], None]) -> None:
+        with quiet(self.model), Reads(self.model, slots, lambda *_: None, transposed=turned):
+            bridge.run(self.model, batch)
 
     def weight(self, name: str) -> torch.Tensor:
         """The layer's weight, detached, in its own dtype."""
@@ -152,19 +149,6 @@ class TorchHost:
         for array in totals:
             dist.all_reduce(array)
         return totals
-
-
-def _turned(model: torch.nn.Module, slots: Mapping[str, Slot], dataset: Iterable[Any]) -> set[str]:
-    """The layers whose weights turn out to be read as (in, out), with their siblings in the same parameter."""
-    found: set[tuple[str, str]] = set()
-
-    def turned(path: str) -> None:
-        found.add((slots[path].module, slots[path].key))
-
-    for batch in itertools.islice(dataset, 1):
-        with quiet(model), Reads(model, slots, lambda *_: None, transposed=turned):
-            bridge.run(model, batch)
-    return {n for n, slot in slots.items() if (slot.module, slot.key) in found}
 
 
 def dense_twin(model: torch.nn.Module, changing: Iterable[torch.nn.Module]) -> torch.nn.Module:

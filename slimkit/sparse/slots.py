@@ -38,6 +38,11 @@ class Slot:
     read: bool = False
     learn: bool = False
 
+    @property
+    def place(self) -> tuple[str, str]:
+        """Which parameter holds the weight: the path it is found at, and its name there."""
+        return self.module, self.key
+
     def owner(self, model: torch.nn.Module) -> torch.nn.Module:
         """The module that holds the parameters."""
         return bridge.get_module(model, self.module)

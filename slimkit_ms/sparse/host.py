@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from slimkit.core.sparse.experts import OTHER_KIND
+from slimkit.core.sparse.experts import learn_layouts
 from slimkit.core.sparse.layer import Layer
 from slimkit.core.sparse.processes import agreed
 from slimkit.core.sparse.walk import Stage
@@ -59,13 +57,12 @@ class MindSporeHost:
             if found.pop(name, None) is not None:
                 skipped[name] = "its weight is shared with another cell"
         skipped |= unclear(self.model)
-        guessed = {n: slot for n, slot in self._slots.items() if slot.learn and n in found}
-        if guessed and dataset is not None:
-            for name in _turned(self.model, guessed, dataset):
-                kind = OTHER_KIND[found[name].kind]
-                self._slots[name] = replace(self._slots[name], kind=kind)
-                found[name] = replace(found[name], kind=kind)
+        learn_layouts(found, self._slots, dataset, self._watch_products)
         return found, skipped
+
+    def _watch_products(self, slots: Mapping[str, Slot], batch: Any, turned: Callable[[str], None]) -> None:
+        with watching(self.model, {}, unwatched), Reads(self.model, slots, unwatched, transposed=turned):
+            bridge.run(self.model, batch)
 
     def weight(self, name: str) -> Array:
         """The layer's weight in float32."""
@@ -147,19 +144,6 @@ class MindSporeHost:
             parts[self.rank(), 1] = array - parts[self.rank(), 0]
             totals.append(_all_reduce(parts).sum((0, 1), dtype=np.float64))
         return totals
-
-
-def _turned(model: nn.Cell, slots: Mapping[str, Slot], dataset: Iterable[Any]) -> set[str]:
-    """The layers whose weights turn out to be read the other way round, with their siblings in the same parameter."""
-    found: set[tuple[str, str]] = set()
-
-    def turned(name: str) -> None:
-        found.add((slots[name].cell, slots[name].key))
-
-    for batch in itertools.islice(dataset, 1):
-        with watching(model, {}, unwatched), Reads(model, slots, unwatched, transposed=turned):
-            bridge.run(model, batch)
-    return {n for n, slot in slots.items() if (slot.cell, slot.key) in found}
 
 
 def _all_reduce(values: Array) -> Array:

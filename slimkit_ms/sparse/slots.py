@@ -45,6 +45,11 @@ class Slot:
     learn: bool = False
 
     @property
+    def place(self) -> tuple[str, str]:
+        """Which parameter holds the weight: the path it is found at, and its name there."""
+        return self.cell, self.key
+
+    @property
     def read(self) -> bool:
         """Whether the weight is read without a call that tells its inputs: only products with it do."""
         return isinstance(self.index, int)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import itertools
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -69,6 +70,31 @@ def _fit_transposed(shapes: Iterable[tuple[int, ...]]) -> bool:
         return False
     (a, b), (c, d) = pairs
     return a == d and b != c
+
+
+def learn_layouts(
+    layers: dict[str, Any],
+    slots: dict[str, Any],
+    dataset: Iterable[Any] | None,
+    watch: Callable[[Mapping[str, Any], Any, Callable[[str], None]], None],
+) -> None:
+    """Correct, in place, guessed layouts of experts that a batch shows to be the other one.
+
+    Args:
+        layers: the layers by name.
+        slots: where their weights lie; a slot tells by `learn` whether its kind is a guess, and by `place` which
+            parameter it is in, since the experts of one lie alike.
+        dataset: batches, of which one is sent through; None when none may be.
+        watch: sends a batch through and calls its last argument with each of these slots' layers that is read turned.
+    """
+    guessed = {name: slot for name, slot in slots.items() if slot.learn and name in layers}
+    turned: set[tuple[str, str]] = set()
+    for batch in itertools.islice(dataset or (), 1 if guessed else 0):
+        watch(guessed, batch, lambda name: turned.add(guessed[name].place))
+    for name, slot in guessed.items():
+        if slot.place in turned:
+            kind = OTHER_KIND[layers[name].kind]
+            slots[name], layers[name] = replace(slot, kind=kind), replace(layers[name], kind=kind)
 
 
 def routed(rows: Array, picked: Array | None, valid: Array | None) -> tuple[Array, Array | None]:
