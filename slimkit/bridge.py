@@ -136,9 +136,9 @@ def parameters(model: torch.nn.Module) -> Parameters:
 
 
 def _readings(held: Sequence[torch.nn.Parameter], paths: Sequence[str]) -> Iterator[Reading]:
-    """What torch says of each parameter, when it is asked for; none has a name of its own."""
+    """What torch says of each parameter, when it is asked for."""
     for p in held:
-        yield None, p.numel(), p.requires_grad, p.is_floating_point() or p.is_complex()
+        yield p.numel(), p.requires_grad, p.is_floating_point() or p.is_complex()
 
 
 def structure(model: torch.nn.Module) -> Structure:

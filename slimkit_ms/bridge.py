@@ -142,7 +142,7 @@ def parameters(model: nn.Cell) -> Parameters:
                 further.setdefault(at, []).append(stem + key)
         if cell._cells:
             waiting += [(f"{stem}{name}.", c) for name, c in reversed(cell._cells.items()) if c is not None]
-    return Parameters(held, names, further, _readings)
+    return Parameters(held, names, further, _readings, lambda parameter: parameter._param_info.name)
 
 
 def _readings(held: Sequence[ms.Parameter], paths: Sequence[str]) -> Iterator[Reading]:
@@ -156,7 +156,7 @@ def _readings(held: Sequence[ms.Parameter], paths: Sequence[str]) -> Iterator[Re
         if known is None:  # the dtype is kept alive, so that no other takes its identity
             known = dtypes[id(dtype)] = dtype in _TRAINABLE, dtype
         is_statistic = path.endswith(STATISTICS) and path.rpartition(".")[2] in STATISTICS
-        yield info.name, parameter.size, info.requires_grad, known[0] and not is_statistic
+        yield parameter.size, info.requires_grad, known[0] and not is_statistic
 
 
 _TRAINABLE = {ms.float16, ms.bfloat16, ms.float32, ms.float64, ms.complex64, ms.complex128}

@@ -172,7 +172,7 @@ class ModelFreezer(Freezer):
         held, found = module._params.values() if own else None, bridge.parameters(module)
         return [
             parameter
-            for parameter, (_, _, _, may_train) in zip(found.held, found.readings())
+            for parameter, (_, _, may_train) in zip(found.held, found.readings())
             if may_train and (held is None or any(parameter is own for own in held))
         ]
 

@@ -43,10 +43,10 @@ class _WrongKindError(ArgumentTypeError, ArgumentError):
     """The documents promise a ValueError where Python's habit is a TypeError: this is both."""
 
 
-# What a framework says of one parameter: the name it carries itself (None where parameters carry none), its number of
-# values, whether it trains now, and whether it may: integers and the running statistics of a norm never do. Plain
-# tuples, since ten thousand records take longer to make than all the rules.
-Reading = tuple[str | None, int, bool, bool]
+# What a framework says of one parameter: its number of values, whether it trains now, and whether it may: integers and
+# the running statistics of a norm never do. Plain tuples, since ten thousand records take longer to make than all the
+# rules.
+Reading = tuple[int, bool, bool]
 
 
 @dataclass
@@ -58,12 +58,14 @@ class Parameters:
         names: the first path of each, which reports use.
         further: place -> the other names it answers to; a shared parameter has several.
         read: reads parameters, given with their names, one after the other, each when it is asked for.
+        own_name: reads the name that a parameter carries itself; None where parameters carry none.
     """
 
     held: list[Any]
     names: list[str]
     further: dict[int, list[str]]
     read: Callable[[Sequence[Any], Sequence[str]], Iterable[Reading]]
+    own_name: Callable[[Any], str] | None = None
 
     def readings(self) -> Iterator[Reading]:
         """What the framework says of each parameter, in order, read when it is asked for."""
@@ -71,7 +73,7 @@ class Parameters:
 
     def trains(self) -> dict[str, bool]:
         """Which parameters train now, by their names."""
-        return {name: trains for name, (_, _, trains, _) in zip(self.names, self.readings())}
+        return {name: trains for name, (_, trains, _) in zip(self.names, self.readings())}
 
     def every_name(self) -> list[str]:
         """All names of all parameters."""
@@ -79,9 +81,16 @@ class Parameters:
 
     def add_own_names(self) -> None:
         """Let every parameter also answer to the name it carries itself, where that is none of its paths."""
-        for place, (own, *_) in enumerate(self.readings()):
-            if own is not None and own != self.names[place] and own not in self.further.get(place, ()):
+        if self.own_name is None:
+            return
+        for place, parameter in enumerate(self.held):
+            own = self.own_name(parameter)
+            if not self.answers_to(place, own):
                 self.further.setdefault(place, []).append(own)
+
+    def answers_to(self, place: int, name: str) -> bool:
+        """Whether the name is already among those of the parameter at this place."""
+        return name == self.names[place] or name in self.further.get(place, ())
 
 
 @dataclass(frozen=True)
@@ -207,14 +216,15 @@ def train_by_mode(
                 f"{MODES[word].removeprefix('re:')!r}. Add the delta first (apply_delta), or pass strict=False."
             )
         choice = _choose(found, [name in chosen for name in found.names], *lists, strict=strict)
-        return choice if chosen else replace(choice, unmatched=(MODES[word], *choice.unmatched))
+        settled = chosen if choice.settled is None else chosen & choice.settled
+        return replace(choice, settled=settled, unmatched=((MODES[word],) if not chosen else ()) + choice.unmatched)
 
     return _settle(found, choose)
 
 
 def report_of(found: Parameters) -> FreezeReport:
     """The report of a model as it is, nothing changed."""
-    return _settle(found, lambda: _Choice([None] * len(found.names), set(), set(), ()))
+    return _settle(found, lambda: _Choice([None] * len(found.names), set(), set(), set(), (), None))
 
 
 def matched(found: Parameters, patterns: Any, argument: str) -> set[str]:
@@ -233,15 +243,20 @@ class _Choice:
 
     Args:
         wishes: for each parameter whether it shall train, None to leave it as it is.
-        freeze: what the first list matched.
-        train: what the second list matched.
+        off: what the first list alone matched.
+        on: what the second list alone matched.
+        both: what both matched.
         unmatched: patterns that matched nothing.
+        settled: parameters that no further name could get another wish, since all that was asked for matched them;
+            None: every one.
     """
 
     wishes: list[bool | None]
-    freeze: set[str]
-    train: set[str]
+    off: set[str]
+    on: set[str]
+    both: set[str]
     unmatched: tuple[str, ...]
+    settled: set[str] | None
 
 
 def _choose(
@@ -257,13 +272,18 @@ def _choose(
     if strict:
         demand(frozen, every, "include")
         demand(trained, every, "exclude")
-    freeze, train = _first_names(found, frozen.names), _first_names(found, trained.names)
-    off, on = freeze - train, train - freeze
+    off, on = _first_names(found, frozen.names), _first_names(found, trained.names)
+    both = off & on
+    settled = both if include and exclude else off if include else on if exclude else None
+    if both:
+        off, on = off - both, on - both
     return _Choice(
         [False if name in off else True if name in on else wish for name, wish in zip(found.names, wishes)],
-        freeze,
-        train,
+        off,
+        on,
+        both,
         (*frozen.unmatched, *trained.unmatched),
+        settled,
     )
 
 
@@ -271,25 +291,31 @@ def _settle(found: Parameters, choose: Callable[[], _Choice]) -> FreezeReport:
     """Read each parameter and set it at once, in place: by a second walk it would have left the processor's cache.
 
     Nothing is set before `choose` has found every pattern's names, so its errors come while the model is untouched.
+    A parameter's own name is read only where it could change what is done: that is the slowest of the readings.
     """
-    choice = choose()
+    choice, own_name = choose(), found.own_name
     frozen: list[str] = []
     trained: list[str] = []
     cannot: list[str] = []
     trainable: dict[str, int] = {}
     total = 0
-    held, wishes, further = found.held, choice.wishes, found.further
-    for place, (name, (own, size, before, may_train)) in enumerate(zip(found.names, found.readings())):
-        if own != name and own is not None and own not in further.get(place, ()):
+    held, wishes, settled = found.held, choice.wishes, choice.settled
+    for place, (name, (size, before, may_train)) in enumerate(zip(found.names, found.readings())):
+        if (
+            own_name is not None
+            and settled is not None
+            and name not in settled
+            and not found.answers_to(place, own_name(held[place]))
+        ):
             # The first that is called otherwise than its path: with the own names of all, those before choose alike.
             found.add_own_names()
-            choice = choose()
+            choice, own_name = choose(), None
             wishes = choice.wishes
         wish = wishes[place]
         now = before if wish is None else wish
         if not may_train:
-            now = before and not (name in choice.freeze and name not in choice.train)
-            if name in choice.train and name not in choice.freeze:
+            now = before and name not in choice.off
+            if name in choice.on:
                 cannot.append(name)
         if now != before:
             held[place].requires_grad = now
@@ -298,8 +324,7 @@ def _settle(found: Parameters, choose: Callable[[], _Choice]) -> FreezeReport:
             trainable[name] = size
         if now or may_train:
             total += size
-    both = choice.freeze & choice.train
-    left = tuple(name for name in found.names if name in both) if both else ()
+    left = tuple(name for name in found.names if name in choice.both) if choice.both else ()
     return FreezeReport(tuple(frozen), tuple(trained), left, tuple(cannot), choice.unmatched, trainable, total)
 
 
@@ -317,7 +342,8 @@ def _of_mode(found: Parameters, mode: str) -> set[str]:
 def _first_names(found: Parameters, names: Iterable[str]) -> set[str]:
     """The names, and for each that is a parameter's further one also its first, by which the rules go on."""
     hit = set(names)
-    return hit.union(found.names[place] for place, more in found.further.items() if not hit.isdisjoint(more))
+    hit.update([found.names[place] for place, more in found.further.items() if not hit.isdisjoint(more)])
+    return hit
 
 
 def read_config(config_path: Any) -> tuple[list[str] | None, list[str] | None]:

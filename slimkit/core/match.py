@@ -61,9 +61,13 @@ def match(names: Iterable[str], patterns: Sequence[str], *, whole_modules: bool 
     for pattern in dict.fromkeys(patterns):
         test = matcher(pattern, whole_modules=whole_modules)
         by_pattern[pattern] = tuple(filter(test, names))
-    hit = set().union(*by_pattern.values()) if by_pattern else set()
+    if len(by_pattern) == 1:
+        (together,) = by_pattern.values()
+    else:
+        hit = set().union(*by_pattern.values())
+        together = tuple(filter(hit.__contains__, names))
     return Matches(
-        names=tuple(filter(hit.__contains__, names)),
+        names=together,
         by_pattern=by_pattern,
         unmatched=tuple(p for p, found in by_pattern.items() if not found),
     )

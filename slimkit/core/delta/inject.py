@@ -131,7 +131,7 @@ def _planned_flags(access: ModelAccess, model: Any, freeze: bool, also_train: An
     trained = matched(found, also_train, "exclude") if also_train is not None else set()
     return {
         name: (may_train and name in trained) or (now and not (freeze and rules.PREFIX not in name))
-        for name, (_, _, now, may_train) in zip(found.names, found.readings())
+        for name, (_, now, may_train) in zip(found.names, found.readings())
     }
 
 
