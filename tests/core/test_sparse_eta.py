@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from slimkit.core.sparse.calls import Calls
-from slimkit.core.sparse.eta import COSTS, Estimate
+from slimkit.core.sparse.costs import COSTS
+from slimkit.core.sparse.eta import Estimate
 from slimkit.core.sparse.layer import Layer
 
 SHAPES = {"q": (384, 384), "k": (384, 384), "v": (384, 384), "o": (384, 384), "up": (1536, 384), "down": (384, 1536)}

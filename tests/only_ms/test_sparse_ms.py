@@ -38,7 +38,7 @@ def test_two_processes_with_split_data_equal_one(kit, tmp_path, monkeypatch):
     first, second = (dict(np.load(tmp_path / f"2-{rank}.npz")) for rank in range(2))
     assert first["spread"] == second["spread"] > 0
     monkeypatch.setattr(processes, "SECONDS_PER_CALL", processes.SECONDS_PER_CALL)  # put back what the run changes
-    monkeypatch.setattr(processes, "PRODUCTS_PER_SECOND", processes.PRODUCTS_PER_SECOND)
+    monkeypatch.setattr(processes, "BYTES_PER_SECOND", processes.BYTES_PER_SECOND)
     single = sparse_processes.run(0, 1)
     assert single.keys() == first.keys() - {"spread"}
     for name in single:

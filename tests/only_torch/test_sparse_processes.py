@@ -40,12 +40,12 @@ def found(tmp_path_factory):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     threads = torch.get_num_threads()
-    constants = sparse_processes.processes.SECONDS_PER_CALL, sparse_processes.processes.PRODUCTS_PER_SECOND
+    constants = sparse_processes.processes.SECONDS_PER_CALL, sparse_processes.processes.BYTES_PER_SECOND
     try:
         single = sparse_processes.run(0, 1)
     finally:
         torch.set_num_threads(threads)
-        sparse_processes.processes.SECONDS_PER_CALL, sparse_processes.processes.PRODUCTS_PER_SECOND = constants
+        sparse_processes.processes.SECONDS_PER_CALL, sparse_processes.processes.BYTES_PER_SECOND = constants
     return single, *(load_file(folder / f"{rank}.safetensors") for rank in range(2))
 
 
@@ -102,7 +102,7 @@ def test_work_is_spread_by_its_cost():
     owner = owners(layers, "hessian", 2)
     assert owner["wide"] == 0
     assert [owner[f"{i}"] for i in range(4)] == [1] * 4  # together they are cheaper than the wide one
-    assert owners(layers, "wanda", 2) == owners(layers, "hessian", 1) == owners(layers[:1], "hessian", 2) == {}
+    assert owners(layers, "magnitude", 2) == owners(layers, "hessian", 1) == owners(layers[:1], "hessian", 2) == {}
 
 
 def test_a_checkpoint_walk_needs_one_process(tmp_path, monkeypatch):

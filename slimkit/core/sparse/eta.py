@@ -8,17 +8,8 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from slimkit.core.sparse.costs import seconds_to_solve
 from slimkit.core.sparse.layer import Layer
-
-# Seconds that a method takes for a layer: per column, per weight, per columns^3 and per weight and column. Measured on
-# one thread of an x86-64 CPU from 128 to 2304 columns, within a quarter; only their proportions matter.
-COSTS = {
-    "magnitude": (0.0, 2e-8, 0.0, 0.0),
-    "wanda": (2.7e-6, 3.5e-8, 0.0, 1.4e-11),
-    "hessian": (1.8e-5, 6.8e-9, 5.8e-12, 1.9e-11),
-    "par": (3.2e-5, 2.1e-8, 1.1e-11, 2e-10),
-    "par_v2": (1.6e-4, 1.1e-7, 1e-10, 1.4e-9),
-}
 
 
 @dataclass(frozen=True)
@@ -79,7 +70,7 @@ class Estimate:
 
     A walk waits for a layer's inputs, solves it, and between two parts of the model sends all data through the part.
     What was measured at the same place of an earlier block, or at the same shape, stands for itself. Before that, the
-    forward that found the order of the layers tells the waiting by when it reached each of them, and `COSTS` how long
+    forward that found the order of the layers tells the waiting by when it reached each of them, and `costs` how long
     solving takes beside what was solved already.
 
     Args:
@@ -106,7 +97,7 @@ class Estimate:
     ) -> None:
         self._models, self._walks, self._clock = models, walks, clock
         self._layers = {name: (layer, _shape(layer)) for name, layer in layers.items()}
-        self._work = {_shape(layer): _cost(layer, COSTS[method]) for layer in layers.values()}
+        self._work = {_shape(layer): seconds_to_solve(layer, method) for layer in layers.values()}
         self._began = self._walk_began = self._last = clock()
         self._total, self._done = len(layers) * walks, 0
         self._left: set[str] = set()
@@ -261,13 +252,6 @@ def _start(part: Collection[str], reached: Mapping[str, float]) -> float:
         if other not in part and _place(other) == _place(first):
             gaps.append(seconds - max((s for s in reached.values() if s < seconds), default=0.0))
     return reached[first] - min(gaps) if gaps else 0.0
-
-
-def _cost(layer: Layer, costs: Sequence[float]) -> float:
-    """Seconds of solving a layer, in proportion to those of others."""
-    n, size = layer.n_in, layer.n_out * layer.n_in
-    column, weight, cube, product = costs
-    return layer.groups * (column * n + weight * size + cube * n**3 + product * size * n)
 
 
 def _shape(layer: Layer) -> str:

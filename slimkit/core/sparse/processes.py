@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from slimkit.core.errors import ArgumentError
 from slimkit.core.sparse.backend import Array, device_of, namespace, precision
+from slimkit.core.sparse.costs import seconds_to_solve
 from slimkit.core.sparse.layer import Layer
 from slimkit.core.sparse.moments import SUMS, Moments
 from slimkit.core.sparse.solve import Solved
@@ -14,13 +15,9 @@ from slimkit.core.sparse.solve import Solved
 if TYPE_CHECKING:
     from slimkit.core.sparse.walk import Host
 
-# What a process solves and sends, roughly: enough to tell a gain from a loss.
-PRODUCTS_PER_SECOND = 2e10
+# What a process sends, roughly: enough to tell a gain from a loss.
 BYTES_PER_SECOND = 5e8
 SECONDS_PER_CALL = 2e-3
-
-# Work of a method, in units of n^3 + rows n^2 products.
-WORK = {"magnitude": 0.0, "wanda": 0.0, "hessian": 1.0, "par": 8.0, "par_v2": 40.0}
 
 
 def agreed(host: Host, feeds: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
@@ -107,13 +104,13 @@ def owners(layers: Sequence[Layer], method: str, processes: int) -> dict[str, in
     """
     if processes < 2 or len(layers) < 2:
         return {}
-    costs = {x.name: WORK[method] * x.groups * (x.n_in**3 + x.n_out * x.n_in**2) for x in layers}
+    costs = {x.name: seconds_to_solve(x, method) for x in layers}
     load = [0.0] * processes
     found: dict[str, int] = {}
     for name in sorted(costs, key=lambda n: -costs[n]):
         found[name] = load.index(min(load))
         load[found[name]] += costs[name]
-    saved = (sum(load) - max(load)) / PRODUCTS_PER_SECOND
+    saved = sum(load) - max(load)
     sent = sum(2 * 4 * x.size for x in layers) / BYTES_PER_SECOND + SECONDS_PER_CALL * len(layers)
     return found if saved > sent else {}
 
