@@ -1,6 +1,6 @@
 """Every way of tuning MiniLM on one real task (delta_task.py), beside full fine-tuning and Hugging Face PEFT's own.
 
-    python tools/bench/delta_train.py [--steps 200] [--seeds 1] [--close-seeds 3] [--kinds full,lora_qv] [--tune]
+    python tools/bench/delta_train.py [--task packages] [--steps 200] [--close-seeds 3] [--kinds full,lora_qv] [--tune]
 
 Each way trains in a process of its own (so that its peak memory is its own) with the same data, head, order and
 schedule; only what trains and the learning rate differ. The MindSpore twin is delta_train_ms.py.
@@ -39,6 +39,10 @@ RATES = {
     "full": 1e-4,
     "lora_all": 2e-3,
     "peft_lora_all": 2e-3,
+    "lora_r64": 7e-4,
+    "peft_lora_r64": 7e-4,
+    "lora_r128": 6e-4,
+    "peft_lora_r128": 6e-4,
     "prefix": 7.5e-2,
     "peft_prefix": 7.5e-2,
     "prompt": 3e-2,
@@ -60,12 +64,17 @@ RATES = {
 }
 
 # what lies a point or two from full fine-tuning: one seed cannot tell, so --close-seeds says from how many it trains
-CLOSE = ("full", "lora_all", "peft_lora_all", "lora_qv", "rslora")
+CLOSE = (
+    "full", "lora_all", "peft_lora_all", "lora_r64", "peft_lora_r64", "lora_r128", "peft_lora_r128", "lora_qv",
+    "rslora",
+)  # fmt: skip
 
 # way -> kind, targets, options of apply_delta
 OURS = {
     "lora_qv": ("lora", QV, LORA),
     "lora_all": ("lora", ALL, LORA),
+    "lora_r64": ("lora", ALL, {"rank": 64, "alpha": 128}),
+    "lora_r128": ("lora", ALL, {"rank": 128, "alpha": 256}),
     "rdrop": ("lora", ALL, LORA),
     "lora_plus": ("lora", QV, LORA),
     "rslora": ("lora", QV, {**LORA, "rslora": True}),
@@ -83,10 +92,13 @@ def peft_config(way):
     import peft
 
     lora = {"r": 8, "lora_alpha": 16, "target_modules": ["query", "value"]}
+    linear = ["query", "value", "key", "dense"]
     virtual = {"task_type": "FEATURE_EXTRACTION"}
     configs = {
         "peft_lora_qv": lambda: peft.LoraConfig(**lora),
-        "peft_lora_all": lambda: peft.LoraConfig(**{**lora, "target_modules": ["query", "value", "key", "dense"]}),
+        "peft_lora_all": lambda: peft.LoraConfig(**{**lora, "target_modules": linear}),
+        "peft_lora_r64": lambda: peft.LoraConfig(r=64, lora_alpha=128, target_modules=linear),
+        "peft_lora_r128": lambda: peft.LoraConfig(r=128, lora_alpha=256, target_modules=linear),
         "peft_rslora": lambda: peft.LoraConfig(**lora, use_rslora=True),
         "peft_dora": lambda: peft.LoraConfig(**lora, use_dora=True),
         "peft_pissa": lambda: peft.LoraConfig(**{**lora, "lora_alpha": 8}, init_lora_weights="pissa"),
@@ -106,7 +118,7 @@ def build(way):
         def __init__(self):
             super().__init__()
             self.body = AutoModel.from_pretrained(delta_task.model_folder(), add_pooling_layer=False)
-            self.head = torch.nn.Linear(self.body.config.hidden_size, len(delta_task.PACKAGES))
+            self.head = torch.nn.Linear(self.body.config.hidden_size, delta_task.CLASSES)
 
         def forward(self, ids, mask):
             hidden = self.body(input_ids=ids, attention_mask=mask).last_hidden_state
@@ -193,7 +205,7 @@ def parts_of(options):
     import torch
 
     torch.set_num_threads(1)
-    parts = delta_task.data(options.train, options.validation, options.test, options.length)
+    parts = delta_task.data(options.task, *sizes(options), options.length)
     return {name: delta_task.Part(*map(torch.from_numpy, part)) for name, part in parts.items()}
 
 
@@ -297,21 +309,27 @@ def forked(job, ways, *arguments):
         process.join()
 
 
+def sizes(options):
+    """How many texts to learn from, to choose rates with and to measure with."""
+    asked = (options.train, options.validation, options.test)
+    return [given or usual for given, usual in zip(asked, delta_task.SIZES[options.task])]
+
+
 def arguments(description, ways, steps):
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--train", type=int, default=800)
-    parser.add_argument("--validation", type=int, default=300)
-    parser.add_argument("--test", type=int, default=2000)
+    parser.add_argument("--task", choices=delta_task.SIZES, default="packages")
+    for part in ("train", "validation", "test"):
+        parser.add_argument(f"--{part}", type=int, default=0, help="texts; 0: the task's own number")
     parser.add_argument("--steps", type=int, default=steps)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--length", type=int, default=24)
     parser.add_argument("--kinds", default=",".join(ways))
+    parser.add_argument("--seeds", type=int, default=1, help="seeds of each way")
     return parser
 
 
 def main():
     parser = arguments(__doc__, RATES, 200)
-    parser.add_argument("--seeds", type=int, default=1, help="seeds of each way")
     parser.add_argument("--close-seeds", type=int, default=3, help=f"of {', '.join(CLOSE)}")
     parser.add_argument("--tune", action="store_true", help="look for each way's rate on the validation texts instead")
     options = parser.parse_args()

@@ -1,8 +1,9 @@
 """The MindSpore twin of delta_train.py: an own BERT-like Cell with MiniLM's converted weights, in graph mode.
 
-    python tools/bench/delta_train_ms.py [--steps 60] [--kinds full,lora_all]
+    python tools/bench/delta_train_ms.py [--task packages] [--steps 60] [--seeds 1] [--kinds full,lora_all]
 
-Data, batches, schedule, head and learning rates are those of delta_train.py; each way trains in a process of its own.
+Data, batches, schedule, head and learning rates are those of delta_train.py; each way
+and seed trains in a process of its own.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ import delta_train
 import numpy as np
 
 WAYS = (
-    "full", "lora_all", "prefix", "prompt", "adapter", "low_rank_adapter", "bitfit", "lora_qv", "dora", "rslora",
-    "lora_plus", "pissa", "rdrop", "head",
+    "full", "lora_all", "lora_r64", "lora_r128", "prefix", "prompt", "adapter", "low_rank_adapter", "bitfit", "lora_qv",
+    "dora", "rslora", "lora_plus", "pissa", "rdrop", "head",
 )  # fmt: skip
 
 
@@ -152,7 +153,7 @@ def build(way):
     class Classifier(nn.Cell):
         def __init__(self, inner, width):
             super().__init__()
-            self.body, self.head = inner, nn.Dense(width, len(delta_task.PACKAGES))
+            self.body, self.head = inner, nn.Dense(width, delta_task.CLASSES)
 
         def construct(self, ids, mask):
             hidden = self.body(ids, mask)
@@ -209,8 +210,8 @@ def train(way, options):
 
     ms.set_device("CPU")
     ms.set_context(mode=ms.GRAPH_MODE)
-    ms.set_seed(0)
-    parts = delta_task.data(options.train, options.validation, options.test, options.length)
+    ms.set_seed(options.seed)
+    parts = delta_task.data(options.task, *delta_train.sizes(options), options.length)
     learn, check = parts["train"], parts["test"]
     model = build(way)
     everything = sum(p.size for p in model.get_parameters())
@@ -231,7 +232,7 @@ def train(way, options):
     before = [(p.name, p, p.asnumpy().copy()) for p in model.trainable_params()]
     step = nn.TrainOneStepCell(WithLoss(), optimizer).set_train()
     losses, began = [], 0.0
-    for i, rows in enumerate(delta_task.batches(options.train, options.batch, options.steps, 0)):
+    for i, rows in enumerate(delta_task.batches(len(learn.labels), options.batch, options.steps, options.seed)):
         if i == 1:  # the first step compiles the graph
             began = time.process_time()
         losses.append(float(step(*(ms.Tensor(part[rows].astype(np.int32)) for part in learn)).asnumpy()))
@@ -252,23 +253,30 @@ def train(way, options):
         "CPU s a step": round(seconds, 3),
         "peak MB": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
         "parameters that never moved": [n for n, p, old in before if np.array_equal(old, p.asnumpy())],
-        "hits": [hits],
+        "hits": hits,
     }
 
 
 def spawned(ways, options):
-    """The row of each way, every one from a process of its own."""
-    same = [f"--{k}={v}" for k, v in vars(options).items() if k not in ("kinds", "child")]
+    """The row of each way, every seed from a process of its own; loss, seconds and memory are the first's."""
+    same = [f"--{k}={v}" for k, v in vars(options).items() if k not in ("kinds", "child", "seed", "seeds")]
     for way in ways:
-        out = subprocess.run(
-            [sys.executable, __file__, "--child", way, *same], capture_output=True, text=True, check=False
-        )
-        yield way, json.loads(out.stdout.strip().splitlines()[-1]) if out.returncode == 0 else out.stderr
+        rows = []
+        for seed in range(options.seeds):
+            command = [sys.executable, __file__, "--child", way, "--seed", str(seed), *same]
+            out = subprocess.run(command, capture_output=True, text=True, check=False)
+            if out.returncode:
+                yield way, out.stderr
+                break
+            rows.append(json.loads(out.stdout.strip().splitlines()[-1]))
+        else:
+            yield way, {**rows[0], "hits": [row["hits"] for row in rows]}
 
 
 def main():
     parser = delta_train.arguments(__doc__, WAYS, 60)
     parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
         print(json.dumps(train(options.child, options)))
