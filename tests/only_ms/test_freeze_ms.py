@@ -49,7 +49,7 @@ def test_a_mode_finds_own_names(net):
 
 
 def test_a_list_finds_the_own_name_of_what_a_mode_found_by_its_path(net):
-    net[1].bias.name = "0.shift"
+    net[1].weight.name, net[1].bias.name = "1.weight", "0.shift"
     report = slimkit_ms.freeze_delta(net, "bitfit", include=["0.*"])
     assert trained(net) == []
     assert report.frozen == ("0.weight", "0.bias", "1.weight", "1.bias")
