@@ -225,11 +225,11 @@ def tune(way, options, parts):
 
 
 def train(way, options, parts):
-    hits, tenth = [], max(options.steps // 10, 1)
+    hits, tenth, rate = [], max(options.steps // 10, 1), RATES[way] * options.factor
     seconds, firsts, lasts, still = [], [], [], set()
     for seed in range(options.close_seeds if way in CLOSE else options.seeds):
         began = time.process_time()
-        model, body, losses, unmoved = fit(way, RATES[way], options.steps, options, parts["train"], seed)
+        model, body, losses, unmoved = fit(way, rate, options.steps, options, parts["train"], seed)
         seconds.append((time.process_time() - began) / options.steps)
         hits.append(judge(model, parts["test"])[0].tolist())
         firsts.append(np.mean(losses[:tenth]))
@@ -237,7 +237,7 @@ def train(way, options, parts):
         still.update(unmoved)
     return {
         "way": way,
-        "rate": RATES[way],
+        "rate": rate,
         "trained, % of all": round(100 * sum(p.numel() for p in body) / sum(p.numel() for p in model.parameters()), 3),
         "loss first -> last tenth": f"{np.mean(firsts):.2f} -> {np.mean(lasts):.2f}",
         "CPU s a step": round(min(seconds), 3),
@@ -324,6 +324,7 @@ def arguments(description, ways, steps):
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--length", type=int, default=24)
     parser.add_argument("--kinds", default=",".join(ways))
+    parser.add_argument("--factor", type=float, default=1.0, help="of every rate but the head's")
     parser.add_argument("--seeds", type=int, default=1, help="seeds of each way")
     return parser
 

@@ -182,7 +182,7 @@ def build(way):
     return model
 
 
-def optimizer_of(way, model, steps):
+def optimizer_of(way, model, rate, steps):
     """Adam over the head and what the way trains, each with its own rate on the common schedule."""
     import slimkit_ms
 
@@ -192,13 +192,13 @@ def optimizer_of(way, model, steps):
         return [base * delta_task.schedule(i, steps) for i in range(steps)]
 
     inner = [p for p in model.trainable_params() if not p.name.startswith("head")]
-    head = delta_train.RATES["head"] if way == "head" else delta_train.HEAD_RATE
+    head = rate if way == "head" else delta_train.HEAD_RATE
     groups = [{"params": [p for p in model.trainable_params() if p.name.startswith("head")], "lr": rates(head)}]
     if way == "lora_plus":
-        found = slimkit_ms.lora_plus_groups(model.body, delta_train.RATES[way], 16.0)
+        found = slimkit_ms.lora_plus_groups(model.body, rate, 16.0)
         groups += [{"params": g["params"], "lr": rates(g["lr"])} for g in found]
     elif inner:
-        groups += [{"params": inner, "lr": rates(delta_train.RATES[way])}]
+        groups += [{"params": inner, "lr": rates(rate)}]
     return nn.Adam(groups, learning_rate=1e-3), inner
 
 
@@ -215,7 +215,8 @@ def train(way, options):
     learn, check = parts["train"], parts["test"]
     model = build(way)
     everything = sum(p.size for p in model.get_parameters())
-    optimizer, inner = optimizer_of(way, model, options.steps)
+    rate = delta_train.RATES[way] * options.factor
+    optimizer, inner = optimizer_of(way, model, rate, options.steps)
 
     class WithLoss(nn.Cell):
         def __init__(self):
@@ -247,7 +248,7 @@ def train(way, options):
     tenth = max(options.steps // 10, 1)
     return {
         "way": way,
-        "rate": delta_train.RATES[way],
+        "rate": rate,
         "trained, % of all": round(100 * sum(p.size for p in inner) / everything, 3),
         "loss first -> last tenth": f"{np.mean(losses[:tenth]):.2f} -> {np.mean(losses[-tenth:]):.2f}",
         "CPU s a step": round(seconds, 3),
