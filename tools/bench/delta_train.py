@@ -43,6 +43,7 @@ RATES = {
     "peft_lora_r64": 7e-4,
     "lora_r128": 6e-4,
     "peft_lora_r128": 6e-4,
+    "lora_words": 7e-4,
     "prefix": 7.5e-2,
     "peft_prefix": 7.5e-2,
     "prompt": 3e-2,
@@ -63,10 +64,13 @@ RATES = {
     "head": 2.5e-2,
 }
 
+# where another task wants another rate: (task, way) -> rate
+OTHER_RATES = {("libraries", "full"): 2e-4}
+
 # what lies a point or two from full fine-tuning: one seed cannot tell, so --close-seeds says from how many it trains
 CLOSE = (
-    "full", "lora_all", "peft_lora_all", "lora_r64", "peft_lora_r64", "lora_r128", "peft_lora_r128", "lora_qv",
-    "rslora",
+    "full", "lora_all", "peft_lora_all", "lora_r64", "peft_lora_r64", "lora_r128", "peft_lora_r128", "lora_words",
+    "lora_qv", "rslora",
 )  # fmt: skip
 
 # way -> kind, targets, options of apply_delta
@@ -75,6 +79,7 @@ OURS = {
     "lora_all": ("lora", ALL, LORA),
     "lora_r64": ("lora", ALL, {"rank": 64, "alpha": 128}),
     "lora_r128": ("lora", ALL, {"rank": 128, "alpha": 256}),
+    "lora_words": ("lora", [*ALL, "*word_embeddings"], {"rank": 64, "alpha": 128}),
     "rdrop": ("lora", ALL, LORA),
     "lora_plus": ("lora", QV, LORA),
     "rslora": ("lora", QV, {**LORA, "rslora": True}),
@@ -213,7 +218,7 @@ def tune(way, options, parts):
     """The rate of the least cross-entropy on the validation texts over the seeds, of three around the table's."""
     found = {}
     for factor in FACTORS:
-        rate = RATES[way] * factor
+        rate = rate_of(way, options) * factor
         judged = []
         for seed in range(options.seeds):
             model, _, _, _ = fit(way, rate, options.steps, options, parts["train"], seed)
@@ -225,7 +230,7 @@ def tune(way, options, parts):
 
 
 def train(way, options, parts):
-    hits, tenth, rate = [], max(options.steps // 10, 1), RATES[way] * options.factor
+    hits, tenth, rate = [], max(options.steps // 10, 1), rate_of(way, options)
     seconds, firsts, lasts, still = [], [], [], set()
     for seed in range(options.close_seeds if way in CLOSE else options.seeds):
         began = time.process_time()
@@ -307,6 +312,11 @@ def forked(job, ways, *arguments):
         except EOFError:
             yield way, "the process ended without an answer"
         process.join()
+
+
+def rate_of(way, options):
+    """The learning rate of a way on the task."""
+    return options.factor * OTHER_RATES.get((options.task, way), RATES[way])
 
 
 def sizes(options):

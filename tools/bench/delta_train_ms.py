@@ -25,8 +25,8 @@ import delta_train
 import numpy as np
 
 WAYS = (
-    "full", "lora_all", "lora_r64", "lora_r128", "prefix", "prompt", "adapter", "low_rank_adapter", "bitfit", "lora_qv",
-    "dora", "rslora", "lora_plus", "pissa", "rdrop", "head",
+    "full", "lora_all", "lora_r64", "lora_r128", "lora_words", "prefix", "prompt", "adapter", "low_rank_adapter",
+    "bitfit", "lora_qv", "dora", "rslora", "lora_plus", "pissa", "rdrop", "head",
 )  # fmt: skip
 
 
@@ -215,7 +215,7 @@ def train(way, options):
     learn, check = parts["train"], parts["test"]
     model = build(way)
     everything = sum(p.size for p in model.get_parameters())
-    rate = delta_train.RATES[way] * options.factor
+    rate = delta_train.rate_of(way, options)
     optimizer, inner = optimizer_of(way, model, rate, options.steps)
 
     class WithLoss(nn.Cell):
