@@ -77,11 +77,11 @@ def test_a_fuzzed_recipe_is_read_or_refused(tmp_path):
 def test_a_hostile_recipe_is_refused_in_one_short_message(tmp_path, text):
     file = tmp_path / "recipe.yaml"
     file.write_text(text)
-    began = time.monotonic()
+    began = time.process_time()
     with pytest.raises(SlimkitError) as caught:
         load_recipe(file)
     assert len(str(caught.value)) < 4000
-    assert time.monotonic() - began < 30, "a bomb went off"
+    assert time.process_time() - began < 120, "a bomb went off"  # one would take hours
 
 
 def test_a_linked_or_missing_recipe_is_refused(tmp_path):
