@@ -293,20 +293,16 @@ def _settle(found: Parameters, choose: Callable[[], _Choice]) -> FreezeReport:
     Nothing is set before `choose` has found every pattern's names, so its errors come while the model is untouched.
     A parameter's own name is read only where it could change what is done: that is the slowest of the readings.
     """
-    choice, own_name = choose(), found.own_name
+    choice = choose()
+    own_name = None if choice.settled is None else found.own_name
     frozen: list[str] = []
     trained: list[str] = []
     cannot: list[str] = []
     trainable: dict[str, int] = {}
     total = 0
-    held, wishes, settled = found.held, choice.wishes, choice.settled
+    held, wishes, settled = found.held, choice.wishes, choice.settled or ()
     for place, (name, (size, before, may_train)) in enumerate(zip(found.names, found.readings())):
-        if (
-            own_name is not None
-            and settled is not None
-            and name not in settled
-            and not found.answers_to(place, own_name(held[place]))
-        ):
+        if own_name is not None and name not in settled and not found.answers_to(place, own_name(held[place])):
             # The first that is called otherwise than its path: with the own names of all, those before choose alike.
             found.add_own_names()
             choice, own_name = choose(), None

@@ -232,7 +232,7 @@ def test_a_hostile_freeze_file_is_refused_in_one_short_message(tmp_path, text):
     with pytest.raises(SlimkitError) as caught:
         read_config(file)
     assert len(str(caught.value)) < 4000
-    assert time.process_time() - began < 120, "a bomb went off"  # one would take hours
+    assert time.process_time() - began < 30, "a bomb went off"
 
 
 @pytest.mark.parametrize(

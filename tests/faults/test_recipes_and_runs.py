@@ -81,7 +81,7 @@ def test_a_hostile_recipe_is_refused_in_one_short_message(tmp_path, text):
     with pytest.raises(SlimkitError) as caught:
         load_recipe(file)
     assert len(str(caught.value)) < 4000
-    assert time.process_time() - began < 120, "a bomb went off"  # one would take hours
+    assert time.process_time() - began < 30, "a bomb went off"
 
 
 def test_a_linked_or_missing_recipe_is_refused(tmp_path):
