@@ -9,7 +9,7 @@ from slimkit.core import check, files
 from slimkit.core.checkpoint import saving
 from slimkit.core.checkpoint.savepolicy import SavePolicy
 from slimkit.core.checkpoint.saving import Items, Saving
-from slimkit_ms import bridge, kinds
+from slimkit_ms import kinds
 from slimkit_ms.checkpoint.byhand import described, parameter_items
 
 import mindspore as ms
