@@ -10,6 +10,7 @@ import numpy as np
 
 from slimkit.core.errors import UnsupportedError
 from slimkit_ms import bridge, kinds
+from slimkit_ms.attention import settled
 
 import mindspore as ms
 from mindspore import nn, ops
@@ -31,18 +32,26 @@ class Undo:
         parameters: (the cell that holds it, its key there, parameter before, parameter now).
         attributes: (object, name, value before).
         primitives: (primitive, name, value before).
+        classes: (cell, class before).
     """
 
     model: nn.Cell
     parameters: list[tuple[nn.Cell, str, ms.Parameter, ms.Parameter]] = field(default_factory=list)
     attributes: list[tuple[Any, str, Any]] = field(default_factory=list)
     primitives: list[tuple[ops.Primitive, str, Any]] = field(default_factory=list)
+    classes: list[tuple[nn.Cell, type]] = field(default_factory=list)
 
     def set(self, cell: nn.Cell, name: str, value: Any) -> None:
         """Change a plain attribute of a cell, in place."""
         if vars(cell)[name] != value:
             self.attributes.append((cell, name, vars(cell)[name]))
             vars(cell)[name] = value
+
+    def turn(self, cell: nn.Cell, kind: type) -> None:
+        """Change the class of a cell, in place."""
+        if type(cell) is not kind:
+            self.classes.append((cell, type(cell)))
+            cell.__class__ = kind
 
     def set_primitive(self, primitive: ops.Primitive, name: str, value: Any) -> None:
         """Change an attribute of a primitive, in place; `init_attrs` too, from which deepcopy builds the copy."""
@@ -64,8 +73,11 @@ class Undo:
             vars(owner)[name] = value
         for primitive, name, value in reversed(self.primitives):
             _set_primitive(primitive, name, value)
+        for cell, kind in reversed(self.classes):
+            cell.__class__ = kind
         self.attributes.clear()
         self.primitives.clear()
+        self.classes.clear()
 
 
 def _set_primitive(primitive: ops.Primitive, name: str, value: Any) -> None:
@@ -126,8 +138,19 @@ def cut_layers(model: nn.Cell, groups: Mapping[str, int], undo: Undo) -> None:
     changed = {id(now) for _, _, _, now in undo.parameters}
     for path, cell in model.cells_and_names():
         own = {key: p for key, p in cell._params.items() if p is not None}
-        if path in groups or any(id(p) in changed for p in own.values()):
+        if isinstance(cell, nn.MultiheadAttention):
+            if any(id(p) in changed for p in (*own.values(), cell.out_proj.weight)):
+                _cut_attention(cell, undo)
+        elif path in groups or any(id(p) in changed for p in own.values()):
             _cut_layer(cell, own, groups.get(path), undo)
+
+
+def _cut_attention(cell: nn.MultiheadAttention, undo: Undo) -> None:
+    now = dict(settled(cell))
+    kind = now.pop("__class__", type(cell))
+    for name, value in now.items():
+        undo.set(cell, name, value)
+    undo.turn(cell, kind)
 
 
 def _cut_layer(cell: nn.Cell, own: Mapping[str, ms.Parameter], group: int | None, undo: Undo) -> None:
