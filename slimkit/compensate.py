@@ -9,8 +9,8 @@ import numpy as np
 
 from slimkit import bridge
 from slimkit.core.log import progress
-from slimkit.core.prune.plan import Plan
-from slimkit.core.prune.refit import Moments, refit
+from slimkit.core.prune.plan import PrunePlan
+from slimkit.core.prune.refit import RefitMoments, refit
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ MAX_INPUTS = 6000  # second moments of more inputs than this do not fit beside a
 
 
 def compensate(
-    dense: nn.Module, pruned: nn.Module, plan: Plan, layers: Sequence[str], data: Iterable[Any], damping: float
+    dense: nn.Module, pruned: nn.Module, plan: PrunePlan, layers: Sequence[str], data: Iterable[Any], damping: float
 ) -> dict[str, Any]:
     """Refit every ordinary Conv and Linear layer of a pruned model to its original's outputs, in place.
 
@@ -95,9 +95,9 @@ def _collect(
     path: str,
     rows: Any,
     data: Iterable[Any],
-) -> Moments:
+) -> RefitMoments:
     bias = getattr(new, "bias", None) is not None
-    moments = Moments(_matrix(new).shape[1], _matrix(new).shape[0], bias)
+    moments = RefitMoments(_matrix(new).shape[1], _matrix(new).shape[0], bias)
     for batch in data:
         wanted = _seen(dense, old, path, batch)
         given = _seen(pruned, new, path, batch)

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from slimkit.core.log import progress
-from slimkit.core.prune.plan import Plan
-from slimkit.core.prune.refit import Moments, refit
+from slimkit.core.prune.plan import PrunePlan
+from slimkit.core.prune.refit import RefitMoments, refit
 from slimkit_ms import bridge
 
 import mindspore as ms
@@ -20,7 +20,7 @@ MAX_INPUTS = 6000  # second moments of more inputs than this do not fit beside a
 
 
 def compensate(
-    dense: nn.Cell, pruned: nn.Cell, plan: Plan, layers: Sequence[str], data: Iterable[Any], damping: float
+    dense: nn.Cell, pruned: nn.Cell, plan: PrunePlan, layers: Sequence[str], data: Iterable[Any], damping: float
 ) -> dict[str, Any]:
     """Refit every ordinary convolution and dense layer of a pruned cell to its original's outputs, in place.
 
@@ -45,7 +45,7 @@ def compensate(
         rows = plan.indices.get(f"{path}.weight", [None])[0]
         weight, bias = bridge.as_numpy(new.weight), new.bias if new.has_bias else None
         start = weight.reshape(len(weight), -1).astype(np.float64)
-        moments = Moments(start.shape[1], start.shape[0], bias is not None)
+        moments = RefitMoments(start.shape[1], start.shape[0], bias is not None)
         for batch in data:
             for (_, wanted), (given, _) in zip(_seen(dense, path, batch), _seen(pruned, path, batch)):
                 y = np.moveaxis(wanted, 1, -1) if isinstance(new, nn.Conv2d) else wanted

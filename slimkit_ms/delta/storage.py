@@ -11,11 +11,11 @@ import numpy as np
 
 from slimkit.core import check
 from slimkit.core.delta import storage
-from slimkit.core.delta.access import StorageAccess
 from slimkit.core.delta.bundle import sample_places
+from slimkit.core.delta.framework import DeltaStorage
 from slimkit.core.delta.spec import DeltaReport
 from slimkit_ms import bridge
-from slimkit_ms.delta.access import MindSporeAccess, weight_of
+from slimkit_ms.delta.framework import MindSporeDelta, weight_of
 from slimkit_ms.delta.inject import apply_delta
 from slimkit_ms.delta.layer import DeltaLayer
 from slimkit_ms.delta.prefix import PrefixEncoder
@@ -37,7 +37,7 @@ _TORCH_NAMES = {
 _RENAMED = (nn.LayerNorm, nn.GroupNorm, nn.Embedding, nn.layer.normalization._BatchNorm)
 
 
-class MindSporeStorage(MindSporeAccess, StorageAccess):
+class MindSporeStorage(MindSporeDelta, DeltaStorage):
     """What the wing does to a model on behalf of files."""
 
     def value(self, tensor: Any) -> Any:

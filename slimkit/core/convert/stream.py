@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from slimkit.core import check, files
-from slimkit.core.checkpoint import placing, saving
+from slimkit.core.checkpoint import loading, saving
 from slimkit.core.checkpoint.openweights import open_weights
 from slimkit.core.checkpoint.saving import Items
 from slimkit.core.checkpoint.torchfile import TorchFile, restored, write_torch
@@ -88,10 +88,10 @@ def convert(
     with open_weights(src, lambda p: TorchFile(p, torch()), "src") as source:
         if source.path.resolve() == path.resolve():
             raise ArgumentError(f"dst must be another file than src. Received: {str(path)!r}")
-        placing.check_manifest(source)
+        loading.check_manifest(source)
         direction = direction_of(source, path, to, source_net, result_net)
         job = plan_conversion(source, direction, source_net, result_net, name_map, choice_func, strict=strict)
-        items = Items(job.entries(source), {}, placing.values_of(source))
+        items = Items(job.entries(source), {}, loading.values_of(source))
         writer = partial(_write_torch, torch) if path.suffix in (".pt", ".pth", ".bin") else None
         # torch.save wants every tensor at hand; the other formats take them chunk by chunk.
         one = job.piece if writer is None else job.one

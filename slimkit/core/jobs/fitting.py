@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from slimkit.core.checkpoint import shards
 from slimkit.core.errors import ConfigError
 from slimkit.core.jobs import folders
 from slimkit.core.jobs.interrupt import SaveOnInterrupt
 from slimkit.core.jobs.training import TrainingPlan
-from slimkit.core.sparse import shards
 from slimkit.core.train.callbacks import Checkpoints
 from slimkit.core.train.runlog import ProgressBar
 from slimkit.core.train.schedules import cosine_schedule, linear_schedule

@@ -75,7 +75,7 @@ def _without(expr: Expr, used: set[str], full: Mapping[str, int]) -> Expr:
     return expr if isinstance(expr, int) else [expr[0], *(_without(e, used, full) for e in expr[1:])]
 
 
-class Plan:
+class PrunePlan:
     """A desc that has been read and found sound.
 
     Args:

@@ -9,7 +9,7 @@ import numpy as np
 Array = np.ndarray[Any, Any]
 
 
-class Moments:
+class RefitMoments:
     """Sums of products of a layer's inputs after the cut with themselves and with the outputs wanted.
 
     Args:
@@ -34,7 +34,7 @@ class Moments:
         self.number += len(x)
 
 
-def refit(moments: Moments, weight: Array, bias: Array | None, damping: float) -> tuple[Array, Array | None]:
+def refit(moments: RefitMoments, weight: Array, bias: Array | None, damping: float) -> tuple[Array, Array | None]:
     """The weights nearest to the cut ones whose outputs are nearest to the wanted ones (ridge regression).
 
     Minimises |Y - W X|^2 + damping * mean diagonal * |W - weight|^2, the objective of FLAP's bias and SlimGPT's weight
@@ -50,7 +50,7 @@ def refit(moments: Moments, weight: Array, bias: Array | None, damping: float) -
         (weight, bias).
 
     Example:
-        >>> m = Moments(1, 1, bias=False); m.add(np.array([[1.0], [2.0]]), np.array([[3.0], [6.0]]))
+        >>> m = RefitMoments(1, 1, bias=False); m.add(np.array([[1.0], [2.0]]), np.array([[3.0], [6.0]]))
         >>> refit(m, np.array([[0.0]]), None, 1e-9)[0].round(6).tolist()
         [[3.0]]
     """

@@ -8,17 +8,17 @@ from typing import Any, Protocol
 
 from slimkit.core.log import progress
 from slimkit.core.sparse import processes
-from slimkit.core.sparse.backend import Array
 from slimkit.core.sparse.config import SparseConfig
-from slimkit.core.sparse.eta import Estimate, Progress
-from slimkit.core.sparse.layer import Layer
-from slimkit.core.sparse.moments import Moments
-from slimkit.core.sparse.solve import Solved, solve
+from slimkit.core.sparse.maths.backend import Array
+from slimkit.core.sparse.maths.layer import SparseLayer
+from slimkit.core.sparse.maths.moments import Moments
+from slimkit.core.sparse.maths.solve import Solved, solve
+from slimkit.core.sparse.remaining import Estimate, Progress
 
 Seen = Callable[..., None]
 
 
-class Stage(Protocol):
+class CalibratedBlock(Protocol):
     """A part of the model through which calibration data can be sent again and again.
 
     Attributes:
@@ -44,7 +44,7 @@ class Stage(Protocol):
         """Take the outputs of the part as it is now as the inputs of the next."""
 
 
-class Host(Protocol):
+class SparseFramework(Protocol):
     """What the walk asks of a model in some framework.
 
     Attributes:
@@ -56,7 +56,7 @@ class Host(Protocol):
     def settled(self, name: str, row: dict[str, Any]) -> None:
         """Learn that a layer is done, and its row of the report."""
 
-    def layers(self, dataset: Iterable[Any] | None = None) -> tuple[dict[str, Layer], dict[str, str]]:
+    def layers(self, dataset: Iterable[Any] | None = None) -> tuple[dict[str, SparseLayer], dict[str, str]]:
         """Every layer that can be sparse by name, and those that cannot with the reason; batches may help to tell."""
 
     def weight(self, name: str) -> Array:
@@ -65,7 +65,7 @@ class Host(Protocol):
     def store(self, name: str, weight: Array, bias_shift: Array | None) -> None:
         """Put a weight in place, in the parameter's own dtype and device, and shift the bias."""
 
-    def stages(self, dataset: Iterable[Any], names: Sequence[str], paired: bool) -> Iterator[Stage]:
+    def stages(self, dataset: Iterable[Any], names: Sequence[str], paired: bool) -> Iterator[CalibratedBlock]:
         """The parts of the model, first to last."""
 
     def snapshot(self, names: Sequence[str]) -> Callable[[], None]:
@@ -87,7 +87,7 @@ class Host(Protocol):
         """Sums over all processes; exact where all but one give zeros."""
 
 
-class Walk:
+class SequentialPass:
     """One pass over a model with one ratio for every layer, or a ratio for each.
 
     Args:
@@ -106,9 +106,9 @@ class Walk:
 
     def __init__(
         self,
-        host: Host,
+        host: SparseFramework,
         config: SparseConfig,
-        layers: Mapping[str, Layer],
+        layers: Mapping[str, SparseLayer],
         names: Sequence[str],
         ratios: Mapping[str, float] | None = None,
         on_progress: Callable[[Progress], None] | None = None,
@@ -156,7 +156,7 @@ class Walk:
         if self._on_progress is not None:
             self._on_progress(step)
 
-    def _stages(self, dataset: Any) -> Iterator[tuple[Stage, list[tuple[str, ...]]]]:
+    def _stages(self, dataset: Any) -> Iterator[tuple[CalibratedBlock, list[tuple[str, ...]]]]:
         """The parts of the model that are left to do, with the layers to calibrate at once."""
         for stage in self._host.stages(dataset, self._names, self._config.paired):
             rows = getattr(stage, "rows", None)
@@ -188,7 +188,7 @@ class Walk:
         alone = paired and len(feed) == 1 and layer.n_out <= layer.n_in
         return Moments(layer, paired, self._host.weight(feed[0]) if alone else None)
 
-    def _calibrate(self, stage: Stage, feeds: Sequence[tuple[str, ...]]) -> None:
+    def _calibrate(self, stage: CalibratedBlock, feeds: Sequence[tuple[str, ...]]) -> None:
         moments = {feed[0]: self._moments(feed) for feed in feeds}
 
         def add(name: str, *inputs: Array) -> None:
@@ -219,13 +219,15 @@ class Walk:
                 self._put(name, result)
 
 
-def estimate_of(config: SparseConfig, layers: Mapping[str, Layer], names: Sequence[str], walks: int = 1) -> Estimate:
+def estimate_of(
+    config: SparseConfig, layers: Mapping[str, SparseLayer], names: Sequence[str], walks: int = 1
+) -> Estimate:
     """The estimate for walks over some layers that begin now."""
     return Estimate({n: layers[n] for n in names}, config.method, 2 if config.paired else 1, walks)
 
 
 def steps(
-    feeds: Sequence[tuple[str, ...]], layers: Mapping[str, Layer], matrices: int = 1
+    feeds: Sequence[tuple[str, ...]], layers: Mapping[str, SparseLayer], matrices: int = 1
 ) -> list[list[tuple[str, ...]]]:
     """The feeds that are calibrated in one pass: siblings of a family together, every other feed alone.
 
@@ -241,7 +243,7 @@ def steps(
         The same feeds in groups, in the order of each group's first.
 
     Example:
-        >>> layers = {n: Layer(n, "linear", (8, 4), family=n[0]) for n in ("a0", "b0", "a1", "b1")}
+        >>> layers = {n: SparseLayer(n, "linear", (8, 4), family=n[0]) for n in ("a0", "b0", "a1", "b1")}
         >>> steps([("a0",), ("b0",), ("a1",), ("b1",)], layers)
         [[('a0',), ('a1',)], [('b0',), ('b1',)]]
     """
