@@ -12,7 +12,7 @@ from slimkit.core import batch as batches
 from slimkit.core import check, files
 from slimkit.core.checkpoint import shards
 from slimkit.core.errors import UnsupportedError
-from slimkit.core.locks import locked
+from slimkit.core.locks import locked, same_job
 from slimkit.core.sparse import SparseConfig
 from slimkit.core.sparse.compress import compress
 from slimkit.core.sparse.remaining import Progress
@@ -89,7 +89,7 @@ def _resume(
 ) -> dict[str, Any]:
     """Begin a job in `target`, or go on with it; the caller holds its lock."""
     state = target / STATE
-    shards.same_job(state, job)
+    same_job(state, job)
     for part in target.rglob(".*.part"):  # a killed writer cannot clean up after itself
         shutil.rmtree(part) if part.is_dir() else part.unlink()
     report_file = target / "sparse_report.json"

@@ -18,7 +18,7 @@ from slimkit.core import files
 from slimkit.core.checkpoint import shards
 from slimkit.core.errors import UnsupportedError
 from slimkit.core.lazy import library
-from slimkit.core.sparse.sequential import CalibratedBlock
+from slimkit.core.sparse.framework import CalibratedBlock
 from slimkit.sparse import memory
 from slimkit.sparse.blocks import LentBlock, trace_block
 from slimkit.sparse.framework import TorchSparse, block_paths

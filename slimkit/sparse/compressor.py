@@ -6,7 +6,7 @@ from typing import Any
 
 from slimkit import bridge
 from slimkit.core.sparse.compress import BaseCompressor
-from slimkit.core.sparse.sequential import SparseFramework
+from slimkit.core.sparse.framework import SparseFramework
 from slimkit.sparse.framework import TorchSparse
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from slimkit import bridge
 from slimkit.core.sparse.experts import learn_layouts
+from slimkit.core.sparse.framework import CalibratedBlock
 from slimkit.core.sparse.maths.layer import SparseLayer
 from slimkit.core.sparse.processes import agreed
-from slimkit.core.sparse.sequential import CalibratedBlock
 from slimkit.sparse.blocks import ModelBlock, WholeModel, trace
 from slimkit.sparse.inputs import BlockInputs, as_input, quiet, valid_tokens
 from slimkit.sparse.reads import Reads

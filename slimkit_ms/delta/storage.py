@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from slimkit.core import check
+from slimkit.core import check, naming
 from slimkit.core.delta import storage
 from slimkit.core.delta.bundle import sample_places
 from slimkit.core.delta.framework import DeltaStorage
@@ -26,14 +26,6 @@ import mindspore as ms
 from mindspore import nn
 
 FORMATS = ("slimkit", "peft")
-# MindSpore's parameter -> the same in torch
-_TORCH_NAMES = {
-    "gamma": "weight",
-    "beta": "bias",
-    "embedding_table": "weight",
-    "moving_mean": "running_mean",
-    "moving_variance": "running_var",
-}
 _RENAMED = (nn.LayerNorm, nn.GroupNorm, nn.Embedding, nn.layer.normalization._BatchNorm)
 
 
@@ -67,7 +59,7 @@ class MindSporeStorage(MindSporeDelta, DeltaStorage):
         for prefix, cell in model.cells_and_names():
             for key, parameter in cell._params.items():
                 if parameter is not None:
-                    name = _TORCH_NAMES.get(key, key) if isinstance(cell, _RENAMED) else key
+                    name = naming.torch_word(key) if isinstance(cell, _RENAMED) else key
                     found[f"{prefix}.{name}" if prefix else name] = parameter
         return found
 

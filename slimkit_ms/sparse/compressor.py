@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from slimkit.core.sparse.compress import BaseCompressor
-from slimkit.core.sparse.sequential import SparseFramework
+from slimkit.core.sparse.framework import SparseFramework
 from slimkit_ms import bridge
 from slimkit_ms.sparse.framework import MindSporeSparse
 

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from slimkit.core.sparse.experts import learn_layouts
+from slimkit.core.sparse.framework import CalibratedBlock
 from slimkit.core.sparse.maths.layer import SparseLayer
 from slimkit.core.sparse.processes import agreed
-from slimkit.core.sparse.sequential import CalibratedBlock
 from slimkit_ms import bridge
 from slimkit_ms.sparse.blocks import WholeModel, as_input, trace, unwatched, valid_tokens, watching
 from slimkit_ms.sparse.reads import Reads

@@ -6,14 +6,13 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from slimkit.core import check
-from slimkit.core.convert.slots import ROLES, NamedTensor
+from slimkit.core import check, naming
+from slimkit.core.convert.slots import NamedTensor
 from slimkit.core.errors import PatternError, PlanError
 from slimkit.core.match import bounded_regex
 from slimkit.core.weights.names import pair_names
 
 _TABLES = re.compile(r"(embed|\bemb\b|wte|wpe|lookup)", re.IGNORECASE)
-_TO_MINDSPORE = {"running_mean": "moving_mean", "running_var": "moving_variance"}
 
 
 def rule_names(names: Mapping[str, tuple[int, ...]], to: str) -> dict[str, str]:
@@ -34,11 +33,11 @@ def rule_names(names: Mapping[str, tuple[int, ...]], to: str) -> dict[str, str]:
     for name, shape in names.items():
         path, dot, role = name.rpartition(".")
         if to == "torch":
-            renamed[name] = path + dot + ROLES.get(role, role)
+            renamed[name] = naming.torch_name(name)
         elif role == "num_batches_tracked":
             continue
-        elif role in _TO_MINDSPORE:
-            renamed[name] = path + dot + _TO_MINDSPORE[role]
+        elif role in naming.STATISTICS_TO_MINDSPORE:
+            renamed[name] = path + dot + naming.STATISTICS_TO_MINDSPORE[role]
         elif role == "weight" and len(shape) == 1 and names.get(f"{path}{dot}bias", shape) == shape:
             renamed[name] = path + dot + "gamma"
         elif role == "bias" and len(names.get(f"{path}{dot}weight", ())) == 1:

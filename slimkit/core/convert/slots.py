@@ -10,18 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from slimkit.core import check
+from slimkit.core import check, naming
 from slimkit.core.checkpoint.weightfile import Array
 from slimkit.core.errors import ArgumentError, ArgumentTypeError
-
-# MindSpore's words for the tensors of a layer, in PyTorch's.
-ROLES = {
-    "gamma": "weight",
-    "beta": "bias",
-    "embedding_table": "weight",
-    "moving_mean": "running_mean",
-    "moving_variance": "running_var",
-}
 
 
 @dataclass(frozen=True)
@@ -80,7 +71,7 @@ def _cell_slots(net: Any) -> list[NamedTensor]:
         kind = _kind(cell)
         for key, parameter in cell._params.items():
             if parameter is not None:
-                role = ROLES.get(key, "weight" if type(cell).__name__ == "PReLU" else key)
+                role = "weight" if type(cell).__name__ == "PReLU" else naming.torch_word(key)
                 found.append(NamedTensor(parameter.name, path, role, kind, tuple(parameter.shape), id(parameter)))
     named = {s.name for s in found}
     # Parameters that hang in a ParameterTuple (LSTM) belong to no cell's own table.
@@ -88,7 +79,9 @@ def _cell_slots(net: Any) -> list[NamedTensor]:
         if parameter.name not in named:
             path, _, key = parameter.name.rpartition(".")
             found.append(
-                NamedTensor(parameter.name, path, ROLES.get(key, key), "other", tuple(parameter.shape), id(parameter))
+                NamedTensor(
+                    parameter.name, path, naming.torch_word(key), "other", tuple(parameter.shape), id(parameter)
+                )
             )
     return found
 

@@ -13,11 +13,12 @@ from slimkit.core.errors import ArgumentError, PatternError
 from slimkit.core.log import logger, progress
 from slimkit.core.sparse.allocate import REACH, spread
 from slimkit.core.sparse.config import SparseConfig
+from slimkit.core.sparse.framework import SparseFramework
 from slimkit.core.sparse.maths.backend import Array
 from slimkit.core.sparse.maths.layer import SparseLayer
 from slimkit.core.sparse.maths.solve import solve
 from slimkit.core.sparse.remaining import Progress
-from slimkit.core.sparse.sequential import SequentialPass, SparseFramework, estimate_of
+from slimkit.core.sparse.sequential import SequentialPass, estimate_of
 
 # Batches whose outputs judge a choice of ratios.
 PROBE_BATCHES = 4

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from slimkit.core.errors import ArgumentError
 from slimkit.core.sparse.costs import seconds_to_solve
+from slimkit.core.sparse.framework import SparseFramework
 from slimkit.core.sparse.maths.backend import Array, device_of, namespace, precision
 from slimkit.core.sparse.maths.layer import SparseLayer
 from slimkit.core.sparse.maths.moments import SUMS, Moments
 from slimkit.core.sparse.maths.solve import Solved
-
-if TYPE_CHECKING:
-    from slimkit.core.sparse.sequential import SparseFramework
 
 # What a process sends, roughly: enough to tell a gain from a loss.
 BYTES_PER_SECOND = 5e8
