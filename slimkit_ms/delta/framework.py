@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from slimkit.core.delta.access import ModelAccess
+from slimkit.core.delta.framework import DeltaFramework
 from slimkit.core.delta.spec import PREFIX, Site
 from slimkit.core.freeze import Parameters
 from slimkit_ms import bridge, kinds
@@ -71,7 +71,7 @@ def _walk(cell: nn.Cell, path: str = "") -> Iterator[tuple[str, nn.Cell]]:
             yield from _walk(child, f"{path}.{name}" if path else name)
 
 
-class MindSporeAccess(ModelAccess):
+class MindSporeDelta(DeltaFramework):
     """The MindSpore wing's answers."""
 
     def sites(self, model: nn.Cell) -> dict[str, Site]:
@@ -121,4 +121,4 @@ class MindSporeAccess(ModelAccess):
         return sum(any(p is parameter for p in c._params.values()) for _, c in model.cells_and_names())
 
 
-access = MindSporeAccess()
+access = MindSporeDelta()
