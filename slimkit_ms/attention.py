@@ -33,6 +33,14 @@ class PrunedMultiheadAttention(nn.MultiheadAttention):
         average_attn_weights: bool = True,
     ) -> Any:
         """Attend; arguments and results as in `nn.MultiheadAttention`."""
+        mixed, probs = self.mix(query, key, value, key_padding_mask, attn_mask, average_attn_weights)
+        out = self.put_out(mixed)
+        if need_weights:
+            return out, probs
+        return (out,)
+
+    def mix(self, query: Any, key: Any, value: Any, key_padding_mask: Any, attn_mask: Any, average: Any) -> Any:
+        """What the output projection is given, (batch, tokens, heads * size) or as `query` lies, and the weights."""
         batched = query.ndim == 3
         axis = 0 if self.batch_first else 1
         if not batched:
@@ -62,16 +70,17 @@ class PrunedMultiheadAttention(nn.MultiheadAttention):
         if self.training and self.dropout > 0:
             probs = ops.dropout(probs, p=self.dropout, training=True)
         mixed = ops.matmul(probs, v).swapaxes(1, 2).reshape((n_batch, n_query, self.num_heads * size))
-        out = self.out_proj(mixed)
         if not self.batch_first:
-            out = out.swapaxes(0, 1)
-        if average_attn_weights:
+            mixed = mixed.swapaxes(0, 1)
+        if average:
             probs = probs.mean(1)
         if not batched:
-            out, probs = out.squeeze(axis), probs.squeeze(0)
-        if need_weights:
-            return out, probs
-        return (out,)
+            mixed, probs = mixed.squeeze(axis), probs.squeeze(0)
+        return mixed, probs
+
+    def put_out(self, mixed: Any) -> Any:
+        """The output projection."""
+        return self.out_proj(mixed)
 
     def project(self, x: Any, part: int) -> Any:
         """Queries, keys or values (batch, tokens, heads * size) by the part of the weight that makes them."""
