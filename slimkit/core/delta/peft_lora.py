@@ -38,8 +38,8 @@ FAMILY = tuple(_PARTS)
 _ROWS = (".token_adapter.trainable_tokens_delta", ".trainable_tokens_delta")
 # Options under which the numbers in the file mean something that slimkit has no layer for.
 _FOREIGN = (
-    "layer_replication", "target_parameters", "lora_bias", "use_qalora", "use_bdlora", "alora_invocation_tokens", "velora_config",
-    "kasa_config", "monteclora_config", "arrow_config", "megatron_config",
+    "layer_replication", "target_parameters", "lora_bias", "use_qalora", "use_bdlora", "alora_invocation_tokens",
+    "velora_config", "kasa_config", "monteclora_config", "arrow_config", "megatron_config",
 )  # fmt: skip
 # Starts that take something out of the base: what slimkit can work out again, and what it cannot.
 _TAKES_OUT = ("pissa", "olora")
