@@ -12,9 +12,9 @@ import numpy as np
 from slimkit.core import check, files
 from slimkit.core.delta import base as base_values
 from slimkit.core.delta import inject, peft, peft_targets, peft_write
-from slimkit.core.delta.access import StorageAccess
 from slimkit.core.delta.base import HELD, BaseValue
 from slimkit.core.delta.bundle import MANIFEST, compare_keys, compare_shapes, fingerprint, read_bundle, write_bundle
+from slimkit.core.delta.framework import DeltaStorage
 from slimkit.core.delta.named import PARTS
 from slimkit.core.delta.peft_lora import FAMILY, Adapter, read_lora, taken_out
 from slimkit.core.delta.peft_write import BaseFacts
@@ -29,7 +29,7 @@ Array = np.ndarray[Any, Any]
 
 
 def collect(
-    access: StorageAccess, model: Any, names: Any = None
+    access: DeltaStorage, model: Any, names: Any = None
 ) -> tuple[list[dict[str, Any]], dict[str, Array], list[str], dict[str, Any]]:
     """Everything a bundle holds of a model: records of the deltas, tensors, names of trained base tensors, the base."""
     layers = access.layers(model)
@@ -70,7 +70,7 @@ def collect(
     return deltas, {**tensors, **extra}, sorted(extra), base
 
 
-def _base_of(access: StorageAccess, model: Any, paths: Mapping[str, str]) -> dict[str, Any]:
+def _base_of(access: DeltaStorage, model: Any, paths: Mapping[str, str]) -> dict[str, Any]:
     """Shapes and fingerprint of the weights under a delta, by the names on the left."""
     weights = {old: access.weight(model, new) for old, new in paths.items()}
     weights = {p: w for p, w in weights.items() if w is not None}
@@ -80,7 +80,7 @@ def _base_of(access: StorageAccess, model: Any, paths: Mapping[str, str]) -> dic
     }
 
 
-def save(access: StorageAccess, model: Any, directory: Any, names: Any = None) -> Path:
+def save(access: DeltaStorage, model: Any, directory: Any, names: Any = None) -> Path:
     """Write a model's deltas, and what else trains, as a slimkit bundle; see `save_delta` of the wings."""
     folder = files.as_path(directory, "directory")
     deltas, tensors, extra, base = collect(access, model, names)
@@ -88,7 +88,7 @@ def save(access: StorageAccess, model: Any, directory: Any, names: Any = None) -
 
 
 def load(
-    access: StorageAccess,
+    access: DeltaStorage,
     model: Any,
     directory: Any,
     *,
@@ -154,7 +154,7 @@ def _bundled(extra: Mapping[str, Array], said: Mapping[str, Any], rename: Any) -
     return values
 
 
-def _check_paths(access: StorageAccess, model: Any, paths: Iterable[str], where: str) -> None:
+def _check_paths(access: DeltaStorage, model: Any, paths: Iterable[str], where: str) -> None:
     sites = access.sites(model)
     for path in paths:
         if path not in sites and PREFIX not in path:
@@ -165,7 +165,7 @@ def _check_paths(access: StorageAccess, model: Any, paths: Iterable[str], where:
 
 
 def _finish(
-    access: StorageAccess,
+    access: DeltaStorage,
     model: Any,
     deltas: list[dict[str, Any]],
     tensors: Mapping[str, Array],
@@ -185,7 +185,7 @@ def _finish(
     return DeltaReport(kinds, named, described, trainable=str(summary).splitlines()[0], notes=notes)
 
 
-def _fill_base(access: StorageAccess, model: Any, places: Iterable[base_values.Placement]) -> tuple[str, ...]:
+def _fill_base(access: DeltaStorage, model: Any, places: Iterable[base_values.Placement]) -> tuple[str, ...]:
     """Overwrite tensors of the base that came with a delta, in place, or give their places one of their own."""
     notes, held = [], set(getattr(model, HELD, ()))
     # A value for what stays in common goes in first: a tensor of one's own is made beside it, not from it.
@@ -207,7 +207,7 @@ def _fill_base(access: StorageAccess, model: Any, places: Iterable[base_values.P
 
 
 def _load_peft(
-    access: StorageAccess, model: Any, folder: Path, name: str, freeze: bool, rename: Any, positions: Any
+    access: DeltaStorage, model: Any, folder: Path, name: str, freeze: bool, rename: Any, positions: Any
 ) -> DeltaReport:
     """Put a Hugging Face PEFT adapter on a model, in place."""
     config, tensors = peft.read_files(folder)
@@ -236,7 +236,7 @@ def _load_peft(
 
 
 def _load_peft_lora(
-    access: StorageAccess,
+    access: DeltaStorage,
     model: Any,
     config: Mapping[str, Any],
     tensors: Mapping[str, Array],
@@ -276,7 +276,7 @@ def _load_peft_lora(
     return _finish(access, model, deltas, adapter.tensors(name), values, freeze, where, tuple(adapter.notes))
 
 
-def _rows(access: StorageAccess, base: Mapping[str, Any], adapter: Adapter, where: str) -> dict[str, BaseValue]:
+def _rows(access: DeltaStorage, base: Mapping[str, Any], adapter: Adapter, where: str) -> dict[str, BaseValue]:
     """Trained token rows as whole tables; the first holder of a shared table writes into what all hold."""
     values = {}
     first = {n: names[0] for names in base_values.common(base) for n in names}
@@ -298,7 +298,7 @@ def _rows(access: StorageAccess, base: Mapping[str, Any], adapter: Adapter, wher
 
 
 def _load_prompt(
-    access: StorageAccess,
+    access: DeltaStorage,
     model: Any,
     kind: str,
     config: Mapping[str, Any],
@@ -326,7 +326,7 @@ def _load_prompt(
     return report
 
 
-def _prompt_rows(access: StorageAccess, model: Any, delta: Mapping[str, Any]) -> tuple[Array, dict[str, Any]]:
+def _prompt_rows(access: DeltaStorage, model: Any, delta: Mapping[str, Any]) -> tuple[Array, dict[str, Any]]:
     """A prefix or prompt as PEFT's one tensor, and what PEFT's configuration says of it."""
     layers = [x for p, x in access.layers(model).items() if p in delta["layers"]]
     config = getattr(model, "config", None)
@@ -361,7 +361,7 @@ def _prompt_rows(access: StorageAccess, model: Any, delta: Mapping[str, Any]) ->
     }
 
 
-def save_peft(access: StorageAccess, model: Any, directory: Any, names: Any = None) -> Path:
+def save_peft(access: DeltaStorage, model: Any, directory: Any, names: Any = None) -> Path:
     """Write one delta as Hugging Face PEFT's files; see `save_delta` of the wings."""
     folder = files.as_path(directory, "directory")
     deltas, tensors, extra, base = collect(access, model, names)
@@ -405,7 +405,7 @@ def save_peft(access: StorageAccess, model: Any, directory: Any, names: Any = No
 
 
 def put_on(
-    access: StorageAccess,
+    access: DeltaStorage,
     model: Any,
     deltas: list[dict[str, Any]],
     tensors: Mapping[str, Array],
@@ -444,7 +444,7 @@ def put_on(
     return described
 
 
-def _built_in(access: StorageAccess, model: Any, delta: Mapping[str, Any]) -> dict[str, Any]:
+def _built_in(access: DeltaStorage, model: Any, delta: Mapping[str, Any]) -> dict[str, Any]:
     """The recorded layers that the model was built with: they are there already, and only want values."""
     layers = access.layers(model)
     found = {}
@@ -464,7 +464,7 @@ def _built_in(access: StorageAccess, model: Any, delta: Mapping[str, Any]) -> di
     return found
 
 
-def apply_record(access: StorageAccess, model: Any, delta: Mapping[str, Any], freeze: bool) -> DeltaReport:
+def apply_record(access: DeltaStorage, model: Any, delta: Mapping[str, Any], freeze: bool) -> DeltaReport:
     """Put one recorded delta on a model, its values still to be filled in."""
     kind = check.choice(delta.get("kind"), KINDS, "kind")
     records: Mapping[str, Any] = delta["layers"]
