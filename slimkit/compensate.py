@@ -11,6 +11,7 @@ from slimkit import bridge
 from slimkit.core.log import progress
 from slimkit.core.prune.plan import Plan
 from slimkit.core.prune.refit import Moments, refit
+from slimkit.replay import replaying
 
 import torch
 import torch.nn.functional as F
@@ -113,8 +114,10 @@ def _seen(model: nn.Module, module: nn.Module, path: str, batch: Any) -> list[tu
     calls: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def seen(_name: str, args: Any, kwargs: Any, output: torch.Tensor) -> None:
-        calls.append(((args[0] if args else kwargs["input"]).detach(), output.detach()))
+        # Copies: what follows, such as an activation, may work in the memory of either.
+        x = args[0] if args else kwargs["input"]
+        calls.append((x.detach().clone(), output.detach().clone()))
 
-    with bridge.evaluating(model), bridge.hooked({path: module}, seen):
-        bridge.run(model, batch)
+    with replaying(model) as run, bridge.hooked({path: module}, seen):
+        run(batch)
     return calls

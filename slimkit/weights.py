@@ -17,6 +17,7 @@ from slimkit.core.weights.activations import Energies
 from slimkit.core.weights.blocks import PruneConfig
 from slimkit.core.weights.cut import plan_weights
 from slimkit.core.weights.influence import Influence, LayerSuggestion, find_stack, first_tensor, mask_of
+from slimkit.replay import replaying
 from slimkit.torchfile import TorchFile
 
 import torch
@@ -159,8 +160,8 @@ def _watch(
     """Run the model over all batches, and call ``seen(path, args, kwargs, output, mask)`` after each of the modules."""
     mask: Array | None = None
     watching = lambda path, args, kwargs, output: seen(path, args, kwargs, output, mask)
-    with bridge.evaluating(model), bridge.hooked(modules, watching):
+    with replaying(model) as run, bridge.hooked(modules, watching):
         for batch in progress(batches, "batches"):
             given = mask_of(batch)
             mask = None if given is None else torch.as_tensor(given).cpu().numpy()
-            bridge.run(model, batch)
+            run(batch)

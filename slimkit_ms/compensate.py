@@ -11,6 +11,7 @@ from slimkit.core.log import progress
 from slimkit.core.prune.plan import Plan
 from slimkit.core.prune.refit import Moments, refit
 from slimkit_ms import bridge
+from slimkit_ms.replay import replaying
 
 import mindspore as ms
 from mindspore import nn
@@ -79,8 +80,8 @@ def _seen(model: nn.Cell, path: str, batch: Any) -> list[tuple[Array, Array]]:
     def seen(_name: str, inputs: Any, output: Any) -> None:
         calls.append((bridge.as_numpy(inputs[0]), bridge.as_numpy(output)))
 
-    with bridge.evaluating(model), bridge.pynative(), bridge.hooked({path: bridge.get_module(model, path)}, seen):
-        bridge.run(model, batch)
+    with replaying(model) as run, bridge.hooked({path: bridge.get_module(model, path)}, seen):
+        run(batch)
     return calls
 
 

@@ -17,6 +17,7 @@ from slimkit.core.weights.blocks import PruneConfig
 from slimkit.core.weights.cut import plan_weights
 from slimkit.core.weights.influence import Influence, LayerSuggestion, find_stack, first_tensor, mask_of
 from slimkit_ms import bridge
+from slimkit_ms.replay import replaying
 
 import mindspore as ms
 from mindspore import nn
@@ -159,11 +160,11 @@ def _watch(
 
     handles = [cell.register_forward_hook(hook(path)) for path, cell in cells.items()]
     try:
-        with bridge.evaluating(model), bridge.pynative():
+        with replaying(model) as run:
             for batch in progress(batches, "batches"):
                 given = mask_of(batch)
                 mask = None if given is None else np.asarray(given.asnumpy() if hasattr(given, "asnumpy") else given)
-                bridge.run(model, batch)
+                run(batch)
     finally:
         for handle in handles:
             handle.remove()

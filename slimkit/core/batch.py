@@ -4,18 +4,34 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from slimkit.core import check
 
 
+@dataclass(frozen=True)
+class Call:
+    """A ready call: a batch that a data set gave in another form, or what one part of a model hands to the next.
+
+    Args:
+        args: positional arguments.
+        kwargs: keyword arguments.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
 def as_call(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """One batch as (args, kwargs): a tensor, a tuple or list of arguments, or a mapping of keyword arguments.
+    """One batch as (args, kwargs): a tensor, a tuple or list of arguments, a mapping of keyword arguments, or a Call.
 
     Example:
         >>> as_call({"x": 1})
         ((), {'x': 1})
     """
+    if isinstance(batch, Call):
+        return batch.args, dict(batch.kwargs)
     if isinstance(batch, Mapping):
         return (), dict(batch)
     if isinstance(batch, (tuple, list)):

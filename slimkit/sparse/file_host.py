@@ -21,7 +21,7 @@ from slimkit.core.sparse import shards
 from slimkit.core.sparse.walk import Stage
 from slimkit.sparse import memory
 from slimkit.sparse.host import TorchHost, block_paths
-from slimkit.sparse.inputs import BlockInputs, Bound, valid_tokens
+from slimkit.sparse.inputs import BlockInputs, valid_tokens
 from slimkit.sparse.layouts import Layouts
 from slimkit.sparse.stages import LentStage, trace_block
 
@@ -204,7 +204,7 @@ class CheckpointHost(TorchHost):
         self._load(self._blocks[0])
         inputs = BlockInputs.of_stubs(
             self.model,
-            [_bound(b) for b in dataset],
+            [_call(b) for b in dataset],
             [valid_tokens(b) for b in dataset],
             self._blocks,
             self._state / "activations",
@@ -300,8 +300,8 @@ def _without_weights(module: torch.nn.Module) -> torch.nn.Module:
     return copy.deepcopy(module, meta)
 
 
-def _bound(batch: Any) -> Bound:
-    return Bound(*batches.as_call(batch))
+def _call(batch: Any) -> batches.Call:
+    return batches.Call(*batches.as_call(batch))
 
 
 def _empty_model(source: Path) -> torch.nn.Module:

@@ -11,7 +11,8 @@ from slimkit.core.sparse.experts import learn_layouts
 from slimkit.core.sparse.layer import Layer
 from slimkit.core.sparse.processes import agreed
 from slimkit.core.sparse.walk import Stage
-from slimkit.sparse.inputs import BlockInputs, as_input, quiet, valid_tokens
+from slimkit.replay import replaying
+from slimkit.sparse.inputs import BlockInputs, as_input, valid_tokens
 from slimkit.sparse.reads import Reads
 from slimkit.sparse.residual import first_tensor
 from slimkit.sparse.slots import Slot, described
@@ -41,8 +42,8 @@ class TorchHost:
         return dict(found), skipped
 
     def _watch_products(self, slots: Mapping[str, Slot], batch: Any, turned: Callable[[str], None]) -> None:
-        with quiet(self.model), Reads(self.model, slots, lambda *_: None, transposed=turned):
-            bridge.run(self.model, batch)
+        with replaying(self.model) as run, Reads(self.model, slots, lambda *_: None, transposed=turned):
+            run(batch)
 
     def weight(self, name: str) -> torch.Tensor:
         """The layer's weight, detached, in its own dtype."""
@@ -111,8 +112,8 @@ class TorchHost:
 
     def outputs(self, batch: Any) -> Any:
         """The model's first output for a batch, as a float32 NumPy array without the rows of padding."""
-        with quiet(self.model):
-            output = bridge.run(self.model, batch)
+        with replaying(self.model) as run:
+            output = run(batch)
         if isinstance(output, Mapping):
             output = next(v for v in output.values() if isinstance(v, torch.Tensor))
         output = as_input(self.model, first_tensor(output), valid_tokens(batch))

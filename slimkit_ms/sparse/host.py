@@ -61,8 +61,8 @@ class MindSporeHost:
         return found, skipped
 
     def _watch_products(self, slots: Mapping[str, Slot], batch: Any, turned: Callable[[str], None]) -> None:
-        with watching(self.model, {}, unwatched), Reads(self.model, slots, unwatched, transposed=turned):
-            bridge.run(self.model, batch)
+        with watching(self.model, {}, unwatched) as run, Reads(self.model, slots, unwatched, transposed=turned):
+            run(batch)
 
     def weight(self, name: str) -> Array:
         """The layer's weight in float32."""
@@ -98,8 +98,8 @@ class MindSporeHost:
 
     def outputs(self, batch: Any) -> Array:
         """The cell's first output for a batch, as a float32 NumPy array."""
-        with watching(self.model, {}, unwatched):
-            output = bridge.run(self.model, batch)
+        with watching(self.model, {}, unwatched) as run:
+            output = run(batch)
         return as_input(self.model, first_tensor(output), valid_tokens(batch))
 
     def processes(self) -> int:
