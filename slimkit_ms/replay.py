@@ -75,8 +75,10 @@ def unchanged(model: nn.Cell) -> Iterator[None]:
 @contextlib.contextmanager
 def quiet(model: nn.Cell) -> Iterator[None]:
     """PyNative and eval mode, without key-value caches."""
-    configs = {id(c): c for _, cell in model.cells_and_names() for c in [getattr(cell, "config", None)]}
-    cached = [c for c in configs.values() if getattr(c, "use_cache", None) is True]
+    configs = {
+        id(c): c for _, cell in model.cells_and_names() for c in [getattr(cell, "config", None)] if c is not None
+    }
+    cached: list[Any] = [c for c in configs.values() if getattr(c, "use_cache", None) is True]
     try:
         for config in cached:
             config.use_cache = False

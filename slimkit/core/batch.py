@@ -62,6 +62,37 @@ def without_labels(batch: Any, function: Callable[..., Any]) -> Any:
     return batch[: sum(kind in positional for kind in kinds)]
 
 
+class Steady:
+    """A data set that is read again and again, and must give as many batches each time.
+
+    Args:
+        value: a re-iterable of batches.
+        name: the argument's name, for the message.
+
+    Raises:
+        ArgumentError: while it is read, when it gives another number of batches than at first.
+
+    Example:
+        >>> [list(steady) for steady in [Steady([1, 2])] for _ in range(2)]
+        [[1, 2], [1, 2]]
+    """
+
+    def __init__(self, value: Iterable[Any], name: str = "dataset") -> None:
+        self._value, self._name, self._count = value, name, -1
+
+    def __iter__(self) -> Iterator[Any]:
+        count = 0
+        for batch in self._value:
+            yield batch
+            count += 1
+        if self._count < 0:
+            self._count = count
+        elif count != self._count:
+            check.wrong_value(
+                self._name, "a data set that gives the same batches each time", f"{self._count} batches, then {count}"
+            )
+
+
 def dataset(value: Any, name: str = "dataset") -> Iterable[Any]:
     """Refuse a data set that is empty, cannot be iterated, or can be iterated only once.
 

@@ -18,8 +18,8 @@ FOREIGN = {"torch", "mindspore", "numpy", "accelerate", "lightning", "pytorch_li
 DEPTH = 4
 
 
-class Tensors(Protocol):
-    """What a framework does with the tensors that a module holds or is given."""
+class Copying(Protocol):
+    """How a framework's tensors are copied."""
 
     def is_tensor(self, value: Any) -> bool:
         """Whether a value is a tensor whose contents a forward may change in place."""
@@ -29,6 +29,10 @@ class Tensors(Protocol):
 
     def clone(self, tensor: Any) -> Any:
         """A copy of a tensor, without gradient."""
+
+
+class Tensors(Copying, Protocol):
+    """What a framework does with the tensors that a module holds or is given."""
 
     def remember(self, tensor: Any) -> Any:
         """What `changed` and `put_back` need to know of a tensor as it is now."""
@@ -149,7 +153,7 @@ def _same(now: Any, before: Any) -> bool:
     return len(now) == len(before) and all(a is b for a, b in zip(now, before))
 
 
-def fresh(value: Any, tensors: Tensors, known: dict[int, Any] | None = None) -> Any:
+def fresh(value: Any, tensors: Copying, known: dict[int, Any] | None = None) -> Any:
     """A copy of what a call is given that the call may change: tensors, containers, caches; the rest as it is.
 
     Args:

@@ -18,6 +18,8 @@ from slimkit.core import files
 from slimkit.core.errors import UnsupportedError
 from slimkit.core.lazy import library
 from slimkit.core.sparse import shards
+from slimkit.core.sparse.calls import Calls
+from slimkit.core.sparse.processes import demand_tokens
 from slimkit.core.sparse.walk import Stage
 from slimkit.sparse import memory
 from slimkit.sparse.host import TorchHost, block_paths
@@ -68,6 +70,11 @@ class CheckpointHost(TorchHost):
         with_data = bool(dataset)
         done = self._done()
         inputs = self._capture(dataset, paired) if with_data else None
+        if inputs is not None:
+            padding = Calls()
+            for valid in inputs.valid:
+                padding.batch(valid is not None and not bool(valid.any()))
+            demand_tokens(self, padding)
         if inputs is not None and done:
             inputs.load(self._state / f"activations-{done:05d}")
         for index, path in enumerate(self._blocks):

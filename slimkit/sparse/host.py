@@ -9,7 +9,7 @@ from typing import Any
 from slimkit import bridge
 from slimkit.core.sparse.experts import learn_layouts
 from slimkit.core.sparse.layer import Layer
-from slimkit.core.sparse.processes import agreed
+from slimkit.core.sparse.processes import agreed, demand_tokens
 from slimkit.core.sparse.walk import Stage
 from slimkit.replay import replaying
 from slimkit.sparse.inputs import BlockInputs, as_input, valid_tokens
@@ -56,6 +56,11 @@ class TorchHost:
         if bias_shift is not None and bias is not None:
             bias.copy_(bias.float() + bias_shift)
 
+    def not_finite(self) -> list[str]:
+        """The parameters in memory that hold NaN or infinity."""
+        real = [(n, p) for n, p in self.model.named_parameters() if p.is_floating_point() and p.device.type != "meta"]
+        return [n for n, p in real if not bool(torch.isfinite(p).all())]
+
     def settled(self, name: str, row: dict[str, Any]) -> None:
         """Nothing to do: the report is made at the end."""
 
@@ -91,6 +96,7 @@ class TorchHost:
         dense = dense_twin(self.model, [self._slots[n].owner(self.model) for n in names]) if paired else None
         blocks = block_paths(self.model, modules)
         found, chained = trace(self.model, dataset, modules, blocks)
+        demand_tokens(self, found)
         every = agreed(self, found.feeds)
         if not all(self.gather(chained)):
             yield ModelStage(self.model, dense, dataset, modules, every, found)

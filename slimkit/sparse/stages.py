@@ -71,7 +71,8 @@ def trace(
     chain = {b: bridge.get_module(model, b) for b in blocks}
     for batch in dataset:
         outputs: dict[str, Any] = {}
-        calls.batch()
+        valid = valid_tokens(batch)
+        calls.batch(valid is not None and not bool(valid.any()))
 
         def passed(path: str, args: Any, kwargs: Any, output: Any) -> None:
             nonlocal chained

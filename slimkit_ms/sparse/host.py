@@ -11,12 +11,13 @@ import numpy as np
 
 from slimkit.core.sparse.experts import learn_layouts
 from slimkit.core.sparse.layer import Layer
-from slimkit.core.sparse.processes import agreed
+from slimkit.core.sparse.processes import agreed, demand_tokens
+from slimkit.core.sparse.skipped import adapter_parts, other_matrices
 from slimkit.core.sparse.walk import Stage
 from slimkit_ms import bridge
 from slimkit_ms.sparse.reads import Reads
 from slimkit_ms.sparse.residual import first_tensor
-from slimkit_ms.sparse.slots import Slot, slots_of, unclear
+from slimkit_ms.sparse.slots import Slot, own_matrices, parts, slots_of, unclear
 from slimkit_ms.sparse.stages import CellStage, as_input, trace, unwatched, valid_tokens, watching
 
 import mindspore as ms
@@ -40,10 +41,13 @@ class MindSporeHost:
         owner: dict[tuple[int, str], str] = {}
         tables = {id(c.embedding_table) for _, c in self.model.cells_and_names() if isinstance(c, nn.Embedding)}
         self._slots = dict(slots_of(self.model))
+        adapters = adapter_parts(dict(self.model.cells_and_names()))
         for name, slot in self._slots.items():
             weight = slot.parameter(self.model)
             place = id(weight), str(slot.index)
-            if not weight.is_floating_point():
+            if slot.cell in adapters:
+                skipped[name] = adapters[slot.cell]
+            elif not weight.is_floating_point():
                 skipped[name] = f"its weight is {weight.dtype}, which has no linear algebra"
             elif id(weight) in tables:
                 skipped[name] = "its weight is tied to an embedding"
@@ -57,6 +61,7 @@ class MindSporeHost:
             if found.pop(name, None) is not None:
                 skipped[name] = "its weight is shared with another cell"
         skipped |= unclear(self.model)
+        skipped |= other_matrices(own_matrices(self.model), {*found, *skipped, *adapters, *parts(self._slots)})
         learn_layouts(found, self._slots, dataset, self._watch_products)
         return found, skipped
 
@@ -71,6 +76,11 @@ class MindSporeHost:
     def store(self, name: str, weight: Array, bias_shift: Array | None) -> None:
         """Put a weight in place and shift the bias, in the parameters' own dtype."""
         self._slots[name].store(self.model, weight, bias_shift)
+
+    def not_finite(self) -> list[str]:
+        """The parameters that hold NaN or infinity."""
+        paths = [(p, names[0]) for p, names in bridge.parameter_paths(self.model) if p.is_floating_point()]
+        return [name for p, name in paths if not np.isfinite(p.astype(ms.float32).asnumpy()).all()]
 
     def settled(self, name: str, row: dict[str, Any]) -> None:
         """Nothing to do: the report is made at the end."""
@@ -94,6 +104,7 @@ class MindSporeHost:
         slots = {name: self._slots[name] for name in names}
         dense = copy.deepcopy(self.model) if paired else None
         calls = trace(self.model, dataset, slots)
+        demand_tokens(self, calls)
         yield CellStage(self.model, dense, dataset, slots, agreed(self, calls.feeds), calls)
 
     def outputs(self, batch: Any) -> Array:

@@ -100,7 +100,8 @@ def trace(model: nn.Cell, dataset: Iterable[Any], slots: Mapping[str, Slot]) -> 
     """Send every batch through once, to learn in which order layers are called and which share one input."""
     calls = Calls({name for name, slot in slots.items() if slot.kind == "conv2d"})
     for batch in dataset:
-        calls.batch()
+        valid = valid_tokens(batch)
+        calls.batch(valid is not None and not valid.any())
         with watching(model, slots, lambda name, x, _tokens: calls.note(name, x)) as run:
             run(batch)
     return calls

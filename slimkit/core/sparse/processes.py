@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from slimkit.core.errors import ArgumentError
 from slimkit.core.sparse.backend import Array, device_of, namespace, precision
+from slimkit.core.sparse.calls import Calls
 from slimkit.core.sparse.costs import seconds_to_solve
 from slimkit.core.sparse.layer import Layer
 from slimkit.core.sparse.moments import SUMS, Moments
@@ -47,6 +48,14 @@ def agreed(host: Host, feeds: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]
     for name in order:
         groups.setdefault(tuple(p.get(name, -1) for p in place), []).append(name)
     return [tuple(names) for names in groups.values()]
+
+
+def demand_tokens(host: Host, calls: Calls) -> None:
+    """Refuse data of which every batch in every process is nothing but padding."""
+    if not any(host.gather(calls.tokens)):
+        raise ArgumentError(
+            "dataset must hold tokens that are no padding. Received: batches whose attention_mask is zero everywhere"
+        )
 
 
 def add_up(host: Host, moments: Moments, weight: Array) -> None:
