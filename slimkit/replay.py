@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from slimkit import bridge
@@ -98,6 +98,21 @@ def replaying(model: torch.nn.Module) -> Iterator[Callable[[Any], Any]]:
 
     with quiet(model):
         yield run
+
+
+@contextlib.contextmanager
+def entering(modules: Mapping[str, torch.nn.Module], seen: Callable[..., None]) -> Iterator[None]:
+    """Call ``seen(path, args, kwargs)`` before each forward of the modules, while the context is open."""
+
+    def hook(path: str) -> Callable[..., None]:
+        return lambda _module, args, kwargs: seen(path, args, kwargs)
+
+    handles = [m.register_forward_pre_hook(hook(path), with_kwargs=True) for path, m in modules.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from slimkit import bridge
 from slimkit.core import replay
 from slimkit.core.batch import Call
 from slimkit.core.errors import UnsupportedError
-from slimkit.replay import TENSORS, replaying
+from slimkit.replay import TENSORS, entering, replaying
 from slimkit.sparse.residual import input_of
 
 import torch
@@ -52,21 +52,6 @@ class _Hidden:
 
 
 _HIDDEN = _Hidden()
-
-
-@contextlib.contextmanager
-def entering(modules: Mapping[str, torch.nn.Module], seen: Callable[..., None]) -> Iterator[None]:
-    """Call ``seen(path, args, kwargs)`` before each forward of the modules, while the context is open."""
-
-    def hook(path: str) -> Callable[..., None]:
-        return lambda _module, args, kwargs: seen(path, args, kwargs)
-
-    handles = [m.register_forward_pre_hook(hook(path), with_kwargs=True) for path, m in modules.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class _Copies:

@@ -10,8 +10,8 @@ from slimkit import bridge
 from slimkit.core.errors import UnsupportedError
 from slimkit.core.sparse.calls import Calls
 from slimkit.core.sparse.experts import Pairs, Use
-from slimkit.replay import replaying, state_of
-from slimkit.sparse.inputs import BlockInputs, Enough, as_input, enough, entering, valid_tokens
+from slimkit.replay import entering, replaying, state_of
+from slimkit.sparse.inputs import BlockInputs, Enough, as_input, enough, valid_tokens
 from slimkit.sparse.reads import Reads
 from slimkit.sparse.residual import arriving, first_tensor, input_of, joints
 from slimkit.sparse.slots import Slot, inside
