@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from slimkit.core.errors import ArgumentError
 from slimkit.core.sparse import SparseConfig
 from slimkit.core.sparse.allocate import counts, spread
-from slimkit.core.sparse.pattern import keep_across_rows
+from slimkit.core.sparse.maths.pattern import keep_across_rows
 
 METHODS = ("magnitude", "wanda", "hessian", "par", "par_v2")
 

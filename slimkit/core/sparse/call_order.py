@@ -10,7 +10,7 @@ from typing import Any
 TOLERANCE = 0.02
 
 
-class Calls:
+class CallOrder:
     """A record of calls, batch by batch.
 
     Args:
@@ -24,7 +24,7 @@ class Calls:
         tokens: whether any batch held a token that is no padding.
 
     Example:
-        >>> calls, x = Calls(), [[1.0], [2.0]]
+        >>> calls, x = CallOrder(), [[1.0], [2.0]]
         >>> calls.batch()
         >>> for name, value in (("q", x[0]), ("k", x[0]), ("up", x[1])):
         ...     calls.note(name, value)
