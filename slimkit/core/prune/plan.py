@@ -128,7 +128,7 @@ class Plan:
         }
 
     def match(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
-        """Find each parameter of the plan in a model, in the other framework's names if need be.
+        """Find each parameter of the plan in an uncut model, in the other framework's names if need be.
 
         Args:
             shapes: the model's parameters and buffers.
@@ -139,9 +139,25 @@ class Plan:
         Raises:
             PlanError: names the first parameter that is missing, left over or of another shape.
         """
+        return self._match(shapes, self.shapes, "Run analysis() on this model, or load the model it was made for.")
+
+    def match_cut(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+        """The same for the model that the plan has cut.
+
+        Raises:
+            PlanError: the model has not the shapes that the plan leaves.
+        """
+        try:
+            return self._match(shapes, {**self.shapes, **self.sizes()}, "")
+        except PlanError as error:
+            raise PlanError(f"model must be the one that desc pruned: {error}") from None
+
+    def _match(
+        self, shapes: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]], hint: str
+    ) -> dict[str, str]:
         plain = {_plain(p): p for p in shapes}
         names: dict[str, str] = {}
-        for path, shape in self.shapes.items():
+        for path, shape in wanted.items():
             name = path if path in shapes else plain.get(_plain(path))
             if name is None:
                 raise PlanError(
@@ -149,8 +165,7 @@ class Plan:
                 )
             if not _same_shape(tuple(shapes[name]), shape):
                 raise PlanError(
-                    f"desc was made for {path!r} of shape {list(shape)}, and this model's is {list(shapes[name])}. "
-                    "Run analysis() on this model, or load the model it was made for."
+                    f"desc was made for {path!r} of shape {list(shape)}, and this model's is {list(shapes[name])}. {hint}"
                 )
             names[path] = name
         extra = [p for p in shapes if p not in set(names.values())]
