@@ -1,4 +1,4 @@
-"""Structural pruning of torch models: `PruneTorch`, and files that keep a pruned model."""
+"""Structural pruning of torch models: `PruneTorch`."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ import numpy as np
 
 from slimkit import bridge, surgery
 from slimkit.compensate import compensate
-from slimkit.core import files
 from slimkit.core.batch import without_labels
-from slimkit.core.errors import FileFormatError
 from slimkit.core.lazy import door, library
 from slimkit.core.prune.attributes import Field, widths_of
 from slimkit.core.prune.graph import Graph
@@ -209,79 +207,3 @@ class PruneTorch(PrunerBase):
 
 
 Pruner = PruneTorch
-
-
-def save_pruned(directory: Any, model: nn.Module, desc: dict[str, Any]) -> None:
-    """Write a pruned model: `plan.json` and `model.safetensors`, no pickle; the folder appears whole or not at all.
-
-    Args:
-        directory: an absolute path.
-        model: the pruned model.
-        desc: the plan that pruned it.
-
-    Raises:
-        PlanError: `desc` is no plan.
-        FileFormatError: the model's shapes are not those that the plan leaves.
-    """
-    from safetensors.torch import save_file
-
-    folder = files.save_directory(directory)
-    plan = Plan(desc)
-    found = surgery.tensors(bridge.check_model(model))
-    wanted = {**plan.shapes, **plan.sizes()}
-    for path, shape in wanted.items():
-        if path not in found or tuple(found[path].shape) != shape:
-            here = list(found[path].shape) if path in found else "nothing"
-            raise FileFormatError(
-                f"model must be the one that desc pruned: {path} should be {list(shape)}, here it is {here}"
-            )
-    state = model.state_dict()
-    seen: dict[int, str] = {}
-    tensors, tied = {}, {}
-    for name, tensor in state.items():
-        key = tensor.data_ptr() if tensor.numel() else id(tensor)
-        if key in seen and state[seen[key]].shape == tensor.shape:
-            tied[name] = seen[key]
-        else:
-            seen[key] = name
-            tensors[name] = tensor.detach().cpu().contiguous()
-    with files.atomic_directory(folder) as temporary:
-        files.write_json(temporary / "plan.json", {**plan.desc, "tied": tied})
-        save_file(tensors, str(temporary / "model.safetensors"), metadata={"format": "pt"})
-
-
-def load_pruned(directory: Any, model: nn.Module) -> nn.Module:
-    """Cut a fresh, unpruned model by a saved plan and load the saved weights, in place.
-
-    Args:
-        directory: what `save_pruned` wrote.
-        model: a model of the original make.
-
-    Returns:
-        The same model, pruned.
-
-    Raises:
-        PlanError: the plan belongs to another model.
-        FileFormatError: a file is damaged, or a tensor is missing, left over or of the wrong shape.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    folder = files.as_path(directory, "directory")
-    desc = files.read_json(folder / "plan.json", "directory/plan.json")
-    weights = files.readable_file(folder / "model.safetensors", "directory/model.safetensors")
-    try:
-        tensors = load_file(str(weights))
-    except (SafetensorError, ValueError, OverflowError) as error:
-        raise FileFormatError(f"{weights} is not a readable safetensors file: {error}") from None
-    plan = Plan(desc)
-    names = plan.match({p: tuple(t.shape) for p, t in surgery.tensors(bridge.check_model(model)).items()})
-    for name, first in desc.get("tied", {}).items():
-        tensors[name] = tensors[first]
-    state = model.state_dict()
-    if set(state) != set(tensors):
-        odd = sorted(set(state) ^ set(tensors))
-        raise FileFormatError(f"{weights} must hold exactly this model's tensors; these differ: {odd[:5]}")
-    surgery.cut(model, plan, names)
-    model.load_state_dict(tensors, strict=True)
-    return model

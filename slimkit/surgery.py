@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -162,7 +162,7 @@ def rewrite(model: nn.Module, plan: Plan, shapes: Shapes, names: Mapping[str, st
         for name, (old, new) in wanted.items():
             held = getattr(modules[path], name, None)
             here = _number(held) or held
-            if plan.desc["made"].get("framework") == "torch" and here != old:
+            if plan.framework == "torch" and here != old:
                 raise PlanError(f"desc was made for a model whose {path}.{name} is {old}, and here it is {here!r}")
             if here == old:
                 kind: Any = type(held)
@@ -293,6 +293,40 @@ def _outdated(_gradients: Any) -> None:
     raise GraphError(
         "this backward pass goes through a graph from before the model was pruned; run the model again for a new one"
     )
+
+
+@contextlib.contextmanager
+def unchanged_on_error(model: nn.Module, cut: Iterable[torch.Tensor] = ()) -> Iterator[None]:
+    """Whatever is done to a model while the context is open is taken back when an error leaves it.
+
+    Args:
+        model: the model.
+        cut: tensors that are given other data before anything is written into them; the others are copied.
+    """
+    modules = [(m, type(m), dict(vars(m))) for m in model.modules()]
+    stores = [(s, dict(s)) for m, _, _ in modules for s in (m._parameters, m._buffers, m._modules)]
+    held = {id(t): t for m, _, _ in modules for s in (m._parameters, m._buffers) for t in s.values() if t is not None}
+    replaced = {id(t) for t in cut}
+    old = [(t, t.data, t.grad, None if id(t) in replaced else t.detach().clone()) for t in held.values()]
+    extra = [(m, m.get_extra_state()) for m, kind, _ in modules if kind.get_extra_state is not nn.Module.get_extra_state]
+    try:
+        yield
+    except BaseException:
+        for module, kind, state in modules:
+            module.__class__ = kind
+            vars(module).clear()
+            vars(module).update(state)
+        for store, entries in stores:
+            store.clear()
+            store.update(entries)
+        for tensor, data, grad, values in old:
+            if tensor.shape != data.shape or tensor.data_ptr() != data.data_ptr():
+                _set_data(tensor, data, grad)
+            if values is not None:
+                data.copy_(values)
+        for module, value in extra:
+            module.set_extra_state(value)
+        raise
 
 
 def select(tensor: torch.Tensor, axes: Axes) -> torch.Tensor:

@@ -75,6 +75,15 @@ def _set_primitive(primitive: ops.Primitive, name: str, value: Any) -> None:
         primitive.init_attrs[name] = value
 
 
+def aligned(shape: tuple[int, ...], index: Sequence[Any]) -> list[Any]:
+    """Kept indices by this parameter's own axes: MindSpore gives a 1-d kernel one axis of size one more than torch."""
+    found, left = [], list(index)
+    for axis, size in enumerate(shape):
+        spare = len(left) < len(shape) - axis
+        found.append(None if spare and size == 1 else left.pop(0))
+    return found
+
+
 def cut_parameters(model: nn.Cell, keep: Keep, undo: Undo) -> None:
     """Put sliced parameters into the cells that hold them, in place; names, flags and ties stay.
 

@@ -10,7 +10,7 @@ import numpy as np
 from slimkit.core import check
 from slimkit.core.errors import PlanError
 from slimkit.core.prune.attributes import Field
-from slimkit.core.prune.solve import Expr, Index, View, kept
+from slimkit.core.prune.solve import Expr, Index, View, kept, size_of
 
 FORMAT, VERSION = "slimkit.prune", 1
 
@@ -99,13 +99,17 @@ class Plan:
             self.shapes = {p: tuple(int(n) for n in s) for p, s in desc["shapes"].items()}
             self.full = {n: int(v["size"]) for n, v in desc["variables"].items()}
             self.keep = {n: np.asarray(v["keep"], dtype=np.int64) for n, v in desc["variables"].items()}
-            self.axes: dict[str, list[Expr]] = desc["axes"]
+            self.axes: dict[str, list[Expr]] = {p: list(e) for p, e in desc["axes"].items()}
+            self.framework = str(desc.get("made", {}).get("framework", ""))
             for name, index in self.keep.items():
                 sound = index.ndim == 1 and len(index) and (np.diff(index) > 0).all()
                 if not sound or index[0] < 0 or index[-1] >= self.full[name]:
                     raise PlanError(
                         f"desc keeps indices of {name} that are not ascending within 0..{self.full[name] - 1}"
                     )
+            for path, exprs in self.axes.items():
+                if tuple(size_of(e, self.full) for e in exprs) != self.shapes[path]:
+                    raise PlanError(f"desc says axes of {path} that do not make its shape {list(self.shapes[path])}")
             self.indices = {
                 path: [kept(e, self.full, self.keep) if not isinstance(e, int) else None for e in exprs]
                 for path, exprs in self.axes.items()

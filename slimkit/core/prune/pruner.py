@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -17,6 +17,7 @@ from slimkit.core.prune.attributes import config_changes, new_values, scope_size
 from slimkit.core.prune.draw import picture
 from slimkit.core.prune.importance import NAMES, best, scores
 from slimkit.core.prune.plan import Plan, make_desc
+from slimkit.core.prune.record import record_plan, whole_desc
 from slimkit.core.prune.rehearsal import ANOTHER, COPIES, LAYOUT, differences
 from slimkit.core.prune.settings import PrunerSettings
 from slimkit.core.prune.solve import WRITTEN, Coupling, Index, View
@@ -101,9 +102,7 @@ class PrunerBase(PrunerSettings):
         try:
             self._report["compensation"] = wing.compensate(dense, plan, layers, self._repair, self._damping)
         except BaseException:
-            if undo is not None:
-                undo()
-            self._report, self._was_cut = {}, False
+            undo()
             raise
         return desc
 
@@ -120,7 +119,18 @@ class PrunerBase(PrunerSettings):
             PlanError: the plan was made for another model; the message names the first mismatch.
         """
         self._cut(Plan(desc))
-        return getattr(self._wing, "model", None)
+        return self._wing.model
+
+    def whole_desc(self) -> dict[str, Any]:
+        """The plan of everything that was cut from this model so far, by this pruner and others.
+
+        Returns:
+            What `prune` returned after one pruning, and `merge_desc` of all plans after several.
+
+        Raises:
+            PlanError: nothing was pruned from this model.
+        """
+        return whole_desc(self._wing.model)
 
     def report(self) -> dict[str, Any]:
         """What the last analysis or cut found: sizes, what stays whole and why, operators without a rule, notes.
@@ -291,9 +301,10 @@ class PrunerBase(PrunerSettings):
             combination //= number
         return True
 
-    def _cut(self, plan: Plan) -> Any:
+    def _cut(self, plan: Plan) -> Callable[[], None]:
         names = plan.match(self._wing.shapes())
-        undo = self._wing.cut(plan, names)
+        take_back = self._wing.cut(plan, names)
+        forget = record_plan(self._wing.model, dict(plan.desc))
         # Everything known about the model was about the uncut one.
         self._coupling, self._scored = None, None
         shapes, buffers = self._wing.shapes(), self._wing.buffers()
@@ -301,6 +312,12 @@ class PrunerBase(PrunerSettings):
         self._report = {**self._report, "left_params": left}
         self._report.pop("from_config", None)
         self._was_cut = True
+
+        def undo() -> None:
+            take_back()
+            forget()
+            self._report, self._was_cut = {}, False
+
         return undo
 
     def _common(self, view: View) -> dict[str, Any]:

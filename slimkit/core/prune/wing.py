@@ -19,6 +19,7 @@ class Wing(Protocol):
     """What a framework does for the pruner; everything else is written once, here."""
 
     framework: str
+    model: Any
 
     @abstractmethod
     def trace(self) -> Graph:
@@ -62,7 +63,7 @@ class Wing(Protocol):
         """Mean absolute output of each channel of each layer."""
 
     @abstractmethod
-    def cut(self, plan: Plan, names: Mapping[str, str]) -> Callable[[], None] | None:
+    def cut(self, plan: Plan, names: Mapping[str, str]) -> Callable[[], None]:
         """Cut the model in place and return a call that takes it back; on an error the model is as it was."""
 
 
