@@ -155,6 +155,7 @@ class MindSporeWing:
                 undo = self.knife.cut(keep, groups, foretold, plan.attributes)
             except RefusedError as error:
                 raise GraphError(f"the pruned model would not run: {error.why}") from None
+        undo.settle()
         self._write_config(plan)
         self.traced = self.knife = self._proven = None
         return undo.take_back
