@@ -71,12 +71,15 @@ class TorchWing:
         return {p for p, t in surgery.tensors(self.model).items() if not isinstance(t, nn.Parameter)}
 
     def read(self, path: str) -> Array | None:
+        tensor = self._values(path)
+        return None if tensor.device.type == "meta" else tensor.cpu().numpy()
+
+    def rows(self, path: str, axis: int) -> Iterable[torch.Tensor]:
+        return self._values(path).clone().movedim(axis, 0).unbind()
+
+    def _values(self, path: str) -> torch.Tensor:
         tensor = self._found[path].detach()
-        if tensor.device.type == "meta":
-            return None
-        if tensor.dtype not in (torch.float32, torch.float64):
-            tensor = tensor.float()
-        return tensor.cpu().numpy()
+        return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
 
     def integers(self) -> dict[str, dict[str, int]]:
         return surgery.integers(self.model)

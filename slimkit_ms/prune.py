@@ -87,6 +87,11 @@ class MindSporeWing:
         values = _by_path(self.model)[path].asnumpy()
         return values if values.dtype in (np.float32, np.float64) else values.astype(np.float32)
 
+    def rows(self, path: str, axis: int) -> Iterable[ms.Tensor]:
+        values = self.read(path)
+        assert values is not None
+        return (ms.Tensor(np.array(row)) for row in np.moveaxis(values, axis, 0))
+
     def integers(self) -> dict[str, dict[str, int]]:
         return {}  # which numbers a cell's code builds shapes from is found by trying, in `prove`
 

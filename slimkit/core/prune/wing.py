@@ -43,6 +43,10 @@ class Wing(Protocol):
         """A parameter's values, float32 or float64, not to be written to; None where it has none (meta device)."""
 
     @abstractmethod
+    def rows(self, path: str, axis: int) -> Iterable[Any]:
+        """A parameter's slices along an axis as tensors of the framework, float32 or float64, on its own device; copies."""
+
+    @abstractmethod
     def integers(self) -> dict[str, dict[str, int]]:
         """Module path -> its whole-number attributes, without those that the cut of its own weights settles."""
 
