@@ -12,6 +12,7 @@ from slimkit import bridge, surgery
 from slimkit.compensate import compensate
 from slimkit.core.batch import without_labels
 from slimkit.core.lazy import door, library
+from slimkit.core.log import logger
 from slimkit.core.prune.attributes import Field, widths_of
 from slimkit.core.prune.graph import Graph
 from slimkit.core.prune.plan import Plan
@@ -38,7 +39,7 @@ class TorchWing:
     framework = "torch"
 
     def __init__(self, model: nn.Module, inputs: Any) -> None:
-        self.model = bridge.check_model(model, "network")
+        self.model = bridge.refuse_sharded(bridge.refuse_offloaded(bridge.check_model(model, "network"), "network"), "network")
         self.inputs = inputs
         self._real: bool | None = None
         self._found: dict[str, torch.Tensor] = {}
@@ -134,7 +135,10 @@ class TorchWing:
         return {name: totals[name] / number[name] for name in totals}
 
     def cut(self, plan: Plan, names: Mapping[str, str]) -> Callable[[], None]:
-        return surgery.cut(self.model, plan, names)
+        undo = surgery.cut(self.model, plan, names)
+        for kind in bridge.data_parallel_around(self.model):
+            logger.warning("network is inside a %s, whose buckets keep the old shapes: wrap the pruned network anew", kind)
+        return undo
 
     def snapshot(self) -> nn.Module:
         return copy.deepcopy(self.model)

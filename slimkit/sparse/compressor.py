@@ -14,4 +14,4 @@ class Compressor(BaseCompressor):
     __doc__ = BaseCompressor.__doc__
 
     def _ask(self, model: Any) -> Host:
-        return TorchHost(bridge.check_model(model))
+        return TorchHost(bridge.refuse_offloaded(bridge.check_model(model)))
