@@ -17,7 +17,7 @@ from slimkit.core.errors import ArgumentError, UnsupportedError
 from slimkit.core.freeze import Parameters, Reading
 from slimkit.core.lazy import require
 from slimkit.core.log import logger
-from slimkit.core.weights.coupling import Structure, Target, computed_names
+from slimkit.core.weights.coupling import SmallTensor, Structure, computed_names
 from slimkit.core.weights.heads import Heads, heads_told_by
 
 require("torch")
@@ -76,7 +76,9 @@ def refuse_sharded(model: torch.nn.Module, name: str = "model") -> torch.nn.Modu
             )
     for path, parameter in model.named_parameters():
         if hasattr(parameter, "full_tensor"):
-            raise UnsupportedError(f"{name} must hold whole parameters. Received: {path!r} is sharded: prune before sharding")
+            raise UnsupportedError(
+                f"{name} must hold whole parameters. Received: {path!r} is sharded: prune before sharding"
+            )
     return model
 
 
@@ -199,7 +201,7 @@ def structure(model: torch.nn.Module) -> Structure:
     for name, tensor in state.items():
         groups.setdefault(id(tensor), []).append(name)
     return Structure(
-        targets={n: Target(tuple(t.shape), kinds.get(n, "other")) for n, t in state.items()},
+        targets={n: SmallTensor(tuple(t.shape), kinds.get(n, "other")) for n, t in state.items()},
         heads=heads,
         tied=tuple(tuple(g) for g in groups.values() if len(g) > 1),
         ignorable=computed_names([n for n, _ in model.named_buffers() if n not in state]),

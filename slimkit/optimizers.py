@@ -10,7 +10,7 @@ from slimkit.core import check
 from slimkit.core.errors import ArgumentError
 from slimkit.core.lazy import door
 from slimkit.core.prune.optimizer_state import Axes, OptimizerReport, state_axes
-from slimkit.core.prune.plan import Plan
+from slimkit.core.prune.plan import PrunePlan
 
 import torch
 
@@ -49,7 +49,7 @@ def migrate_optimizer(
         True
     """
     check.instance(optimizer, torch.optim.Optimizer, "optimizer", "a torch.optim.Optimizer")
-    plan = Plan(desc)
+    plan = PrunePlan(desc)
     found = surgery.tensors(bridge.check_model(model))
     names = plan.match_cut({path: tuple(t.shape) for path, t in found.items()})
     paths = {id(tensor): path for path, tensor in found.items()}

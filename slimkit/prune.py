@@ -15,7 +15,7 @@ from slimkit.core.lazy import door, library
 from slimkit.core.log import logger
 from slimkit.core.prune.attributes import Field, widths_of
 from slimkit.core.prune.graph import Graph
-from slimkit.core.prune.plan import Plan
+from slimkit.core.prune.plan import PrunePlan
 from slimkit.core.prune.pruner import PrunerBase
 from slimkit.trace import trace
 from slimkit.trace.tracer import Recorder, example, record
@@ -28,7 +28,7 @@ __getattr__, __dir__ = door("slimkit", room="prune")
 Array = np.ndarray[Any, Any]
 
 
-class TorchWing:
+class TorchPrune:
     """A torch model as the pruner of the core sees it.
 
     Args:
@@ -39,7 +39,9 @@ class TorchWing:
     framework = "torch"
 
     def __init__(self, model: nn.Module, inputs: Any) -> None:
-        self.model = bridge.refuse_sharded(bridge.refuse_offloaded(bridge.check_model(model, "network"), "network"), "network")
+        self.model = bridge.refuse_sharded(
+            bridge.refuse_offloaded(bridge.check_model(model, "network"), "network"), "network"
+        )
         self.inputs = inputs
         self._real: bool | None = None
         self._found: dict[str, torch.Tensor] = {}
@@ -55,7 +57,7 @@ class TorchWing:
         self._real = found.real
         return found.graph
 
-    def rehearse(self, plan: Plan) -> tuple[Graph, str | None, set[str]]:
+    def rehearse(self, plan: PrunePlan) -> tuple[Graph, str | None, set[str]]:
         names = {p: p for p in plan.shapes}
         with surgery.rehearsing(self.model, plan, names, bool(self._real)) as remade:
             recorder = Recorder(self.model, real=bool(self._real))
@@ -134,17 +136,19 @@ class TorchWing:
                 bridge.run(self.model, batch)
         return {name: totals[name] / number[name] for name in totals}
 
-    def cut(self, plan: Plan, names: Mapping[str, str]) -> Callable[[], None]:
+    def cut(self, plan: PrunePlan, names: Mapping[str, str]) -> Callable[[], None]:
         undo = surgery.cut(self.model, plan, names)
         for kind in bridge.data_parallel_around(self.model):
-            logger.warning("network is inside a %s, whose buckets keep the old shapes: wrap the pruned network anew", kind)
+            logger.warning(
+                "network is inside a %s, whose buckets keep the old shapes: wrap the pruned network anew", kind
+            )
         return undo
 
     def snapshot(self) -> nn.Module:
         return copy.deepcopy(self.model)
 
     def compensate(
-        self, dense: Any, plan: Plan, layers: Sequence[str], data: Iterable[Any], damping: float
+        self, dense: Any, plan: PrunePlan, layers: Sequence[str], data: Iterable[Any], damping: float
     ) -> dict[str, Any]:
         return compensate(dense, self.model, plan, layers, data, damping)
 
@@ -210,7 +214,7 @@ class PruneTorch(PrunerBase):
     """
 
     def __init__(self, network: nn.Module, inputs: Any = None) -> None:
-        super().__init__(TorchWing(network, inputs))
+        super().__init__(TorchPrune(network, inputs))
 
 
 Pruner = PruneTorch

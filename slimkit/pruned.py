@@ -11,7 +11,7 @@ from slimkit import bridge, surgery
 from slimkit.core import files
 from slimkit.core.errors import FileFormatError, PlanError, UnsupportedError
 from slimkit.core.lazy import door
-from slimkit.core.prune.plan import Plan
+from slimkit.core.prune.plan import PrunePlan
 from slimkit.core.prune.record import check_begins, record_plan
 
 import torch
@@ -37,7 +37,7 @@ def save_pruned(directory: Any, model: nn.Module, desc: dict[str, Any]) -> None:
     from safetensors.torch import save_file
 
     folder = files.save_directory(directory)
-    plan = Plan(desc)
+    plan = PrunePlan(desc)
     try:
         plan.match_cut({p: tuple(t.shape) for p, t in surgery.tensors(bridge.check_model(model)).items()})
     except PlanError as error:
@@ -51,7 +51,9 @@ def save_pruned(directory: Any, model: nn.Module, desc: dict[str, Any]) -> None:
             extra[name] = _plain(name, value)
             continue
         if value.layout != torch.strided or value.is_quantized or value.device.type == "meta":
-            raise UnsupportedError(f"{name!r} is a {value.layout} {value.dtype} tensor on {value.device}, not a plain one")
+            raise UnsupportedError(
+                f"{name!r} is a {value.layout} {value.dtype} tensor on {value.device}, not a plain one"
+            )
         key = (value.data_ptr(), value.dtype, value.shape, value.stride()) if value.numel() else id(value)
         if key in seen:
             tied[name] = seen[key]
@@ -71,7 +73,9 @@ def _plain(name: str, value: Any) -> Any:
     except (TypeError, ValueError):
         back = ...
     if repr(back) != repr(value):
-        raise UnsupportedError(f"{name!r} must be a tensor or plain data to be saved without pickle. Received: {value!r}")
+        raise UnsupportedError(
+            f"{name!r} must be a tensor or plain data to be saved without pickle. Received: {value!r}"
+        )
     return value
 
 
@@ -95,7 +99,7 @@ def load_pruned(directory: Any, model: nn.Module) -> nn.Module:
     """
     folder = files.as_path(directory, "directory")
     desc = files.read_json(folder / "plan.json", "directory/plan.json")
-    plan = Plan(desc)
+    plan = PrunePlan(desc)
     own = bridge.check_model(model).state_dict()
     state = _read(folder, desc, own)
     found = surgery.tensors(model)
@@ -104,7 +108,7 @@ def load_pruned(directory: Any, model: nn.Module) -> nn.Module:
         surgery.cut(model, plan, names)
         try:
             model.load_state_dict(state, strict=True)
-        except Exception as error:  # noqa: BLE001  (a module's own code may read its state as it likes)
+        except Exception as error:
             raise FileFormatError(f"{folder} does not fit the model that its plan leaves: {error}") from error
         kept = {k: desc[k] for k in desc if k not in ("tied", "versions", "extra")}
         record_plan(model, kept)

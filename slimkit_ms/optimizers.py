@@ -11,7 +11,7 @@ from slimkit.core import check
 from slimkit.core.errors import ArgumentError, PlanError, UnsupportedError
 from slimkit.core.lazy import door
 from slimkit.core.prune.optimizer_state import Axes, OptimizerReport, state_axes
-from slimkit.core.prune.plan import Plan
+from slimkit.core.prune.plan import PrunePlan
 from slimkit_ms import bridge
 from slimkit_ms.surgery.layers import aligned, resize
 
@@ -54,8 +54,10 @@ def migrate_optimizer(optimizer: nn.Cell, model: nn.Cell, desc: dict[str, Any]) 
     """
     check.instance(optimizer, (nn.Optimizer, optim.Optimizer), "optimizer", "an optimizer of MindSpore")
     if type(optimizer).__name__.lower().startswith("thor"):
-        raise UnsupportedError("THOR keeps statistics of layers rather than of parameters: make a new one after pruning")
-    plan = Plan(desc)
+        raise UnsupportedError(
+            "THOR keeps statistics of layers rather than of parameters: make a new one after pruning"
+        )
+    plan = PrunePlan(desc)
     found = bridge.parameter_paths(bridge.check_model(model))
     names = plan.match_cut({paths[0]: tuple(p.shape) for p, paths in found})
     paths = {id(parameter): paths[0] for parameter, paths in found}

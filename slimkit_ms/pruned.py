@@ -7,10 +7,10 @@ from typing import Any
 from slimkit.core import files
 from slimkit.core.errors import FileFormatError, PlanError
 from slimkit.core.lazy import door
-from slimkit.core.prune.plan import Plan
+from slimkit.core.prune.plan import PrunePlan
 from slimkit.core.prune.record import check_begins, record_plan
 from slimkit_ms import bridge
-from slimkit_ms.prune import MindSporeWing
+from slimkit_ms.prune import MindSporePrune
 from slimkit_ms.surgery.layers import aligned
 
 import mindspore as ms
@@ -33,7 +33,7 @@ def save_pruned(directory: Any, model: nn.Cell, desc: dict[str, Any]) -> None:
             pruned already, so that `load_pruned` could not read the folder.
     """
     folder = files.save_directory(directory)
-    plan = Plan(desc)
+    plan = PrunePlan(desc)
     found = {paths[0]: p for p, paths in bridge.parameter_paths(bridge.check_model(model))}
     try:
         plan.match_cut({path: tuple(p.shape) for path, p in found.items()})
@@ -62,9 +62,9 @@ def load_pruned(directory: Any, model: nn.Cell) -> nn.Cell:
         FileFormatError: a file is damaged, or a tensor is missing, left over or of the wrong shape or type.
     """
     folder = files.as_path(directory, "directory")
-    plan = Plan(files.read_json(folder / "plan.json", "directory/plan.json"))
+    plan = PrunePlan(files.read_json(folder / "plan.json", "directory/plan.json"))
     tensors, _ = files.read_tensors(folder / "model.safetensors", "directory/model.safetensors")
-    wing = MindSporeWing(model, None)
+    wing = MindSporePrune(model, None)
     wanted = wing.shapes()
     names = plan.match(wanted)
     for path, axes in plan.indices.items():

@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from slimkit.core import check
+from slimkit.core import check, naming
 from slimkit.core.delta import storage
-from slimkit.core.delta.access import StorageAccess
+from slimkit.core.delta import tensors as arrays
 from slimkit.core.delta.bundle import sample_places
+from slimkit.core.delta.framework import DeltaStorage
 from slimkit.core.delta.spec import DeltaReport
 from slimkit_ms import bridge
-from slimkit_ms.delta.access import MindSporeAccess, weight_of
+from slimkit_ms.delta.framework import MindSporeDelta, weight_of
 from slimkit_ms.delta.inject import apply_delta
 from slimkit_ms.delta.layer import DeltaLayer
 from slimkit_ms.delta.prefix import PrefixEncoder
@@ -26,26 +27,44 @@ import mindspore as ms
 from mindspore import nn
 
 FORMATS = ("slimkit", "peft")
-# MindSpore's parameter -> the same in torch
-_TORCH_NAMES = {
-    "gamma": "weight",
-    "beta": "bias",
-    "embedding_table": "weight",
-    "moving_mean": "running_mean",
-    "moving_variance": "running_var",
-}
 _RENAMED = (nn.LayerNorm, nn.GroupNorm, nn.Embedding, nn.layer.normalization._BatchNorm)
 
 
-class MindSporeStorage(MindSporeAccess, StorageAccess):
+# Element types that NumPy lacks, by their names there
+_FURTHER = {ms.bfloat16: "bfloat16", ms.float8_e4m3fn: "float8_e4m3fn", ms.float8_e5m2: "float8_e5m2"}
+
+
+def _torch_name(path: str, cell: nn.Cell, key: str) -> str:
+    """What torch calls the parameter that a cell holds as `key`."""
+    name = naming.torch_word(key) if isinstance(cell, _RENAMED) else key
+    return f"{path}.{name}" if path else name
+
+
+class MindSporeStorage(MindSporeDelta, DeltaStorage):
     """What the wing does to a model on behalf of files."""
 
     def value(self, tensor: Any) -> Any:
-        if tensor.dtype == ms.bfloat16:
-            tensor = tensor.astype(ms.float32)
-        return bridge.as_numpy(tensor)
+        name = _FURTHER.get(tensor.dtype)
+        values = bridge.as_numpy(tensor)
+        return values if name is None else values.view(arrays.further(name))
+
+    def take_dtype(self, tensor: Any, value: Any) -> None:
+        if isinstance(tensor, ms.Parameter):
+            kind = ms.Tensor(value).dtype
+            if tensor.dtype != kind:
+                tensor.set_dtype(kind)
+
+    def split(self, model: nn.Cell, names: Sequence[str], value: Any) -> None:
+        old = self.neutral(model)[names[0]]
+        new = ms.Parameter(ms.Tensor(value, old.dtype), name=names[0], requires_grad=old.requires_grad)
+        for path, cell in model.cells_and_names():
+            for key in [k for k, p in cell._params.items() if p is not None]:
+                if _torch_name(path, cell, key) in names:
+                    cell._params[key] = new
+        bridge.forget_graphs(model)
 
     def fill(self, tensor: Any, value: Any) -> None:
+        value = arrays.wide(value) if value.dtype.name in arrays.FURTHER else value
         if isinstance(tensor, ms.Parameter):
             tensor.set_data(ms.Tensor(value, tensor.dtype))
         else:
@@ -54,7 +73,7 @@ class MindSporeStorage(MindSporeAccess, StorageAccess):
     def sample(self, tensor: Any) -> Any:
         if isinstance(tensor, np.ndarray):
             return tensor.reshape(-1)[sample_places(tensor.size)].astype(np.float32)
-        flat = self.value(tensor).reshape(-1)
+        flat = arrays.wide(self.value(tensor)).reshape(-1)
         return flat[sample_places(flat.size)].astype(np.float32)
 
     def weight(self, model: nn.Cell, path: str) -> Any:
@@ -67,8 +86,7 @@ class MindSporeStorage(MindSporeAccess, StorageAccess):
         for prefix, cell in model.cells_and_names():
             for key, parameter in cell._params.items():
                 if parameter is not None:
-                    name = _TORCH_NAMES.get(key, key) if isinstance(cell, _RENAMED) else key
-                    found[f"{prefix}.{name}" if prefix else name] = parameter
+                    found[_torch_name(prefix, cell, key)] = parameter
         return found
 
     def prefix_sizes(self, model: nn.Cell, config: Mapping[str, Any]) -> dict[str, tuple[int, int, int]]:

@@ -10,7 +10,7 @@ import pytest
 
 from slimkit import PruneTorch, merge_desc, migrate_optimizer
 from slimkit.core.errors import ArgumentError, GraphError, PlanError
-from slimkit.core.prune.plan import Plan
+from slimkit.core.prune.plan import PrunePlan
 from slimkit.surgery import select
 
 import torch
@@ -153,7 +153,9 @@ def test_hooks_and_gradients_are_carried_and_ties_stay():
     for name, parameter in model.named_parameters(remove_duplicate=False):
         assert parameter is before[name]
     assert model.head.weight is model.embed.weight
-    for name, axes in Plan(desc).indices.items():  # gradients that a loop accumulates are cut like their parameters
+    for name, axes in PrunePlan(
+        desc
+    ).indices.items():  # gradients that a loop accumulates are cut like their parameters
         assert torch.equal(dict(model.named_parameters())[name].grad, select(gradients[name], axes))
     model(ids).square().mean().backward()
     now = tuple(model.fc.weight.shape)
@@ -167,7 +169,7 @@ def test_sparse_gradients_are_cut_too():
     model(ids).sum().backward()
     dense = model[0].weight.grad.to_dense()
     desc = PruneTorch(model, ids).set_alignment(8).prune(0.6, [-1])
-    assert torch.equal(model[0].weight.grad.to_dense(), select(dense, Plan(desc).indices["0.weight"]))
+    assert torch.equal(model[0].weight.grad.to_dense(), select(dense, PrunePlan(desc).indices["0.weight"]))
     torch.optim.SparseAdam(model[0].parameters()).step()
 
 
@@ -235,7 +237,7 @@ def mlp():
 def test_every_optimizer_of_torch_goes_on(name):
     model, whole = mlp(), mlp()
     _, desc = PruneTorch(mlp(), torch.ones(2, 4)).set_alignment(1).analysis(0.5, [-1])
-    plan = Plan(desc)
+    plan = PrunePlan(desc)
     paths = [n for n, _ in model.named_parameters()]
     mine, other = made(name, model.parameters()), made(name, whole.parameters())
 

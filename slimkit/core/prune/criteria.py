@@ -195,7 +195,7 @@ class OfRows(Criterion):
     def _score(self, path: str, row: Any, array: Array) -> float:
         try:
             value = self.function(array.copy() if self._as_numpy else row)
-        except Exception as error:  # noqa: BLE001  (a user's own code)
+        except Exception as error:
             if self._as_numpy or not self._takes_numpy(array):
                 layer = path.rpartition(".")[0] or path
                 raise ArgumentError(

@@ -105,7 +105,9 @@ def _in_float64(path: str, axes: set[int], criterion: Criterion, evidence: Evide
     )
     vectors = criterion.vectors(path, axes, wide)
     if vectors is None or not _finite(vectors):
-        what = f"the calibration data (its {criterion.needs})" if criterion.needs else f"the criterion {criterion.name!r}"
+        what = (
+            f"the calibration data (its {criterion.needs})" if criterion.needs else f"the criterion {criterion.name!r}"
+        )
         raise ArgumentError(f"{what} gives scores of {path!r} that are NaN or infinite")
     return vectors
 

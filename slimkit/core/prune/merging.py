@@ -9,7 +9,7 @@ import numpy as np
 
 from slimkit.core import check
 from slimkit.core.errors import PlanError
-from slimkit.core.prune.plan import FORMAT, VERSION, Plan
+from slimkit.core.prune.plan import FORMAT, VERSION, PrunePlan
 
 Index = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -34,7 +34,7 @@ def merge_desc(first: dict[str, Any], *later: dict[str, Any]) -> dict[str, Any]:
         [[2, 6]]
     """
     merged = first
-    Plan(first)
+    PrunePlan(first)
     for step, desc in enumerate(later, 2):
         check.instance(desc, dict, f"desc {step}", "a dict as prune() returns it")
         merged = _join(merged, desc)
@@ -42,7 +42,7 @@ def merge_desc(first: dict[str, Any], *later: dict[str, Any]) -> dict[str, Any]:
 
 
 def _join(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
-    one, two = Plan(first), Plan(second)
+    one, two = PrunePlan(first), PrunePlan(second)
     try:
         names = two.match({**one.shapes, **one.sizes()})
     except PlanError as error:

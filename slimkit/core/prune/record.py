@@ -7,7 +7,7 @@ from typing import Any
 
 from slimkit.core.errors import FileFormatError, PlanError
 from slimkit.core.prune.merging import merge_desc
-from slimkit.core.prune.plan import Plan
+from slimkit.core.prune.plan import PrunePlan
 
 _NAME = "_slimkit_plans"
 
@@ -49,16 +49,16 @@ def whole_desc(model: Any) -> dict[str, Any]:
     return merge_desc(*plans)
 
 
-def check_begins(model: Any, plan: Plan) -> None:
+def check_begins(model: Any, plan: PrunePlan) -> None:
     """Refuse the plan of a later cut for a model that was cut before: no fresh model could be cut by it.
 
     Raises:
         FileFormatError: the plan does not begin at the model as it was built.
     """
     plans = plans_of(model)
-    if plans and Plan(plans[0]).shapes != plan.shapes:
+    if plans and PrunePlan(plans[0]).shapes != plan.shapes:
         try:
-            Plan(plans[0]).match(plan.shapes)  # the same model in the other framework's names
+            PrunePlan(plans[0]).match(plan.shapes)  # the same model in the other framework's names
         except PlanError as error:
             raise FileFormatError(
                 f"desc must begin at the model as it was built, and this one was pruned {len(plans)} times: save it with "

@@ -9,7 +9,7 @@ from slimkit.core import check
 from slimkit.core.batch import dataset
 from slimkit.core.errors import UnsupportedError
 from slimkit.core.prune.criteria import CRITERIA, NEEDS, Criterion, OfRows
-from slimkit.core.prune.wing import Wing
+from slimkit.core.prune.framework import PruneFramework
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -22,7 +22,7 @@ class PrunerSettings:
         wing: the framework's side.
     """
 
-    def __init__(self, wing: Wing) -> None:
+    def __init__(self, wing: PruneFramework) -> None:
         self._wing = wing
         self._criterion: Criterion = CRITERIA["l1"]
         self._scored: Any = None  # what the last scores were made from

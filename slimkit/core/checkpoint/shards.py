@@ -1,0 +1,112 @@
+"""A checkpoint directory of safetensors shards: where each tensor lies, and copies with some tensors replaced."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from slimkit.core import files
+from slimkit.core.errors import FileFormatError, UnsupportedError
+
+# Bytes copied at once.
+PIECE = 1 << 22
+HEADER_LIMIT_BYTES = 100 << 20
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor's bytes lie.
+
+    Args:
+        file: the shard.
+        start, stop: byte offsets in it.
+        dtype: as safetensors writes it.
+        shape: the tensor's shape.
+    """
+
+    file: Path
+    start: int
+    stop: int
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def header(file: Path) -> dict[str, Place]:
+    """Name -> place of every tensor in a safetensors file; FileFormatError when it is damaged."""
+    size = file.stat().st_size
+    with open(file, "rb") as handle:
+        head = handle.read(8)
+        length = struct.unpack("<Q", head)[0] if len(head) == 8 else -1
+        if not 0 < length <= min(HEADER_LIMIT_BYTES, size - 8):
+            raise FileFormatError(f"{file} is not a readable safetensors file: its header is damaged.")
+        try:
+            entries = json.loads(handle.read(length))
+            places = {name: _place(file, 8 + length, e) for name, e in entries.items() if name != "__metadata__"}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise FileFormatError(f"{file} is not a readable safetensors file: {error}") from None
+    if any(not 8 + length <= p.start <= p.stop <= size for p in places.values()):
+        raise FileFormatError(f"{file} is not a readable safetensors file: it is shorter than its header says.")
+    return places
+
+
+def _place(file: Path, base: int, entry: Any) -> Place:
+    start, stop = entry["data_offsets"]
+    return Place(file, base + int(start), base + int(stop), str(entry["dtype"]), tuple(entry["shape"]))
+
+
+def locate(directory: Path) -> dict[str, Place]:
+    """Name -> place of every tensor in a checkpoint directory, sharded or not.
+
+    Raises:
+        FileFormatError: there is no safetensors file, or one is damaged or missing.
+    """
+    index = directory / "model.safetensors.index.json"
+    if index.exists():
+        weight_map = files.read_json(index).get("weight_map", {})
+        names = sorted(set(weight_map.values()))
+    else:
+        names = [f.name for f in sorted(directory.glob("*.safetensors"))]
+    if not names:
+        raise FileFormatError(f"src must hold .safetensors weights. Received: {str(directory)!r}")
+    places: dict[str, Place] = {}
+    for name in names:
+        places |= header(files.readable_file(files.inside(directory, name, "a shard's name"), "a shard"))
+    return places
+
+
+def rewrite(source: Path, target: Path, replaced: Mapping[str, Place]) -> None:
+    """Copy a shard with some tensors' bytes taken from elsewhere; header and order stay, so sizes must agree.
+
+    Args:
+        source: the shard.
+        target: the new shard, written atomically.
+        replaced: tensor -> where its new bytes lie.
+    """
+    places = sorted(header(source).items(), key=lambda item: item[1].start)
+    with open(source, "rb") as old, files.atomic_file(target) as new:
+        first = places[0][1].start if places else source.stat().st_size
+        _copy(old, new, 0, first)
+        for name, place in places:
+            other = replaced.get(name)
+            if other is None:
+                _copy(old, new, place.start, place.stop)
+                continue
+            if (other.dtype, other.shape) != (place.dtype, place.shape):
+                raise UnsupportedError(f"tensor {name!r} changed from {place.dtype} {place.shape} to {other.dtype}.")
+            with open(other.file, "rb") as handle:
+                _copy(handle, new, other.start, other.stop)
+        _copy(old, new, places[-1][1].stop if places else first, source.stat().st_size)
+
+
+def _copy(old: Any, new: Any, start: int, stop: int) -> None:
+    old.seek(start)
+    while start < stop:
+        piece = old.read(min(PIECE, stop - start))
+        if not piece:
+            raise FileFormatError(f"{old.name} became shorter while it was read.")
+        new.write(piece)
+        start += len(piece)

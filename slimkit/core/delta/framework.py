@@ -1,0 +1,136 @@
+"""What a wing does to a model on behalf of the deltas: the questions and actions that the shared steps need."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from slimkit.core.delta.peft import task_type
+from slimkit.core.delta.positions import recognised
+from slimkit.core.delta.spec import DeltaReport, Site
+from slimkit.core.freeze import Parameters
+
+Array = np.ndarray[Any, Any]
+
+
+class DeltaFramework(ABC):
+    """What a wing does to a model on behalf of these steps."""
+
+    @abstractmethod
+    def sites(self, model: Any) -> dict[str, Site]:
+        """Every module path with what it is."""
+
+    @abstractmethod
+    def layers(self, model: Any) -> dict[str, Any]:
+        """Path -> layer, of the layers that hold a delta; a shared layer under each of its paths."""
+
+    @abstractmethod
+    def module(self, model: Any, path: str) -> Any:
+        """The module at a path."""
+
+    @abstractmethod
+    def put(self, model: Any, modules: Mapping[str, Any]) -> None:
+        """Put modules at their paths, in place."""
+
+    def changed(self, model: Any) -> None:
+        """Forget what was compiled from the model as it was before; nothing where nothing is."""
+        return
+
+    def settle(self, model: Any) -> None:
+        """Undo what a delta needed around the layers, once the last one is off."""
+        return
+
+    def without_prefix(self, model: Any) -> None:
+        """Undo what a prefix needed around the layers, once the last one is off."""
+        return
+
+    @abstractmethod
+    def make(self, kind: str, module: Any, name: str, dtype: Any, options: Mapping[str, Any]) -> Any:
+        """The delta layer that takes a module's place, sharing its parameters; a LoRA layer has no delta yet."""
+
+    @abstractmethod
+    def is_sparse(self, module: Any) -> bool:
+        """Whether at least a tenth of a layer's weight is exactly zero."""
+
+    @abstractmethod
+    def parameters(self, model: Any) -> Parameters:
+        """Every parameter, as the freezing rules see it."""
+
+    @abstractmethod
+    def owners(self, model: Any, parameter: Any) -> int:
+        """How many different modules hold a parameter."""
+
+
+class DeltaStorage(DeltaFramework):
+    """What a wing adds for files: values out of tensors and into them, under names that both wings share."""
+
+    @abstractmethod
+    def value(self, tensor: Any) -> Array:
+        """A tensor's values as NumPy, in its own element type; see `slimkit.core.delta.tensors` for bfloat16."""
+
+    @abstractmethod
+    def fill(self, tensor: Any, value: Array) -> None:
+        """Put values into a tensor, in place, in the tensor's own dtype and on its device."""
+
+    @abstractmethod
+    def take_dtype(self, tensor: Any, value: Array) -> None:
+        """Give a delta's tensor the element type of the values that a file has for it, in place."""
+
+    def check_split(self, model: Any, places: Sequence[Sequence[str]]) -> None:
+        """Refuse places that cannot be given a tensor of their own; UnsupportedError names them."""
+        return
+
+    @abstractmethod
+    def split(self, model: Any, names: Sequence[str], value: Array) -> None:
+        """Give the places of these names one new tensor with these values, in place; all others keep theirs."""
+
+    @abstractmethod
+    def sample(self, tensor: Any) -> Array:
+        """At most 64 evenly spaced values of a tensor, as float32."""
+
+    @abstractmethod
+    def weight(self, model: Any, path: str) -> Any:
+        """The weight of the layer at a path, as it was before any merging."""
+
+    @abstractmethod
+    def apply_kind(self, model: Any, kind: str, targets: list[str] | None, **options: Any) -> DeltaReport:
+        """Put a delta other than lora on a model."""
+
+    def about(self, model: Any) -> dict[str, Any]:
+        """What PEFT's configuration says of the base: its task, and where it came from."""
+        name = getattr(getattr(model, "config", None), "_name_or_path", None)
+        return {"task_type": task_type(type(model).__name__), "base_model_name_or_path": name or None}
+
+    def prefix_sizes(self, model: Any, config: Mapping[str, Any]) -> Mapping[str, Sequence[int]] | None:
+        """The attention layers that PEFT's configuration speaks of, where a run is not what finds them."""
+        return None
+
+    def positions(self, model: Any) -> list[str] | None:
+        """Paths of the modules that are given position numbers, by their names; None where the wing knows them."""
+        return recognised(self.sites(model))
+
+    @abstractmethod
+    def prefix_rows(self, model: Any, layers: Sequence[Any]) -> list[tuple[Array, Array]]:
+        """Keys and values (tokens, heads * width) of the prefixes of layers, as they are outside training."""
+
+    @abstractmethod
+    def tables(self, model: Any, kind: str) -> list[Any]:
+        """The embedding tables of prefix encoders or prompts that were built into the model by hand."""
+
+    @abstractmethod
+    def table_facts(self, model: Any, kind: str) -> dict[str, Any]:
+        """What PEFT's configuration says of the one table: token_dim, num_layers, num_attention_heads."""
+
+    @abstractmethod
+    def may_train(self, tensor: Any) -> bool:
+        """Whether an optimizer may touch a tensor of the base: a parameter that is no running statistic."""
+
+    @abstractmethod
+    def neutral(self, model: Any) -> dict[str, Any]:
+        """Base parameter and statistic -> tensor, by torch's names ("norm.weight", not "norm.gamma").
+
+        A tensor that several places hold comes under the name of each.
+        """

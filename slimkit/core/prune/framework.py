@@ -1,0 +1,85 @@
+"""What a framework does for the pruner; everything else about pruning is written once, in the core."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from slimkit.core.prune.attributes import Field
+from slimkit.core.prune.graph import Graph
+from slimkit.core.prune.plan import PrunePlan
+
+Array = np.ndarray[Any, Any]
+
+
+class PruneFramework(Protocol):
+    """What a framework does for the pruner; everything else is written once, here."""
+
+    framework: str
+    model: Any
+
+    @abstractmethod
+    def trace(self) -> Graph:
+        """The model's graph."""
+
+    @abstractmethod
+    def rehearse(self, plan: PrunePlan) -> tuple[Graph, str | None, set[str]]:
+        """The graph of the cut model as far as it ran, the error that stopped it, and the modules that surgery
+        remakes."""
+
+    @abstractmethod
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every parameter and floating-point buffer by path, tied ones once."""
+
+    @abstractmethod
+    def buffers(self) -> set[str]:
+        """The paths among `shapes` that are no parameters."""
+
+    @abstractmethod
+    def read(self, path: str) -> Array | None:
+        """A parameter's values, float32 or float64, not to be written to; None where it has none (meta device)."""
+
+    @abstractmethod
+    def rows(self, path: str, axis: int) -> Iterable[Any]:
+        """A parameter's slices along an axis as tensors of the framework, float32 or float64, on its own device; copies."""
+
+    @abstractmethod
+    def integers(self) -> dict[str, dict[str, int]]:
+        """Module path -> its whole-number attributes, without those that the cut of its own weights settles."""
+
+    @abstractmethod
+    def config(self) -> dict[str, Field]:
+        """Fields of the model's configuration that may say a width (`widths_of`); empty without one."""
+
+    @abstractmethod
+    def config_mismatch(self) -> str | None:
+        """Where a model built afresh from the configuration differs from this one: "" nowhere, None without one."""
+
+    @abstractmethod
+    def gradients(self, data: Iterable[Any], loss: Callable[..., Any] | None, square: bool) -> dict[str, Array]:
+        """Mean gradient of each parameter over the batches, or the mean of its square."""
+
+    @abstractmethod
+    def activations(self, data: Iterable[Any], layers: Sequence[str]) -> dict[str, Array]:
+        """Mean absolute output of each channel of each layer."""
+
+    @abstractmethod
+    def cut(self, plan: PrunePlan, names: Mapping[str, str]) -> Callable[[], None]:
+        """Cut the model in place and return a call that takes it back; on an error the model is as it was."""
+
+
+class RepairFramework(PruneFramework, Protocol):
+    """A wing that can also repair what it cut."""
+
+    @abstractmethod
+    def snapshot(self) -> Any:
+        """A copy of the model before the cut."""
+
+    @abstractmethod
+    def compensate(
+        self, dense: Any, plan: PrunePlan, layers: Sequence[str], data: Iterable[Any], damping: float
+    ) -> dict[str, Any]:
+        """Refit the cut model's layers to the outputs of the snapshot, in place."""

@@ -1,0 +1,154 @@
+"""Sums over calibration rows: the second moments that every data-driven method needs."""
+
+from __future__ import annotations
+
+from slimkit.core.errors import ArgumentError
+from slimkit.core.sparse.maths.backend import Array, add_product, device_of, inner, namespace, precision
+from slimkit.core.sparse.maths.layer import SparseLayer
+
+# The arrays that are summed over rows, and over processes.
+SUMS = ("gram", "total", "cross", "missing", "dense_total", "drift_cross", "drift_total")
+
+
+class Moments:
+    """Second moments of one layer's inputs, summed in float32 (float64 when narrow) over every row of every batch.
+
+    Args:
+        layer: the layer.
+        paired: also sum the products with the dense model's inputs.
+        weight: the layer's dense weight, to sum `missing` and not `cross`: less to add and to keep where outputs are
+            fewer than inputs, and exact where the inputs hardly differ. Only one layer can use such moments.
+
+    Attributes:
+        count: rows seen.
+        gram: (groups, n_in, n_in) sum of x x^T, None before the first row.
+        total: (groups, n_in) sum of x.
+        cross: (groups, n_in, n_in) sum of dense x times sparse x^T; None when not paired, or where `missing` is.
+        missing: (groups, n_out, n_in) sum of weight (dense x - x) times x^T; None when not paired or without a weight.
+        dense_total: (groups, n_in) sum of the dense x.
+        drift_cross: (1, n_out, n_in) sum of drift times sparse x^T; None when unknown.
+        drift_total: (1, n_out) sum of the drift.
+    """
+
+    def __init__(self, layer: SparseLayer, paired: bool = False, weight: Array = None) -> None:
+        self.layer = layer
+        self._weight = weight
+        self.paired = paired
+        self.count = 0
+        self.gram: Array = None
+        self.total: Array = None
+        self.cross: Array = None
+        self.missing: Array = None
+        self.dense_total: Array = None
+        self.dense_square = 0.0
+        self.dense_inner = 0.0
+        self.drift_cross: Array = None
+        self.drift_total: Array = None
+        self._averaged = False
+
+    def add(self, x: Array, dense: Array = None, drift: Array = None) -> None:
+        """Add the rows of one call's input.
+
+        Args:
+            x: the input of the sparse model's layer, padded already for a convolution.
+            dense: the input of the same layer in the dense model, row by row the same tokens; None when unknown.
+            drift: (..., n_out) what the dense model adds to the layer's output minus what this one adds; None when
+                unknown. Every call must give it, or none.
+        """
+        if self._averaged:
+            raise RuntimeError(f"the moments of {self.layer.name!r} are means already")
+        xp = namespace(x)
+        first = self.count == 0
+        if dense is None or dense.shape != x.shape:
+            self.paired = False  # routing sent other tokens here: rows no longer correspond
+            self.cross = self.missing = self.dense_total = None
+            drift = None
+        pieces = (
+            zip(self.layer.rows(x), self.layer.rows(dense)) if self.paired else ((r, None) for r in self.layer.rows(x))
+        )
+        for rows, dense_rows in pieces:
+            dtype = precision(rows, rows.shape[2])
+            rows = xp.astype(rows, dtype, copy=False)
+            if self.gram is None:
+                self.gram = _zeros(rows, rows.shape[2])
+                self.total = _zeros(rows)
+            turned = xp.permute_dims(rows, (0, 2, 1))
+            self.count += rows.shape[1]
+            _add(self.gram, turned, rows)
+            self.total += xp.sum(rows, axis=1)
+            if self.paired:
+                self._add_dense(rows, xp.astype(dense_rows, dtype, copy=False))
+        if drift is None or not (first or self.drift_cross is not None):
+            self.drift_cross = self.drift_total = None
+            return
+        drift = xp.astype(drift.reshape(1, -1, drift.shape[-1]), dtype, copy=False)
+        if first:
+            self.drift_cross = _zeros(rows, drift.shape[2])
+            self.drift_total = _zeros(drift)
+        _add(self.drift_cross, xp.permute_dims(drift, (0, 2, 1)), rows)
+        self.drift_total += xp.sum(drift, axis=1)
+
+    def _add_dense(self, rows: Array, dense: Array) -> None:
+        xp = namespace(rows)
+        if self.dense_total is None:
+            self.dense_total = _zeros(rows)
+            if self._weight is None:
+                self.cross = _zeros(rows, rows.shape[2])
+            else:
+                self.missing = _zeros(rows, self.layer.n_out)
+        if self._weight is None:
+            _add(self.cross, xp.permute_dims(dense, (0, 2, 1)), rows)
+        else:
+            matrix = xp.astype(self.layer.to_matrix(self._weight), rows.dtype, copy=False)
+            _add(self.missing, matrix @ xp.permute_dims(dense - rows, (0, 2, 1)), rows)
+        self.dense_total += xp.sum(dense, axis=1)
+        self.dense_square += inner(dense, dense)
+        self.dense_inner += inner(dense, rows)
+
+    def average(self) -> None:
+        """Turn the sums over rows into means, in place: no second Hessian in memory. No row can be added after it."""
+        if not self._averaged:
+            self._averaged = True
+            for array in self.state():
+                array /= self.count
+            self.dense_inner /= max(self.count, 1)
+            self.dense_square /= max(self.count, 1)  # an expert that nobody chose has no rows
+
+    def check_finite(self) -> None:
+        """Refuse moments of inputs that were NaN or infinite, naming the layer."""
+        if self.gram is not None:
+            xp = namespace(self.gram)
+            # One pass each: infinity or NaN anywhere spoils the sum.
+            sums = [xp.sum(a) for a in (self.gram, self.cross, self.missing, self.drift_cross) if a is not None]
+            if not all(bool(xp.isfinite(s)) for s in sums):
+                raise ArgumentError(
+                    f"dataset must give finite inputs to every layer. Received: NaN or infinity (or sums beyond "
+                    f"float32) at the input of {self.layer.name!r}"
+                )
+
+    @property
+    def related(self) -> bool:
+        """Whether dense and sparse rows are the same tokens: their cosine is far from zero."""
+        if self.cross is None and self.missing is None:
+            return False
+        xp = namespace(self.gram)
+        sparse = float(xp.sum(xp.linalg.diagonal(self.gram)))
+        return self.dense_inner > 0.5 * (self.dense_square * sparse) ** 0.5 > 0
+
+    def state(self) -> list[Array]:
+        """The arrays to sum over processes."""
+        return [a for a in (getattr(self, name) for name in SUMS) if a is not None]
+
+
+def _zeros(rows: Array, n: int | None = None) -> Array:
+    """(groups, n, columns) or (groups, columns) zeros for sums over rows (groups, rows, columns)."""
+    groups, _, columns = rows.shape
+    shape = (groups, columns) if n is None else (groups, n, columns)
+    return namespace(rows).zeros(shape, dtype=rows.dtype, device=device_of(rows))
+
+
+def _add(sums: Array, left: Array, right: Array) -> None:
+    if sums.shape[0] == 1:  # the common case: without the product in memory
+        add_product(sums[0], left[0], right[0])
+    else:
+        sums += left @ right

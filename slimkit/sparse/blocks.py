@@ -1,0 +1,289 @@
+"""Sending calibration data through a torch model, whole or block by block, while watching some layers' inputs."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from slimkit import bridge
+from slimkit.core.errors import UnsupportedError
+from slimkit.core.sparse.call_order import CallOrder
+from slimkit.core.sparse.experts import LayerCall, Pairs
+from slimkit.sparse.inputs import BlockInputs, Enough, as_input, enough, quiet, send, valid_tokens
+from slimkit.sparse.reads import Reads
+from slimkit.sparse.residual import arriving, first_tensor, input_of, joints
+from slimkit.sparse.slots import WeightSlot, inside
+
+import torch
+
+Modules = Mapping[str, tuple[str, WeightSlot]]  # path -> (layer it belongs to, where its weight lies)
+Seen = Callable[[str, torch.Tensor, torch.Tensor | None, torch.Tensor | None], None]
+
+
+@contextlib.contextmanager
+def watching(
+    model: torch.nn.Module,
+    slots: Mapping[str, WeightSlot],
+    called: Callable[[str, Any, Any, Any], None],
+    read: Callable[[str, torch.Tensor, torch.Tensor | None], None],
+    valid: torch.Tensor | None = None,
+) -> Iterator[None]:
+    """Watch layers in quiet: those that are called, and those whose weights are read without a call.
+
+    Args:
+        model: the model.
+        slots: path -> where the layer's weight lies.
+        called: gets path, args, kwargs and output after each call.
+        read: gets path, rows and the tokens they are before each use without a call.
+        valid: which tokens of the batch are no padding.
+    """
+    modules = {p: s.owner(model) for p, s in slots.items() if not s.read}
+    reads = {p: s for p, s in slots.items() if s.read}
+
+    def each(paths: list[str], rows: torch.Tensor, tokens: torch.Tensor | None) -> None:
+        for path in paths:
+            read(path, rows, tokens)
+
+    with quiet(model), bridge.hooked(modules, called), contextlib.ExitStack() as stack:
+        if reads:
+            stack.enter_context(Reads(model, reads, each, valid))
+        yield
+
+
+def trace(
+    model: torch.nn.Module, dataset: Iterable[Any], modules: Modules, blocks: Sequence[str] = ()
+) -> tuple[CallOrder, bool]:
+    """Send every batch through once, to learn in which order layers are called and which share one input.
+
+    Returns:
+        The calls, and whether each block's first input is the output of the block before, in every batch.
+    """
+    calls = CallOrder({name for name, slot in modules.values() if slot.kind == "conv2d"})
+    chained = len(blocks) > 1
+    place = {b: i for i, b in enumerate(blocks)}
+    slots = {p: slot for p, (_, slot) in modules.items()}
+    for batch in dataset:
+        outputs: dict[str, Any] = {}
+        calls.batch()
+
+        def passed(path: str, args: Any, kwargs: Any, output: Any) -> None:
+            nonlocal chained
+            x = input_of(args, kwargs)
+            if path in outputs or (place[path] and x is not outputs.get(blocks[place[path] - 1])):  # noqa: B023
+                chained = False
+            outputs[path] = first_tensor(output)  # noqa: B023
+
+        def called(path: str, args: Any, kwargs: Any, _output: Any) -> None:
+            calls.note(modules[path][0], input_of(args, kwargs))
+
+        def read(path: str, rows: torch.Tensor, _tokens: torch.Tensor | None) -> None:
+            calls.note(modules[path][0], rows)
+
+        chain = {b: bridge.get_module(model, b) for b in blocks}
+        with watching(model, slots, called, read), bridge.hooked(chain, passed):
+            send(model, batch)
+        chained = chained and len(outputs) == len(blocks)
+    return calls, chained
+
+
+def trace_block(path: str, block: torch.nn.Module, inputs: BlockInputs, modules: Modules) -> CallOrder:
+    """The same for one block that is fed from memory; `modules` carries whole paths."""
+    return trace(block, [inputs.call(path, i) for i in range(len(inputs.valid))], inside(modules, path))[0]
+
+
+class WholeModel:
+    """A whole model as one stage.
+
+    Args:
+        model: the model that becomes sparse.
+        dense: its twin that stays dense, or None.
+        dataset: batches.
+        modules: path in `model` -> (layer, where its weight lies).
+        feeds: its layers in the order they are called; those that share an input together.
+        traced: what a forward taught of the order of calls.
+        whole: whether it is all of the model, and not what stands before or after its blocks.
+
+    Attributes:
+        joined: layer -> where its output has been added to the residual stream; known for blocks only.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        dense: torch.nn.Module | None,
+        dataset: Iterable[Any],
+        modules: Modules,
+        feeds: Sequence[tuple[str, ...]],
+        traced: CallOrder,
+        whole: bool = True,
+    ) -> None:
+        self.model, self.dense, self.dataset, self.modules = model, dense, dataset, modules
+        self._whole, self._traced = whole, traced
+        self.feeds = list(feeds)
+        self.reached: Mapping[str, float] = traced.reached
+        self.joined: dict[str, str] = {}
+
+    def batches(self) -> Iterator[tuple[Any, Any, torch.Tensor | None]]:
+        """Each batch for the sparse model, for the dense one, and which of its tokens are no padding."""
+        for batch in self.dataset:
+            yield batch, batch, valid_tokens(batch)
+
+    def replay(self, names: Sequence[str], seen: Seen) -> None:
+        """Send every batch through, calling ``seen(name, x, dense x, drift)`` at each call of the layers.
+
+        The drift is what else reaches the sum that the layer's output joins: the dense model's minus this one's.
+        """
+        joined = {p: self.joined[p] for p, (name, _) in self.modules.items() if name in names and p in self.joined}
+        until = self._following(names, joined)
+        for batch, dense_batch, valid in self.batches():
+            pairs = Pairs(seen, self.dense is not None)
+            if self.dense is not None:
+                self._watch(self.dense, names, dense_batch, valid, until, joined, pairs.dense)
+            self._watch(self.model, names, batch, valid, until, joined, pairs.sparse)
+
+    def join(self) -> None:
+        """No residual stream is known outside blocks."""
+        if self._whole:
+            raise UnsupportedError(
+                "SparseConfig.residual needs a model that is a chain of blocks, each fed by the last"
+            )
+
+    def advance(self) -> None:
+        """Nothing follows a whole model."""
+
+    def _following(self, names: Sequence[str], joined: Mapping[str, str]) -> str | None:
+        """The path at whose call a forward may end: what every batch calls after all of `names` and their sums."""
+        if joined:
+            ends = set(joined.values())
+            return ends.pop() or None if len(names) == len(ends) == 1 and not self._traced.repeated else None
+        mine: dict[str, str] = {}
+        for path, (name, _) in self.modules.items():
+            mine.setdefault(name, path)
+        last = self._traced.following(names, (n for feed in self._traced.feeds for n in feed if n in mine))
+        return None if last is None else mine[last]
+
+    def _watch(
+        self,
+        model: torch.nn.Module,
+        names: Sequence[str],
+        batch: Any,
+        valid: torch.Tensor | None,
+        until: str | None,
+        joined: Mapping[str, str],
+        seen: Callable[[str, LayerCall], None],
+    ) -> None:
+        asked = set(names)
+        wanted = {p: slot for p, (name, slot) in self.modules.items() if name in asked}
+        waiting: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+
+        def called(path: str, args: Any, kwargs: Any, output: Any) -> None:
+            x = as_input(wanted[path].owner(model), input_of(args, kwargs), valid)
+            if path in joined:
+                waiting[path] = (x, output.detach())
+            else:
+                seen(self.modules[path][0], LayerCall(x))
+
+        def read(path: str, rows: torch.Tensor, tokens: torch.Tensor | None) -> None:
+            if path == until:
+                raise Enough
+            seen(self.modules[path][0], LayerCall(rows, tokens=tokens))
+
+        def arrived(place: str, total: Any) -> None:
+            for path in [p for p in waiting if joined[p] == place]:
+                x, output = waiting.pop(path)
+                fits = isinstance(total, torch.Tensor) and total.shape == output.shape
+                rest = as_input(wanted[path].owner(model), total.float() - output.float(), valid) if fits else None
+                seen(self.modules[path][0], LayerCall(x, rest))
+
+        last = self.modules.get(until) if until is not None else None
+        end = {until: last[1]} if until is not None and last is not None and last[1].read else {}
+        with (
+            contextlib.suppress(Enough),
+            watching(model, wanted | end, called, read, valid),
+            arriving(model, sorted(set(joined.values())), arrived),
+            # After the hooks above: the forward may end where a sum arrives.
+            _ending(model, until if not end else None),
+        ):
+            send(model, batch)
+        for path, (x, _) in waiting.items():
+            seen(self.modules[path][0], LayerCall(x))
+
+
+@contextlib.contextmanager
+def _ending(model: torch.nn.Module, until: str | None) -> Iterator[None]:
+    """End the forward when the module at that path is called."""
+    stop = bridge.get_module(model, until).register_forward_pre_hook(enough) if until else None
+    try:
+        yield
+    finally:
+        if stop is not None:
+            stop.remove()
+
+
+class ModelBlock(WholeModel):
+    """One block of a chain: it is fed from memory, so that no other part of the model runs.
+
+    Args:
+        path: the block's path, with which the paths of `modules` begin.
+        inputs: what each batch gives the block; shared with the stages of the other blocks.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        block: torch.nn.Module,
+        dense: torch.nn.Module | None,
+        inputs: BlockInputs,
+        modules: Modules,
+        feeds: Sequence[tuple[str, ...]],
+        traced: CallOrder,
+    ) -> None:
+        super().__init__(block, dense, (), inside(modules, path), feeds, traced)
+        self.path, self.inputs = path, inputs
+
+    def join(self) -> None:
+        """Find by one batch where outputs join the residual stream."""
+        # Layers that share an input share its moments, and so can have no drift of their own.
+        single = {feed[0] for feed in self.feeds if len(feed) == 1}
+        alone = [p for p, (n, slot) in self.modules.items() if n in single and slot.kind != "conv2d" and not slot.read]
+        if self.dense is not None and self.inputs.valid:
+            with quiet(self.model):
+                self.joined = joints(self.model, lambda: send(self.model, self.inputs.call(self.path, 0)), alone)
+
+    def batches(self) -> Iterator[tuple[Any, Any, torch.Tensor | None]]:
+        """Each batch's call of this block."""
+        for index, valid in enumerate(self.inputs.valid):
+            yield self.inputs.call(self.path, index), self.inputs.call(self.path, index, dense=True), valid
+
+    def advance(self) -> None:
+        """The block's outputs become the next block's inputs."""
+        for index in range(len(self.inputs.valid)):
+            for model, dense in ((self.model, False), (self.dense, True)):
+                if model is not None:
+                    with quiet(model):
+                        out = first_tensor(send(model, self.inputs.call(self.path, index, dense=dense)))
+                    self.inputs.put(index, out, dense=dense)
+
+
+class LentBlock(ModelBlock):
+    """A block whose dense twin is in memory only while batches pass through both.
+
+    Args:
+        lend: a context in which the twin has its weights.
+        others: as for ModelBlock.
+    """
+
+    def __init__(self, lend: Callable[[], contextlib.AbstractContextManager[None]], *others: Any) -> None:
+        super().__init__(*others)
+        self._lend = lend
+
+    def replay(self, names: Sequence[str], seen: Seen) -> None:
+        """Send every batch through, as any stage does."""
+        with self._lend():
+            super().replay(names, seen)
+
+    def advance(self) -> None:
+        """The block's outputs become the next block's inputs."""
+        with self._lend():
+            super().advance()

@@ -1,0 +1,174 @@
+"""What the sparsity walk asks of a torch model: its layers, their weights, and what flows into them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from slimkit import bridge
+from slimkit.core.sparse.experts import learn_layouts
+from slimkit.core.sparse.framework import CalibratedBlock
+from slimkit.core.sparse.maths.layer import SparseLayer
+from slimkit.core.sparse.processes import agreed
+from slimkit.sparse.blocks import ModelBlock, WholeModel, trace
+from slimkit.sparse.inputs import BlockInputs, as_input, quiet, valid_tokens
+from slimkit.sparse.reads import Reads
+from slimkit.sparse.residual import first_tensor
+from slimkit.sparse.slots import WeightSlot, described
+
+import torch
+
+
+class TorchSparse:
+    """A torch model behind the face that slimkit.core.sparse.compress asks for."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.model = model
+        self.keeps_masks = True
+        self._layers: dict[str, SparseLayer] = {}
+        self._slots: dict[str, WeightSlot] = {}
+
+    def layers(self, dataset: Iterable[Any] | None = None) -> tuple[dict[str, SparseLayer], dict[str, str]]:
+        """Every layer that can be sparse by name, and those that cannot with the reason.
+
+        Args:
+            dataset: batches; one is sent through where only a product tells how experts are laid out.
+        """
+        found, self._slots, skipped = described(self.model, with_meta=not self.keeps_masks)
+        learn_layouts(found, self._slots, dataset, self._watch_products)
+        self._layers = found
+        return dict(found), skipped
+
+    def _watch_products(self, slots: Mapping[str, WeightSlot], batch: Any, turned: Callable[[str], None]) -> None:
+        with quiet(self.model), Reads(self.model, slots, lambda *_: None, transposed=turned):
+            bridge.run(self.model, batch)
+
+    def weight(self, name: str) -> torch.Tensor:
+        """The layer's weight, detached, in its own dtype."""
+        return self._slots[name].weight(self.model)
+
+    def store(self, name: str, weight: torch.Tensor, bias_shift: torch.Tensor | None) -> None:
+        """Put a weight in place and shift the bias, in the parameters' own dtype and device."""
+        self._slots[name].weight(self.model).copy_(weight)
+        bias = self._slots[name].bias(self.model)
+        if bias_shift is not None and bias is not None:
+            bias.copy_(bias.float() + bias_shift)
+
+    def settled(self, name: str, row: dict[str, Any]) -> None:
+        """Nothing to do: the report is made at the end."""
+
+    def snapshot(self, names: Sequence[str]) -> Callable[[], None]:
+        """Remember weights and biases in main memory; the function returned puts them back."""
+        kept = []
+        for name in names:
+            slot = self._slots[name]
+            for part in (slot.weight, slot.bias):
+                value = part(self.model)
+                if value is not None:
+                    kept.append((part, value.to("cpu", copy=True)))
+
+        def restore() -> None:
+            for part, value in kept:
+                now = part(self.model)
+                assert now is not None  # it was there when it was remembered
+                now.copy_(value)
+
+        return restore
+
+    def stages(self, dataset: Iterable[Any], names: Sequence[str], paired: bool) -> Iterator[CalibratedBlock]:
+        """The parts of the model: what comes before a chain of blocks, each block, and the rest; or the whole."""
+        modules: dict[str, tuple[str, WeightSlot]] = {}
+        known: set[tuple[int, str, str]] = set()
+        for name in names:
+            for path in (name, *self._layers[name].aliases):
+                slot = self._slots[path]
+                place = id(slot.owner(self.model)), slot.key, str(slot.index)
+                if place not in known:  # one module under two paths: one hook
+                    known.add(place)
+                    modules[path] = (name, slot)
+        dense = dense_twin(self.model, [self._slots[n].owner(self.model) for n in names]) if paired else None
+        blocks = block_paths(self.model, modules)
+        found, chained = trace(self.model, dataset, modules, blocks)
+        every = agreed(self, found.feeds)
+        if not all(self.gather(chained)):
+            yield WholeModel(self.model, dense, dataset, modules, every, found)
+            return
+        where = {name: next((b for b in blocks if name.startswith(b + ".")), "") for name in names}
+        first = next(i for i, feed in enumerate(every) if where[feed[0]])
+        before = [f for f in every[:first] if not where[f[0]]]
+        after = [f for f in every[first:] if not where[f[0]]]
+        if before:
+            yield WholeModel(self.model, dense, dataset, modules, before, found, whole=False)
+        inputs = BlockInputs(self.model, dense, dataset, blocks)
+        for block in blocks:
+            feeds = [f for f in every if where[f[0]] == block]
+            twin = bridge.get_module(dense, block) if dense is not None else None
+            yield ModelBlock(block, bridge.get_module(self.model, block), twin, inputs, modules, feeds, found)
+        del inputs
+        if after:
+            yield WholeModel(self.model, dense, dataset, modules, after, found, whole=False)
+
+    def outputs(self, batch: Any) -> Any:
+        """The model's first output for a batch, as a float32 NumPy array without the rows of padding."""
+        with quiet(self.model):
+            output = bridge.run(self.model, batch)
+        if isinstance(output, Mapping):
+            output = next(v for v in output.values() if isinstance(v, torch.Tensor))
+        output = as_input(self.model, first_tensor(output), valid_tokens(batch))
+        return output.float().cpu().numpy()
+
+    def processes(self) -> int:
+        """How many processes of torch.distributed share the calibration data."""
+        import torch.distributed as dist
+
+        return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+    def rank(self) -> int:
+        """The number of this process of torch.distributed, from 0."""
+        import torch.distributed as dist
+
+        return dist.get_rank() if self.processes() > 1 else 0
+
+    def gather(self, value: Any) -> list[Any]:
+        """A plain value of every process of torch.distributed, by its number."""
+        import torch.distributed as dist
+
+        found = [value] * self.processes()
+        if len(found) > 1:
+            dist.all_gather_object(found, value)
+        return found
+
+    def reduce(self, arrays: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Sums over all processes of torch.distributed, when it runs."""
+        import torch.distributed as dist
+
+        if self.processes() < 2:
+            return list(arrays)
+        totals = [array.contiguous() for array in arrays]
+        for array in totals:
+            dist.all_reduce(array)
+        return totals
+
+
+def dense_twin(model: torch.nn.Module, changing: Iterable[torch.nn.Module]) -> torch.nn.Module:
+    """A copy of a model that keeps the weights and biases of some modules as they are; all else is shared."""
+    own = {id(p) for module in changing for p in module._parameters.values() if p is not None}
+    shared = {id(t): t for t in (*model.parameters(), *model.buffers()) if id(t) not in own}
+    return copy.deepcopy(model, shared)
+
+
+def block_paths(model: torch.nn.Module, modules: Mapping[str, Any]) -> list[str]:
+    """The children of the list that holds most of the layers, if they are two or more of one class; else none."""
+    best: list[str] = []
+    covered = 0
+    for path, module in model.named_modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) > 1 and len({type(m) for m in module}) == 1:
+            # Inside a child, not the child itself: a list of plain layers is no chain of blocks.
+            inside = {p for p in modules if p.startswith(path + ".") and "." in p[len(path) + 1 :]}
+            own = {modules[p][0] for p in inside}
+            # A layer shared with another place would be missed there.
+            closed = all(p in inside for p, (name, _) in modules.items() if name in own)
+            if len(inside) > covered and closed:
+                best, covered = [f"{path}.{i}" for i in range(len(module))], len(inside)
+    return best

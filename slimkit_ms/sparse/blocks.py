@@ -1,0 +1,237 @@
+"""Sending calibration data through a MindSpore cell while watching some layers' inputs."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from slimkit.core.errors import UnsupportedError
+from slimkit.core.sparse.call_order import CallOrder
+from slimkit.core.sparse.experts import LayerCall, Pairs
+from slimkit_ms import bridge, kinds
+from slimkit_ms.sparse.reads import Reads
+from slimkit_ms.sparse.residual import arriving, block_paths, chained, hooks, joints
+from slimkit_ms.sparse.slots import PARTS, WeightSlot, attended
+
+import mindspore as ms
+from mindspore import nn
+
+Array = np.ndarray[Any, Any]
+Seen = Callable[[str, Array, Array | None, Array | None], None]
+
+
+_END = ""  # the name of the weight whose use ends a forward; no layer has it
+
+
+class _Enough(Exception):
+    """Raised inside a forward to end it: every layer that was watched has been seen."""
+
+
+def _enough(*_: Any) -> None:
+    raise _Enough
+
+
+@contextlib.contextmanager
+def watching(
+    model: nn.Cell,
+    slots: Mapping[str, WeightSlot],
+    seen: Callable[[str, Any, Array | None], None],
+    until: WeightSlot | None = None,
+    valid: Array | None = None,
+) -> Iterator[None]:
+    """Eval mode, layer by layer, calling ``seen(name, input, tokens)`` before each use of the layers' weights.
+
+    Compiled graphs know no hooks, so the work is done in PyNative mode.
+
+    Args:
+        model: the cell.
+        slots: layer -> where its weight lies.
+        seen: gets the layer, its input (of an expert the rows, in NumPy) and which tokens these are, if that is known.
+        until: ends the forward before the use of this weight.
+        valid: which tokens of the batch are no padding.
+    """
+    mode = ms.get_context("mode")
+    handles = []
+
+    def hook(name: str, part: str) -> Callable[..., None]:
+        if part == "out":
+            return lambda cell, args, kwargs: seen(name, attended(cell, args, kwargs), None)
+        place = PARTS.index(part) if part else 0
+        return lambda _cell, args, kwargs: seen(name, kwargs[part] if part in kwargs else args[place], None)
+
+    def before(slot: WeightSlot, call: Callable[..., None]) -> None:
+        cell = bridge.get_module(model, slot.caller)
+        handles.append(cell.register_forward_pre_hook(call, with_kwargs=True))
+
+    def read(name: str, rows: Array, tokens: Array | None) -> None:
+        if name == _END:
+            raise _Enough
+        seen(name, rows, tokens)
+
+    reads = {name: slot for name, slot in slots.items() if slot.read}
+    if until is not None and until.read:
+        reads[_END] = until
+    try:
+        ms.set_context(mode=ms.PYNATIVE_MODE)
+        # Attention is asked for its output layer's input last, as it would come to it.
+        for name, slot in sorted(slots.items(), key=lambda item: item[1].part == "out"):
+            if not slot.read:
+                before(slot, hook(name, slot.part))
+        if until is not None and not until.read:
+            before(until, _enough)
+        with bridge.evaluating(model), contextlib.suppress(_Enough), contextlib.ExitStack() as stack:
+            if reads:
+                stack.enter_context(Reads(model, reads, read, valid))
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        ms.set_context(mode=mode)
+
+
+def unwatched(_name: str, _x: Any, _tokens: Any) -> None:
+    """For a forward in which no layer is watched."""
+
+
+def trace(model: nn.Cell, dataset: Iterable[Any], slots: Mapping[str, WeightSlot]) -> CallOrder:
+    """Send every batch through once, to learn in which order layers are called and which share one input."""
+    calls = CallOrder({name for name, slot in slots.items() if slot.kind == "conv2d"})
+    for batch in dataset:
+        calls.batch()
+        with watching(model, slots, lambda name, x, _tokens: calls.note(name, x)):
+            bridge.run(model, batch)
+    return calls
+
+
+def valid_tokens(batch: Any) -> Array | None:
+    """Which tokens of a batch are no padding: its 2-D attention mask of zeros and ones, if it has one."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    if not isinstance(mask, ms.Tensor) or mask.ndim != 2:
+        return None
+    found: Array = bridge.as_numpy(mask) != 0
+    return found
+
+
+def as_input(cell: nn.Cell, x: ms.Tensor, valid: Array | None = None) -> Array:
+    """A layer's input as a float32 NumPy array: padded for a convolution, without the rows of padding tokens."""
+    values = bridge.as_numpy(x.astype(ms.float32))
+    if kinds.is_kind(cell, "conv"):
+        return np.pad(values, [(0, 0), (0, 0), *kinds.pads_of(cell, values.shape[2:])])
+    return values[valid] if valid is not None and values.ndim == 3 and values.shape[:2] == valid.shape else values
+
+
+class WholeModel:
+    """A whole cell as one stage.
+
+    Args:
+        model: the cell that becomes sparse.
+        dense: its twin that stays dense, or None.
+        dataset: batches.
+        slots: where the layers' weights lie.
+        feeds: layers in the order they are called; those that share an input together.
+        traced: what a forward taught of the order of calls.
+    """
+
+    def __init__(
+        self,
+        model: nn.Cell,
+        dense: nn.Cell | None,
+        dataset: Iterable[Any],
+        slots: Mapping[str, WeightSlot],
+        feeds: Sequence[tuple[str, ...]],
+        traced: CallOrder,
+    ) -> None:
+        self.model, self.dense, self.dataset = model, dense, dataset
+        self.slots = slots
+        self.feeds, self._traced = list(feeds), traced
+        self.reached: Mapping[str, float] = traced.reached
+        self.joined: dict[str, str] = {}
+        self._blocks: list[str] = []
+
+    def replay(self, names: Sequence[str], seen: Seen) -> None:
+        """Send every batch through, calling ``seen(name, x, dense x, drift)`` at each use of the layers.
+
+        The drift is what else reaches the sum that the layer's output joins: the dense model's minus this one's.
+        """
+        until = self._traced.following(names, (n for feed in self.feeds for n in feed))
+        until = None if any(name in self.joined for name in names) else until
+        for batch in self.dataset:
+            valid = valid_tokens(batch)
+            pairs = Pairs(seen, self.dense is not None)
+            if self.dense is not None:
+                self._watch(self.dense, names, batch, valid, until, pairs.dense)
+            self._watch(self.model, names, batch, valid, until, pairs.sparse)
+
+    def join(self) -> None:
+        """Find by one batch where outputs join the residual stream."""
+        blocks = block_paths(self.model, self.slots)
+        batch = next(iter(self.dataset))
+
+        def run() -> None:
+            bridge.run(self.model, batch)
+
+        with watching(self.model, {}, unwatched):
+            chain = bool(blocks) and chained(self.model, run, blocks)
+            # Layers that share an input share its moments, and so can have no drift of their own.
+            single = [feed[0] for feed in self.feeds if len(feed) == 1]
+            alone = [
+                n
+                for n in single
+                if self.slots[n].kind == "linear" and not self.slots[n].part and not self.slots[n].read
+            ]
+            self.joined = joints(self.model, run, alone, blocks) if chain else {}
+        if not chain:
+            raise UnsupportedError(
+                "SparseConfig.residual needs a model that is a chain of blocks, each fed by the last"
+            )
+        self._blocks = blocks
+
+    def advance(self) -> None:
+        """Nothing follows a whole cell."""
+
+    def _watch(
+        self,
+        model: nn.Cell,
+        names: Sequence[str],
+        batch: Any,
+        valid: Array | None,
+        until: str | None,
+        seen: Callable[[str, LayerCall], None],
+    ) -> None:
+        inputs: dict[str, Array] = {}
+        waiting: dict[str, tuple[Array, Array]] = {}
+
+        def call(name: str, x: Any, tokens: Array | None) -> None:
+            if self.slots[name].read:
+                seen(name, LayerCall(x, tokens=tokens))
+                return
+            value = as_input(bridge.get_module(model, self.slots[name].caller), x, valid)
+            if name in self.joined:
+                inputs[name] = value
+            else:
+                seen(name, LayerCall(value))
+
+        def leaving(name: str) -> Callable[..., None]:
+            return lambda _cell, _inputs, output: waiting.update({name: (inputs.pop(name), _rows(output))})
+
+        def arrived(place: str, total: ms.Tensor) -> None:
+            for name in [n for n in waiting if self.joined[n] == place]:
+                x, output = waiting.pop(name)
+                value = _rows(total)
+                seen(name, LayerCall(x, value - output if value.shape == output.shape else None))
+
+        def _rows(value: ms.Tensor) -> Array:
+            return as_input(model, value, valid)
+
+        slots = {n: self.slots[n] for n in names}
+        joined = [n for n in names if n in self.joined]
+        end = self.slots[until] if until is not None else None
+        with hooks() as handles, watching(model, slots, call, end, valid):
+            handles += [bridge.get_module(model, n).register_forward_hook(leaving(n)) for n in joined]
+            with arriving(model, sorted({self.joined[n] for n in joined}), self._blocks, arrived):
+                bridge.run(model, batch)
+        for name, (x, _) in waiting.items():
+            seen(name, LayerCall(x))

@@ -1,0 +1,153 @@
+"""What the sparsity walk asks of a MindSpore cell; its arrays are NumPy's, for MindSpore has no triangular solve."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from slimkit.core.sparse.experts import learn_layouts
+from slimkit.core.sparse.framework import CalibratedBlock
+from slimkit.core.sparse.maths.layer import SparseLayer
+from slimkit.core.sparse.processes import agreed
+from slimkit_ms import bridge, kinds
+from slimkit_ms.sparse.blocks import WholeModel, as_input, trace, unwatched, valid_tokens, watching
+from slimkit_ms.sparse.reads import Reads
+from slimkit_ms.sparse.residual import first_tensor
+from slimkit_ms.sparse.slots import WeightSlot, slots_of, unclear
+
+import mindspore as ms
+from mindspore import nn
+
+Array = np.ndarray[Any, Any]
+
+
+class MindSporeSparse:
+    """A MindSpore cell behind the face that slimkit.core.sparse.compress asks for."""
+
+    def __init__(self, model: nn.Cell) -> None:
+        self.model = model
+        self.keeps_masks = True
+        self._slots: dict[str, WeightSlot] = {}
+
+    def layers(self, dataset: Iterable[Any] | None = None) -> tuple[dict[str, SparseLayer], dict[str, str]]:
+        """Every layer that can be sparse by name, and those that cannot with the reason."""
+        found: dict[str, SparseLayer] = {}
+        skipped: dict[str, str] = {}
+        owner: dict[tuple[int, str], str] = {}
+        tables = {id(kinds.weight_of(c)) for _, c in self.model.cells_and_names() if kinds.is_kind(c, "embedding")}
+        self._slots = dict(slots_of(self.model))
+        for name, slot in self._slots.items():
+            weight = slot.parameter(self.model)
+            place = id(weight), str(slot.index)
+            if not weight.is_floating_point():
+                skipped[name] = f"its weight is {weight.dtype}, which has no linear algebra"
+            elif id(weight) in tables:
+                skipped[name] = "its weight is tied to an embedding"
+            elif place in owner:
+                # Two cells on one parameter would need the inputs of both; rare in MindSpore, so left whole.
+                skipped[name] = f"its weight is shared with {owner[place]!r}"
+            else:
+                owner[place] = name
+                found[name] = slot.layer(name, self.model)
+        for name in [r.split("'")[1] for r in skipped.values() if r.startswith("its weight is shared")]:
+            if found.pop(name, None) is not None:
+                skipped[name] = "its weight is shared with another cell"
+        skipped |= unclear(self.model)
+        learn_layouts(found, self._slots, dataset, self._watch_products)
+        return found, skipped
+
+    def _watch_products(self, slots: Mapping[str, WeightSlot], batch: Any, turned: Callable[[str], None]) -> None:
+        with watching(self.model, {}, unwatched), Reads(self.model, slots, unwatched, transposed=turned):
+            bridge.run(self.model, batch)
+
+    def weight(self, name: str) -> Array:
+        """The layer's weight in float32."""
+        return self._slots[name].weight(self.model)
+
+    def store(self, name: str, weight: Array, bias_shift: Array | None) -> None:
+        """Put a weight in place and shift the bias, in the parameters' own dtype."""
+        self._slots[name].store(self.model, weight, bias_shift)
+
+    def settled(self, name: str, row: dict[str, Any]) -> None:
+        """Nothing to do: the report is made at the end."""
+
+    def snapshot(self, names: Sequence[str]) -> Callable[[], None]:
+        """Remember weights and biases; the function returned puts them back."""
+        slots = [self._slots[name] for name in names]
+        parameters = [
+            p for s in slots for p in (s.parameter(self.model), s.bias_parameter(self.model)) if p is not None
+        ]
+        kept = [(parameter, parameter.value().copy()) for parameter in {id(p): p for p in parameters}.values()]
+
+        def restore() -> None:
+            for parameter, value in kept:
+                parameter.set_data(value)
+
+        return restore
+
+    def stages(self, dataset: Iterable[Any], names: Sequence[str], paired: bool) -> Iterator[CalibratedBlock]:
+        """The whole cell as one stage; its layers in the order they are called."""
+        slots = {name: self._slots[name] for name in names}
+        dense = copy.deepcopy(self.model) if paired else None
+        calls = trace(self.model, dataset, slots)
+        yield WholeModel(self.model, dense, dataset, slots, agreed(self, calls.feeds), calls)
+
+    def outputs(self, batch: Any) -> Array:
+        """The cell's first output for a batch, as a float32 NumPy array."""
+        with watching(self.model, {}, unwatched):
+            output = bridge.run(self.model, batch)
+        return as_input(self.model, first_tensor(output), valid_tokens(batch))
+
+    def processes(self) -> int:
+        """How many processes of mindspore.communication share the calibration data."""
+        from mindspore.communication import GlobalComm, get_group_size
+
+        return get_group_size() if GlobalComm.INITED else 1
+
+    def rank(self) -> int:
+        """The number of this process of mindspore.communication, from 0."""
+        from mindspore.communication import get_rank
+
+        return get_rank() if self.processes() > 1 else 0
+
+    def gather(self, value: Any) -> list[Any]:
+        """A plain JSON value of every process of mindspore.communication, by its number."""
+        n, rank = self.processes(), self.rank()
+        if n < 2:
+            return [value]
+        text = json.dumps(value).encode()
+        sizes = np.zeros(n, np.float32)
+        sizes[rank] = len(text)
+        sizes = _all_reduce(sizes).astype(np.int64)
+        table = np.zeros((n, int(sizes.max())), np.float32)  # bytes, exact in any dtype
+        table[rank, : len(text)] = np.frombuffer(text, np.uint8)
+        table = _all_reduce(table).astype(np.uint8)
+        return [json.loads(bytes(row[:size])) for row, size in zip(table, sizes)]
+
+    def reduce(self, arrays: Sequence[Array]) -> list[Array]:
+        """Sums over all processes of mindspore.communication, when it runs."""
+        n = self.processes()
+        if n < 2:
+            return list(arrays)
+        totals = []
+        for array in arrays:
+            if array.dtype == np.float32:
+                totals.append(_all_reduce(array))
+                continue
+            # AllReduce knows no float64: each process sends two halves of every number to a place of its own.
+            parts = np.zeros((n, 2, *array.shape), np.float32)
+            parts[self.rank(), 0] = array
+            parts[self.rank(), 1] = array - parts[self.rank(), 0]
+            totals.append(_all_reduce(parts).sum((0, 1), dtype=np.float64))
+        return totals
+
+
+def _all_reduce(values: Array) -> Array:
+    from mindspore import ops
+
+    total: Array = bridge.as_numpy(ops.AllReduce()(ms.Tensor(np.ascontiguousarray(values, np.float32))))
+    return total
