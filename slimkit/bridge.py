@@ -59,8 +59,8 @@ def refuse_offloaded(model: torch.nn.Module, name: str = "model") -> torch.nn.Mo
         for one in (hook, *getattr(hook, "hooks", ())):
             if getattr(one, "offload", False):
                 raise UnsupportedError(
-                    f"{name} must hold its weights. Received: one whose weights accelerate offloads (at {path or 'the model'!r}"
-                    "): load it whole, or work on its folder (sparsify_checkpoint)"
+                    f"{name} must hold its weights. Received: one whose weights accelerate offloads "
+                    f"(at {path or 'the model'!r}): load it whole, or work on its folder (sparsify_checkpoint)"
                 )
     return model
 
@@ -71,14 +71,12 @@ def refuse_sharded(model: torch.nn.Module, name: str = "model") -> torch.nn.Modu
         kind = type(module).__name__
         if kind in ("DistributedDataParallel", "FullyShardedDataParallel"):
             raise UnsupportedError(
-                f"{name} must be the module inside. Received: a {kind} (at {path or 'the model'!r}), whose buckets keep the "
-                f"shapes it was made with: prune the module inside, then wrap it anew"
+                f"{name} must be the module inside. Received: a {kind} (at {path or 'the model'!r}), whose buckets keep "
+                f"the shapes it was made with: prune the module inside, then wrap it anew"
             )
     for path, parameter in model.named_parameters():
         if hasattr(parameter, "full_tensor"):
-            raise UnsupportedError(
-                f"{name} must hold whole parameters. Received: {path!r} is sharded: prune before sharding"
-            )
+            raise UnsupportedError(f"{name} must hold whole parameters. Received: {path!r}, sharded: prune first")
     return model
 
 

@@ -22,8 +22,8 @@ def migrate_optimizer(
 ) -> OptimizerReport:
     """Cut an optimizer's state by the plan that cut its model, in place, so that training goes on where it was.
 
-    Parameters of a torch model stay the same objects, so that schedulers, gradient scalers and the optimizer itself go on
-    meaning them; only moments and other states of the old shapes are cut. Call it once after each cut; a state that
+    Parameters of a torch model stay the same objects, so that schedulers, gradient scalers and the optimizer itself go
+    on meaning them; only moments and other states of the old shapes are cut. Call it once after each cut; a state that
     was cut already is left alone.
 
     Args:

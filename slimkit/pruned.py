@@ -143,9 +143,10 @@ def _read(folder: Path, desc: Mapping[str, Any], own: Mapping[str, Any]) -> dict
         raise FileFormatError(f"{file} must hold exactly this model's tensors; these differ: {odd[:5]}")
     for name, value in state.items():
         mine = own.get(name)
-        if isinstance(mine, torch.Tensor) and isinstance(value, torch.Tensor):
-            if _kind(mine) != _kind(value):
-                raise FileFormatError(f"{file} holds {name!r} as {value.dtype}, and the model's is {mine.dtype}")
+        if not isinstance(mine, torch.Tensor) or not isinstance(value, torch.Tensor):
+            continue
+        if _kind(mine) != _kind(value):
+            raise FileFormatError(f"{file} holds {name!r} as {value.dtype}, and the model's is {mine.dtype}")
     state._metadata = metadata  # type: ignore[attr-defined]
     return state
 

@@ -26,8 +26,8 @@ def migrate_optimizer(optimizer: nn.Cell, model: nn.Cell, desc: dict[str, Any]) 
     """Cut an optimizer's state by the plan that cut its model, in place, so that training goes on where it was.
 
     Parameters of a cell stay the same objects, so that training cells and the optimizer itself go on meaning them; only
-    moments and other states of the old shapes are cut. Call it once after each cut; a state that was cut already is left
-    alone.
+    moments and other states of the old shapes are cut. Call it once after each cut; a state that was cut already is
+    left alone.
 
     Args:
         optimizer: an optimizer of mindspore.nn or mindspore.experimental.optim whose states have their parameters'
@@ -68,17 +68,17 @@ def migrate_optimizer(optimizer: nn.Cell, model: nn.Cell, desc: dict[str, Any]) 
     cuts: dict[str, tuple[tuple[int, ...], Axes]] = {}
     for path, axes in plan.indices.items():
         here = next(tuple(p.shape) for p, all_paths in found if names[path] in all_paths)
-        kept = aligned(here, axes)
+        mine = aligned(here, axes)
         old = iter(n for n, index in zip(plan.shapes[path], axes) if index is not None)
-        cuts[names[path]] = tuple(n if index is None else next(old) for n, index in zip(here, kept)), kept
+        cuts[names[path]] = tuple(n if index is None else next(old) for n, index in zip(here, mine)), mine
     new: list[tuple[ms.Parameter, Any]] = []
     for place, parameter in enumerate(held):
-        path = paths.get(id(parameter))
-        if path is None:
+        name = paths.get(id(parameter))
+        if name is None:
             continue
         done = []
-        for slot, state in _states(optimizer, place, parameter) if path in cuts else ():
-            kept = state_axes(f"{path}: {slot}", tuple(state.shape), *cuts[path])
+        for slot, state in _states(optimizer, place, parameter) if name in cuts else ():
+            kept = state_axes(f"{name}: {slot}", tuple(state.shape), *cuts[name])
             if kept is not None:
                 values = state.asnumpy()
                 for axis, index in enumerate(kept):
@@ -86,9 +86,9 @@ def migrate_optimizer(optimizer: nn.Cell, model: nn.Cell, desc: dict[str, Any]) 
                 new.append((state, values))
                 done.append(slot)
         if done:
-            report.cut[path] = done
+            report.cut[name] = done
         else:
-            report.kept.append(path)
+            report.kept.append(name)
     for state, values in new:
         resize(state, values)
     if new:

@@ -125,7 +125,7 @@ def test_an_old_graph_is_refused_and_leaves_no_gradient():
     model = network()
     loss = nn.functional.cross_entropy(model(X), Y)
     prune(model)
-    with pytest.raises((GraphError, RuntimeError), match="before the model was pruned|inplace operation"):
+    with pytest.raises((GraphError, RuntimeError), match=r"before the model was pruned|inplace operation"):
         loss.backward()
     assert all(p.grad is None or p.grad.shape == p.shape for p in model.parameters())
 
@@ -145,7 +145,7 @@ def test_hooks_and_gradients_are_carried_and_ties_stay():
     seen: dict[str, list[tuple[int, ...]]] = {"hook": [], "post": []}
     model.fc.weight.register_hook(lambda g: seen["hook"].append(tuple(g.shape)))
     model.fc.weight.register_post_accumulate_grad_hook(lambda p: seen["post"].append(tuple(p.grad.shape)))
-    before = {n: p for n, p in model.named_parameters(remove_duplicate=False)}
+    before = dict(model.named_parameters(remove_duplicate=False))
     loss = model(ids).square().mean()
     loss.backward(retain_graph=True)
     gradients = {n: p.grad.clone() for n, p in model.named_parameters()}

@@ -83,7 +83,7 @@ class Criterion:
         return role in self.roles
 
     def vectors(self, path: str, axes: set[int], evidence: Evidence) -> dict[int, Array] | None:
-        """Sums of scores over all axes but one, for each of several axes; None where nothing is known of a parameter."""
+        """Scores summed over all axes but one, for each of several axes; None where nothing is known of it."""
         gradient = None
         if self.needs:
             if path not in evidence.gradients:
@@ -141,7 +141,7 @@ class Taylor(Criterion):
 
 
 class Hessian(Criterion):
-    """w^2 E[g^2], the second-order change with the Fisher diagonal (LeCun et al. 1990, Optimal Brain Damage, sec. 2)."""
+    """w^2 E[g^2], the second-order change by the Fisher diagonal (LeCun et al. 1990, Optimal Brain Damage, sec. 2)."""
 
     name, needs, roles = "hessian", "square", ("out", "in", "norm", "layer_norm")
 
@@ -170,8 +170,8 @@ class OfRows(Criterion):
     """A user's function of one output channel's weights.
 
     Args:
-        function: maps a slice without the output axis, a tensor of the framework, to a number. One that only takes NumPy
-            arrays is given those.
+        function: maps a slice without the output axis, a tensor of the framework, to a number. One that only takes
+            NumPy arrays is given those.
     """
 
     roles = ("out",)
@@ -207,8 +207,8 @@ class OfRows(Criterion):
         number = _number(value)
         if number is None or not np.isfinite(number):
             raise ArgumentError(
-                f"the importance function {self.name!r} must return a finite number for each channel. Received for one of "
-                f"{path.rpartition('.')[0] or path!r}: {value!r}"
+                f"the importance function {self.name!r} must return a finite number for each channel. Received for "
+                f"one of {path.rpartition('.')[0] or path!r}: {value!r}"
             )
         return number
 

@@ -44,7 +44,7 @@ class PruneFramework(Protocol):
 
     @abstractmethod
     def rows(self, path: str, axis: int) -> Iterable[Any]:
-        """A parameter's slices along an axis as tensors of the framework, float32 or float64, on its own device; copies."""
+        """A parameter's slices along an axis as tensors of the framework, float32 or float64, on its device; copies."""
 
     @abstractmethod
     def integers(self) -> dict[str, dict[str, int]]:

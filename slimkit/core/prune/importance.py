@@ -91,7 +91,8 @@ def _demand_finite(path: str, view: View, places: dict[str, list[tuple[str, int,
     bad = int(values.size - np.isfinite(values).sum())
     if bad:
         raise ArgumentError(
-            f"network must hold finite weights to be pruned: {bad} of {values.size} values of {path!r} are NaN or infinite"
+            f"network must hold finite weights to be pruned: {bad} of {values.size} values of {path!r} are NaN or "
+            "infinite"
         )
 
 
@@ -105,9 +106,7 @@ def _in_float64(path: str, axes: set[int], criterion: Criterion, evidence: Evide
     )
     vectors = criterion.vectors(path, axes, wide)
     if vectors is None or not _finite(vectors):
-        what = (
-            f"the calibration data (its {criterion.needs})" if criterion.needs else f"the criterion {criterion.name!r}"
-        )
+        what = f"the data's {criterion.needs}" if criterion.needs else f"the criterion {criterion.name!r}"
         raise ArgumentError(f"{what} gives scores of {path!r} that are NaN or infinite")
     return vectors
 

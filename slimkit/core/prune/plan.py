@@ -160,7 +160,8 @@ class PrunePlan:
                 )
             if not _same_shape(tuple(shapes[name]), shape):
                 raise PlanError(
-                    f"desc was made for {path!r} of shape {list(shape)}, and this model's is {list(shapes[name])}. {hint}"
+                    f"desc was made for {path!r} of shape {list(shape)}, and this model's is {list(shapes[name])}. "
+                    f"{hint}"
                 )
             names[path] = name
         extra = [p for p in shapes if p not in set(names.values())]

@@ -61,6 +61,6 @@ def check_begins(model: Any, plan: PrunePlan) -> None:
             PrunePlan(plans[0]).match(plan.shapes)  # the same model in the other framework's names
         except PlanError as error:
             raise FileFormatError(
-                f"desc must begin at the model as it was built, and this one was pruned {len(plans)} times: save it with "
-                f"pruner.whole_desc(), or merge_desc(first, second, ...). {error}"
+                f"desc must begin at the model as it was built, and this one was pruned {len(plans)} times: save it "
+                f"with pruner.whole_desc(), or merge_desc(first, second, ...). {error}"
             ) from None
