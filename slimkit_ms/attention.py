@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from slimkit_ms import bridge
@@ -11,7 +10,7 @@ from slimkit_ms import bridge
 import mindspore as ms
 from mindspore import nn, ops
 
-__all__ = ["PrunedMultiheadAttention", "bridge", "settled", "spelled_out"]
+__all__ = ["PrunedMultiheadAttention", "bridge", "settled"]
 
 
 class PrunedMultiheadAttention(nn.MultiheadAttention):
@@ -112,22 +111,6 @@ class PrunedMultiheadAttention(nn.MultiheadAttention):
         if missing > 0:
             mask = ops.cat((mask, ops.zeros(mask.shape[:-1] + (missing,), mask.dtype)), -1)
         return mask
-
-
-@contextlib.contextmanager
-def spelled_out(model: nn.Cell) -> Iterator[None]:
-    """Every plain `nn.MultiheadAttention` of a cell is of our own class while the context is open, and says the same.
-
-    So the operators that are compiled before a cut are those that are compiled after it.
-    """
-    turned = [cell for _, cell in model.cells_and_names() if type(cell) is nn.MultiheadAttention]
-    try:
-        for cell in turned:
-            cell.__class__ = PrunedMultiheadAttention
-        yield
-    finally:
-        for cell in turned:
-            cell.__class__ = nn.MultiheadAttention
 
 
 def settled(cell: nn.MultiheadAttention) -> Mapping[str, Any]:

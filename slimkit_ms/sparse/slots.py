@@ -11,7 +11,7 @@ import numpy as np
 from slimkit.core.sparse.experts import UNCLEAR, Fused, fused
 from slimkit.core.sparse.maths.layer import SparseLayer
 from slimkit_ms import bridge, kinds
-from slimkit_ms.attention import spelled_out
+from slimkit_ms.trace.spelling import spelled_out
 
 import mindspore as ms
 from mindspore import nn

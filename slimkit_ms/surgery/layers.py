@@ -201,12 +201,22 @@ def _cut_attention(cell: nn.MultiheadAttention, undo: Undo) -> None:
     undo.turn(cell, kind)
 
 
+def _cut_recurrent(cell: nn.Cell, own: Mapping[str, ms.Parameter], undo: Undo) -> None:
+    for name, key in (("hidden_size", "weight_hh"), ("input_size", "weight_ih")):
+        if name in vars(cell):
+            weight = next(p for path, p in own.items() if path.startswith(key))
+            undo.set(cell, name, int(weight.shape[1]))
+
+
 def _cut_layer(cell: nn.Cell, own: Mapping[str, ms.Parameter], group: int | None, undo: Undo) -> None:
     attributes = vars(cell)
     names = [n for n in _GROUPS if isinstance(attributes.get(n), int)]
     if group is not None:
         for name in names or [n for n in ("num_groups",) if n in attributes]:
             undo.set(cell, name, group)
+    if isinstance(cell, (nn.RNN, nn.GRU, nn.LSTM, nn.RNNCell, nn.GRUCell, nn.LSTMCell)):
+        _cut_recurrent(cell, own, undo)
+        return
     count = next((attributes[n] for n in names), 1)
     weight = next((own[k] for k in ("weight", "embedding_table", "gamma") if k in own), None)
     if weight is None:

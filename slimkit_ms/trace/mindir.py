@@ -18,7 +18,7 @@ import numpy as np
 from slimkit.core.batch import as_call
 from slimkit.core.errors import GraphError
 from slimkit_ms import bridge
-from slimkit_ms.attention import spelled_out
+from slimkit_ms.trace.spelling import spelled_out
 
 import mindspore as ms
 from mindspore import nn

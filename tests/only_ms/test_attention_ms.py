@@ -9,8 +9,9 @@ import pytest
 
 import slimkit_ms
 from slimkit.core.prune.plan import PrunePlan
-from slimkit_ms.attention import PrunedMultiheadAttention, spelled_out
+from slimkit_ms.attention import PrunedMultiheadAttention
 from slimkit_ms.trace import mindir
+from slimkit_ms.trace.spelling import spelled_out
 from tests import zoo_ms
 
 import mindspore as ms
