@@ -17,7 +17,8 @@ from slimkit.core.prune.dims import find, leaves
 from slimkit.core.prune.graph import Graph
 from slimkit.core.prune.plan import Plan
 from slimkit.core.prune.pruner import PrunerBase
-from slimkit.core.prune.rules import SCALE, Relations
+from slimkit.core.prune.relations import SCALE, Relations
+from slimkit.core.prune.rules import relate
 from slimkit.core.prune.solve import Coupling, View
 from slimkit_ms import bridge
 from slimkit_ms.compensate import compensate
@@ -150,7 +151,7 @@ class MindSporeWing:
             assert self.knife is not None
             keep = self._keep(plan, names)
             groups = {path: count for path, (_, count) in plan.groups.items()}
-            foretold = Foretold(Relations(self.traced.graph), keep)
+            foretold = Foretold(relate(self.traced.graph), keep)
             try:
                 undo = self.knife.cut(keep, groups, foretold, plan.attributes)
             except RefusedError as error:

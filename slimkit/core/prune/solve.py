@@ -11,12 +11,14 @@ import numpy as np
 
 from slimkit.core.prune.dims import FREE, PRODUCT, Dim, find, leaves, unify
 from slimkit.core.prune.graph import Graph
-from slimkit.core.prune.rules import SCALE, Relations
+from slimkit.core.prune.relations import SCALE, Relations, layer_of
+from slimkit.core.prune.rules import relate
 
 # An axis in plain data: a number (stays whole), a variable's name, or ["*" or "+", part, part, ...].
 Expr = int | str | list[Any]
 Index = np.ndarray[Any, np.dtype[np.int64]]
 WRITTEN = "its size is written in the code of"
+UNMADE = "no layer makes it"
 
 
 @dataclass
@@ -48,7 +50,7 @@ class Coupling:
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
         self.tied: set[int] = set()
-        self.relations = Relations(graph)
+        self.relations = relate(graph)
         self.pinned: dict[Dim, str] = {}
 
     def tie(self, place: int) -> bool:
@@ -96,8 +98,8 @@ class Coupling:
         """
         excluded = dict(self.pinned)
         wanted = set(un_prune)
-        for path, dim in self.relations.outs.items():
-            if path.rpartition(".")[0] in wanted:
+        for path, dim in self.relations.outs:
+            if layer_of(path) in wanted:
                 for leaf in leaves(dim):
                     excluded.setdefault(find(leaf), "named in un_prune_list")
         return View(self, excluded)
@@ -123,6 +125,7 @@ class View:
         self._names: dict[Dim, str] = {}
         self._compiled: dict[Dim, Expr] = {}
         relations = coupling.relations
+        self._made = {x for dim in relations.made for x in map(find, leaves(dim))}
         self._one_factor_each(relations)
         self.variables: list[Variable] = []
         self.axes: dict[str, list[Expr]] = {}
@@ -141,7 +144,7 @@ class View:
                 for leaf in dict.fromkeys(map(find, leaves(dim))):
                     name = self._names.get(leaf)
                     if name is None:
-                        why = leaf.reason or excluded.get(leaf, "")
+                        why = leaf.reason or excluded.get(leaf, "") or ("" if leaf in self._made else UNMADE)
                         if leaf.size > 1 and why:
                             self.whole.setdefault(why, []).append(f"{path}:{axis}")
                         continue
@@ -191,7 +194,7 @@ class View:
                         self._names[leaf] = f"d{len(self._names)}"
 
     def _free(self, leaf: Dim) -> bool:
-        return leaf.kind == FREE and not leaf.elastic and leaf not in self._excluded
+        return leaf in self._made and leaf.kind == FREE and not leaf.elastic and leaf not in self._excluded
 
     def expression(self, dim: Dim) -> Expr:
         """An axis in plain data."""
@@ -208,10 +211,10 @@ class View:
 
     def _describe(self, by_name: dict[str, Variable], relations: Relations) -> None:
         makers: dict[str, list[str]] = {}
-        for path, dim in relations.outs.items():
+        for path, dim in relations.outs:
             for leaf in dict.fromkeys(map(find, leaves(dim))):
                 if leaf in self._names:
-                    makers.setdefault(self._names[leaf], []).append(path.rpartition(".")[0])
+                    makers.setdefault(self._names[leaf], []).append(layer_of(path))
         averaged = {x for dim in relations.averaged for x in map(find, leaves(dim))}
         for leaf, name in self._names.items():
             variable = by_name.get(name)
