@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 
-from slimkit.core.prune.dims import FREE, find, leaves
+from slimkit.core.prune.dims import FREE, Dim, find, leaves
 from slimkit.core.prune.graph import Graph
 from slimkit.core.prune.solve import View, size_of
 
@@ -25,12 +26,30 @@ def differences(
         if twin.op != node.op or len(twin.outputs) != len(node.outputs):
             return place, ANOTHER
         for mine, theirs in zip(node.outputs, twin.outputs):
-            for dim, size in zip(relations.dims[mine], other.values[theirs].shape):
-                if any(x.elastic and x.kind == FREE for x in map(find, leaves(dim))):
-                    continue
-                planned = size_of(view.expression(dim), counts)
-                if planned != size:
-                    return place, f"{size} where {planned} was planned"
+            wrong = _wrong_size(view, relations.dims[mine], other.values[theirs].shape, counts, ignored == LAYOUT)
+            if wrong:
+                return place, wrong
     if len(after) < len(before) or error:
         return (before[min(len(after), len(before) - 1)] if before else 0), error or "fewer operators ran"
+    return None
+
+
+def _wrong_size(
+    view: View, dims: Sequence[Dim], shape: Sequence[int], counts: Mapping[str, int], merged: bool
+) -> str | None:
+    """Where a shape departs from the planned one; `merged` lets the axes but the last be folded into one another, as
+    torch does before a product whose input lies in one piece."""
+    planned = [
+        None
+        if any(x.elastic and x.kind == FREE for x in map(find, leaves(dim)))
+        else size_of(view.expression(dim), counts)
+        for dim in dims
+    ]
+    sizes = list(shape)
+    if merged and None not in planned and planned and sizes and len(planned) != len(sizes):
+        planned = [math.prod(n for n in planned[:-1] if n is not None), planned[-1]]
+        sizes = [math.prod(sizes[:-1]), sizes[-1]]
+    for want, size in zip(planned, sizes):
+        if want is not None and want != size:
+            return f"{size} where {want} was planned"
     return None

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from slimkit.core.prune.dims import FREE, PRODUCT, Dim, find, leaves, unify
+from slimkit.core.prune.dims import FREE, PRODUCT, Dim, find, leaves, product, unify
 from slimkit.core.prune.graph import Graph
 from slimkit.core.prune.relations import SCALE, Relations, layer_of
 from slimkit.core.prune.rules import relate
@@ -19,6 +19,7 @@ Expr = int | str | list[Any]
 Index = np.ndarray[Any, np.dtype[np.int64]]
 WRITTEN = "its size is written in the code of"
 UNMADE = "no layer makes it"
+RIVAL = "another factor of the same axis is pruned (heads, not their size)"
 
 
 @dataclass
@@ -66,20 +67,31 @@ class Coupling:
         return True
 
     def tie_widths(self, place: int) -> bool:
-        """Demand that a reshape's axis equals the others of its size in the same module, as its code takes for
-        granted."""
+        """Demand that what a reshape folds or unfolds equals the axes of its size in the same module, as its code takes
+        for granted: `reshape(b, n, 3, heads, width // heads)` ties the width that comes in to its heads."""
         node, dims = self.graph.nodes[place], self.relations.dims
         if node.op != "reshape" or -1 - place in self.tied:
             return False
         self.tied.add(-1 - place)
         near = [n for other in self.graph.nodes if other.scope == node.scope for n in (*other.inputs, *other.outputs)]
+        before = dims[node.inputs[0]] if node.inputs[0] is not None else []
+        folded = [d for d in before if self._open(d)]
+        for side in (dims[node.outputs[0]], before):
+            lead = next((k for k, (a, b) in enumerate(zip(before, dims[node.outputs[0]])) if a.size != b.size), 0)
+            last = len(side)
+            folded += [product(side[i:j]) for i in range(lead, last) for j in range(last, i + 1, -1)]
         done = False
-        for dim in (d for n in node.inputs if n is not None for d in dims[n]):
-            if any(x.kind == FREE and x not in self.pinned for x in map(find, leaves(dim))):
-                for other in (d for n in near if n is not None for d in dims[n] if d.size == dim.size):
-                    done = done or find(other) is not find(dim)
+        for dim in folded:
+            for other in (d for n in near if n is not None for d in dims[n] if d.size == dim.size > 1):
+                if self._open(dim) and find(other) is not find(dim):
+                    before_tie = repr(other), repr(dim)
                     unify(other, dim)
+                    done = done or (repr(other), repr(dim)) != before_tie
         return done
+
+    def _open(self, dim: Dim) -> bool:
+        """Whether something of an axis can still be pruned."""
+        return any(x.kind == FREE and x not in self.pinned for x in map(find, leaves(dim)))
 
     def pin(self, dim: Dim, reason: str) -> bool:
         """Exclude every variable of an axis for good; tells whether that changed anything."""
@@ -160,6 +172,7 @@ class View:
         """In a flattened axis prune one factor only: heads rather than the size of a head, groups or channels in a
         group."""
         seen: set[Dim] = set()
+        rivals: dict[Dim, set[Dim]] = {}
 
         def walk(dim: Dim) -> None:
             dim = find(dim)
@@ -170,7 +183,15 @@ class View:
                 walk(part)
             if dim.kind != PRODUCT:
                 return
-            open_ = [(p, [x for x in map(find, leaves(p)) if self._free(x)]) for p in dim.parts]
+            all_ = [
+                (p, [x for x in map(find, leaves(p)) if self._free(x) or self._excluded.get(x) == RIVAL])
+                for p in dim.parts
+            ]
+            for p, some in all_ if sum(bool(some) for _, some in all_) > 1 else ():
+                others = {x for q, more in all_ if q is not p for x in more}
+                for leaf in some:
+                    rivals.setdefault(leaf, set()).update(others)
+            open_ = [(p, [x for x in some if self._free(x)]) for p, some in all_]
             open_ = [(p, free) for p, free in open_ if free]
             if len(open_) < 2:
                 return
@@ -182,11 +203,15 @@ class View:
                 if part is not best[0]:
                     for leaf in free:
                         if leaf not in best[1]:
-                            self._excluded[leaf] = "another factor of the same axis is pruned (heads, not their size)"
+                            self._excluded[leaf] = RIVAL
 
         for dims in relations.params.values():
             for dim in dims:
                 walk(dim)
+        for leaf in sorted(rivals, key=lambda leaf: -leaf.size):
+            # Given up for a factor that another axis then gave up in its turn (groups of 8 before groups of 4).
+            if self._excluded.get(leaf) == RIVAL and not any(self._free(x) for x in rivals[leaf] - {leaf}):
+                del self._excluded[leaf]
         for dims in relations.params.values():
             for dim in dims:
                 for leaf in map(find, leaves(dim)):
