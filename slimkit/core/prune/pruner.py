@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import count
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -25,6 +25,9 @@ from slimkit.core.prune.solve import WRITTEN, Coupling, Index, View
 from slimkit.core.prune.wing import RepairingWing, Wing
 
 _ROUNDS = 200
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 Changes = dict[str, dict[str, tuple[int, int]]]
 Array = np.ndarray[Any, Any]
 
@@ -69,6 +72,29 @@ class PrunerBase(PrunerSettings):
         self._tried: dict[str, int] = {}
         # Whether alike blocks must keep equal widths, since one number of a configuration speaks of them all.
         self._level = False
+
+    def set_examples(self, inputs: Sequence[Any]) -> Self:
+        """Trace further examples, so that what only they read is coupled as well: optional arguments, labels, lengths.
+
+        Args:
+            inputs: a list of examples, each as the constructor takes one (a tensor, a tuple of arguments, a dict of
+                keyword arguments); they count beside the constructor's.
+
+        Returns:
+            This pruner.
+
+        Raises:
+            ArgumentTypeError: no list or tuple.
+            ArgumentError: an empty list.
+            UnsupportedError: the framework traces one example only.
+        """
+        if not isinstance(inputs, (list, tuple)):
+            check.wrong_type("inputs", "a list of examples", inputs)
+        if not inputs:
+            check.wrong_value("inputs", "a list of at least one example", inputs)
+        self._wing.show(inputs)
+        self._coupling, self._scored, self._report = None, None, {}
+        return self
 
     def analysis(
         self, reserved_ratio: float = 0.75, un_prune_list: Sequence[int | str] | None = None
@@ -195,8 +221,9 @@ class PrunerBase(PrunerSettings):
         out: list[str] = []
         for item in wanted:
             if isinstance(item, str):
-                found = match(layers, [item], whole_modules=True)
-                demand(found, layers, "un_prune_list")
+                named = [*layers, *(p for p in self._solved().graph.further if p not in layers)]
+                found = match(named, [item], whole_modules=True)
+                demand(found, named, "un_prune_list")
                 out.extend(found.names)
                 continue
             check.integer(item, "un_prune_list", -len(layers), len(layers) - 1)

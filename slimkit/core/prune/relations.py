@@ -96,8 +96,13 @@ class Relations:
             self.live[number] = value.kind == "input"
             if value.kind == "param":
                 self.origin[number] = (value.path, tuple(range(len(value.shape))))
-        for node in graph.nodes:
+        first = graph.ends[0] if graph.ends else len(graph.nodes)
+        for place, node in enumerate(graph.nodes):
+            if place == first:
+                counted = list(self.costs)
             self._relate(node)
+        if first < len(graph.nodes):
+            self.costs = counted
         self._keep_unreached()
         self._mirror_unused()
         for number in graph.outputs:

@@ -25,6 +25,10 @@ class Wing(Protocol):
         """The model's graph."""
 
     @abstractmethod
+    def show(self, examples: Sequence[Any]) -> None:
+        """Trace these examples too, beside the one that the pruner was made with."""
+
+    @abstractmethod
     def rehearse(self, plan: Plan) -> tuple[Graph, str | None, set[str]]:
         """The graph of the cut model as far as it ran, the error that stopped it, and the modules that surgery
         remakes."""
