@@ -73,7 +73,9 @@ def recurrent(emit: Emit, module: nn.RNNBase, args: tuple[Any, ...], kwargs: dic
         last = _like(x, count, *batch, size)
         one = _like(x, *[1] * len(last.shape[:-1]), size)
         if size == width:
-            emit("reduce", [outputs[-1]], [flat := _like(x, size)], axes=list(range(len(lead))), keepdim=False, fn="sum")
+            emit(
+                "reduce", [outputs[-1]], [flat := _like(x, size)], axes=list(range(len(lead))), keepdim=False, fn="sum"
+            )
             emit("reshape", [flat], [one])
             emit("expand", [one], [last])
         else:

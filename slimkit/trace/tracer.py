@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -149,7 +150,7 @@ class Recorder(TorchDispatchMode):
     def repeats(self) -> bool:
         """Whether the last run says nothing that an earlier one did not: the same operators on the same parameters."""
         starts = [0, *self.graph.ends]
-        runs = [self._signature(a, b) for a, b in zip(starts, starts[1:])]
+        runs = [self._signature(a, b) for a, b in itertools.pairwise(starts)]
         return runs[-1] in runs[:-1]
 
     def _signature(self, start: int, stop: int) -> list[Any]:

@@ -85,9 +85,7 @@ def unmarked(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def watched(
-    model: nn.Module, scopes: list[str], crossed: Callable[[str, Any], None]
-) -> Iterator[list[nn.Module]]:
+def watched(model: nn.Module, scopes: list[str], crossed: Callable[[str, Any], None]) -> Iterator[list[nn.Module]]:
     """Keep `scopes` the stack of running modules, and give the layers in the order they ran when the context closes.
 
     Args:

@@ -213,7 +213,9 @@ def _improve(
     together = [np.flatnonzero([x == label for x in labels]) for label in dict.fromkeys(labels)]
     # Blocks that are alike stay alike unless that alone misses the target by more than a point.
     single = [np.array([k]) for k in range(len(full))]
-    for moves, near in ((together, tolerance), (single, max(tolerance, 0.01 * account.count(full) / target)))[: 2 - level]:
+    for moves, near in ((together, tolerance), (single, max(tolerance, 0.01 * account.count(full) / target)))[
+        : 2 - level
+    ]:
         for _ in range(200):
             away = account.count(counts) - target
             if abs(away) <= near * target:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from slimkit.core.prune.dims import ONE, Dim, factor, find, fix, fixed, leaves, product, same, unify
+from slimkit.core.prune.dims import ONE, factor, find, fix, fixed, leaves, product, same, unify
 from slimkit.core.prune.graph import Node
-from slimkit.core.prune.relations import Relations, Score
+from slimkit.core.prune.relations import Dims, Relations, Score
 from slimkit.core.prune.shape_rules import elementwise
 
-Dims = list[Dim]
 SPACE = "spatial size"
 
 

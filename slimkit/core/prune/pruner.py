@@ -16,13 +16,13 @@ from slimkit.core.prune.allocate import Account, Allocation, allocate
 from slimkit.core.prune.attributes import config_changes, new_values, scope_sizes
 from slimkit.core.prune.dims import Dim
 from slimkit.core.prune.draw import picture
+from slimkit.core.prune.framework import PruneFramework, RepairFramework
 from slimkit.core.prune.graph import Node
 from slimkit.core.prune.importance import NAMES, best, scores
-from slimkit.core.prune.plan import Plan, make_desc
+from slimkit.core.prune.plan import PrunePlan, make_desc
 from slimkit.core.prune.rehearsal import ANOTHER, COPIES, LAYOUT, differences
 from slimkit.core.prune.settings import PrunerSettings
 from slimkit.core.prune.solve import WRITTEN, Coupling, Index, View
-from slimkit.core.prune.wing import RepairingWing, Wing
 
 _ROUNDS = 200
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class PrunerBase(PrunerSettings):
         wing: the framework's side.
     """
 
-    def __init__(self, wing: Wing) -> None:
+    def __init__(self, wing: PruneFramework) -> None:
         super().__init__(wing)
         self._coupling: Coupling | None = None
         self._scored: Any = None
@@ -123,7 +123,7 @@ class PrunerBase(PrunerSettings):
             view = coupling.view(whole)
             allocation, account = self._allocate(view, reserved_ratio)
             desc = self._describe(view, allocation, reserved_ratio, whole)
-            if self._rehearse(view, Plan(desc), allocation.keep):
+            if self._rehearse(view, PrunePlan(desc), allocation.keep):
                 break
             if rounds == _ROUNDS:
                 self._keep_everything(view, f"its code contradicted {rounds} plans")
@@ -145,9 +145,9 @@ class PrunerBase(PrunerSettings):
         _, desc = self.analysis(reserved_ratio, un_prune_list)
         layers = self._solved().graph.layers
         if self._repair is None:
-            self._cut(Plan(desc))
+            self._cut(PrunePlan(desc))
             return desc
-        wing, plan = cast(RepairingWing, self._wing), Plan(desc)
+        wing, plan = cast(RepairFramework, self._wing), PrunePlan(desc)
         dense = wing.snapshot()
         undo = self._cut(plan)
         try:
@@ -171,7 +171,7 @@ class PrunerBase(PrunerSettings):
         Raises:
             PlanError: the plan was made for another model; the message names the first mismatch.
         """
-        self._cut(Plan(desc))
+        self._cut(PrunePlan(desc))
         return getattr(self._wing, "model", None)
 
     def report(self) -> dict[str, Any]:
@@ -296,7 +296,7 @@ class PrunerBase(PrunerSettings):
         }
         return make_desc(view, keep, attributes, config, made)
 
-    def _rehearse(self, view: View, plan: Plan, counts: Mapping[str, int]) -> bool:
+    def _rehearse(self, view: View, plan: PrunePlan, counts: Mapping[str, int]) -> bool:
         """Run the cut model on shapes alone and compare; pin what the model's code contradicts."""
         if not plan.keep:
             return True
@@ -328,7 +328,9 @@ class PrunerBase(PrunerSettings):
             return False
         parts = node.scope.split(".") if node.scope else []
         for scope in (".".join(parts[:k]) for k in range(len(parts), -1, -1)):
-            inside = [n for n in coupling.graph.nodes if not scope or n.scope == scope or n.scope.startswith(scope + ".")]
+            inside = [
+                n for n in coupling.graph.nodes if not scope or n.scope == scope or n.scope.startswith(scope + ".")
+            ]
             if sum(coupling.pin(dim, reason) for dim in _touched(view, inside)):
                 self._keep_whole(f"all that {scope or 'the model'} touches stays whole: {what} in {node.op}")
                 return False
@@ -362,7 +364,7 @@ class PrunerBase(PrunerSettings):
             combination //= number
         return True
 
-    def _cut(self, plan: Plan) -> Any:
+    def _cut(self, plan: PrunePlan) -> Any:
         names = plan.match(self._wing.shapes())
         undo = self._wing.cut(plan, names)
         # Everything known about the model was about the uncut one.
@@ -411,7 +413,9 @@ class PrunerBase(PrunerSettings):
         if allocation.total < allocation.target * 0.98:
             wide = "the widths that alignment and heads allow lie too far apart to come nearer"
             self._report["notes"].append(f"asked to keep {ratio:.3f}, keeps {self._report['reached']:.3f}: {wide}")
-            logger.warning("asked to keep %.3f of the %s, keeps %.3f: %s", ratio, self._budget, self._report["reached"], wide)
+            logger.warning(
+                "asked to keep %.3f of the %s, keeps %.3f: %s", ratio, self._budget, self._report["reached"], wide
+            )
         if missed and not allocation.held_back:
             self._report["notes"].append("nothing more can be pruned: every other axis stays whole")
         if missed:

@@ -18,10 +18,24 @@ SCALE = "inner size of attention, which its scale depends on"
 UNREACHED = "only a part of it was read when the model ran"
 # Operators whose results hold their inputs' indices side by side: one that nobody reads afterwards was not read.
 _PASSING = frozenset(
-    "elementwise identity reshape transpose expand repeat concat stack slice split pad norm pool".split()
+    [
+        "elementwise",
+        "identity",
+        "reshape",
+        "transpose",
+        "expand",
+        "repeat",
+        "concat",
+        "stack",
+        "slice",
+        "split",
+        "pad",
+        "norm",
+        "pool",
+    ]
 )
 # Operators through which the scores of attention come to their softmax, and the shares to the values.
-_CARRYING = frozenset("elementwise identity reshape transpose expand concat slice pad split".split())
+_CARRYING = frozenset(["elementwise", "identity", "reshape", "transpose", "expand", "concat", "slice", "pad", "split"])
 
 
 _ACTIVATING = frozenset({"embedding", "attention", "layer_norm"})

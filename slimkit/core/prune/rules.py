@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from slimkit.core.prune import layer_rules, shape_rules
-from slimkit.core.prune.dims import Dim, fixed
-from slimkit.core.prune.graph import Graph, Node
-from slimkit.core.prune.relations import Relations, Rule
-
-Dims = list[Dim]
+from slimkit.core.prune.dims import fixed
+from slimkit.core.prune.graph import Node
+from slimkit.core.prune.relations import Dims, Relations, Rule
 
 
 def _opaque(r: Relations, node: Node, x: list[Dims]) -> list[Dims]:
@@ -51,8 +49,3 @@ RULES: dict[str, Rule] = {
     "unfold": layer_rules.unfold,
     "opaque": _opaque,
 }
-
-
-def relate(graph: Graph) -> Relations:
-    """Relate all axes of a traced model."""
-    return Relations(graph, RULES)

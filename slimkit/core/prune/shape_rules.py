@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from slimkit.core.prune.dims import ONE, Dim, cut, divided, factor, fix, fixed, product, regroup, same, total
 from slimkit.core.prune.graph import Node
-from slimkit.core.prune.relations import Partial, Relations
-
-Dims = list[Dim]
+from slimkit.core.prune.relations import Dims, Partial, Relations
 
 # Reductions whose result depends on which index held what, not only on the values.
 BY_INDEX = ("prod", "any", "all", "argmax", "argmin", "median", "count")
