@@ -86,10 +86,10 @@ def settled(path: str, module: nn.Module, shapes: Shapes, groups: Mapping[str, t
     if isinstance(module, nn.PReLU) and weight:
         return {"num_parameters": weight[0]}
     if isinstance(module, nn.RNNBase):
-        read, made = shapes[_of(path, "weight_ih_l0")], shapes[_of(path, "weight_hh_l0")]
-        gates = {"LSTM": 4, "GRU": 3}.get(module.mode, 1)
-        hidden = made[0] // gates
-        return {"input_size": read[1], "hidden_size": hidden, "proj_size": made[1] if module.proj_size else 0}
+        n_gates = {"LSTM": 4, "GRU": 3}.get(module.mode, 1)
+        ahead, again = shapes[_of(path, "weight_ih_l0")], shapes[_of(path, "weight_hh_l0")]
+        projected = again[1] if module.proj_size else 0
+        return {"input_size": ahead[1], "hidden_size": again[0] // n_gates, "proj_size": projected}
     if isinstance(module, nn.RNNCellBase):
         return {"input_size": shapes[_of(path, "weight_ih")][1], "hidden_size": shapes[_of(path, "weight_hh")][1]}
     if isinstance(module, nn.MultiheadAttention):

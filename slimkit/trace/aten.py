@@ -132,6 +132,8 @@ READERS: dict[str, Reader] = {
     "_embedding_bag_forward_only": readers.embedding_bag,
     "max_unpool2d": readers.unpool(2),
     "max_unpool3d": readers.unpool(3),
+    "_pack_padded_sequence": readers.packed,
+    "_pad_packed_sequence": readers.packed,
     "vdot": readers.mv,
     "linalg_vecdot": readers.vecdot,
     "aminmax": readers.reduce("amax"),

@@ -30,7 +30,8 @@ def reads_training(model: nn.Module) -> bool:
         >>> reads_training(Net()), reads_training(nn.Dropout())
         (True, False)
     """
-    return any(_class_reads(kind) for kind in {type(m) for m in model.modules()})
+    kinds: set[Any] = {type(m) for m in model.modules()}
+    return any(_class_reads(kind) for kind in kinds)
 
 
 def _own(kind: type) -> bool:
@@ -38,7 +39,7 @@ def _own(kind: type) -> bool:
 
 
 @functools.cache
-def _class_reads(kind: type) -> bool:
+def _class_reads(kind: Any) -> bool:
     found: set[types.CodeType] = set()
     for base in kind.__mro__:
         if not _own(base):

@@ -69,17 +69,13 @@ def recurrent(emit: Emit, module: nn.RNNBase, args: tuple[Any, ...], kwargs: dic
     batch = [] if isinstance(given, torch.Tensor) and given.dim() == 2 else [_batch(module, given)]
     count = module.num_layers * len(sides)
     ends = []
-    for size in (width, module.hidden_size) if isinstance(module, nn.LSTM) else (width,):
-        last = _like(x, count, *batch, size)
-        one = _like(x, *[1] * len(last.shape[:-1]), size)
-        if size == width:
-            emit(
-                "reduce", [outputs[-1]], [flat := _like(x, size)], axes=list(range(len(lead))), keepdim=False, fn="sum"
-            )
-            emit("reshape", [flat], [one])
-            emit("expand", [one], [last])
-        else:
-            emit("opaque", [outputs[-1]], [last], fn="cell state of a projected LSTM")
+    for source in (tips[-1], cells[-1]) if isinstance(module, nn.LSTM) else (tips[-1],):
+        size = source.shape[-1]
+        flat, last = _like(x, size), _like(x, count, *batch, size)
+        one = _like(x, *[1] * (last.dim() - 1), size)
+        emit("reduce", [source], [flat], axes=list(range(len(lead))), keepdim=False, fn="any")
+        emit("reshape", [flat], [one])
+        emit("expand", [one], [last])
         ends.append(last)
     out: Any = x
     if isinstance(given, PackedSequence):
@@ -96,7 +92,8 @@ def _batch(module: nn.RNNBase, given: Any) -> int:
 def _direction(emit: Emit, module: nn.RNNBase, x: torch.Tensor, lead: list[int], end: str) -> tuple[torch.Tensor, ...]:
     """One layer in one direction, as one step of it (gates from the input and from the state before): its cell and its
     output, which are the same without a projection."""
-    p = {name: getattr(module, f"{name}_{end}", None) for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")}
+    names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+    p: dict[str, Any] = {name: getattr(module, f"{name}_{end}", None) for name in names}
     n_hidden = module.hidden_size
     n_gates = p["weight_hh"].shape[0] // n_hidden
     if n_gates * n_hidden != p["weight_hh"].shape[0] or (not module.proj_size and p["weight_hh"].shape[1] != n_hidden):

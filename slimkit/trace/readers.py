@@ -249,6 +249,16 @@ def col2im(emit: Emit, a: Sequence[Any], kw: dict[str, Any], out: Sequence[Any])
     emit("expand", [once], out)
 
 
+def packed(emit: Emit, a: Sequence[Any], kw: dict[str, Any], out: Sequence[Any]) -> None:
+    """Packing and unpacking of sequences: the axes in front go over into one another, the features stay."""
+    x, size = a[0], a[0].shape[-1]
+    flat = x.new_empty((size,), device="meta")
+    one = x.new_empty([1] * (_rank(out[0]) - 1) + [size], device="meta")
+    emit("reduce", [x], [flat], axes=list(range(_rank(x) - 1)), keepdim=False, fn="any")
+    emit("reshape", [flat], [one])
+    emit("expand", [one], out[:1])
+
+
 def vecdot(emit: Emit, a: Sequence[Any], kw: dict[str, Any], out: Sequence[Any]) -> None:
     axis = counted_from_front(_arg(a, kw, 2, "dim", -1), _rank(a[0]))
     both = torch.empty(torch.broadcast_shapes(a[0].shape, a[1].shape), dtype=out[0].dtype, device="meta")
@@ -267,7 +277,9 @@ def embedding_bag(emit: Emit, a: Sequence[Any], kw: dict[str, Any], out: Sequenc
 
 def unpool(space: int) -> Reader:
     def read(emit: Emit, a: Sequence[Any], kw: dict[str, Any], out: Sequence[Any]) -> None:
-        emit("pool", a[:1], out, space=space)
+        both = torch.empty(a[0].shape, dtype=a[0].dtype, device="meta")
+        emit("elementwise", a[:2], [both], fn="unpool")  # every value has a place, so they are cut together
+        emit("pool", [both], out, space=space)
 
     return read
 

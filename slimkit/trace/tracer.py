@@ -122,13 +122,21 @@ class Recorder(TorchDispatchMode):
     def _by_rule(self, rule: ModuleRule, module: nn.Module) -> Any:
         def forward(*args: Any, **kwargs: Any) -> Any:
             tensors: list[torch.Tensor] = []
-            args = tuple(self._stand_in(a, tensors) for a in args)
+            args = tuple(self._stand_in(a, tensors) if isinstance(a, torch.Tensor) else a for a in args)
 
             def emit(op: str, inputs: Sequence[Any], outputs: Sequence[Any], **attrs: Any) -> None:
                 self._emit(op, [self._stand_in(i, tensors) for i in inputs], outputs, **attrs)
 
             with _disable_current_modes():  # what the rule makes is no operator of the model
-                return rule(emit, module, args, kwargs)
+                shown = rule(emit, module, args, kwargs)
+                if not self.real:
+                    return shown
+                made = type(module).forward(module, *args, **kwargs)
+            for mine, its in zip(_flat(shown), _flat(made), strict=True):
+                if id(mine) in self._numbers:
+                    self._numbers[id(its)] = self._numbers[id(mine)]
+                    self._alive.append(its)
+            return made
 
         return forward
 
@@ -136,16 +144,18 @@ class Recorder(TorchDispatchMode):
 
     def mark(self) -> tuple[int, ...]:
         """Where the graph stands, for `rewind`."""
-        g = self.graph
-        return tuple(map(len, (g.nodes, g.values, g.outputs, g.ends, g.further, g.notes)))
+        return tuple(len(store) for store in self._stores())
 
     def rewind(self, mark: tuple[int, ...]) -> None:
         """Forget what was recorded after a mark."""
-        g = self.graph
-        for store, length in zip((g.nodes, g.values, g.outputs, g.ends, g.further, g.notes), mark):
-            del store[length:]  # type: ignore[attr-defined]
+        for store, length in zip(self._stores(), mark):
+            del store[length:]
         self._numbers = {key: n for key, n in self._numbers.items() if n < mark[1]}
         self._twins = {key: t for key, t in self._twins.items() if id(t) in self._numbers}
+
+    def _stores(self) -> tuple[list[Any], ...]:
+        g = self.graph
+        return g.nodes, g.values, g.outputs, g.ends, g.further, g.notes
 
     def repeats(self) -> bool:
         """Whether the last run says nothing that an earlier one did not: the same operators on the same parameters."""
@@ -311,6 +321,17 @@ class Recorder(TorchDispatchMode):
         sources = [self.value(i) if isinstance(i, torch.Tensor) else None for i in inputs]
         made = [self._number(o) for o in outputs]
         self.graph.add(op, sources, made, scope=self.scopes[-1], **attrs)
+
+
+def _flat(value: Any) -> Iterator[torch.Tensor]:
+    """The first tensor of a packed sequence, and every tensor of nested tuples."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif hasattr(value, "batch_sizes"):
+        yield value.data
+    elif isinstance(value, tuple):
+        for part in value:
+            yield from _flat(part)
 
 
 class Run(NamedTuple):

@@ -21,10 +21,10 @@ def elementwise(r: Relations, node: Node, x: list[Dims]) -> list[Dims]:
                 out[place] = dim
             else:
                 same(out[place], dim)
-    if not any(i is not None and r.live[i] for i in node.inputs):
+    given = [i for i in node.inputs if i is not None]
+    if not any(r.live[i] for i in given):
         # A weight that is computed (weight normalisation, a mask over it) is the weight still.
-        shape = r.shape(node)
-        like = [i for i in node.inputs if r.weight(i) and r.graph.values[i].shape == shape]
+        like = [i for i in given if r.weight(i) and r.graph.values[i].shape == r.shape(node)]
         if like:
             r.origin[node.outputs[0]] = r.origin[like[0]]
     return [out] * len(node.outputs)
