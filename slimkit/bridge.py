@@ -16,6 +16,7 @@ from slimkit.core.errors import ArgumentError
 from slimkit.core.freeze import Parameters, Reading
 from slimkit.core.lazy import require
 from slimkit.core.log import logger
+from slimkit.core.replay import like_mapping, like_sequence
 from slimkit.core.weights.coupling import SmallTensor, Structure, computed_names
 from slimkit.core.weights.heads import Heads, heads_told_by
 
@@ -78,9 +79,9 @@ def to_device(value: Any, device: torch.device | str) -> Any:
     if isinstance(value, torch.Tensor):
         return value.to(device)
     if isinstance(value, Mapping):
-        return {k: to_device(v, device) for k, v in value.items()}
+        return like_mapping(value, {k: to_device(v, device) for k, v in value.items()})
     if isinstance(value, (tuple, list)):
-        return type(value)(to_device(v, device) for v in value)
+        return like_sequence(value, [to_device(v, device) for v in value])
     return value
 
 

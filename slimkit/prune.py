@@ -18,6 +18,7 @@ from slimkit.core.prune.attributes import Field, widths_of
 from slimkit.core.prune.graph import Graph
 from slimkit.core.prune.plan import PrunePlan
 from slimkit.core.prune.pruner import PrunerBase
+from slimkit.replay import replaying, unchanged
 from slimkit.trace import trace
 from slimkit.trace.tracer import Recorder, Run, example, record
 
@@ -110,7 +111,8 @@ class TorchPrune:
                     number += 1
                     for tensor in wanted.values():
                         tensor.grad = None
-                    _loss_of(self.model, batch, loss).backward()
+                    with unchanged(self.model):
+                        _loss_of(self.model, batch, loss).backward()
                     for path, tensor in wanted.items():
                         if tensor.grad is not None:
                             value = tensor.grad.float().cpu().numpy()
@@ -133,9 +135,9 @@ class TorchPrune:
             number[name] = number.get(name, 0) + flat.shape[0]
 
         modules = {name: bridge.get_module(self.model, name) for name in layers}
-        with bridge.evaluating(self.model), bridge.hooked(modules, seen):
+        with replaying(self.model) as run, bridge.hooked(modules, seen):
             for batch in data:
-                bridge.run(self.model, batch)
+                run(batch)
         return {name: totals[name] / number[name] for name in totals}
 
     def cut(self, plan: PrunePlan, names: Mapping[str, str]) -> Callable[[], None]:

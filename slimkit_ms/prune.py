@@ -22,6 +22,7 @@ from slimkit.core.prune.rules import RULES
 from slimkit.core.prune.solve import Coupling, View
 from slimkit_ms import bridge, kinds
 from slimkit_ms.compensate import compensate
+from slimkit_ms.replay import replaying, unchanged
 from slimkit_ms.surgery import Attributes, Foretold, Keep, Knife, RefusedError, Undo, cut_by_attributes
 from slimkit_ms.surgery.adapt import Adapter
 from slimkit_ms.trace import Traced, trace_marked
@@ -115,7 +116,7 @@ class MindSporePrune:
                 )
                 for batch in data:
                     number += 1
-                    with bridge.whole_gradient():
+                    with unchanged(self.model), bridge.whole_gradient():
                         _, gradients = gradient(batch)
                     for path, found in zip(weights, gradients, strict=True):
                         value = found.asnumpy().astype(np.float32)
@@ -138,9 +139,9 @@ class MindSporePrune:
             number[name] = number.get(name, 0) + len(flat)
 
         cells = {name: bridge.get_module(self.model, name) for name in layers}
-        with bridge.evaluating(self.model), bridge.pynative(), bridge.hooked(cells, seen):
+        with replaying(self.model) as run, bridge.hooked(cells, seen):
             for batch in data:
-                bridge.run(self.model, batch)
+                run(batch)
         return {name: totals[name] / number[name] for name in totals}
 
     def cut(self, plan: PrunePlan, names: Mapping[str, str]) -> Callable[[], None]:

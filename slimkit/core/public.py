@@ -30,6 +30,10 @@ ROOMS: dict[str, dict[str, str]] = {
         "TeacherCache": "distill",
         "make_student": "students",
     },
+    "compare": {
+        "compare_models": "compare",
+        "Comparison": "core.compare.comparison",
+    },
     "delta": {
         "LoRADense": "delta",
         "AdapterDense": "delta",
