@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from slimkit import bridge  # noqa: F401 - says in one line that torch is missing
@@ -41,7 +42,7 @@ def write_torch(
     path: files.PathLike,
     tensors: Mapping[str, torch.Tensor],
     values: Mapping[str, Any] | None = None,
-    before: Callable[[], object] | None = None,
+    before: Callable[[Path], object] | None = None,
 ) -> None:
     """Write tensors, numbers and strings as one torch.save file, atomically; it loads with weights_only=True."""
     torchfile.write_torch(path, tensors, values, torch, before)

@@ -83,7 +83,9 @@ def _path_to_save(name: Any) -> Path:
     return path
 
 
-def _write_torch(path: Path, items: Items, tensors: Iterable[tuple[str, Array]], before: Callable[[], object]) -> None:
+def _write_torch(
+    path: Path, items: Items, tensors: Iterable[tuple[str, Array]], before: Callable[[Path], object]
+) -> None:
     write_torch(path, {n: restored(a, items.entries[n].dtype) for n, a in tensors}, items.values, before)
 
 

@@ -81,7 +81,7 @@ class Items:
 
 
 Described = Callable[[Any], "tuple[Entry, Callable[[], Array]] | None"]
-Before = Callable[[], object]
+Before = Callable[[Path], object]
 Writer = Callable[[Path, Items, Iterable[tuple[str, Any]], Before], None]
 
 
@@ -183,9 +183,14 @@ def write_items(
         metadata: more str -> str pairs for the header of a safetensors file.
     """
     target = Path(path)
-    # A kill between the two files leaves a good one without a manifest, never one that its manifest disowns.
-    before = partial(manifest.forget, target)
     with manifest.Digests(items.entries) as digests:
+
+        def before(finished: Path) -> None:
+            if with_manifest:
+                digests.announce(target, finished)
+            else:
+                manifest.announce_none(target)
+
         stream = digests.passing(items.stream()) if with_manifest else items.stream()
         if writer is not None:
             writer(target, items, stream, before)
@@ -194,8 +199,7 @@ def write_items(
         else:
             held = {VALUES: json.dumps(items.values)} if items.values else {}
             stream_safetensors(target, items.entries, stream, {**(metadata or {}), **held}, before=before)
-        if with_manifest:
-            digests.write(target)
+        manifest.confirm(target)
 
 
 class Saving:

@@ -165,7 +165,7 @@ def write_torch(
     tensors: Mapping[str, Any],
     values: Mapping[str, Any] | None,
     torch: Any,
-    before: Callable[[], object] | None = None,
+    before: Callable[[Path], object] | None = None,
 ) -> None:
     """Write tensors, numbers and strings as one torch.save file, atomically; it loads with weights_only=True."""
     with files.atomic_file(path, before=before) as handle:
