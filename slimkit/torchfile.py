@@ -28,9 +28,16 @@ def stored(tensor: torch.Tensor) -> Array:
     return torchfile.stored(tensor, torch)
 
 
-def described(tensor: torch.Tensor) -> tuple[Entry, Callable[[], Array]]:
-    """A tensor's entry, and how its stored values are fetched."""
+def described(name: str, tensor: torch.Tensor) -> tuple[Entry, Callable[[], Array]]:
+    """A tensor's entry, and how its stored values are fetched; UnsupportedError for one that files cannot hold."""
+    storable(tensor, f"tensor {name!r}")
     return Entry(tag_of(tensor), tuple(tensor.shape)), partial(stored, tensor)
+
+
+def storable(tensor: torch.Tensor, name: str) -> torch.Tensor:
+    """The tensor, or an UnsupportedError that says why a file of plain numbers cannot hold it, and what to do."""
+    torchfile.storable(tensor, name, torch)
+    return tensor
 
 
 def restored(array: Array, dtype: str) -> torch.Tensor:

@@ -67,6 +67,12 @@ class Pipeline(Shared):
             self.batches = pipeline
 
 
+def is_batched(pipeline: Any) -> bool:
+    """Whether some step of a mindspore.dataset pipeline makes batches; without one its rows are single samples."""
+    made = ("BatchDataset", "PaddedBatchDataset", "BucketBatchByLengthDataset")
+    return type(pipeline).__name__ in made or any(map(is_batched, pipeline.children))
+
+
 def _share(n_batches: int, world: int) -> int:
     return -(-n_batches // world)
 

@@ -17,9 +17,9 @@ from slimkit.core.lazy import door as _door
 from slimkit.core.train.loading import LoaderOptions, is_samples, plan_batches, split_batch
 from slimkit.core.train.loop import TrainerLoop
 from slimkit.core.train.packing import pack, unpack
-from slimkit.core.train.updates import TrainOptions
+from slimkit.core.train.updates import TrainOptions, factor_at
 from slimkit_ms import bridge
-from slimkit_ms.loading import Pipeline, Samples, Shared, count, stack, tensors
+from slimkit_ms.loading import Pipeline, Samples, Shared, count, is_batched, stack, tensors
 from slimkit_ms.precision import lift, lower
 
 import mindspore as ms
@@ -151,7 +151,7 @@ class Trainer(TrainerLoop):
         return None if rate is None else float(rate)
 
     def _set_rate(self, step: int) -> None:
-        rate = self._rate * float(self._scheduler(step))
+        rate = self._rate * factor_at(self._scheduler, step)
         for held in self._rates():
             if not isinstance(held, ms.Parameter):
                 raise ConfigError("create_scheduler_fn: the optimizer's learning rate is a schedule already")
@@ -173,6 +173,10 @@ class Trainer(TrainerLoop):
 
     def _loader(self, dataset: Any, batch_size: int, options: LoaderOptions) -> Iterable[Any]:
         if hasattr(dataset, "create_tuple_iterator"):
+            if not is_batched(dataset):
+                if options.collate_fn is not None:
+                    raise UnsupportedError("collate_fn: a mindspore.dataset makes its own batches; call its batch()")
+                dataset = dataset.batch(batch_size, drop_remainder=options.drop_last)
             return Pipeline(dataset, options)
         if is_samples(dataset):
             batches = plan_batches(len(dataset), batch_size, options)
