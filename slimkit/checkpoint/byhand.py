@@ -48,7 +48,7 @@ def save_checkpoint(
 
     Raises:
         ArgumentTypeError, ArgumentError: an object, name or value that cannot be saved.
-        UnsupportedError: a tensor that is sparse, nested, quantised or on the meta device, or of a type that files lack.
+        UnsupportedError: a tensor that is sparse, nested, quantised, on the meta device, or of a type that files lack.
         LinkPathError: the file is a symbolic link.
         OSError: the disk is full or the folder cannot be written; an older file is as it was.
 

@@ -141,7 +141,9 @@ class Best:
             )
         now = float(trainer.run_history.get_latest_metric(self.metric))
         # A NaN or an infinite value is never the best: nothing could improve on it.
-        better = math.isfinite(now) and (self.value is None or self.sign * now < self.sign * self.value - self.min_delta)
+        better = math.isfinite(now) and (
+            self.value is None or self.sign * now < self.sign * self.value - self.min_delta
+        )
         if better:
             self.value = now
         return better

@@ -367,7 +367,11 @@ class TrainerLoop(Resumable):
         if len(finite) < len(values):
             left_out = len(values) - len(finite)
             logger.warning(
-                "epoch %d: %d of %d values of %s are not finite and not in its mean", self.epoch, left_out, len(values), name
+                "epoch %d: %d of %d values of %s are not finite and not in its mean",
+                self.epoch,
+                left_out,
+                len(values),
+                name,
             )
         return math.fsum(finite) / len(finite) if finite else math.nan
 

@@ -62,7 +62,9 @@ class TrainOptions:
 
 def _scheduler(made: Any) -> Any:
     if not (callable(made) or hasattr(made, "step")):
-        check.wrong_type("create_scheduler_fn's result", "a scheduler with step(), or a function from step to factor", made)
+        check.wrong_type(
+            "create_scheduler_fn's result", "a scheduler with step(), or a function from step to factor", made
+        )
     return made
 
 
