@@ -365,7 +365,7 @@ def _state_of(scheduler: Any) -> dict[str, Any]:
     """A scheduler's state without its functions, which its own maker supplies again."""
     if not (hasattr(scheduler, "state_dict") and hasattr(scheduler, "load_state_dict")):
         raise UnsupportedError(
-            f"a checkpoint cannot hold the state of a {type(scheduler).__name__}: it has no state_dict and load_state_dict"
+            f"a checkpoint cannot hold a {type(scheduler).__name__}: it lacks state_dict and load_state_dict"
         )
     state = scheduler.state_dict()
     return {k: v for k, v in state.items() if not all(map(_is_code, v if isinstance(v, list) and v else [v]))}

@@ -24,7 +24,7 @@ def _tells(scheduler: Any) -> bool:
 
 
 def _leaves(scheduler: Any, path: str = "") -> Iterator[tuple[str, Any, Any, Any]]:
-    """(path, what holds it, key, value) of all that a scheduler of MindSpore's own holds, save code and the optimizer."""
+    """(path, holder, key, value) of all that a scheduler of MindSpore's own holds, save code and the optimizer."""
     for key, value in vars(scheduler).items():
         yield from _below(vars(scheduler), key, value, f"{path}{key}")
 
@@ -60,7 +60,7 @@ def state_of(scheduler: Any) -> Any:
         return scheduler.state_dict()
     if not _is_own(scheduler):
         raise UnsupportedError(
-            f"a checkpoint cannot hold the state of a {type(scheduler).__name__}: it has no state_dict and load_state_dict"
+            f"a checkpoint cannot hold a {type(scheduler).__name__}: it lacks state_dict and load_state_dict"
         )
     found = {path: value for path, _, _, value in _leaves(scheduler) if not isinstance(value, ms.Parameter)}
     return {path: bridge.as_numpy(v) if isinstance(v, ms.Tensor) else v for path, v in found.items()}

@@ -210,7 +210,7 @@ def load_param_into_net(
     with _opened(parameter_dict) as source:
         return placing.load_into(
             source,
-            {n: Entry(_tag(p), tuple(p.shape)) for n, p in parameters.items()},
+            {n: described(n, p)[0] for n, p in parameters.items()},
             assign,
             verify=verify,
             strict_load=strict_load,

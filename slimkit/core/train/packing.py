@@ -18,7 +18,7 @@ def pack(value: Any, keep: Callable[[Any], str | None]) -> Any:
     """A nested value as JSON; tensors are handed to `keep`, which stores them and returns their name.
 
     Args:
-        value: dicts with any plain keys, lists, tuples, str, bool, int, float, None, NumPy arrays of numbers and tensors.
+        value: dicts with any plain keys, lists, tuples, str, bool, int, float, None, tensors, NumPy's numbers.
         keep: stores a tensor and returns its name, or None for anything else.
 
     Returns:
