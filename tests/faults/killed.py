@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from slimkit.core import files
-from slimkit.core.checkpoint import placing, saving
+from slimkit.core.checkpoint import loading, saving
 from slimkit.core.checkpoint.openweights import open_weights, refuse_torch
 from slimkit.core.checkpoint.weightfile import Entry
 
@@ -93,7 +93,7 @@ def checkpoint(ending, **options):
 
     def read(folder):
         with open_weights(folder / f"x{ending}", refuse_torch) as source:
-            held = placing.check_manifest(source)
+            held = loading.check_manifest(source)
             found = {name: source.raw(name).copy() for name in source.entries}
         assert (found["v"] == found["w"] + 1).all()
         assert held or (not options.get("manifest", True) and found["w"][0] == 2)  # what vouches for it is never lost
