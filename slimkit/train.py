@@ -100,7 +100,7 @@ class Trainer(TrainerLoop):
 
     def _prepare(self, options: UpdateOptions) -> None:
         run = self.accelerator
-        if self.optimizer is None or not hasattr(self.optimizer, "step"):
+        if self.optimizer is None or inspect.isclass(self.optimizer) or not hasattr(self.optimizer, "step"):
             wanted = [p for p in self.model.parameters() if p.requires_grad]
             if not wanted:
                 raise ConfigError("model: no parameter wants a gradient, so there is nothing to train")

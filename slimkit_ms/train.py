@@ -19,7 +19,7 @@ from slimkit.core.train.loop import TrainerLoop
 from slimkit.core.train.packing import pack, unpack
 from slimkit.core.train.updates import UpdateOptions, factor_at
 from slimkit_ms import bridge, schedules
-from slimkit_ms.loading import BatchedSamples, Pipeline, Shared, count, is_batched, stack, tensors
+from slimkit_ms.loading import BatchedSamples, Pipeline, Shared, count, stack, tensors
 from slimkit_ms.modelrun import EpochEnd, Feed, Update
 from slimkit_ms.precision import lift, lower
 
@@ -174,11 +174,7 @@ class Trainer(TrainerLoop):
 
     def _loader(self, dataset: Any, batch_size: int, options: LoaderOptions) -> Iterable[Any]:
         if hasattr(dataset, "create_tuple_iterator"):
-            if not is_batched(dataset):
-                if options.collate_fn is not None:
-                    raise UnsupportedError("collate_fn: a mindspore.dataset makes its own batches; call its batch()")
-                dataset = dataset.batch(batch_size, drop_remainder=options.drop_last)
-            return Pipeline(dataset, options)
+            return Pipeline(dataset, batch_size, options)
         if is_samples(dataset):
             batches = plan_batches(len(dataset), batch_size, options)
             if options.rest:

@@ -169,8 +169,8 @@ class TrainerLoop(Resumable):
             resume_from: a folder that `save_checkpoint` wrote; the run goes on as if it had never stopped.
 
         Returns:
-            The run history: train_loss_step, train_loss_epoch (the mean of its finite steps), learning_rate, and eval_loss_epoch and
-            eval_<metric>_epoch with an eval_dataset.
+            The run history: train_loss_step, train_loss_epoch (the mean of the finite ones), learning_rate, and
+                eval_loss_epoch and eval_<metric>_epoch with an eval_dataset.
 
         Raises:
             ConfigError: an argument does not fit the others, or not the checkpoint.

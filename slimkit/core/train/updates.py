@@ -6,6 +6,8 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from slimkit.core import check
 from slimkit.core.errors import ConfigError
 
@@ -85,6 +87,8 @@ def factor_at(schedule: Callable[[int], Any], step: int) -> float:
     """
     given = schedule(step)
     name = f"the factor of create_scheduler_fn's schedule at step {step}"
+    if isinstance(given, np.ndarray) and given.size == 1:
+        given = given.item()
     if given is None or isinstance(given, (bool, str)):
         check.wrong_type(name, "a number", given)
     try:
