@@ -105,7 +105,7 @@ class Undo:
 
 
 def follow(model: nn.Cell, new: Mapping[int, ms.Parameter]) -> None:
-    """Put parameters into the tuples that cells keep of them (nn.GRU does), in place: identity of the old -> the new."""
+    """Put parameters into the tuples that cells such as nn.GRU keep, in place: identity of the old -> the new."""
     for _, cell in model.cells_and_names():
         for name, held in vars(cell).items():
             if isinstance(held, ms.ParameterTuple) and any(id(p) in new for p in held):

@@ -26,11 +26,11 @@ class RecurrentShapes(nn.layer.rnns._RNNBase):
         n_gates = self.w_hh_list[0].shape[0] // self.hidden_size
         n_sides = 2 if self.bidirectional else 1
         n_batch = x.shape[0] if self.batch_first else x.shape[1]
-        start = None
+        start: Any = None
         if hx is not None:
             start = (hx[0] + hx[1]).mean((0, 1)) if self.is_lstm else hx.mean((0, 1))  # (hidden,)
         for layer in range(self.num_layers):
-            sides = ()
+            sides: Any = ()
             for side in range(n_sides):
                 place = layer * n_sides + side
                 y = self.gates(ops.matmul(x, self.w_ih_list[place].T), self.b_ih_list, place, n_gates)
