@@ -43,9 +43,8 @@ class TorchStorage(TorchAccess, StorageAccess):
         return tensor.detach().reshape(-1)[places.to(tensor.device)].float().cpu().numpy()
 
     def weight(self, model: nn.Module, path: str) -> Any:
-        layer = bridge.get_module(model, path)
-        merged = getattr(layer, "unmerged", None)
-        return getattr(layer, "weight", None) if merged is None else merged
+        layer: Any = bridge.get_module(model, path)
+        return layer.unmerged if isinstance(layer, DeltaLayer) and layer.is_merged else getattr(layer, "weight", None)
 
     def neutral(self, model: nn.Module) -> dict[str, Any]:
         return {**dict(model.named_parameters()), **dict(model.named_buffers())}
