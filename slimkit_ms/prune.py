@@ -19,7 +19,7 @@ from slimkit.core.prune.plan import Plan
 from slimkit.core.prune.pruner import PrunerBase
 from slimkit.core.prune.rules import SCALE, Relations
 from slimkit.core.prune.solve import Coupling, View
-from slimkit_ms import bridge
+from slimkit_ms import bridge, kinds
 from slimkit_ms.compensate import compensate
 from slimkit_ms.surgery import Attributes, Foretold, Keep, Knife, RefusedError, Undo, cut_by_attributes
 from slimkit_ms.surgery.adapt import Adapter
@@ -128,7 +128,7 @@ class MindSporeWing:
 
         def seen(name: str, _inputs: Any, output: Any) -> None:
             values = np.abs(output.asnumpy())
-            axis = -1 if values.ndim < 3 or _is_dense(bridge.get_module(self.model, name)) else 1
+            axis = 1 if kinds.is_kind(bridge.get_module(self.model, name), "conv") else -1
             flat = np.moveaxis(values, axis, -1).reshape(-1, values.shape[axis])
             totals[name] = totals.get(name, 0) + flat.sum(0, dtype=np.float64)
             number[name] = number.get(name, 0) + len(flat)
@@ -192,10 +192,6 @@ def _aligned(shape: tuple[int, ...], index: Sequence[Any]) -> list[Any]:
 
 def _by_path(model: nn.Cell) -> dict[str, ms.Parameter]:
     return {paths[0]: parameter for parameter, paths in bridge.parameter_paths(model)}
-
-
-def _is_dense(cell: nn.Cell) -> bool:
-    return bridge.is_layer(cell) and "Conv" not in type(cell).__name__
 
 
 def _loss_of(model: nn.Cell, batch: Any, loss: Callable[..., Any] | None) -> ms.Tensor:

@@ -14,7 +14,7 @@ from slimkit.core.run import recipe
 from slimkit.core.run.measurement import Measurement
 from slimkit.core.run.stages import ComputeLoss, Stages
 from slimkit.core.train.schedules import cosine_schedule, linear_schedule
-from slimkit_ms import bridge, export, train
+from slimkit_ms import bridge, export, kinds, train
 from slimkit_ms.measurement import measure_model
 
 import mindspore as ms
@@ -89,7 +89,7 @@ class MindSporeWing(Stages):
         modes = [(cell, cell.training) for _, cell in model.cells_and_names()]
         model.set_train(True)
         for cell, _ in modes:
-            if any(key in cell._params for key in bridge.STATISTICS):
+            if any(key in cell._params for key in kinds.STATISTICS):
                 cell.set_train(False)
         try:
             yield

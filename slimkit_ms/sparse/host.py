@@ -13,7 +13,7 @@ from slimkit.core.sparse.experts import learn_layouts
 from slimkit.core.sparse.layer import Layer
 from slimkit.core.sparse.processes import agreed
 from slimkit.core.sparse.walk import Stage
-from slimkit_ms import bridge
+from slimkit_ms import bridge, kinds
 from slimkit_ms.sparse.reads import Reads
 from slimkit_ms.sparse.residual import first_tensor
 from slimkit_ms.sparse.slots import Slot, slots_of, unclear
@@ -38,7 +38,7 @@ class MindSporeHost:
         found: dict[str, Layer] = {}
         skipped: dict[str, str] = {}
         owner: dict[tuple[int, str], str] = {}
-        tables = {id(c.embedding_table) for _, c in self.model.cells_and_names() if isinstance(c, nn.Embedding)}
+        tables = {id(kinds.weight_of(c)) for _, c in self.model.cells_and_names() if kinds.is_kind(c, "embedding")}
         self._slots = dict(slots_of(self.model))
         for name, slot in self._slots.items():
             weight = slot.parameter(self.model)

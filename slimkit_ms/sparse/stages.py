@@ -11,10 +11,10 @@ import numpy as np
 from slimkit.core.errors import UnsupportedError
 from slimkit.core.sparse.calls import Calls
 from slimkit.core.sparse.experts import Pairs, Use
-from slimkit_ms import bridge
+from slimkit_ms import bridge, kinds
 from slimkit_ms.sparse.reads import Reads
 from slimkit_ms.sparse.residual import arriving, block_paths, chained, hooks, joints
-from slimkit_ms.sparse.slots import PARTS, Slot, attended, last_two
+from slimkit_ms.sparse.slots import PARTS, Slot, attended
 
 import mindspore as ms
 from mindspore import nn
@@ -118,26 +118,9 @@ def valid_tokens(batch: Any) -> Array | None:
 def as_input(cell: nn.Cell, x: ms.Tensor, valid: Array | None = None) -> Array:
     """A layer's input as a float32 NumPy array: padded for a convolution, without the rows of padding tokens."""
     values = bridge.as_numpy(x.astype(ms.float32))
-    if isinstance(cell, nn.Conv2d):
-        return np.pad(values, [(0, 0), (0, 0), *_pads(cell, values.shape[2:])])
+    if kinds.is_kind(cell, "conv"):
+        return np.pad(values, [(0, 0), (0, 0), *kinds.pads_of(cell, values.shape[2:])])
     return values[valid] if valid is not None and values.ndim == 3 and values.shape[:2] == valid.shape else values
-
-
-def _pads(cell: nn.Conv2d, size: tuple[int, ...]) -> list[tuple[int, int]]:
-    """(before, after) of both axes: what pad_mode "pad" says, what "same" works out, nothing for "valid"."""
-    if cell.pad_mode == "pad":
-        pad = cell.padding
-        top, bottom, left, right = (pad,) * 4 if isinstance(pad, int) else pad
-        return [(top, bottom), (left, right)]
-    if cell.pad_mode == "valid":
-        return [(0, 0), (0, 0)]
-    pads = []
-    for i, length in enumerate(size):
-        kernel, stride = cell.kernel_size[i], last_two(cell.stride)[i]
-        reach = (kernel - 1) * last_two(cell.dilation)[i] + 1
-        total = max(0, (-(-length // stride) - 1) * stride + reach - length)
-        pads.append((total // 2, total - total // 2))
-    return pads
 
 
 class CellStage:

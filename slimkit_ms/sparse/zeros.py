@@ -10,8 +10,8 @@ import numpy as np
 from slimkit.core.errors import UnsupportedError
 from slimkit.core.sparse.masked_reads import masked_methods
 from slimkit.core.sparse.masks import demand_masks
-from slimkit_ms import bridge
-from slimkit_ms.sparse.slots import Slot, attend, kind_of, slots_of
+from slimkit_ms import bridge, kinds
+from slimkit_ms.sparse.slots import Slot, attend, slots_of
 
 import mindspore as ms
 from mindspore import nn
@@ -25,9 +25,9 @@ class Masked(nn.Cell):
         self.operator = operator
         self.mask = mask
 
-    def construct(self, x: ms.Tensor, weight: ms.Tensor) -> ms.Tensor:
+    def construct(self, x: ms.Tensor, weight: ms.Tensor, *rest: Any) -> ms.Tensor:
         """Run the operator on the masked weight."""
-        return self.operator(x, weight * self.mask)
+        return self.operator(x, weight * self.mask, *rest)
 
 
 class MaskedAttention(nn.MultiheadAttention):
@@ -119,8 +119,10 @@ def _whole_masks(
 
 
 def _mask_operator(cell: nn.Cell, keep: ms.Tensor) -> Callable[[], None]:
-    """Mask the weight of a Dense or Conv2d on its way into the operator; the function returned undoes it."""
-    name = "matmul" if kind_of(cell) == "linear" else "conv2d"
+    """Mask the weight of a layer on its way into the operator; the function returned undoes it."""
+    kind = kinds.kind_of(cell)
+    assert kind is not None
+    name = kind.operator
     operator = getattr(cell, name)
 
     def put(value: Any) -> None:
