@@ -117,7 +117,7 @@ class TorchAccess(ModelAccess):
 
     def activated(self, model: nn.Module) -> None:
         layers = self.layers(model).values()
-        shift_positions(model, any(layer.acts for layer in layers if layer.delta_kind == "prefix"))
+        shift_positions(model, any(layer.delta_acts for layer in layers if layer.delta_kind == "prefix"))
 
     def keeps_zeros(self, module: nn.Module) -> bool:
         return bridge.has_made_zeros(module)

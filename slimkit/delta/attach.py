@@ -27,7 +27,7 @@ class DeltaLayer(DeltaFace):
     # What the plain layer calls with its weight, and at which places of that call weight and input stand.
     reads: tuple[tuple[Any, int, int], ...] = ()
     # Whether a run of the layer differs from the plain layer's.
-    acts: bool
+    delta_acts: bool
 
     def acted(self, out: torch.Tensor, x: Any = None, low: Any = None) -> torch.Tensor:
         """The plain layer's output with the deltas in it.
@@ -47,7 +47,7 @@ class DeltaLayer(DeltaFace):
         """Take everything off that the deltas put on the layer, in place."""
         raise NotImplementedError
 
-    def detach(self) -> None:
+    def take_off_deltas(self) -> None:
         """Be the plain layer again, in place; all deltas are gone."""
         assert self.plain_class is not None
         self.leave()
@@ -158,7 +158,7 @@ def _through(layer: Any, *args: Any, **kwargs: Any) -> Any:
         vars(layer)[key] = held.pop(key)
     vars(layer)["delta_is_running"] = True
     try:
-        if not layer.acts:
+        if not layer.delta_acts:
             return own(*args, **kwargs)
         if not layer.reads:
             return layer.acted(own(*args, **kwargs))

@@ -89,14 +89,14 @@ class Adapted(OneAdapter, DeltaLayer):
     def leave(self) -> None:
         """Take the adapter off, in place."""
         delattr(self, f"mindpet_delta_{self.delta_kind}")
-        for attribute in ("specs", "active", "acts"):
+        for attribute in ("specs", "active_deltas", "delta_acts"):
             del vars(self)[attribute]
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if not isinstance(self, Adapted):  # somebody kept this method, and the adapter is off
             return type(self).forward(self, input)
         out = super().forward(input)  # type: ignore[misc]
-        return self.adapter(out) if self.acts else out
+        return self.adapter(out) if self.delta_acts else out
 
     def acted(self, out: torch.Tensor, x: Any = None, low: Any = None) -> torch.Tensor:
         """The plain layer's output through the adapter."""
@@ -110,7 +110,7 @@ class AdapterBase(Adapted, DenseBase):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         out = self.dense(input)
-        return self.adapter(out) if self.acts else out
+        return self.adapter(out) if self.delta_acts else out
 
     def plan_with(self, own: dict[str, Any], inner: ShardPlan) -> ShardPlan:
         """The plan of the layer and the adapter's together."""

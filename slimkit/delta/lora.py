@@ -102,7 +102,7 @@ class LoRADense(LoraLinear, DenseBase):
         self.mindpet_delta_lora_a = initial.parameter(a_init, a_shape, param_init_type)
         self.mindpet_delta_lora_b = initial.parameter(lora_b_init, b_shape, param_init_type)
         self.specs[DEFAULT_NAME] = LoraSpec(lora_rank, float(lora_alpha), lora_dropout)
-        self.set_active({DEFAULT_NAME: 1.0})
+        self.set_active_deltas({DEFAULT_NAME: 1.0})
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         out = super().forward(input) if self.compute_dtype is None else self._cast(input)

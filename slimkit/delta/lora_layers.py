@@ -79,7 +79,7 @@ class LoraLinear(LoraLayer):
         else:
             straight = out if bias is None else out - bias
         turned = F.linear(F.linear(x, a), b) * scale
-        return self.active[part.name] * ((gain - 1) * straight.to(a.dtype) + gain * turned)
+        return self.active_deltas[part.name] * ((gain - 1) * straight.to(a.dtype) + gain * turned)
 
 
 class LoraEmbedding(LoraLayer):

@@ -26,7 +26,7 @@ class _Extended(PrunedMultiheadAttention):
         self, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         prefixed: Any = self
-        if not prefixed.acts:
+        if not prefixed.delta_acts:
             return k, v, mask
         keys, values = prefixed.rows()
         k = torch.cat((prefixed.front(keys, k), k), 2)

@@ -28,7 +28,7 @@ class LoraLayer(NamedLoras, DeltaLayer):
     _only: Part | None
 
     @property
-    def acts(self) -> bool:
+    def delta_acts(self) -> bool:
         """Whether a run of the layer differs from the plain layer's."""
         return bool(self._running)
 
@@ -75,8 +75,8 @@ class LoraLayer(NamedLoras, DeltaLayer):
     def leave(self) -> None:
         """Take every delta off, in place."""
         for name in list(self.specs):
-            self.drop(name)
-        for attribute in ("specs", "active", "unmerged", "unmerged_sources", "_running", "_only"):
+            self.drop_delta(name)
+        for attribute in ("specs", "active_deltas", "unmerged", "unmerged_sources", "_running", "_only"):
             vars(self).pop(attribute, None)
 
     @torch.no_grad()
@@ -143,7 +143,7 @@ class LoraLayer(NamedLoras, DeltaLayer):
 
     def change(self, part: Part, base: torch.Tensor) -> torch.Tensor:
         """What one delta adds to the base weight, in the weight's layout."""
-        spec, weight = self.specs[part.name], self.active[part.name]
+        spec, weight = self.specs[part.name], self.active_deltas[part.name]
         a, b = self._factors(part)
         delta = self.product(a.to(base), b.to(base))
         if spec.keep_zeros:

@@ -44,7 +44,7 @@ class TorchStorage(TorchAccess, StorageAccess):
 
     def weight(self, model: nn.Module, path: str) -> Any:
         layer: Any = bridge.get_module(model, path)
-        return layer.unmerged if isinstance(layer, DeltaLayer) and layer.is_merged else getattr(layer, "weight", None)
+        return layer.unmerged if isinstance(layer, DeltaLayer) and layer.delta_is_merged else getattr(layer, "weight", None)
 
     def neutral(self, model: nn.Module) -> dict[str, Any]:
         return {**dict(model.named_parameters()), **dict(model.named_buffers())}

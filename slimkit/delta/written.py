@@ -22,7 +22,7 @@ class Extending:
     def prefix_rows(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Keys and values (tokens, heads * width) of the prefix; None while it does not act."""
         holder: Any = self
-        return holder.rows() if holder.acts else None
+        return holder.rows() if holder.delta_acts else None
 
     def prefix_keys(self, keys: torch.Tensor, transposed: bool, rows: Any) -> torch.Tensor:
         """Keys with the prefix in front: (..., width, tokens), or (..., tokens, width) where `transposed`."""
@@ -43,7 +43,7 @@ class Extending:
         if not isinstance(mask, torch.Tensor) or mask.ndim == 0 or mask.shape[-1] == 1:
             return mask
         holder: Any = self
-        if not holder.acts:
+        if not holder.delta_acts:
             return mask
         return F.pad(mask, (holder.prefix_tokens, 0), value=neutral)
 

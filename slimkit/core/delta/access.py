@@ -60,7 +60,7 @@ class ModelAccess(ABC):
 
     def detach(self, layer: Any) -> None:
         """Let a layer be what it was before `attach`, in place, with the parameters it has now."""
-        layer.detach()
+        layer.take_off_deltas()
 
     def attached(self, model: Any, paths: Sequence[str]) -> None:
         """Do what is needed around layers that carry a delta now, in place; nothing where nothing is."""

@@ -21,15 +21,15 @@ class DeltaFace:
     # name of each delta on the layer -> its options
     specs: dict[str, Any]
     # name -> weight, of those that act
-    active: dict[str, float]
+    active_deltas: dict[str, float]
 
     @property
-    def built(self) -> bool:
+    def built_as_delta(self) -> bool:
         """Whether it was built by hand as a delta layer, so that there is no plain layer to go back to."""
         return self.plain_class is None
 
     @property
-    def is_merged(self) -> bool:
+    def delta_is_merged(self) -> bool:
         """Whether its deltas are in the weight now."""
         return False
 
@@ -42,29 +42,29 @@ class DeltaFace:
         """Path below the layer -> tensor of everything one delta consists of, as for a delta named `spelled`."""
 
     @abstractmethod
-    def set_active(self, weights: dict[str, float]) -> None:
+    def set_active_deltas(self, weights: dict[str, float]) -> None:
         """Let these deltas act, each times its weight, and no other, in place."""
 
     @abstractmethod
-    def drop(self, name: str) -> None:
+    def drop_delta(self, name: str) -> None:
         """Take one delta off, in place."""
 
     @abstractmethod
-    def detach(self) -> None:
+    def take_off_deltas(self) -> None:
         """Be the plain layer again, in place; all deltas are gone."""
 
-    def refuse_merging(self) -> None:
+    def refuse_merging_deltas(self) -> None:
         """Raise UnsupportedError where the deltas cannot be added to the weight."""
         raise UnsupportedError(f"only lora can be merged; this layer carries {self.delta_kind!r}")
 
-    def merge(self) -> None:
+    def merge_deltas(self) -> None:
         """Add the active deltas to the weight, in place."""
-        self.refuse_merging()
+        self.refuse_merging_deltas()
 
-    def unmerge(self) -> None:
+    def unmerge_deltas(self) -> None:
         """Put back the weight as it was before `merge`, bit for bit, in place."""
-        self.refuse_merging()
+        self.refuse_merging_deltas()
 
-    def forget_unmerged(self) -> None:
+    def keep_merged_deltas(self) -> None:
         """Let the merged weight be the weight from now on, in place."""
-        self.refuse_merging()
+        self.refuse_merging_deltas()

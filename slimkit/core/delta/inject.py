@@ -65,7 +65,7 @@ def apply_layers(
     taken = [p for p in paths if p in standing and name in standing[p].specs]
     if taken:
         raise ArgumentError(f"{taken[0]} carries a delta named {name!r} already; choose another name or remove it.")
-    merged = [p for p in paths if p in standing and standing[p].is_merged]
+    merged = [p for p in paths if p in standing and standing[p].delta_is_merged]
     if merged:
         raise ArgumentError(f"the deltas of {merged[0]} are merged; unmerge them before another is added.")
     check.boolean(freeze, "freeze")
@@ -101,7 +101,7 @@ def apply_layers(
             if id(layer) not in before:
                 access.detach(layer)
             elif name in layer.specs:
-                layer.drop(name)
+                layer.drop_delta(name)
         raise
     access.attached(model, paths)
     _remember_flags(access, model)
@@ -191,10 +191,10 @@ def merge(access: ModelAccess, model: Any, *, unload: bool = False) -> DeltaRepo
     layers = _layers(access, model)
     for path, layer in layers.items():
         try:
-            layer.refuse_merging()
+            layer.refuse_merging_deltas()
         except UnsupportedError as error:
             raise UnsupportedError(f"{path}: {error}") from None
-    done = [p for p, layer in layers.items() if layer.is_merged]
+    done = [p for p, layer in layers.items() if layer.delta_is_merged]
     if done and not unload:
         raise ArgumentError(f"the deltas are merged already ({done[0]}); unmerge_delta puts the weights back.")
     for path, layer in layers.items():
@@ -208,16 +208,16 @@ def merge(access: ModelAccess, model: Any, *, unload: bool = False) -> DeltaRepo
     here: list[Any] = []
     try:
         for layer in {id(x): x for x in layers.values()}.values():
-            if not layer.is_merged:
-                layer.merge()
+            if not layer.delta_is_merged:
+                layer.merge_deltas()
                 here.append(layer)
     except Exception:
         for layer in here:
-            layer.unmerge()
+            layer.unmerge_deltas()
         raise
     if unload:
         for layer in {id(x): x for x in layers.values()}.values():
-            layer.forget_unmerged()  # the merged weight is the weight from now on
+            layer.keep_merged_deltas()  # the merged weight is the weight from now on
         owned.keep_live(access, model)
         _detach(access, model, layers)
     access.changed(model)
@@ -227,11 +227,11 @@ def merge(access: ModelAccess, model: Any, *, unload: bool = False) -> DeltaRepo
 def unmerge(access: ModelAccess, model: Any) -> DeltaReport:
     """Put back the weights as they were before merging, bit for bit, in place."""
     access.at_rest(model)
-    layers = {p: x for p, x in _layers(access, model).items() if x.is_merged}
+    layers = {p: x for p, x in _layers(access, model).items() if x.delta_is_merged}
     if not layers:
         raise ArgumentError("the deltas of this model are not merged.")
     for layer in {id(x): x for x in layers.values()}.values():
-        layer.unmerge()
+        layer.unmerge_deltas()
     access.changed(model)
     return DeltaReport("lora", "unmerged", {p: {"deltas": list(x.specs)} for p, x in layers.items()})
 
@@ -249,11 +249,11 @@ def remove(access: ModelAccess, model: Any, names: Any = None) -> DeltaReport:
     access.at_rest(model)
     owned.drop(access, model, gone, list(active_weights(access, model)))
     for layer in {id(x): x for x in layers.values()}.values():
-        if layer.is_merged:
-            layer.unmerge()
+        if layer.delta_is_merged:
+            layer.unmerge_deltas()
         if any(n not in gone for n in layer.specs):
             for name in [n for n in gone if n in layer.specs]:
-                layer.drop(name)
+                layer.drop_delta(name)
     _detach(access, model, empty)
     access.activated(model)
     access.changed(model)
@@ -262,7 +262,7 @@ def remove(access: ModelAccess, model: Any, names: Any = None) -> DeltaReport:
 
 def _refuse_built(layers: Mapping[str, Any]) -> None:
     """Refuse to take off what the model was built with."""
-    built = [p for p, x in layers.items() if x.built]
+    built = [p for p, x in layers.items() if x.built_as_delta]
     if built:
         raise UnsupportedError(f"{built[0]} was built as a delta layer; there is no layer to put back in its place.")
 
@@ -299,7 +299,7 @@ def activate(access: ModelAccess, model: Any, names: Any) -> dict[str, float]:
     acting = [n for n, w in weights.items() if w]
     owned.refuse_clash(access, model, acting)
     for layer in layers.values():
-        layer.set_active(weights)
+        layer.set_active_deltas(weights)
     owned.show(access, model, acting)
     access.activated(model)
     access.changed(model)
@@ -307,7 +307,7 @@ def activate(access: ModelAccess, model: Any, names: Any) -> dict[str, float]:
 
 
 def _refuse_merged(layers: Mapping[str, Any]) -> None:
-    merged = [p for p, x in layers.items() if x.is_merged]
+    merged = [p for p, x in layers.items() if x.delta_is_merged]
     if merged:
         raise ArgumentError(f"the deltas are merged ({merged[0]}); unmerge them before choosing others.")
 
@@ -316,7 +316,7 @@ def active_weights(access: ModelAccess, model: Any) -> dict[str, float]:
     """The deltas that act, with their weights."""
     found: dict[str, float] = {}
     for layer in access.layers(model).values():
-        found.update({n: w for n, w in layer.active.items() if w})
+        found.update({n: w for n, w in layer.active_deltas.items() if w})
     return found
 
 
@@ -325,14 +325,14 @@ def disabled(access: ModelAccess, model: Any) -> Iterator[None]:
     """Run the base alone while the context is open; see `disable_delta` of the wings."""
     layers = _layers(access, model)
     _refuse_merged(layers)
-    before = [(layer, dict(layer.active)) for layer in layers.values()]
+    before = [(layer, dict(layer.active_deltas)) for layer in layers.values()]
     shown = list(active_weights(access, model))
     activate(access, model, {})
     try:
         yield
     finally:
         for layer, weights in before:
-            layer.set_active(weights)
+            layer.set_active_deltas(weights)
         owned.show(access, model, shown)
         access.activated(model)
         access.changed(model)

@@ -40,14 +40,14 @@ class NamedLoras(DeltaFace):
     def start(self) -> None:
         """Begin without any delta."""
         self.specs = {}
-        self.active = {}
+        self.active_deltas = {}
         # while merged: the weight as it was, and the tensors it is made of
         self.unmerged: Any = None
         self.unmerged_sources: dict[str, Any] = {}
         self.refresh()
 
     @property
-    def is_merged(self) -> bool:
+    def delta_is_merged(self) -> bool:
         """Whether its deltas are in the weight now."""
         return self.unmerged is not None
 
@@ -90,15 +90,15 @@ class NamedLoras(DeltaFace):
     def take(self, name: str, spec: LoraSpec) -> None:
         """Note a delta whose tensors are in place, and make it active."""
         self.specs[name] = spec
-        self.active[name] = 1.0
+        self.active_deltas[name] = 1.0
         self.refresh()
 
-    def drop(self, name: str) -> None:
+    def drop_delta(self, name: str) -> None:
         """Take a delta away, in place."""
         for part in self.parts(name):
             delattr(self, part)
         del self.specs[name]
-        self.active.pop(name, None)
+        self.active_deltas.pop(name, None)
         self.refresh()
 
     def parts(self, name: str, spelled: str | None = None) -> dict[str, Any]:
@@ -110,17 +110,17 @@ class NamedLoras(DeltaFace):
         """One delta's options as plain values."""
         return self.specs[name].to_dict()
 
-    def set_active(self, weights: dict[str, float]) -> None:
+    def set_active_deltas(self, weights: dict[str, float]) -> None:
         """Make these deltas active, each times its weight, and no other, in place."""
-        self.active = {n: w for n, w in weights.items() if n in self.specs}
+        self.active_deltas = {n: w for n, w in weights.items() if n in self.specs}
         self.refresh()
 
-    def refuse_merging(self) -> None:
+    def refuse_merging_deltas(self) -> None:
         """Nothing stands in the way of adding a LoRA to a weight that is there; see `write_weight` for the others."""
 
-    def merge(self) -> None:
-        """Add the active deltas to the weight, in place; a copy of the weight is kept for `unmerge`."""
-        if self.is_merged:
+    def merge_deltas(self) -> None:
+        """Add the active deltas to the weight, in place; a copy of the weight is kept for `unmerge_deltas`."""
+        if self.delta_is_merged:
             raise ArgumentError("the deltas of this layer are merged already")
         merged = self.merged_weight()
         sources = {n: self.copy_of(t) for n, t in self.sources().items()}
@@ -133,14 +133,14 @@ class NamedLoras(DeltaFace):
         self.unmerged, self.unmerged_sources = before, sources
         self.refresh()
 
-    def unmerge(self) -> None:
+    def unmerge_deltas(self) -> None:
         """Put back the weight as it was, bit for bit, in place."""
-        if not self.is_merged:
+        if not self.delta_is_merged:
             raise ArgumentError("the deltas of this layer are not merged")
         self._write_sources(self.unmerged_sources)
-        self.forget_unmerged()
+        self.keep_merged_deltas()
 
-    def forget_unmerged(self) -> None:
+    def keep_merged_deltas(self) -> None:
         """Let the weight be what it is now, in place: the deltas are not merged."""
         self.unmerged, self.unmerged_sources = None, {}
         self.refresh()
@@ -154,13 +154,13 @@ class NamedLoras(DeltaFace):
         """The deltas that count, merged or not."""
         return tuple(
             Part(n, key("lora", "a", n), key("lora", "b", n), self.specs[n].scaling * w, self.specs[n].dropout)
-            for n, w in self.active.items()
+            for n, w in self.active_deltas.items()
             if w != 0
         )
 
     def refresh(self) -> None:
         """Work out once what the forward pass would otherwise ask on every call."""
-        running = () if self.is_merged else self.active_parts()
+        running = () if self.delta_is_merged else self.active_parts()
         specs = [self.specs[part.name] for part in running]
         plain = all(not (s.dora or s.keep_zeros or s.init == "pissa") for s in specs)
         self._running = running
@@ -169,27 +169,27 @@ class NamedLoras(DeltaFace):
     def words(self) -> str:
         """The deltas, for a printed model."""
         deltas = ", ".join(f"{n}: rank {s.rank}" for n, s in self.specs.items())
-        return f"lora=({deltas})" + (", merged" if self.is_merged else "")
+        return f"lora=({deltas})" + (", merged" if self.delta_is_merged else "")
 
 
 class OneAdapter(DeltaFace):
     """The book-keeping of a layer with one delta that either acts or does not."""
 
-    acts: bool
+    delta_acts: bool
 
     def begin(self, options: dict[str, Any], name: str = DEFAULT_NAME) -> None:
         """Note the delta's name and options; it acts."""
-        self.specs, self.active, self.acts = {name: options}, {name: 1.0}, True
+        self.specs, self.active_deltas, self.delta_acts = {name: options}, {name: 1.0}, True
 
     def describe(self, name: str) -> dict[str, Any]:
         """The delta's options as plain values."""
         return dict(self.specs[name])
 
-    def set_active(self, weights: dict[str, float]) -> None:
+    def set_active_deltas(self, weights: dict[str, float]) -> None:
         """Let the delta act if it is among these, in place."""
-        self.active = {n: w for n, w in weights.items() if n in self.specs}
-        self.acts = any(self.active.values())
+        self.active_deltas = {n: w for n, w in weights.items() if n in self.specs}
+        self.delta_acts = any(self.active_deltas.values())
 
-    def drop(self, name: str) -> None:
+    def drop_delta(self, name: str) -> None:
         """Take the delta off, in place."""
-        self.detach()
+        self.take_off_deltas()

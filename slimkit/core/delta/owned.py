@@ -65,11 +65,11 @@ def take(access: ModelAccess, model: Any, name: str, parameters: Sequence[str], 
         return []
     rivals = {n for p in new if p in known for n in known[p].owners if n != BASE}
     layers = list(access.layers(model).values())
-    stopped = sorted(n for n in rivals if any(layer.active.get(n) for layer in layers))
+    stopped = sorted(n for n in rivals if any(layer.active_deltas.get(n) for layer in layers))
     if stopped:
         for layer in layers:
-            layer.set_active({n: w for n, w in layer.active.items() if n not in stopped})
-        show(access, model, [n for layer in layers for n, w in layer.active.items() if w])
+            layer.set_active_deltas({n: w for n, w in layer.active_deltas.items() if n not in stopped})
+        show(access, model, [n for layer in layers for n, w in layer.active_deltas.items() if w])
         access.activated(model)
     for path in new:
         holder, _, key = path.rpartition(".")

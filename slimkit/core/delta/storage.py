@@ -342,7 +342,7 @@ def _built_in(access: StorageAccess, model: Any, delta: Mapping[str, Any]) -> di
     found = {}
     for path, record in delta["layers"].items():
         layer = layers.get(path)
-        if layer is None or not layer.built or delta["name"] not in layer.specs:
+        if layer is None or not layer.built_as_delta or delta["name"] not in layer.specs:
             continue
         if layer.delta_kind != delta["kind"]:
             raise ArgumentError(f"{path} was built as {layer.delta_kind!r}; the file holds {delta['kind']!r}.")
