@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from slimkit import bridge
-from slimkit.core.prune.plan import Plan
+from slimkit.core.prune.plan import PrunePlan
 from slimkit.core.prune.refit import repair
 
 import torch
@@ -19,7 +19,7 @@ Array = np.ndarray[Any, Any]
 
 
 def compensate(
-    dense: nn.Module, pruned: nn.Module, plan: Plan, layers: Sequence[str], data: Iterable[Any], damping: float
+    dense: nn.Module, pruned: nn.Module, plan: PrunePlan, layers: Sequence[str], data: Iterable[Any], damping: float
 ) -> dict[str, Any]:
     """Refit every ordinary Conv2d and Linear layer of a pruned model to its original's outputs, in place.
 

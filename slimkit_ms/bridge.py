@@ -11,7 +11,7 @@ from slimkit.core.batch import as_call
 from slimkit.core.errors import ArgumentError
 from slimkit.core.freeze import Parameters, Reading
 from slimkit.core.lazy import require
-from slimkit.core.weights.coupling import Structure, Target
+from slimkit.core.weights.coupling import SmallTensor, Structure
 from slimkit.core.weights.heads import Heads, heads_told_by
 from slimkit_ms import kinds
 
@@ -226,7 +226,7 @@ def structure(model: nn.Cell) -> Structure:
     """What weight pruning asks of a cell: shapes, kinds of layer, attention heads and tied tensors."""
     words: dict[int, str] = {}
     names: dict[int, list[str]] = {}
-    targets: dict[str, Target] = {}
+    targets: dict[str, SmallTensor] = {}
     heads: dict[str, Heads] = {}
     for path, cell in model.cells_and_names():
         for key, parameter in cell._params.items():
@@ -240,7 +240,7 @@ def structure(model: nn.Cell) -> Structure:
             heads[path] = told
     for parameter in model.get_parameters():
         names.setdefault(id(parameter), []).append(parameter.name)
-        targets[parameter.name] = Target(tuple(parameter.shape), words.get(id(parameter), "other"))
+        targets[parameter.name] = SmallTensor(tuple(parameter.shape), words.get(id(parameter), "other"))
     return Structure(
         targets=targets,
         heads=heads,

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from slimkit.core.prune.plan import Plan
+from slimkit.core.prune.plan import PrunePlan
 from slimkit.core.prune.refit import repair
 from slimkit_ms import bridge, kinds
 
@@ -18,7 +18,7 @@ Array = np.ndarray[Any, Any]
 
 
 def compensate(
-    dense: nn.Cell, pruned: nn.Cell, plan: Plan, layers: Sequence[str], data: Iterable[Any], damping: float
+    dense: nn.Cell, pruned: nn.Cell, plan: PrunePlan, layers: Sequence[str], data: Iterable[Any], damping: float
 ) -> dict[str, Any]:
     """Refit every ordinary 2-d convolution and dense layer of a pruned cell to its original's outputs, in place.
 

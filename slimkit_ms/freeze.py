@@ -8,14 +8,14 @@ from typing import Any
 
 from slimkit.core import freeze as rules
 from slimkit.core.freeze import FreezeReport
-from slimkit.core.freezer import Freezer, Layer, LayerGroup
+from slimkit.core.freezer import Freezer, FreezerLayer, LayerGroup
 from slimkit_ms import bridge, kinds
 
 from mindspore import nn
 
 __all__ = [
     "FreezeReport",
-    "Layer",
+    "FreezerLayer",
     "LayerGroup",
     "ModelFreezer",
     "freeze_delta",

@@ -18,10 +18,10 @@ from slimkit.core.jobs.device import parse_device
 from slimkit.core.jobs.training import TrainingPlan
 from slimkit.core.jobs.wing import Jobs, Opened
 from slimkit.core.run.measurement import Measurement
-from slimkit.core.sparse.layer import Layer
+from slimkit.core.sparse.maths.layer import SparseLayer
 from slimkit_ms import bridge, train
 from slimkit_ms.measurement import measure_model
-from slimkit_ms.sparse.host import MindSporeHost
+from slimkit_ms.sparse.framework import MindSporeSparse
 from slimkit_ms.stages import MindSporeWing
 
 import mindspore as ms
@@ -110,8 +110,8 @@ class MindSporeJobs(Jobs):
     def parameters(self, model: nn.Cell) -> int:
         return sum(p.size for p, paths in bridge.parameter_paths(model) if bridge.is_weight(p, paths[0]))
 
-    def layers(self, model: nn.Cell) -> tuple[dict[str, Layer], dict[str, str]]:
-        return MindSporeHost(model).layers()
+    def layers(self, model: nn.Cell) -> tuple[dict[str, SparseLayer], dict[str, str]]:
+        return MindSporeSparse(model).layers()
 
     def figures(self, model: nn.Cell, inputs: Any) -> Measurement:
         return measure_model(model, _positional(inputs))

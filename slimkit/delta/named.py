@@ -132,7 +132,9 @@ class LoraLayer(NamedLoras, DeltaLayer):
             else:
                 got = None
         # float32: the inverse and back takes a few roundings, of numbers of the weight's own size
-        if got is None or not torch.allclose(got.float(), value.float(), rtol=1e-4, atol=1e-5 * float(value.abs().max())):
+        if got is None or not torch.allclose(
+            got.float(), value.float(), rtol=1e-4, atol=1e-5 * float(value.abs().max())
+        ):
             raise UnsupportedError(
                 f"the weight is computed from {', '.join(sources) or 'other tensors'}, which cannot be made to give the "
                 f"merged one; take what computes it off first."

@@ -103,9 +103,7 @@ def _shift_past(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, di
     if bound.arguments.get("position_ids") is not None:
         bound.arguments["position_ids"] = bound.arguments["position_ids"] + _shift(module)
     else:
-        bound.arguments["past_key_values_length"] = (
-            bound.arguments.get("past_key_values_length", 0) + _shift(module)
-        )
+        bound.arguments["past_key_values_length"] = bound.arguments.get("past_key_values_length", 0) + _shift(module)
     return bound.args[1:], bound.kwargs
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import slimkit
 from slimkit import bridge, export, train
 from slimkit.core import files
+from slimkit.core.checkpoint import shards
 from slimkit.core.errors import ConfigError
 from slimkit.core.jobs import folders
 from slimkit.core.jobs.bar import LayerBar
@@ -21,13 +22,13 @@ from slimkit.core.jobs.training import TASKS, AdaptAims, DistillAims, TrainingPl
 from slimkit.core.jobs.wing import Jobs, Opened, sparse_plan
 from slimkit.core.locks import locked
 from slimkit.core.run.measurement import Measurement
-from slimkit.core.sparse import SparseConfig, shards
-from slimkit.core.sparse.layer import Layer
+from slimkit.core.sparse import SparseConfig
+from slimkit.core.sparse.maths.layer import SparseLayer
 from slimkit.jobs import devices, models, teach, texts
 from slimkit.measurement import measure_model
 from slimkit.sparse import checkpoint as blocks
-from slimkit.sparse.file_host import CheckpointHost
-from slimkit.sparse.host import TorchHost
+from slimkit.sparse.checkpoint_framework import CheckpointSparse
+from slimkit.sparse.framework import TorchSparse
 from slimkit.stages import TorchWing
 
 import torch
@@ -80,8 +81,8 @@ class TorchJobs(Jobs):
     def parameters(self, model: nn.Module) -> int:
         return sum(p.numel() for p in model.parameters())
 
-    def layers(self, model: nn.Module) -> tuple[dict[str, Layer], dict[str, str]]:
-        return TorchHost(model).layers()
+    def layers(self, model: nn.Module) -> tuple[dict[str, SparseLayer], dict[str, str]]:
+        return TorchSparse(model).layers()
 
     def figures(self, model: nn.Module, inputs: Any) -> Measurement:
         return measure_model(model, bridge.to_device(inputs, bridge.device_of(model)))
@@ -166,7 +167,7 @@ class TorchJobs(Jobs):
         source = place.model
         assert source is not None
         _resumable(out)
-        found = CheckpointHost(source, out / blocks.STATE, shards.locate(source), None).layers()
+        found = CheckpointSparse(source, out / blocks.STATE, shards.locate(source), None).layers()
         done = len(list((out / blocks.STATE).glob("block-*.json")))
         plan = sparse_plan(*found, cfg, self._block_data(source, cfg, calib))
         return {**plan, "blocks_done": done, "resumable": True}

@@ -14,7 +14,7 @@ from slimkit.core.errors import ConfigError, FileFormatError, LinkPathError
 from slimkit.core.jobs import data, folders
 from slimkit.core.jobs.bar import LayerBar
 from slimkit.core.jobs.training import TrainingPlan, label_names, task_of
-from slimkit.core.sparse.eta import Progress
+from slimkit.core.sparse.remaining import Progress
 
 
 def test_text_comes_as_objects_strings_or_plain_lines(tmp_path):

@@ -16,7 +16,7 @@ from typing import Any
 from slimkit.core import check
 from slimkit.core.delta import owned
 from slimkit.core.delta import spec as rules
-from slimkit.core.delta.access import ModelAccess
+from slimkit.core.delta.framework import DeltaFramework
 from slimkit.core.delta.spec import DeltaReport, LoraSpec
 from slimkit.core.errors import ArgumentError, UnsupportedError
 from slimkit.core.freeze import matched, report_of
@@ -27,7 +27,7 @@ LAYER_KINDS = ("lora", "adapter", "low_rank_adapter")
 
 
 def apply_layers(
-    access: ModelAccess,
+    access: DeltaFramework,
     model: Any,
     kind: str,
     targets: Any,
@@ -81,7 +81,9 @@ def apply_layers(
                 notes.append(f"{len(kept)} layers were made sparse: their deltas keep the zeros (keep_zeros=False)")
             filled = [p for p in paths if sites[p].zeros and not specs[p].keep_zeros]
             if filled:
-                notes.append(f"{len(filled)} sparse layers get deltas that fill their zeros when merged: {filled[0]} ...")
+                notes.append(
+                    f"{len(filled)} sparse layers get deltas that fill their zeros when merged: {filled[0]} ..."
+                )
         described: dict[str, dict[str, Any]] = {p: {"type": sites[p].kind, **specs[p].to_dict()} for p in paths}
     else:
         described = {p: {"type": sites[p].kind, **options} for p in paths}
@@ -115,7 +117,7 @@ def apply_layers(
 
 
 def apply_in_place(
-    access: ModelAccess,
+    access: DeltaFramework,
     model: Any,
     kind: str,
     put: Callable[..., dict[str, dict[str, Any]]],
@@ -142,7 +144,7 @@ def apply_in_place(
 
 
 def _planned_flags(
-    access: ModelAccess, model: Any, freeze: bool, also_train: Any
+    access: DeltaFramework, model: Any, freeze: bool, also_train: Any
 ) -> tuple[dict[str, bool], list[str]]:
     """Base parameter -> whether it shall train once the delta is on, and those that the delta brings along."""
     found = access.parameters(model)
@@ -156,7 +158,7 @@ def _planned_flags(
     return flags, [name for name in trained if rules.PREFIX not in name]
 
 
-def _remember_flags(access: ModelAccess, model: Any) -> None:
+def _remember_flags(access: DeltaFramework, model: Any) -> None:
     """Note once how the base's parameters stood, each on the module that holds it, for the day the last delta leaves.
 
     On the modules, since a model may be wrapped or be part of another by then.
@@ -168,7 +170,7 @@ def _remember_flags(access: ModelAccess, model: Any) -> None:
                 vars(module)[FLAGS] = flags
 
 
-def _restore_flags(access: ModelAccess, model: Any) -> None:
+def _restore_flags(access: DeltaFramework, model: Any) -> None:
     """Let the base's parameters train as before the first delta, in place."""
     for _, module in access.holders(model):
         own = access.own_parameters(module)
@@ -177,14 +179,14 @@ def _restore_flags(access: ModelAccess, model: Any) -> None:
                 own[key].requires_grad = trains
 
 
-def _set_flags(access: ModelAccess, model: Any, flags: Mapping[str, bool]) -> None:
+def _set_flags(access: DeltaFramework, model: Any, flags: Mapping[str, bool]) -> None:
     found = access.parameters(model)
     for parameter, (name, now) in zip(found.held, found.trains().items()):
         if flags.get(name, now) != now:
             parameter.requires_grad = flags[name]
 
 
-def merge(access: ModelAccess, model: Any, *, unload: bool = False) -> DeltaReport:
+def merge(access: DeltaFramework, model: Any, *, unload: bool = False) -> DeltaReport:
     """Add every active LoRA to the weights, in place; see `merge_delta` of the wings."""
     check.boolean(unload, "unload")
     access.at_rest(model)
@@ -224,7 +226,7 @@ def merge(access: ModelAccess, model: Any, *, unload: bool = False) -> DeltaRepo
     return DeltaReport("lora", "merged", described)
 
 
-def unmerge(access: ModelAccess, model: Any) -> DeltaReport:
+def unmerge(access: DeltaFramework, model: Any) -> DeltaReport:
     """Put back the weights as they were before merging, bit for bit, in place."""
     access.at_rest(model)
     layers = {p: x for p, x in _layers(access, model).items() if x.delta_is_merged}
@@ -236,7 +238,7 @@ def unmerge(access: ModelAccess, model: Any) -> DeltaReport:
     return DeltaReport("lora", "unmerged", {p: {"deltas": list(x.specs)} for p, x in layers.items()})
 
 
-def remove(access: ModelAccess, model: Any, names: Any = None) -> DeltaReport:
+def remove(access: DeltaFramework, model: Any, names: Any = None) -> DeltaReport:
     """Take deltas off a model, in place; see `remove_delta` of the wings."""
     layers = _layers(access, model)
     known = sorted({n for layer in layers.values() for n in layer.specs})
@@ -267,7 +269,7 @@ def _refuse_built(layers: Mapping[str, Any]) -> None:
         raise UnsupportedError(f"{built[0]} was built as a delta layer; there is no layer to put back in its place.")
 
 
-def _detach(access: ModelAccess, model: Any, layers: Mapping[str, Any]) -> None:
+def _detach(access: DeltaFramework, model: Any, layers: Mapping[str, Any]) -> None:
     """Let layers be plain again; when no delta is left in the model, the flags are what they were too."""
     for layer in {id(x): x for x in layers.values()}.values():
         access.detach(layer)
@@ -280,7 +282,7 @@ def _detach(access: ModelAccess, model: Any, layers: Mapping[str, Any]) -> None:
         _restore_flags(access, model)
 
 
-def activate(access: ModelAccess, model: Any, names: Any) -> dict[str, float]:
+def activate(access: DeltaFramework, model: Any, names: Any) -> dict[str, float]:
     """Choose which named deltas act and with which weight, in place; see `set_delta` of the wings."""
     layers = _layers(access, model)
     known = sorted({n for layer in layers.values() for n in layer.specs})
@@ -312,7 +314,7 @@ def _refuse_merged(layers: Mapping[str, Any]) -> None:
         raise ArgumentError(f"the deltas are merged ({merged[0]}); unmerge them before choosing others.")
 
 
-def active_weights(access: ModelAccess, model: Any) -> dict[str, float]:
+def active_weights(access: DeltaFramework, model: Any) -> dict[str, float]:
     """The deltas that act, with their weights."""
     found: dict[str, float] = {}
     for layer in access.layers(model).values():
@@ -321,7 +323,7 @@ def active_weights(access: ModelAccess, model: Any) -> dict[str, float]:
 
 
 @contextlib.contextmanager
-def disabled(access: ModelAccess, model: Any) -> Iterator[None]:
+def disabled(access: DeltaFramework, model: Any) -> Iterator[None]:
     """Run the base alone while the context is open; see `disable_delta` of the wings."""
     layers = _layers(access, model)
     _refuse_merged(layers)
@@ -338,7 +340,7 @@ def disabled(access: ModelAccess, model: Any) -> Iterator[None]:
         access.changed(model)
 
 
-def _layers(access: ModelAccess, model: Any) -> dict[str, Any]:
+def _layers(access: DeltaFramework, model: Any) -> dict[str, Any]:
     layers = access.layers(model)
     if not layers:
         raise ArgumentError("the model carries no delta; apply_delta puts one on.")

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from slimkit.core.delta.access import ModelAccess
+from slimkit.core.delta.framework import DeltaFramework
 from slimkit.core.errors import UnsupportedError
 
 RECORD = "slimkit_trained_with_delta"
@@ -37,14 +37,14 @@ class Owned(NamedTuple):
         return getattr(self.module, self.key)
 
 
-def owned(access: ModelAccess, model: Any) -> Iterator[Owned]:
+def owned(access: DeltaFramework, model: Any) -> Iterator[Owned]:
     """Every base parameter that deltas have values of their own for."""
     for path, module in access.holders(model):
         for key, record in vars(module).get(RECORD, {}).items():
             yield Owned(f"{path}.{key}" if path else key, module, key, record)
 
 
-def take(access: ModelAccess, model: Any, name: str, parameters: Sequence[str], *, freeze: bool) -> list[str]:
+def take(access: DeltaFramework, model: Any, name: str, parameters: Sequence[str], *, freeze: bool) -> list[str]:
     """Note that base parameters train with a delta from now on, in place; they start from the base's values.
 
     Another delta that has values of its own for one of them stops acting.
@@ -82,7 +82,7 @@ def take(access: ModelAccess, model: Any, name: str, parameters: Sequence[str], 
     return [f"{n!r} does not act any more: it and {name!r} each have values for {new[0]}" for n in stopped]
 
 
-def refuse_clash(access: ModelAccess, model: Any, names: Collection[str]) -> None:
+def refuse_clash(access: DeltaFramework, model: Any, names: Collection[str]) -> None:
     """Refuse to let deltas act together that have different values for the same parameter."""
     for one in owned(access, model):
         both = [n for n in names if n in one.owners]
@@ -92,7 +92,7 @@ def refuse_clash(access: ModelAccess, model: Any, names: Collection[str]) -> Non
             )
 
 
-def show(access: ModelAccess, model: Any, names: Collection[str]) -> None:
+def show(access: DeltaFramework, model: Any, names: Collection[str]) -> None:
     """Let every recorded parameter have the values of the delta among `names` that owns it, or the base's, in place."""
     for one in owned(access, model):
         wanted = next((n for n in names if n in one.owners), BASE)
@@ -103,7 +103,7 @@ def show(access: ModelAccess, model: Any, names: Collection[str]) -> None:
             one.record["live"], parameter.requires_grad = wanted, trains
 
 
-def drop(access: ModelAccess, model: Any, names: Collection[str], acting: Collection[str]) -> None:
+def drop(access: DeltaFramework, model: Any, names: Collection[str], acting: Collection[str]) -> None:
     """Forget deltas' values, in place; what only they had values for has the base's again.
 
     Args:
@@ -120,13 +120,13 @@ def drop(access: ModelAccess, model: Any, names: Collection[str], acting: Collec
             _forget(one)
 
 
-def keep_live(access: ModelAccess, model: Any) -> None:
+def keep_live(access: DeltaFramework, model: Any) -> None:
     """Let the live values be the base's from now on, in place, as after merging for good."""
     for one in list(owned(access, model)):
         _forget(one)
 
 
-def values_of(access: ModelAccess, model: Any, name: str) -> dict[str, Any]:
+def values_of(access: DeltaFramework, model: Any, name: str) -> dict[str, Any]:
     """Path -> one delta's own values of base parameters: the parameter while they are live, else what lies aside."""
     return {
         one.path: one.parameter if one.record["live"] == name else one.record["aside"][name][0]

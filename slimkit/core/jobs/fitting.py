@@ -13,7 +13,7 @@ from slimkit.core.errors import ConfigError
 from slimkit.core.jobs import folders
 from slimkit.core.jobs.interrupt import SaveOnInterrupt
 from slimkit.core.jobs.training import TrainingPlan
-from slimkit.core.sparse import shards
+from slimkit.core.locks import same_job
 from slimkit.core.train.callbacks import Checkpoints
 from slimkit.core.train.runlog import ProgressBar
 from slimkit.core.train.schedules import cosine_schedule, linear_schedule
@@ -70,7 +70,7 @@ def fit(
         shutil.rmtree(out)
     folders.unused(out, state=folders.STATE)
     # As JSON gives it back, so that tuples compare like the lists that were read.
-    shards.same_job(state, json.loads(json.dumps({**job, "plan": plan.identity()})))
+    same_job(state, json.loads(json.dumps({**job, "plan": plan.identity()})))
     stop = SaveOnInterrupt(state / "last")
     keep = Checkpoints(state, metric=None, every_n_steps=plan.save_every)
     schedule = _SCHEDULES[plan.schedule]

@@ -19,7 +19,7 @@ from slimkit.core.run.measurement import Measurement
 from slimkit.core.run.stages import Stages
 from slimkit.core.sparse import SparseConfig
 from slimkit.core.sparse.compress import select
-from slimkit.core.sparse.layer import Layer
+from slimkit.core.sparse.maths.layer import SparseLayer
 
 
 @dataclass
@@ -89,7 +89,7 @@ class Jobs(ABC):
         """Numbers in all parameters, shared ones once."""
 
     @abstractmethod
-    def layers(self, model: Any) -> tuple[dict[str, Layer], dict[str, str]]:
+    def layers(self, model: Any) -> tuple[dict[str, SparseLayer], dict[str, str]]:
         """The layers that can be sparse, and those that cannot with the reason."""
 
     @abstractmethod
@@ -324,7 +324,7 @@ class Jobs(ABC):
 
 
 def sparse_plan(
-    layers: Mapping[str, Layer], skipped: Mapping[str, str], cfg: SparseConfig, batches: list[Any] | None
+    layers: Mapping[str, SparseLayer], skipped: Mapping[str, str], cfg: SparseConfig, batches: list[Any] | None
 ) -> dict[str, Any]:
     """What a sparsity run would do, as plain values."""
     left_out = dict(skipped)

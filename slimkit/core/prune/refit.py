@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from slimkit.core.log import progress
-from slimkit.core.prune.plan import Plan
+from slimkit.core.prune.plan import PrunePlan
 
 Array = np.ndarray[Any, Any]
 
@@ -40,7 +40,9 @@ class Repair(Protocol):
         """Put weight and bias into the cut model's layer, in place."""
 
 
-def repair(models: Repair, layers: Sequence[str], plan: Plan, data: Iterable[Any], damping: float) -> dict[str, Any]:
+def repair(
+    models: Repair, layers: Sequence[str], plan: PrunePlan, data: Iterable[Any], damping: float
+) -> dict[str, Any]:
     """Refit the layers of a cut model to the outputs of their originals, in place, one after another as they run.
 
     A layer is fitted on what the layers before it now hand over. Norms keep their statistics: refitted layers make
@@ -67,7 +69,7 @@ def repair(models: Repair, layers: Sequence[str], plan: Plan, data: Iterable[Any
             report["left"][path] = why
             continue
         kept = plan.indices.get(f"{path}.weight", [None, None])[models.made_axis(path)]
-        moments = Moments(weight.shape[1], weight.shape[0], bias is not None)
+        moments = RefitMoments(weight.shape[1], weight.shape[0], bias is not None)
         for batch in data:
             for given, wanted in models.calls(path, batch):
                 moments.add(given, wanted if kept is None else wanted[:, kept])
@@ -76,7 +78,7 @@ def repair(models: Repair, layers: Sequence[str], plan: Plan, data: Iterable[Any
     return report
 
 
-class Moments:
+class RefitMoments:
     """Sums of products of a layer's inputs after the cut with themselves and with the outputs wanted.
 
     Args:
@@ -101,7 +103,7 @@ class Moments:
         self.number += len(x)
 
 
-def refit(moments: Moments, weight: Array, bias: Array | None, damping: float) -> tuple[Array, Array | None]:
+def refit(moments: RefitMoments, weight: Array, bias: Array | None, damping: float) -> tuple[Array, Array | None]:
     """The weights nearest to the cut ones whose outputs are nearest to the wanted ones (ridge regression).
 
     Minimises |Y - W X|^2 + damping * mean diagonal * |W - weight|^2, the objective of FLAP's bias and SlimGPT's weight
@@ -117,7 +119,7 @@ def refit(moments: Moments, weight: Array, bias: Array | None, damping: float) -
         (weight, bias).
 
     Example:
-        >>> m = Moments(1, 1, bias=False); m.add(np.array([[1.0], [2.0]]), np.array([[3.0], [6.0]]))
+        >>> m = RefitMoments(1, 1, bias=False); m.add(np.array([[1.0], [2.0]]), np.array([[3.0], [6.0]]))
         >>> refit(m, np.array([[0.0]]), None, 1e-9)[0].round(6).tolist()
         [[3.0]]
     """

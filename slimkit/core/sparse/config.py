@@ -8,7 +8,7 @@ from typing import Any
 
 from slimkit.core import check
 from slimkit.core.errors import ArgumentTypeError, ConfigError
-from slimkit.core.sparse.pattern import NM, parse
+from slimkit.core.sparse.maths.pattern import NM, parse
 
 METHODS = ("magnitude", "wanda", "hessian", "par", "par_v2")
 DEFAULT_RATIO = 0.5

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from slimkit.core.delta.access import ModelAccess
+from slimkit.core.delta.framework import DeltaFramework
 from slimkit.core.delta.spec import PREFIX, Site
 from slimkit.core.freeze import Parameters
 from slimkit_ms import bridge, kinds
@@ -81,7 +81,7 @@ def _walk(cell: nn.Cell, path: str = "") -> Iterator[tuple[str, nn.Cell]]:
             yield from _walk(child, f"{path}.{name}" if path else name)
 
 
-class MindSporeAccess(ModelAccess):
+class MindSporeDelta(DeltaFramework):
     """The MindSpore wing's answers."""
 
     def sites(self, model: nn.Cell) -> dict[str, Site]:
@@ -158,4 +158,4 @@ def _heads(model: nn.Cell) -> set[int]:
     return found
 
 
-access = MindSporeAccess()
+access = MindSporeDelta()
