@@ -40,7 +40,19 @@ def start_behind(tokens: int, places: Sequence[tuple[Any, Hook]]) -> None:
     for module, hook in places:
         if all(h is not hook for h in module._forward_pre_hooks.values()):
             module.prefix_shift = tokens
+            module.prefix_acts = True
             module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def shift_positions(model: nn.Module, acts: bool) -> None:
+    """Let positions start behind the prefix that `start_behind` noted, or at zero while it does not act, in place."""
+    for module in model.modules():
+        if "prefix_shift" in vars(module):
+            vars(module)["prefix_acts"] = acts
+
+
+def _shift(module: Any) -> int:
+    return int(module.prefix_shift) if module.prefix_acts else 0
 
 
 def _places(model: nn.Module, paths: Sequence[str] | None) -> Iterator[tuple[Any, Hook]]:
@@ -78,7 +90,7 @@ def _shift_whole_numbers(module: Any, args: Any, kwargs: dict[str, Any]) -> tupl
         if not isinstance(given, torch.Tensor) or given.is_floating_point() or given.dtype == torch.bool:
             return given
         found = True
-        return given + module.prefix_shift
+        return given + _shift(module)
 
     out = tuple(map(moved, args)), {k: moved(v) for k, v in kwargs.items()}
     if not found:
@@ -89,11 +101,9 @@ def _shift_whole_numbers(module: Any, args: Any, kwargs: dict[str, Any]) -> tupl
 def _shift_past(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     bound = inspect.signature(type(module).forward).bind(module, *args, **kwargs)
     if bound.arguments.get("position_ids") is not None:
-        bound.arguments["position_ids"] = bound.arguments["position_ids"] + module.prefix_shift
+        bound.arguments["position_ids"] = bound.arguments["position_ids"] + _shift(module)
     else:
-        bound.arguments["past_key_values_length"] = (
-            bound.arguments.get("past_key_values_length", 0) + module.prefix_shift
-        )
+        bound.arguments["past_key_values_length"] = bound.arguments.get("past_key_values_length", 0) + _shift(module)
     return bound.args[1:], bound.kwargs
 
 
@@ -107,7 +117,7 @@ def _shift_positions(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[An
         past = kwargs.get("past_key_values")
         start = past.get_seq_length() if past is not None else 0
         positions = torch.arange(start, start + given.shape[1], device=given.device).unsqueeze(0)
-    return args, {**kwargs, "position_ids": positions + module.prefix_shift}
+    return args, {**kwargs, "position_ids": positions + _shift(module)}
 
 
 _HOOKS = (_shift_whole_numbers, _shift_past, _shift_positions)
@@ -121,3 +131,4 @@ def start_at_zero(model: nn.Module) -> None:
                 del module._forward_pre_hooks[handle]
                 module._forward_pre_hooks_with_kwargs.pop(handle, None)
                 module.__dict__.pop("prefix_shift", None)
+                module.__dict__.pop("prefix_acts", None)

@@ -199,6 +199,8 @@ class Prefixed(OneAdapter, DeltaLayer):
     plain_class: type
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.delta_acts:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
         with _Extend(self):
             return super().forward(*args, **kwargs)  # type: ignore[misc]
 
@@ -216,10 +218,15 @@ class Prefixed(OneAdapter, DeltaLayer):
         heads = heads.repeat_interleave(like.shape[1] // self.prefix_heads, 0)
         return heads.unsqueeze(0).expand(like.shape[0], -1, -1, -1)
 
-    def revert(self) -> None:
+    @property
+    def built_as_delta(self) -> bool:
+        """Whether there is no plain layer to go back to: never, it is the same object."""
+        return False
+
+    def take_off_deltas(self) -> None:
         """Take the prefix off again, in place."""
         delattr(self, ROWS)
-        del self.specs, self.prefix_heads, self.query_heads, self.prefix_tokens
+        del self.specs, self.active_deltas, self.delta_acts, self.prefix_heads, self.query_heads, self.prefix_tokens
         self.__class__ = type(self).plain_class
 
 

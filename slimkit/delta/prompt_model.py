@@ -29,7 +29,12 @@ class PromptFront(OneAdapter, DeltaLayer, PromptTuning):
         """Path below the layer -> tensor of everything the prompt consists of."""
         return dict(self.named_parameters())
 
-    def revert(self) -> None:
+    @property
+    def built_as_delta(self) -> bool:
+        """Whether there is nothing to go back to: never, it stands beside the model."""
+        return False
+
+    def take_off_deltas(self) -> None:
         """Take the prompt off its model, in place."""
         owner, embedding = self.__dict__["_owner"]
         for handle, hook in list(owner._forward_pre_hooks.items()):
@@ -105,6 +110,8 @@ def put_prompt(
 def _lengthen(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Make room for the prompt in every input of a model that is not Hugging Face's."""
     front = getattr(module, FRONT)
+    if not front.delta_acts:
+        return args, kwargs
     tokens, grows = front.num_virtual_tokens, front.__dict__["grows"]
     given = {**dict(zip(grows, args)), **kwargs}
     for name, value in given.items():
@@ -124,6 +131,8 @@ def _lengthen(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict
 def _answer(module: Any, _args: Any, out: torch.Tensor) -> torch.Tensor:
     """The embedded tokens with the prompt in the room made for it."""
     (front,) = module.__dict__["prompt_front"]
+    if not front.delta_acts:
+        return out
     rows = front.mindpet_delta_prompttuning_embedding.weight.to(out.dtype)
     return torch.cat((rows.expand(out.shape[0], -1, -1), out[:, rows.shape[0] :]), 1)
 
@@ -136,6 +145,8 @@ def _takes_embeddings(module: nn.Module) -> bool:
 
 def _prepend(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Turn tokens into embeddings with the prompt in front; masks, labels and positions follow."""
+    if not getattr(module, FRONT).delta_acts:
+        return args, kwargs
     kwargs = dict(kwargs)
     ids = kwargs.pop("input_ids", None)
     if args:

@@ -75,9 +75,12 @@ class TorchStorage(TorchDelta, DeltaStorage):
         return tensor.detach().reshape(-1)[places.to(tensor.device)].float().cpu().numpy()
 
     def weight(self, model: nn.Module, path: str) -> Any:
-        layer = bridge.get_module(model, path)
-        merged = getattr(layer, "unmerged", None)
-        return getattr(layer, "weight", None) if merged is None else merged
+        layer: Any = bridge.get_module(model, path)
+        return (
+            layer.unmerged
+            if isinstance(layer, DeltaLayer) and layer.delta_is_merged
+            else getattr(layer, "weight", None)
+        )
 
     def neutral(self, model: nn.Module) -> dict[str, Any]:
         parameters = model.named_parameters(remove_duplicate=False)

@@ -28,10 +28,14 @@ class FrozenZeros:
         self.masks = dict(masks)
         self._pairs: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
         self._handles: list[Any] = []
+        self._recorded: list[torch.nn.Module] = []
         for index, (slot, drop) in enumerate(_drops(model, layers, masks)):
             weight = slot.owner(model)._parameters[slot.key]
             assert weight is not None  # slots are made from parameters that are there
             self._pairs.append((weight, drop))
+            if not bridge.has_made_zeros(slot.owner(model)):
+                bridge.record_zeros(slot.owner(model))
+                self._recorded.append(slot.owner(model))
             if weight.requires_grad:
                 # Gradients too: an optimizer's moments would otherwise remember what the zeros wanted to become.
                 self._handles.append(weight.register_hook(partial(_masked, self._pairs, index)))
@@ -60,6 +64,9 @@ class FrozenZeros:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        for module in self._recorded:
+            bridge.forget_zeros(module)
+        self._recorded.clear()
 
     def __enter__(self) -> FrozenZeros:
         return self

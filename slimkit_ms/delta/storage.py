@@ -77,9 +77,8 @@ class MindSporeStorage(MindSporeDelta, DeltaStorage):
         return flat[sample_places(flat.size)].astype(np.float32)
 
     def weight(self, model: nn.Cell, path: str) -> Any:
-        cell = self.module(model, path)
-        merged = getattr(cell, "unmerged", None)
-        return weight_of(cell) if merged is None else merged
+        cell: Any = self.module(model, path)
+        return cell.unmerged if isinstance(cell, DeltaLayer) and cell.delta_is_merged else weight_of(cell)
 
     def neutral(self, model: nn.Cell) -> dict[str, Any]:
         found = {}

@@ -73,7 +73,8 @@ class MindSporeSparse:
         self._slots[name].store(self.model, weight, bias_shift)
 
     def settled(self, name: str, row: dict[str, Any]) -> None:
-        """Nothing to do: the report is made at the end."""
+        """Note on the layer that its zeros were made: a delta put on it later keeps them."""
+        bridge.record_zeros(bridge.get_module(self.model, self._slots[name].cell))
 
     def snapshot(self, names: Sequence[str]) -> Callable[[], None]:
         """Remember weights and biases; the function returned puts them back."""

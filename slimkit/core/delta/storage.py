@@ -450,7 +450,7 @@ def _built_in(access: DeltaStorage, model: Any, delta: Mapping[str, Any]) -> dic
     found = {}
     for path, record in delta["layers"].items():
         layer = layers.get(path)
-        if layer is None or hasattr(layer, "revert") or layer.original is not None or delta["name"] not in layer.specs:
+        if layer is None or not layer.built_as_delta or delta["name"] not in layer.specs:
             continue
         if layer.delta_kind != delta["kind"]:
             raise ArgumentError(f"{path} was built as {layer.delta_kind!r}; the file holds {delta['kind']!r}.")

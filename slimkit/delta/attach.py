@@ -1,0 +1,199 @@
+"""A layer becomes a delta layer in place, under a subclass of its own class, and plain again."""
+
+from __future__ import annotations
+
+import copyreg
+import functools
+import types
+from typing import Any
+
+from slimkit import bridge
+from slimkit.core.delta.face import DeltaFace
+from slimkit.core.errors import UnsupportedError
+from slimkit.delta.sharded import sharded_class
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["DeltaLayer", "attach", "bridge", "device_for", "layer_class"]
+
+
+class DeltaLayer(DeltaFace):
+    """The torch side of a layer that carries deltas; the kinds put it before the layer's own class."""
+
+    word = "Delta"
+    # What the plain layer calls with its weight, and at which places of that call weight and input stand.
+    reads: tuple[tuple[Any, int, int], ...] = ()
+    # Whether a run of the layer differs from the plain layer's.
+    delta_acts: bool
+
+    def acted(self, out: torch.Tensor, x: Any = None, low: Any = None) -> torch.Tensor:
+        """The plain layer's output with the deltas in it.
+
+        Args:
+            out: what the plain layer gives for `x`.
+            x: its input; layers that come after the plain one need none.
+            low: (input, a) -> what the plain layer computes with `a` for its weight; None for the layer's own way.
+        """
+        raise NotImplementedError
+
+    def without_bias(self, given: list[Any]) -> list[Any]:
+        """The arguments of a call in `reads` without the layer's bias."""
+        raise NotImplementedError
+
+    def leave(self) -> None:
+        """Take everything off that the deltas put on the layer, in place."""
+        raise NotImplementedError
+
+    def take_off_deltas(self) -> None:
+        """Be the plain layer again, in place; all deltas are gone."""
+        assert self.plain_class is not None
+        self.leave()
+        mine = next(c for c in type(self).__mro__ if "made_of" in vars(c))
+        self.__class__ = _rebased(type(self), mine, self.plain_class)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The class is made at run time: by its parts it can be found again, in copies and in pickles.
+        made_of = vars(type(self)).get("made_of")
+        return super().__reduce_ex__(protocol) if made_of is None else (_bare, made_of, dict(self.__dict__))
+
+
+def attach(layer: nn.Module, mixin: type[DeltaLayer]) -> Any:
+    """Let a layer carry deltas, in place: it stays the same object with all that it holds.
+
+    Args:
+        layer: the layer.
+        mixin: what it becomes, before its own class.
+
+    Returns:
+        The layer.
+    """
+    plain = layer_class(layer)
+    mine = _class_of(mixin, plain, "forward" in vars(layer))
+    layer.__class__ = _rebased(type(layer), plain, mine)
+    return layer
+
+
+def layer_class(layer: nn.Module) -> type:
+    """The class of a layer beneath those that parametrisations and FSDP put over it."""
+    kind = type(layer)
+    while True:
+        if parametrize.is_parametrized(layer) and kind.__name__ == f"Parametrized{kind.__bases__[0].__name__}":
+            kind = kind.__bases__[0]
+        elif sharded_class() is not None and kind.__bases__[0] is sharded_class():
+            kind = kind.__bases__[1]
+        else:
+            return kind
+
+
+@functools.cache
+def _class_of(mixin: type[DeltaLayer], plain: type, patched: bool) -> type:
+    bases = (_Patched, mixin, plain) if patched else (mixin, plain)
+    own = {"plain_class": plain, "made_of": (mixin, plain, patched), "__module__": mixin.__module__}
+    return types.new_class(f"{mixin.word}{plain.__name__}", bases, {}, lambda names: names.update(own))
+
+
+def _bare(mixin: type[DeltaLayer], plain: type, patched: bool) -> Any:
+    kind = _class_of(mixin, plain, patched)
+    return copyreg.__newobj__(kind)  # type: ignore[attr-defined]  # typeshed leaves it out
+
+
+def _rebased(kind: type, old: type, new: type) -> type:
+    """`kind` with `new` where it derives from `old`: classes made at run time stand over the layer's own."""
+    if kind is old:
+        return new
+    bases = tuple(_rebased(b, old, new) if issubclass(b, old) else b for b in kind.__bases__)
+    own = {k: v for k, v in vars(kind).items() if k not in ("__dict__", "__weakref__")}
+    return types.new_class(kind.__name__, bases, {}, lambda names: names.update(own))
+
+
+def device_for(layer: nn.Module) -> torch.device:
+    """Where a delta's parameters go: beside the weight, or where a hook brings a weight that lies elsewhere."""
+    weight: Any = layer.weight
+    hook = vars(layer).get("_hf_hook")
+    if not weight.is_meta or hook is None:
+        return weight.device
+    # Hooks of accelerate come in chains; the last that names a device is the one that the weight is brought to.
+    places = [vars(one).get("execution_device") for one in vars(hook).get("hooks", (hook,))]
+    place = next((p for p in reversed(places) if p is not None), "cpu")
+    return torch.device(place)
+
+
+class _Forward:
+    """The `forward` of a layer that had one of its own before the delta came; the layer goes on holding that one."""
+
+    def __get__(self, layer: Any, kind: Any = None) -> Any:
+        return _through if layer is None else types.MethodType(_through, layer)
+
+    def __set__(self, layer: Any, value: Any) -> None:
+        vars(layer)["forward"] = value
+
+    def __delete__(self, layer: Any) -> None:
+        if vars(layer).pop("forward", None) is None:
+            raise AttributeError("forward")
+
+
+class _Patched(DeltaLayer):
+    """A layer whose own forward was replaced on the object (a hook of accelerate, a patch) before the delta came."""
+
+    forward = _Forward()
+
+
+def _through(layer: Any, *args: Any, **kwargs: Any) -> Any:
+    """Run the forward that was put on a layer, with the delta where that comes to use the weight."""
+    if not isinstance(layer, _Patched):  # somebody kept this, and the delta is off
+        return type(layer).forward(layer, *args, **kwargs)
+    own = vars(layer).get("forward")
+    plain: Any = layer.plain_class
+    if own is None:
+        return super(_Patched, layer).forward(*args, **kwargs)  # type: ignore[misc]  # the kind's, next in line
+    if vars(layer).get("delta_is_running"):
+        return plain.forward(layer, *args, **kwargs)
+    # A forward of somebody else's moves and replaces what the layer holds; what is the delta's it never knew.
+    aside = {k: v for held in (layer._parameters, layer._buffers) for k, v in held.items() if "mindpet_delta_" in k}
+    places = {k: layer._parameters if k in layer._parameters else layer._buffers for k in aside}
+    for key, held in places.items():
+        vars(layer)[key] = held.pop(key)
+    vars(layer)["delta_is_running"] = True
+    try:
+        if not layer.delta_acts:
+            return own(*args, **kwargs)
+        if not layer.reads:
+            return layer.acted(own(*args, **kwargs))
+        with _Reading(layer) as reading:
+            out = own(*args, **kwargs)
+        if not reading.met:
+            raise UnsupportedError(
+                f"a forward was put on this {plain.__name__} that does not use its weight as {plain.__name__} does, so "
+                f"its delta cannot act; put the delta on before that forward, or remove one of the two."
+            )
+        return out
+    finally:
+        del vars(layer)["delta_is_running"]
+        for key, held in places.items():
+            held[key] = vars(layer).pop(key)
+
+
+class _Reading(TorchFunctionMode):
+    """Add the delta where a layer's weight is used, whoever calls."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.layer, self.met = layer, False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        for reader, weight_at, input_at in self.layer.reads:
+            if func is reader and len(args) > max(weight_at, input_at) and args[weight_at] is self.layer.weight:
+                self.met = True
+
+                def low(x: Any, a: Any) -> Any:
+                    given = list(args)
+                    given[input_at], given[weight_at] = x, a
+                    return func(*self.layer.without_bias(given), **kwargs)
+
+                return self.layer.acted(out, args[input_at], low=low)
+        return out
