@@ -14,7 +14,7 @@ from slimkit.core.delta import filling, inject, peft, peft_targets, peft_write
 from slimkit.core.delta.base import BaseValue
 from slimkit.core.delta.bundle import compare_keys
 from slimkit.core.delta.framework import DeltaStorage
-from slimkit.core.delta.named import PARTS
+from slimkit.core.delta.named import part_names
 from slimkit.core.delta.peft_lora import FAMILY, Adapter, read_lora, taken_out
 from slimkit.core.delta.peft_write import BaseFacts
 from slimkit.core.delta.positions import positions_for
@@ -209,8 +209,16 @@ def write(access: DeltaStorage, model: Any, folder: Path, collected: Collected) 
     delta = deltas[0]
     about = access.about(model)
     still = set(base.get("still", ()))
+
+    def value(name: str) -> Array:
+        path, _, last = name.rpartition(".")
+        if name in tensors:
+            return tensors[name]
+        # While deltas are merged, the weight as it was.
+        return access.value(access.weight(model, path) if last == "weight" and path in delta["layers"] else whole[name])
+
     facts = BaseFacts(
-        value=lambda n: tensors[n] if n in tensors else access.value(whole[n]),
+        value=value,
         names=list(whole),
         parameters={n for n, t in whole.items() if access.may_train(t)},
         trained=[n for n in extra if n not in still and n in whole],
@@ -224,8 +232,8 @@ def write(access: DeltaStorage, model: Any, folder: Path, collected: Collected) 
     specs = {p: spec_from_dict(r) for p, r in delta["layers"].items()}
     by_path: dict[str, dict[str, Array]] = {p: {} for p in specs}
     for path, spelled in by_path.items():
-        for part in PARTS:
-            value = tensors.get(f"{path}.{key('lora', part, delta['name'])}")
-            if value is not None:
-                spelled[part] = value
+        for part in part_names(specs[path]):
+            found = tensors.get(f"{path}.{key('lora', part, delta['name'])}")
+            if found is not None:
+                spelled[part] = found
     peft_write.write_lora(folder, specs, by_path, access.sites(model), facts, about)
