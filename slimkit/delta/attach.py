@@ -5,7 +5,7 @@ from __future__ import annotations
 import copyreg
 import functools
 import types
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from slimkit import bridge
 from slimkit.core.delta.face import DeltaFace
@@ -26,8 +26,11 @@ class DeltaLayer(DeltaFace):
     word = "Delta"
     # What the plain layer calls with its weight, and at which places of that call weight and input stand.
     reads: tuple[tuple[Any, int, int], ...] = ()
-    # Whether a run of the layer differs from the plain layer's.
-    delta_acts: bool
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """What the layer's own class holds."""
 
     def acted(self, out: torch.Tensor, x: Any = None, low: Any = None) -> torch.Tensor:
         """The plain layer's output with the deltas in it.
@@ -60,7 +63,7 @@ class DeltaLayer(DeltaFace):
         return super().__reduce_ex__(protocol) if made_of is None else (_bare, made_of, dict(self.__dict__))
 
 
-def attach(layer: nn.Module, mixin: type[DeltaLayer]) -> Any:
+def attach(layer: nn.Module, mixin: Any) -> Any:
     """Let a layer carry deltas, in place: it stays the same object with all that it holds.
 
     Args:
@@ -89,13 +92,13 @@ def layer_class(layer: nn.Module) -> type:
 
 
 @functools.cache
-def _class_of(mixin: type[DeltaLayer], plain: type, patched: bool) -> type:
+def _class_of(mixin: Any, plain: Any, patched: bool) -> type:
     bases = (_Patched, mixin, plain) if patched else (mixin, plain)
     own = {"plain_class": plain, "made_of": (mixin, plain, patched), "__module__": mixin.__module__}
     return types.new_class(f"{mixin.word}{plain.__name__}", bases, {}, lambda names: names.update(own))
 
 
-def _bare(mixin: type[DeltaLayer], plain: type, patched: bool) -> Any:
+def _bare(mixin: Any, plain: Any, patched: bool) -> Any:
     kind = _class_of(mixin, plain, patched)
     return copyreg.__newobj__(kind)  # type: ignore[attr-defined]  # typeshed leaves it out
 
@@ -190,10 +193,12 @@ class _Reading(TorchFunctionMode):
             if func is reader and len(args) > max(weight_at, input_at) and args[weight_at] is self.layer.weight:
                 self.met = True
 
-                def low(x: Any, a: Any) -> Any:
-                    given = list(args)
-                    given[input_at], given[weight_at] = x, a
-                    return func(*self.layer.without_bias(given), **kwargs)
-
+                low = functools.partial(self._with_factor, func, args, kwargs, weight_at, input_at)
                 return self.layer.acted(out, args[input_at], low=low)
         return out
+
+    def _with_factor(self, func: Any, args: Any, kwargs: Any, weight_at: int, input_at: int, x: Any, a: Any) -> Any:
+        """The same call for the input `x`, with `a` for the weight and without the bias."""
+        given = list(args)
+        given[input_at], given[weight_at] = x, a
+        return func(*self.layer.without_bias(given), **kwargs)

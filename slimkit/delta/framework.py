@@ -43,7 +43,7 @@ def kind_of(module: nn.Module) -> str:
     """ "linear", "embedding", "conv2d" or "conv1d" for a layer whose mathematics is known, else ""."""
     if isinstance(module, DeltaLayer):
         return next((kind for kind, layer in _LORA.items() if isinstance(module, layer)), "linear")
-    kind = layer_class(module)
+    kind: Any = layer_class(module)
     for base, word in _PLAIN:
         if issubclass(kind, base) and kind.forward is base.forward:
             return word

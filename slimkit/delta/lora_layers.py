@@ -36,7 +36,7 @@ class LoraLinear(LoraLayer):
         if not isinstance(self, LoraLinear):  # somebody kept this method, and the delta is off
             return type(self).forward(self, input)
         only = self._only
-        if only is not None and not (self.training and only.dropout):  # type: ignore[attr-defined]
+        if only is not None and not (self.training and only.dropout):
             a, b = getattr(self, only.a), getattr(self, only.b)
             return lora_linear(input, self.weight, self.bias, a, b, only.scale)
         return self.acted(super().forward(input), input)  # type: ignore[misc]
@@ -51,7 +51,7 @@ class LoraLinear(LoraLayer):
         plain = out
         for part in self._running:
             spec = self.specs[part.name]
-            dropped = F.dropout(x, part.dropout, self.training) if part.dropout else x  # type: ignore[attr-defined]
+            dropped = F.dropout(x, part.dropout, self.training) if part.dropout else x
             a, b = (t.to(kind or t.dtype) for t in self._factors(part, x.device))
             wide = dropped.to(a.dtype)
             if spec.dora:
@@ -147,9 +147,9 @@ class LoraConv2d(LoraLayer):
         """Any number of deltas, one after the other."""
         for part in self._running:
             a, b = self._factors(part, x.device)
-            dropped = F.dropout(x, part.dropout, self.training) if part.dropout else x  # type: ignore[attr-defined]
+            dropped = F.dropout(x, part.dropout, self.training) if part.dropout else x
             dropped = dropped.to(a.dtype)
-            down = self._conv_forward(dropped, a, None) if low is None else low(dropped, a)  # type: ignore[attr-defined]
+            down = self._conv_forward(dropped, a, None) if low is None else low(dropped, a)
             out = out + (F.conv2d(down, b) * part.scale).to(out.dtype)
         return out
 
@@ -176,7 +176,7 @@ class LoraConv1D(LoraLayer):
         if not isinstance(self, LoraConv1D):
             return type(self).forward(self, x)
         only = self._only
-        if only is not None and not (self.training and only.dropout):  # type: ignore[attr-defined]
+        if only is not None and not (self.training and only.dropout):
             a, b = getattr(self, only.a), getattr(self, only.b)
             return lora_linear(x, self.weight.t(), self.bias, a, b, only.scale)
         return self.acted(super().forward(x), x)  # type: ignore[misc]
@@ -185,7 +185,7 @@ class LoraConv1D(LoraLayer):
         """Any number of deltas of any sort, one after the other."""
         for part in self._running:
             a, b = self._factors(part, x.device)
-            dropped = F.dropout(x, part.dropout, self.training) if part.dropout else x  # type: ignore[attr-defined]
+            dropped = F.dropout(x, part.dropout, self.training) if part.dropout else x
             if self.specs[part.name].dora:
                 change = self.change(part, self.weight.to(a.dtype))
                 side = F.linear(dropped.to(a.dtype), change.t())

@@ -75,7 +75,7 @@ def call_layers(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
         called = any(hook is _nothing for hook in module._forward_pre_hooks.values())
         if isinstance(parent, nn.TransformerEncoderLayer) and isinstance(module, DeltaLayer) and not called:
             # Its fast path looks for hooks, and calls the layers where it finds one.
-            module.register_forward_pre_hook(_nothing)  # type: ignore[attr-defined]
+            module.register_forward_pre_hook(_nothing)
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoder) and getattr(module, "use_nested_tensor", False):
             # Under a padding mask it would hand nested tensors to layers that only the fast path can read.

@@ -45,7 +45,7 @@ class LoraLayer(NamedLoras, DeltaLayer):
             UnsupportedError: its start is read from the weight, and the weight is not in memory.
         """
         weight = self.weight.detach()
-        place = device_for(self)  # type: ignore[arg-type]  # a module, once its own class comes behind
+        place = device_for(self)
         if (spec.dora or (fresh and spec.init == "pissa")) and weight.is_meta and place.type != "meta":
             raise UnsupportedError("dora and pissa start from the weight, which is not in memory (offloaded).")
         kind = dtype or (weight.dtype if weight.dtype == torch.float64 else torch.float32)
@@ -109,7 +109,7 @@ class LoraLayer(NamedLoras, DeltaLayer):
         if (held := self._parameters.get("weight")) is not None:
             return {"weight": held}
         if self._is_parametrized():
-            return dict(self.parametrizations["weight"].named_parameters())  # type: ignore[attr-defined]
+            return dict(self.parametrizations["weight"].named_parameters())
         return {n: p for n, p in self._parameters.items() if n.startswith("weight_")}
 
     def write_weight(self, value: torch.Tensor) -> None:
@@ -136,12 +136,12 @@ class LoraLayer(NamedLoras, DeltaLayer):
             got.float(), value.float(), rtol=1e-4, atol=1e-5 * float(value.abs().max())
         ):
             raise UnsupportedError(
-                f"the weight is computed from {', '.join(sources) or 'other tensors'}, which cannot be made to give the "
-                f"merged one; take what computes it off first."
+                f"the weight is computed from {', '.join(sources) or 'other tensors'}, which cannot be made to give "
+                f"the merged one; take what computes it off first."
             )
 
     def _is_parametrized(self) -> bool:
-        return parametrize.is_parametrized(self, "weight")  # type: ignore[arg-type]
+        return parametrize.is_parametrized(self, "weight")
 
     def change(self, part: Part, base: torch.Tensor) -> torch.Tensor:
         """What one delta adds to the base weight, in the weight's layout."""
@@ -182,7 +182,7 @@ class LoraLayer(NamedLoras, DeltaLayer):
         return self.weight.detach()
 
     def _buffer(self, name: str, value: torch.Tensor) -> None:
-        self.register_buffer(name, value)  # type: ignore[attr-defined]
+        self.register_buffer(name, value)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.words()}"  # type: ignore[misc]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from slimkit import bridge
 from slimkit.core import check
@@ -196,7 +196,7 @@ class Prefixed(OneAdapter, DeltaLayer):
     prefix_heads: int
     query_heads: int
     prefix_tokens: int
-    plain_class: type
+    plain_class: ClassVar[type]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not self.delta_acts:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from slimkit.core.delta.face import DeltaFace
 from slimkit_ms import bridge
-
-from mindspore import nn
 
 __all__ = ["DeltaLayer", "attach", "bridge", "forget"]
 
@@ -23,6 +21,11 @@ class DeltaLayer(DeltaFace):
     word = "Delta"
     plain_construct: Any
 
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """What the layer's own class holds."""
+
     def leave(self) -> None:
         """Take everything off that the deltas put on the layer, in place."""
         raise NotImplementedError
@@ -34,7 +37,7 @@ class DeltaLayer(DeltaFace):
         self.__class__ = self.plain_class
 
 
-def attach(cell: nn.Cell, mixin: type[DeltaLayer]) -> Any:
+def attach(cell: Any, mixin: Any) -> Any:
     """Let a cell carry deltas, in place: it stays the same object with all that it holds.
 
     Args:
@@ -44,12 +47,13 @@ def attach(cell: nn.Cell, mixin: type[DeltaLayer]) -> Any:
     Returns:
         The cell.
     """
-    cell.__class__ = _class_of(mixin, type(cell))
+    kind: Any = type(cell)
+    cell.__class__ = _class_of(mixin, kind)
     return cell
 
 
 @functools.cache
-def _class_of(mixin: type[DeltaLayer], plain: Any) -> type:
+def _class_of(mixin: Any, plain: Any) -> type:
     own = {"plain_class": plain, "plain_construct": plain.construct, "__module__": mixin.__module__}
     return type(f"{mixin.word}{plain.__name__}", (mixin, plain), own)
 

@@ -45,7 +45,7 @@ class LoraLinear(LoraLayer):
         first = self.part_rates[0] if parts else 0.0
         if self.lora_dropout.p != first:
             cut = getattr(self.lora_dropout.dropout, "in_strategy", None)  # a primitive has it once it was cut
-            self.lora_dropout = nn.Dropout(p=first).set_train(self.training)  # type: ignore[has-type]
+            self.lora_dropout = nn.Dropout(p=first).set_train(self.training)
             if cut is not None:
                 self.lora_dropout.dropout.shard(cut)
 

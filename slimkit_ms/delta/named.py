@@ -64,15 +64,15 @@ class LoraLayer(NamedLoras, DeltaLayer):
             a, b = self.start_of(spec)
         a_key, b_key = key("lora", "a", name), key("lora", "b", name)
         # Looked up by name, the class attribute of another delta must never answer for one that is missing.
-        self.insert_param_to_cell(a_key, initial.parameter(a, a_shape, kind, a_key))  # type: ignore[attr-defined]
-        self.insert_param_to_cell(b_key, initial.parameter(b, b_shape, kind, b_key))  # type: ignore[attr-defined]
+        self.insert_param_to_cell(a_key, initial.parameter(a, a_shape, kind, a_key))
+        self.insert_param_to_cell(b_key, initial.parameter(b, b_shape, kind, b_key))
         if spec.init == "pissa":
             for part, source in (("a0", a_key), ("b0", b_key)):
                 object.__setattr__(self, key("lora", part, name), ms.Tensor(bridge.as_numpy(getattr(self, source))))
         if spec.dora:
             length = self._lengths(bridge.as_numpy(self.weight).astype(np.float32))
             m_key = key("lora", "magnitude", name)
-            self.insert_param_to_cell(m_key, ms.Parameter(ms.Tensor(length, kind), name=m_key))  # type: ignore[attr-defined]
+            self.insert_param_to_cell(m_key, ms.Parameter(ms.Tensor(length, kind), name=m_key))
         self.take(name, spec)
 
     def start_of(self, spec: LoraSpec) -> tuple[Any, Any]:
