@@ -185,13 +185,11 @@ def test_weights_that_are_computed(how):
         model(x).sum().backward()
     y = model(x)
     assert (y - plain).abs().max() > 1e-2
-    try:
-        slimkit.merge_delta(model)
-    except UnsupportedError as error:
-        assert how in ("hooked_weight_norm", "spectral_norm")
-        assert "computed from" in str(error) or "parametrised" in str(error)
+    if how in ("hooked_weight_norm", "spectral_norm"):
+        with pytest.raises(UnsupportedError, match=r"computed from|parametrised"):
+            slimkit.merge_delta(model)
     else:
-        assert how in ("weight_norm", "pruned")
+        slimkit.merge_delta(model)
         torch.testing.assert_close(model(x), y, rtol=1e-4, atol=1e-5)
         if how == "pruned":
             assert (made.weight == 0).float().mean() == 0.5
@@ -320,7 +318,9 @@ def test_forward_mode_derivatives_and_hessians():
     torch.testing.assert_close(along, F.linear(move, model[0].weight), rtol=1e-4, atol=1e-5)
     slimkit.unmerge_delta(model)
     params = {n: p.detach() for n, p in model.named_parameters()}
-    hessian = torch.func.hessian(lambda p: torch.func.functional_call(model, {**params, "0.mindpet_delta_lora_a": p}, (x,)).square().sum())
+    hessian = torch.func.hessian(
+        lambda p: torch.func.functional_call(model, {**params, "0.mindpet_delta_lora_a": p}, (x,)).square().sum()
+    )
     assert hessian(params["0.mindpet_delta_lora_a"]).abs().max() > 0
 
 
