@@ -49,12 +49,12 @@ class TorchStorage(TorchDelta, DeltaStorage):
         if tensor.dtype != kind:
             tensor.data = tensor.data.to(kind)
 
-    def split(self, model: nn.Module, names: Sequence[str], value: Any) -> None:
+    def split(self, model: nn.Module, names: Sequence[str]) -> None:
         held: dict[int, int] = {}
         for _, module in model.named_modules(remove_duplicate=False):
             held[id(module)] = held.get(id(module), 0) + 1
         old = self.neutral(model)[names[0]]
-        new = nn.Parameter(_as_tensor(value).to(old.device, old.dtype).clone(), requires_grad=old.requires_grad)
+        new = nn.Parameter(old.detach().clone(), requires_grad=old.requires_grad)
         for name in names:
             path, _, attribute = name.rpartition(".")
             module = bridge.get_module(model, path)

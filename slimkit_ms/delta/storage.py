@@ -54,9 +54,9 @@ class MindSporeStorage(MindSporeDelta, DeltaStorage):
             if tensor.dtype != kind:
                 tensor.set_dtype(kind)
 
-    def split(self, model: nn.Cell, names: Sequence[str], value: Any) -> None:
+    def split(self, model: nn.Cell, names: Sequence[str]) -> None:
         old = self.neutral(model)[names[0]]
-        new = ms.Parameter(ms.Tensor(value, old.dtype), name=names[0], requires_grad=old.requires_grad)
+        new = ms.Parameter(ms.Tensor(bridge.as_numpy(old)), name=names[0], requires_grad=old.requires_grad)
         for path, cell in model.cells_and_names():
             for key in [k for k, p in cell._params.items() if p is not None]:
                 if _torch_name(path, cell, key) in names:

@@ -113,13 +113,9 @@ class DeltaStorage(DeltaFramework):
     def take_dtype(self, tensor: Any, value: Array) -> None:
         """Give a delta's tensor the element type of the values that a file has for it, in place."""
 
-    def check_split(self, model: Any, places: Sequence[Sequence[str]]) -> None:
-        """Refuse places that cannot be given a tensor of their own; UnsupportedError names them."""
-        return
-
     @abstractmethod
-    def split(self, model: Any, names: Sequence[str], value: Array) -> None:
-        """Give the places of these names one new tensor with these values, in place; all others keep theirs."""
+    def split(self, model: Any, names: Sequence[str]) -> None:
+        """Give the places of these names one new tensor with the values they have, in place; others keep theirs."""
 
     @abstractmethod
     def sample(self, tensor: Any) -> Array:
