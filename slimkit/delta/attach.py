@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copyreg
 import functools
+import sys
 import types
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,9 @@ from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
 __all__ = ["DeltaLayer", "attach", "bridge", "device_for", "layer_class"]
+
+
+_OWN = "forward_under_delta"  # holds the forward that was put on a layer, while the layer carries deltas
 
 
 class DeltaLayer(DeltaFace):
@@ -54,6 +58,8 @@ class DeltaLayer(DeltaFace):
         """Be the plain layer again, in place; all deltas are gone."""
         assert self.plain_class is not None
         self.leave()
+        if _OWN in vars(self):
+            vars(self)["forward"] = vars(self).pop(_OWN)
         mine = next(c for c in type(self).__mro__ if "made_of" in vars(c))
         self.__class__ = _rebased(type(self), mine, self.plain_class)
 
@@ -73,9 +79,11 @@ def attach(layer: nn.Module, mixin: Any) -> Any:
     Returns:
         The layer.
     """
-    plain = layer_class(layer)
-    mine = _class_of(mixin, plain, "forward" in vars(layer))
-    layer.__class__ = _rebased(type(layer), plain, mine)
+    plain, patched = layer_class(layer), "forward" in vars(layer)
+    if patched:
+        # Where it would be found before the class's own it must not stay: a compiler calls what it finds there.
+        vars(layer)[_OWN] = vars(layer).pop("forward")
+    layer.__class__ = _rebased(type(layer), plain, _class_of(mixin, plain, patched))
     return layer
 
 
@@ -83,7 +91,9 @@ def layer_class(layer: nn.Module) -> type:
     """The class of a layer beneath those that parametrisations and FSDP put over it."""
     kind = type(layer)
     while True:
-        if parametrize.is_parametrized(layer) and kind.__name__ == f"Parametrized{kind.__bases__[0].__name__}":
+        if parametrize.is_parametrized(layer) and any(
+            isinstance(vars(kind).get(name), property) for name in layer.parametrizations
+        ):
             kind = kind.__bases__[0]
         elif sharded_class() is not None and kind.__bases__[0] is sharded_class():
             kind = kind.__bases__[1]
@@ -109,7 +119,9 @@ def _rebased(kind: type, old: type, new: type) -> type:
         return new
     bases = tuple(_rebased(b, old, new) if issubclass(b, old) else b for b in kind.__bases__)
     own = {k: v for k, v in vars(kind).items() if k not in ("__dict__", "__weakref__")}
-    return types.new_class(kind.__name__, bases, {}, lambda names: names.update(own))
+    return types.new_class(
+        kind.__name__.replace(old.__name__, new.__name__), bases, {}, lambda names: names.update(own)
+    )
 
 
 def device_for(layer: nn.Module) -> torch.device:
@@ -131,10 +143,10 @@ class _Forward:
         return _through if layer is None else types.MethodType(_through, layer)
 
     def __set__(self, layer: Any, value: Any) -> None:
-        vars(layer)["forward"] = value
+        vars(layer)[_OWN] = value
 
     def __delete__(self, layer: Any) -> None:
-        if vars(layer).pop("forward", None) is None:
+        if vars(layer).pop(_OWN, None) is None:
             raise AttributeError("forward")
 
 
@@ -148,7 +160,7 @@ def _through(layer: Any, *args: Any, **kwargs: Any) -> Any:
     """Run the forward that was put on a layer, with the delta where that comes to use the weight."""
     if not isinstance(layer, _Patched):  # somebody kept this, and the delta is off
         return type(layer).forward(layer, *args, **kwargs)
-    own = vars(layer).get("forward")
+    own = vars(layer).get(_OWN)
     plain: Any = layer.plain_class
     if own is None:
         return super(_Patched, layer).forward(*args, **kwargs)  # type: ignore[misc]  # the kind's, next in line
@@ -165,18 +177,30 @@ def _through(layer: Any, *args: Any, **kwargs: Any) -> Any:
             return own(*args, **kwargs)
         if not layer.reads:
             return layer.acted(own(*args, **kwargs))
-        with _Reading(layer) as reading:
-            out = own(*args, **kwargs)
-        if not reading.met:
-            raise UnsupportedError(
-                f"a forward was put on this {plain.__name__} that does not use its weight as {plain.__name__} does, so "
-                f"its delta cannot act; put the delta on before that forward, or remove one of the two."
-            )
-        return out
+        # A compiler takes the mode apart, and counts the delta twice.
+        inside = _not_compiled(_inside) if "torch._dynamo" in sys.modules else _inside
+        return inside(layer, own, args, kwargs)
     finally:
         del vars(layer)["delta_is_running"]
         for key, held in places.items():
             held[key] = vars(layer).pop(key)
+
+
+def _not_compiled(function: Any) -> Any:
+    return torch.compiler.disable(function)
+
+
+def _inside(layer: Any, own: Any, args: Any, kwargs: Any) -> Any:
+    """Run somebody else's forward with the delta where it uses the layer's weight."""
+    with _Reading(layer) as reading:
+        out = own(*args, **kwargs)
+    if not reading.met:
+        name = layer.plain_class.__name__
+        raise UnsupportedError(
+            f"a forward was put on this {name} that does not use its weight as {name} does, so its delta cannot act; "
+            f"put the delta on before that forward, or remove one of the two."
+        )
+    return out
 
 
 class _Reading(TorchFunctionMode):

@@ -82,10 +82,12 @@ class TorchDelta(DeltaFramework):
     def sites(self, model: nn.Module) -> dict[str, Site]:
         modules = dict(model.named_modules(remove_duplicate=False))
         heads = _heads(model)
-        found = {}
+        found: dict[str, Site] = {}
+        layer = ""
         for path, module in modules.items():
-            if not path or PREFIX in path:
-                continue
+            if not path or PREFIX in path or (layer and path.startswith(layer)):
+                continue  # what computes a layer's weight is part of the layer
+            layer = f"{path}." if kind_of(module) else layer
             site = _site(module, modules[path.rpartition(".")[0]])
             found[path] = replace(site, head=True) if id(module) in heads else site
         return found

@@ -155,8 +155,9 @@ def test_weights_that_accelerate_brings_for_each_call(kind):
     assert made.weight.is_meta
     with pytest.raises(UnsupportedError, match="not in memory"):
         slimkit.merge_delta(model)
-    with pytest.raises(UnsupportedError, match="not in memory"):
-        slimkit.apply_delta(model, "lora", ["0"], rank=2, name="two", init="pissa")
+    if kind == "linear":
+        with pytest.raises(UnsupportedError, match="not in memory"):
+            slimkit.apply_delta(model, "lora", ["0"], rank=2, name="two", init="pissa")
     torch.testing.assert_close(model(x), y)
 
 
