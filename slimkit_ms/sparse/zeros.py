@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -78,6 +79,10 @@ class FrozenZeros:
             keep = ms.Tensor(mask).astype(slot.parameter(model).dtype)
             self._drops.append((slot.parameter(model), keep))
             cell = bridge.get_module(model, slot.caller)
+            owner = bridge.get_module(model, slot.cell)
+            if not bridge.has_made_zeros(owner):
+                bridge.record_zeros(owner)
+                self._undo.append(partial(bridge.forget_zeros, owner))
             if slot.read:
                 self._undo.append(_mask_reads(cell, slot.key, keep))
             else:
