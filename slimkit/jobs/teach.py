@@ -11,10 +11,12 @@ from slimkit import distill as distilling
 from slimkit.core import files
 from slimkit.core.distill.config import KnowledgeDistillConfig
 from slimkit.core.errors import ConfigError
-from slimkit.core.jobs import fitting, folders, networks
-from slimkit.core.jobs.data import DataPlace, ModelPlace
-from slimkit.core.jobs.training import TASKS, AdaptAims, DistillAims, TrainingPlan, label_names, task_of
-from slimkit.core.jobs.wing import Opened
+from slimkit.core.jobs import fitting, folders, training, work
+from slimkit.core.jobs.fields import flag_of
+from slimkit.core.jobs.framework import FitRun, JobFramework, Opened
+from slimkit.core.jobs.options import AdaptOptions, DistillOptions, FitOptions
+from slimkit.core.jobs.sources import DataPlace, ModelPlace, StudentPlace
+from slimkit.core.jobs.tasks import TASKS, label_names, task_of
 from slimkit.core.weights.influence import find_stack
 from slimkit.jobs import models
 from slimkit.jobs.texts import Reader
@@ -43,52 +45,59 @@ class Samples(torch.utils.data.Dataset):
 
 
 def distill(
-    wing: Any, place: ModelPlace, data: DataPlace, out: Path | None, plan: TrainingPlan, aims: DistillAims
+    face: JobFramework,
+    place: ModelPlace,
+    data: DataPlace,
+    out: Path | None,
+    options: DistillOptions,
+    cut: StudentPlace,
+    run: FitRun,
 ) -> dict[str, Any]:
     """Cut a student out of a teacher and train it to answer and to think like the teacher, on plain text.
 
     Args:
-        wing: PyTorch's side of the commands.
+        face: PyTorch's side of the jobs.
         place: the teacher, a Hugging Face directory.
         data: text.
         out: the student's folder; None only says what would be done.
-        plan: how to train.
-        aims: the student's sizes and the terms.
+        options: the terms, and how to train.
+        cut: the student's sizes.
+        run: how the state is kept.
 
     Returns:
         What was done, as plain values.
     """
-    if not aims.sizes:
+    if not cut.sizes:
         raise ConfigError("give at least one of --layers, --ffn, --heads and --hidden: what makes the student smaller")
-    if aims.student is not None or aims.matches or aims.hard_weight or aims.output_loss != "auto":
+    if cut.place is not None or options.match or options.hard_weight or options.output_loss != "auto":
         raise ConfigError(
             "--student-factory, --student, --student-arg, --match, --hard-weight and --output-loss are for --factory"
         )
     directory = place.model
     assert directory is not None
-    teacher = wing.open(place)
+    teacher = face.open(place)
     reader = Reader(directory, type(teacher.model), teacher.model.config, data.max_length)
     rows = [row["text"] for row in data.rows()]
-    with wing.seeded(plan.seed):
-        student, report = students.make_student(teacher.model, selection=aims.selection, **aims.sizes)
+    with face.seeded(run.seed):
+        sizes: dict[str, Any] = dict(cut.sizes)
+        student, report = students.make_student(teacher.model, selection=cut.selection, **sizes)
     facts: dict[str, Any] = {
-        "teacher_parameters": _size(teacher.model),
-        "parameters": _size(student),
+        "teacher_parameters": work.count(face, teacher.model),
+        "parameters": work.count(face, student),
         "layers": {str(k): v for k, v in report["layers"].items()},
         "samples": len(rows),
     }
     samples = Samples(reader.encode(rows))
-    example = reader.pad(samples.rows[: plan.batch_size])
-    config = _comparison(teacher.model, student, report["layers"], example, aims)
-    facts["terms"] = [
-        f"{label.label}: {term.func_name}" for label in config.spec().soft_labels for term in label.losses
-    ]
+    example = reader.pad(samples.rows[: options.batch_size])
+    config = _comparison(teacher.model, student, report["layers"], example, options)
+    facts["terms"] = work.terms(config)
     if out is None:
         return facts
-    with wing.seeded(plan.seed):
+    with face.seeded(run.seed):
         dual = distilling.get_distill_model(teacher.model, student, config, inputs=example)
-    job = {"command": "distill", **aims.identity(), "teacher": _digest_folder(directory), "text": _digest(rows)}
-    facts |= fitting.fit(wing, dual, samples, plan, out, job, wing.stages.soft_loss, reader.pad)
+    job = {"command": "distill", **training.identity(options), **cut.identity()}
+    job |= {"teacher": _digest_folder(directory), "text": _digest(rows)}
+    facts |= _fit(face, dual, options, samples, face.soft_loss, out, run, job, reader.pad)
     opened = Opened(dual.get_student_model().eval(), place, directory)
     with files.atomic_directory(out) as folder:
         facts["written"] = models.write_model(opened, folder)
@@ -96,8 +105,22 @@ def distill(
     return facts
 
 
-def _size(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
+def _fit(
+    face: JobFramework,
+    model: nn.Module,
+    options: FitOptions,
+    samples: Samples,
+    loss: Any,
+    out: Path,
+    run: FitRun,
+    job: dict[str, Any],
+    collate: Any,
+) -> dict[str, Any]:
+    def spell(key: str) -> str:
+        return flag_of(type(options), key).names[0]
+
+    fitted = fitting.fit_resumably(face, model, options, samples, loss, out, run, job, spell=spell, collate=collate)
+    return {key: fitted[key] for key in ("steps", "loss_by_epoch")}
 
 
 def _comparison(
@@ -105,29 +128,29 @@ def _comparison(
     student: nn.Module,
     layers: dict[int, int],
     example: dict[str, Any],
-    aims: DistillAims,
+    options: DistillOptions,
 ) -> KnowledgeDistillConfig:
     """Outputs against outputs, and each student block against the teacher block it came from."""
     config = KnowledgeDistillConfig()
     mask = "attention_mask" if "attention_mask" in example else None
     with bridge.evaluating(teacher):
         outputs = bridge.run(teacher, example)
-    if aims.output_weight:
+    if options.output_weight:
         key = "logits" if "logits" in outputs else "last_hidden_state"
-        term: dict[str, Any] = {"func_name": "HiddenMse", "func_weight": aims.output_weight}
+        term: dict[str, Any] = {"func_name": "HiddenMse", "func_weight": options.output_weight}
         if key == "logits":
-            term |= {"func_name": "KDKLDiv", "temperature": aims.temperature, "t_squared": True}
+            term |= {"func_name": "KDKLDiv", "temperature": options.temperature, "t_squared": True}
         label: dict[str, Any] = {"t_output_idx": key, "s_output_idx": key, "loss_func": [term]}
         config.add_output_soft_label({**label, **({"mask": mask} if mask and outputs[key].ndim == 3 else {})})
-    if aims.hidden_weight:
+    if options.hidden_weight:
         theirs, mine = _blocks(teacher), _blocks(student)
         for at, path in enumerate(mine):
             label = {
                 "t_module": theirs[layers.get(at, at)], "s_module": path, "t_output_idx": 0, "s_output_idx": 0,
-                "loss_func": [{"func_name": "HiddenMse", "func_weight": aims.hidden_weight}],
+                "loss_func": [{"func_name": "HiddenMse", "func_weight": options.hidden_weight}],
             }  # fmt: skip
             config.add_inter_soft_label(label)
-    if not aims.output_weight and not aims.hidden_weight:
+    if not options.output_weight and not options.hidden_weight:
         raise ConfigError("--hidden-weight and --output-weight are both 0: there is nothing to learn from")
     return config
 
@@ -139,69 +162,83 @@ def _blocks(model: nn.Module) -> list[str]:
 
 
 def adapt(
-    wing: Any, place: ModelPlace, data: DataPlace, out: Path | None, plan: TrainingPlan, aims: AdaptAims
+    face: JobFramework,
+    place: ModelPlace,
+    data: DataPlace,
+    out: Path | None,
+    options: AdaptOptions,
+    run: FitRun,
+    *,
+    task: str,
+    evaluation: DataPlace | None,
+    format: str,
+    merge: bool,
 ) -> dict[str, Any]:
     """Train a delta on a frozen model with a text file, and save it as a bundle.
 
     Args:
-        wing: PyTorch's side of the commands.
+        face: PyTorch's side of the jobs.
         place: the base, a Hugging Face directory.
         data: text; for classification each line needs a "label".
         out: the bundle's folder; None only says what would be done.
-        plan: how to train.
-        aims: task and delta.
+        options: which delta, and how to train.
+        run: how the state is kept.
+        task: "auto", "classification" or "causal-lm".
+        evaluation: held-out text of the same form.
+        format: "slimkit" or "peft".
+        merge: also write the merged model into OUT/merged.
 
     Returns:
         What was done, as plain values.
     """
-    if aims.loss != "auto":
+    if options.loss is not None:
         raise ConfigError("--loss is for arrays; text has the loss of its --task")
     directory = place.model
     assert directory is not None
     rows = data.rows()
     config, architecture = models.architecture(directory)
-    chosen = task_of(aims.task, architecture.__name__, rows)
+    chosen = task_of(task, architecture.__name__, rows)
     labels = label_names(rows, getattr(config, "label2id", None)) if chosen == "classification" else {}
-    with wing.seeded(plan.seed):
+    with face.seeded(run.seed):
         opened = models.open_model(place, kind=TASKS[chosen], fresh=HEADS, **head(labels))
     reader = Reader(directory, type(opened.model), opened.model.config, data.max_length)
     if getattr(opened.model.config, "pad_token_id", None) is None:
         opened.model.config.pad_token_id = reader.tokenizer.pad_token_id
     samples = Samples(_labelled(reader, rows, labels))
     held = None
-    if aims.evaluation is not None:
-        held = Samples(_labelled(reader, aims.evaluation.rows(), labels))
-    with wing.seeded(plan.seed):
-        told = _put_on(opened.model, aims, with_head=bool(labels))
+    if evaluation is not None:
+        held = Samples(_labelled(reader, evaluation.rows(), labels))
+    with face.seeded(run.seed):
+        told = _put_on(opened.model, options, with_head=bool(labels))
     facts: dict[str, Any] = {
         "task": chosen,
         "labels": labels,
         "fresh": list(opened.fresh),
-        "kind": aims.kind,
+        "kind": options.kind,
         "layers": sorted(told.layers),
-        **fitting.share(wing.stages.sizes(opened.model)),
+        **fitting.share(face.sizes(opened.model)),
         "samples": len(samples),
     }
     if out is None:
         return facts
-    job = {"command": "adapt", "task": chosen, **aims.identity()}
+    job = {"command": "adapt", "task": chosen, **training.identity(options)}
     job |= {"base": _digest_folder(directory), "text": _digest([repr(sorted(r.items())) for r in rows])}
     pad = _padding(reader, chosen)
-    facts |= fitting.fit(wing, opened.model, samples, plan, out, job, lambda model, batch: model(**batch).loss, pad)
+    facts |= _fit(face, opened.model, options, samples, lambda model, batch: model(**batch).loss, out, run, job, pad)
     if held is not None:
-        facts["evaluation"] = _evaluate(opened.model, held, pad, plan.batch_size, chosen)
-    return networks.write_adapted(wing, opened, out, aims, facts)
+        facts["evaluation"] = _evaluate(opened.model, held, pad, options.batch_size, chosen)
+    return training.write_adapted(face, opened, out, facts, format=format, merge=merge)
 
 
-def _put_on(model: nn.Module, aims: AdaptAims, *, with_head: bool) -> Any:
+def _put_on(model: nn.Module, options: AdaptOptions, *, with_head: bool) -> Any:
     """The delta on its layers; a classification head trains whole, and a delta on it would only stand in its way."""
     names = [n for n, _ in model.named_parameters()]
     heads = [f"*{h}*" for h in HEADS if with_head and any(h in n for n in names)]
-    settings = dict(aims.settings)
-    if heads and aims.kind not in ("prefix", "prompt"):
-        settings = {"exclude": heads, **settings}
-    also = [*heads, *(aims.also_train or ())] or None
-    return delta.apply_delta(model, aims.kind, aims.targets, also_train=also, **settings)
+    arguments = options.arguments()
+    if heads and options.kind not in ("prefix", "prompt"):
+        arguments = {"exclude": heads, **arguments}
+    arguments["also_train"] = [*heads, *(options.also_train or ())] or None
+    return delta.apply_delta(model, **arguments)
 
 
 def head(labels: dict[str, int]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What the single commands ask of PyTorch."""
+"""What the jobs ask of PyTorch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -14,13 +14,14 @@ import slimkit
 from slimkit import bridge, export, train
 from slimkit.core import files
 from slimkit.core.errors import ConfigError
-from slimkit.core.jobs import folders
+from slimkit.core.jobs import commands, folders
 from slimkit.core.jobs.bar import LayerBar
-from slimkit.core.jobs.data import DataPlace, ModelPlace
-from slimkit.core.jobs.training import TASKS, AdaptAims, DistillAims, TrainingPlan
-from slimkit.core.jobs.wing import Jobs, Opened, sparse_plan
+from slimkit.core.jobs.framework import ComputeLoss, FitRun, JobFramework, Opened
+from slimkit.core.jobs.measurement import Measurement
+from slimkit.core.jobs.options import AdaptOptions, DistillOptions, FitOptions
+from slimkit.core.jobs.sources import DataPlace, ModelPlace, StudentPlace
+from slimkit.core.jobs.tasks import TASKS
 from slimkit.core.locks import locked
-from slimkit.core.run.measurement import Measurement
 from slimkit.core.sparse import SparseConfig, shards
 from slimkit.core.sparse.layer import Layer
 from slimkit.jobs import devices, models, teach, texts
@@ -28,22 +29,118 @@ from slimkit.measurement import measure_model
 from slimkit.sparse import checkpoint as blocks
 from slimkit.sparse.file_host import CheckpointHost
 from slimkit.sparse.host import TorchHost
-from slimkit.stages import TorchWing
 
 import torch
 from torch import nn
 
 
-class TorchJobs(Jobs):
-    """PyTorch's side of the commands: Hugging Face directories, weight files, factories."""
+class TorchJobs(JobFramework):
+    """PyTorch's side of the jobs: modules, Hugging Face directories, weight files, factories."""
 
     slim = slimkit
     formats = ("onnx", "w16a16s")
     class_dtype = "int64"
+    losses: ClassVar[Mapping[str, Callable[[Any, Any], Any]]] = {
+        "cross_entropy": nn.functional.cross_entropy,
+        "mse": nn.functional.mse_loss,
+    }
 
     def __init__(self, device: str | None = None) -> None:
-        self.stages = TorchWing()
         self.device = devices.choose_device(device)
+
+    # Random numbers and versions.
+
+    def seed_framework(self, seed: int) -> None:
+        torch.manual_seed(seed)
+
+    @contextlib.contextmanager
+    def seeded(self, seed: int) -> Iterator[None]:
+        # Without disturbing anybody else's draws: a command may be called from a program.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            np.random.seed(seed % 2**32)
+            yield
+
+    def framework_versions(self) -> dict[str, str]:
+        return {"torch": torch.__version__}
+
+    # A model in memory.
+
+    def check_model(self, model: Any) -> nn.Module:
+        return bridge.check_model(model, "model")
+
+    def measure(self, model: nn.Module, inputs: Any) -> Measurement:
+        return measure_model(model, bridge.to_device(inputs, bridge.device_of(model)))
+
+    def states(self, model: nn.Module) -> Iterator[tuple[str, str, np.ndarray]]:
+        for name, tensor in model.state_dict().items():
+            raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+            yield name, f"{tensor.dtype}{tuple(tensor.shape)}", raw
+
+    def sizes(self, model: nn.Module) -> list[tuple[int, bool]]:
+        return [(p.numel(), p.requires_grad) for p in model.parameters()]
+
+    def snapshot(self, model: nn.Module) -> Callable[[nn.Module], Any]:
+        kept = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+        return lambda fresh: fresh.load_state_dict(kept)
+
+    def call(self, model: nn.Module, inputs: Any) -> Any:
+        return bridge.run(model, inputs)
+
+    def outputs(self, model: nn.Module, inputs: Any) -> list[np.ndarray]:
+        with bridge.evaluating(model):
+            found = export.named_tensors(bridge.run(model, inputs))
+        return [tensor.detach().cpu().numpy() for _, tensor in found]
+
+    def arrays(self, inputs: Any) -> list[np.ndarray]:
+        return list(export.example_arrays(inputs).values())
+
+    def evaluating(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
+        return bridge.evaluating(model)
+
+    def sparse_layers(self, model: nn.Module) -> tuple[dict[str, Layer], dict[str, str]]:
+        return TorchHost(model).layers()
+
+    # Training.
+
+    def train(
+        self,
+        model: nn.Module,
+        samples: Any,
+        options: FitOptions,
+        loss: ComputeLoss,
+        callbacks: list[Any],
+        how: Mapping[str, Any],
+    ) -> train.Trainer:
+        wanted = [p for p in model.parameters() if p.requires_grad]
+        rate, decay = options.learning_rate, options.weight_decay
+        if options.optimizer == "sgd":
+            optimizer: torch.optim.Optimizer = torch.optim.SGD(wanted, lr=rate, momentum=0.9, weight_decay=decay)
+        else:
+            optimizer = torch.optim.AdamW(wanted, lr=rate, weight_decay=decay)
+        device = bridge.device_of(model)
+        trainer = train.Trainer(model, optimizer=optimizer, compute_loss=loss, callbacks=callbacks)
+        trainer.train(samples, **how)
+        model.to(device)  # accelerate may have put it elsewhere
+        return trainer
+
+    @contextlib.contextmanager
+    def statistics_held(self, model: nn.Module) -> Iterator[None]:
+        modes = {module: module.training for module in model.modules()}
+        model.train()
+        for module in modes:
+            if getattr(module, "running_mean", None) is not None:
+                module.eval()
+        try:
+            yield
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+
+    def soft_loss(self, dual: nn.Module, inputs: Any) -> torch.Tensor:
+        return bridge.run(dual, inputs)[0]
+
+    # What a command line names, and what it writes.
 
     def open(self, place: ModelPlace, delta: Path | None = None) -> Opened:
         report = None if delta is None else delta / "adapt_report.json"
@@ -74,20 +171,11 @@ class TorchJobs(Jobs):
             )
         return _text(opened.directory, type(opened.model), opened.model.config, place)
 
-    def write_model(self, opened: Opened, folder: Path) -> str:
-        return models.write_model(opened, folder)
-
-    def parameters(self, model: nn.Module) -> int:
-        return sum(p.numel() for p in model.parameters())
-
-    def layers(self, model: nn.Module) -> tuple[dict[str, Layer], dict[str, str]]:
-        return TorchHost(model).layers()
-
-    def figures(self, model: nn.Module, inputs: Any) -> Measurement:
-        return measure_model(model, bridge.to_device(inputs, bridge.device_of(model)))
-
     def input_shapes(self, inputs: Any) -> dict[str, list[int]]:
         return {name: list(array.shape) for name, array in export.example_arrays(inputs).items()}
+
+    def write_model(self, opened: Opened, folder: Path) -> str:
+        return models.write_model(opened, folder)
 
     def export(
         self, opened: Opened, inputs: Any, out: Path, format: str, settings: Mapping[str, Any]
@@ -98,104 +186,56 @@ class TorchJobs(Jobs):
             return self.slim.save_w16a16s(out, opened.model, opened.directory).to_dict()
         return export.export_onnx(opened.model, inputs, out, **settings).to_dict()
 
-    @contextlib.contextmanager
-    def seeded(self, seed: int) -> Iterator[None]:
-        # Without disturbing anybody else's draws: a command may be called from a program.
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            np.random.seed(seed % 2**32)
-            yield
+    # Text, and folders block by block.
 
-    def evaluating(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
-        return bridge.evaluating(model)
+    def learns_text(self, place: ModelPlace, data: DataPlace) -> bool:
+        return place.factory is None and place.model is not None and place.model.is_dir() and data.kind == "text"
 
-    def train(
+    def distill_text(
         self,
-        model: nn.Module,
-        samples: Any,
-        plan: TrainingPlan,
-        loss: Callable[[Any, Any], Any],
-        callbacks: list[Any],
-        how: Mapping[str, Any],
-    ) -> train.Trainer:
-        wanted = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(wanted, lr=plan.learning_rate, weight_decay=plan.weight_decay)
-        trainer = train.Trainer(model, optimizer=optimizer, compute_loss=loss, callbacks=callbacks)
-        trainer.train(samples, **how)
-        model.to(self.device)  # accelerate may have put it elsewhere
-        return trainer
-
-    def distill(
-        self, place: ModelPlace, data: DataPlace, out: Path | None, plan: TrainingPlan, aims: DistillAims
+        place: ModelPlace,
+        data: DataPlace,
+        out: Path | None,
+        options: DistillOptions,
+        student: StudentPlace,
+        run: FitRun,
     ) -> dict[str, Any]:
-        """As everywhere, but a Hugging Face teacher is cut into its student and learns from text."""
-        if _reads_text(place, data):
-            return teach.distill(self, place, data, out, plan, aims)
-        return super().distill(place, data, out, plan, aims)
+        return teach.distill(self, place, data, out, options, student, run)
 
-    def adapt(
-        self, place: ModelPlace, data: DataPlace, out: Path | None, plan: TrainingPlan, aims: AdaptAims
+    def adapt_text(
+        self, place: ModelPlace, data: DataPlace, out: Path | None, options: AdaptOptions, run: FitRun, **how: Any
     ) -> dict[str, Any]:
-        """As everywhere, but a Hugging Face directory has a tokenizer and a task, and learns from text."""
-        if _reads_text(place, data):
-            return teach.adapt(self, place, data, out, plan, aims)
-        return super().adapt(place, data, out, plan, aims)
+        return teach.adapt(self, place, data, out, options, run, **how)
 
-    def sparsify(
-        self, place: ModelPlace, out: Path, cfg: SparseConfig, *, calib: DataPlace | None, restart: bool
-    ) -> dict[str, Any]:
-        """As everywhere, but Hugging Face directories go block by block and resume."""
-        if restart and (out / blocks.STATE).is_dir():
+    def sparsify_blocks(
+        self, place: ModelPlace, out: Path, cfg: SparseConfig, calib: DataPlace | None, *, restart: bool, plan: bool
+    ) -> dict[str, Any] | None:
+        if restart and not plan and (out / blocks.STATE).is_dir():
             with locked(out / blocks.STATE, "--out", inside=True):  # a Python program may be at work there
                 shutil.rmtree(out)
-        if not self._by_blocks(place, cfg):
-            return super().sparsify(place, out, cfg, calib=calib, restart=restart)
-        assert place.model is not None
-        _resumable(out)
-        data = self._block_data(place.model, cfg, calib)
-        with LayerBar() as bar:
-            report = self.slim.sparsify_checkpoint(place.model, out, cfg, data, on_progress=bar)
-        return {**report, "written": "transformers", "resumable": True}
-
-    def plan_sparsify(
-        self, place: ModelPlace, out: Path, cfg: SparseConfig, *, calib: DataPlace | None
-    ) -> dict[str, Any]:
-        """As everywhere, with how much of a resumable run is done already."""
-        if not self._by_blocks(place, cfg):
-            return super().plan_sparsify(place, out, cfg, calib=calib)
-        source = place.model
-        assert source is not None
-        _resumable(out)
-        found = CheckpointHost(source, out / blocks.STATE, shards.locate(source), None).layers()
-        done = len(list((out / blocks.STATE).glob("block-*.json")))
-        plan = sparse_plan(*found, cfg, self._block_data(source, cfg, calib))
-        return {**plan, "blocks_done": done, "resumable": True}
-
-    def _by_blocks(self, place: ModelPlace, cfg: SparseConfig) -> bool:
-        """Whether a model is walked block by block: a plain Hugging Face directory, with equal ratios, on the CPU."""
         source = place.model
         if place.factory is not None or source is None or self.device.type != "cpu" or not cfg.uniform:
-            return False
-        return (source / "config.json").exists() and any(source.glob("*.safetensors"))
-
-    def _block_data(self, source: Path, cfg: SparseConfig, calib: DataPlace | None) -> list[Any] | None:
-        """Calibration batches without the model, which is never whole in memory."""
+            return None
+        if not (source / "config.json").exists() or not any(source.glob("*.safetensors")):
+            return None
+        # A folder without a run of sparsify_checkpoint in it must be unused; one with a run is that function's care.
+        if not (out / blocks.STATE / "job.json").exists():
+            folders.unused(out, state=blocks.STATE)
         if calib is None or calib.kind != "text":
-            return self.needed(self.batches(Opened(None, ModelPlace(source)), calib), cfg)
-        config, kind = models.architecture(source)
-        return _text(source, kind, config, calib)
-
-
-def _reads_text(place: ModelPlace, data: DataPlace) -> bool:
-    return place.factory is None and place.model is not None and place.model.is_dir() and data.kind == "text"
+            opened = Opened(None, ModelPlace(source))
+            data = commands.needed(commands.calibration_of(self, opened, calib), cfg)
+        else:  # without the model, which is never whole in memory
+            config, kind = models.architecture(source)
+            data = _text(source, kind, config, calib)
+        if plan:
+            found = CheckpointHost(source, out / blocks.STATE, shards.locate(source), None).layers()
+            done = len(list((out / blocks.STATE).glob("block-*.json")))
+            return {**commands.sparse_plan(*found, cfg, data), "blocks_done": done, "resumable": True}
+        with LayerBar() as bar:
+            report = self.slim.sparsify_checkpoint(source, out, cfg, data, on_progress=bar)
+        return {**report, "written": "transformers", "resumable": True}
 
 
 def _text(directory: Path, kind: type, config: Any, place: DataPlace) -> list[Any]:
     lines = [row["text"] for row in place.rows()]
     return texts.Reader(directory, kind, config, place.max_length).batches(lines, place.batch_size)
-
-
-def _resumable(out: Path) -> None:
-    """A folder without a run of sparsify_checkpoint in it must be unused; one with a run is that function's care."""
-    if not (out / blocks.STATE / "job.json").exists():
-        folders.unused(out, state=blocks.STATE)

@@ -12,8 +12,8 @@ import numpy as np
 
 from slimkit.core import check, files
 from slimkit.core.errors import ConfigError, FileFormatError
-from slimkit.core.jobs import data as sources
-from slimkit.core.jobs.data import DataPlace
+from slimkit.core.jobs import sources
+from slimkit.core.jobs.sources import DataPlace
 
 Array = np.ndarray[Any, Any]
 

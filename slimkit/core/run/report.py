@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from slimkit.core.files import atomic_file, write_json
+from slimkit.core.jobs.measurement import FIGURES, figures, show
 from slimkit.core.run import plots
-from slimkit.core.run.measurement import FIGURES, figures, show
 
 
 def summary_rows(report: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:

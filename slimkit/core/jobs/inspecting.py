@@ -16,8 +16,8 @@ from slimkit.core.checkpoint.torchfile import TorchFile
 from slimkit.core.checkpoint.weightfile import Entry, Weights
 from slimkit.core.errors import FileFormatError
 from slimkit.core.jobs import folders
+from slimkit.core.jobs.measurement import show
 from slimkit.core.log import progress
-from slimkit.core.run.measurement import show
 
 Array = np.ndarray[Any, Any]
 
