@@ -16,7 +16,7 @@ from slimkit.core.errors import ArgumentError
 from slimkit.core.freeze import Parameters, Reading
 from slimkit.core.lazy import require
 from slimkit.core.log import logger
-from slimkit.core.weights.coupling import Structure, Target, computed_names
+from slimkit.core.weights.coupling import SmallTensor, Structure, computed_names
 from slimkit.core.weights.heads import Heads, heads_told_by
 
 require("torch")
@@ -162,7 +162,7 @@ def structure(model: torch.nn.Module) -> Structure:
     for name, tensor in state.items():
         groups.setdefault(id(tensor), []).append(name)
     return Structure(
-        targets={n: Target(tuple(t.shape), kinds.get(n, "other")) for n, t in state.items()},
+        targets={n: SmallTensor(tuple(t.shape), kinds.get(n, "other")) for n, t in state.items()},
         heads=heads,
         tied=tuple(tuple(g) for g in groups.values() if len(g) > 1),
         ignorable=computed_names([n for n, _ in model.named_buffers() if n not in state]),

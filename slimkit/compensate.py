@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from slimkit import bridge
-from slimkit.core.log import progress
-from slimkit.core.prune.plan import Plan
-from slimkit.core.prune.refit import Moments, refit
+from slimkit.core.prune.plan import PrunePlan
+from slimkit.core.prune.refit import repair
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-MAX_INPUTS = 6000  # second moments of more inputs than this do not fit beside a model
+Array = np.ndarray[Any, Any]
 
 
 def compensate(
-    dense: nn.Module, pruned: nn.Module, plan: Plan, layers: Sequence[str], data: Iterable[Any], damping: float
+    dense: nn.Module, pruned: nn.Module, plan: PrunePlan, layers: Sequence[str], data: Iterable[Any], damping: float
 ) -> dict[str, Any]:
-    """Refit every ordinary Conv and Linear layer of a pruned model to its original's outputs, in place.
+    """Refit every ordinary Conv2d and Linear layer of a pruned model to its original's outputs, in place.
 
     Args:
         dense: the model before the cut.
@@ -33,52 +32,62 @@ def compensate(
         damping: see `slimkit.core.prune.refit.refit`.
 
     Returns:
-        {"refitted": layer -> rows of calibration data it saw, "left": layers that were left alone -> why}.
+        What `slimkit.core.prune.refit.repair` reports.
     """
-    report: dict[str, Any] = {"refitted": {}, "left": {}}
-    for path in progress(layers, "layers"):
-        old, new = bridge.get_module(dense, path), bridge.get_module(pruned, path)
-        why = _unsuited(new)
-        if why:
-            report["left"][path] = why
-            continue
-        rows = plan.indices.get(f"{path}.weight", [None, None])[_out_axis(new)]
-        moments = _collect(dense, pruned, old, new, path, rows, data)
-        weight, bias = _matrix(new), getattr(new, "bias", None)
-        start = weight.double().cpu().numpy()
-        first = None if bias is None else bias.detach().double().cpu().numpy()
-        fitted, shift = refit(moments, start, first, damping)
-        _write(new, fitted, shift)
-        report["refitted"][path] = moments.number
-    return report
+    return repair(TorchRepair(dense, pruned), layers, plan, data, damping)
 
 
-def _out_axis(module: nn.Module) -> int:
+class TorchRepair:
+    """A torch model before and after its cut, as compensation sees it.
+
+    Args:
+        dense: the model before the cut.
+        pruned: the model after it.
+    """
+
+    def __init__(self, dense: nn.Module, pruned: nn.Module) -> None:
+        self._dense, self._pruned = dense, pruned
+
+    def unsuited(self, path: str) -> str | None:
+        module = bridge.get_module(self._pruned, path)
+        if isinstance(module, nn.modules.conv._ConvNd):
+            if module.transposed or module.groups != 1:
+                return "grouped or transposed"
+            if not isinstance(module, nn.Conv2d) or module.padding_mode != "zeros" or isinstance(module.padding, str):
+                return "not a plain Conv2d"
+        return None
+
+    def made_axis(self, path: str) -> int:
+        return _made_axis(bridge.get_module(self._pruned, path))
+
+    def values(self, path: str) -> tuple[Array, Array | None]:
+        module = bridge.get_module(self._pruned, path)
+        weight, bias = module.weight.detach(), getattr(module, "bias", None)
+        weight = weight.t() if _made_axis(module) else weight.reshape(len(weight), -1)
+        return _numbers(weight), None if bias is None else _numbers(bias.detach())
+
+    def calls(self, path: str, batch: Any) -> Iterator[tuple[Array, Array]]:
+        for (_, wanted), (given, _) in zip(_seen(self._dense, path, batch), _seen(self._pruned, path, batch)):
+            module = bridge.get_module(self._pruned, path)
+            y = wanted.movedim(1, -1) if isinstance(module, nn.Conv2d) else wanted
+            yield _numbers(_rows(module, given)), _numbers(y.reshape(-1, y.shape[-1]))
+
+    def write(self, path: str, weight: Array, bias: Array | None) -> None:
+        module = bridge.get_module(self._pruned, path)
+        values = torch.from_numpy(weight).to(module.weight)
+        with torch.no_grad():
+            module.weight.copy_(values.t() if _made_axis(module) else values.reshape(module.weight.shape))
+            if bias is not None:
+                module.bias.copy_(torch.from_numpy(bias).to(module.bias))
+
+
+def _made_axis(module: nn.Module) -> int:
     return 1 if type(module).__name__ == "Conv1D" else 0
 
 
-def _unsuited(module: nn.Module) -> str | None:
-    if isinstance(module, nn.modules.conv._ConvNd):
-        if module.transposed or module.groups != 1:
-            return "grouped or transposed"
-        if not isinstance(module, nn.Conv2d) or module.padding_mode != "zeros" or isinstance(module.padding, str):
-            return "not a plain Conv2d"
-    if _matrix(module).shape[1] > MAX_INPUTS:
-        return f"more than {MAX_INPUTS} inputs"
-    return None
-
-
-def _matrix(module: nn.Module) -> torch.Tensor:
-    weight = module.weight.detach()
-    return weight.t() if _out_axis(module) else weight.reshape(len(weight), -1)
-
-
-def _write(module: nn.Module, matrix: np.ndarray[Any, Any], bias: np.ndarray[Any, Any] | None) -> None:
-    weight = torch.from_numpy(matrix).to(module.weight)
-    with torch.no_grad():
-        module.weight.copy_(weight.t() if _out_axis(module) else weight.reshape(module.weight.shape))
-        if bias is not None:
-            module.bias.copy_(torch.from_numpy(bias).to(module.bias))
+def _numbers(tensor: torch.Tensor) -> Array:
+    values: Array = tensor.double().cpu().numpy()
+    return values
 
 
 def _rows(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -87,34 +96,13 @@ def _rows(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def _collect(
-    dense: nn.Module,
-    pruned: nn.Module,
-    old: nn.Module,
-    new: nn.Module,
-    path: str,
-    rows: Any,
-    data: Iterable[Any],
-) -> Moments:
-    bias = getattr(new, "bias", None) is not None
-    moments = Moments(_matrix(new).shape[1], _matrix(new).shape[0], bias)
-    for batch in data:
-        wanted = _seen(dense, old, path, batch)
-        given = _seen(pruned, new, path, batch)
-        for (_, out), (x, _) in zip(wanted, given):
-            y = out.movedim(1, -1) if isinstance(old, nn.Conv2d) else out
-            y = y.reshape(-1, y.shape[-1])
-            y = y if rows is None else y[:, torch.from_numpy(rows).to(y.device)]
-            moments.add(_rows(new, x).double().cpu().numpy(), y.double().cpu().numpy())
-    return moments
-
-
-def _seen(model: nn.Module, module: nn.Module, path: str, batch: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def _seen(model: nn.Module, path: str, batch: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Input and output of one layer at each of its calls."""
     calls: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def seen(_name: str, args: Any, kwargs: Any, output: torch.Tensor) -> None:
         calls.append(((args[0] if args else kwargs["input"]).detach(), output.detach()))
 
-    with bridge.evaluating(model), bridge.hooked({path: module}, seen):
+    with bridge.evaluating(model), bridge.hooked({path: bridge.get_module(model, path)}, seen):
         bridge.run(model, batch)
     return calls

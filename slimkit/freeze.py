@@ -9,13 +9,13 @@ from typing import Any
 from slimkit import bridge
 from slimkit.core import freeze as rules
 from slimkit.core.freeze import FreezeReport
-from slimkit.core.freezer import Freezer, Layer, LayerGroup
+from slimkit.core.freezer import Freezer, FreezerLayer, LayerGroup
 
 import torch
 
 __all__ = [
     "FreezeReport",
-    "Layer",
+    "FreezerLayer",
     "LayerGroup",
     "ModelFreezer",
     "freeze_delta",

@@ -16,7 +16,7 @@ from slimkit.core.errors import FileFormatError
 from slimkit.core.lazy import door, library
 from slimkit.core.prune.attributes import Field, widths_of
 from slimkit.core.prune.graph import Graph
-from slimkit.core.prune.plan import Plan
+from slimkit.core.prune.plan import PrunePlan
 from slimkit.core.prune.pruner import PrunerBase
 from slimkit.trace import trace
 from slimkit.trace.tracer import Recorder, example, record
@@ -29,7 +29,7 @@ __getattr__, __dir__ = door("slimkit", room="prune")
 Array = np.ndarray[Any, Any]
 
 
-class TorchWing:
+class TorchPrune:
     """A torch model as the pruner of the core sees it.
 
     Args:
@@ -56,7 +56,7 @@ class TorchWing:
         self._real = found.real
         return found.graph
 
-    def rehearse(self, plan: Plan) -> tuple[Graph, str | None, set[str]]:
+    def rehearse(self, plan: PrunePlan) -> tuple[Graph, str | None, set[str]]:
         names = {p: p for p in plan.shapes}
         with surgery.rehearsing(self.model, plan, names, bool(self._real)) as remade:
             recorder = Recorder(self.model, real=bool(self._real))
@@ -132,14 +132,14 @@ class TorchWing:
                 bridge.run(self.model, batch)
         return {name: totals[name] / number[name] for name in totals}
 
-    def cut(self, plan: Plan, names: Mapping[str, str]) -> Callable[[], None]:
+    def cut(self, plan: PrunePlan, names: Mapping[str, str]) -> Callable[[], None]:
         return surgery.cut(self.model, plan, names)
 
     def snapshot(self) -> nn.Module:
         return copy.deepcopy(self.model)
 
     def compensate(
-        self, dense: Any, plan: Plan, layers: Sequence[str], data: Iterable[Any], damping: float
+        self, dense: Any, plan: PrunePlan, layers: Sequence[str], data: Iterable[Any], damping: float
     ) -> dict[str, Any]:
         return compensate(dense, self.model, plan, layers, data, damping)
 
@@ -205,7 +205,7 @@ class PruneTorch(PrunerBase):
     """
 
     def __init__(self, network: nn.Module, inputs: Any = None) -> None:
-        super().__init__(TorchWing(network, inputs))
+        super().__init__(TorchPrune(network, inputs))
 
 
 Pruner = PruneTorch
@@ -226,7 +226,7 @@ def save_pruned(directory: Any, model: nn.Module, desc: dict[str, Any]) -> None:
     from safetensors.torch import save_file
 
     folder = files.save_directory(directory)
-    plan = Plan(desc)
+    plan = PrunePlan(desc)
     found = surgery.tensors(bridge.check_model(model))
     wanted = {**plan.shapes, **plan.sizes()}
     for path, shape in wanted.items():
@@ -274,7 +274,7 @@ def load_pruned(directory: Any, model: nn.Module) -> nn.Module:
         tensors = load_file(str(weights))
     except (SafetensorError, ValueError, OverflowError) as error:
         raise FileFormatError(f"{weights} is not a readable safetensors file: {error}") from None
-    plan = Plan(desc)
+    plan = PrunePlan(desc)
     names = plan.match({p: tuple(t.shape) for p, t in surgery.tensors(bridge.check_model(model)).items()})
     for name, first in desc.get("tied", {}).items():
         tensors[name] = tensors[first]

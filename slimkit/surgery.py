@@ -11,7 +11,7 @@ import numpy as np
 from slimkit.attention import PrunedMultiheadAttention
 from slimkit.core.errors import PlanError
 from slimkit.core.prune.attributes import rewritten
-from slimkit.core.prune.plan import Plan
+from slimkit.core.prune.plan import PrunePlan
 from slimkit.trace.watch import is_layer, named_tensors
 
 import torch
@@ -130,7 +130,7 @@ class Changes:
         self._done.clear()
 
 
-def rewrite(model: nn.Module, plan: Plan, shapes: Shapes, names: Mapping[str, str], changes: Changes) -> None:
+def rewrite(model: nn.Module, plan: PrunePlan, shapes: Shapes, names: Mapping[str, str], changes: Changes) -> None:
     """Make every attribute tell the widths after the cut, in place; `changes` can take it back.
 
     Args:
@@ -172,7 +172,7 @@ def rewrite(model: nn.Module, plan: Plan, shapes: Shapes, names: Mapping[str, st
 
 
 @contextlib.contextmanager
-def rehearsing(model: nn.Module, plan: Plan, names: Mapping[str, str], real: bool = False) -> Iterator[set[str]]:
+def rehearsing(model: nn.Module, plan: PrunePlan, names: Mapping[str, str], real: bool = False) -> Iterator[set[str]]:
     """Attributes and shapes of the model as after the cut, while the context is open; values are made up.
 
     Args:
@@ -212,14 +212,14 @@ def _stand_in(tensor: torch.Tensor, shape: tuple[int, ...], real: bool) -> torch
     return nn.Parameter(made, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
 
 
-def shapes_after(model: nn.Module, plan: Plan, names: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
+def shapes_after(model: nn.Module, plan: PrunePlan, names: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
     """Shapes of all parameters and buffers after the cut, tied ones under each of their names."""
     wanted = {names[p]: s for p, s in plan.sizes().items()}
     first = {id(t): p for p, t in tensors(model).items()}
     return {p: wanted.get(first[id(t)], tuple(t.shape)) for p, t in named_tensors(model)}
 
 
-def cut(model: nn.Module, plan: Plan, names: Mapping[str, str]) -> Callable[[], None]:
+def cut(model: nn.Module, plan: PrunePlan, names: Mapping[str, str]) -> Callable[[], None]:
     """Cut parameters, buffers and attributes, in place; on an error the model is as it was.
 
     Args:

@@ -15,7 +15,7 @@ from slimkit.core.checkpoint.weightfile import Array, Entry
 import torch
 
 
-class TorchFile(torchfile.TorchFile):
+class TorchWeightFile(torchfile.TorchFile):
     """One torch.save file of tensors; its data stay on the disk until a tensor is asked for."""
 
     def __init__(self, path: files.PathLike) -> None:

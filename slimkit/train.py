@@ -19,7 +19,7 @@ from slimkit.core.lazy import library
 from slimkit.core.train import packing
 from slimkit.core.train.loading import LoaderOptions, is_samples, plan_batches, split_batch
 from slimkit.core.train.loop import TrainerLoop
-from slimkit.core.train.updates import TrainOptions
+from slimkit.core.train.updates import UpdateOptions
 
 import torch
 
@@ -95,7 +95,7 @@ class Trainer(TrainerLoop):
         random.seed(seed)
         return seed
 
-    def _prepare(self, options: TrainOptions) -> None:
+    def _prepare(self, options: UpdateOptions) -> None:
         run = self.accelerator
         if self.optimizer is None or not hasattr(self.optimizer, "step"):
             wanted = [p for p in self.model.parameters() if p.requires_grad]

@@ -17,7 +17,7 @@ from slimkit.core.weights.activations import Energies
 from slimkit.core.weights.blocks import PruneConfig
 from slimkit.core.weights.cut import plan_weights
 from slimkit.core.weights.influence import Influence, LayerSuggestion, find_stack, first_tensor, mask_of
-from slimkit.torchfile import TorchFile
+from slimkit.torchfile import TorchWeightFile
 
 import torch
 
@@ -59,7 +59,7 @@ def prune_model_weight(
     check.instance(config, PruneConfig, "config")
     check.boolean(strict, "strict")
     spec = config.spec()
-    with open_weights(weight_file_path, TorchFile, "weight_file_path") as source:
+    with open_weights(weight_file_path, TorchWeightFile, "weight_file_path") as source:
         plan = plan_weights(bridge.structure(model), source, spec, source_config(weight_file_path), strict=strict)
         source.verify(plan.feeds.values())
         tensors = model.state_dict(keep_vars=True)

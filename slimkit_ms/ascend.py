@@ -7,7 +7,7 @@ from typing import Any
 
 from slimkit.core.ascend.w16a16s import W16A16SReport, config_told_by, save_arrays
 from slimkit.core.lazy import door as _door
-from slimkit.core.weights.names import canonical
+from slimkit.core.naming import torch_name
 from slimkit_ms import bridge
 
 __getattr__, __dir__ = _door("slimkit_ms", "ascend")
@@ -48,5 +48,5 @@ def save_w16a16s(
     if isinstance(model, dict):
         return save_arrays(directory, model, config_told_by(None, config), targets=targets)
     held = bridge.parameter_paths(bridge.check_model(model))
-    arrays = {canonical(path): bridge.as_numpy(parameter) for parameter, paths in held for path in paths}
+    arrays = {torch_name(path): bridge.as_numpy(parameter) for parameter, paths in held for path in paths}
     return save_arrays(directory, arrays, config_told_by(model, config), targets=targets)

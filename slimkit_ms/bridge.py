@@ -11,8 +11,9 @@ from slimkit.core.batch import as_call
 from slimkit.core.errors import ArgumentError
 from slimkit.core.freeze import Parameters, Reading
 from slimkit.core.lazy import require
-from slimkit.core.weights.coupling import Structure, Target
+from slimkit.core.weights.coupling import SmallTensor, Structure
 from slimkit.core.weights.heads import Heads, heads_told_by
+from slimkit_ms import kinds
 
 require("mindspore")
 
@@ -155,14 +156,11 @@ def _readings(held: Sequence[ms.Parameter], paths: Sequence[str]) -> Iterator[Re
         known = dtypes.get(id(dtype))
         if known is None:  # the dtype is kept alive, so that no other takes its identity
             known = dtypes[id(dtype)] = dtype in _TRAINABLE, dtype
-        is_statistic = path.endswith(STATISTICS) and path.rpartition(".")[2] in STATISTICS
+        is_statistic = path.endswith(kinds.STATISTICS) and path.rpartition(".")[2] in kinds.STATISTICS
         yield parameter.size, info.requires_grad, known[0] and not is_statistic
 
 
 _TRAINABLE = {ms.float16, ms.bfloat16, ms.float32, ms.float64, ms.complex64, ms.complex128}
-
-# Running statistics of a norm: parameters in MindSpore, state rather than weights everywhere else.
-STATISTICS = ("moving_mean", "moving_variance")
 
 
 def parameter_paths(model: nn.Cell) -> list[tuple[ms.Parameter, list[str]]]:
@@ -177,7 +175,7 @@ def parameter_paths(model: nn.Cell) -> list[tuple[ms.Parameter, list[str]]]:
 
 def is_weight(parameter: ms.Parameter, path: str) -> bool:
     """Whether a parameter is a weight rather than state: floating point, and no running statistic."""
-    return parameter.is_floating_point() and path.rpartition(".")[2] not in STATISTICS
+    return parameter.is_floating_point() and path.rpartition(".")[2] not in kinds.STATISTICS
 
 
 @contextlib.contextmanager
@@ -206,26 +204,17 @@ def hooked(cells: Mapping[str, nn.Cell], seen: Callable[[str, Any, Any], None]) 
             handle.remove()
 
 
-def is_layer(cell: nn.Cell | None) -> bool:
-    """Whether a cell is a convolution or a dense layer, of the nn or the mint family."""
-    kinds = (nn.Dense, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Conv1dTranspose, nn.Conv2dTranspose, nn.Conv3dTranspose)
-    return isinstance(cell, kinds) or any(
-        kind.__module__.startswith("mindspore.mint.nn") and kind.__name__ in ("Linear", "Conv2d", "Conv3d")
-        for kind in type(cell).__mro__
-    )
-
-
 def structure(model: nn.Cell) -> Structure:
     """What weight pruning asks of a cell: shapes, kinds of layer, attention heads and tied tensors."""
-    kinds: dict[int, str] = {}
+    words: dict[int, str] = {}
     names: dict[int, list[str]] = {}
-    targets: dict[str, Target] = {}
+    targets: dict[str, SmallTensor] = {}
     heads: dict[str, Heads] = {}
     for path, cell in model.cells_and_names():
         for key, parameter in cell._params.items():
             if parameter is not None:
                 fused = isinstance(cell, nn.MultiheadAttention) and key.startswith("in_proj")
-                kinds.setdefault(id(parameter), "linear" if fused else _kind(cell))
+                words.setdefault(id(parameter), "linear" if fused else _kind(cell))
         told = heads_told_by(cell)
         if told is None and (path == "" or "att" in type(cell).__name__.lower()):
             told = heads_told_by(getattr(cell, "config", None))
@@ -233,7 +222,7 @@ def structure(model: nn.Cell) -> Structure:
             heads[path] = told
     for parameter in model.get_parameters():
         names.setdefault(id(parameter), []).append(parameter.name)
-        targets[parameter.name] = Target(tuple(parameter.shape), kinds.get(id(parameter), "other"))
+        targets[parameter.name] = SmallTensor(tuple(parameter.shape), words.get(id(parameter), "other"))
     return Structure(
         targets=targets,
         heads=heads,
@@ -244,12 +233,9 @@ def structure(model: nn.Cell) -> Structure:
 
 def _kind(cell: nn.Cell) -> str:
     """The kind of layer, in the words of core.coupling."""
-    if isinstance(cell, nn.Dense):
-        return "linear"
-    if isinstance(cell, nn.Embedding):
-        return "embedding"
-    if isinstance(cell, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        return "conv"
+    kind = kinds.kind_of(cell)
+    if kind is not None and not kind.transposed and kind.word in ("linear", "embedding", "conv", "norm"):
+        return kind.word
     return "norm" if "norm" in type(cell).__name__.lower() else "other"
 
 

@@ -8,14 +8,14 @@ from typing import Any
 
 from slimkit.core import freeze as rules
 from slimkit.core.freeze import FreezeReport
-from slimkit.core.freezer import Freezer, Layer, LayerGroup
-from slimkit_ms import bridge
+from slimkit.core.freezer import Freezer, FreezerLayer, LayerGroup
+from slimkit_ms import bridge, kinds
 
 from mindspore import nn
 
 __all__ = [
     "FreezeReport",
-    "Layer",
+    "FreezerLayer",
     "LayerGroup",
     "ModelFreezer",
     "freeze_delta",
@@ -177,7 +177,7 @@ class ModelFreezer(Freezer):
         ]
 
     def _is_batch_norm(self, module: Any) -> bool:
-        return isinstance(module, nn.layer.normalization._BatchNorm)
+        return kinds.is_batch_norm(module)
 
     def _is_training(self, module: Any) -> bool:
         return bool(module.training)

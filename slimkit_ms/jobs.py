@@ -19,10 +19,10 @@ from slimkit.core.jobs.framework import ComputeLoss, JobFramework, Opened
 from slimkit.core.jobs.measurement import Measurement
 from slimkit.core.jobs.options import FitOptions
 from slimkit.core.jobs.sources import DataPlace, ModelPlace
-from slimkit.core.sparse.layer import Layer
-from slimkit_ms import bridge, export, train
+from slimkit.core.sparse.maths.layer import SparseLayer
+from slimkit_ms import bridge, export, kinds, train
 from slimkit_ms.measurement import measure_model
-from slimkit_ms.sparse.host import MindSporeHost
+from slimkit_ms.sparse.framework import MindSporeSparse
 
 import mindspore as ms
 from mindspore import nn, ops
@@ -104,8 +104,8 @@ class MindSporeJobs(JobFramework):
         with bridge.pynative(), bridge.evaluating(model):
             yield
 
-    def sparse_layers(self, model: nn.Cell) -> tuple[dict[str, Layer], dict[str, str]]:
-        return MindSporeHost(model).layers()
+    def sparse_layers(self, model: nn.Cell) -> tuple[dict[str, SparseLayer], dict[str, str]]:
+        return MindSporeSparse(model).layers()
 
     # Training.
 
@@ -134,7 +134,7 @@ class MindSporeJobs(JobFramework):
         modes = [(cell, cell.training) for _, cell in model.cells_and_names()]
         model.set_train(True)
         for cell, _ in modes:
-            if any(key in cell._params for key in bridge.STATISTICS):
+            if any(key in cell._params for key in kinds.STATISTICS):
                 cell.set_train(False)
         try:
             yield

@@ -13,7 +13,7 @@ from slimkit_ms import bridge  # noqa: F401  (says in one line that MindSpore is
 import mindspore as ms
 
 
-class Samples:
+class BatchedSamples:
     """A map-style data set in batches."""
 
     def __init__(self, dataset: Any, batches: list[list[int]], collate: Callable[[list[Any]], Any]) -> None:

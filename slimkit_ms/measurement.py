@@ -5,12 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from slimkit.core.jobs.measurement import LayerMeasurement, Measurement, median_ms
-from slimkit_ms import bridge
+from slimkit_ms import bridge, kinds
 
 import mindspore as ms
 from mindspore import nn
-
-_TRANSPOSED = (nn.Conv1dTranspose, nn.Conv2dTranspose, nn.Conv3dTranspose)
 
 
 def measure_model(model: nn.Cell, inputs: Any, latency_budget_s: float = 0.5) -> Measurement:
@@ -46,7 +44,7 @@ def measure_model(model: nn.Cell, inputs: Any, latency_budget_s: float = 0.5) ->
             kind=type(cell).__name__,
             shape=tuple(_weights(cell)[0].shape),
             width=_width(cell),
-            parameters=sum(p.size for key, p in _own(cell).items() if key not in bridge.STATISTICS),
+            parameters=sum(p.size for key, p in _own(cell).items() if key not in kinds.STATISTICS),
             zeros=sum(zeros[id(w)] for w in _weights(cell)),
             macs=macs.get(path),
         )
@@ -72,18 +70,15 @@ def _weights(cell: nn.Cell) -> list[ms.Parameter]:
 
 def _width(cell: nn.Cell) -> int:
     """Output channels or features."""
-    for attribute in ("out_channels", "embedding_size"):
-        if isinstance(value := getattr(cell, attribute, None), int):
-            return value
-    return int(_weights(cell)[0].shape[0])
+    return kinds.width_of(cell) if kinds.makes_width(cell) else int(_weights(cell)[0].shape[0])
 
 
 def _macs(cell: nn.Cell, args: Any, output: Any) -> int:
     """Each entry of a weight is used once at every position: pixel, token or sample."""
-    if isinstance(cell, nn.Embedding) or not isinstance(output, ms.Tensor):
+    if kinds.is_kind(cell, "embedding") or not isinstance(output, ms.Tensor):
         return 0
-    if isinstance(cell, _TRANSPOSED):
-        positions = args[0].size // cell.in_channels
+    if kinds.is_transposed(cell):
+        positions = args[0].size // int(kinds.weight_of(cell).shape[0])
     else:
         positions = output.size // max(_width(cell), 1)
     return positions * sum(w.size for w in _weights(cell))

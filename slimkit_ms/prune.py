@@ -15,11 +15,12 @@ from slimkit.core.lazy import door
 from slimkit.core.prune.attributes import Field, rewritten, widths_of
 from slimkit.core.prune.dims import find, leaves
 from slimkit.core.prune.graph import Graph
-from slimkit.core.prune.plan import Plan
+from slimkit.core.prune.plan import PrunePlan
 from slimkit.core.prune.pruner import PrunerBase
-from slimkit.core.prune.rules import SCALE, Relations
+from slimkit.core.prune.relations import SCALE, Relations
+from slimkit.core.prune.rules import RULES
 from slimkit.core.prune.solve import Coupling, View
-from slimkit_ms import bridge
+from slimkit_ms import bridge, kinds
 from slimkit_ms.compensate import compensate
 from slimkit_ms.surgery import Attributes, Foretold, Keep, Knife, RefusedError, Undo, cut_by_attributes
 from slimkit_ms.surgery.adapt import Adapter
@@ -33,7 +34,7 @@ __getattr__, __dir__ = door("slimkit_ms", room="prune")
 Array = np.ndarray[Any, Any]
 
 
-class MindSporeWing:
+class MindSporePrune:
     """A MindSpore cell as the pruner of the core sees it.
 
     Args:
@@ -55,7 +56,7 @@ class MindSporeWing:
         self.knife = Knife(self.model, self.inputs, self.traced)
         return self.traced.graph
 
-    def prove(self, plan: Plan, relations: Relations) -> Attributes:
+    def prove(self, plan: PrunePlan, relations: Relations) -> Attributes:
         """Cut the cell, compile it, put everything back; returns the sizes that its code had to be told.
 
         Raises:
@@ -68,7 +69,7 @@ class MindSporeWing:
         self._proven = (plan.desc["variables"], plan.desc["axes"])
         return self.knife.written
 
-    def rehearse(self, plan: Plan) -> tuple[Graph, str | None, set[str]]:
+    def rehearse(self, plan: PrunePlan) -> tuple[Graph, str | None, set[str]]:
         undo = self._cut_blind(plan, {p: p for p in plan.shapes})
         try:
             return trace_marked(self.model, self.inputs).graph, None, set()
@@ -128,7 +129,7 @@ class MindSporeWing:
 
         def seen(name: str, _inputs: Any, output: Any) -> None:
             values = np.abs(output.asnumpy())
-            axis = -1 if values.ndim < 3 or _is_dense(bridge.get_module(self.model, name)) else 1
+            axis = 1 if kinds.is_kind(bridge.get_module(self.model, name), "conv") else -1
             flat = np.moveaxis(values, axis, -1).reshape(-1, values.shape[axis])
             totals[name] = totals.get(name, 0) + flat.sum(0, dtype=np.float64)
             number[name] = number.get(name, 0) + len(flat)
@@ -139,7 +140,7 @@ class MindSporeWing:
                 bridge.run(self.model, batch)
         return {name: totals[name] / number[name] for name in totals}
 
-    def cut(self, plan: Plan, names: Mapping[str, str]) -> Callable[[], None]:
+    def cut(self, plan: PrunePlan, names: Mapping[str, str]) -> Callable[[], None]:
         proven = (plan.desc["variables"], plan.desc["axes"]) == self._proven
         if self.inputs is None or proven or not plan.keep:
             undo = self._cut_blind(plan, names)
@@ -150,7 +151,7 @@ class MindSporeWing:
             assert self.knife is not None
             keep = self._keep(plan, names)
             groups = {path: count for path, (_, count) in plan.groups.items()}
-            foretold = Foretold(Relations(self.traced.graph), keep)
+            foretold = Foretold(Relations(self.traced.graph, RULES), keep)
             try:
                 undo = self.knife.cut(keep, groups, foretold, plan.attributes)
             except RefusedError as error:
@@ -163,19 +164,19 @@ class MindSporeWing:
         return copy.deepcopy(self.model)
 
     def compensate(
-        self, dense: nn.Cell, plan: Plan, layers: Sequence[str], data: Iterable[Any], damping: float
+        self, dense: nn.Cell, plan: PrunePlan, layers: Sequence[str], data: Iterable[Any], damping: float
     ) -> dict[str, Any]:
         return compensate(dense, self.model, plan, layers, data, damping)
 
-    def _cut_blind(self, plan: Plan, names: Mapping[str, str]) -> Undo:
+    def _cut_blind(self, plan: PrunePlan, names: Mapping[str, str]) -> Undo:
         groups = {path: count for path, (_, count) in plan.groups.items()}
         return cut_by_attributes(self.model, self._keep(plan, names), groups, plan.attributes)
 
-    def _keep(self, plan: Plan, names: Mapping[str, str]) -> Keep:
+    def _keep(self, plan: PrunePlan, names: Mapping[str, str]) -> Keep:
         shapes = self.shapes()
         return {names[p]: _aligned(shapes[names[p]], index) for p, index in plan.indices.items()}
 
-    def _write_config(self, plan: Plan) -> None:
+    def _write_config(self, plan: PrunePlan) -> None:
         config = getattr(self.model, "config", None)
         for name, new in rewritten(config, plan.config).items():
             setattr(config, name, new)
@@ -192,10 +193,6 @@ def _aligned(shape: tuple[int, ...], index: Sequence[Any]) -> list[Any]:
 
 def _by_path(model: nn.Cell) -> dict[str, ms.Parameter]:
     return {paths[0]: parameter for parameter, paths in bridge.parameter_paths(model)}
-
-
-def _is_dense(cell: nn.Cell) -> bool:
-    return bridge.is_layer(cell) and "Conv" not in type(cell).__name__
 
 
 def _loss_of(model: nn.Cell, batch: Any, loss: Callable[..., Any] | None) -> ms.Tensor:
@@ -226,10 +223,10 @@ class PruneMindSpore(PrunerBase):
         32
     """
 
-    _wing: MindSporeWing
+    _wing: MindSporePrune
 
     def __init__(self, network: nn.Cell, inputs: Any = None) -> None:
-        super().__init__(MindSporeWing(network, inputs))
+        super().__init__(MindSporePrune(network, inputs))
         self._adapter: Adapter | None = None
         self._attributes: Attributes = {}
 
@@ -256,7 +253,7 @@ class PruneMindSpore(PrunerBase):
                 coupling.pin(leaf, SCALE)
         return coupling
 
-    def _rehearse(self, view: View, plan: Plan, counts: Mapping[str, int]) -> bool:
+    def _rehearse(self, view: View, plan: PrunePlan, counts: Mapping[str, int]) -> bool:
         """Cut, compile and put back; where the code contradicts the plan, narrow what the next plan may do."""
         if not plan.keep:
             return True
@@ -288,7 +285,7 @@ def save_pruned(directory: Any, model: nn.Cell, desc: dict[str, Any]) -> None:
         FileFormatError: the cell's shapes are not those that the plan leaves.
     """
     folder = files.save_directory(directory)
-    plan = Plan(desc)
+    plan = PrunePlan(desc)
     found = _by_path(bridge.check_model(model))
     for path, shape in {**plan.shapes, **plan.sizes()}.items():
         if path not in found or tuple(found[path].shape) != shape:
@@ -318,9 +315,9 @@ def load_pruned(directory: Any, model: nn.Cell) -> nn.Cell:
         FileFormatError: a file is damaged, or a tensor is missing, left over or of the wrong shape.
     """
     folder = files.as_path(directory, "directory")
-    plan = Plan(files.read_json(folder / "plan.json", "directory/plan.json"))
+    plan = PrunePlan(files.read_json(folder / "plan.json", "directory/plan.json"))
     tensors, _ = files.read_tensors(folder / "model.safetensors", "directory/model.safetensors")
-    wing = MindSporeWing(model, None)
+    wing = MindSporePrune(model, None)
     names = plan.match(wing.shapes())
     wanted = {names[p]: shape for p, shape in {**plan.shapes, **plan.sizes()}.items()}
     odd = sorted({p for p in {*wanted, *tensors} if p not in tensors or wanted.get(p) != tensors[p].shape})

@@ -17,9 +17,9 @@ from slimkit.core.lazy import door as _door
 from slimkit.core.train.loading import LoaderOptions, is_samples, plan_batches, split_batch
 from slimkit.core.train.loop import TrainerLoop
 from slimkit.core.train.packing import pack, unpack
-from slimkit.core.train.updates import TrainOptions
+from slimkit.core.train.updates import UpdateOptions
 from slimkit_ms import bridge
-from slimkit_ms.loading import Pipeline, Samples, Shared, count, stack, tensors
+from slimkit_ms.loading import BatchedSamples, Pipeline, Shared, count, stack, tensors
 from slimkit_ms.precision import lift, lower
 
 import mindspore as ms
@@ -90,7 +90,7 @@ class Trainer(TrainerLoop):
         random.seed(seed)
         return seed
 
-    def _prepare(self, options: TrainOptions) -> None:
+    def _prepare(self, options: UpdateOptions) -> None:
         if not isinstance(self.optimizer, nn.Cell):
             wanted = self.model.trainable_params()
             if not wanted:
@@ -178,7 +178,7 @@ class Trainer(TrainerLoop):
             batches = plan_batches(len(dataset), batch_size, options)
             if options.rest:
                 raise ConfigError(f"dataloader_kwargs: only shuffle and drop_last here. Received: {list(options.rest)}")
-            return Samples(dataset, batches, options.collate_fn or stack)
+            return BatchedSamples(dataset, batches, options.collate_fn or stack)
         if not isinstance(dataset, Iterable) or isinstance(dataset, (Iterator, str, bytes, Mapping, ms.Tensor)):
             check.wrong_type("dataset", "a mindspore.dataset, a map-style data set or a list of batches", dataset)
         return Shared(dataset, options)

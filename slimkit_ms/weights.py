@@ -16,7 +16,7 @@ from slimkit.core.weights.activations import Energies
 from slimkit.core.weights.blocks import PruneConfig
 from slimkit.core.weights.cut import plan_weights
 from slimkit.core.weights.influence import Influence, LayerSuggestion, find_stack, first_tensor, mask_of
-from slimkit_ms import bridge
+from slimkit_ms import bridge, kinds
 
 import mindspore as ms
 from mindspore import nn
@@ -123,11 +123,11 @@ def measure_activations(model_or_file: Any, calibration: Any) -> dict[str, Array
             an attention_mask, only its tokens count. A hundred sentences do.
 
     Returns:
-        name of each Dense layer's weight -> mean square of each of its inputs over all tokens, (in,) in float64; for
+        name of each dense layer's weight -> mean square of each of its inputs over all tokens, (in,) in float64; for
         `PruneConfig.set_selection("importance", activations)`.
 
     Raises:
-        ArgumentError: no Dense layer was run.
+        ArgumentError: no dense layer was run.
 
     Example:
         >>> measure_activations(nn.Dense(2, 1), [ms.Tensor([[1.0, 2.0], [3.0, 4.0]])])["weight"].tolist()
@@ -135,7 +135,7 @@ def measure_activations(model_or_file: Any, calibration: Any) -> dict[str, Array
     """
     batches = dataset(calibration, "calibration")
     model = bridge.check_model(model_or_file, "model_or_file")
-    linear = {p: c for p, c in model.cells_and_names() if isinstance(c, nn.Dense)}
+    linear = {p: c for p, c in model.cells_and_names() if kinds.is_kind(c, "linear")}
     found = Energies({p: c.weight.name for p, c in linear.items()})
 
     def seen(path: str, args: Any, _output: Any, mask: Array | None) -> None:

@@ -82,6 +82,13 @@ class TorchKit:
         with self.torch.no_grad():
             parameter.copy_(self.torch.from_numpy(values))
 
+    def children(self, model: Any) -> list[tuple[str, Any]]:
+        return list(model.named_children())
+
+    def statistics(self, norm: Any) -> tuple[Any, Any]:
+        """Running mean and variance of a batch norm."""
+        return norm.running_mean, norm.running_var
+
     def train_mode(self, model: Any, on: bool) -> None:
         model.train(on)
 
@@ -162,6 +169,12 @@ class MindSporeKit:
 
     def assign(self, parameter: Any, values: np.ndarray) -> None:
         parameter.set_data(self.ms.Tensor(values))
+
+    def children(self, model: Any) -> list[tuple[str, Any]]:
+        return list(model.name_cells().items())
+
+    def statistics(self, norm: Any) -> tuple[Any, Any]:
+        return norm.moving_mean, norm.moving_variance
 
     def train_mode(self, model: Any, on: bool) -> None:
         model.set_train(on)

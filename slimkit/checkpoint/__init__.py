@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from slimkit.checkpoint.byhand import load_checkpoint, load_param_into_net, save_checkpoint
 from slimkit.checkpoint.trainable import TrainableParamsCheckPoint
-from slimkit.core.checkpoint.placing import LoadReport
+from slimkit.core.checkpoint.loading import LoadReport
 from slimkit.core.checkpoint.savepolicy import CheckpointConfig
 from slimkit.core.lazy import door as _door
 

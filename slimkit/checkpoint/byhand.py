@@ -9,13 +9,13 @@ from typing import Any
 from slimkit import bridge
 from slimkit.checkpoint.optimizer import plan_optimizer
 from slimkit.core import check, files
-from slimkit.core.checkpoint import placing, saving
+from slimkit.core.checkpoint import loading, saving
+from slimkit.core.checkpoint.loading import LoadReport
 from slimkit.core.checkpoint.openweights import open_weights
-from slimkit.core.checkpoint.placing import LoadReport
 from slimkit.core.checkpoint.saving import Items, Saving
 from slimkit.core.checkpoint.weightfile import Array, Entry, Weights
 from slimkit.core.errors import ArgumentError
-from slimkit.torchfile import TorchFile, described, restored, write_torch
+from slimkit.torchfile import TorchWeightFile, described, restored, write_torch
 from slimkit.torchfile import tag_of as torch_tag_of
 
 import torch
@@ -133,9 +133,9 @@ def load_checkpoint(
         PatternError: a filter that matches nothing.
         PlanError: it does not fit the module.
     """
-    with open_weights(ckpt_file_name, TorchFile, "ckpt_file_name") as source:
+    with open_weights(ckpt_file_name, TorchWeightFile, "ckpt_file_name") as source:
         make = lambda _name, array, dtype: restored(array, dtype).clone()
-        found = placing.read_all(source, make, filter_prefix, choice_func, verify=verify)
+        found = loading.read_all(source, make, filter_prefix, choice_func, verify=verify)
     if net is not None:
         load_param_into_net(net, found, strict_load)
     return found
@@ -192,7 +192,7 @@ def load_param_into_net(
         restore = None
         if optimizer is not None:
             restore = plan_optimizer(net, check.instance(optimizer, torch.optim.Optimizer, "optimizer"), source)
-        report = placing.load_into(
+        report = loading.load_into(
             source,
             {n: Entry(torch_tag_of(t), tuple(t.shape)) for n, t in state.items()},
             assign,
@@ -212,4 +212,4 @@ def load_param_into_net(
 def _opened(parameter_dict: Any) -> Weights:
     if isinstance(parameter_dict, Mapping):
         return saving.in_memory(parameter_dict, _described_or_none)
-    return open_weights(parameter_dict, TorchFile, "parameter_dict")
+    return open_weights(parameter_dict, TorchWeightFile, "parameter_dict")

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from slimkit.core import check
-from slimkit.core.checkpoint import placing
-from slimkit.core.checkpoint.placing import values_of
+from slimkit.core.checkpoint import loading
+from slimkit.core.checkpoint.loading import values_of
 from slimkit.core.checkpoint.saving import Items
 from slimkit.core.checkpoint.weightfile import Weights
 from slimkit.core.errors import PlanError
@@ -16,7 +16,7 @@ from slimkit.torchfile import described, restored
 import torch
 
 # An optimizer's state lies under OPTIMIZER + "state.<parameter>.<slot>" and OPTIMIZER + "group.<number>.<key>".
-OPTIMIZER = placing.OPTIMIZER
+OPTIMIZER = loading.OPTIMIZER
 
 
 def unwrapped(model: torch.nn.Module) -> torch.nn.Module:

@@ -9,7 +9,7 @@ from slimkit.core import check
 from slimkit.core.errors import ArgumentError
 
 
-class Layer(NamedTuple):
+class FreezerLayer(NamedTuple):
     """One layer or layer group of a ModelFreezer.
 
     Args:
@@ -23,7 +23,7 @@ class Layer(NamedTuple):
     is_frozen: bool
 
 
-LayerGroup = Layer
+LayerGroup = FreezerLayer
 
 
 class Freezer(ABC):
@@ -70,11 +70,11 @@ class Freezer(ABC):
         """
         return [self._describe(group, index) for index, group in enumerate(self._groups)]
 
-    def get_layers(self) -> list[Layer]:
+    def get_layers(self) -> list[FreezerLayer]:
         """The model's layers: every module without children, flattened, in order.
 
         Returns:
-            One Layer(layer_group_idx, module, is_frozen) per layer.
+            One FreezerLayer(layer_group_idx, module, is_frozen) per layer.
         """
         return [
             self._describe(module, index)
@@ -124,10 +124,10 @@ class Freezer(ABC):
         flag = check.boolean(set_modules_as_training, "set_modules_as_training")
         return self._switch(from_index, to_index, True, flag)
 
-    def _describe(self, module: Any, index: int) -> Layer:
+    def _describe(self, module: Any, index: int) -> FreezerLayer:
         parameters = self._parameters(module)
         frozen = any(not p.requires_grad for p in parameters) if parameters else not self._is_training(module)
-        return Layer((index, index - len(self._groups)), module, frozen)
+        return FreezerLayer((index, index - len(self._groups)), module, frozen)
 
     def _switch(self, start: int, stop: int, trains: bool, set_mode: bool) -> dict[int, dict[str, list[Any]]]:
         first, last = sorted(self._index(i, name) for i, name in ((start, "from_index"), (stop, "to_index")))

@@ -1,14 +1,16 @@
-"""One run at a time in a folder: a lock that goes with its process, also when that is killed."""
+"""One job, one run at a time in a folder: a lock that goes with its process, and the record of what job it is."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
-from slimkit.core.errors import ConfigError
+from slimkit.core import files
+from slimkit.core.errors import ConfigError, UnsupportedError
 
 
 @contextlib.contextmanager
@@ -54,3 +56,26 @@ def locked(folder: Path, option: str, *, inside: bool = False) -> Iterator[None]
         finally:
             if not inside:
                 file.unlink(missing_ok=True)
+
+
+def same_job(state: Path, job: Mapping[str, Any]) -> None:
+    """Begin a job's state directory, or make sure that the one there is of the same job.
+
+    Args:
+        state: the directory.
+        job: configuration and digests of everything that goes in, as plain JSON values.
+
+    Raises:
+        UnsupportedError: it was begun with something else; the message names what differs.
+    """
+    file = state / "job.json"
+    if not file.exists():
+        files.write_json(file, dict(job))
+        return
+    found = files.read_json(file)
+    changed = [k for k in job if found.get(k) != job[k]] + [k for k in found if k not in job]
+    if changed:
+        raise UnsupportedError(
+            f"dst holds a run begun with another {', '.join(changed)}; resume with the same inputs, or remove "
+            f"{str(state.parent)!r} to start over."
+        )

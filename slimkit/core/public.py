@@ -66,7 +66,7 @@ ROOMS: dict[str, dict[str, str]] = {
         "save_checkpoint": "checkpoint",
         "load_checkpoint": "checkpoint",
         "load_param_into_net": "checkpoint",
-        "LoadReport": "core.checkpoint.placing",
+        "LoadReport": "core.checkpoint.loading",
         "convert_checkpoint": "convert",
         "ConvertReport": "core.convert.stream",
         "save_delta": "delta",

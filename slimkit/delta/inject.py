@@ -11,7 +11,7 @@ from slimkit import bridge
 from slimkit.core import check
 from slimkit.core.delta import inject as steps
 from slimkit.core.delta.spec import KINDS, DeltaReport
-from slimkit.delta.access import access
+from slimkit.delta.framework import access
 from slimkit.delta.prefix_model import put_prefix
 from slimkit.delta.prompt_model import put_prompt
 

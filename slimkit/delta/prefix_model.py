@@ -294,7 +294,7 @@ def _prefixed_class(path: str, module: nn.Module) -> type:
     return type(name, bases, own)
 
 
-def _rows(seen: rules.Seen, plan: rules.Plan, kind: torch.dtype) -> nn.Module:
+def _rows(seen: rules.Seen, plan: rules.PrefixOptions, kind: torch.dtype) -> nn.Module:
     width = seen.heads * seen.width
     if plan.projection:
         return PrefixLayer(plan.prefix_token_num, 1, seen.heads, width, width, plan.mid_dim, plan.dropout_rate)

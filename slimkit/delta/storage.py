@@ -10,10 +10,10 @@ from typing import Any
 from slimkit import bridge
 from slimkit.core import check
 from slimkit.core.delta import storage
-from slimkit.core.delta.access import StorageAccess
 from slimkit.core.delta.bundle import sample_places
+from slimkit.core.delta.framework import DeltaStorage
 from slimkit.core.delta.spec import DeltaReport
-from slimkit.delta.access import TorchAccess
+from slimkit.delta.framework import TorchDelta
 from slimkit.delta.inject import apply_delta
 from slimkit.delta.layer import DeltaLayer
 from slimkit.delta.positions import is_counted_by_library
@@ -26,7 +26,7 @@ from torch import nn
 FORMATS = ("slimkit", "peft")
 
 
-class TorchStorage(TorchAccess, StorageAccess):
+class TorchStorage(TorchDelta, DeltaStorage):
     """What the wing does to a model on behalf of files."""
 
     def value(self, tensor: torch.Tensor) -> Any:

@@ -6,8 +6,8 @@ import inspect
 from typing import Any
 
 from slimkit import bridge
-from slimkit.core.delta.attention_method import edited_method, softmax_method
 from slimkit.core.errors import UnsupportedError
+from slimkit.core.source.attention_method import edited_method, softmax_method
 
 import torch
 from torch import nn

@@ -13,6 +13,7 @@ import numpy as np
 import slimkit
 from slimkit import bridge, export, train
 from slimkit.core import files
+from slimkit.core.checkpoint import shards
 from slimkit.core.errors import ConfigError
 from slimkit.core.jobs import commands, folders
 from slimkit.core.jobs.bar import LayerBar
@@ -22,13 +23,13 @@ from slimkit.core.jobs.options import AdaptOptions, DistillOptions, FitOptions
 from slimkit.core.jobs.sources import DataPlace, ModelPlace, StudentPlace
 from slimkit.core.jobs.tasks import TASKS
 from slimkit.core.locks import locked
-from slimkit.core.sparse import SparseConfig, shards
-from slimkit.core.sparse.layer import Layer
+from slimkit.core.sparse import SparseConfig
+from slimkit.core.sparse.maths.layer import SparseLayer
 from slimkit.jobs import devices, models, teach, texts
 from slimkit.measurement import measure_model
 from slimkit.sparse import checkpoint as blocks
-from slimkit.sparse.file_host import CheckpointHost
-from slimkit.sparse.host import TorchHost
+from slimkit.sparse.checkpoint_framework import CheckpointSparse
+from slimkit.sparse.framework import TorchSparse
 
 import torch
 from torch import nn
@@ -98,8 +99,8 @@ class TorchJobs(JobFramework):
     def evaluating(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
         return bridge.evaluating(model)
 
-    def sparse_layers(self, model: nn.Module) -> tuple[dict[str, Layer], dict[str, str]]:
-        return TorchHost(model).layers()
+    def sparse_layers(self, model: nn.Module) -> tuple[dict[str, SparseLayer], dict[str, str]]:
+        return TorchSparse(model).layers()
 
     # Training.
 
@@ -228,7 +229,7 @@ class TorchJobs(JobFramework):
             config, kind = models.architecture(source)
             data = _text(source, kind, config, calib)
         if plan:
-            found = CheckpointHost(source, out / blocks.STATE, shards.locate(source), None).layers()
+            found = CheckpointSparse(source, out / blocks.STATE, shards.locate(source), None).layers()
             done = len(list((out / blocks.STATE).glob("block-*.json")))
             return {**commands.sparse_plan(*found, cfg, data), "blocks_done": done, "resumable": True}
         with LayerBar() as bar:

@@ -10,13 +10,14 @@ from typing import Any
 
 from slimkit.core import batch as batches
 from slimkit.core import check, files
+from slimkit.core.checkpoint import shards
 from slimkit.core.errors import UnsupportedError
-from slimkit.core.locks import locked
-from slimkit.core.sparse import SparseConfig, shards
+from slimkit.core.locks import locked, same_job
+from slimkit.core.sparse import SparseConfig
 from slimkit.core.sparse.compress import compress
-from slimkit.core.sparse.eta import Progress
+from slimkit.core.sparse.remaining import Progress
 from slimkit.sparse import memory
-from slimkit.sparse.file_host import CheckpointHost
+from slimkit.sparse.checkpoint_framework import CheckpointSparse
 
 import torch
 
@@ -68,7 +69,7 @@ def sparsify_checkpoint(
     # A run killed in its first moments leaves its state folder and nothing else.
     if target.exists() and any(f.name != STATE for f in target.iterdir()) and not (state / "job.json").exists():
         check.wrong_value("dst", "absent, empty, or an unfinished run", str(target))
-    host = CheckpointHost(source, state, places, names)
+    host = CheckpointSparse(source, state, places, names)
     if host.processes() > 1:
         raise UnsupportedError("sparsify_checkpoint needs one process: all would write the same files.")
     digests = {f.name: files.digest_file(f) for f in sorted({p.file for p in places.values()})}
@@ -78,7 +79,7 @@ def sparsify_checkpoint(
 
 
 def _resume(
-    host: CheckpointHost,
+    host: CheckpointSparse,
     cfg: SparseConfig,
     data: Sequence[Any],
     source: Path,
@@ -88,7 +89,7 @@ def _resume(
 ) -> dict[str, Any]:
     """Begin a job in `target`, or go on with it; the caller holds its lock."""
     state = target / STATE
-    shards.same_job(state, job)
+    same_job(state, job)
     for part in target.rglob(".*.part"):  # a killed writer cannot clean up after itself
         shutil.rmtree(part) if part.is_dir() else part.unlink()
     report_file = target / "sparse_report.json"

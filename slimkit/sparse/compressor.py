@@ -6,12 +6,12 @@ from typing import Any
 
 from slimkit import bridge
 from slimkit.core.sparse.compress import BaseCompressor
-from slimkit.core.sparse.walk import Host
-from slimkit.sparse.host import TorchHost
+from slimkit.core.sparse.framework import SparseFramework
+from slimkit.sparse.framework import TorchSparse
 
 
 class Compressor(BaseCompressor):
     __doc__ = BaseCompressor.__doc__
 
-    def _ask(self, model: Any) -> Host:
-        return TorchHost(bridge.check_model(model))
+    def _ask(self, model: Any) -> SparseFramework:
+        return TorchSparse(bridge.check_model(model))

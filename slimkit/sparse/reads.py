@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from slimkit.core.sparse.experts import routed
-from slimkit.sparse.slots import Slot
+from slimkit.sparse.slots import WeightSlot
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -42,7 +42,7 @@ class Reads(TorchDispatchMode):
     def __init__(
         self,
         model: torch.nn.Module,
-        slots: Mapping[str, Slot],
+        slots: Mapping[str, WeightSlot],
         seen: Callable[[list[str], torch.Tensor, torch.Tensor | None], None],
         valid: torch.Tensor | None = None,
         transposed: Callable[[str], None] = lambda _path: None,
@@ -99,7 +99,7 @@ class Reads(TorchDispatchMode):
             self._seen(paths, *self._rows(x.reshape(-1, x.shape[-1]), read[0][1]))
         return True
 
-    def _rows(self, rows: torch.Tensor, slot: Slot) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _rows(self, rows: torch.Tensor, slot: WeightSlot) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The rows that count, and which tokens they are."""
         valid = None if self._valid is None else self._valid.to(rows.device)
         if not isinstance(slot.index, int):

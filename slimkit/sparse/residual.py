@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from slimkit import bridge
-from slimkit.core.sparse.calls import TOLERANCE
+from slimkit.core.sparse.call_order import TOLERANCE
 
 import torch
 

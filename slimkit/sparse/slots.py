@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from slimkit import bridge
 from slimkit.core.sparse.experts import UNCLEAR, Fused, fused
-from slimkit.core.sparse.layer import Layer
+from slimkit.core.sparse.maths.layer import SparseLayer
 
 import torch
 
@@ -15,7 +15,7 @@ PARTS = ("query", "key", "value")
 
 
 @dataclass(frozen=True)
-class Slot:
+class WeightSlot:
     """Where the weight and the bias of a layer lie.
 
     Args:
@@ -65,19 +65,19 @@ class Slot:
             return None
         return parameter.detach() if self.bias_index is None else parameter.detach()[self.bias_index]
 
-    def inside(self, path: str) -> Slot:
+    def inside(self, path: str) -> WeightSlot:
         """The same slot seen from the module at `path`."""
         return replace(self, module=self.module[len(path) + 1 :])
 
-    def layer(self, name: str, model: torch.nn.Module) -> Layer:
+    def layer(self, name: str, model: torch.nn.Module) -> SparseLayer:
         """What the core is told of it."""
         module, shape = self.owner(model), tuple(self.weight(model).shape)
         has_bias = self.bias(model) is not None
         if self.kind == "conv2d":
             stride, dilation = tuple(module.stride), tuple(module.dilation)
-            return Layer(name, self.kind, shape, module.groups, stride, dilation, has_bias)
+            return SparseLayer(name, self.kind, shape, module.groups, stride, dilation, has_bias)
         family = f"{self.module}.{self.key}" if isinstance(self.index, int) else ""
-        return Layer(name, self.kind, shape, has_bias=has_bias, family=family)
+        return SparseLayer(name, self.kind, shape, has_bias=has_bias, family=family)
 
 
 def kind_of(module: torch.nn.Module) -> str | None:
@@ -92,7 +92,7 @@ def kind_of(module: torch.nn.Module) -> str | None:
     return None
 
 
-def slots_of(model: torch.nn.Module) -> Iterator[tuple[str, Slot]]:
+def slots_of(model: torch.nn.Module) -> Iterator[tuple[str, WeightSlot]]:
     """Every place of a weight that could be sparse by the layer's name, in the model's order; shared ones come again.
 
     The layers are Linear, Hugging Face's Conv1D, Conv2d, the query, key and value parts of an attention's fused input
@@ -103,27 +103,27 @@ def slots_of(model: torch.nn.Module) -> Iterator[tuple[str, Slot]]:
     for path, module in model.named_modules(remove_duplicate=False):
         kind = kind_of(module)
         if kind is not None:
-            yield path, Slot(path, kind, read=id(module) in read)
+            yield path, WeightSlot(path, kind, read=id(module) in read)
         elif isinstance(module, torch.nn.MultiheadAttention):
             yield from _projections(path, module)
         else:
             yield from _experts(path, module)
 
 
-def _projections(path: str, module: torch.nn.MultiheadAttention) -> Iterator[tuple[str, Slot]]:
+def _projections(path: str, module: torch.nn.MultiheadAttention) -> Iterator[tuple[str, WeightSlot]]:
     stem = f"{path}." if path else ""
     bias = "in_proj_bias" if module.in_proj_bias is not None else None
     for i, part in enumerate(PARTS):
         rows = slice(i * module.embed_dim, (i + 1) * module.embed_dim)
         own = f"{part[0]}_proj_weight"
         if module._parameters.get(own) is not None:
-            yield f"{stem}{own}", Slot(path, "linear", own, None, bias, rows, read=True)
+            yield f"{stem}{own}", WeightSlot(path, "linear", own, None, bias, rows, read=True)
         elif module._parameters.get("in_proj_weight") is not None:
-            slot = Slot(path, "linear", "in_proj_weight", rows, bias, rows, read=True)
+            slot = WeightSlot(path, "linear", "in_proj_weight", rows, bias, rows, read=True)
             yield f"{stem}in_proj_weight[{part}]", slot
 
 
-def _experts(path: str, module: torch.nn.Module) -> Iterator[tuple[str, Slot]]:
+def _experts(path: str, module: torch.nn.Module) -> Iterator[tuple[str, WeightSlot]]:
     """One slot for each expert of the parameters with three axes of a module that says that it has experts."""
     own, found = module._parameters, _fused(module)
     stem = f"{path}." if path else ""
@@ -132,7 +132,7 @@ def _experts(path: str, module: torch.nn.Module) -> Iterator[tuple[str, Slot]]:
         assert weight is not None
         bias = f"{key}_bias" if own.get(f"{key}_bias") is not None else None
         for i in range(weight.shape[0]):
-            slot = Slot(path, found.kind, key, i, bias, i, read=True, learn=not found.told)
+            slot = WeightSlot(path, found.kind, key, i, bias, i, read=True, learn=not found.told)
             yield f"{stem}{key}[{i}]", slot
 
 
@@ -141,15 +141,17 @@ def _fused(module: torch.nn.Module) -> Fused:
     return fused(module, {key: tuple(p.shape) for key, p in own.items() if p is not None})
 
 
-def described(model: torch.nn.Module, with_meta: bool) -> tuple[dict[str, Layer], dict[str, Slot], dict[str, str]]:
+def described(
+    model: torch.nn.Module, with_meta: bool
+) -> tuple[dict[str, SparseLayer], dict[str, WeightSlot], dict[str, str]]:
     """The layers that can be sparse, the slots by path, and what cannot be sparse with the reason.
 
     Args:
         model: the model.
         with_meta: take weights on the meta device too, because they will be loaded.
     """
-    found: dict[str, Layer] = {}
-    slots: dict[str, Slot] = {}
+    found: dict[str, SparseLayer] = {}
+    slots: dict[str, WeightSlot] = {}
     skipped: dict[str, str] = {}
     owner: dict[tuple[int, str], str] = {}
     tables = {id(m.weight) for m in model.modules() if isinstance(m, (torch.nn.Embedding, torch.nn.EmbeddingBag))}
@@ -176,7 +178,7 @@ def described(model: torch.nn.Module, with_meta: bool) -> tuple[dict[str, Layer]
     return found, slots, skipped
 
 
-def inside(modules: Mapping[str, tuple[str, Slot]], path: str) -> dict[str, tuple[str, Slot]]:
+def inside(modules: Mapping[str, tuple[str, WeightSlot]], path: str) -> dict[str, tuple[str, WeightSlot]]:
     """Those of the slots that lie in the module at `path`, with paths as seen from there."""
     start = len(path) + 1
     return {p[start:]: (name, s.inside(path)) for p, (name, s) in modules.items() if p.startswith(path + ".")}

@@ -9,7 +9,7 @@ from typing import Any
 
 from slimkit import bridge
 from slimkit.core.sparse.masks import demand_masks
-from slimkit.sparse.slots import Slot, slots_of
+from slimkit.sparse.slots import WeightSlot, slots_of
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook  # torch.optim itself hides this module
@@ -22,7 +22,9 @@ class FrozenZeros:
         masks: layer name -> boolean tensor, True where the entry may change.
     """
 
-    def __init__(self, model: torch.nn.Module, layers: Mapping[str, Slot], masks: Mapping[str, torch.Tensor]) -> None:
+    def __init__(
+        self, model: torch.nn.Module, layers: Mapping[str, WeightSlot], masks: Mapping[str, torch.Tensor]
+    ) -> None:
         self.masks = dict(masks)
         self._pairs: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
         self._handles: list[Any] = []
@@ -67,10 +69,10 @@ class FrozenZeros:
 
 
 def _drops(
-    model: torch.nn.Module, layers: Mapping[str, Slot], masks: Mapping[str, torch.Tensor]
-) -> list[tuple[Slot, torch.Tensor]]:
+    model: torch.nn.Module, layers: Mapping[str, WeightSlot], masks: Mapping[str, torch.Tensor]
+) -> list[tuple[WeightSlot, torch.Tensor]]:
     """For each parameter a slot of it, and which of its entries the masks of its parts drop."""
-    found: dict[tuple[str, str], tuple[Slot, torch.Tensor]] = {}
+    found: dict[tuple[str, str], tuple[WeightSlot, torch.Tensor]] = {}
     for name, mask in masks.items():
         slot = layers[name]
         if (slot.module, slot.key) not in found:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from slimkit.core.checkpoint.placing import LoadReport
+from slimkit.core.checkpoint.loading import LoadReport
 from slimkit.core.lazy import door as _door
 from slimkit_ms.checkpoint.byhand import load_checkpoint, load_param_into_net, save_checkpoint
 from slimkit_ms.checkpoint.trainable import TrainableParamsCheckPoint

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from slimkit.core import check, files
-from slimkit.core.checkpoint import placing, saving
+from slimkit.core.checkpoint import loading, saving
 from slimkit.core.checkpoint.ckpt import TAGS, TYPES
+from slimkit.core.checkpoint.loading import LoadReport
 from slimkit.core.checkpoint.openweights import open_weights, refuse_torch
-from slimkit.core.checkpoint.placing import LoadReport
 from slimkit.core.checkpoint.saving import Items, Saving
 from slimkit.core.checkpoint.weightfile import Array, Entry, Weights, decode
 from slimkit.core.errors import ArgumentError
@@ -156,7 +156,7 @@ def load_checkpoint(
     """
     with open_weights(ckpt_file_name, refuse_torch, "ckpt_file_name") as source:
         make = lambda name, array, dtype: ms.Parameter(restored(array, dtype), name=name)
-        found = placing.read_all(source, make, filter_prefix, choice_func, verify=verify)
+        found = loading.read_all(source, make, filter_prefix, choice_func, verify=verify)
     if net is not None:
         load_param_into_net(net, found, strict_load)
     return found
@@ -209,7 +209,7 @@ def load_param_into_net(
         parameters[name].set_data(ms.Tensor(decode(array, dtype), parameters[name].dtype))
 
     with _opened(parameter_dict) as source:
-        return placing.load_into(
+        return loading.load_into(
             source,
             {n: Entry(_tag(p), tuple(p.shape)) for n, p in parameters.items()},
             assign,

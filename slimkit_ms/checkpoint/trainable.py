@@ -9,7 +9,7 @@ from slimkit.core import check, files
 from slimkit.core.checkpoint import saving
 from slimkit.core.checkpoint.savepolicy import SavePolicy
 from slimkit.core.checkpoint.saving import Items, Saving
-from slimkit_ms import bridge
+from slimkit_ms import kinds
 from slimkit_ms.checkpoint.byhand import described, parameter_items
 
 import mindspore as ms
@@ -147,7 +147,7 @@ def trainable_items(network: nn.Cell, *, statistics: bool) -> Items:
     wanted = [
         p
         for p in network.get_parameters()
-        if id(p) not in own and (p.requires_grad or (statistics and p.name.endswith(bridge.STATISTICS)))
+        if id(p) not in own and (p.requires_grad or (statistics and p.name.endswith(kinds.STATISTICS)))
     ]
     return parameter_items(wanted)
 

@@ -11,7 +11,7 @@ from slimkit.core import check
 from slimkit.core.delta import inject as steps
 from slimkit.core.delta.spec import KINDS, DeltaReport
 from slimkit_ms import bridge
-from slimkit_ms.delta.access import access
+from slimkit_ms.delta.framework import access
 from slimkit_ms.delta.prefix_model import put_prefix
 from slimkit_ms.delta.prompt_model import put_prompt
 

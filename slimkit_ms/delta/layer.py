@@ -8,7 +8,7 @@ from slimkit.core import check
 from slimkit.core.delta import shard as rules
 from slimkit.core.delta.layers import size
 from slimkit.core.delta.named import OneAdapter
-from slimkit_ms import bridge
+from slimkit_ms import bridge, kinds
 from slimkit_ms.delta import initial
 from slimkit_ms.delta.shard import check_only, record
 
@@ -90,9 +90,16 @@ class DenseBase(DeltaLayer, nn.Dense):
         self.compute_dtype = compute_dtype
         self.cast = ops.Cast()
 
-    def _over(self, dense: nn.Dense) -> None:
+    def _over(self, dense: nn.Cell) -> None:
         """Become the layer that takes a dense layer's place, sharing its very parameters."""
         take_over(self, dense)
+        if not isinstance(dense, nn.Dense):
+            # mint's Linear has other words for its widths, and one operator for product and bias.
+            del self._primitives["dense"], self.__dict__["dense"]
+            self.out_channels, self.in_channels = (int(n) for n in dense.weight.shape)
+            self.reshape, self.matmul, self.bias_add = ops.Reshape(), ops.MatMul(transpose_b=True), ops.BiasAdd()
+            self.activation: Any = None
+            self.activation_flag = False
         self.compute_dtype = None
         self.cast = ops.Cast()
 
@@ -119,10 +126,10 @@ class AdapterBase(OneAdapter, DenseBase):
         raise AttributeError
 
     @classmethod
-    def over(cls, dense: nn.Dense, name: str, dtype: Any, options: dict[str, Any]) -> Any:
+    def over(cls, dense: nn.Cell, name: str, dtype: Any, options: dict[str, Any]) -> Any:
         """The layer that takes a dense layer's place, with its very weight and bias and a new adapter."""
         layer = cls.__new__(cls)
-        attribute, adapter = cls.build(dense.out_channels, dtype or ms.float32, **options)
+        attribute, adapter = cls.build(kinds.width_of(dense), dtype or ms.float32, **options)
         layer._over(dense)
         layer.insert_child_to_cell(attribute, adapter)
         layer.begin(dict(options), name)

@@ -96,7 +96,7 @@ class LoRADense(LoraLayer, DenseBase):
         self.take(DEFAULT_NAME, LoraSpec(lora_rank, float(lora_alpha), lora_dropout))
 
     @classmethod
-    def over(cls, dense: nn.Dense) -> LoRADense:
+    def over(cls, dense: nn.Cell) -> LoRADense:
         """The layer that takes a dense layer's place, with its very weight and bias and no delta yet."""
         layer = cls.__new__(cls)
         layer._over(dense)

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from slimkit.core.delta import positions as rules
-from slimkit.core.delta.generated import method_from
 from slimkit.core.errors import UnsupportedError
+from slimkit.core.source.generated import method_from
 from slimkit_ms import bridge
 from slimkit_ms.delta.layer import DeltaLayer
 

@@ -9,9 +9,9 @@ import numpy as np
 from slimkit.core import check
 from slimkit.core.batch import as_call
 from slimkit.core.delta import prefix as rules
-from slimkit.core.delta.attention_method import edited_method, softmax_method
 from slimkit.core.delta.named import OneAdapter
 from slimkit.core.errors import UnsupportedError
+from slimkit.core.source.attention_method import edited_method, softmax_method
 from slimkit.core.weights.heads import heads_told_by
 from slimkit_ms import bridge
 from slimkit_ms.delta.layer import DeltaLayer
@@ -38,7 +38,7 @@ class Rows(nn.Cell):
         return self.key, self.value
 
 
-class Extending(nn.Cell):
+class ExtendingCell(nn.Cell):
     """What the edited source of an attention cell calls."""
 
     prefix_heads: int
@@ -83,7 +83,7 @@ class Extending(nn.Cell):
         return ops.tile(front, (like.shape[0] // wanted, 1, 1))
 
 
-class Prefixed(OneAdapter, DeltaLayer, Extending):
+class Prefixed(OneAdapter, DeltaLayer, ExtendingCell):
     """An attention cell with a prefix: the same object under a subclass of its own class."""
 
     delta_kind = "prefix"
@@ -105,7 +105,7 @@ class Prefixed(OneAdapter, DeltaLayer, Extending):
         self.__class__ = type(self).__bases__[1]
 
 
-class _Watched(Extending):
+class _Watched(ExtendingCell):
     """Notes the keys and values that an attention cell multiplies, and changes nothing."""
 
     def prefix_rows(self) -> tuple[Any, Any]:
@@ -240,7 +240,7 @@ def put_prefix(model: nn.Cell, targets: Any, *, name: str, dtype: Any, strict: b
     return described
 
 
-def _rows(seen: rules.Seen, plan: rules.Plan, dtype: Any) -> nn.Cell:
+def _rows(seen: rules.Seen, plan: rules.PrefixOptions, dtype: Any) -> nn.Cell:
     width = seen.heads * seen.width
     if plan.projection:
         return PrefixLayer(plan.prefix_token_num, 1, seen.heads, width, width, plan.mid_dim, plan.dropout_rate)

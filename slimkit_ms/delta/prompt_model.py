@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from slimkit.core.delta import prompt as rules
-from slimkit.core.delta.generated import method_from
 from slimkit.core.delta.named import OneAdapter
 from slimkit.core.delta.prefix import torch_name
+from slimkit.core.source.generated import method_from
 from slimkit_ms import bridge
 from slimkit_ms.delta.layer import DeltaLayer
 from slimkit_ms.delta.prompt import PromptTuning

@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from slimkit.core import check
+from slimkit.core import check, naming
 from slimkit.core.delta import storage
-from slimkit.core.delta.access import StorageAccess
 from slimkit.core.delta.bundle import sample_places
+from slimkit.core.delta.framework import DeltaStorage
 from slimkit.core.delta.spec import DeltaReport
 from slimkit_ms import bridge
-from slimkit_ms.delta.access import MindSporeAccess, weight_of
+from slimkit_ms.delta.framework import MindSporeDelta, weight_of
 from slimkit_ms.delta.inject import apply_delta
 from slimkit_ms.delta.layer import DeltaLayer
 from slimkit_ms.delta.prefix import PrefixEncoder
@@ -26,18 +26,10 @@ import mindspore as ms
 from mindspore import nn
 
 FORMATS = ("slimkit", "peft")
-# MindSpore's parameter -> the same in torch
-_TORCH_NAMES = {
-    "gamma": "weight",
-    "beta": "bias",
-    "embedding_table": "weight",
-    "moving_mean": "running_mean",
-    "moving_variance": "running_var",
-}
 _RENAMED = (nn.LayerNorm, nn.GroupNorm, nn.Embedding, nn.layer.normalization._BatchNorm)
 
 
-class MindSporeStorage(MindSporeAccess, StorageAccess):
+class MindSporeStorage(MindSporeDelta, DeltaStorage):
     """What the wing does to a model on behalf of files."""
 
     def value(self, tensor: Any) -> Any:
@@ -67,7 +59,7 @@ class MindSporeStorage(MindSporeAccess, StorageAccess):
         for prefix, cell in model.cells_and_names():
             for key, parameter in cell._params.items():
                 if parameter is not None:
-                    name = _TORCH_NAMES.get(key, key) if isinstance(cell, _RENAMED) else key
+                    name = naming.torch_word(key) if isinstance(cell, _RENAMED) else key
                     found[f"{prefix}.{name}" if prefix else name] = parameter
         return found
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from slimkit.core.sparse.experts import routed
-from slimkit_ms.sparse.slots import Slot
+from slimkit_ms.sparse.slots import WeightSlot
 
 import mindspore as ms
 
@@ -44,7 +44,7 @@ class Reads(ms.MsDispatchMode):
     def __init__(
         self,
         model: Any,
-        slots: Mapping[str, Slot],
+        slots: Mapping[str, WeightSlot],
         seen: Seen,
         valid: Array | None = None,
         transposed: Callable[[str], None] = lambda _name: None,
@@ -126,7 +126,7 @@ class Reads(ms.MsDispatchMode):
 @dataclass(frozen=True)
 class _Expert:
     name: str
-    slot: Slot
+    slot: WeightSlot
     parameter: ms.Parameter
     index: int
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from slimkit.core.sparse.calls import TOLERANCE
+from slimkit.core.sparse.call_order import TOLERANCE
 from slimkit_ms import bridge
 
 import mindspore as ms

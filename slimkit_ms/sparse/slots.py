@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from slimkit.core.sparse.experts import UNCLEAR, Fused, fused
-from slimkit.core.sparse.layer import Layer
-from slimkit_ms import bridge
+from slimkit.core.sparse.maths.layer import SparseLayer
+from slimkit_ms import bridge, kinds
 
 import mindspore as ms
 from mindspore import nn, ops
@@ -21,7 +21,7 @@ PARTS = ("query", "key", "value")
 
 
 @dataclass(frozen=True)
-class Slot:
+class WeightSlot:
     """Where the weight and the bias of a layer lie.
 
     Args:
@@ -78,17 +78,18 @@ class Slot:
         if bias_shift is not None and bias is not None:
             _put(bias, self.bias_index, _values(bias, self.bias_index) + bias_shift)
 
-    def layer(self, name: str, model: nn.Cell) -> Layer:
+    def layer(self, name: str, model: nn.Cell) -> SparseLayer:
         """What the core is told of it."""
         cell, shape = bridge.get_module(model, self.cell), tuple(self.parameter(model).shape)
         if self.kind == "conv2d":
-            stride, dilation = last_two(cell.stride), last_two(cell.dilation)
-            return Layer(name, self.kind, shape, cell.group, stride, dilation, bool(cell.has_bias))
+            stride, dilation = kinds.steps_of(cell, "stride"), kinds.steps_of(cell, "dilation")
+            has_bias = self.bias_key is not None
+            return SparseLayer(name, self.kind, shape, kinds.groups_of(cell), stride, dilation, has_bias)
         has_bias = self.bias_key is not None
         if isinstance(self.index, int):
-            return Layer(name, self.kind, shape[1:], has_bias=has_bias, family=f"{self.cell}.{self.key}")
+            return SparseLayer(name, self.kind, shape[1:], has_bias=has_bias, family=f"{self.cell}.{self.key}")
         rows = shape[0] if self.index is None else self.index.stop - self.index.start
-        return Layer(name, self.kind, (rows, shape[1]), has_bias=has_bias)
+        return SparseLayer(name, self.kind, (rows, shape[1]), has_bias=has_bias)
 
 
 def _values(parameter: ms.Parameter, index: int | slice | None) -> Array:
@@ -104,37 +105,32 @@ def _put(parameter: ms.Parameter, index: int | slice | None, values: Array) -> N
     parameter.set_data(ms.Tensor(np.ascontiguousarray(values, dtype=np.float32)).astype(parameter.dtype))
 
 
-def last_two(value: Any) -> tuple[int, int]:
-    """Vertical and horizontal of a stride or dilation that MindSpore may keep as 1, 2 or 4 numbers."""
-    return (value, value) if isinstance(value, int) else (int(value[-2]), int(value[-1]))
-
-
-def kind_of(cell: nn.Cell) -> str | None:
+def sparse_kind(cell: nn.Cell) -> str | None:
     """The core's word for a cell that can be sparse, or None."""
-    if isinstance(cell, nn.Dense):
-        return "linear"
-    return "conv2d" if isinstance(cell, nn.Conv2d) else None
+    if kinds.is_ordinary_conv2d(cell) and kinds.padding_mode_of(cell) == "zeros":
+        return "conv2d"
+    return "linear" if kinds.is_kind(cell, "linear") else None
 
 
-def slots_of(model: nn.Cell) -> Iterator[tuple[str, Slot]]:
+def slots_of(model: nn.Cell) -> Iterator[tuple[str, WeightSlot]]:
     """Every place of a weight that could be sparse by the layer's name, in the model's order.
 
-    The layers are Dense, Conv2d, the query, key and value parts of an attention's fused input projection
+    The layers are dense layers, Conv2d, the query, key and value parts of an attention's fused input projection
     ("attn.in_proj_weight[query]"), and each expert of a parameter with three axes ("experts.w[3]").
     """
     attention = {id(c.out_proj) for _, c in model.cells_and_names() if isinstance(c, nn.MultiheadAttention)}
     for path, cell in model.cells_and_names():
-        kind = kind_of(cell)
+        kind = sparse_kind(cell)
         if kind is not None:
             part = "out" if id(cell) in attention else ""
-            yield path, Slot(path, kind, bias_key="bias" if cell.has_bias else None, part=part)
+            yield path, WeightSlot(path, kind, bias_key=None if kinds.bias_of(cell) is None else "bias", part=part)
         elif isinstance(cell, nn.MultiheadAttention):
             yield from _projections(path, cell)
         else:
             yield from _experts(path, cell)
 
 
-def _projections(path: str, cell: nn.MultiheadAttention) -> Iterator[tuple[str, Slot]]:
+def _projections(path: str, cell: nn.MultiheadAttention) -> Iterator[tuple[str, WeightSlot]]:
     stem = f"{path}." if path else ""
     bias = "in_proj_bias" if cell.in_proj_bias is not None else None
     for i, part in enumerate(PARTS):
@@ -144,17 +140,17 @@ def _projections(path: str, cell: nn.MultiheadAttention) -> Iterator[tuple[str, 
         else:
             key = f"{part[0]}_proj_weight"
             name, own = f"{stem}{key}", None
-        yield name, Slot(path, "linear", key, own, bias, rows, part)
+        yield name, WeightSlot(path, "linear", key, own, bias, rows, part)
 
 
-def _experts(path: str, cell: nn.Cell) -> Iterator[tuple[str, Slot]]:
+def _experts(path: str, cell: nn.Cell) -> Iterator[tuple[str, WeightSlot]]:
     """One slot for each expert of the parameters with three axes of a cell that says that it has experts."""
     own, found = cell._params, _fused(cell)
     stem = f"{path}." if path else ""
     for key in found.keys:
         bias = f"{key}_bias" if own.get(f"{key}_bias") is not None else None
         for i in range(own[key].shape[0]):
-            slot = Slot(path, found.kind, key, i, bias, i, learn=not found.told)
+            slot = WeightSlot(path, found.kind, key, i, bias, i, learn=not found.told)
             yield f"{stem}{key}[{i}]", slot
 
 

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from slimkit.core.errors import UnsupportedError
-from slimkit.core.sparse.masked_reads import masked_methods
+from slimkit.core.source.masked_reads import masked_methods
 from slimkit.core.sparse.masks import demand_masks
-from slimkit_ms import bridge
-from slimkit_ms.sparse.slots import Slot, attend, kind_of, slots_of
+from slimkit_ms import bridge, kinds
+from slimkit_ms.sparse.slots import WeightSlot, attend, slots_of
 
 import mindspore as ms
 from mindspore import nn
@@ -25,9 +25,9 @@ class Masked(nn.Cell):
         self.operator = operator
         self.mask = mask
 
-    def construct(self, x: ms.Tensor, weight: ms.Tensor) -> ms.Tensor:
+    def construct(self, x: ms.Tensor, weight: ms.Tensor, *rest: Any) -> ms.Tensor:
         """Run the operator on the masked weight."""
-        return self.operator(x, weight * self.mask)
+        return self.operator(x, weight * self.mask, *rest)
 
 
 class MaskedAttention(nn.MultiheadAttention):
@@ -67,7 +67,7 @@ class FrozenZeros:
         masks: layer name -> boolean array, True where the entry may change.
     """
 
-    def __init__(self, model: nn.Cell, layers: Mapping[str, Slot], masks: Mapping[str, Any]) -> None:
+    def __init__(self, model: nn.Cell, layers: Mapping[str, WeightSlot], masks: Mapping[str, Any]) -> None:
         self.masks = dict(masks)
         self._model = model
         self._drops: list[tuple[ms.Parameter, ms.Tensor]] = []
@@ -105,10 +105,10 @@ class FrozenZeros:
 
 
 def _whole_masks(
-    model: nn.Cell, layers: Mapping[str, Slot], masks: Mapping[str, Any]
-) -> list[tuple[Slot, np.ndarray[Any, Any]]]:
+    model: nn.Cell, layers: Mapping[str, WeightSlot], masks: Mapping[str, Any]
+) -> list[tuple[WeightSlot, np.ndarray[Any, Any]]]:
     """For each parameter a slot of it, and the masks of its parts in one array."""
-    found: dict[tuple[str, str], tuple[Slot, np.ndarray[Any, Any]]] = {}
+    found: dict[tuple[str, str], tuple[WeightSlot, np.ndarray[Any, Any]]] = {}
     for name, mask in masks.items():
         slot = layers[name]
         if (slot.cell, slot.key) not in found:
@@ -119,8 +119,10 @@ def _whole_masks(
 
 
 def _mask_operator(cell: nn.Cell, keep: ms.Tensor) -> Callable[[], None]:
-    """Mask the weight of a Dense or Conv2d on its way into the operator; the function returned undoes it."""
-    name = "matmul" if kind_of(cell) == "linear" else "conv2d"
+    """Mask the weight of a layer on its way into the operator; the function returned undoes it."""
+    kind = kinds.kind_of(cell)
+    assert kind is not None
+    name = kind.operator
     operator = getattr(cell, name)
 
     def put(value: Any) -> None:
@@ -131,7 +133,7 @@ def _mask_operator(cell: nn.Cell, keep: ms.Tensor) -> Callable[[], None]:
     return lambda: put(operator)
 
 
-def _mask_attention(cell: nn.MultiheadAttention, slot: Slot, keep: ms.Tensor) -> Callable[[], None]:
+def _mask_attention(cell: nn.MultiheadAttention, slot: WeightSlot, keep: ms.Tensor) -> Callable[[], None]:
     """Mask a weight that attention reads itself; the function returned undoes it."""
     if not isinstance(cell, MaskedAttention):
         # Its parameters keep their names this way, which a cell around it would change.

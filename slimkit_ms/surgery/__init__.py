@@ -14,7 +14,7 @@ from slimkit.core.errors import GraphError
 from slimkit_ms import bridge
 from slimkit_ms.surgery.foretell import Foretold
 from slimkit_ms.surgery.layers import Keep, Undo, cut_layers, cut_parameters
-from slimkit_ms.surgery.sizes import Attributes, Sizes, Slot, find_sizes, write_attributes
+from slimkit_ms.surgery.sizes import Attributes, SizeAttribute, Sizes, find_sizes, write_attributes
 from slimkit_ms.trace import Mark, Traced, trace_marked
 
 from mindspore import nn
@@ -83,7 +83,7 @@ class Knife:
 
     def __init__(self, model: nn.Cell, inputs: Any, traced: Traced) -> None:
         self._model, self._inputs, self._traced = model, inputs, traced
-        self._orders: dict[type, dict[Slot, int]] = {}
+        self._orders: dict[type, dict[SizeAttribute, int]] = {}
         self.written: Attributes = {}
 
     def cut(self, keep: Keep, groups: Mapping[str, int], foretold: Foretold, attributes: Attributes) -> Undo:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from slimkit.core.prune.dims import FREE, PRODUCT, SUM, Dim, find, leaves
-from slimkit.core.prune.rules import Relations
+from slimkit.core.prune.relations import Relations
 
 Index = np.ndarray[Any, np.dtype[np.int64]]
 

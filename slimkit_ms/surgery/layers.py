@@ -9,14 +9,13 @@ from typing import Any
 import numpy as np
 
 from slimkit.core.errors import UnsupportedError
-from slimkit_ms import bridge
+from slimkit_ms import bridge, kinds
 
 import mindspore as ms
 from mindspore import nn, ops
 
 Keep = Mapping[str, Sequence[Any]]
 
-_TRANSPOSED = (nn.Conv1dTranspose, nn.Conv2dTranspose, nn.Conv3dTranspose)
 # Attributes that name the width of what a layer makes and of what it reads.
 _MADE = ("out_channels", "out_features", "num_features", "num_channels", "embedding_size", "embedding_dim")
 _READ = ("in_channels", "in_features")
@@ -145,9 +144,9 @@ def _cut_layer(cell: nn.Cell, own: Mapping[str, ms.Parameter], group: int | None
     if isinstance(attributes.get("normalized_shape"), (tuple, list)):
         undo.set(cell, "normalized_shape", type(attributes["normalized_shape"])(shape))
     made, read = shape[0], shape[1] * count if len(shape) > 1 else shape[0]
-    if isinstance(cell, _TRANSPOSED) or getattr(cell, "transposed", False) is True:
+    if kinds.is_transposed(cell):
         made, read = shape[1] * count, shape[0]
-    elif isinstance(cell, (nn.Embedding, nn.EmbeddingLookup)) or "embedding_dim" in attributes:
+    elif kinds.is_kind(cell, "embedding") or "embedding_dim" in attributes:
         made = shape[1]
     for name in _MADE:
         if isinstance(attributes.get(name), int):
@@ -160,7 +159,7 @@ def _cut_layer(cell: nn.Cell, own: Mapping[str, ms.Parameter], group: int | None
             continue
         # The 2-D transposed convolution is the gradient of a convolution, which makes what the layer reads.
         backward = "in_channel" not in primitive.attrs and (made, read) == (shape[1] * count, shape[0])
-        backward = backward and isinstance(cell, _TRANSPOSED)
+        backward = backward and kinds.is_transposed(cell)
         undo.set_primitive(primitive, "out_channel", read if backward else made)
         if "in_channel" in primitive.attrs:
             undo.set_primitive(primitive, "in_channel", read)

@@ -34,7 +34,7 @@ _GIVEN = re.compile(r"hidden|embed|model|^dim$|^width$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
-class Slot:
+class SizeAttribute:
     """One number that a cell keeps and its code may build shapes from.
 
     Args:
@@ -64,13 +64,13 @@ class Sizes:
         before: path -> slot -> the value before the cut.
     """
 
-    options: dict[str, dict[Slot, list[int]]]
+    options: dict[str, dict[SizeAttribute, list[int]]]
     kinds: dict[str, type]
-    before: dict[str, dict[Slot, int]]
+    before: dict[str, dict[SizeAttribute, int]]
 
-    def orders(self, kind: type) -> Iterator[dict[Slot, int]]:
+    def orders(self, kind: type) -> Iterator[dict[SizeAttribute, int]]:
         """The choices for one class, likeliest first: for each slot the place in its list of values."""
-        slots: dict[Slot, int] = {}
+        slots: dict[SizeAttribute, int] = {}
         for path, options in self.options.items():
             if self.kinds[path] is kind:
                 for slot, values in options.items():
@@ -80,7 +80,7 @@ class Sizes:
         for order in sorted(every, key=lambda o: (sum(map(bool, o)), sum(o))):
             yield dict(zip(slots, order, strict=True))
 
-    def write(self, model: nn.Cell, orders: Mapping[type, Mapping[Slot, int]], undo: Undo) -> None:
+    def write(self, model: nn.Cell, orders: Mapping[type, Mapping[SizeAttribute, int]], undo: Undo) -> None:
         """Set every slot to its chosen value, in place."""
         cells = dict(model.cells_and_names())
         for path, options in self.options.items():
@@ -114,9 +114,9 @@ def find_sizes(model: nn.Cell, traced: Traced, foretold: Foretold, undo: Undo) -
     """
     seen = _evidence(model, traced, foretold, undo)
     everywhere = Counter(pair for here in seen.values() for pair in here.own)
-    options: dict[str, dict[Slot, list[int]]] = {}
+    options: dict[str, dict[SizeAttribute, list[int]]] = {}
     kinds: dict[str, type] = {}
-    before: dict[str, dict[Slot, int]] = {}
+    before: dict[str, dict[SizeAttribute, int]] = {}
     for path, cell in model.cells_and_names():
         if bridge.is_plain_layer(cell):
             continue
@@ -131,7 +131,7 @@ def find_sizes(model: nn.Cell, traced: Traced, foretold: Foretold, undo: Undo) -
     return Sizes(options, kinds, before)
 
 
-def _candidates(slot: Slot, value: int, here: _Evidence, everywhere: Counter[tuple[int, int]]) -> list[int]:
+def _candidates(slot: SizeAttribute, value: int, here: _Evidence, everywhere: Counter[tuple[int, int]]) -> list[int]:
     """What one number may become, the likeliest first; the number itself is always among them."""
     order = (here.read, here.own, here.made) if _GIVEN.search(slot.name) else (here.own, here.made, here.read)
     news = [new for pairs in order for old, new in pairs if old == value]
@@ -187,16 +187,18 @@ def write_attributes(model: nn.Cell, attributes: Attributes, undo: Undo) -> None
                 _set(cell, slots[name][0], new, undo)
 
 
-def _slots(cell: nn.Cell, minimum: int = 2) -> dict[Slot, int]:
+def _slots(cell: nn.Cell, minimum: int = 2) -> dict[SizeAttribute, int]:
     """The numbers, not less than a minimum, that a cell keeps as plain attributes."""
-    found: dict[Slot, int] = {}
+    found: dict[SizeAttribute, int] = {}
     for name, value in vars(cell).items():
         if name.startswith("_") or _NOT_WIDTHS.search(name):
             continue
         if _is_size(value, minimum):
-            found[Slot(name)] = value
+            found[SizeAttribute(name)] = value
         elif isinstance(value, (tuple, list)) and len(value) < 9:
-            found.update({Slot(name, place): item for place, item in enumerate(value) if _is_size(item, minimum)})
+            found.update(
+                {SizeAttribute(name, place): item for place, item in enumerate(value) if _is_size(item, minimum)}
+            )
     return found
 
 
@@ -204,7 +206,7 @@ def _is_size(value: Any, minimum: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
 
 
-def _set(cell: nn.Cell, slot: Slot, value: int, undo: Undo) -> None:
+def _set(cell: nn.Cell, slot: SizeAttribute, value: int, undo: Undo) -> None:
     if slot.place is None:
         undo.set(cell, slot.name, value)
         return

@@ -8,7 +8,7 @@ from typing import Any
 
 from slimkit.core.errors import ArgumentError
 from slimkit.core.prune.graph import Graph
-from slimkit_ms import bridge
+from slimkit_ms import bridge, kinds
 from slimkit_ms.trace.builder import Builder, Entry, NotSaid, flat_shapes
 from slimkit_ms.trace.mindir import Constant, Flat, Record, compile_flat
 from slimkit_ms.trace.rules import RULES
@@ -178,11 +178,11 @@ def _tables(model: nn.Cell) -> set[tuple[int, ...]]:
 
 def _layers(model: nn.Cell, graph: Graph) -> list[str]:
     """Paths of the convolutions and dense layers, in the order they first run."""
-    kinds = dict(model.cells_and_names())
+    cells = dict(model.cells_and_names())
     found: dict[str, None] = {}
     for node in graph.nodes:
         weight = node.inputs[1] if node.op in ("conv", "linear") else None
         path = graph.values[weight].path.rpartition(".")[0] if weight is not None else ""
-        if weight is not None and graph.values[weight].kind == "param" and bridge.is_layer(kinds.get(path)):
+        if weight is not None and graph.values[weight].kind == "param" and kinds.is_layer(cells.get(path)):
             found.setdefault(path)
     return list(found)

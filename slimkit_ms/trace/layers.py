@@ -43,10 +43,11 @@ def conv(b: Builder, r: Record, transposed: bool = False) -> Entry:
     return b.one("conv", inputs, shape_of(r), r.scope, groups=groups, transposed=transposed)
 
 
-def conv_ext(b: Builder, r: Record, place: int, transposed_place: int | None = None) -> Entry:
+def conv_ext(b: Builder, r: Record, place: int, transposed: bool = False, transposed_place: int | None = None) -> Entry:
     """The extended family takes everything as inputs: (x, weight, bias, stride, padding, ..., groups)."""
     groups = int(b.arg(r, place, "groups", 1))
-    transposed = transposed_place is not None and bool(b.arg(r, transposed_place, "transposed", False))
+    if transposed_place is not None:
+        transposed = bool(b.arg(r, transposed_place, "transposed", False))
     inputs = [b.need(r, 0), b.need(r, 1), b.tensor(r, 2)]
     return b.one("conv", inputs, shape_of(r), r.scope, groups=groups, transposed=transposed)
 

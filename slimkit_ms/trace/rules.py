@@ -88,6 +88,7 @@ _layers: list[tuple[Rule, str]] = [
     (partial(layers.conv, transposed=True), "Conv2DTranspose Conv3DTranspose Conv2DBackpropInput Conv3DBackpropInput"),
     (partial(layers.conv_ext, place=6), "Conv1DExt Conv2DExt Conv3DExt Conv1DPadding Conv2DPadding Conv3DPadding"),
     (partial(layers.conv_ext, place=8, transposed_place=6), "Convolution ConvolutionStr"),
+    (partial(layers.conv_ext, place=6, transposed=True), "ConvTranspose2D"),
     (layers.batch_norm, "BatchNorm BatchNormExt InstanceNorm"),
     (layers.layer_norm, "LayerNorm"),
     (layers.layer_norm_ext, "LayerNormExt"),

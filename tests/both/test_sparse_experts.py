@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from slimkit.core.sparse import SparseConfig
-from slimkit.core.sparse.layer import Layer
-from slimkit.core.sparse.moments import Moments
-from slimkit.core.sparse.solve import solve
+from slimkit.core.sparse.maths.layer import SparseLayer
+from slimkit.core.sparse.maths.moments import Moments
+from slimkit.core.sparse.maths.solve import solve
 
 N_EXPERTS, N_IN, N_OUT = 3, 8, 6
 
@@ -78,7 +78,7 @@ def expected(config, gate, w, data, transposed):
     x = np.concatenate(data)
     choice = (x @ gate.T).argmax(1)
     for i in range(N_EXPERTS):
-        layer = Layer(f"w[{i}]", "conv1d" if transposed else "linear", w[i].shape)
+        layer = SparseLayer(f"w[{i}]", "conv1d" if transposed else "linear", w[i].shape)
         moments = Moments(layer, config.paired)
         moments.add(x[choice == i], x[choice == i] if config.paired else None)
         yield i, int((choice == i).sum()), solve(layer, w[i], moments, config.sparse_ratio, config)

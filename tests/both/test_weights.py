@@ -8,8 +8,8 @@ import pytest
 from slimkit.core import files
 from slimkit.core.checkpoint import weightfile
 from slimkit.core.errors import ConfigError, FileFormatError, LinkPathError, PatternError, PlanError, UnsupportedError
+from slimkit.core.naming import torch_name
 from slimkit.core.weights.blocks import PruneConfig
-from slimkit.core.weights.names import canonical
 from tests import kits
 from tests.conftest import INSTALLED
 
@@ -253,11 +253,11 @@ def test_both_frameworks_keep_the_same_heads_and_values(rng, tmp_path):
     made = {}
     for name in INSTALLED:
         kit = kits.make(name)
-        tensors = {canonical(n): v for n, v in large(kit, np.random.default_rng(5)).items()}
+        tensors = {torch_name(n): v for n, v in large(kit, np.random.default_rng(5)).items()}
         path = write(tmp_path / f"{name}.safetensors", tensors)
         small = transformer(kit, heads=2, keys=2, ffn=3)
         report = kit.room("weights").prune_model_weight(small, steps(INTRA, selection="importance"), path)
-        made[name] = ({canonical(n): v for n, v in kit.values(small).items()}, report["choices"])
+        made[name] = ({torch_name(n): v for n, v in kit.values(small).items()}, report["choices"])
     one, *others = made.values()
     for other in others:
         assert other[1] == one[1]

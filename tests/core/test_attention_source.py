@@ -2,7 +2,7 @@
 
 import pytest
 
-from slimkit.core.delta.attention_source import NoAttentionError, calls_softmax, with_prefix
+from slimkit.core.source.attention_source import NoAttentionError, calls_softmax, with_prefix
 
 LONG = '''
 def construct(self, x, mask=None):

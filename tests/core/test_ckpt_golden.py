@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from slimkit.core.checkpoint import placing, saving
+from slimkit.core.checkpoint import loading, saving
 from slimkit.core.checkpoint.ckpt import Ckpt
 from slimkit.core.checkpoint.openweights import open_weights
 from slimkit.core.checkpoint.saving import Items
@@ -29,8 +29,8 @@ def items():
 def test_golden_checkpoints_load_verified_and_are_written_the_same(tmp_path, ending):
     golden = GOLDEN / f"checkpoint_v1.{ending}"
     with open_weights(golden, None) as source:
-        assert placing.check_manifest(source)
-        assert placing.values_of(source) == {"epoch": 3, "lr": 0.5, "done": True, "note": "hé"}
+        assert loading.check_manifest(source)
+        assert loading.values_of(source) == {"epoch": 3, "lr": 0.5, "done": True, "note": "hé"}
         assert np.array_equal(source.read("conv.weight"), np.arange(6).reshape(2, 3))
         assert source.read("half").tolist() == [1.5, -2.0]
         assert source.read("step").shape == ()

@@ -169,7 +169,7 @@ def test_a_graph_built_wrongly_is_refused():
 def test_refit_recovers_the_dense_layer_when_nothing_was_lost():
     rng = np.random.default_rng(0)
     x, w, b = rng.standard_normal((200, 6)), rng.standard_normal((3, 6)), rng.standard_normal(3)
-    moments = refit.Moments(6, 3, bias=True)
+    moments = refit.RefitMoments(6, 3, bias=True)
     moments.add(x, x @ w.T + b)
     found, shift = refit.refit(moments, np.zeros((3, 6)), np.zeros(3), 1e-9)
     np.testing.assert_allclose(found, w, atol=1e-6)  # exact up to the damping of 1e-9

@@ -13,7 +13,7 @@ from slimkit.core.errors import ConfigError, FileFormatError, LinkPathError
 from slimkit.core.jobs import folders, sources
 from slimkit.core.jobs.bar import LayerBar
 from slimkit.core.jobs.tasks import label_names, task_of
-from slimkit.core.sparse.eta import Progress
+from slimkit.core.sparse.remaining import Progress
 
 
 def test_text_comes_as_objects_strings_or_plain_lines(tmp_path):

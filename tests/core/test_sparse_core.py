@@ -7,18 +7,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from slimkit.core.checkpoint import shards
 from slimkit.core.errors import ArgumentError, FileFormatError, UnsupportedError
-from slimkit.core.sparse import pattern as patterns
-from slimkit.core.sparse import shards, shrink
 from slimkit.core.sparse.allocate import REACH, spread
 from slimkit.core.sparse.config import SparseConfig
-from slimkit.core.sparse.factor import inverse_factor, inverse_from, quadratic
-from slimkit.core.sparse.layer import Layer
-from slimkit.core.sparse.moments import Moments
-from slimkit.core.sparse.par import refit
-from slimkit.core.sparse.pattern import NM
-from slimkit.core.sparse.solve import solve, steps_to
-from slimkit.core.sparse.sweep import sweep
+from slimkit.core.sparse.maths import pattern as patterns
+from slimkit.core.sparse.maths import shrink
+from slimkit.core.sparse.maths.factor import inverse_factor, inverse_from, quadratic
+from slimkit.core.sparse.maths.layer import SparseLayer
+from slimkit.core.sparse.maths.moments import Moments
+from slimkit.core.sparse.maths.par import refit
+from slimkit.core.sparse.maths.pattern import NM
+from slimkit.core.sparse.maths.solve import solve, steps_to
+from slimkit.core.sparse.maths.sweep import sweep
 
 few = settings(max_examples=25, deadline=None)
 
@@ -186,7 +187,7 @@ def test_progressive_steps_rise_to_the_ratio():
 @pytest.mark.parametrize("groups", [1, 2])
 def test_unfolding_is_the_convolution(groups):
     rng = np.random.default_rng(0)
-    layer = Layer("c", "conv2d", (4, 6 // groups, 3, 2), groups, stride=(2, 1), dilation=(1, 2))
+    layer = SparseLayer("c", "conv2d", (4, 6 // groups, 3, 2), groups, stride=(2, 1), dilation=(1, 2))
     x, weight = rng.standard_normal((2, 6, 9, 8)), rng.standard_normal(layer.shape)
     matrix = layer.to_matrix(weight)
     assert (layer.from_matrix(matrix) == weight).all()
@@ -203,7 +204,7 @@ def test_paired_moments_find_the_weights_for_changed_inputs():
     rng = np.random.default_rng(0)
     dense = rng.standard_normal((40000, 8))
     turn = rng.standard_normal((8, 8)) / 3 + np.eye(8)
-    layer = Layer("l", "linear", (5, 8), has_bias=True)
+    layer = SparseLayer("l", "linear", (5, 8), has_bias=True)
     moments = Moments(layer, paired=True)
     moments.add(dense @ turn + 0.5, dense)
     weight = rng.standard_normal((5, 8))
@@ -222,8 +223,8 @@ def test_the_error_told_is_the_calibration_rows_error(method, rows):
     dense[:, 5] = sparse[:, 5] = 0.0  # a dead column
     weight, drift = rng.standard_normal((9, 24)), 0.1 * rng.standard_normal((rows, 9))
     for layer, inputs in (
-        (Layer("l", "linear", (9, 24)), (sparse,)),
-        (Layer("l", "linear", (9, 24), has_bias=True), (sparse, dense, drift)),
+        (SparseLayer("l", "linear", (9, 24)), (sparse,)),
+        (SparseLayer("l", "linear", (9, 24), has_bias=True), (sparse, dense, drift)),
     ):
         moments = [Moments(layer, paired=len(inputs) > 1) for _ in range(2)]
         for m in moments:
@@ -245,7 +246,7 @@ def test_the_error_told_is_the_calibration_rows_error(method, rows):
 @pytest.mark.parametrize("groups", [1, 2])
 def test_outputs_summed_as_missing_are_those_of_the_inputs_products(has_bias, groups):
     rng = np.random.default_rng(0)
-    layer = Layer("l", "conv2d", (6, 8 // groups, 1, 1), groups=groups, has_bias=has_bias)
+    layer = SparseLayer("l", "conv2d", (6, 8 // groups, 1, 1), groups=groups, has_bias=has_bias)
     weight = rng.standard_normal(layer.shape)
     dense = rng.standard_normal((50, 8, 3, 3)) + 0.5
     sparse = dense + 0.1 * rng.standard_normal(dense.shape)

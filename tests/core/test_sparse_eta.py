@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from slimkit.core.sparse.calls import Calls
+from slimkit.core.sparse.call_order import CallOrder
 from slimkit.core.sparse.costs import COSTS
-from slimkit.core.sparse.eta import Estimate
-from slimkit.core.sparse.layer import Layer
+from slimkit.core.sparse.maths.layer import SparseLayer
+from slimkit.core.sparse.remaining import Estimate
 
 SHAPES = {"q": (384, 384), "k": (384, 384), "v": (384, 384), "o": (384, 384), "up": (1536, 384), "down": (384, 1536)}
 PASSES = [[("q", "k", "v")], [("o",)], [("up",)], [("down",)]]
@@ -35,7 +35,7 @@ class Machine:
         self.models, self.way, self.slow_start = models, way, slow_start
         self.costs = [cost * by for cost, by in zip(COSTS[method], (3.0, 2.0, 2.0, 2.5))]
         names = [f"h.{i}.{n}" for i in range(self.n_blocks) for n in SHAPES]
-        self.layers = {n: Layer(n, "linear", SHAPES[n.split(".")[2]]) for n in names}
+        self.layers = {n: SparseLayer(n, "linear", SHAPES[n.split(".")[2]]) for n in names}
         self.steps = []
 
     def solving(self, layer):
@@ -145,7 +145,7 @@ def test_time_left_of_two_walks():
 
 
 def test_time_left_without_data_goes_by_the_weights():
-    layers = {f"h.{i}.{n}": Layer(f"h.{i}.{n}", "linear", SHAPES[n]) for i in range(2) for n in ("q", "k", "up")}
+    layers = {f"h.{i}.{n}": SparseLayer(f"h.{i}.{n}", "linear", SHAPES[n]) for i in range(2) for n in ("q", "k", "up")}
     now = iter([0.0, 5.0, 6.0])
     estimate = Estimate(layers, "magnitude", clock=lambda: next(now))
     assert estimate.finished("h.0.q").seconds_left == 5.0 * (1 + 4 + 1 + 1 + 4)
@@ -155,7 +155,7 @@ def test_time_left_without_data_goes_by_the_weights():
 
 def test_the_first_batch_of_a_forward_warms_up():
     clock = Clock()
-    calls = Calls(clock=clock)
+    calls = CallOrder(clock=clock)
     for warm in (5.0, 0.0, 0.0):
         calls.batch()
         clock.now += 1.0 + warm

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from slimkit.core.errors import UnsupportedError
-from slimkit.core.sparse.masked_reads import masked_methods
+from slimkit.core.source.masked_reads import masked_methods
 
 
 class Experts:

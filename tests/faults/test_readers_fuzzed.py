@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from slimkit.core import files
-from slimkit.core.checkpoint import placing, saving
+from slimkit.core.checkpoint import loading, saving
 from slimkit.core.checkpoint.openweights import open_weights, source_config
 from slimkit.core.checkpoint.weightfile import Entry
 from slimkit.core.delta import bundle
@@ -34,7 +34,7 @@ def save_with_manifest(folder):
 
     def load():
         with open_weights(folder / "w.ckpt", None) as source:
-            return placing.read_all(source, lambda _name, array, _dtype: array, None, None, verify=True)
+            return loading.read_all(source, lambda _name, array, _dtype: array, None, None, verify=True)
 
     return folder, load, ["w.ckpt.manifest.json"]
 

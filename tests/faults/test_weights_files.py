@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slimkit.core import files
-from slimkit.core.checkpoint import manifest, placing, saving
+from slimkit.core.checkpoint import loading, manifest, saving
+from slimkit.core.checkpoint.background import BackgroundThread
 from slimkit.core.checkpoint.ckpt import Ckpt, stream_ckpt
-from slimkit.core.checkpoint.flow import Beside
 from slimkit.core.checkpoint.openweights import open_weights
 from slimkit.core.checkpoint.saving import Items
 from slimkit.core.checkpoint.weightfile import Entry, Safetensors, stream_safetensors, tag_of
@@ -47,7 +47,7 @@ def items():
 
 def load(path, verify=True):
     with open_weights(path, refuse) as source:
-        return placing.read_all(source, lambda _name, array, _dtype: array, None, None, verify=verify)
+        return loading.read_all(source, lambda _name, array, _dtype: array, None, None, verify=verify)
 
 
 def refuse(path):
@@ -330,7 +330,7 @@ def test_a_full_disk_leaves_the_old_file_and_no_leftovers(tmp_path):
     assert [p.name for p in tmp_path.iterdir() if p.name.endswith(".part")] == []
     assert unchanged(load(path))
     with open_weights(path, refuse) as source:
-        assert placing.check_manifest(source), "the older file lost its manifest"
+        assert loading.check_manifest(source), "the older file lost its manifest"
 
 
 def test_a_save_in_the_background_is_finished_when_the_program_ends(tmp_path):
@@ -369,7 +369,7 @@ def test_digests_taken_beside_the_writing_are_those_of_the_file(tmp_path, length
 
 
 def test_what_goes_wrong_beside_the_writing_is_raised(tmp_path):
-    with Beside() as beside:
+    with BackgroundThread() as beside:
         beside.submit(lambda: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             beside.settle()

@@ -213,7 +213,7 @@ def test_a_changed_job_is_refused_by_name(source, data, tmp_path, monkeypatch):
 
     config = SparseConfig(method="hessian")
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.CheckpointHost, "_write", stop)
+        patch.setattr(checkpoint.CheckpointSparse, "_write", stop)
         with pytest.raises(KeyboardInterrupt):
             checkpoint.sparsify_checkpoint(source("llama"), tmp_path / "out", config, data)
     for change, word in (

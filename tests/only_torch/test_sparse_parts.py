@@ -140,10 +140,10 @@ def test_experts_in_one_parameter_become_what_experts_of_their_own_become(kind, 
 
 
 def test_the_dense_rows_of_an_expert_are_those_of_the_same_tokens():
-    from slimkit.core.sparse.experts import Use, same_tokens
+    from slimkit.core.sparse.experts import LayerCall, same_tokens
 
     def use(tokens):
-        return Use(torch.tensor(tokens)[:, None] * 10.0, tokens=torch.tensor(tokens))
+        return LayerCall(torch.tensor(tokens)[:, None] * 10.0, tokens=torch.tensor(tokens))
 
     ours, dense = same_tokens(use([5, 1, 3]), use([3, 4, 5]))
     assert ours.x.tolist() == dense.x.tolist() == [[30.0], [50.0]]
@@ -153,7 +153,7 @@ def test_the_dense_rows_of_an_expert_are_those_of_the_same_tokens():
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
 def test_experts_are_fitted_to_the_dense_model_though_routing_changes(family, monkeypatch):
-    from slimkit.core.sparse.moments import Moments
+    from slimkit.core.sparse.maths.moments import Moments
 
     seen = []
     add = Moments.add

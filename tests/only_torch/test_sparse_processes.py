@@ -12,7 +12,7 @@ import pytest
 
 from slimkit.core.errors import UnsupportedError
 from slimkit.core.sparse import SparseConfig
-from slimkit.core.sparse.layer import Layer
+from slimkit.core.sparse.maths.layer import SparseLayer
 from slimkit.core.sparse.processes import agreed, owners
 from tests.only_torch import sparse_processes
 
@@ -98,7 +98,10 @@ def test_feeds_that_processes_saw_differently_become_one_list():
 
 
 def test_work_is_spread_by_its_cost():
-    layers = [Layer("wide", "linear", (4096, 8192)), *(Layer(f"{i}", "linear", (4096, 4096)) for i in range(4))]
+    layers = [
+        SparseLayer("wide", "linear", (4096, 8192)),
+        *(SparseLayer(f"{i}", "linear", (4096, 4096)) for i in range(4)),
+    ]
     owner = owners(layers, "hessian", 2)
     assert owner["wide"] == 0
     assert [owner[f"{i}"] for i in range(4)] == [1] * 4  # together they are cheaper than the wide one
@@ -106,11 +109,11 @@ def test_work_is_spread_by_its_cost():
 
 
 def test_a_checkpoint_walk_needs_one_process(tmp_path, monkeypatch):
-    from slimkit.sparse import host, sparsify_checkpoint
+    from slimkit.sparse import framework, sparsify_checkpoint
     from tests.only_torch.test_sparse_checkpoint import build
 
     build("llama").save_pretrained(tmp_path / "src")
-    monkeypatch.setattr(host.TorchHost, "processes", lambda _: 2)
+    monkeypatch.setattr(framework.TorchSparse, "processes", lambda _: 2)
     with pytest.raises(UnsupportedError, match="one process"):
         sparsify_checkpoint(tmp_path / "src", tmp_path / "dst", SparseConfig(), None)
     assert not (tmp_path / "dst").exists()

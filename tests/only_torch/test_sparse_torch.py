@@ -9,7 +9,7 @@ import pytest
 
 from slimkit.core.errors import ArgumentError
 from slimkit.core.sparse import SparseConfig
-from slimkit.sparse import Compressor, freeze_zeros
+from slimkit.sparse import Compressor, framework, freeze_zeros
 
 import torch
 
@@ -28,12 +28,11 @@ def tokens(n=3):
 
 
 def test_blocks_fed_from_memory_equal_whole_forwards(monkeypatch):
-    from slimkit.sparse import host
 
     by_block, whole = small_bert(), small_bert()
     config = SparseConfig(method="par", ignore=["pooler*"])
     Compressor(by_block, config).compress(tokens())
-    monkeypatch.setattr(host, "block_paths", lambda *_: [])
+    monkeypatch.setattr(framework, "block_paths", lambda *_: [])
     Compressor(whole, config).compress(tokens())
     for a, b in zip(by_block.parameters(), whole.parameters()):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=0)  # the same numbers by another road
@@ -156,9 +155,9 @@ def test_frozen_zeros_outlive_a_merged_lora():
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("nm", [None, (2, 4), (3, 8)])
 def test_numpy_and_torch_run_the_same_text(nm, dtype):
-    from slimkit.core.sparse.factor import inverse_factor
-    from slimkit.core.sparse.pattern import NM
-    from slimkit.core.sparse.sweep import sweep
+    from slimkit.core.sparse.maths.factor import inverse_factor
+    from slimkit.core.sparse.maths.pattern import NM
+    from slimkit.core.sparse.maths.sweep import sweep
 
     rng = np.random.default_rng(0)
     n = 520  # more than a leaf of the factorisation, and no multiple of a block
@@ -201,14 +200,14 @@ def test_the_place_where_outputs_join_the_residual_stream_is_found(family):
 
 
 def test_what_the_residual_stream_has_lost_is_fitted_too():
-    from slimkit.core.sparse.layer import Layer
-    from slimkit.core.sparse.moments import Moments
-    from slimkit.core.sparse.solve import solve
+    from slimkit.core.sparse.maths.layer import SparseLayer
+    from slimkit.core.sparse.maths.moments import Moments
+    from slimkit.core.sparse.maths.solve import solve
 
     generator = torch.Generator().manual_seed(0)
     x, lost = torch.randn(2000, 16, generator=generator), torch.randn(16, 8, generator=generator) / 4
     weight, drift = torch.randn(8, 16, generator=generator), x @ lost + 0.5
-    moments = Moments(Layer("l", "linear", (8, 16), has_bias=True), paired=True)
+    moments = Moments(SparseLayer("l", "linear", (8, 16), has_bias=True), paired=True)
     for part in range(2):
         rows = slice(1000 * part, 1000 * (part + 1))
         moments.add(x[rows], x[rows], drift[rows])

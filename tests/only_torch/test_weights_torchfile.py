@@ -12,7 +12,7 @@ import pytest
 from slimkit.checkpoint import load_checkpoint, save_checkpoint
 from slimkit.core.errors import FileFormatError
 from slimkit.core.weights.blocks import PruneConfig
-from slimkit.torchfile import TorchFile, restored, stored, write_torch
+from slimkit.torchfile import TorchWeightFile, restored, stored, write_torch
 from slimkit.weights import prune_model_weight
 
 import torch
@@ -33,14 +33,14 @@ def test_every_ending_and_both_formats_load(tmp_path, ending, zipped):
 def test_a_training_checkpoint_is_unwrapped(tmp_path):
     layer = torch.nn.Linear(2, 2)
     torch.save({"epoch": 3, "model": {"state_dict": layer.state_dict()}, "optimizer": {"state": {}}}, tmp_path / "c.pt")
-    with TorchFile(tmp_path / "c.pt") as weights:
+    with TorchWeightFile(tmp_path / "c.pt") as weights:
         assert set(weights.entries) == {"weight", "bias"}
 
 
 def test_numbers_strings_and_bfloat16_survive(tmp_path):
     tensors = {"w": torch.arange(6.0).reshape(2, 3).bfloat16(), "i": torch.tensor([1, 2])}
     write_torch(tmp_path / "w.pt", tensors, {"epoch": 3, "note": "hé", "flag": True})
-    with TorchFile(tmp_path / "w.pt") as weights:
+    with TorchWeightFile(tmp_path / "w.pt") as weights:
         assert weights.values == {"epoch": 3, "note": "hé", "flag": True}
         assert weights.entries["w"].dtype == "BF16"
         assert np.array_equal(weights.read("w"), np.arange(6, dtype=np.float32).reshape(2, 3))
@@ -58,10 +58,10 @@ def test_a_pickle_that_would_execute_code_is_refused_and_not_executed(tmp_path, 
     monkeypatch.chdir(tmp_path)
     torch.save({"w": torch.zeros(1), "x": Evil()}, "evil.pt", _use_new_zipfile_serialization=zipped)
     with pytest.raises(FileFormatError, match="weights_only=True"):
-        TorchFile("evil.pt")
+        TorchWeightFile("evil.pt")
     (tmp_path / "plain.pkl").write_bytes(pickle.dumps({"w": Evil()}))
     with pytest.raises(FileFormatError, match="weights_only=True"):
-        TorchFile("plain.pkl")
+        TorchWeightFile("plain.pkl")
     assert not (tmp_path / "executed.txt").exists()
 
 
@@ -73,32 +73,32 @@ def test_a_zip_bomb_is_refused_before_it_is_unpacked(tmp_path):
             new.writestr(member.filename, old.read(member))
     assert (tmp_path / "bomb.pt").stat().st_size < 1 << 16
     with pytest.raises(FileFormatError, match="compressed"):
-        TorchFile(tmp_path / "bomb.pt")
+        TorchWeightFile(tmp_path / "bomb.pt")
 
 
 def test_a_stride_of_zero_does_not_make_terabytes(tmp_path):
     torch.save({"w": torch.zeros(1).expand(1 << 40)}, tmp_path / "wide.pt")
     with pytest.raises(FileFormatError, match="claims"):
-        TorchFile(tmp_path / "wide.pt")
+        TorchWeightFile(tmp_path / "wide.pt")
 
 
 @pytest.mark.parametrize("content", [b"", b"PK", b"\x80\x04.", b"no weights at all" * 40, b"PK\x05\x06" + b"\0" * 18])
 def test_no_torch_file_is_told_by_its_content(tmp_path, content):
     (tmp_path / "x.bin").write_bytes(content)
     with pytest.raises(FileFormatError, match=r"x\.bin"):
-        TorchFile(tmp_path / "x.bin")
+        TorchWeightFile(tmp_path / "x.bin")
 
 
 def test_a_file_of_something_else_is_refused(tmp_path):
     torch.save([torch.zeros(1)], tmp_path / "list.pt")
     with pytest.raises(FileFormatError, match="not a dict"):
-        TorchFile(tmp_path / "list.pt")
+        TorchWeightFile(tmp_path / "list.pt")
     torch.save({"epoch": 1}, tmp_path / "none.pt")
     with pytest.raises(FileFormatError, match="no tensor"):
-        TorchFile(tmp_path / "none.pt")
+        TorchWeightFile(tmp_path / "none.pt")
     torch.save({"w": torch.zeros(3).to_sparse()}, tmp_path / "sparse.pt")
     with pytest.raises(FileFormatError, match="'w'"):
-        TorchFile(tmp_path / "sparse.pt")
+        TorchWeightFile(tmp_path / "sparse.pt")
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -133,10 +133,10 @@ def test_fuzzed_torch_files_end_in_an_error_or_in_the_very_values(tmp_path, zipp
 def test_a_torch_that_reads_pickles_unsafely_is_refused(tmp_path):
     from types import SimpleNamespace
 
-    from slimkit.core.checkpoint.torchfile import TorchFile
+    from slimkit.core.checkpoint.torchfile import TorchWeightFile
     from slimkit.core.errors import UnsupportedError
 
     torch.save({"a": torch.ones(2)}, tmp_path / "net.pt")
     for version in ("2.9.1+cpu", "1.13.0"):
         with pytest.raises(UnsupportedError, match=r"from 2\.10 on"):
-            TorchFile(tmp_path / "net.pt", SimpleNamespace(__version__=version))
+            TorchWeightFile(tmp_path / "net.pt", SimpleNamespace(__version__=version))

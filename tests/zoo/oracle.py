@@ -9,7 +9,7 @@ import numpy as np
 
 from slimkit import surgery
 from slimkit.core.batch import as_call
-from slimkit.core.prune.plan import Plan
+from slimkit.core.prune.plan import PrunePlan
 from slimkit.prune import PruneTorch
 
 import torch
@@ -32,7 +32,7 @@ def call(model, inputs):
 def zeroed(model, desc):
     """A copy in which everything that the plan drops is zero."""
     twin = copy.deepcopy(model)
-    plan = Plan(desc)
+    plan = PrunePlan(desc)
     for path, axes in plan.indices.items():
         tensor = surgery.tensors(twin)[path]
         for axis, index in enumerate(axes):

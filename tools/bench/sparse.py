@@ -26,9 +26,9 @@ from pathlib import Path
 from typing import Any
 
 from slimkit.core.sparse.config import SparseConfig
-from slimkit.core.sparse.layer import Layer
-from slimkit.core.sparse.moments import Moments
-from slimkit.core.sparse.solve import solve
+from slimkit.core.sparse.maths.layer import SparseLayer
+from slimkit.core.sparse.maths.moments import Moments
+from slimkit.core.sparse.maths.solve import solve
 
 import torch
 
@@ -86,7 +86,7 @@ def one_layer(widths: list[int]) -> None:
     print("|---" * (len(METHODS) + 3) + "|")
     for n, (ratio, pattern) in itertools.product(widths, [(0.5, None), (0.7, None), (0.5, "2:4")]):
         weight, rows, held = problem(n)
-        layer = Layer("layer", "linear", (n, n))
+        layer = SparseLayer("layer", "linear", (n, n))
         moments = Moments(layer)
         moments.add(rows)
         held_gram = held.T @ held / len(held)
@@ -124,7 +124,7 @@ def speed(widths: list[int], repeats: int) -> None:
     )
     for n, pattern in itertools.product(widths, (None, "2:4")):
         weight, rows, _ = problem(n)
-        layer = Layer("layer", "linear", (n, n))
+        layer = SparseLayer("layer", "linear", (n, n))
         moments = Moments(layer)
         moments.add(rows)
         gram = moments.gram[0] / moments.count
@@ -209,7 +209,7 @@ def resident() -> float:
 
 def solve_once(method: str) -> None:
     """Load what a solver loads when it first runs."""
-    layer = Layer("layer", "linear", (300, 300))
+    layer = SparseLayer("layer", "linear", (300, 300))
     moments = Moments(layer)
     moments.add(torch.randn(600, 300))
     solve(layer, torch.randn(300, 300), moments, 0.5, SparseConfig(method=method))

@@ -25,8 +25,8 @@ from typing import Any
 from unittest import mock
 
 from slimkit import Compressor, SparseConfig
-from slimkit.core.sparse import solve
-from slimkit.core.sparse.par import refit
+from slimkit.core.sparse.maths import solve
+from slimkit.core.sparse.maths.par import refit
 
 import torch
 from transformers import AutoTokenizer, BertModel

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from slimkit.core.ascend.findings import Finding
 from slimkit.core.ascend.onnxgraph import OnnxGraph
 from slimkit.core.ascend.operators import Generation, float_inputs
-from slimkit.core.ascend.targets import Target
+from slimkit.core.ascend.targets import AscendTarget
 
 # Operators that the documents do not name, and what an exporter can write instead.
 _INSTEAD = {
@@ -85,7 +85,7 @@ def _nearest(opsets: frozenset[int], opset: int) -> int:
     return min(opsets, key=lambda o: (abs(o - opset), -o))
 
 
-def lint_dtypes(graph: OnnxGraph, device: Target, precision: str) -> Iterator[Finding]:
+def lint_dtypes(graph: OnnxGraph, device: AscendTarget, precision: str) -> Iterator[Finding]:
     """Types of inputs, weights and casts against what the target computes in."""
     precision_url, inputs_url = device.sources["precision"].url, device.sources["inputs"].url
     users: dict[str, list[str]] = {}
@@ -135,7 +135,7 @@ def _origin_inputs(graph: OnnxGraph) -> Iterator[Finding]:
             )  # fmt: skip
 
 
-def lint_shapes(graph: OnnxGraph, device: Target) -> Iterator[Finding]:
+def lint_shapes(graph: OnnxGraph, device: AscendTarget) -> Iterator[Finding]:
     """Open axes, axes of length zero, and weights that lie in other files."""
     inputs_url = device.sources["inputs"].url
     for value in graph.inputs:

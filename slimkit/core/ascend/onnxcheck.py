@@ -12,7 +12,7 @@ from slimkit.core.ascend.lint import lint_dtypes, lint_operators, lint_shapes, o
 from slimkit.core.ascend.onnxgraph import OnnxGraph, read_onnx
 from slimkit.core.ascend.operators import Generation
 from slimkit.core.ascend.padding import LayerWaste
-from slimkit.core.ascend.targets import Target
+from slimkit.core.ascend.targets import AscendTarget
 from slimkit.core.ascend.targets import target as find_target
 from slimkit.core.ascend.weights import layers_of, lint_padding, lint_sparsity
 
@@ -23,7 +23,7 @@ _BATCHES = "1,2,4,8"
 
 def check_onnx(
     file: files.PathLike,
-    target: str | Target,
+    target: str | AscendTarget,
     cann: str = "8.0",
     *,
     soc_version: str | None = None,

@@ -73,7 +73,7 @@ class Weight:
 
 
 @dataclass(frozen=True)
-class Node:
+class OnnxNode:
     """One operator and its whole numbers; graphs inside it are nodes of their own."""
 
     name: str
@@ -85,7 +85,7 @@ class Node:
 
 
 @dataclass(frozen=True)
-class Value:
+class OnnxValue:
     """An input of the graph; an axis is an int, or None when it is open."""
 
     name: str
@@ -110,9 +110,9 @@ class OnnxGraph:
 
     path: Path
     opsets: dict[str, int]
-    nodes: list[Node]
+    nodes: list[OnnxNode]
     weights: dict[str, Weight]
-    inputs: list[Value]
+    inputs: list[OnnxValue]
     outputs: tuple[str, ...]
     shapes: dict[str, Shape]
     functions: frozenset[tuple[str, str]]
@@ -153,7 +153,7 @@ class _Reader:
 
     def __init__(self, onnx: Any, path: Path) -> None:
         self.onnx, self.path = onnx, path
-        self.nodes: list[Node] = []
+        self.nodes: list[OnnxNode] = []
         self.weights: dict[str, Weight] = {}
 
     def refuse(self, what: str) -> FileFormatError:
@@ -177,7 +177,7 @@ class _Reader:
             raise self.refuse("its graph is empty")
         inputs = self._graph(proto.graph, frozenset())
         asked = self._asked(inputs, shapes)
-        inputs = [Value(v.name, v.dtype, asked.get(v.name, v.shape)) for v in inputs]
+        inputs = [OnnxValue(v.name, v.dtype, asked.get(v.name, v.shape)) for v in inputs]
         return OnnxGraph(
             path=self.path,
             opsets=opsets,
@@ -189,7 +189,7 @@ class _Reader:
             functions=frozenset((self.text(f.domain), self.text(f.name)) for f in proto.functions),
         )
 
-    def _graph(self, graph: Any, outer: frozenset[str]) -> list[Value]:
+    def _graph(self, graph: Any, outer: frozenset[str]) -> list[OnnxValue]:
         """Collect a graph's weights and nodes, inner graphs included; returns what a caller feeds."""
         for tensor in graph.initializer:
             self.weights[self.text(tensor.name)] = self._weight(tensor, tensor.name)
@@ -228,7 +228,7 @@ class _Reader:
         domain = "" if node.domain == "ai.onnx" else self.text(node.domain)
         inputs, outputs = self.texts(node.input), self.texts(node.output)
         self.nodes.append(
-            Node(self.text(node.name), node.op_type, domain, inputs, outputs, numbers)
+            OnnxNode(self.text(node.name), node.op_type, domain, inputs, outputs, numbers)
         )  # fmt: skip
         for graph in inner:
             self._graph(graph, known)
@@ -240,16 +240,16 @@ class _Reader:
             raise self.refuse(f"{number} is no data type") from None
         return _NAMES.get(name, name)
 
-    def _value(self, value: Any) -> Value:
+    def _value(self, value: Any) -> OnnxValue:
         if not value.type.HasField("tensor_type"):
-            return Value(value.name, value.type.WhichOneof("value") or "undefined", None)
+            return OnnxValue(value.name, value.type.WhichOneof("value") or "undefined", None)
         tensor = value.type.tensor_type
         shape: Shape | None = None
         if tensor.HasField("shape"):
             shape = tuple(int(d.dim_value) if d.HasField("dim_value") else None for d in tensor.shape.dim)
             if any(size is not None and size < 0 for size in shape):
                 raise self.refuse(f"the input {value.name!r} has a negative size")
-        return Value(value.name, self._dtype(tensor.elem_type), shape)
+        return OnnxValue(value.name, self._dtype(tensor.elem_type), shape)
 
     def _weight(self, tensor: Any, name: str) -> Weight:
         shape, dtype = tuple(int(d) for d in tensor.dims), self._dtype(tensor.data_type)
@@ -287,7 +287,7 @@ class _Reader:
         missing = not target.is_file() or (needed is not None and target.stat().st_size < offset + needed)
         return Weight(name, shape, dtype, location, missing, tensor, (target, offset))
 
-    def _asked(self, inputs: Sequence[Value], shapes: Mapping[str, Sequence[int]] | None) -> dict[str, Shape]:
+    def _asked(self, inputs: Sequence[OnnxValue], shapes: Mapping[str, Sequence[int]] | None) -> dict[str, Shape]:
         """Check the shapes that the caller gave against the inputs."""
         if shapes is None:
             return {}
@@ -307,7 +307,7 @@ class _Reader:
                 check.wrong_value(f"shapes[{name!r}]", allowed, list(shape))
         return {name: tuple(shape) for name, shape in shapes.items()}
 
-    def _inferred(self, proto: Any, inputs: Sequence[Value]) -> dict[str, Shape]:
+    def _inferred(self, proto: Any, inputs: Sequence[OnnxValue]) -> dict[str, Shape]:
         """Shapes of all values by ONNX's own inference, on a copy without the large weights."""
         onnx = self.onnx
         copy = onnx.ModelProto(ir_version=proto.ir_version)

@@ -9,7 +9,7 @@ from typing import Any
 
 from slimkit.core import check
 from slimkit.core.ascend import targets
-from slimkit.core.ascend.targets import BLOCK_ROWS, ITEM_BYTES, Target
+from slimkit.core.ascend.targets import BLOCK_ROWS, ITEM_BYTES, AscendTarget
 from slimkit.core.errors import UnsupportedError
 
 
@@ -72,7 +72,9 @@ def round_up(size: int, step: int) -> int:
     return -(-size // step) * step
 
 
-def layer_waste(name: str, shape: Sequence[int], dtype: str, device: Target, rows: int | None) -> LayerWaste | None:
+def layer_waste(
+    name: str, shape: Sequence[int], dtype: str, device: AscendTarget, rows: int | None
+) -> LayerWaste | None:
     """The padding of one weight; None for a dtype whose blocks no document gives.
 
     Args:
@@ -120,7 +122,7 @@ def totals(layers: Sequence[LayerWaste]) -> dict[str, Any]:
 
 def padded_waste(
     shapes: Mapping[str, Sequence[int]],
-    target: str | Target,
+    target: str | AscendTarget,
     *,
     dtype: str = "float16",
     rows: int | Mapping[str, int] | None = None,
@@ -166,7 +168,7 @@ def padded_waste(
     return found
 
 
-def demand_dtype(device: Target, dtype: str) -> None:
+def demand_dtype(device: AscendTarget, dtype: str) -> None:
     """Refuse a dtype that the target does not compute in."""
     if dtype in device.refused_dtypes:
         raise UnsupportedError(f"dtype {dtype!r}: {device.refused_dtypes[dtype]}. Use float16.")

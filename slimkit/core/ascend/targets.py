@@ -31,7 +31,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Target:
+class AscendTarget:
     """One family of Ascend devices as its documentation describes it.
 
     Args:
@@ -119,9 +119,9 @@ _SOC = Source(
     f"{_DOCS}/zh/CANNCommunityEdition/900beta2/appdevg/acldevg/aclpythondevg_0030.html",
 )
 
-TARGETS: Mapping[str, Target] = MappingProxyType(
+TARGETS: Mapping[str, AscendTarget] = MappingProxyType(
     {
-        "310P": Target(
+        "310P": AscendTarget(
             name="310P",
             products="Atlas inference products: Atlas 300I Pro, 300V, 300I Duo",
             soc_version="Ascend310P3",
@@ -141,7 +141,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
                 }
             ),
         ),
-        "A2": Target(
+        "A2": AscendTarget(
             name="A2",
             products="Atlas A2 training and inference products: Atlas 800T A2, 800I A2, 300I A2",
             soc_version="Ascend910B3",
@@ -158,7 +158,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
                 }
             ),
         ),
-        "A3": Target(
+        "A3": AscendTarget(
             name="A3",
             products="Atlas A3 training and inference products: Atlas 900 A3, 800T A3, 800I A3",
             soc_version="Ascend910_9391",
@@ -180,23 +180,23 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
 )
 
 
-def target(name: str | Target) -> Target:
+def target(name: str | AscendTarget) -> AscendTarget:
     """The target of that name, in any letter case.
 
     Args:
-        name: "310P", "A2" or "A3", or a Target, which comes back as it is.
+        name: "310P", "A2" or "A3", or an AscendTarget, which comes back as it is.
 
     Returns:
         The target.
 
     Raises:
-        ArgumentTypeError: neither a str nor a Target.
+        ArgumentTypeError: neither a str nor an AscendTarget.
         ArgumentError: no such target.
 
     Example:
         >>> target("310p").soc_version
         'Ascend310P3'
     """
-    if isinstance(name, Target):
+    if isinstance(name, AscendTarget):
         return name
     return TARGETS[check.choice(check.text(name, "target").upper(), TARGETS, "target")]

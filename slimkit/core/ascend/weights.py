@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from slimkit.core.ascend.findings import Finding
-from slimkit.core.ascend.onnxgraph import Node, OnnxGraph, Weight
+from slimkit.core.ascend.onnxgraph import OnnxGraph, OnnxNode, Weight
 from slimkit.core.ascend.padding import LayerWaste, layer_waste
 from slimkit.core.ascend.shapes import Shape
-from slimkit.core.ascend.targets import ITEM_BYTES, Target
+from slimkit.core.ascend.targets import ITEM_BYTES, AscendTarget
 
 Array = np.ndarray[Any, Any]
 
@@ -25,10 +25,10 @@ _NOTABLE_ZEROS = 0.25
 
 
 @dataclass(frozen=True)
-class Layer:
+class WeightedNode:
     """A node with the weight it multiplies by; `order` turns the weight to (out, in, kernel ...)."""
 
-    node: Node
+    node: OnnxNode
     weight: Weight
     order: tuple[int, ...]
     shape: tuple[int, ...]
@@ -40,7 +40,7 @@ class Layer:
         return self.node.name or self.weight.name
 
 
-def layers_of(graph: OnnxGraph) -> list[Layer]:
+def layers_of(graph: OnnxGraph) -> list[WeightedNode]:
     """Every MatMul, Gemm, Conv and ConvTranspose whose second input is a weight."""
     found = []
     for node in graph.nodes:
@@ -51,11 +51,11 @@ def layers_of(graph: OnnxGraph) -> list[Layer]:
         if order is not None:
             groups = max(node.numbers.get("group", 1), 1) if node.operator.startswith("Conv") else 1
             shape = tuple(weight.shape[i] for i in order)
-            found.append(Layer(node, weight, order, shape, groups, _rows(node, graph)))
+            found.append(WeightedNode(node, weight, order, shape, groups, _rows(node, graph)))
     return found
 
 
-def _order(node: Node, axes: int) -> tuple[int, ...] | None:
+def _order(node: OnnxNode, axes: int) -> tuple[int, ...] | None:
     if node.operator == "Conv" and axes > 2:
         return tuple(range(axes))
     if node.operator == "ConvTranspose" and axes > 2:
@@ -67,7 +67,7 @@ def _order(node: Node, axes: int) -> tuple[int, ...] | None:
     return None
 
 
-def _rows(node: Node, graph: OnnxGraph) -> int | None:
+def _rows(node: OnnxNode, graph: OnnxGraph) -> int | None:
     """How many vectors meet the weight in one run: batch times positions."""
     transposed = node.operator == "ConvTranspose"
     shape: Shape | None = graph.shapes.get(node.inputs[0] if transposed else node.outputs[0]) if node.outputs else None
@@ -78,14 +78,16 @@ def _rows(node: Node, graph: OnnxGraph) -> int | None:
     return math.prod(known) if len(known) == len(sizes) else None
 
 
-def dtype_on(device: Target, weight: Weight, precision: str) -> str:
+def dtype_on(device: AscendTarget, weight: Weight, precision: str) -> str:
     """What the layer is computed in: float16 for every float unless the file's own types are kept."""
     if weight.dtype in ("float32", "float64") and precision == "fp16":
         return "float16"
     return weight.dtype
 
 
-def lint_padding(layers: list[Layer], device: Target, precision: str, wastes: list[LayerWaste]) -> Iterator[Finding]:
+def lint_padding(
+    layers: list[WeightedNode], device: AscendTarget, precision: str, wastes: list[LayerWaste]
+) -> Iterator[Finding]:
     """Widths that do not fill whole blocks, and rows that are no multiple of 512 bytes; fills `wastes`."""
     counted = []
     for layer in layers:
@@ -124,7 +126,7 @@ def lint_padding(layers: list[Layer], device: Target, precision: str, wastes: li
             yield from _short_rows(matrices, dtype, device, device.row_bytes)
 
 
-def _short_rows(found: list[Layer], dtype: str, device: Target, wanted: int) -> Iterator[Finding]:
+def _short_rows(found: list[WeightedNode], dtype: str, device: AscendTarget, wanted: int) -> Iterator[Finding]:
     """The rows that layers read and write, where they are no multiple of what full bandwidth wants."""
     size = ITEM_BYTES[dtype]
     short = {layer.name: [w * size for w in layer.shape if w * size % wanted] for layer in found}
@@ -163,7 +165,7 @@ def legal_groups(nonzero: Array) -> tuple[int, int]:
     return int(np.count_nonzero(kept <= 2)), moved.size // 4
 
 
-def lint_sparsity(layers: list[Layer], device: Target, legal: list[str]) -> Iterator[Finding]:
+def lint_sparsity(layers: list[WeightedNode], device: AscendTarget, legal: list[str]) -> Iterator[Finding]:
     """Zeros that the target can use, and zeros that it cannot; fills `legal` with the layers that are 4:2."""
     zeros = entries = 0
     not_quantized = []

@@ -12,7 +12,7 @@ from typing import IO, Any
 import numpy as np
 
 from slimkit.core import files
-from slimkit.core.checkpoint.flow import Outflow
+from slimkit.core.checkpoint.background import Outflow
 from slimkit.core.checkpoint.weightfile import (
     STORED,
     Array,

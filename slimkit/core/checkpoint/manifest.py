@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from slimkit.core import files
-from slimkit.core.checkpoint.flow import WORTH_A_THREAD_BYTES, Beside
+from slimkit.core.checkpoint.background import WORTH_A_THREAD_BYTES, BackgroundThread
 from slimkit.core.checkpoint.weightfile import STORED, Array, Entry, Piece, Weights, parts
 from slimkit.core.errors import FileFormatError
 
@@ -46,7 +46,7 @@ class Digests:
     def __init__(self, entries: Mapping[str, Entry]) -> None:
         self._entries = entries
         self._digests: dict[str, Any] = {}
-        self._beside = Beside()
+        self._beside = BackgroundThread()
 
     def passing(self, tensors: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
         """The same tensors, in the same order."""

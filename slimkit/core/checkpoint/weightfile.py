@@ -13,7 +13,7 @@ from typing import IO, Any
 import numpy as np
 
 from slimkit.core import files
-from slimkit.core.checkpoint.flow import Outflow
+from slimkit.core.checkpoint.background import Outflow
 from slimkit.core.errors import FileFormatError, UnsupportedError
 
 Array = np.ndarray[Any, Any]

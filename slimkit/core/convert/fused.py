@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from slimkit.core import check
-from slimkit.core.convert.slots import Slot
+from slimkit.core.convert.slots import NamedTensor
 from slimkit.core.errors import PatternError, PlanError
 from slimkit.core.match import bounded_regex
 from slimkit.core.weights.coupling import attention_role
@@ -36,8 +36,8 @@ class Fusion:
         parts: those that hold one each, in the order of the rows.
     """
 
-    fused: Slot
-    parts: tuple[Slot, ...]
+    fused: NamedTensor
+    parts: tuple[NamedTensor, ...]
 
     @property
     def transposed(self) -> bool:
@@ -52,7 +52,7 @@ class Fusion:
         return plain and rows == shape[0] and all(p.shape[1:] == shape[1:] for p in self.parts)
 
 
-def find_fusions(fused: Sequence[Slot], separate: Sequence[Slot]) -> list[Fusion]:
+def find_fusions(fused: Sequence[NamedTensor], separate: Sequence[NamedTensor]) -> list[Fusion]:
     """Layers that one network holds as one matrix and the other as several, paired in order.
 
     Args:
@@ -83,10 +83,10 @@ def _role(word: str) -> str | None:
     return attention_role(word) or _FFN.get(word.lower())
 
 
-def _fused_layers(slots: Iterable[Slot], roles: tuple[str, ...]) -> dict[str, dict[str, Slot]]:
+def _fused_layers(slots: Iterable[NamedTensor], roles: tuple[str, ...]) -> dict[str, dict[str, NamedTensor]]:
     """Path of a fused layer -> its weight and bias."""
     wanted = "fused" if "query" in roles else "fused gate"
-    layers: dict[str, dict[str, Slot]] = {}
+    layers: dict[str, dict[str, NamedTensor]] = {}
     for slot in slots:
         own = slot.role.removeprefix("in_proj_")
         word = "in_proj" if own != slot.role else slot.path.rpartition(".")[2]
@@ -95,9 +95,11 @@ def _fused_layers(slots: Iterable[Slot], roles: tuple[str, ...]) -> dict[str, di
     return {path: layer for path, layer in layers.items() if "weight" in layer}
 
 
-def _separate_layers(slots: Iterable[Slot], roles: tuple[str, ...]) -> dict[str, dict[tuple[str, str], Slot]]:
+def _separate_layers(
+    slots: Iterable[NamedTensor], roles: tuple[str, ...]
+) -> dict[str, dict[tuple[str, str], NamedTensor]]:
     """Path of the module around the parts -> (role, weight or bias) -> slot."""
-    layers: dict[str, dict[tuple[str, str], Slot]] = {}
+    layers: dict[str, dict[tuple[str, str], NamedTensor]] = {}
     for slot in slots:
         parent, _, word = slot.path.rpartition(".")
         role = _role(word)

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from slimkit.core import check
-from slimkit.core.checkpoint import placing
+from slimkit.core.checkpoint import loading
 from slimkit.core.checkpoint.weightfile import Array, Entry, Piece, Weights
 from slimkit.core.convert.fused import Fusion, Told, find_fusions, row_spans, told_fusions, told_names
 from slimkit.core.convert.names import layout_of, mapped, match_slots, rule_names
-from slimkit.core.convert.slots import Slot, slots
+from slimkit.core.convert.slots import NamedTensor, slots
 from slimkit.core.errors import PlanError
 
 
@@ -85,7 +85,7 @@ def plan_conversion(
         PlanError: a tensor without a place or a source, or shapes that do not fit.
         PatternError: a map or function that matches nothing.
     """
-    names, _ = placing.chosen_names(source.entries, None, choice_func)
+    names, _ = loading.chosen_names(source.entries, None, choice_func)
     plain, told = told_fusions(names, name_map)
     apart = told_names(told)
     renamed = mapped([n for n in names if n not in apart], plain)
@@ -142,18 +142,18 @@ def _told_moves(source: Weights, told: Told) -> dict[str, Move]:
 
 
 def _told_by_networks(
-    source: Weights, told: Told, own: Mapping[str, Slot], place: Mapping[str, Slot]
+    source: Weights, told: Told, own: Mapping[str, NamedTensor], place: Mapping[str, NamedTensor]
 ) -> dict[str, Move]:
     """What the user's map splits and joins; the result network says how many rows go where."""
 
-    def placed(name: str) -> Slot:
+    def placed(name: str) -> NamedTensor:
         if name not in place:
             raise PlanError(f"name_map names {name!r}, which the result network lacks{check.near(name, list(place))}.")
         return place[name]
 
-    def held(name: str) -> Slot:
+    def held(name: str) -> NamedTensor:
         kind = own[name].kind if name in own else "linear"
-        return Slot(name, "", "", kind, source.entries[name].shape)
+        return NamedTensor(name, "", "", kind, source.entries[name].shape)
 
     moves: dict[str, Move] = {}
     splits = [(Fusion(held(name), tuple(map(placed, wanted))), True) for name, wanted in told.splits.items()]
@@ -166,7 +166,7 @@ def _told_by_networks(
     return moves
 
 
-def _fusion_moves(fusion: Fusion, splitting: bool, origin: Callable[[Slot], str]) -> dict[str, Move]:
+def _fusion_moves(fusion: Fusion, splitting: bool, origin: Callable[[NamedTensor], str]) -> dict[str, Move]:
     """The moves of a fused tensor's parts, or of the parts to their fused tensor."""
     layout = "transpose" if fusion.transposed else ""
     if not splitting:
@@ -187,8 +187,8 @@ def _fused_report(moves: Mapping[str, Move]) -> dict[str, Any]:
 
 def _by_networks(
     source: Weights,
-    sources: list[Slot],
-    results: list[Slot],
+    sources: list[NamedTensor],
+    results: list[NamedTensor],
     names: Sequence[str],
     renamed: Mapping[str, str],
     told: Told,
@@ -204,13 +204,13 @@ def _by_networks(
     if unknown:
         raise PlanError(f"name_map turns {unknown[0]!r} into {renamed[unknown[0]]!r}, which neither network has.")
     known = {renamed[n]: n for n in names if renamed[n] not in direct}
-    in_file = placing.match_names(list(own), list(known), suffixes=True)
+    in_file = loading.match_names(list(own), list(known), suffixes=True)
     # A file may hold a shared tensor once: its other names are then fed from there.
     held_by = {s.same: in_file[s.name] for s in reversed(sources) if s.name in in_file}
     in_file |= {s.name: held_by[s.same] for s in sources if s.same in held_by and s.name not in in_file}
     held = [s for s in sources if s.name in in_file]
 
-    def origin(slot: Slot) -> str:
+    def origin(slot: NamedTensor) -> str:
         name = known[in_file[slot.name]]
         if source.entries[name].shape != slot.shape:
             raise PlanError(
@@ -273,8 +273,8 @@ def _by_networks(
     )
 
 
-def _direct(source: Weights, origin: str, by_name: Mapping[str, Slot], result: Slot) -> Move:
+def _direct(source: Weights, origin: str, by_name: Mapping[str, NamedTensor], result: NamedTensor) -> Move:
     """A tensor that the user's map sends to its place: the layer's kind still decides the layout."""
     shape = source.entries[origin].shape
     kind = by_name[origin].kind if origin in by_name else result.kind
-    return Move(origin, result.shape, layout_of(Slot(origin, "", "", kind, shape), result))
+    return Move(origin, result.shape, layout_of(NamedTensor(origin, "", "", kind, shape), result))

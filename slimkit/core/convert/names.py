@@ -6,14 +6,13 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from slimkit.core import check
-from slimkit.core.convert.slots import ROLES, Slot
+from slimkit.core import check, naming
+from slimkit.core.convert.slots import NamedTensor
 from slimkit.core.errors import PatternError, PlanError
 from slimkit.core.match import bounded_regex
 from slimkit.core.weights.names import pair_names
 
 _TABLES = re.compile(r"(embed|\bemb\b|wte|wpe|lookup)", re.IGNORECASE)
-_TO_MINDSPORE = {"running_mean": "moving_mean", "running_var": "moving_variance"}
 
 
 def rule_names(names: Mapping[str, tuple[int, ...]], to: str) -> dict[str, str]:
@@ -34,11 +33,11 @@ def rule_names(names: Mapping[str, tuple[int, ...]], to: str) -> dict[str, str]:
     for name, shape in names.items():
         path, dot, role = name.rpartition(".")
         if to == "torch":
-            renamed[name] = path + dot + ROLES.get(role, role)
+            renamed[name] = naming.torch_name(name)
         elif role == "num_batches_tracked":
             continue
-        elif role in _TO_MINDSPORE:
-            renamed[name] = path + dot + _TO_MINDSPORE[role]
+        elif role in naming.STATISTICS_TO_MINDSPORE:
+            renamed[name] = path + dot + naming.STATISTICS_TO_MINDSPORE[role]
         elif role == "weight" and len(shape) == 1 and names.get(f"{path}{dot}bias", shape) == shape:
             renamed[name] = path + dot + "gamma"
         elif role == "bias" and len(names.get(f"{path}{dot}weight", ())) == 1:
@@ -83,7 +82,9 @@ def mapped(names: Iterable[str], name_map: Mapping[str, str] | None) -> dict[str
 # --- names by the networks ---
 
 
-def match_slots(sources: Sequence[Slot], results: Sequence[Slot]) -> tuple[dict[str, str], dict[str, str]]:
+def match_slots(
+    sources: Sequence[NamedTensor], results: Sequence[NamedTensor]
+) -> tuple[dict[str, str], dict[str, str]]:
     """Match the tensors of two networks: by name, under a common prefix, then layer by layer in order.
 
     Args:
@@ -115,12 +116,12 @@ def match_slots(sources: Sequence[Slot], results: Sequence[Slot]) -> tuple[dict[
     return found, by_order
 
 
-def _layers(left: Sequence[Slot]) -> dict[Any, list[list[Slot]]]:
+def _layers(left: Sequence[NamedTensor]) -> dict[Any, list[list[NamedTensor]]]:
     """Layers by kind, roles and shapes, those of one signature in order."""
-    paths: dict[str, list[Slot]] = {}
+    paths: dict[str, list[NamedTensor]] = {}
     for slot in left:
         paths.setdefault(slot.path, []).append(slot)
-    found: dict[Any, list[list[Slot]]] = {}
+    found: dict[Any, list[list[NamedTensor]]] = {}
     for layer in paths.values():
         kind = {"linear_t": "linear", "conv1d": "conv"}.get(layer[0].kind, layer[0].kind)
         shapes = sorted((s.role, tuple(n for n in _usual(s) if n != 1 or s.kind != "conv1d")) for s in layer)
@@ -128,12 +129,12 @@ def _layers(left: Sequence[Slot]) -> dict[Any, list[list[Slot]]]:
     return found
 
 
-def _usual(slot: Slot) -> tuple[int, ...]:
+def _usual(slot: NamedTensor) -> tuple[int, ...]:
     """The shape as most layers have it: (out, in) for a matrix."""
     return slot.shape[::-1] if slot.kind == "linear_t" and len(slot.shape) == 2 else slot.shape
 
 
-def layout_of(source: Slot, result: Slot) -> str:
+def layout_of(source: NamedTensor, result: NamedTensor) -> str:
     """How values get from one layer's layout to the other's; PlanError where they cannot."""
     if (source.kind == "linear_t") != (result.kind == "linear_t") and len(source.shape) == 2:
         if source.shape == result.shape[::-1]:
@@ -148,5 +149,5 @@ def layout_of(source: Slot, result: Slot) -> str:
     )
 
 
-def _squeezed(slot: Slot) -> tuple[int, ...]:
+def _squeezed(slot: NamedTensor) -> tuple[int, ...]:
     return (*slot.shape[:2], slot.shape[-1]) if len(slot.shape) == 4 and slot.shape[2] == 1 else slot.shape

@@ -10,22 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from slimkit.core import check
+from slimkit.core import check, naming
 from slimkit.core.checkpoint.weightfile import Array
 from slimkit.core.errors import ArgumentError, ArgumentTypeError
 
-# MindSpore's words for the tensors of a layer, in PyTorch's.
-ROLES = {
-    "gamma": "weight",
-    "beta": "bias",
-    "embedding_table": "weight",
-    "moving_mean": "running_mean",
-    "moving_variance": "running_var",
-}
-
 
 @dataclass(frozen=True)
-class Slot:
+class NamedTensor:
     """One tensor of a network.
 
     Args:
@@ -60,7 +51,7 @@ def framework(net: Any, name: str) -> str:
     raise ArgumentTypeError(f"{name} must be a torch.nn.Module or a mindspore.nn.Cell. Received: {type(net).__name__}")
 
 
-def slots(net: Any, name: str = "net") -> list[Slot]:
+def slots(net: Any, name: str = "net") -> list[NamedTensor]:
     """The tensors of a network in the order of its layers; one that two layers share comes twice."""
     if framework(net, name) == "mindspore":
         return _cell_slots(net)
@@ -70,25 +61,27 @@ def slots(net: Any, name: str = "net") -> list[Slot]:
         for key in (*module._parameters, *module._buffers):
             full = f"{path}.{key}" if path else key
             if hasattr(state.get(full), "shape"):
-                found.append(Slot(full, path, key, _kind(module), tuple(state[full].shape), id(state[full])))
+                found.append(NamedTensor(full, path, key, _kind(module), tuple(state[full].shape), id(state[full])))
     return found
 
 
-def _cell_slots(net: Any) -> list[Slot]:
+def _cell_slots(net: Any) -> list[NamedTensor]:
     found = []
     for path, cell in net.cells_and_names():
         kind = _kind(cell)
         for key, parameter in cell._params.items():
             if parameter is not None:
-                role = ROLES.get(key, "weight" if type(cell).__name__ == "PReLU" else key)
-                found.append(Slot(parameter.name, path, role, kind, tuple(parameter.shape), id(parameter)))
+                role = "weight" if type(cell).__name__ == "PReLU" else naming.torch_word(key)
+                found.append(NamedTensor(parameter.name, path, role, kind, tuple(parameter.shape), id(parameter)))
     named = {s.name for s in found}
     # Parameters that hang in a ParameterTuple (LSTM) belong to no cell's own table.
     for parameter in net.get_parameters():
         if parameter.name not in named:
             path, _, key = parameter.name.rpartition(".")
             found.append(
-                Slot(parameter.name, path, ROLES.get(key, key), "other", tuple(parameter.shape), id(parameter))
+                NamedTensor(
+                    parameter.name, path, naming.torch_word(key), "other", tuple(parameter.shape), id(parameter)
+                )
             )
     return found
 

@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from slimkit.core import check, files
-from slimkit.core.checkpoint import placing, saving
+from slimkit.core import check, files, naming
+from slimkit.core.checkpoint import loading, saving
 from slimkit.core.checkpoint.openweights import open_weights
 from slimkit.core.checkpoint.saving import Items
 from slimkit.core.checkpoint.torchfile import TorchFile, restored, write_torch
 from slimkit.core.checkpoint.weightfile import Array, Weights, decode
 from slimkit.core.convert.moves import Job, plan_conversion
-from slimkit.core.convert.slots import ROLES, assign, difference, framework
+from slimkit.core.convert.slots import assign, difference, framework
 from slimkit.core.errors import ArgumentError
 
 
@@ -88,10 +88,10 @@ def convert(
     with open_weights(src, lambda p: TorchFile(p, torch()), "src") as source:
         if source.path.resolve() == path.resolve():
             raise ArgumentError(f"dst must be another file than src. Received: {str(path)!r}")
-        placing.check_manifest(source)
+        loading.check_manifest(source)
         direction = direction_of(source, path, to, source_net, result_net)
         job = plan_conversion(source, direction, source_net, result_net, name_map, choice_func, strict=strict)
-        items = Items(job.entries(source), {}, placing.values_of(source))
+        items = Items(job.entries(source), {}, loading.values_of(source))
         writer = partial(_write_torch, torch) if path.suffix in (".pt", ".pth", ".bin") else None
         # torch.save wants every tensor at hand; the other formats take them chunk by chunk.
         one = job.piece if writer is None else job.one
@@ -137,7 +137,7 @@ def direction_of(source: Weights, path: Path, to: str | None, source_net: Any, r
             told = "mindspore" if source.metadata["format"] == "pt" else "torch"
         else:
             roles = {name.rpartition(".")[2] for name in source.entries}
-            told = "torch" if roles & set(ROLES) else "mindspore"
+            told = "torch" if roles & set(naming.TO_TORCH) else "mindspore"
     if told == "mindspore" and path.suffix in (".pt", ".pth", ".bin"):
         raise ArgumentError(f"dst must end in .ckpt or .safetensors for MindSpore. Received: {str(path)!r}")
     if told == "torch" and path.suffix == ".ckpt":

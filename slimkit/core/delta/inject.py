@@ -8,7 +8,7 @@ from typing import Any
 
 from slimkit.core import check
 from slimkit.core.delta import spec as rules
-from slimkit.core.delta.access import ModelAccess
+from slimkit.core.delta.framework import DeltaFramework
 from slimkit.core.delta.spec import DeltaReport, LoraSpec
 from slimkit.core.errors import ArgumentError, UnsupportedError
 from slimkit.core.freeze import matched, report_of
@@ -19,7 +19,7 @@ LAYER_KINDS = ("lora", "adapter", "low_rank_adapter")
 
 
 def apply_layers(
-    access: ModelAccess,
+    access: DeltaFramework,
     model: Any,
     kind: str,
     targets: Any,
@@ -100,7 +100,7 @@ def apply_layers(
 
 
 def apply_in_place(
-    access: ModelAccess,
+    access: DeltaFramework,
     model: Any,
     kind: str,
     put: Callable[..., dict[str, dict[str, Any]]],
@@ -125,7 +125,7 @@ def apply_in_place(
     return DeltaReport(kind, name, described, trainable=summary)
 
 
-def _planned_flags(access: ModelAccess, model: Any, freeze: bool, also_train: Any) -> dict[str, bool]:
+def _planned_flags(access: DeltaFramework, model: Any, freeze: bool, also_train: Any) -> dict[str, bool]:
     """Base parameter -> whether it shall train once the delta is on."""
     found = access.parameters(model)
     trained = matched(found, also_train, "exclude") if also_train is not None else set()
@@ -135,21 +135,21 @@ def _planned_flags(access: ModelAccess, model: Any, freeze: bool, also_train: An
     }
 
 
-def _remember_flags(access: ModelAccess, model: Any) -> None:
+def _remember_flags(access: DeltaFramework, model: Any) -> None:
     """Note once how the base's parameters stood, for the day the last delta leaves."""
     if not hasattr(model, FLAGS):
         flags = access.parameters(model).trains()
         setattr(model, FLAGS, {name: now for name, now in flags.items() if rules.PREFIX not in name})
 
 
-def _set_flags(access: ModelAccess, model: Any, flags: Mapping[str, bool]) -> None:
+def _set_flags(access: DeltaFramework, model: Any, flags: Mapping[str, bool]) -> None:
     found = access.parameters(model)
     for parameter, (name, now) in zip(found.held, found.trains().items()):
         if flags.get(name, now) != now:
             parameter.requires_grad = flags[name]
 
 
-def merge(access: ModelAccess, model: Any, *, unload: bool = False) -> DeltaReport:
+def merge(access: DeltaFramework, model: Any, *, unload: bool = False) -> DeltaReport:
     """Add every active LoRA to the weights, in place; see `merge_delta` of the wings."""
     check.boolean(unload, "unload")
     layers = _layers(access, model)
@@ -178,7 +178,7 @@ def merge(access: ModelAccess, model: Any, *, unload: bool = False) -> DeltaRepo
     return DeltaReport("lora", "merged", described)
 
 
-def unmerge(access: ModelAccess, model: Any) -> DeltaReport:
+def unmerge(access: DeltaFramework, model: Any) -> DeltaReport:
     """Put back the weights as they were before merging, bit for bit, in place."""
     layers = {p: x for p, x in _layers(access, model).items() if getattr(x, "unmerged", None) is not None}
     if not layers:
@@ -189,7 +189,7 @@ def unmerge(access: ModelAccess, model: Any) -> DeltaReport:
     return DeltaReport("lora", "unmerged", {p: {"deltas": list(x.specs)} for p, x in layers.items()})
 
 
-def remove(access: ModelAccess, model: Any, names: Any = None) -> DeltaReport:
+def remove(access: DeltaFramework, model: Any, names: Any = None) -> DeltaReport:
     """Take deltas off a model, in place; see `remove_delta` of the wings."""
     layers = _layers(access, model)
     known = sorted({n for layer in layers.values() for n in layer.specs})
@@ -218,7 +218,7 @@ def _refuse_built(layers: Mapping[str, Any]) -> None:
         raise UnsupportedError(f"{built[0]} was built as a delta layer; there is no layer to put back in its place.")
 
 
-def _restore(access: ModelAccess, model: Any, layers: Mapping[str, Any]) -> None:
+def _restore(access: DeltaFramework, model: Any, layers: Mapping[str, Any]) -> None:
     """Put the original layers back, or take off what stands beside them; when nothing is left, the flags too."""
     beside = {id(x): x for x in layers.values() if hasattr(x, "revert")}
     swapped = {p: x for p, x in layers.items() if id(x) not in beside}
@@ -237,7 +237,7 @@ def _restore(access: ModelAccess, model: Any, layers: Mapping[str, Any]) -> None
             delattr(model, FLAGS)
 
 
-def activate(access: ModelAccess, model: Any, names: Any) -> dict[str, float]:
+def activate(access: DeltaFramework, model: Any, names: Any) -> dict[str, float]:
     """Choose which named LoRAs are active and with which weight, in place; see `set_delta` of the wings."""
     layers = {p: x for p, x in _layers(access, model).items() if x.delta_kind == "lora"}
     known = sorted({n for layer in layers.values() for n in layer.specs})
@@ -254,7 +254,7 @@ def activate(access: ModelAccess, model: Any, names: Any) -> dict[str, float]:
     return weights
 
 
-def active_weights(access: ModelAccess, model: Any) -> dict[str, float]:
+def active_weights(access: DeltaFramework, model: Any) -> dict[str, float]:
     """The active LoRAs with their weights."""
     found: dict[str, float] = {}
     for layer in access.layers(model).values():
@@ -262,7 +262,7 @@ def active_weights(access: ModelAccess, model: Any) -> dict[str, float]:
     return found
 
 
-def _layers(access: ModelAccess, model: Any) -> dict[str, Any]:
+def _layers(access: DeltaFramework, model: Any) -> dict[str, Any]:
     layers = access.layers(model)
     if not layers:
         raise ArgumentError("the model carries no delta; apply_delta puts one on.")

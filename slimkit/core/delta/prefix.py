@@ -28,7 +28,7 @@ class Seen(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Plan:
+class PrefixOptions:
     """The checked options of a prefix; see `checked`."""
 
     prefix_token_num: int
@@ -82,7 +82,7 @@ def checked(
     inputs: Any = None,
     sizes: Any = None,
     positions: Any = None,
-) -> Plan:
+) -> PrefixOptions:
     """The options of a prefix, checked.
 
     Args:
@@ -123,10 +123,10 @@ def checked(
         check.instance(sizes, Mapping, "sizes", "a mapping of path to (heads, width, query heads)")
     if positions is not None:
         positions = list(check.strings(positions, "positions")) if positions != [] else []
-    return Plan(tokens, projection, mid_dim, dropout_rate, text_ids, inputs, sizes, positions)
+    return PrefixOptions(tokens, projection, mid_dim, dropout_rate, text_ids, inputs, sizes, positions)
 
 
-def given_sizes(plan: Plan, paths: Mapping[str, Any]) -> dict[str, Seen]:
+def given_sizes(plan: PrefixOptions, paths: Mapping[str, Any]) -> dict[str, Seen]:
     """The layers as `sizes` describes them; ArgumentError where the model has no attention at a path.
 
     Args:

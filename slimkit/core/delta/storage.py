@@ -10,8 +10,8 @@ import numpy as np
 
 from slimkit.core import check, files
 from slimkit.core.delta import inject, peft
-from slimkit.core.delta.access import StorageAccess
 from slimkit.core.delta.bundle import MANIFEST, compare_keys, compare_shapes, fingerprint, read_bundle, write_bundle
+from slimkit.core.delta.framework import DeltaStorage
 from slimkit.core.delta.positions import counted, positions_for
 from slimkit.core.delta.spec import KINDS, PREFIX, DeltaReport, delta_name, key, spec_from_dict
 from slimkit.core.errors import ArgumentError, FileFormatError, UnsupportedError
@@ -22,7 +22,7 @@ Array = np.ndarray[Any, Any]
 
 
 def collect(
-    access: StorageAccess, model: Any, names: Any = None
+    access: DeltaStorage, model: Any, names: Any = None
 ) -> tuple[list[dict[str, Any]], dict[str, Array], list[str], dict[str, Any]]:
     """Everything a bundle holds of a model: records of the deltas, tensors, names of trained base tensors, the base."""
     layers = access.layers(model)
@@ -55,7 +55,7 @@ def collect(
     return deltas, {**tensors, **extra}, sorted(extra), base
 
 
-def _base_of(access: StorageAccess, model: Any, paths: Mapping[str, str]) -> dict[str, Any]:
+def _base_of(access: DeltaStorage, model: Any, paths: Mapping[str, str]) -> dict[str, Any]:
     """Shapes and fingerprint of the weights under a delta, by the names on the left."""
     weights = {old: access.weight(model, new) for old, new in paths.items()}
     weights = {p: w for p, w in weights.items() if w is not None}
@@ -65,7 +65,7 @@ def _base_of(access: StorageAccess, model: Any, paths: Mapping[str, str]) -> dic
     }
 
 
-def save(access: StorageAccess, model: Any, directory: Any, names: Any = None) -> Path:
+def save(access: DeltaStorage, model: Any, directory: Any, names: Any = None) -> Path:
     """Write a model's deltas, and what else trains, as a slimkit bundle; see `save_delta` of the wings."""
     folder = files.as_path(directory, "directory")
     deltas, tensors, extra, base = collect(access, model, names)
@@ -73,7 +73,7 @@ def save(access: StorageAccess, model: Any, directory: Any, names: Any = None) -
 
 
 def load(
-    access: StorageAccess,
+    access: DeltaStorage,
     model: Any,
     directory: Any,
     *,
@@ -125,7 +125,7 @@ def load(
     return _finish(access, model, deltas, tensors, extra, freeze, str(folder), tuple(notes))
 
 
-def _check_paths(access: StorageAccess, model: Any, paths: Iterable[str], where: str) -> None:
+def _check_paths(access: DeltaStorage, model: Any, paths: Iterable[str], where: str) -> None:
     sites = access.sites(model)
     for path in paths:
         if path not in sites and PREFIX not in path:
@@ -136,7 +136,7 @@ def _check_paths(access: StorageAccess, model: Any, paths: Iterable[str], where:
 
 
 def _finish(
-    access: StorageAccess,
+    access: DeltaStorage,
     model: Any,
     deltas: list[dict[str, Any]],
     tensors: Mapping[str, Array],
@@ -157,7 +157,7 @@ def _finish(
     return DeltaReport(kinds, named, described, trainable=str(summary).splitlines()[0], notes=notes)
 
 
-def _fill_base(access: StorageAccess, base: Mapping[str, Any], extra: Mapping[str, Array]) -> None:
+def _fill_base(access: DeltaStorage, base: Mapping[str, Any], extra: Mapping[str, Array]) -> None:
     """Overwrite base tensors that were trained with the delta, in place; they train from now on."""
     for name, value in extra.items():
         access.fill(base[name], value)
@@ -166,7 +166,7 @@ def _fill_base(access: StorageAccess, base: Mapping[str, Any], extra: Mapping[st
 
 
 def _load_peft(
-    access: StorageAccess, model: Any, folder: Path, name: str, freeze: bool, rename: Any, positions: Any
+    access: DeltaStorage, model: Any, folder: Path, name: str, freeze: bool, rename: Any, positions: Any
 ) -> DeltaReport:
     """Put a Hugging Face PEFT adapter on a model, in place."""
     config, tensors = peft.read_files(folder)
@@ -198,7 +198,7 @@ def _load_peft(
 
 
 def _load_prompt(
-    access: StorageAccess,
+    access: DeltaStorage,
     model: Any,
     kind: str,
     config: Mapping[str, Any],
@@ -226,7 +226,7 @@ def _load_prompt(
     return report
 
 
-def _prompt_rows(access: StorageAccess, model: Any, delta: Mapping[str, Any]) -> tuple[Array, dict[str, Any]]:
+def _prompt_rows(access: DeltaStorage, model: Any, delta: Mapping[str, Any]) -> tuple[Array, dict[str, Any]]:
     """A prefix or prompt as PEFT's one tensor, and what PEFT's configuration says of it."""
     layers = [x for p, x in access.layers(model).items() if p in delta["layers"]]
     config = getattr(model, "config", None)
@@ -261,7 +261,7 @@ def _prompt_rows(access: StorageAccess, model: Any, delta: Mapping[str, Any]) ->
     }
 
 
-def save_peft(access: StorageAccess, model: Any, directory: Any, names: Any = None) -> Path:
+def save_peft(access: DeltaStorage, model: Any, directory: Any, names: Any = None) -> Path:
     """Write one delta as Hugging Face PEFT's files; see `save_delta` of the wings."""
     folder = files.as_path(directory, "directory")
     deltas, tensors, extra, _ = collect(access, model, names)
@@ -298,7 +298,7 @@ def save_peft(access: StorageAccess, model: Any, directory: Any, names: Any = No
 
 
 def put_on(
-    access: StorageAccess,
+    access: DeltaStorage,
     model: Any,
     deltas: list[dict[str, Any]],
     tensors: Mapping[str, Array],
@@ -336,7 +336,7 @@ def put_on(
     return described
 
 
-def _built_in(access: StorageAccess, model: Any, delta: Mapping[str, Any]) -> dict[str, Any]:
+def _built_in(access: DeltaStorage, model: Any, delta: Mapping[str, Any]) -> dict[str, Any]:
     """The recorded layers that the model was built with: they are there already, and only want values."""
     layers = access.layers(model)
     found = {}
@@ -356,7 +356,7 @@ def _built_in(access: StorageAccess, model: Any, delta: Mapping[str, Any]) -> di
     return found
 
 
-def apply_record(access: StorageAccess, model: Any, delta: Mapping[str, Any], freeze: bool) -> DeltaReport:
+def apply_record(access: DeltaStorage, model: Any, delta: Mapping[str, Any], freeze: bool) -> DeltaReport:
     """Put one recorded delta on a model, its values still to be filled in."""
     kind = check.choice(delta.get("kind"), KINDS, "kind")
     records: Mapping[str, Any] = delta["layers"]

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any
 
 from slimkit.core.log import logger
-from slimkit.core.sparse.eta import Progress
+from slimkit.core.sparse.remaining import Progress
 
 
 class LayerBar:

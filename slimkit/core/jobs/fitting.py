@@ -15,7 +15,7 @@ from slimkit.core.jobs.fields import Spell
 from slimkit.core.jobs.framework import ComputeLoss, FitRun, JobFramework
 from slimkit.core.jobs.interrupt import SaveOnInterrupt
 from slimkit.core.jobs.options import FitOptions
-from slimkit.core.sparse import shards
+from slimkit.core.locks import same_job
 from slimkit.core.train.callbacks import Checkpoints
 from slimkit.core.train.runlog import ProgressBar
 from slimkit.core.train.schedules import constant_schedule, cosine_schedule, linear_schedule
@@ -121,7 +121,8 @@ def fit_resumably(
     folders.unused(out, state=folders.STATE)
     plan = {key: getattr(options, key) for key in FitOptions.model_fields} | {"seed": run.seed}
     # As JSON gives it back, so that tuples compare like the lists that were read.
-    shards.same_job(state, json.loads(json.dumps({**job, "plan": plan})))
+    # As JSON gives it back, so that tuples compare like the lists that were read.
+    same_job(state, json.loads(json.dumps({**job, "plan": plan})))
     stop = SaveOnInterrupt(state / "last")
     keep = Checkpoints(state, metric=None, every_n_steps=run.save_every)
     callbacks = [ProgressBar(), keep, stop]

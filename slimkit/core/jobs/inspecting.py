@@ -152,9 +152,9 @@ def _made(desc: dict[str, Any]) -> dict[str, Any]:
 
 
 def _desc(path: Path) -> Look:
-    from slimkit.core.prune.plan import Plan
+    from slimkit.core.prune.plan import PrunePlan
 
-    plan = Plan(files.read_json(path, "path"))
+    plan = PrunePlan(files.read_json(path, "path"))
     sizes = plan.sizes()
     layers: dict[str, list[str]] = {name: [] for name in plan.keep}
     for tensor, axes in plan.axes.items():

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from slimkit.core.prune.dims import ONE, Dim, factor, find, fix, fixed, leaves, product, same, unify
+from slimkit.core.prune.dims import ONE, factor, find, fix, fixed, leaves, product, same, unify
 from slimkit.core.prune.graph import Node
+from slimkit.core.prune.relations import Dims, Relations
 from slimkit.core.prune.shape_rules import elementwise
 
-if TYPE_CHECKING:
-    from slimkit.core.prune.rules import Relations
-
-Dims = list[Dim]
 SPACE = "spatial size"
 
 

@@ -7,21 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from slimkit.core import check
+from slimkit.core import check, naming
 from slimkit.core.errors import PlanError
 from slimkit.core.prune.attributes import Field
 from slimkit.core.prune.solve import Expr, Index, View, kept
 
 FORMAT, VERSION = "slimkit.prune", 1
-
-# Names that differ between the frameworks for the same parameter.
-_TWINS = {
-    "gamma": "weight",
-    "beta": "bias",
-    "moving_mean": "running_mean",
-    "moving_variance": "running_var",
-    "embedding_table": "weight",
-}
 
 
 def make_desc(
@@ -75,7 +66,7 @@ def _without(expr: Expr, used: set[str], full: Mapping[str, int]) -> Expr:
     return expr if isinstance(expr, int) else [expr[0], *(_without(e, used, full) for e in expr[1:])]
 
 
-class Plan:
+class PrunePlan:
     """A desc that has been read and found sound.
 
     Args:
@@ -168,4 +159,4 @@ def _same_shape(here: tuple[int, ...], there: tuple[int, ...]) -> bool:
 
 def _plain(path: str) -> str:
     module, _, leaf = path.rpartition(".")
-    return f"{module}.{_TWINS.get(leaf, leaf)}"
+    return f"{module}.{naming.torch_word(leaf)}"

@@ -15,12 +15,12 @@ from slimkit.core.match import demand, match
 from slimkit.core.prune.allocate import Account, Allocation, allocate
 from slimkit.core.prune.attributes import config_changes, new_values, scope_sizes
 from slimkit.core.prune.draw import picture
+from slimkit.core.prune.framework import PruneFramework, RepairFramework
 from slimkit.core.prune.importance import NAMES, best, scores
-from slimkit.core.prune.plan import Plan, make_desc
+from slimkit.core.prune.plan import PrunePlan, make_desc
 from slimkit.core.prune.rehearsal import ANOTHER, COPIES, LAYOUT, differences
 from slimkit.core.prune.settings import PrunerSettings
 from slimkit.core.prune.solve import WRITTEN, Coupling, Index, View
-from slimkit.core.prune.wing import RepairingWing, Wing
 
 Changes = dict[str, dict[str, tuple[int, int]]]
 Array = np.ndarray[Any, Any]
@@ -33,7 +33,7 @@ class PrunerBase(PrunerSettings):
         wing: the framework's side.
     """
 
-    def __init__(self, wing: Wing) -> None:
+    def __init__(self, wing: PruneFramework) -> None:
         super().__init__(wing)
         self._coupling: Coupling | None = None
         self._scored: Any = None
@@ -71,7 +71,7 @@ class PrunerBase(PrunerSettings):
             view = coupling.view(whole)
             allocation, account = self._allocate(view, reserved_ratio)
             desc = self._describe(view, allocation, reserved_ratio, whole)
-            if self._rehearse(view, Plan(desc), allocation.keep):
+            if self._rehearse(view, PrunePlan(desc), allocation.keep):
                 break
         else:
             raise GraphError("the model's code contradicts every plan; its report() names the places")
@@ -93,9 +93,9 @@ class PrunerBase(PrunerSettings):
         _, desc = self.analysis(reserved_ratio, un_prune_list)
         layers = self._solved().graph.layers
         if self._repair is None:
-            self._cut(Plan(desc))
+            self._cut(PrunePlan(desc))
             return desc
-        wing, plan = cast(RepairingWing, self._wing), Plan(desc)
+        wing, plan = cast(RepairFramework, self._wing), PrunePlan(desc)
         dense = wing.snapshot()
         undo = self._cut(plan)
         try:
@@ -119,7 +119,7 @@ class PrunerBase(PrunerSettings):
         Raises:
             PlanError: the plan was made for another model; the message names the first mismatch.
         """
-        self._cut(Plan(desc))
+        self._cut(PrunePlan(desc))
         return getattr(self._wing, "model", None)
 
     def report(self) -> dict[str, Any]:
@@ -243,7 +243,7 @@ class PrunerBase(PrunerSettings):
         }
         return make_desc(view, keep, attributes, config, made)
 
-    def _rehearse(self, view: View, plan: Plan, counts: Mapping[str, int]) -> bool:
+    def _rehearse(self, view: View, plan: PrunePlan, counts: Mapping[str, int]) -> bool:
         """Run the cut model on shapes alone and compare; pin what the model's code contradicts."""
         if not plan.keep:
             return True
@@ -291,7 +291,7 @@ class PrunerBase(PrunerSettings):
             combination //= number
         return True
 
-    def _cut(self, plan: Plan) -> Any:
+    def _cut(self, plan: PrunePlan) -> Any:
         names = plan.match(self._wing.shapes())
         undo = self._wing.cut(plan, names)
         # Everything known about the model was about the uncut one.

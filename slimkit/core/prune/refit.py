@@ -2,14 +2,83 @@
 
 from __future__ import annotations
 
-from typing import Any
+from abc import abstractmethod
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
+from slimkit.core.log import progress
+from slimkit.core.prune.plan import PrunePlan
+
 Array = np.ndarray[Any, Any]
 
+MAX_INPUTS = 6000  # second moments of more inputs than this do not fit beside a model
 
-class Moments:
+
+class Repair(Protocol):
+    """What compensation asks of a framework: one model before the cut, and the same one after it."""
+
+    @abstractmethod
+    def unsuited(self, path: str) -> str | None:
+        """Why a layer is left alone, or None."""
+
+    @abstractmethod
+    def made_axis(self, path: str) -> int:
+        """Which axis of a layer's weight lists its outputs."""
+
+    @abstractmethod
+    def values(self, path: str) -> tuple[Array, Array | None]:
+        """Weight (n_out, n_in) and bias (n_out,) of a layer after the cut, float64."""
+
+    @abstractmethod
+    def calls(self, path: str, batch: Any) -> Iterable[tuple[Array, Array]]:
+        """For each call of a layer on a batch: the inputs after the cut (n, n_in), the outputs before it (n, all)."""
+
+    @abstractmethod
+    def write(self, path: str, weight: Array, bias: Array | None) -> None:
+        """Put weight and bias into the cut model's layer, in place."""
+
+
+def repair(
+    models: Repair, layers: Sequence[str], plan: PrunePlan, data: Iterable[Any], damping: float
+) -> dict[str, Any]:
+    """Refit the layers of a cut model to the outputs of their originals, in place, one after another as they run.
+
+    A layer is fitted on what the layers before it now hand over. Norms keep their statistics: refitted layers make
+    what their originals made, so that the statistics go on being those of the inputs.
+
+    Args:
+        models: the model before and after the cut.
+        layers: paths in the order they run.
+        plan: the cut.
+        data: calibration batches.
+        damping: see `refit`.
+
+    Returns:
+        {"refitted": layer -> rows of calibration data it saw, "left": layers that were left alone -> why}.
+    """
+    report: dict[str, Any] = {"refitted": {}, "left": {}}
+    for path in progress(layers, "layers"):
+        why = models.unsuited(path)
+        if why is None:
+            weight, bias = models.values(path)
+            if weight.shape[1] > MAX_INPUTS:
+                why = f"more than {MAX_INPUTS} inputs"
+        if why is not None:
+            report["left"][path] = why
+            continue
+        kept = plan.indices.get(f"{path}.weight", [None, None])[models.made_axis(path)]
+        moments = RefitMoments(weight.shape[1], weight.shape[0], bias is not None)
+        for batch in data:
+            for given, wanted in models.calls(path, batch):
+                moments.add(given, wanted if kept is None else wanted[:, kept])
+        models.write(path, *refit(moments, weight, bias, damping))
+        report["refitted"][path] = moments.number
+    return report
+
+
+class RefitMoments:
     """Sums of products of a layer's inputs after the cut with themselves and with the outputs wanted.
 
     Args:
@@ -34,7 +103,7 @@ class Moments:
         self.number += len(x)
 
 
-def refit(moments: Moments, weight: Array, bias: Array | None, damping: float) -> tuple[Array, Array | None]:
+def refit(moments: RefitMoments, weight: Array, bias: Array | None, damping: float) -> tuple[Array, Array | None]:
     """The weights nearest to the cut ones whose outputs are nearest to the wanted ones (ridge regression).
 
     Minimises |Y - W X|^2 + damping * mean diagonal * |W - weight|^2, the objective of FLAP's bias and SlimGPT's weight
@@ -50,7 +119,7 @@ def refit(moments: Moments, weight: Array, bias: Array | None, damping: float) -
         (weight, bias).
 
     Example:
-        >>> m = Moments(1, 1, bias=False); m.add(np.array([[1.0], [2.0]]), np.array([[3.0], [6.0]]))
+        >>> m = RefitMoments(1, 1, bias=False); m.add(np.array([[1.0], [2.0]]), np.array([[3.0], [6.0]]))
         >>> refit(m, np.array([[0.0]]), None, 1e-9)[0].round(6).tolist()
         [[3.0]]
     """

@@ -10,8 +10,8 @@ import numpy as np
 from slimkit.core import check
 from slimkit.core.batch import dataset
 from slimkit.core.errors import UnsupportedError
+from slimkit.core.prune.framework import PruneFramework
 from slimkit.core.prune.importance import NAMES
-from slimkit.core.prune.wing import Wing
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -26,7 +26,7 @@ class PrunerSettings:
         wing: the framework's side.
     """
 
-    def __init__(self, wing: Wing) -> None:
+    def __init__(self, wing: PruneFramework) -> None:
         self._wing = wing
         self._method: str | Callable[[Array], float] = lambda weights: float(np.abs(weights).mean())
         self._default_method = True

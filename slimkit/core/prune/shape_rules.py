@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from slimkit.core.prune.dims import ONE, Dim, cut, factor, fix, fixed, product, regroup, same, total
 from slimkit.core.prune.graph import Node
-
-if TYPE_CHECKING:
-    from slimkit.core.prune.rules import Relations
-
-Dims = list[Dim]
+from slimkit.core.prune.relations import Dims, Relations
 
 # Reductions whose result depends on which index held what, not only on the values.
 BY_INDEX = ("prod", "any", "all", "argmax", "argmin", "median", "count")

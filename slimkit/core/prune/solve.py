@@ -11,7 +11,8 @@ import numpy as np
 
 from slimkit.core.prune.dims import FREE, PRODUCT, Dim, find, leaves, unify
 from slimkit.core.prune.graph import Graph
-from slimkit.core.prune.rules import SCALE, Relations
+from slimkit.core.prune.relations import SCALE, Relations
+from slimkit.core.prune.rules import RULES
 
 # An axis in plain data: a number (stays whole), a variable's name, or ["*" or "+", part, part, ...].
 Expr = int | str | list[Any]
@@ -48,7 +49,7 @@ class Coupling:
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
         self.tied: set[int] = set()
-        self.relations = Relations(graph)
+        self.relations = Relations(graph, RULES)
         self.pinned: dict[Dim, str] = {}
 
     def tie(self, place: int) -> bool:

@@ -12,12 +12,13 @@ from slimkit.core import check, match
 from slimkit.core.errors import ArgumentError, PatternError
 from slimkit.core.log import logger, progress
 from slimkit.core.sparse.allocate import REACH, spread
-from slimkit.core.sparse.backend import Array
 from slimkit.core.sparse.config import SparseConfig
-from slimkit.core.sparse.eta import Progress
-from slimkit.core.sparse.layer import Layer
-from slimkit.core.sparse.solve import solve
-from slimkit.core.sparse.walk import Host, Walk, estimate_of
+from slimkit.core.sparse.framework import SparseFramework
+from slimkit.core.sparse.maths.backend import Array
+from slimkit.core.sparse.maths.layer import SparseLayer
+from slimkit.core.sparse.maths.solve import solve
+from slimkit.core.sparse.remaining import Progress
+from slimkit.core.sparse.sequential import SequentialPass, estimate_of
 
 # Batches whose outputs judge a choice of ratios.
 PROBE_BATCHES = 4
@@ -26,7 +27,9 @@ PROBE_BATCHES = 4
 HOLD_OUT = 5
 
 
-def select(layers: Mapping[str, Layer], skipped: dict[str, str], config: SparseConfig) -> tuple[list[str], list[str]]:
+def select(
+    layers: Mapping[str, SparseLayer], skipped: dict[str, str], config: SparseConfig
+) -> tuple[list[str], list[str]]:
     """The layers that a configuration asks for, and its patterns that match none.
 
     Args:
@@ -80,7 +83,7 @@ def select(layers: Mapping[str, Layer], skipped: dict[str, str], config: SparseC
 
 
 def compress(
-    host: Host, config: SparseConfig, dataset: Any, on_progress: Callable[[Progress], None] | None = None
+    host: SparseFramework, config: SparseConfig, dataset: Any, on_progress: Callable[[Progress], None] | None = None
 ) -> tuple[dict[str, Any], dict[str, Array]]:
     """Make a model sparse, in place; on any error it is as it was.
 
@@ -101,7 +104,7 @@ def compress(
     restore = host.snapshot(names)
     try:
         if config.uniform:
-            walk, allocation = Walk(host, config, layers, names, None, on_progress), None
+            walk, allocation = SequentialPass(host, config, layers, names, None, on_progress), None
             walk.run(dataset)
         else:
             walk, allocation = _better(host, config, dataset, layers, names, restore, on_progress)
@@ -115,7 +118,7 @@ def compress(
 class _Judge:
     """How much some batches' outputs change, relative to those of the model as it was."""
 
-    def __init__(self, host: Host, probes: Sequence[Any]) -> None:
+    def __init__(self, host: SparseFramework, probes: Sequence[Any]) -> None:
         self._host, self._probes = host, probes
         self._dense = [host.outputs(batch) for batch in probes]
         self._power = sum(host.gather(sum(float((d * d).sum()) for d in self._dense))) or 1.0
@@ -127,7 +130,7 @@ class _Judge:
         return float(sum(self._host.gather(change)) / self._power) ** 0.5
 
 
-def _apart(host: Host, dataset: Any) -> tuple[Any, list[Any]]:
+def _apart(host: SparseFramework, dataset: Any) -> tuple[Any, list[Any]]:
     """Batches to choose ratios with, and others to judge the choice by; no others where there are few."""
     data = list(dataset)
     n = min(len(data) // HOLD_OUT, max(1, PROBE_BATCHES // host.processes()))
@@ -136,14 +139,14 @@ def _apart(host: Host, dataset: Any) -> tuple[Any, list[Any]]:
 
 
 def _better(
-    host: Host,
+    host: SparseFramework,
     config: SparseConfig,
     dataset: Any,
-    layers: Mapping[str, Layer],
+    layers: Mapping[str, SparseLayer],
     names: Sequence[str],
     restore: Callable[[], None],
     on_progress: Callable[[Progress], None] | None,
-) -> tuple[Walk, dict[str, Any]]:
+) -> tuple[SequentialPass, dict[str, Any]]:
     """The better of equal and measured ratios, by the change of the model's own outputs.
 
     A method that refits weights follows its calibration data more closely with some ratios than with others, and what
@@ -156,8 +159,8 @@ def _better(
     judge = _Judge(host, others or probes)
     estimate = estimate_of(config, layers, names, walks=3 if others else 2)
 
-    def walked(ratios: Mapping[str, float] | None, batches: Any) -> Walk:
-        walk = Walk(host, config, layers, names, ratios, on_progress, estimate)
+    def walked(ratios: Mapping[str, float] | None, batches: Any) -> SequentialPass:
+        walk = SequentialPass(host, config, layers, names, ratios, on_progress, estimate)
         walk.run(batches)
         return walk
 
@@ -190,7 +193,7 @@ def _better(
 
 
 def _measured(
-    host: Host, config: SparseConfig, layers: Mapping[str, Layer], names: Sequence[str], judge: _Judge
+    host: SparseFramework, config: SparseConfig, layers: Mapping[str, SparseLayer], names: Sequence[str], judge: _Judge
 ) -> dict[str, float]:
     """Ratios by how much the model's outputs change when one layer alone loses its smallest weights."""
     around = [max(0.02, config.sparse_ratio - REACH), min(0.98, config.sparse_ratio + REACH)]
@@ -208,7 +211,7 @@ def _measured(
 
 def _report(
     config: SparseConfig,
-    layers: Mapping[str, Layer],
+    layers: Mapping[str, SparseLayer],
     names: Sequence[str],
     solved: Mapping[str, dict[str, Any]],
     skipped: Mapping[str, str],
@@ -254,7 +257,7 @@ class BaseCompressor:
         self.compressed_model: Any = None
         self.masks: dict[str, Any] = {}
 
-    def _ask(self, model: Any) -> Host:
+    def _ask(self, model: Any) -> SparseFramework:
         raise NotImplementedError
 
     def compress(self, dataset: Any = None, *, on_progress: Callable[[Progress], None] | None = None) -> dict[str, Any]:

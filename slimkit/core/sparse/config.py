@@ -10,7 +10,7 @@ from slimkit.core import check
 from slimkit.core.errors import ArgumentTypeError, ConfigError
 
 if TYPE_CHECKING:
-    from slimkit.core.sparse.pattern import NM
+    from slimkit.core.sparse.maths.pattern import NM
 
 METHODS = ("magnitude", "wanda", "hessian", "par", "par_v2")
 DEFAULT_RATIO = 0.5
@@ -119,7 +119,7 @@ class SparseConfig:
     @property
     def nm(self) -> NM | None:
         """The n:m pattern, or None."""
-        from slimkit.core.sparse.pattern import parse
+        from slimkit.core.sparse.maths.pattern import parse
 
         return None if self.pattern is None else parse(self.pattern, "SparseConfig.pattern")
 

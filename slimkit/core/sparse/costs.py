@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from slimkit.core.sparse.layer import Layer
+from slimkit.core.sparse.maths.layer import SparseLayer
 
 # Seconds that a method takes for a layer: per column, per weight, per columns^3 and per weight and column. Measured on
 # one thread of an x86-64 CPU from 128 to 2304 columns, within a quarter.
@@ -15,11 +15,11 @@ COSTS = {
 }
 
 
-def seconds_to_solve(layer: Layer, method: str) -> float:
+def seconds_to_solve(layer: SparseLayer, method: str) -> float:
     """Seconds of solving a layer on one thread of a CPU; elsewhere in proportion to those of other layers.
 
     Example:
-        >>> one, two = (Layer("fc", "linear", (rows, 1024)) for rows in (1024, 2048))
+        >>> one, two = (SparseLayer("fc", "linear", (rows, 1024)) for rows in (1024, 2048))
         >>> seconds_to_solve(one, "par") < seconds_to_solve(two, "par") < 2 * seconds_to_solve(one, "par")
         True
     """

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from slimkit.core.sparse.backend import Array, device_of, namespace, to_numpy
+from slimkit.core.sparse.maths.backend import Array, device_of, namespace, to_numpy
 
 # The two ways in which the weight of an expert may lie: (out, in) and (in, out).
 OTHER_KIND = {"linear": "conv1d", "conv1d": "linear"}
@@ -120,7 +120,7 @@ def routed(rows: Array, picked: Array | None, valid: Array | None) -> tuple[Arra
 
 
 @dataclass(frozen=True)
-class Use:
+class LayerCall:
     """One use of a layer.
 
     Args:
@@ -144,13 +144,13 @@ class Pairs:
 
     def __init__(self, seen: Any, paired: bool) -> None:
         self._seen, self._paired = seen, paired
-        self._waiting: dict[str, list[Use]] = {}
+        self._waiting: dict[str, list[LayerCall]] = {}
 
-    def dense(self, name: str, use: Use) -> None:
+    def dense(self, name: str, use: LayerCall) -> None:
         """A layer of the dense model is used."""
         self._waiting.setdefault(name, []).append(use)
 
-    def sparse(self, name: str, use: Use) -> None:
+    def sparse(self, name: str, use: LayerCall) -> None:
         """The same layer of the sparse model is used, as many uses of its later."""
         queue = self._waiting.get(name)
         dense = queue.pop(0) if queue else None
@@ -167,12 +167,12 @@ class Pairs:
         self._seen(name, use.x, dense.x, drift)
 
 
-def same_tokens(use: Use, dense: Use) -> tuple[Use, Use]:
+def same_tokens(use: LayerCall, dense: LayerCall) -> tuple[LayerCall, LayerCall]:
     """Only the tokens that both models send to the layer, in one order: routing changes as a model becomes sparse.
 
     Example:
-        >>> ours = Use(np.array([[5.0], [1.0]]), tokens=np.array([5, 1]))
-        >>> dense = Use(np.array([[3.0], [5.5]]), tokens=np.array([3, 5]))
+        >>> ours = LayerCall(np.array([[5.0], [1.0]]), tokens=np.array([5, 1]))
+        >>> dense = LayerCall(np.array([[3.0], [5.5]]), tokens=np.array([3, 5]))
         >>> [found.x.tolist() for found in same_tokens(ours, dense)]
         [[[5.0]], [[5.5]]]
     """
@@ -183,9 +183,9 @@ def same_tokens(use: Use, dense: Use) -> tuple[Use, Use]:
         return use, dense
     _, own, other = np.intersect1d(mine, theirs, return_indices=True)
 
-    def only(one: Use, place: np.ndarray[Any, Any]) -> Use:
+    def only(one: LayerCall, place: np.ndarray[Any, Any]) -> LayerCall:
         assert one.tokens is not None
         index = namespace(one.tokens).asarray(place, device=device_of(one.tokens))
-        return Use(one.x[index], tokens=one.tokens[index])
+        return LayerCall(one.x[index], tokens=one.tokens[index])
 
     return only(use, own), only(dense, other)

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from slimkit.core.errors import ArgumentError
-from slimkit.core.sparse.backend import Array, device_of, namespace, precision
 from slimkit.core.sparse.costs import seconds_to_solve
-from slimkit.core.sparse.layer import Layer
-from slimkit.core.sparse.moments import SUMS, Moments
-from slimkit.core.sparse.solve import Solved
-
-if TYPE_CHECKING:
-    from slimkit.core.sparse.walk import Host
+from slimkit.core.sparse.framework import SparseFramework
+from slimkit.core.sparse.maths.backend import Array, device_of, namespace, precision
+from slimkit.core.sparse.maths.layer import SparseLayer
+from slimkit.core.sparse.maths.moments import SUMS, Moments
+from slimkit.core.sparse.maths.solve import Solved
 
 # What a process sends, roughly: enough to tell a gain from a loss.
 BYTES_PER_SECOND = 5e8
 SECONDS_PER_CALL = 2e-3
 
 
-def agreed(host: Host, feeds: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
+def agreed(host: SparseFramework, feeds: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
     """The feeds of all processes: each may have seen other experts, in another order, and all must go on alike.
 
     Args:
@@ -49,7 +47,7 @@ def agreed(host: Host, feeds: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]
     return [tuple(names) for names in groups.values()]
 
 
-def add_up(host: Host, moments: Moments, weight: Array) -> None:
+def add_up(host: SparseFramework, moments: Moments, weight: Array) -> None:
     """Add up one layer's moments over all processes, in place; a process may have seen none of its rows.
 
     Args:
@@ -85,7 +83,7 @@ def add_up(host: Host, moments: Moments, weight: Array) -> None:
     moments.dense_inner = sum(e["inner"] for e in every)
 
 
-def owners(layers: Sequence[Layer], method: str, processes: int) -> dict[str, int]:
+def owners(layers: Sequence[SparseLayer], method: str, processes: int) -> dict[str, int]:
     """Which process solves which of some layers that do not wait for each other; empty where each had better do all.
 
     The dearest layer goes first, each to the process that has least to do.
@@ -96,10 +94,10 @@ def owners(layers: Sequence[Layer], method: str, processes: int) -> dict[str, in
         processes: how many share the work.
 
     Example:
-        >>> layers = [Layer(n, "linear", (4096, 4096)) for n in "qkv"]
+        >>> layers = [SparseLayer(n, "linear", (4096, 4096)) for n in "qkv"]
         >>> owners(layers, "hessian", 2)
         {'q': 0, 'k': 1, 'v': 0}
-        >>> owners([Layer(n, "linear", (16, 16)) for n in "qkv"], "hessian", 2)
+        >>> owners([SparseLayer(n, "linear", (16, 16)) for n in "qkv"], "hessian", 2)
         {}
     """
     if processes < 2 or len(layers) < 2:
@@ -116,8 +114,8 @@ def owners(layers: Sequence[Layer], method: str, processes: int) -> dict[str, in
 
 
 def exchange(
-    host: Host,
-    layers: Sequence[Layer],
+    host: SparseFramework,
+    layers: Sequence[SparseLayer],
     owner: Mapping[str, int],
     solved: Mapping[str, Solved | Exception],
 ) -> Iterator[tuple[str, Solved]]:

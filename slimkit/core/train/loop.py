@@ -17,7 +17,7 @@ from slimkit.core.train.callbacks import TrainerCallback
 from slimkit.core.train.history import InMemoryRunHistory, RunHistory, TrainerRunConfig
 from slimkit.core.train.loading import LoaderOptions
 from slimkit.core.train.resume import Resumable
-from slimkit.core.train.updates import TrainOptions
+from slimkit.core.train.updates import UpdateOptions
 
 PRECISIONS = ("no", "fp16", "bf16")
 
@@ -26,7 +26,7 @@ PRECISIONS = ("no", "fp16", "bf16")
 class _Epochs:
     """What a run reads: its options, its last epoch, the batches of an epoch, and those to evaluate on."""
 
-    options: TrainOptions
+    options: UpdateOptions
     last: int
     batches: Callable[[int], Iterable[Any]]
     held_out: Callable[[], Iterable[Any]] | None
@@ -84,7 +84,7 @@ class TrainerLoop(Resumable):
     # What a wing adds.
 
     @abstractmethod
-    def _prepare(self, options: TrainOptions) -> None:
+    def _prepare(self, options: UpdateOptions) -> None:
         """Make optimizer, scheduler and whatever one update needs."""
 
     @abstractmethod
@@ -174,7 +174,7 @@ class TrainerLoop(Resumable):
         Raises:
             ConfigError: an argument does not fit the others, or not the checkpoint.
         """
-        options = TrainOptions(
+        options = UpdateOptions(
             num_epochs, gradient_accumulation_steps, gradient_clip_value, gradient_clip_norm, create_scheduler_fn,
             max_num_train_steps,
         )  # fmt: skip

@@ -10,7 +10,7 @@ from slimkit.core import check
 from slimkit.core.errors import ConfigError
 
 
-class TrainOptions:
+class UpdateOptions:
     """The checked arguments of one call of `train` that concern updates."""
 
     def __init__(

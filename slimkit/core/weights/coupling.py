@@ -33,7 +33,7 @@ _LINEAR = ("linear", "linear_t")
 
 
 @dataclass(frozen=True)
-class Target:
+class SmallTensor:
     """One tensor of the small model: its shape and the kind of layer that owns it.
 
     Args:
@@ -58,7 +58,7 @@ class Structure:
         rotary: the model turns queries and keys by rotary position embeddings.
     """
 
-    targets: Mapping[str, Target]
+    targets: Mapping[str, SmallTensor]
     heads: Mapping[str, Heads] = field(default_factory=dict)
     tied: tuple[tuple[str, ...], ...] = ()
     ignorable: frozenset[str] = frozenset()
@@ -76,7 +76,7 @@ def computed_names(names: Iterable[str]) -> frozenset[str]:
 
 
 @dataclass(frozen=True)
-class Use:
+class AxisUse:
     """How one axis of one tensor uses a variable.
 
     Args:
@@ -105,10 +105,10 @@ class Width:
 
 
 @dataclass
-class Coupling:
+class WeightCoupling:
     """Every axis that must become shorter, with the variable it shares."""
 
-    uses: dict[str, tuple[Use | None, ...]]
+    uses: dict[str, tuple[AxisUse | None, ...]]
     widths: dict[str, Width]
     attentions: dict[str, Attention]
 
@@ -118,7 +118,7 @@ class _Pair:
     """One tensor before and after."""
 
     name: str
-    target: Target
+    target: SmallTensor
     source: Shape
 
     @property
@@ -133,7 +133,7 @@ def couple(
     config: Mapping[str, Any] | None = None,
     *,
     fused_only: bool = False,
-) -> Coupling:
+) -> WeightCoupling:
     """Find what is shared between the axes that must be cut.
 
     Args:
@@ -159,7 +159,7 @@ def couple(
                 "a tensor can be cut, not grown or reshaped."
             )
         pairs[name] = _Pair(name, target, shape)
-    found = Coupling({n: (None,) * len(p.source) for n, p in pairs.items()}, {}, {})
+    found = WeightCoupling({n: (None,) * len(p.source) for n, p in pairs.items()}, {}, {})
     roles = _attention_roles(pairs)
     for path in sorted({path for path, _ in roles.values()}):
         members = {n: role for n, (p, role) in roles.items() if p == path}
@@ -169,7 +169,7 @@ def couple(
     if not fused_only and (unread := _unread_attention(pairs, roles)):
         raise UnsupportedError(
             f"{unread[0]!r} speaks of attention, and its layer's query, key and value were not found by their names, "
-            'so its heads cannot be kept whole. Use set_selection("first").'
+            'so its heads cannot be kept whole. AxisUse set_selection("first").'
         )
     _add_widths(found, pairs, roles)
     return found
@@ -234,7 +234,7 @@ def _attention_roles(pairs: Mapping[str, _Pair]) -> dict[str, tuple[str, str]]:
 
 
 def _add_attention(
-    found: Coupling,
+    found: WeightCoupling,
     path: str,
     members: Mapping[str, str],
     pairs: Mapping[str, _Pair],
@@ -276,25 +276,25 @@ def _add_attention(
         for axis in pair.cut:
             lengths = (pair.source[axis], pair.target.shape[axis])
             if role in rows and role != "out" and axis == _out_axis(pair):
-                uses[axis] = Use(path, role)
+                uses[axis] = AxisUse(path, role)
             elif role == "out" and len(pair.source) == 2 and axis != _out_axis(pair) and lengths == rows["out"]:
-                uses[axis] = Use(path, "out")
+                uses[axis] = AxisUse(path, "out")
             elif role == "norm" and lengths == size:
                 attention.shared_dims = True
-                uses[axis] = Use(path, "dims")
+                uses[axis] = AxisUse(path, "dims")
             elif (
                 role == "norm"
                 and layout == "separate"
                 and (row := normed_role(_words(name)[-1]))
                 and lengths == rows[row]
             ):
-                uses[axis] = Use(path, row)
+                uses[axis] = AxisUse(path, row)
             elif role in ("embedding", "other") and lengths == heads:
-                uses[axis] = Use(path, "heads")
+                uses[axis] = AxisUse(path, "heads")
         found.uses[name] = tuple(uses)
 
 
-def _share_position_bias(found: Coupling, roles: Mapping[str, tuple[str, str]]) -> None:
+def _share_position_bias(found: WeightCoupling, roles: Mapping[str, tuple[str, str]]) -> None:
     """Tie the heads of a stack whose first layer alone owns a table with a column per head (T5), in place."""
     for name, (path, role) in roles.items():
         if role == "embedding" and any(use and use.side == "heads" for use in found.uses[name]):
@@ -312,7 +312,7 @@ def _out_axis(pair: _Pair) -> int:
     return 1 if pair.target.kind == "linear_t" and len(pair.source) == 2 else 0
 
 
-def _add_widths(found: Coupling, pairs: Mapping[str, _Pair], roles: Mapping[str, tuple[str, str]]) -> None:
+def _add_widths(found: WeightCoupling, pairs: Mapping[str, _Pair], roles: Mapping[str, tuple[str, str]]) -> None:
     free: list[tuple[_Pair, int, str]] = []
     for name, pair in pairs.items():
         for axis in pair.cut:
@@ -358,7 +358,7 @@ def _add_widths(found: Coupling, pairs: Mapping[str, _Pair], roles: Mapping[str,
             for pair, axis, side, parts in chosen:
                 width.uses.add(side)
                 uses = list(found.uses[pair.name])
-                uses[axis] = Use(variable, side, parts)
+                uses[axis] = AxisUse(variable, side, parts)
                 found.uses[pair.name] = tuple(uses)
 
 

@@ -14,7 +14,7 @@ from slimkit.core.log import logger, progress
 from slimkit.core.weights import blocks
 from slimkit.core.weights.activations import of_file
 from slimkit.core.weights.blocks import PruneSpec
-from slimkit.core.weights.coupling import Coupling, Structure, couple
+from slimkit.core.weights.coupling import Structure, WeightCoupling, couple
 from slimkit.core.weights.heads import Index, best, choose_heads
 from slimkit.core.weights.names import pair_names
 from slimkit.core.weights.scores import Scores
@@ -142,7 +142,7 @@ def _mismatch(missing: list[str], surplus: list[str], spec: PruneSpec) -> str:
 
 def _fill_index(
     plan: WeightPlan,
-    coupling: Coupling,
+    coupling: WeightCoupling,
     shapes: Mapping[str, tuple[int, ...]],
     structure: Structure,
     source: Weights,
@@ -199,7 +199,7 @@ def _fill_index(
         plan.index[name] = tuple(index)
 
 
-def _check_seen(scores: Scores, coupling: Coupling, spec: PruneSpec, strict: bool) -> None:
+def _check_seen(scores: Scores, coupling: WeightCoupling, spec: PruneSpec, strict: bool) -> None:
     """Refuse activations that say nothing of a choice that must be made; without `strict` its weights decide."""
     if spec.activations is None:
         return

@@ -5,14 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
-# The same value under the words of another framework, or of an older checkpoint.
-_SYNONYMS = {
-    "gamma": "weight",
-    "beta": "bias",
-    "embedding_table": "weight",
-    "moving_mean": "running_mean",
-    "moving_variance": "running_var",
-}
+from slimkit.core.naming import torch_name
 
 
 def pair_names(targets: Iterable[str], sources: Iterable[str]) -> dict[str, str]:
@@ -35,14 +28,14 @@ def pair_names(targets: Iterable[str], sources: Iterable[str]) -> dict[str, str]
     plain = _by_canonical([s for s in sources if s not in paired])
     open_targets = [t for t in targets if t not in paired]
     for target in open_targets:
-        if (source := plain.get(canonical(target))) is not None:
+        if (source := plain.get(torch_name(target))) is not None:
             paired[target] = source
     open_targets = [t for t in open_targets if t not in paired]
     taken = set(paired.values())
     plain = {c: s for c, s in plain.items() if s not in taken}
     # One prefix for the whole file, put before its names or taken away: the one that serves most of what is left.
     votes: Counter[tuple[str, str]] = Counter()
-    wanted = {canonical(t): t for t in open_targets}
+    wanted = {torch_name(t): t for t in open_targets}
     for source in plain:
         for tail in _tails(source):
             if tail in wanted:
@@ -60,16 +53,10 @@ def pair_names(targets: Iterable[str], sources: Iterable[str]) -> dict[str, str]
     return paired
 
 
-def canonical(name: str) -> str:
-    """A name with the last word in PyTorch's spelling ("norm.gamma" -> "norm.weight")."""
-    head, dot, last = name.rpartition(".")
-    return head + dot + _SYNONYMS.get(last, last)
-
-
 def _by_canonical(names: Iterable[str]) -> dict[str, str]:
     grouped: dict[str, list[str]] = {}
     for name in names:
-        grouped.setdefault(canonical(name), []).append(name)
+        grouped.setdefault(torch_name(name), []).append(name)
     return {key: found[0] for key, found in grouped.items() if len(found) == 1}
 
 

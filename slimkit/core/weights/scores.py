@@ -6,7 +6,7 @@ import numpy as np
 
 from slimkit.core.checkpoint.weightfile import Array
 from slimkit.core.errors import PlanError
-from slimkit.core.weights.coupling import Coupling, Use
+from slimkit.core.weights.coupling import AxisUse, WeightCoupling
 from slimkit.core.weights.heads import Kept
 
 _BLOCK = 1 << 18  # values squared at a time
@@ -25,7 +25,7 @@ class Scores:
     sec. 4), and a head by the sum over its channels.
     """
 
-    def __init__(self, coupling: Coupling) -> None:
+    def __init__(self, coupling: WeightCoupling) -> None:
         self._coupling = coupling
         self._width: dict[tuple[str, str], Array] = {}
         self._rows: dict[tuple[str, str], Array] = {}
@@ -56,7 +56,7 @@ class Scores:
             key = (use.variable, use.side)
             self._width[key] = self._width[key] + energy if key in self._width else energy
 
-    def _add_seen(self, name: str, use: Use, energy: Array, activation: Array) -> None:
+    def _add_seen(self, name: str, use: AxisUse, energy: Array, activation: Array) -> None:
         if len(activation) != len(energy):
             raise PlanError(
                 f"{name}: the activations tell of {len(activation)} input channels, the file has {len(energy)}. "
@@ -71,7 +71,7 @@ class Scores:
         """What the scores of a width or an attention layer rest on: "activations" or "importance" (weights)."""
         return "activations" if variable in self._seen else "importance"
 
-    def _add_rows(self, use: Use, energy: Array) -> None:
+    def _add_rows(self, use: AxisUse, energy: Array) -> None:
         attention = self._coupling.attentions[use.variable]
         if use.side in ("fused", "grouped"):
             every = Kept.all(attention)

@@ -5,38 +5,46 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from slimkit.core.delta.access import ModelAccess
+from slimkit.core.delta.framework import DeltaFramework
 from slimkit.core.delta.spec import PREFIX, Site
 from slimkit.core.freeze import Parameters
-from slimkit_ms import bridge
+from slimkit_ms import bridge, kinds
 from slimkit_ms.delta.adapter import AdapterDense
 from slimkit_ms.delta.layer import DeltaLayer
 from slimkit_ms.delta.lora import LoRADense
-from slimkit_ms.delta.lora_layers import LoRAConv2d, LoRAEmbedding
+from slimkit_ms.delta.lora_layers import LoRAConv2d, LoRAEmbedding, LoRAMintConv2d, LoRAMintEmbedding
 from slimkit_ms.delta.low_rank_adapter import LowRankAdapterDense
 from slimkit_ms.delta.positions import start_at_zero
 
-from mindspore import nn
+from mindspore import mint, nn
 
-_LORA: dict[str, Any] = {"linear": LoRADense, "embedding": LoRAEmbedding, "conv2d": LoRAConv2d}
+# Layer -> the layer that takes its place, and its kind in the core's words.
+_LORA: dict[type, tuple[Any, str]] = {
+    nn.Dense: (LoRADense, "linear"),
+    mint.nn.Linear: (LoRADense, "linear"),
+    nn.Embedding: (LoRAEmbedding, "embedding"),
+    mint.nn.Embedding: (LoRAMintEmbedding, "embedding"),
+    nn.Conv2d: (LoRAConv2d, "conv2d"),
+    mint.nn.Conv2d: (LoRAMintConv2d, "conv2d"),
+}
 _ADAPTERS: dict[str, Any] = {"adapter": AdapterDense, "low_rank_adapter": LowRankAdapterDense}
-# A subclass with a construct of its own computes something else: it is not taken for what it derives from.
-_PLAIN = ((nn.Dense, "linear"), (nn.Embedding, "embedding"), (nn.Conv2d, "conv2d"))
 
 
 def kind_of(cell: nn.Cell) -> str:
     """ "linear", "embedding" or "conv2d" for a layer whose mathematics is known, else ""."""
     if isinstance(cell, DeltaLayer):
-        return next((kind for kind, layer in _LORA.items() if type(cell) is layer), "linear")
-    for base, kind in _PLAIN:
-        if isinstance(cell, base) and type(cell).construct is base.construct:
-            return kind
-    return ""
+        return next((kind for layer, kind in _LORA.values() if type(cell) is layer), "linear")
+    # A subclass with a construct of its own computes something else: it is not taken for what it derives from.
+    return _LORA[_base(cell)][1] if kinds.computes_as_its_kind(cell) and _base(cell) in _LORA else ""
+
+
+def _base(cell: nn.Cell) -> Any:
+    return next((kind for kind in type(cell).__mro__ if kind in _LORA), None)
 
 
 def weight_of(cell: nn.Cell) -> Any:
     """The weight of a layer, an embedding's table too."""
-    return cell.embedding_table if isinstance(cell, nn.Embedding) else getattr(cell, "weight", None)
+    return kinds.weight_of(cell) if kinds.is_kind(cell, "embedding") else getattr(cell, "weight", None)
 
 
 def _site(cell: nn.Cell) -> Site:
@@ -47,8 +55,10 @@ def _site(cell: nn.Cell) -> Site:
     reason = ""
     if not weight.is_floating_point():
         reason = f"its weight is {weight.dtype}, not a floating type"
-    elif isinstance(cell, nn.Conv2d) and cell.group != 1:
+    elif kind == "conv2d" and kinds.groups_of(cell) != 1:
         reason = "it is a grouped convolution"
+    elif kind == "conv2d" and kinds.padding_mode_of(cell) != "zeros":
+        reason = f"it pads with {kinds.padding_mode_of(cell)}"
     shape = tuple(weight.shape[::-1] if kind == "embedding" else weight.shape)
     return Site(kind, (shape[0], int(weight.size // max(shape[0], 1))), name, True, reason)
 
@@ -61,7 +71,7 @@ def _walk(cell: nn.Cell, path: str = "") -> Iterator[tuple[str, nn.Cell]]:
             yield from _walk(child, f"{path}.{name}" if path else name)
 
 
-class MindSporeAccess(ModelAccess):
+class MindSporeDelta(DeltaFramework):
     """The MindSpore wing's answers."""
 
     def sites(self, model: nn.Cell) -> dict[str, Site]:
@@ -94,7 +104,7 @@ class MindSporeAccess(ModelAccess):
 
     def make(self, kind: str, module: nn.Cell, name: str, dtype: Any, options: Mapping[str, Any]) -> Any:
         if kind == "lora":
-            return _LORA[kind_of(module)].over(module)
+            return _LORA[_base(module)][0].over(module)
         return _ADAPTERS[kind].over(module, name, dtype, dict(options))
 
     def is_sparse(self, module: nn.Cell) -> bool:
@@ -111,4 +121,4 @@ class MindSporeAccess(ModelAccess):
         return sum(any(p is parameter for p in c._params.values()) for _, c in model.cells_and_names())
 
 
-access = MindSporeAccess()
+access = MindSporeDelta()

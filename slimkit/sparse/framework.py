@@ -8,28 +8,28 @@ from typing import Any
 
 from slimkit import bridge
 from slimkit.core.sparse.experts import learn_layouts
-from slimkit.core.sparse.layer import Layer
+from slimkit.core.sparse.framework import CalibratedBlock
+from slimkit.core.sparse.maths.layer import SparseLayer
 from slimkit.core.sparse.processes import agreed
-from slimkit.core.sparse.walk import Stage
+from slimkit.sparse.blocks import ModelBlock, WholeModel, trace
 from slimkit.sparse.inputs import BlockInputs, as_input, quiet, valid_tokens
 from slimkit.sparse.reads import Reads
 from slimkit.sparse.residual import first_tensor
-from slimkit.sparse.slots import Slot, described
-from slimkit.sparse.stages import BlockStage, ModelStage, trace
+from slimkit.sparse.slots import WeightSlot, described
 
 import torch
 
 
-class TorchHost:
+class TorchSparse:
     """A torch model behind the face that slimkit.core.sparse.compress asks for."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.model = model
         self.keeps_masks = True
-        self._layers: dict[str, Layer] = {}
-        self._slots: dict[str, Slot] = {}
+        self._layers: dict[str, SparseLayer] = {}
+        self._slots: dict[str, WeightSlot] = {}
 
-    def layers(self, dataset: Iterable[Any] | None = None) -> tuple[dict[str, Layer], dict[str, str]]:
+    def layers(self, dataset: Iterable[Any] | None = None) -> tuple[dict[str, SparseLayer], dict[str, str]]:
         """Every layer that can be sparse by name, and those that cannot with the reason.
 
         Args:
@@ -40,7 +40,7 @@ class TorchHost:
         self._layers = found
         return dict(found), skipped
 
-    def _watch_products(self, slots: Mapping[str, Slot], batch: Any, turned: Callable[[str], None]) -> None:
+    def _watch_products(self, slots: Mapping[str, WeightSlot], batch: Any, turned: Callable[[str], None]) -> None:
         with quiet(self.model), Reads(self.model, slots, lambda *_: None, transposed=turned):
             bridge.run(self.model, batch)
 
@@ -76,9 +76,9 @@ class TorchHost:
 
         return restore
 
-    def stages(self, dataset: Iterable[Any], names: Sequence[str], paired: bool) -> Iterator[Stage]:
+    def stages(self, dataset: Iterable[Any], names: Sequence[str], paired: bool) -> Iterator[CalibratedBlock]:
         """The parts of the model: what comes before a chain of blocks, each block, and the rest; or the whole."""
-        modules: dict[str, tuple[str, Slot]] = {}
+        modules: dict[str, tuple[str, WeightSlot]] = {}
         known: set[tuple[int, str, str]] = set()
         for name in names:
             for path in (name, *self._layers[name].aliases):
@@ -92,22 +92,22 @@ class TorchHost:
         found, chained = trace(self.model, dataset, modules, blocks)
         every = agreed(self, found.feeds)
         if not all(self.gather(chained)):
-            yield ModelStage(self.model, dense, dataset, modules, every, found)
+            yield WholeModel(self.model, dense, dataset, modules, every, found)
             return
         where = {name: next((b for b in blocks if name.startswith(b + ".")), "") for name in names}
         first = next(i for i, feed in enumerate(every) if where[feed[0]])
         before = [f for f in every[:first] if not where[f[0]]]
         after = [f for f in every[first:] if not where[f[0]]]
         if before:
-            yield ModelStage(self.model, dense, dataset, modules, before, found, whole=False)
+            yield WholeModel(self.model, dense, dataset, modules, before, found, whole=False)
         inputs = BlockInputs(self.model, dense, dataset, blocks)
         for block in blocks:
             feeds = [f for f in every if where[f[0]] == block]
             twin = bridge.get_module(dense, block) if dense is not None else None
-            yield BlockStage(block, bridge.get_module(self.model, block), twin, inputs, modules, feeds, found)
+            yield ModelBlock(block, bridge.get_module(self.model, block), twin, inputs, modules, feeds, found)
         del inputs
         if after:
-            yield ModelStage(self.model, dense, dataset, modules, after, found, whole=False)
+            yield WholeModel(self.model, dense, dataset, modules, after, found, whole=False)
 
     def outputs(self, batch: Any) -> Any:
         """The model's first output for a batch, as a float32 NumPy array without the rows of padding."""

@@ -17,7 +17,7 @@ SYNC_BYTES = 64 << 20  # a disk is kept busy by as much, and a file of less is f
 _sync = getattr(os, "fdatasync", os.fsync)
 
 
-class Beside:
+class BackgroundThread:
     """A thread that does one job after the other while its owner goes on; one job at a time may be under way.
 
     An executor will not do: it refuses jobs while the interpreter waits at exit for a save in the background.
@@ -63,7 +63,7 @@ class Beside:
         with self._free:
             self._raise()
 
-    def __enter__(self) -> Beside:
+    def __enter__(self) -> BackgroundThread:
         return self
 
     def __exit__(
@@ -83,7 +83,7 @@ class Outflow:
 
     def __init__(self, handle: IO[Any]) -> None:
         self._handle = handle
-        self._beside = Beside()
+        self._beside = BackgroundThread()
         self._since = 0
 
     def write(self, part: bytes | memoryview) -> None:

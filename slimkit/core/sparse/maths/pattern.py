@@ -8,16 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from slimkit.core import check
-from slimkit.core.sparse.backend import (
-    Array,
-    bits,
-    device_of,
-    kth_smallest,
-    library,
-    like,
-    namespace,
-    to_numpy,
-)
+from slimkit.core.sparse.maths.backend import Array, bits, device_of, kth_smallest, library, like, namespace, to_numpy
 
 # More scores than this are searched for a limit by way of a sorted sample of so many.
 LONG = 1 << 15

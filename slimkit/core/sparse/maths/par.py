@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from slimkit.core.sparse import pattern as patterns
-from slimkit.core.sparse.backend import (
+from slimkit.core.sparse.maths import pattern as patterns
+from slimkit.core.sparse.maths.backend import (
     Array,
     add_product,
     device_of,
@@ -17,8 +17,8 @@ from slimkit.core.sparse.backend import (
     product_into,
     row_products,
 )
-from slimkit.core.sparse.correlations import Correlations, Mixed, Spectral
-from slimkit.core.sparse.pattern import NM
+from slimkit.core.sparse.maths.correlations import Correlations, Mixed, Spectral
+from slimkit.core.sparse.maths.pattern import NM
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 
 from slimkit.core.sparse.experts import learn_layouts
-from slimkit.core.sparse.layer import Layer
+from slimkit.core.sparse.framework import CalibratedBlock
+from slimkit.core.sparse.maths.layer import SparseLayer
 from slimkit.core.sparse.processes import agreed
-from slimkit.core.sparse.walk import Stage
-from slimkit_ms import bridge
+from slimkit_ms import bridge, kinds
+from slimkit_ms.sparse.blocks import WholeModel, as_input, trace, unwatched, valid_tokens, watching
 from slimkit_ms.sparse.reads import Reads
 from slimkit_ms.sparse.residual import first_tensor
-from slimkit_ms.sparse.slots import Slot, slots_of, unclear
-from slimkit_ms.sparse.stages import CellStage, as_input, trace, unwatched, valid_tokens, watching
+from slimkit_ms.sparse.slots import WeightSlot, slots_of, unclear
 
 import mindspore as ms
 from mindspore import nn
@@ -25,20 +25,20 @@ from mindspore import nn
 Array = np.ndarray[Any, Any]
 
 
-class MindSporeHost:
+class MindSporeSparse:
     """A MindSpore cell behind the face that slimkit.core.sparse.compress asks for."""
 
     def __init__(self, model: nn.Cell) -> None:
         self.model = model
         self.keeps_masks = True
-        self._slots: dict[str, Slot] = {}
+        self._slots: dict[str, WeightSlot] = {}
 
-    def layers(self, dataset: Iterable[Any] | None = None) -> tuple[dict[str, Layer], dict[str, str]]:
+    def layers(self, dataset: Iterable[Any] | None = None) -> tuple[dict[str, SparseLayer], dict[str, str]]:
         """Every layer that can be sparse by name, and those that cannot with the reason."""
-        found: dict[str, Layer] = {}
+        found: dict[str, SparseLayer] = {}
         skipped: dict[str, str] = {}
         owner: dict[tuple[int, str], str] = {}
-        tables = {id(c.embedding_table) for _, c in self.model.cells_and_names() if isinstance(c, nn.Embedding)}
+        tables = {id(kinds.weight_of(c)) for _, c in self.model.cells_and_names() if kinds.is_kind(c, "embedding")}
         self._slots = dict(slots_of(self.model))
         for name, slot in self._slots.items():
             weight = slot.parameter(self.model)
@@ -60,7 +60,7 @@ class MindSporeHost:
         learn_layouts(found, self._slots, dataset, self._watch_products)
         return found, skipped
 
-    def _watch_products(self, slots: Mapping[str, Slot], batch: Any, turned: Callable[[str], None]) -> None:
+    def _watch_products(self, slots: Mapping[str, WeightSlot], batch: Any, turned: Callable[[str], None]) -> None:
         with watching(self.model, {}, unwatched), Reads(self.model, slots, unwatched, transposed=turned):
             bridge.run(self.model, batch)
 
@@ -89,12 +89,12 @@ class MindSporeHost:
 
         return restore
 
-    def stages(self, dataset: Iterable[Any], names: Sequence[str], paired: bool) -> Iterator[Stage]:
+    def stages(self, dataset: Iterable[Any], names: Sequence[str], paired: bool) -> Iterator[CalibratedBlock]:
         """The whole cell as one stage; its layers in the order they are called."""
         slots = {name: self._slots[name] for name in names}
         dense = copy.deepcopy(self.model) if paired else None
         calls = trace(self.model, dataset, slots)
-        yield CellStage(self.model, dense, dataset, slots, agreed(self, calls.feeds), calls)
+        yield WholeModel(self.model, dense, dataset, slots, agreed(self, calls.feeds), calls)
 
     def outputs(self, batch: Any) -> Array:
         """The cell's first output for a batch, as a float32 NumPy array."""

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 
 from slimkit.core.errors import UnsupportedError
-from slimkit.core.sparse.calls import Calls
-from slimkit.core.sparse.experts import Pairs, Use
-from slimkit_ms import bridge
+from slimkit.core.sparse.call_order import CallOrder
+from slimkit.core.sparse.experts import LayerCall, Pairs
+from slimkit_ms import bridge, kinds
 from slimkit_ms.sparse.reads import Reads
 from slimkit_ms.sparse.residual import arriving, block_paths, chained, hooks, joints
-from slimkit_ms.sparse.slots import PARTS, Slot, attended, last_two
+from slimkit_ms.sparse.slots import PARTS, WeightSlot, attended
 
 import mindspore as ms
 from mindspore import nn
@@ -37,9 +37,9 @@ def _enough(*_: Any) -> None:
 @contextlib.contextmanager
 def watching(
     model: nn.Cell,
-    slots: Mapping[str, Slot],
+    slots: Mapping[str, WeightSlot],
     seen: Callable[[str, Any, Array | None], None],
-    until: Slot | None = None,
+    until: WeightSlot | None = None,
     valid: Array | None = None,
 ) -> Iterator[None]:
     """Eval mode, layer by layer, calling ``seen(name, input, tokens)`` before each use of the layers' weights.
@@ -62,7 +62,7 @@ def watching(
         place = PARTS.index(part) if part else 0
         return lambda _cell, args, kwargs: seen(name, kwargs[part] if part in kwargs else args[place], None)
 
-    def before(slot: Slot, call: Callable[..., None]) -> None:
+    def before(slot: WeightSlot, call: Callable[..., None]) -> None:
         cell = bridge.get_module(model, slot.caller)
         handles.append(cell.register_forward_pre_hook(call, with_kwargs=True))
 
@@ -96,9 +96,9 @@ def unwatched(_name: str, _x: Any, _tokens: Any) -> None:
     """For a forward in which no layer is watched."""
 
 
-def trace(model: nn.Cell, dataset: Iterable[Any], slots: Mapping[str, Slot]) -> Calls:
+def trace(model: nn.Cell, dataset: Iterable[Any], slots: Mapping[str, WeightSlot]) -> CallOrder:
     """Send every batch through once, to learn in which order layers are called and which share one input."""
-    calls = Calls({name for name, slot in slots.items() if slot.kind == "conv2d"})
+    calls = CallOrder({name for name, slot in slots.items() if slot.kind == "conv2d"})
     for batch in dataset:
         calls.batch()
         with watching(model, slots, lambda name, x, _tokens: calls.note(name, x)):
@@ -118,29 +118,12 @@ def valid_tokens(batch: Any) -> Array | None:
 def as_input(cell: nn.Cell, x: ms.Tensor, valid: Array | None = None) -> Array:
     """A layer's input as a float32 NumPy array: padded for a convolution, without the rows of padding tokens."""
     values = bridge.as_numpy(x.astype(ms.float32))
-    if isinstance(cell, nn.Conv2d):
-        return np.pad(values, [(0, 0), (0, 0), *_pads(cell, values.shape[2:])])
+    if kinds.is_kind(cell, "conv"):
+        return np.pad(values, [(0, 0), (0, 0), *kinds.pads_of(cell, values.shape[2:])])
     return values[valid] if valid is not None and values.ndim == 3 and values.shape[:2] == valid.shape else values
 
 
-def _pads(cell: nn.Conv2d, size: tuple[int, ...]) -> list[tuple[int, int]]:
-    """(before, after) of both axes: what pad_mode "pad" says, what "same" works out, nothing for "valid"."""
-    if cell.pad_mode == "pad":
-        pad = cell.padding
-        top, bottom, left, right = (pad,) * 4 if isinstance(pad, int) else pad
-        return [(top, bottom), (left, right)]
-    if cell.pad_mode == "valid":
-        return [(0, 0), (0, 0)]
-    pads = []
-    for i, length in enumerate(size):
-        kernel, stride = cell.kernel_size[i], last_two(cell.stride)[i]
-        reach = (kernel - 1) * last_two(cell.dilation)[i] + 1
-        total = max(0, (-(-length // stride) - 1) * stride + reach - length)
-        pads.append((total // 2, total - total // 2))
-    return pads
-
-
-class CellStage:
+class WholeModel:
     """A whole cell as one stage.
 
     Args:
@@ -157,9 +140,9 @@ class CellStage:
         model: nn.Cell,
         dense: nn.Cell | None,
         dataset: Iterable[Any],
-        slots: Mapping[str, Slot],
+        slots: Mapping[str, WeightSlot],
         feeds: Sequence[tuple[str, ...]],
-        traced: Calls,
+        traced: CallOrder,
     ) -> None:
         self.model, self.dense, self.dataset = model, dense, dataset
         self.slots = slots
@@ -216,20 +199,20 @@ class CellStage:
         batch: Any,
         valid: Array | None,
         until: str | None,
-        seen: Callable[[str, Use], None],
+        seen: Callable[[str, LayerCall], None],
     ) -> None:
         inputs: dict[str, Array] = {}
         waiting: dict[str, tuple[Array, Array]] = {}
 
         def call(name: str, x: Any, tokens: Array | None) -> None:
             if self.slots[name].read:
-                seen(name, Use(x, tokens=tokens))
+                seen(name, LayerCall(x, tokens=tokens))
                 return
             value = as_input(bridge.get_module(model, self.slots[name].caller), x, valid)
             if name in self.joined:
                 inputs[name] = value
             else:
-                seen(name, Use(value))
+                seen(name, LayerCall(value))
 
         def leaving(name: str) -> Callable[..., None]:
             return lambda _cell, _inputs, output: waiting.update({name: (inputs.pop(name), _rows(output))})
@@ -238,7 +221,7 @@ class CellStage:
             for name in [n for n in waiting if self.joined[n] == place]:
                 x, output = waiting.pop(name)
                 value = _rows(total)
-                seen(name, Use(x, value - output if value.shape == output.shape else None))
+                seen(name, LayerCall(x, value - output if value.shape == output.shape else None))
 
         def _rows(value: ms.Tensor) -> Array:
             return as_input(model, value, valid)
@@ -251,4 +234,4 @@ class CellStage:
             with arriving(model, sorted({self.joined[n] for n in joined}), self._blocks, arrived):
                 bridge.run(model, batch)
         for name, (x, _) in waiting.items():
-            seen(name, Use(x))
+            seen(name, LayerCall(x))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from slimkit.core.sparse.backend import Array, namespace
+from slimkit.core.sparse.maths.backend import Array, namespace
 
 KINDS = ("linear", "conv1d", "conv2d")
 
@@ -14,7 +14,7 @@ PIECE = 1 << 25
 
 
 @dataclass(frozen=True)
-class Layer:
+class SparseLayer:
     """One layer that can be made sparse.
 
     Args:

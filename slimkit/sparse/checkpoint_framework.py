@@ -15,22 +15,22 @@ from typing import Any
 from slimkit import bridge
 from slimkit.core import batch as batches
 from slimkit.core import files
+from slimkit.core.checkpoint import shards
 from slimkit.core.errors import UnsupportedError
 from slimkit.core.lazy import library
-from slimkit.core.sparse import shards
-from slimkit.core.sparse.walk import Stage
+from slimkit.core.sparse.framework import CalibratedBlock
 from slimkit.sparse import memory
-from slimkit.sparse.host import TorchHost, block_paths
+from slimkit.sparse.blocks import LentBlock, trace_block
+from slimkit.sparse.framework import TorchSparse, block_paths
 from slimkit.sparse.inputs import BlockInputs, Bound, valid_tokens
 from slimkit.sparse.layouts import Layouts
-from slimkit.sparse.stages import LentStage, trace_block
 
 import torch
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-class CheckpointHost(TorchHost):
+class CheckpointSparse(TorchSparse):
     """A model whose blocks come from files one by one, and go back to files."""
 
     def __init__(
@@ -63,7 +63,7 @@ class CheckpointHost(TorchHost):
         """Nothing to remember: the source stays as it is."""
         return lambda: None
 
-    def stages(self, dataset: Iterable[Any], names: Sequence[str], paired: bool) -> Iterator[Stage]:
+    def stages(self, dataset: Iterable[Any], names: Sequence[str], paired: bool) -> Iterator[CalibratedBlock]:
         """One stage a block: loaded, made sparse, written, and let go."""
         with_data = bool(dataset)
         done = self._done()
@@ -85,7 +85,7 @@ class CheckpointHost(TorchHost):
             else:
                 found = trace_block(path, block, inputs, modules)
                 lend = partial(self._dense_weights, path, block, dense)
-                stage = LentStage(lend, path, block, dense, inputs, modules, found.feeds, found)
+                stage = LentBlock(lend, path, block, dense, inputs, modules, found.feeds, found)
             stage.names = mine
             yield stage
             self._write(index, path, block, stage, inputs)

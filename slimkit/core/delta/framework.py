@@ -16,7 +16,7 @@ from slimkit.core.freeze import Parameters
 Array = np.ndarray[Any, Any]
 
 
-class ModelAccess(ABC):
+class DeltaFramework(ABC):
     """What a wing does to a model on behalf of these steps."""
 
     @abstractmethod
@@ -64,7 +64,7 @@ class ModelAccess(ABC):
         """How many different modules hold a parameter."""
 
 
-class StorageAccess(ModelAccess):
+class DeltaStorage(DeltaFramework):
     """What a wing adds for files: values out of tensors and into them, under names that both wings share."""
 
     @abstractmethod

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from slimkit.core.sparse.backend import Array, add_product, namespace, own_copy
 from slimkit.core.sparse.config import SparseConfig
-from slimkit.core.sparse.factor import STRIP, inverse_factor
-from slimkit.core.sparse.moments import Moments
+from slimkit.core.sparse.maths.backend import Array, add_product, namespace, own_copy
+from slimkit.core.sparse.maths.factor import STRIP, inverse_factor
+from slimkit.core.sparse.maths.moments import Moments
 
 # The regression that makes good what earlier layers lost has a ridge of RIDGE_PER_ROW * channels / calibration rows, at
 # most RIDGE, as a share of a channel's variance. Little of the loss is predictable, and tokens of one text resemble

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from slimkit.core.errors import ArgumentError
-from slimkit.core.sparse.backend import Array, add_product, device_of, inner, namespace, precision
-from slimkit.core.sparse.layer import Layer
+from slimkit.core.sparse.maths.backend import Array, add_product, device_of, inner, namespace, precision
+from slimkit.core.sparse.maths.layer import SparseLayer
 
 # The arrays that are summed over rows, and over processes.
 SUMS = ("gram", "total", "cross", "missing", "dense_total", "drift_cross", "drift_total")
@@ -30,7 +30,7 @@ class Moments:
         drift_total: (1, n_out) sum of the drift.
     """
 
-    def __init__(self, layer: Layer, paired: bool = False, weight: Array = None) -> None:
+    def __init__(self, layer: SparseLayer, paired: bool = False, weight: Array = None) -> None:
         self.layer = layer
         self._weight = weight
         self.paired = paired

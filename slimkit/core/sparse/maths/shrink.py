@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from slimkit.core.sparse.backend import Array, inner
+from slimkit.core.sparse.maths.backend import Array, inner
 
 # The identity's share at most: with less of the sample its own loss could not be had back from the mixed one's.
 MOST = 0.99

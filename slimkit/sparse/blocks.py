@@ -8,23 +8,23 @@ from typing import Any
 
 from slimkit import bridge
 from slimkit.core.errors import UnsupportedError
-from slimkit.core.sparse.calls import Calls
-from slimkit.core.sparse.experts import Pairs, Use
+from slimkit.core.sparse.call_order import CallOrder
+from slimkit.core.sparse.experts import LayerCall, Pairs
 from slimkit.sparse.inputs import BlockInputs, Enough, as_input, enough, quiet, send, valid_tokens
 from slimkit.sparse.reads import Reads
 from slimkit.sparse.residual import arriving, first_tensor, input_of, joints
-from slimkit.sparse.slots import Slot, inside
+from slimkit.sparse.slots import WeightSlot, inside
 
 import torch
 
-Modules = Mapping[str, tuple[str, Slot]]  # path -> (layer it belongs to, where its weight lies)
+Modules = Mapping[str, tuple[str, WeightSlot]]  # path -> (layer it belongs to, where its weight lies)
 Seen = Callable[[str, torch.Tensor, torch.Tensor | None, torch.Tensor | None], None]
 
 
 @contextlib.contextmanager
 def watching(
     model: torch.nn.Module,
-    slots: Mapping[str, Slot],
+    slots: Mapping[str, WeightSlot],
     called: Callable[[str, Any, Any, Any], None],
     read: Callable[[str, torch.Tensor, torch.Tensor | None], None],
     valid: torch.Tensor | None = None,
@@ -53,13 +53,13 @@ def watching(
 
 def trace(
     model: torch.nn.Module, dataset: Iterable[Any], modules: Modules, blocks: Sequence[str] = ()
-) -> tuple[Calls, bool]:
+) -> tuple[CallOrder, bool]:
     """Send every batch through once, to learn in which order layers are called and which share one input.
 
     Returns:
         The calls, and whether each block's first input is the output of the block before, in every batch.
     """
-    calls = Calls({name for name, slot in modules.values() if slot.kind == "conv2d"})
+    calls = CallOrder({name for name, slot in modules.values() if slot.kind == "conv2d"})
     chained = len(blocks) > 1
     place = {b: i for i, b in enumerate(blocks)}
     slots = {p: slot for p, (_, slot) in modules.items()}
@@ -87,12 +87,12 @@ def trace(
     return calls, chained
 
 
-def trace_block(path: str, block: torch.nn.Module, inputs: BlockInputs, modules: Modules) -> Calls:
+def trace_block(path: str, block: torch.nn.Module, inputs: BlockInputs, modules: Modules) -> CallOrder:
     """The same for one block that is fed from memory; `modules` carries whole paths."""
     return trace(block, [inputs.call(path, i) for i in range(len(inputs.valid))], inside(modules, path))[0]
 
 
-class ModelStage:
+class WholeModel:
     """A whole model as one stage.
 
     Args:
@@ -115,7 +115,7 @@ class ModelStage:
         dataset: Iterable[Any],
         modules: Modules,
         feeds: Sequence[tuple[str, ...]],
-        traced: Calls,
+        traced: CallOrder,
         whole: bool = True,
     ) -> None:
         self.model, self.dense, self.dataset, self.modules = model, dense, dataset, modules
@@ -171,7 +171,7 @@ class ModelStage:
         valid: torch.Tensor | None,
         until: str | None,
         joined: Mapping[str, str],
-        seen: Callable[[str, Use], None],
+        seen: Callable[[str, LayerCall], None],
     ) -> None:
         asked = set(names)
         wanted = {p: slot for p, (name, slot) in self.modules.items() if name in asked}
@@ -182,19 +182,19 @@ class ModelStage:
             if path in joined:
                 waiting[path] = (x, output.detach())
             else:
-                seen(self.modules[path][0], Use(x))
+                seen(self.modules[path][0], LayerCall(x))
 
         def read(path: str, rows: torch.Tensor, tokens: torch.Tensor | None) -> None:
             if path == until:
                 raise Enough
-            seen(self.modules[path][0], Use(rows, tokens=tokens))
+            seen(self.modules[path][0], LayerCall(rows, tokens=tokens))
 
         def arrived(place: str, total: Any) -> None:
             for path in [p for p in waiting if joined[p] == place]:
                 x, output = waiting.pop(path)
                 fits = isinstance(total, torch.Tensor) and total.shape == output.shape
                 rest = as_input(wanted[path].owner(model), total.float() - output.float(), valid) if fits else None
-                seen(self.modules[path][0], Use(x, rest))
+                seen(self.modules[path][0], LayerCall(x, rest))
 
         last = self.modules.get(until) if until is not None else None
         end = {until: last[1]} if until is not None and last is not None and last[1].read else {}
@@ -207,7 +207,7 @@ class ModelStage:
         ):
             send(model, batch)
         for path, (x, _) in waiting.items():
-            seen(self.modules[path][0], Use(x))
+            seen(self.modules[path][0], LayerCall(x))
 
 
 @contextlib.contextmanager
@@ -221,7 +221,7 @@ def _ending(model: torch.nn.Module, until: str | None) -> Iterator[None]:
             stop.remove()
 
 
-class BlockStage(ModelStage):
+class ModelBlock(WholeModel):
     """One block of a chain: it is fed from memory, so that no other part of the model runs.
 
     Args:
@@ -237,7 +237,7 @@ class BlockStage(ModelStage):
         inputs: BlockInputs,
         modules: Modules,
         feeds: Sequence[tuple[str, ...]],
-        traced: Calls,
+        traced: CallOrder,
     ) -> None:
         super().__init__(block, dense, (), inside(modules, path), feeds, traced)
         self.path, self.inputs = path, inputs
@@ -266,12 +266,12 @@ class BlockStage(ModelStage):
                     self.inputs.put(index, out, dense=dense)
 
 
-class LentStage(BlockStage):
+class LentBlock(ModelBlock):
     """A block whose dense twin is in memory only while batches pass through both.
 
     Args:
         lend: a context in which the twin has its weights.
-        others: as for BlockStage.
+        others: as for ModelBlock.
     """
 
     def __init__(self, lend: Callable[[], contextlib.AbstractContextManager[None]], *others: Any) -> None:

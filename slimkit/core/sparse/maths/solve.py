@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from slimkit.core.errors import ArgumentError
-from slimkit.core.sparse import pattern as patterns
-from slimkit.core.sparse.backend import Array, inner, library, namespace, own_copy, precision
 from slimkit.core.sparse.config import SparseConfig
-from slimkit.core.sparse.factor import inverse_factor, quadratic
-from slimkit.core.sparse.layer import Layer
-from slimkit.core.sparse.moments import Moments
-from slimkit.core.sparse.par import PAR, PAR_V2, Schedule, refine
-from slimkit.core.sparse.pattern import NM
-from slimkit.core.sparse.sweep import sweep
-from slimkit.core.sparse.targets import alive, means_of, regress
+from slimkit.core.sparse.maths import pattern as patterns
+from slimkit.core.sparse.maths.backend import Array, inner, library, namespace, own_copy, precision
+from slimkit.core.sparse.maths.factor import inverse_factor, quadratic
+from slimkit.core.sparse.maths.layer import SparseLayer
+from slimkit.core.sparse.maths.moments import Moments
+from slimkit.core.sparse.maths.par import PAR, PAR_V2, Schedule, refine
+from slimkit.core.sparse.maths.pattern import NM
+from slimkit.core.sparse.maths.residue import alive, means_of, regress
+from slimkit.core.sparse.maths.sweep import sweep
 
 # Up to this damping the sweep's own loss, less the damping's part, keeps enough digits.
 PRECISE = 0.05
@@ -148,7 +148,7 @@ def steps_to(ratio: float, config: SparseConfig) -> list[float]:
 
 
 def solve(
-    layer: Layer,
+    layer: SparseLayer,
     weight: Array,
     moments: Moments | None,
     ratio: float,

@@ -24,7 +24,7 @@ def method_from(source: str, class_name: str, like: Callable[..., Any]) -> Any:
     """The one method of a class given as source.
 
     Args:
-        source: one class with one method, as `slimkit.core.delta.attention_source` writes it.
+        source: one class with one method, as `slimkit.core.source.attention_source` writes it.
         class_name: the class's name.
         like: the method it takes the place of; what it reads from around it, and its defaults, are this one's.
 

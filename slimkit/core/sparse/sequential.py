@@ -3,91 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 from slimkit.core.log import progress
 from slimkit.core.sparse import processes
-from slimkit.core.sparse.backend import Array
 from slimkit.core.sparse.config import SparseConfig
-from slimkit.core.sparse.eta import Estimate, Progress
-from slimkit.core.sparse.layer import Layer
-from slimkit.core.sparse.moments import Moments
-from slimkit.core.sparse.solve import Solved, solve
-
-Seen = Callable[..., None]
-
-
-class Stage(Protocol):
-    """A part of the model through which calibration data can be sent again and again.
-
-    Attributes:
-        feeds: layers in the order they are called, the same in every process; those that share one input together.
-        joined: where layers' outputs join the residual stream, as far as `join` has learned it.
-        reached: layer -> seconds of a forward over all batches until its call, as far as one was watched.
-    """
-
-    feeds: list[tuple[str, ...]]
-    joined: dict[str, str]
-    reached: Mapping[str, float]
-
-    def replay(self, names: Sequence[str], seen: Seen) -> None:
-        """Send every batch through, calling ``seen(name, x, dense x, drift)`` at each call of the layers.
-
-        Dense inputs and drifts (see Moments.add) may be None, or left out.
-        """
-
-    def join(self) -> None:
-        """Learn where layers' outputs join the residual stream; UnsupportedError where that cannot be known."""
-
-    def advance(self) -> None:
-        """Take the outputs of the part as it is now as the inputs of the next."""
+from slimkit.core.sparse.framework import CalibratedBlock, SparseFramework
+from slimkit.core.sparse.maths.backend import Array
+from slimkit.core.sparse.maths.layer import SparseLayer
+from slimkit.core.sparse.maths.moments import Moments
+from slimkit.core.sparse.maths.solve import Solved, solve
+from slimkit.core.sparse.remaining import Estimate, Progress
 
 
-class Host(Protocol):
-    """What the walk asks of a model in some framework.
-
-    Attributes:
-        keeps_masks: whether the whole model, and so all its masks, may be in memory at once.
-    """
-
-    keeps_masks: bool
-
-    def settled(self, name: str, row: dict[str, Any]) -> None:
-        """Learn that a layer is done, and its row of the report."""
-
-    def layers(self, dataset: Iterable[Any] | None = None) -> tuple[dict[str, Layer], dict[str, str]]:
-        """Every layer that can be sparse by name, and those that cannot with the reason; batches may help to tell."""
-
-    def weight(self, name: str) -> Array:
-        """The layer's weight as an array."""
-
-    def store(self, name: str, weight: Array, bias_shift: Array | None) -> None:
-        """Put a weight in place, in the parameter's own dtype and device, and shift the bias."""
-
-    def stages(self, dataset: Iterable[Any], names: Sequence[str], paired: bool) -> Iterator[Stage]:
-        """The parts of the model, first to last."""
-
-    def snapshot(self, names: Sequence[str]) -> Callable[[], None]:
-        """Remember the weights and biases of the layers; the function returned puts them back."""
-
-    def outputs(self, batch: Any) -> Any:
-        """The model's first output for a batch, as a NumPy array without the rows of padding."""
-
-    def processes(self) -> int:
-        """How many processes share the calibration data."""
-
-    def rank(self) -> int:
-        """The number of this process, from 0."""
-
-    def gather(self, value: Any) -> list[Any]:
-        """A plain JSON value of every process, by its number."""
-
-    def reduce(self, arrays: Sequence[Array]) -> list[Array]:
-        """Sums over all processes; exact where all but one give zeros."""
-
-
-class Walk:
+class SequentialPass:
     """One pass over a model with one ratio for every layer, or a ratio for each.
 
     Args:
@@ -106,9 +36,9 @@ class Walk:
 
     def __init__(
         self,
-        host: Host,
+        host: SparseFramework,
         config: SparseConfig,
-        layers: Mapping[str, Layer],
+        layers: Mapping[str, SparseLayer],
         names: Sequence[str],
         ratios: Mapping[str, float] | None = None,
         on_progress: Callable[[Progress], None] | None = None,
@@ -156,7 +86,7 @@ class Walk:
         if self._on_progress is not None:
             self._on_progress(step)
 
-    def _stages(self, dataset: Any) -> Iterator[tuple[Stage, list[tuple[str, ...]]]]:
+    def _stages(self, dataset: Any) -> Iterator[tuple[CalibratedBlock, list[tuple[str, ...]]]]:
         """The parts of the model that are left to do, with the layers to calibrate at once."""
         for stage in self._host.stages(dataset, self._names, self._config.paired):
             rows = getattr(stage, "rows", None)
@@ -188,7 +118,7 @@ class Walk:
         alone = paired and len(feed) == 1 and layer.n_out <= layer.n_in
         return Moments(layer, paired, self._host.weight(feed[0]) if alone else None)
 
-    def _calibrate(self, stage: Stage, feeds: Sequence[tuple[str, ...]]) -> None:
+    def _calibrate(self, stage: CalibratedBlock, feeds: Sequence[tuple[str, ...]]) -> None:
         moments = {feed[0]: self._moments(feed) for feed in feeds}
 
         def add(name: str, *inputs: Array) -> None:
@@ -219,13 +149,15 @@ class Walk:
                 self._put(name, result)
 
 
-def estimate_of(config: SparseConfig, layers: Mapping[str, Layer], names: Sequence[str], walks: int = 1) -> Estimate:
+def estimate_of(
+    config: SparseConfig, layers: Mapping[str, SparseLayer], names: Sequence[str], walks: int = 1
+) -> Estimate:
     """The estimate for walks over some layers that begin now."""
     return Estimate({n: layers[n] for n in names}, config.method, 2 if config.paired else 1, walks)
 
 
 def steps(
-    feeds: Sequence[tuple[str, ...]], layers: Mapping[str, Layer], matrices: int = 1
+    feeds: Sequence[tuple[str, ...]], layers: Mapping[str, SparseLayer], matrices: int = 1
 ) -> list[list[tuple[str, ...]]]:
     """The feeds that are calibrated in one pass: siblings of a family together, every other feed alone.
 
@@ -241,7 +173,7 @@ def steps(
         The same feeds in groups, in the order of each group's first.
 
     Example:
-        >>> layers = {n: Layer(n, "linear", (8, 4), family=n[0]) for n in ("a0", "b0", "a1", "b1")}
+        >>> layers = {n: SparseLayer(n, "linear", (8, 4), family=n[0]) for n in ("a0", "b0", "a1", "b1")}
         >>> steps([("a0",), ("b0",), ("a1",), ("b1",)], layers)
         [[('a0',), ('a1',)], [('b0',), ('b1',)]]
     """

@@ -6,9 +6,9 @@ from typing import Protocol
 
 import numpy as np
 
-from slimkit.core.sparse import shrink
-from slimkit.core.sparse.backend import Array, eigh, inner, like, namespace, to_numpy
-from slimkit.core.sparse.factor import STRIP, inverse_factor, inverse_from, quadratic
+from slimkit.core.sparse.maths import shrink
+from slimkit.core.sparse.maths.backend import Array, eigh, inner, like, namespace, to_numpy
+from slimkit.core.sparse.maths.factor import STRIP, inverse_factor, inverse_from, quadratic
 
 
 class Correlations(Protocol):

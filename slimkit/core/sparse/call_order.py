@@ -10,7 +10,7 @@ from typing import Any
 TOLERANCE = 0.02
 
 
-class Calls:
+class CallOrder:
     """A record of calls, batch by batch.
 
     Args:
@@ -23,7 +23,7 @@ class Calls:
         reached: layer -> seconds of all batches' forwards until they call it.
 
     Example:
-        >>> calls, x = Calls(), [[1.0], [2.0]]
+        >>> calls, x = CallOrder(), [[1.0], [2.0]]
         >>> calls.batch()
         >>> for name, value in (("q", x[0]), ("k", x[0]), ("up", x[1])):
         ...     calls.note(name, value)

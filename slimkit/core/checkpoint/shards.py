@@ -110,26 +110,3 @@ def _copy(old: Any, new: Any, start: int, stop: int) -> None:
             raise FileFormatError(f"{old.name} became shorter while it was read.")
         new.write(piece)
         start += len(piece)
-
-
-def same_job(state: Path, job: Mapping[str, Any]) -> None:
-    """Begin a job's state directory, or make sure that the one there is of the same job.
-
-    Args:
-        state: the directory.
-        job: configuration and digests of everything that goes in, as plain JSON values.
-
-    Raises:
-        UnsupportedError: it was begun with something else; the message names what differs.
-    """
-    file = state / "job.json"
-    if not file.exists():
-        files.write_json(file, dict(job))
-        return
-    found = files.read_json(file)
-    changed = [k for k in job if found.get(k) != job[k]] + [k for k in found if k not in job]
-    if changed:
-        raise UnsupportedError(
-            f"dst holds a run begun with another {', '.join(changed)}; resume with the same inputs, or remove "
-            f"{str(state.parent)!r} to start over."
-        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from slimkit.core.errors import ArgumentError
-from slimkit.core.sparse.backend import (
+from slimkit.core.sparse.maths.backend import (
     Array,
     add_product,
     cholesky,

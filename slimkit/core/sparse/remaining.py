@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from slimkit.core.sparse.costs import seconds_to_solve
-from slimkit.core.sparse.layer import Layer
+from slimkit.core.sparse.maths.layer import SparseLayer
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Estimate:
         clock: seconds, rising.
 
     Example:
-        >>> layers = {f"block.{i}.up": Layer(f"block.{i}.up", "linear", (8, 4)) for i in range(3)}
+        >>> layers = {f"block.{i}.up": SparseLayer(f"block.{i}.up", "linear", (8, 4)) for i in range(3)}
         >>> now = iter([0.0, 2.0])
         >>> Estimate(layers, "magnitude", clock=lambda: next(now)).finished("block.0.up").seconds_left
         4.0
@@ -89,7 +89,7 @@ class Estimate:
 
     def __init__(
         self,
-        layers: Mapping[str, Layer],
+        layers: Mapping[str, SparseLayer],
         method: str,
         models: int = 1,
         walks: int = 1,
@@ -254,7 +254,7 @@ def _start(part: Collection[str], reached: Mapping[str, float]) -> float:
     return reached[first] - min(gaps) if gaps else 0.0
 
 
-def _shape(layer: Layer) -> str:
+def _shape(layer: SparseLayer) -> str:
     return f"{layer.groups} {layer.n_out} {layer.n_in}"
 
 

@@ -7,8 +7,8 @@ import inspect
 import textwrap
 from typing import Any
 
-from slimkit.core.delta.generated import method_from
 from slimkit.core.errors import UnsupportedError
+from slimkit.core.source.generated import method_from
 
 
 def masked_methods(kind: type, key: str, mask: str, library: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from slimkit import bridge
-from slimkit.core.delta.access import ModelAccess
+from slimkit.core.delta.framework import DeltaFramework
 from slimkit.core.delta.spec import PREFIX, Site
 from slimkit.core.freeze import Parameters
 from slimkit.delta.adapter import AdapterDense
@@ -67,7 +67,7 @@ def _site(module: nn.Module, parent: nn.Module) -> Site:
     return Site(kind, (shape[0], int(weight.numel() // max(shape[0], 1))), name, True, reason)
 
 
-class TorchAccess(ModelAccess):
+class TorchDelta(DeltaFramework):
     """The torch wing's answers."""
 
     def sites(self, model: nn.Module) -> dict[str, Site]:
@@ -121,4 +121,4 @@ class TorchAccess(ModelAccess):
         forget_prefixes(model)
 
 
-access = TorchAccess()
+access = TorchDelta()

@@ -6,8 +6,8 @@ import functools
 import inspect
 from typing import Any
 
-from slimkit.core.delta.attention_source import NoAttentionError, calls_softmax, with_prefix
-from slimkit.core.delta.generated import method_from
+from slimkit.core.source.attention_source import NoAttentionError, calls_softmax, with_prefix
+from slimkit.core.source.generated import method_from
 
 
 def softmax_method(kind: type, library: str) -> tuple[str, Any] | None:

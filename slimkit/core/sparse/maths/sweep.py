@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
-from slimkit.core.sparse import pattern as patterns
-from slimkit.core.sparse.backend import Array, add_product, bits, device_of, inner, less_vector, library, namespace
-from slimkit.core.sparse.pattern import NM
+from slimkit.core.sparse.maths import pattern as patterns
+from slimkit.core.sparse.maths.backend import (
+    Array,
+    add_product,
+    bits,
+    device_of,
+    inner,
+    less_vector,
+    library,
+    namespace,
+)
+from slimkit.core.sparse.maths.pattern import NM
 
 # Columns that hear of each other's errors one by one; a matrix product carries them to the rest of the block.
 GROUP = 16

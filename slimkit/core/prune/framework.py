@@ -10,12 +10,12 @@ import numpy as np
 
 from slimkit.core.prune.attributes import Field
 from slimkit.core.prune.graph import Graph
-from slimkit.core.prune.plan import Plan
+from slimkit.core.prune.plan import PrunePlan
 
 Array = np.ndarray[Any, Any]
 
 
-class Wing(Protocol):
+class PruneFramework(Protocol):
     """What a framework does for the pruner; everything else is written once, here."""
 
     framework: str
@@ -25,7 +25,7 @@ class Wing(Protocol):
         """The model's graph."""
 
     @abstractmethod
-    def rehearse(self, plan: Plan) -> tuple[Graph, str | None, set[str]]:
+    def rehearse(self, plan: PrunePlan) -> tuple[Graph, str | None, set[str]]:
         """The graph of the cut model as far as it ran, the error that stopped it, and the modules that surgery
         remakes."""
 
@@ -62,11 +62,11 @@ class Wing(Protocol):
         """Mean absolute output of each channel of each layer."""
 
     @abstractmethod
-    def cut(self, plan: Plan, names: Mapping[str, str]) -> Callable[[], None] | None:
+    def cut(self, plan: PrunePlan, names: Mapping[str, str]) -> Callable[[], None] | None:
         """Cut the model in place and return a call that takes it back; on an error the model is as it was."""
 
 
-class RepairingWing(Wing, Protocol):
+class RepairFramework(PruneFramework, Protocol):
     """A wing that can also repair what it cut."""
 
     @abstractmethod
@@ -75,6 +75,6 @@ class RepairingWing(Wing, Protocol):
 
     @abstractmethod
     def compensate(
-        self, dense: Any, plan: Plan, layers: Sequence[str], data: Iterable[Any], damping: float
+        self, dense: Any, plan: PrunePlan, layers: Sequence[str], data: Iterable[Any], damping: float
     ) -> dict[str, Any]:
         """Refit the cut model's layers to the outputs of the snapshot, in place."""

@@ -1,0 +1,1 @@
+"""Reading and editing a model's own source code, for both frameworks."""

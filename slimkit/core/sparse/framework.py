@@ -1,0 +1,80 @@
+"""What sparsity asks of a model in some framework."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+from slimkit.core.sparse.maths.backend import Array
+from slimkit.core.sparse.maths.layer import SparseLayer
+
+Seen = Callable[..., None]
+
+
+class CalibratedBlock(Protocol):
+    """A part of the model through which calibration data can be sent again and again.
+
+    Attributes:
+        feeds: layers in the order they are called, the same in every process; those that share one input together.
+        joined: where layers' outputs join the residual stream, as far as `join` has learned it.
+        reached: layer -> seconds of a forward over all batches until its call, as far as one was watched.
+    """
+
+    feeds: list[tuple[str, ...]]
+    joined: dict[str, str]
+    reached: Mapping[str, float]
+
+    def replay(self, names: Sequence[str], seen: Seen) -> None:
+        """Send every batch through, calling ``seen(name, x, dense x, drift)`` at each call of the layers.
+
+        Dense inputs and drifts (see Moments.add) may be None, or left out.
+        """
+
+    def join(self) -> None:
+        """Learn where layers' outputs join the residual stream; UnsupportedError where that cannot be known."""
+
+    def advance(self) -> None:
+        """Take the outputs of the part as it is now as the inputs of the next."""
+
+
+class SparseFramework(Protocol):
+    """What the walk asks of a model in some framework.
+
+    Attributes:
+        keeps_masks: whether the whole model, and so all its masks, may be in memory at once.
+    """
+
+    keeps_masks: bool
+
+    def settled(self, name: str, row: dict[str, Any]) -> None:
+        """Learn that a layer is done, and its row of the report."""
+
+    def layers(self, dataset: Iterable[Any] | None = None) -> tuple[dict[str, SparseLayer], dict[str, str]]:
+        """Every layer that can be sparse by name, and those that cannot with the reason; batches may help to tell."""
+
+    def weight(self, name: str) -> Array:
+        """The layer's weight as an array."""
+
+    def store(self, name: str, weight: Array, bias_shift: Array | None) -> None:
+        """Put a weight in place, in the parameter's own dtype and device, and shift the bias."""
+
+    def stages(self, dataset: Iterable[Any], names: Sequence[str], paired: bool) -> Iterator[CalibratedBlock]:
+        """The parts of the model, first to last."""
+
+    def snapshot(self, names: Sequence[str]) -> Callable[[], None]:
+        """Remember the weights and biases of the layers; the function returned puts them back."""
+
+    def outputs(self, batch: Any) -> Any:
+        """The model's first output for a batch, as a NumPy array without the rows of padding."""
+
+    def processes(self) -> int:
+        """How many processes share the calibration data."""
+
+    def rank(self) -> int:
+        """The number of this process, from 0."""
+
+    def gather(self, value: Any) -> list[Any]:
+        """A plain JSON value of every process, by its number."""
+
+    def reduce(self, arrays: Sequence[Array]) -> list[Array]:
+        """Sums over all processes; exact where all but one give zeros."""

@@ -1,0 +1,1 @@
+"""The mathematics of sparsity over the array API: no model, no file, no framework."""
