@@ -121,7 +121,6 @@ def fit_resumably(
     folders.unused(out, state=folders.STATE)
     plan = {key: getattr(options, key) for key in FitOptions.model_fields} | {"seed": run.seed}
     # As JSON gives it back, so that tuples compare like the lists that were read.
-    # As JSON gives it back, so that tuples compare like the lists that were read.
     same_job(state, json.loads(json.dumps({**job, "plan": plan})))
     stop = SaveOnInterrupt(state / "last")
     keep = Checkpoints(state, metric=None, every_n_steps=run.save_every)

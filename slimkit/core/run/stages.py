@@ -152,7 +152,9 @@ class Stages:
         face.slim.save_delta(model, stage.directory / "delta")
         fresh = self.build(stage.recipe, stage.folder, stage.edits, context.example)
         put_back(fresh)
-        face.slim.load_delta(fresh, stage.directory / "delta")
+        # Which modules number the positions stands in no file.
+        told = {"positions": options.settings["positions"]} if "positions" in options.settings else {}
+        face.slim.load_delta(fresh, stage.directory / "delta", **told)
         gap = work.largest_gap(*(face.outputs(m, context.example) for m in (model, fresh)))
         if not gap <= _RELOAD_TOLERANCE:
             raise ConfigError(f"{stage.key}: the reloaded delta answers differently, by {gap:.3g}")
