@@ -17,7 +17,7 @@ from slimkit.core.checkpoint import shards
 from slimkit.core.errors import ConfigError
 from slimkit.core.jobs import commands, folders
 from slimkit.core.jobs.bar import LayerBar
-from slimkit.core.jobs.framework import ComputeLoss, FitRun, JobFramework, Opened
+from slimkit.core.jobs.framework import ComputeLoss, JobFramework, Lesson, Opened, Task
 from slimkit.core.jobs.measurement import Measurement
 from slimkit.core.jobs.options import AdaptOptions, DistillOptions, FitOptions
 from slimkit.core.jobs.sources import DataPlace, ModelPlace, StudentPlace
@@ -192,21 +192,17 @@ class TorchJobs(JobFramework):
     def learns_text(self, place: ModelPlace, data: DataPlace) -> bool:
         return place.factory is None and place.model is not None and place.model.is_dir() and data.kind == "text"
 
-    def distill_text(
-        self,
-        place: ModelPlace,
-        data: DataPlace,
-        out: Path | None,
-        options: DistillOptions,
-        student: StudentPlace,
-        run: FitRun,
-    ) -> dict[str, Any]:
-        return teach.distill(self, place, data, out, options, student, run)
+    def lesson(
+        self, place: ModelPlace, data: DataPlace, options: DistillOptions, student: StudentPlace, seed: int
+    ) -> Lesson:
+        return teach.lesson(self, place, data, options, student, seed)
 
-    def adapt_text(
-        self, place: ModelPlace, data: DataPlace, out: Path | None, options: AdaptOptions, run: FitRun, **how: Any
-    ) -> dict[str, Any]:
-        return teach.adapt(self, place, data, out, options, run, **how)
+    def task(
+        self, place: ModelPlace, data: DataPlace, held: DataPlace | None, asked: str, options: AdaptOptions, seed: int
+    ) -> Task:
+        found = teach.task(self, place, data, held, asked, options, seed)
+        found.opened.model.to(self.device)
+        return found
 
     def sparsify_blocks(
         self, place: ModelPlace, out: Path, cfg: SparseConfig, calib: DataPlace | None, *, restart: bool, plan: bool

@@ -10,7 +10,7 @@ from slimkit.core import files
 from slimkit.core.errors import ConfigError, UnsupportedError
 from slimkit.core.jobs import fitting, folders, sources, work
 from slimkit.core.jobs.fields import Strict, flag_of
-from slimkit.core.jobs.framework import ComputeLoss, FitRun, JobFramework, Opened
+from slimkit.core.jobs.framework import ComputeLoss, FitRun, JobFramework, Opened, Supervised
 from slimkit.core.jobs.measurement import Measurement
 from slimkit.core.jobs.options import (
     ExportOptions,
@@ -19,7 +19,6 @@ from slimkit.core.jobs.options import (
     SparsifyOptions,
 )
 from slimkit.core.jobs.sources import DataPlace, ModelPlace
-from slimkit.core.jobs.supervised import Supervised
 from slimkit.core.sparse import SparseConfig
 from slimkit.core.sparse.compress import select
 
@@ -35,6 +34,7 @@ class CommandContext(work.JobContext):
         batches: calibration batches, where --calib was given.
         read: the training data.
         is_hf: whether transformers made the model, which then knows no loss on arrays.
+        named_loss: the task's loss and its name, where that is settled.
     """
 
     def __init__(
@@ -47,9 +47,11 @@ class CommandContext(work.JobContext):
         batches: list[Any] | None = None,
         read: Supervised | None = None,
         is_hf: bool = False,
+        named_loss: tuple[str, ComputeLoss] | None = None,
     ) -> None:
         super().__init__(face, seed, example)
         self._kind, self._batches, self._read, self._is_hf = type(options), batches, read, is_hf
+        self._loss = named_loss
         # Where a training run keeps its state, how, and the inputs that it is known by.
         self.keeps: tuple[Path, FitRun, Mapping[str, Any]] | None = None
 
@@ -65,6 +67,8 @@ class CommandContext(work.JobContext):
         return self._batches
 
     def loss(self, asked: Any) -> tuple[str, ComputeLoss]:
+        if self._loss is not None:
+            return self._loss
         if asked is not None and ":" in asked:
             return asked, sources.found(asked, "--loss")
         if self._is_hf:

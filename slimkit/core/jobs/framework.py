@@ -15,6 +15,7 @@ from slimkit.core.jobs.measurement import Measurement
 from slimkit.core.jobs.sources import DataPlace, ModelPlace, StudentPlace
 
 if TYPE_CHECKING:
+    from slimkit.core.distill.config import KnowledgeDistillConfig
     from slimkit.core.jobs.options import AdaptOptions, DistillOptions, FitOptions
     from slimkit.core.sparse import SparseConfig
 
@@ -77,6 +78,81 @@ class FitRun:
     seed: int = 0
     save_every: int = 100
     restart: bool = False
+
+
+@dataclass(frozen=True)
+class Supervised:
+    """What a network learns from.
+
+    Args:
+        samples: indices of rows, which `collate` turns into a batch; or ready batches as a function made them.
+        collate: list of indices -> (inputs, labels) or, without labels, inputs; None for ready batches.
+        count: samples, or ready batches.
+        identity: what a resumed run must agree in.
+        labelled: whether a batch is (inputs, labels).
+        integers: whether the labels are integers, that is classes.
+    """
+
+    samples: Any
+    collate: Callable[[list[int]], Any] | None
+    count: int
+    identity: dict[str, Any]
+    labelled: bool
+    integers: bool = False
+
+    def first(self, size: int) -> Any:
+        """The first batch."""
+        return self.samples[0] if self.collate is None else self.collate(list(range(min(size, self.count))))
+
+    def batches(self, size: int) -> list[Any]:
+        """All batches in order."""
+        if self.collate is None:
+            return list(self.samples)
+        return [self.collate(list(range(at, min(at + size, self.count)))) for at in range(0, self.count, size)]
+
+
+@dataclass
+class Lesson:
+    """What a `distill` command works on.
+
+    Args:
+        teacher: the model that knows.
+        student: the model that learns, whose folder is written.
+        read: the data.
+        config: what is compared; None where the options say it.
+        layers: layer of the student -> layer of the teacher that it is compared with, or came from.
+    """
+
+    teacher: Opened
+    student: Opened
+    read: Supervised
+    config: KnowledgeDistillConfig | None
+    layers: Mapping[str, Any]
+
+
+@dataclass
+class Task:
+    """What an `adapt` command works on.
+
+    Args:
+        opened: the base.
+        read: the data.
+        held: held-out data of the same form, or None.
+        name: of the task, or of the loss.
+        loss: the loss.
+        options: the job's, with what the task adds to them.
+        labels: label -> class, where the data has words for classes.
+        classes: whether the labels are classes, so that accuracy can be told.
+    """
+
+    opened: Opened
+    read: Supervised
+    held: Supervised | None
+    name: str
+    loss: ComputeLoss
+    options: AdaptOptions
+    labels: dict[str, int]
+    classes: bool
 
 
 class JobFramework(Protocol):
@@ -211,22 +287,22 @@ class JobFramework(Protocol):
         """Whether the model has a tokenizer and learns from this text."""
         return False
 
-    def distill_text(
+    def lesson(
+        self, place: ModelPlace, data: DataPlace, options: DistillOptions, student: StudentPlace, seed: int
+    ) -> Lesson:
+        """Where `learns_text`: a student cut out of the teacher, and the text."""
+        raise NotImplementedError
+
+    def task(
         self,
         place: ModelPlace,
         data: DataPlace,
-        out: Path | None,
-        options: DistillOptions,
-        student: StudentPlace,
-        run: FitRun,
-    ) -> dict[str, Any]:
-        """Where `learns_text`: cut a student out of the teacher and train it on text."""
-        raise NotImplementedError
-
-    def adapt_text(
-        self, place: ModelPlace, data: DataPlace, out: Path | None, options: AdaptOptions, run: FitRun, **how: Any
-    ) -> dict[str, Any]:
-        """Where `learns_text`: train a delta on text; `how` is task, evaluation, format and merge."""
+        held: DataPlace | None,
+        asked: str,
+        options: AdaptOptions,
+        seed: int,
+    ) -> Task:
+        """Where `learns_text`: the model with the head that the text's task needs, and the text."""
         raise NotImplementedError
 
     def sparsify_blocks(

@@ -243,6 +243,9 @@ class AdaptOptions(FitOptions):
     targets: Annotated[list[str] | None, Flag("--target", metavar="GLOB")] = Field(
         None, description="globs of the layers that get a delta; unset: the kind's own (lora: all linear ones)"
     )
+    exclude: Annotated[list[str] | None, Flag("--exclude", metavar="GLOB")] = Field(
+        None, description="globs of targets left alone"
+    )
     also_train: Annotated[list[str] | None, Flag("--also-train", metavar="GLOB")] = Field(
         None, description="globs of the model's own parameters that train whole and travel with the delta"
     )
@@ -294,8 +297,9 @@ class AdaptOptions(FitOptions):
 
     def arguments(self) -> dict[str, Any]:
         """The arguments of `apply_delta`, as plain values."""
-        also = {} if self.also_train is None else {"also_train": self.also_train}
-        return {"kind": self.kind, "targets": self.targets, **also, **self.of_kind()}
+        named = {"exclude": self.exclude, "also_train": self.also_train}
+        given = {key: value for key, value in named.items() if value is not None}
+        return {"kind": self.kind, "targets": self.targets, **given, **self.of_kind()}
 
 
 class ExportOptions(Strict):

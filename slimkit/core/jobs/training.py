@@ -1,4 +1,4 @@
-"""The commands that train: `distill` and `adapt` on arrays here, on text where the framework learns from it."""
+"""The commands that train, `distill` and `adapt`: on arrays of one's own, or on text where the framework reads it."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from slimkit.core import files
 from slimkit.core.errors import ConfigError, SlimkitError
 from slimkit.core.jobs import folders, work
 from slimkit.core.jobs.commands import CommandContext
-from slimkit.core.jobs.framework import ComputeLoss, FitRun, JobFramework, Opened
+from slimkit.core.jobs.framework import ComputeLoss, FitRun, JobFramework, Lesson, Opened, Task
 from slimkit.core.jobs.options import AdaptOptions, DistillOptions, FitOptions
 from slimkit.core.jobs.sources import DataPlace, ModelPlace, StudentPlace
-from slimkit.core.jobs.supervised import Supervised, supervised
+from slimkit.core.jobs.supervised import supervised
 
 
 def distill(
@@ -31,8 +31,7 @@ def distill(
     Args:
         face: the framework.
         place: the teacher.
-        data: arrays or a function that returns batches, with labels where the options have a hard weight; text where
-            the framework learns from it.
+        data: arrays or a function that returns batches, with labels where the options have a hard weight; or text.
         out: the student's folder.
         options: of the job.
         student: which one.
@@ -46,45 +45,35 @@ def distill(
         ConfigError: no student, a network that cannot be called with the data, tensors that cannot be compared.
     """
     if face.learns_text(place, data):
-        return face.distill_text(place, data, out, options, student, run)
-    if student.sizes or student.place is None:
-        raise ConfigError(
-            "a factory's teacher needs a student: --student-factory MODULE:FUNCTION, or --student-arg KEY=VALUE for "
-            "the teacher's own factory; --layers, --ffn, --heads and --hidden are for Hugging Face directories"
-        )
-    labelled = bool(options.hard_weight)
-    read = supervised(data, label_key, face, labels=labelled)
-    teacher = face.open(place)
-    with face.seeded(run.seed):
-        learner = face.open(student.place)
+        given = face.lesson(place, data, options, student, run.seed)
+    else:
+        given = _lesson(face, place, data, options, student, run.seed, label_key)
+    teacher, learner, read = given.teacher, given.student, given.read
     batch = read.first(options.batch_size)
-    inputs = batch[0] if labelled else batch
-    answers = [_called(face, which, inputs) for which in (teacher, learner)]
-    context = CommandContext(face, run.seed, inputs, options, read=read, is_hf=learner.is_hf)
-    if labelled:
-        _prove(face, learner, *context.loss(options.loss), batch)
-    config = work.comparison(options, lambda: answers[0][0].shape, context.spell)
+    context = CommandContext(
+        face, run.seed, batch[0] if read.labelled else batch, options, read=read, is_hf=learner.is_hf
+    )
+    config = given.config
+    if config is None:
+        answers = [_called(face, which, context.example) for which in (teacher, learner)]
+        if read.labelled:
+            _prove(face, learner, *context.loss(options.loss), batch)
+        config = work.comparison(options, lambda: answers[0][0].shape, context.spell)
     facts: dict[str, Any] = {
         "teacher_parameters": work.count(face, teacher.model),
         "parameters": work.count(face, learner.model),
-        "layers": {mine: theirs for theirs, mine in options.pairs()},
+        "layers": dict(given.layers),
         "samples": read.count,
         "terms": work.terms(config),
     }
     if out is None:
         with face.seeded(run.seed):
-            face.slim.get_distill_model(teacher.model, learner.model, config, inputs=inputs)
+            face.slim.get_distill_model(teacher.model, learner.model, config, inputs=context.example)
         return facts
-    job = {
-        "command": "distill",
-        **identity(options),
-        **student.identity(),
-        "label_key": label_key,
-        "data": read.identity,
-    }
-    job |= {"teacher": work.digest(face, teacher.model), "start": work.digest(face, learner.model)}
-    context.keeps = out, run, job
-    done = work.distill(teacher.model, learner.model, options, context)
+    job = {"command": "distill", **_identity(options), **student.identity(), "label_key": label_key}
+    job |= {"data": read.identity, "teacher": work.digest(face, teacher.model)}
+    context.keeps = out, run, job | {"start": work.digest(face, learner.model)}
+    done = work.distill(teacher.model, learner.model, options, context, config)
     learner.model = done.model
     facts |= {key: done.facts[key] for key in ("steps", "loss_by_epoch")}
     with files.atomic_directory(out) as folder:
@@ -112,8 +101,7 @@ def adapt(
     Args:
         face: the framework.
         place: the model.
-        data: labelled arrays, or a function that returns batches of (inputs, labels); text where the framework learns
-            from it.
+        data: labelled arrays, or a function that returns batches of (inputs, labels); or text.
         out: the bundle's folder.
         options: of the job.
         run: how the state is kept.
@@ -136,36 +124,25 @@ def adapt(
     if format == "peft" and options.kind not in ("lora", "prefix", "prompt"):
         raise ConfigError(f"--format peft is for --kind lora, prefix or prompt. Received: {options.kind}")
     if face.learns_text(place, data):
-        return face.adapt_text(
-            place, data, out, options, run, task=task, evaluation=evaluation, format=format, merge=merge
-        )
-    read = supervised(data, label_key, face, labels=True)
-    held = None
-    if evaluation is not None:
-        held = supervised(evaluation, label_key, face, labels=True, option="--eval")
-    opened = face.open(place)
-    batch = read.first(options.batch_size)
-    context = CommandContext(face, run.seed, batch[0], options, read=read, is_hf=opened.is_hf)
-    name, loss = context.loss(options.loss)
-    _prove(face, opened, name, loss, batch)
-    facts: dict[str, Any] = {"task": name, "labels": {}, "fresh": [], "samples": read.count}
+        given = face.task(place, data, evaluation, task, options, run.seed)
+    else:
+        given = _task(face, place, data, evaluation, options, run.seed, label_key)
+    opened, read, options = given.opened, given.read, given.options
+    inputs = read.first(options.batch_size)[0]
+    context = CommandContext(face, run.seed, inputs, options, read=read, named_loss=(given.name, given.loss))
+    facts: dict[str, Any] = {
+        "task": given.name, "labels": given.labels, "fresh": list(opened.fresh), "samples": read.count
+    }  # fmt: skip
     if out is None:
         return facts | work.place_delta(opened.model, options, context)
-    job = {"command": "adapt", **identity(options), "label_key": label_key}
+    job = {"command": "adapt", "task": given.name, **_identity(options), "label_key": label_key}
     context.keeps = out, run, job | {"base": work.digest(face, opened.model), "data": read.identity}
     facts |= work.adapt(opened.model, options, context).facts
-    if held is not None:
-        facts["evaluation"] = _evaluate(face, opened.model, held, name, loss, options.batch_size)
-    return write_adapted(face, opened, out, facts, format=format, merge=merge)
-
-
-def write_adapted(
-    face: JobFramework, opened: Opened, out: Path, facts: dict[str, Any], *, format: str, merge: bool
-) -> dict[str, Any]:
-    """Write the trained delta of a model, with its report and, where asked for, the merged model; returns the facts."""
+    if given.held is not None:
+        facts["evaluation"] = _evaluate(face, opened.model, given, options.batch_size)
     with files.atomic_directory(out) as folder:
         face.slim.save_delta(opened.model, folder, format=format)
-        facts = {**facts, "delta_bytes": sum(f.stat().st_size for f in folder.iterdir())}
+        facts["delta_bytes"] = sum(f.stat().st_size for f in folder.iterdir())
         if merge:
             face.slim.merge_delta(opened.model, unload=True)
             (folder / "merged").mkdir()
@@ -174,9 +151,53 @@ def write_adapted(
     return facts
 
 
-def identity(options: FitOptions) -> dict[str, Any]:
+def _identity(options: FitOptions) -> dict[str, Any]:
     """What a resumed run must agree in, beside how it trains."""
     return options.model_dump(mode="json", exclude=set(FitOptions.model_fields))
+
+
+def _lesson(
+    face: JobFramework,
+    place: ModelPlace,
+    data: DataPlace,
+    options: DistillOptions,
+    student: StudentPlace,
+    seed: int,
+    label_key: str,
+) -> Lesson:
+    """A teacher and a student of one's own, and arrays."""
+    if student.sizes or student.place is None:
+        raise ConfigError(
+            "a factory's teacher needs a student: --student-factory MODULE:FUNCTION, or --student-arg KEY=VALUE for "
+            "the teacher's own factory; --layers, --ffn, --heads and --hidden are for Hugging Face directories"
+        )
+    read = supervised(data, label_key, face, labels=bool(options.hard_weight))
+    teacher = face.open(place)
+    with face.seeded(seed):
+        learner = face.open(student.place)
+    return Lesson(teacher, learner, read, None, {mine: theirs for theirs, mine in options.pairs()})
+
+
+def _task(
+    face: JobFramework,
+    place: ModelPlace,
+    data: DataPlace,
+    evaluation: DataPlace | None,
+    options: AdaptOptions,
+    seed: int,
+    label_key: str,
+) -> Task:
+    """A network of one's own, and labelled arrays that fit it."""
+    read = supervised(data, label_key, face, labels=True)
+    held = None
+    if evaluation is not None:
+        held = supervised(evaluation, label_key, face, labels=True, option="--eval")
+    opened = face.open(place)
+    batch = read.first(options.batch_size)
+    context = CommandContext(face, seed, batch[0], options, read=read, is_hf=opened.is_hf)
+    name, loss = context.loss(options.loss)
+    _prove(face, opened, name, loss, batch)
+    return Task(opened, read, held, name, loss, options, {}, name == "cross_entropy")
 
 
 def _called(face: JobFramework, opened: Opened, inputs: Any) -> list[Any]:
@@ -207,17 +228,16 @@ def _prove(face: JobFramework, opened: Opened, name: str, loss: ComputeLoss, bat
         raise ConfigError(f"--loss {name} does not fit the data: {type(error).__name__}: {reason}") from error
 
 
-def _evaluate(
-    face: JobFramework, model: Any, held: Supervised, name: str, loss: ComputeLoss, batch_size: int
-) -> dict[str, float]:
-    """Mean loss over samples, with the accuracy of a classifier."""
+def _evaluate(face: JobFramework, model: Any, given: Task, batch_size: int) -> dict[str, float]:
+    """Mean loss over held-out samples, with the accuracy of a classifier."""
     total = right = 0.0
     seen = counted = 0
+    assert given.held is not None
     with face.evaluating(model):
-        for batch in held.batches(batch_size):
+        for batch in given.held.batches(batch_size):
             labels = face.arrays(batch[1])[0]
-            total, seen = total + float(loss(model, batch)) * len(labels), seen + len(labels)
-            if name == "cross_entropy":
+            total, seen = total + float(given.loss(model, batch)) * len(labels), seen + len(labels)
+            if given.classes:
                 right += float((face.outputs(model, batch[0])[0].argmax(1) == labels).sum())
                 counted += labels.size
     return {"loss": total / seen, **({"accuracy": right / counted} if counted else {})}

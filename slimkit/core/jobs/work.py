@@ -200,10 +200,17 @@ def sparse_headline(report: Mapping[str, Any]) -> str:
 # distill ------------------------------------------------------------------------------------------------------------
 
 
-def distill(teacher: Any, student: Any, options: DistillOptions, context: JobContext) -> JobResult:
-    """Train a student to answer as its teacher does, in place."""
+def distill(
+    teacher: Any,
+    student: Any,
+    options: DistillOptions,
+    context: JobContext,
+    config: KnowledgeDistillConfig | None = None,
+) -> JobResult:
+    """Train a student to answer as its teacher does, in place; `config` says what is compared, or the options do."""
     face = context.face
-    config = comparison(options, lambda: face.outputs(teacher, context.example)[0].shape, context.spell)
+    if config is None:
+        config = comparison(options, lambda: face.outputs(teacher, context.example)[0].shape, context.spell)
     hard = context.loss(options.loss)[1] if options.hard_weight else None
     with face.seeded(context.seed):
         dual = face.slim.get_distill_model(teacher, student, config, inputs=context.example)
