@@ -63,7 +63,8 @@ def run(
 
 def _show(report: dict[str, Any], folder: Path, talk: Session) -> None:
     """The summary: dense against final, what the stages say, and where the report is."""
-    from slimkit.core.run.report import headline, summary_rows
+    from slimkit.core.jobs.measurement import summary_rows
+    from slimkit.core.run.report import headline
 
     rows = summary_rows(report)
     talk.table(report["title"], ("", "dense", "final", "change"), rows)

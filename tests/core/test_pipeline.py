@@ -15,7 +15,7 @@ import pytest
 from slimkit.core import files
 from slimkit.core.errors import ConfigError
 from slimkit.core.jobs.framework import JobResult
-from slimkit.core.jobs.measurement import LayerMeasurement, Measurement, show
+from slimkit.core.jobs.measurement import LayerMeasurement, Measurement, show, summary_rows
 from slimkit.core.run import report
 from slimkit.core.run.pipeline import run_recipe
 from slimkit.core.run.recipe import parse_recipe
@@ -239,7 +239,7 @@ def test_the_page_is_self_contained_well_formed_and_true(folder):
     assert page.count("<svg") == 5
     for svg in page.split("<svg")[1:]:
         ET.fromstring("<svg" + svg.split("</svg>")[0] + "</svg>")
-    for row in report.summary_rows(found):
+    for row in summary_rows(found):
         assert row[2] in page
     assert page == report.render(json.loads(json.dumps(found))), "the same report gives the same page"
 
