@@ -10,6 +10,7 @@ import numpy as np
 from slimkit import bridge
 from slimkit.core.prune.plan import PrunePlan
 from slimkit.core.prune.refit import repair
+from slimkit.replay import replaying
 
 import torch
 import torch.nn.functional as F
@@ -101,8 +102,10 @@ def _seen(model: nn.Module, path: str, batch: Any) -> list[tuple[torch.Tensor, t
     calls: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def seen(_name: str, args: Any, kwargs: Any, output: torch.Tensor) -> None:
-        calls.append(((args[0] if args else kwargs["input"]).detach(), output.detach()))
+        # Copies: what follows, such as an activation, may work in the memory of either.
+        x = args[0] if args else kwargs["input"]
+        calls.append((x.detach().clone(), output.detach().clone()))
 
-    with bridge.evaluating(model), bridge.hooked({path: bridge.get_module(model, path)}, seen):
-        bridge.run(model, batch)
+    with replaying(model) as run, bridge.hooked({path: bridge.get_module(model, path)}, seen):
+        run(batch)
     return calls

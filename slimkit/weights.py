@@ -17,6 +17,7 @@ from slimkit.core.weights.activations import Energies
 from slimkit.core.weights.blocks import PruneConfig
 from slimkit.core.weights.cut import plan_weights
 from slimkit.core.weights.influence import Influence, LayerSuggestion, find_stack, first_tensor, mask_of
+from slimkit.replay import entering, replaying
 from slimkit.torchfile import TorchWeightFile
 
 import torch
@@ -101,9 +102,8 @@ def suggest_layer_map(model_or_file: Any, calibration: Any, keep: int, blocks: s
     sizes = {n: sum(p.numel() for p in m.parameters()) for n, m in modules.items()}
     found = Influence(find_stack({n: type(m).__name__ for n, m in modules.items()}, sizes, blocks), keep)
 
-    def seen(path: str, args: Any, kwargs: Any, output: Any, mask: Array | None) -> None:
-        before, after = first_tensor((*args, kwargs)), first_tensor(output)
-        found.add(path, before.float().cpu().numpy(), after.float().cpu().numpy(), mask)
+    def seen(path: str, x: torch.Tensor, output: Any, mask: Array | None) -> None:
+        found.add(path, x.float().cpu().numpy(), first_tensor(output).float().cpu().numpy(), mask)
 
     _watch(model, {p: modules[p] for p in found.paths}, batches, seen)
     return found.suggestion()
@@ -135,8 +135,8 @@ def measure_activations(model_or_file: Any, calibration: Any) -> dict[str, Array
     linear = {p: n for p, n in names.items() if n in targets and targets[n].kind in ("linear", "linear_t")}
     found = Energies(linear)
 
-    def seen(path: str, args: Any, kwargs: Any, _output: Any, mask: Array | None) -> None:
-        found.add(path, first_tensor((*args, kwargs)).float().cpu().numpy(), mask)
+    def seen(path: str, x: torch.Tensor, _output: Any, mask: Array | None) -> None:
+        found.add(path, x.float().cpu().numpy(), mask)
 
     modules = dict(model.named_modules())
     _watch(model, {p: modules[p] for p in linear}, batches, seen)
@@ -154,13 +154,20 @@ def _watch(
     model: torch.nn.Module,
     modules: Mapping[str, torch.nn.Module],
     batches: Iterable[Any],
-    seen: Callable[[str, Any, Any, Any, Array | None], None],
+    seen: Callable[[str, torch.Tensor, Any, Array | None], None],
 ) -> None:
-    """Run the model over all batches, and call ``seen(path, args, kwargs, output, mask)`` after each of the modules."""
+    """Run the model over all batches, and call ``seen(path, input, output, mask)`` after each of the modules."""
     mask: Array | None = None
-    watching = lambda path, args, kwargs, output: seen(path, args, kwargs, output, mask)
-    with bridge.evaluating(model), bridge.hooked(modules, watching):
+    inputs: dict[str, list[torch.Tensor]] = {path: [] for path in modules}
+
+    def began(path: str, args: Any, kwargs: Any) -> None:
+        inputs[path].append(first_tensor((*args, kwargs)).clone())  # a block may add to its input in place
+
+    def ended(path: str, _args: Any, _kwargs: Any, output: Any) -> None:
+        seen(path, inputs[path].pop(), output, mask)
+
+    with replaying(model) as run, entering(modules, began), bridge.hooked(modules, ended):
         for batch in progress(batches, "batches"):
             given = mask_of(batch)
             mask = None if given is None else torch.as_tensor(given).cpu().numpy()
-            bridge.run(model, batch)
+            run(batch)

@@ -10,6 +10,7 @@ import numpy as np
 from slimkit.core.prune.plan import PrunePlan
 from slimkit.core.prune.refit import repair
 from slimkit_ms import bridge, kinds
+from slimkit_ms.replay import replaying
 
 import mindspore as ms
 from mindspore import nn
@@ -100,8 +101,8 @@ def _seen(model: nn.Cell, path: str, batch: Any) -> list[tuple[Array, Array]]:
     def seen(_name: str, inputs: Any, output: Any) -> None:
         calls.append((_numbers(inputs[0]), _numbers(output)))
 
-    with bridge.evaluating(model), bridge.pynative(), bridge.hooked({path: bridge.get_module(model, path)}, seen):
-        bridge.run(model, batch)
+    with replaying(model) as run, bridge.hooked({path: bridge.get_module(model, path)}, seen):
+        run(batch)
     return calls
 
 

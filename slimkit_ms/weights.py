@@ -17,6 +17,7 @@ from slimkit.core.weights.blocks import PruneConfig
 from slimkit.core.weights.cut import plan_weights
 from slimkit.core.weights.influence import Influence, LayerSuggestion, find_stack, first_tensor, mask_of
 from slimkit_ms import bridge, kinds
+from slimkit_ms.replay import replaying
 
 import mindspore as ms
 from mindspore import nn
@@ -107,8 +108,8 @@ def suggest_layer_map(model_or_file: Any, calibration: Any, keep: int, blocks: s
     sizes = {n: sum(p.size for p in c.get_parameters()) for n, c in cells.items()}
     found = Influence(find_stack({n: type(c).__name__ for n, c in cells.items()}, sizes, blocks), keep)
 
-    def seen(path: str, args: Any, output: Any, mask: Array | None) -> None:
-        found.add(path, bridge.as_numpy(first_tensor(args)), bridge.as_numpy(first_tensor(output)), mask)
+    def seen(path: str, x: Array, output: Any, mask: Array | None) -> None:
+        found.add(path, x, bridge.as_numpy(first_tensor(output)), mask)
 
     _watch(model, {p: cells[p] for p in found.paths}, batches, seen)
     return found.suggestion()
@@ -138,8 +139,8 @@ def measure_activations(model_or_file: Any, calibration: Any) -> dict[str, Array
     linear = {p: c for p, c in model.cells_and_names() if kinds.is_kind(c, "linear")}
     found = Energies({p: c.weight.name for p, c in linear.items()})
 
-    def seen(path: str, args: Any, _output: Any, mask: Array | None) -> None:
-        found.add(path, bridge.as_numpy(first_tensor(args)), mask)
+    def seen(path: str, x: Array, _output: Any, mask: Array | None) -> None:
+        found.add(path, x, mask)
 
     _watch(model, linear, batches, seen)
     return found.mean()
@@ -149,21 +150,27 @@ def _watch(
     model: nn.Cell,
     cells: Mapping[str, nn.Cell],
     batches: Iterable[Any],
-    seen: Callable[[str, Any, Any, Array | None], None],
+    seen: Callable[[str, Array, Any, Array | None], None],
 ) -> None:
-    """Run the model over all batches, and call ``seen(path, args, output, mask)`` after each of the cells."""
+    """Run the model over all batches, and call ``seen(path, input, output, mask)`` after each of the cells."""
     mask: Array | None = None
+    inputs: dict[str, list[Array]] = {path: [] for path in cells}
 
-    def hook(path: str) -> Callable[..., None]:
-        return lambda _cell, args, output: seen(path, args, output, mask)
+    def before(path: str) -> Callable[..., None]:
+        # A copy, since a block may add to its input in place.
+        return lambda _cell, args: inputs[path].append(bridge.as_numpy(first_tensor(args)))
 
-    handles = [cell.register_forward_hook(hook(path)) for path, cell in cells.items()]
+    def after(path: str) -> Callable[..., None]:
+        return lambda _cell, _args, output: seen(path, inputs[path].pop(), output, mask)
+
+    handles = [cell.register_forward_pre_hook(before(path)) for path, cell in cells.items()]
+    handles += [cell.register_forward_hook(after(path)) for path, cell in cells.items()]
     try:
-        with bridge.evaluating(model), bridge.pynative():
+        with replaying(model) as run:
             for batch in progress(batches, "batches"):
                 given = mask_of(batch)
                 mask = None if given is None else np.asarray(given.asnumpy() if hasattr(given, "asnumpy") else given)
-                bridge.run(model, batch)
+                run(batch)
     finally:
         for handle in handles:
             handle.remove()

@@ -4,18 +4,34 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from slimkit.core import check
 
 
+@dataclass(frozen=True)
+class Call:
+    """A ready call: a batch that a data set gave in another form, or what one part of a model hands to the next.
+
+    Args:
+        args: positional arguments.
+        kwargs: keyword arguments.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
 def as_call(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """One batch as (args, kwargs): a tensor, a tuple or list of arguments, or a mapping of keyword arguments.
+    """One batch as (args, kwargs): a tensor, a tuple or list of arguments, a mapping of keyword arguments, or a Call.
 
     Example:
         >>> as_call({"x": 1})
         ((), {'x': 1})
     """
+    if isinstance(batch, Call):
+        return batch.args, dict(batch.kwargs)
     if isinstance(batch, Mapping):
         return (), dict(batch)
     if isinstance(batch, (tuple, list)):
@@ -44,6 +60,37 @@ def without_labels(batch: Any, function: Callable[..., Any]) -> Any:
         return batch
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return batch[: sum(kind in positional for kind in kinds)]
+
+
+class Steady:
+    """A data set that is read again and again, and must give as many batches each time.
+
+    Args:
+        value: a re-iterable of batches.
+        name: the argument's name, for the message.
+
+    Raises:
+        ArgumentError: while it is read, when it gives another number of batches than at first.
+
+    Example:
+        >>> [list(steady) for steady in [Steady([1, 2])] for _ in range(2)]
+        [[1, 2], [1, 2]]
+    """
+
+    def __init__(self, value: Iterable[Any], name: str = "dataset") -> None:
+        self._value, self._name, self._count = value, name, -1
+
+    def __iter__(self) -> Iterator[Any]:
+        count = 0
+        for batch in self._value:
+            yield batch
+            count += 1
+        if self._count < 0:
+            self._count = count
+        elif count != self._count:
+            check.wrong_value(
+                self._name, "a data set that gives the same batches each time", f"{self._count} batches, then {count}"
+            )
 
 
 def dataset(value: Any, name: str = "dataset") -> Iterable[Any]:

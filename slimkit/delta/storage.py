@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from slimkit import bridge
 from slimkit.core import check
 from slimkit.core.delta import storage
+from slimkit.core.delta import tensors as arrays
 from slimkit.core.delta.bundle import sample_places
 from slimkit.core.delta.framework import DeltaStorage
 from slimkit.core.delta.spec import DeltaReport
@@ -32,11 +34,41 @@ class TorchStorage(TorchDelta, DeltaStorage):
     def value(self, tensor: torch.Tensor) -> Any:
         whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
         plain = whole.detach().cpu()
-        return (plain.float() if plain.dtype == torch.bfloat16 else plain).numpy()
+        name = str(plain.dtype).removeprefix("torch.")
+        if name not in arrays.FURTHER:
+            return plain.numpy()
+        stored = plain.contiguous().view(torch.uint8 if plain.itemsize == 1 else torch.uint16).numpy()
+        return stored.view(arrays.further(name))
 
     def fill(self, tensor: torch.Tensor, value: Any) -> None:
         with torch.no_grad():
-            tensor.copy_(torch.from_numpy(value))
+            tensor.copy_(_as_tensor(value))
+
+    def take_dtype(self, tensor: torch.Tensor, value: Any) -> None:
+        kind = _as_tensor(value).dtype
+        if tensor.dtype != kind:
+            tensor.data = tensor.data.to(kind)
+
+    def split(self, model: nn.Module, names: Sequence[str], value: Any) -> None:
+        held: dict[int, int] = {}
+        for _, module in model.named_modules(remove_duplicate=False):
+            held[id(module)] = held.get(id(module), 0) + 1
+        old = self.neutral(model)[names[0]]
+        new = nn.Parameter(_as_tensor(value).to(old.device, old.dtype).clone(), requires_grad=old.requires_grad)
+        for name in names:
+            path, _, attribute = name.rpartition(".")
+            module = bridge.get_module(model, path)
+            if held[id(module)] > 1:
+                # The same layer stands in other places, which keep the old tensor.
+                layer = copy.copy(module)
+                layer._parameters = dict(module._parameters)
+                bridge.set_module(model, path, layer)
+                module = layer
+            setattr(module, attribute, new)
+        for module in model.modules():
+            config: Any = getattr(module, "config", None)
+            if getattr(config, "tie_word_embeddings", False):
+                config.tie_word_embeddings = False  # or saving and loading the model would tie them again
 
     def sample(self, tensor: torch.Tensor) -> Any:
         places = torch.from_numpy(sample_places(tensor.numel()))
@@ -48,7 +80,8 @@ class TorchStorage(TorchDelta, DeltaStorage):
         return getattr(layer, "weight", None) if merged is None else merged
 
     def neutral(self, model: nn.Module) -> dict[str, Any]:
-        return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        parameters = model.named_parameters(remove_duplicate=False)
+        return {**dict(parameters), **dict(model.named_buffers(remove_duplicate=False))}
 
     def positions(self, model: nn.Module) -> list[str] | None:
         return None if is_counted_by_library(model) else super().positions(model)
@@ -81,6 +114,13 @@ class TorchStorage(TorchDelta, DeltaStorage):
 
     def apply_kind(self, model: nn.Module, kind: str, targets: list[str] | None, **options: Any) -> Any:
         return apply_delta(model, kind, targets, **options)
+
+
+def _as_tensor(value: Any) -> torch.Tensor:
+    """A NumPy array as a tensor that shares its memory, the types that NumPy lacks included."""
+    if value.dtype.name not in arrays.FURTHER:
+        return torch.from_numpy(value)
+    return torch.from_numpy(arrays.bits(value)).view(getattr(torch, value.dtype.name))
 
 
 _STORAGE = TorchStorage()

@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 
 from slimkit import bridge
+from slimkit.core.batch import Call
 from slimkit.core.distill.config import SoftLabel
 from slimkit.core.distill.shapes import pick
 from slimkit.core.distill.teacher_cache import TeacherFiles
 from slimkit.distill import taps
+from slimkit.replay import replaying
 
 import torch
 
@@ -62,7 +64,7 @@ class TeacherCache(TeacherFiles):
         def answer(args: Any, kwargs: Any) -> list[np.ndarray]:
             device = bridge.device_of(teacher)
             store.listening, store.seen = True, {}
-            output = teacher(*bridge.to_device(args, device), **bridge.to_device(kwargs, device))
+            output = run(Call(bridge.to_device(args, device), bridge.to_device(kwargs, device)))
             store.listening = False
             found = [
                 store.seen[place] if label.t_module else pick(output, label.t_output_idx, "teacher")
@@ -72,7 +74,7 @@ class TeacherCache(TeacherFiles):
 
         taps.attach(teacher, store, labels, "t")
         try:
-            with bridge.evaluating(teacher):
+            with replaying(teacher) as run:
                 yield answer
         finally:
             taps.detach(teacher, store)

@@ -10,7 +10,8 @@ from slimkit import bridge
 from slimkit.core.errors import UnsupportedError
 from slimkit.core.sparse.call_order import CallOrder
 from slimkit.core.sparse.experts import LayerCall, Pairs
-from slimkit.sparse.inputs import BlockInputs, Enough, as_input, enough, quiet, send, valid_tokens
+from slimkit.replay import entering, replaying, state_of
+from slimkit.sparse.inputs import BlockInputs, Enough, as_input, enough, valid_tokens
 from slimkit.sparse.reads import Reads
 from slimkit.sparse.residual import arriving, first_tensor, input_of, joints
 from slimkit.sparse.slots import WeightSlot, inside
@@ -28,8 +29,8 @@ def watching(
     called: Callable[[str, Any, Any, Any], None],
     read: Callable[[str, torch.Tensor, torch.Tensor | None], None],
     valid: torch.Tensor | None = None,
-) -> Iterator[None]:
-    """Watch layers in quiet: those that are called, and those whose weights are read without a call.
+) -> Iterator[Callable[[Any], Any]]:
+    """Watch layers while batches are replayed: those that are called, and those whose weights are read without a call.
 
     Args:
         model: the model.
@@ -37,6 +38,9 @@ def watching(
         called: gets path, args, kwargs and output after each call.
         read: gets path, rows and the tokens they are before each use without a call.
         valid: which tokens of the batch are no padding.
+
+    Returns:
+        What sends a batch through the model.
     """
     modules = {p: s.owner(model) for p, s in slots.items() if not s.read}
     reads = {p: s for p, s in slots.items() if s.read}
@@ -45,10 +49,10 @@ def watching(
         for path in paths:
             read(path, rows, tokens)
 
-    with quiet(model), bridge.hooked(modules, called), contextlib.ExitStack() as stack:
+    with replaying(model) as run, bridge.hooked(modules, called), contextlib.ExitStack() as stack:
         if reads:
             stack.enter_context(Reads(model, reads, each, valid))
-        yield
+        yield run
 
 
 def trace(
@@ -57,15 +61,18 @@ def trace(
     """Send every batch through once, to learn in which order layers are called and which share one input.
 
     Returns:
-        The calls, and whether each block's first input is the output of the block before, in every batch.
+        The calls, and whether each block's first input is the output of the block before, in every batch, and all
+        else that it reads was there before the batch or is among its arguments.
     """
     calls = CallOrder({name for name, slot in modules.values() if slot.kind == "conv2d"})
     chained = len(blocks) > 1
     place = {b: i for i, b in enumerate(blocks)}
     slots = {p: slot for p, (_, slot) in modules.items()}
+    chain = {b: bridge.get_module(model, b) for b in blocks}
     for batch in dataset:
         outputs: dict[str, Any] = {}
-        calls.batch()
+        valid = valid_tokens(batch)
+        calls.batch(valid is not None and not bool(valid.any()))
 
         def passed(path: str, args: Any, kwargs: Any, output: Any) -> None:
             nonlocal chained
@@ -74,15 +81,21 @@ def trace(
                 chained = False
             outputs[path] = first_tensor(output)  # noqa: B023
 
+        def began(path: str, _args: Any, _kwargs: Any) -> None:
+            nonlocal chained
+            # What the model told a block in another way than by its call would be missing when it runs alone.
+            chained = chained and not before[path].differs()  # noqa: B023
+
         def called(path: str, args: Any, kwargs: Any, _output: Any) -> None:
             calls.note(modules[path][0], input_of(args, kwargs))
 
         def read(path: str, rows: torch.Tensor, _tokens: torch.Tensor | None) -> None:
             calls.note(modules[path][0], rows)
 
-        chain = {b: bridge.get_module(model, b) for b in blocks}
-        with watching(model, slots, called, read), bridge.hooked(chain, passed):
-            send(model, batch)
+        with watching(model, slots, called, read) as run, bridge.hooked(chain, passed):
+            before = {path: state_of(block) for path, block in chain.items()}
+            with entering(chain, began):
+                run(batch)
         chained = chained and len(outputs) == len(blocks)
     return calls, chained
 
@@ -180,7 +193,7 @@ class WholeModel:
         def called(path: str, args: Any, kwargs: Any, output: Any) -> None:
             x = as_input(wanted[path].owner(model), input_of(args, kwargs), valid)
             if path in joined:
-                waiting[path] = (x, output.detach())
+                waiting[path] = (x, output.detach().clone())  # a sum may be made in its memory
             else:
                 seen(self.modules[path][0], LayerCall(x))
 
@@ -200,12 +213,12 @@ class WholeModel:
         end = {until: last[1]} if until is not None and last is not None and last[1].read else {}
         with (
             contextlib.suppress(Enough),
-            watching(model, wanted | end, called, read, valid),
+            watching(model, wanted | end, called, read, valid) as run,
             arriving(model, sorted(set(joined.values())), arrived),
             # After the hooks above: the forward may end where a sum arrives.
             _ending(model, until if not end else None),
         ):
-            send(model, batch)
+            run(batch)
         for path, (x, _) in waiting.items():
             seen(self.modules[path][0], LayerCall(x))
 
@@ -248,8 +261,8 @@ class ModelBlock(WholeModel):
         single = {feed[0] for feed in self.feeds if len(feed) == 1}
         alone = [p for p, (n, slot) in self.modules.items() if n in single and slot.kind != "conv2d" and not slot.read]
         if self.dense is not None and self.inputs.valid:
-            with quiet(self.model):
-                self.joined = joints(self.model, lambda: send(self.model, self.inputs.call(self.path, 0)), alone)
+            with replaying(self.model) as run:
+                self.joined = joints(self.model, lambda: run(self.inputs.call(self.path, 0)), alone)
 
     def batches(self) -> Iterator[tuple[Any, Any, torch.Tensor | None]]:
         """Each batch's call of this block."""
@@ -261,8 +274,8 @@ class ModelBlock(WholeModel):
         for index in range(len(self.inputs.valid)):
             for model, dense in ((self.model, False), (self.dense, True)):
                 if model is not None:
-                    with quiet(model):
-                        out = first_tensor(send(model, self.inputs.call(self.path, index, dense=dense)))
+                    with replaying(model) as run:
+                        out = first_tensor(run(self.inputs.call(self.path, index, dense=dense)))
                     self.inputs.put(index, out, dense=dense)
 
 

@@ -18,11 +18,13 @@ from slimkit.core import files
 from slimkit.core.checkpoint import shards
 from slimkit.core.errors import UnsupportedError
 from slimkit.core.lazy import library
+from slimkit.core.sparse.call_order import CallOrder
 from slimkit.core.sparse.framework import CalibratedBlock
+from slimkit.core.sparse.processes import demand_tokens
 from slimkit.sparse import memory
 from slimkit.sparse.blocks import LentBlock, trace_block
 from slimkit.sparse.framework import TorchSparse, block_paths
-from slimkit.sparse.inputs import BlockInputs, Bound, valid_tokens
+from slimkit.sparse.inputs import BlockInputs, valid_tokens
 from slimkit.sparse.layouts import Layouts
 
 import torch
@@ -68,6 +70,11 @@ class CheckpointSparse(TorchSparse):
         with_data = bool(dataset)
         done = self._done()
         inputs = self._capture(dataset, paired) if with_data else None
+        if inputs is not None:
+            padding = CallOrder()
+            for valid in inputs.valid:
+                padding.batch(valid is not None and not bool(valid.any()))
+            demand_tokens(self, padding)
         if inputs is not None and done:
             inputs.load(self._state / f"activations-{done:05d}")
         for index, path in enumerate(self._blocks):
@@ -204,7 +211,7 @@ class CheckpointSparse(TorchSparse):
         self._load(self._blocks[0])
         inputs = BlockInputs.of_stubs(
             self.model,
-            [_bound(b) for b in dataset],
+            [_call(b) for b in dataset],
             [valid_tokens(b) for b in dataset],
             self._blocks,
             self._state / "activations",
@@ -300,8 +307,8 @@ def _without_weights(module: torch.nn.Module) -> torch.nn.Module:
     return copy.deepcopy(module, meta)
 
 
-def _bound(batch: Any) -> Bound:
-    return Bound(*batches.as_call(batch))
+def _call(batch: Any) -> batches.Call:
+    return batches.Call(*batches.as_call(batch))
 
 
 def _empty_model(source: Path) -> torch.nn.Module:

@@ -10,9 +10,10 @@ from slimkit import bridge
 from slimkit.core.sparse.experts import learn_layouts
 from slimkit.core.sparse.framework import CalibratedBlock
 from slimkit.core.sparse.maths.layer import SparseLayer
-from slimkit.core.sparse.processes import agreed
+from slimkit.core.sparse.processes import agreed, demand_tokens
+from slimkit.replay import replaying
 from slimkit.sparse.blocks import ModelBlock, WholeModel, trace
-from slimkit.sparse.inputs import BlockInputs, as_input, quiet, valid_tokens
+from slimkit.sparse.inputs import BlockInputs, as_input, valid_tokens
 from slimkit.sparse.reads import Reads
 from slimkit.sparse.residual import first_tensor
 from slimkit.sparse.slots import WeightSlot, described
@@ -41,8 +42,8 @@ class TorchSparse:
         return dict(found), skipped
 
     def _watch_products(self, slots: Mapping[str, WeightSlot], batch: Any, turned: Callable[[str], None]) -> None:
-        with quiet(self.model), Reads(self.model, slots, lambda *_: None, transposed=turned):
-            bridge.run(self.model, batch)
+        with replaying(self.model) as run, Reads(self.model, slots, lambda *_: None, transposed=turned):
+            run(batch)
 
     def weight(self, name: str) -> torch.Tensor:
         """The layer's weight, detached, in its own dtype."""
@@ -54,6 +55,11 @@ class TorchSparse:
         bias = self._slots[name].bias(self.model)
         if bias_shift is not None and bias is not None:
             bias.copy_(bias.float() + bias_shift)
+
+    def not_finite(self) -> list[str]:
+        """The parameters in memory that hold NaN or infinity."""
+        real = [(n, p) for n, p in self.model.named_parameters() if p.is_floating_point() and p.device.type != "meta"]
+        return [n for n, p in real if not bool(torch.isfinite(p).all())]
 
     def settled(self, name: str, row: dict[str, Any]) -> None:
         """Nothing to do: the report is made at the end."""
@@ -90,6 +96,7 @@ class TorchSparse:
         dense = dense_twin(self.model, [self._slots[n].owner(self.model) for n in names]) if paired else None
         blocks = block_paths(self.model, modules)
         found, chained = trace(self.model, dataset, modules, blocks)
+        demand_tokens(self, found)
         every = agreed(self, found.feeds)
         if not all(self.gather(chained)):
             yield WholeModel(self.model, dense, dataset, modules, every, found)
@@ -111,8 +118,8 @@ class TorchSparse:
 
     def outputs(self, batch: Any) -> Any:
         """The model's first output for a batch, as a float32 NumPy array without the rows of padding."""
-        with quiet(self.model):
-            output = bridge.run(self.model, batch)
+        with replaying(self.model) as run:
+            output = run(batch)
         if isinstance(output, Mapping):
             output = next(v for v in output.values() if isinstance(v, torch.Tensor))
         output = as_input(self.model, first_tensor(output), valid_tokens(batch))

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from slimkit import bridge
+from slimkit.core import replay
+from slimkit.core.batch import Call
 from slimkit.core.errors import UnsupportedError
-from slimkit.sparse.reads import one_by_one
+from slimkit.replay import TENSORS, entering, replaying
 from slimkit.sparse.residual import input_of
 
 import torch
@@ -25,24 +26,6 @@ class Enough(Exception):
 def enough(*_: Any) -> None:
     """A hook that ends the forward."""
     raise Enough
-
-
-@contextlib.contextmanager
-def quiet(model: torch.nn.Module) -> Iterator[None]:
-    """Eval mode without gradients, caches or fused paths that would pass the layers by."""
-    config: Any = getattr(model, "config", None)
-    cache = getattr(config, "use_cache", None)
-    fast = torch.backends.mha.get_fastpath_enabled()
-    try:
-        if cache:
-            config.use_cache = False  # a key-value cache would grow with every replay
-        torch.backends.mha.set_fastpath_enabled(False)
-        with bridge.evaluating(model), one_by_one(model):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-        if cache:
-            config.use_cache = cache
 
 
 def as_input(module: torch.nn.Module, x: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
@@ -64,20 +47,42 @@ def valid_tokens(batch: Any) -> torch.Tensor | None:
     return mask.bool() if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
 
 
-@dataclass(frozen=True)
-class Bound:
-    """A ready call of a block: positional and keyword arguments."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+class _Hidden:
+    """Stands where a call takes the hidden states."""
 
 
-_HIDDEN = object()  # stands where a call takes the hidden states
+_HIDDEN = _Hidden()
 
 
-def send(model: torch.nn.Module, batch: Any) -> Any:
-    """Run a model on a batch or a ready call."""
-    return model(*batch.args, **batch.kwargs) if isinstance(batch, Bound) else bridge.run(model, batch)
+class _Copies:
+    """Copies of what the blocks of one forward are called with: what all of them get is copied once."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[torch.Size, torch.dtype], list[torch.Tensor]] = {}
+
+    def of(self, value: Any) -> Any:
+        """A copy of a call's arguments as they are now."""
+        return replay.fresh(value, self)
+
+    def is_tensor(self, value: Any) -> bool:
+        """Whether a value is copied by `clone`."""
+        return TENSORS.is_tensor(value)
+
+    def is_module(self, value: Any) -> bool:
+        """Whether a value stays itself."""
+        return value is _HIDDEN or TENSORS.is_module(value)
+
+    def clone(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy, the same for equal tensors."""
+        made = self._made.setdefault((tensor.shape, tensor.dtype), [])
+        same = next((copy for copy in made if copy.device == tensor.device and torch.equal(copy, tensor)), None)
+        if same is None:
+            same = TENSORS.clone(tensor)
+            made.append(same)
+        return same
+
+
+Others = dict[str, tuple[tuple[Any, ...], dict[str, Any]]]  # block -> its arguments but the hidden states
 
 
 class Spilled:
@@ -128,36 +133,37 @@ class BlockInputs:
     ) -> None:
         self.valid: list[torch.Tensor | None] = []
         self._hidden: dict[bool, Any] = {False: [], True: []}
-        self._others: list[dict[str, tuple[tuple[Any, ...], dict[str, Any]]]] = []
+        self._others: list[Others] = []
         self.paired = dense is not None
+        self._dense_others: list[Others] = []
         for batch in dataset:
             self.valid.append(valid_tokens(batch))
-            others: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
-            first: list[torch.Tensor] = []
-
-            def seen(path: str, args: Any, kwargs: Any, _output: Any) -> None:
-                x = input_of(args, kwargs)
-                if path == blocks[0]:
-                    first.append(x)  # noqa: B023
-                blank = {k: _HIDDEN if v is x else v for k, v in kwargs.items()}
-                others[path] = (tuple(_HIDDEN if a is x else a for a in args), blank)  # noqa: B023
-
-            with quiet(model), bridge.hooked({b: bridge.get_module(model, b) for b in blocks}, seen):
-                bridge.run(model, batch)
-            self._others.append(others)
-            self._hidden[False].append(first[0])
+            copies = _Copies()
+            self._add(model, batch, blocks, copies, dense=False)
             if dense is not None:
-                first.clear()
-                head = bridge.get_module(dense, blocks[0])
-                with quiet(dense), bridge.hooked({blocks[0]: head}, seen):
-                    bridge.run(dense, batch)
-                self._hidden[True].append(first[0])
+                self._add(dense, batch, blocks, copies, dense=True)
+
+    def _add(self, model: torch.nn.Module, batch: Any, blocks: Sequence[str], copies: _Copies, dense: bool) -> None:
+        """Note how one model calls its blocks for a batch."""
+        others: Others = {}
+
+        # Before each block, and copied: a block may add to its input in place, and a cache grows with each.
+        def began(path: str, args: Any, kwargs: Any) -> None:
+            x = input_of(args, kwargs)
+            if path == blocks[0]:
+                self._hidden[dense].append(x.detach().clone())
+            blank = {k: _HIDDEN if v is x else v for k, v in kwargs.items()}
+            others[path] = copies.of((tuple(_HIDDEN if a is x else a for a in args), blank))
+
+        with replaying(model) as run, entering({b: bridge.get_module(model, b) for b in blocks}, began):
+            run(batch)
+        (self._dense_others if dense else self._others).append(others)
 
     @classmethod
     def of_stubs(
         cls,
         model: torch.nn.Module,
-        calls: Sequence[Bound],
+        calls: Sequence[Call],
         valid: Sequence[torch.Tensor | None],
         blocks: Sequence[str],
         folder: Path,
@@ -175,6 +181,7 @@ class BlockInputs:
         """
         self = cls.__new__(cls)
         self.valid, self._hidden, self._others, self.paired = list(valid), {}, [], paired
+        self._dense_others = self._others  # what comes before the blocks is dense in both
         self._hidden = {dense: Spilled(folder, "dense" if dense else "sparse") for dense in (False, True)}
         modules = {b: bridge.get_module(model, b) for b in blocks}
         wraps: list[bool] = []
@@ -184,10 +191,11 @@ class BlockInputs:
             raise Enough
 
         for call in calls[:1]:
-            with quiet(model), bridge.hooked({blocks[0]: modules[blocks[0]]}, look), contextlib.suppress(Enough):
-                send(model, call)
+            head = bridge.hooked({blocks[0]: modules[blocks[0]]}, look)
+            with replaying(model) as run, head, contextlib.suppress(Enough):
+                run(call)
         for call in calls:
-            others: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+            others: Others = {}
             first: list[torch.Tensor] = []
 
             def stub(path: str, *args: Any, **kwargs: Any) -> Any:
@@ -202,8 +210,8 @@ class BlockInputs:
             try:
                 for path, module in modules.items():
                     module.__dict__["forward"] = partial(stub, path)
-                with quiet(model), contextlib.suppress(Enough):
-                    send(model, call)
+                with replaying(model) as run, contextlib.suppress(Enough):
+                    run(call)
             finally:
                 for module in modules.values():
                     module.__dict__.pop("forward", None)
@@ -236,10 +244,10 @@ class BlockInputs:
                 self._hidden[True][index] = found["dense"]
 
     def call(self, path: str, index: int, dense: bool = False) -> Any:
-        """One batch's call of a block as (args, kwargs)."""
-        args, kwargs = self._others[index][path]
+        """One batch's call of a block."""
+        args, kwargs = (self._dense_others if dense and self.paired else self._others)[index][path]
         hidden = self._hidden[dense and self.paired][index]
-        return Bound(
+        return Call(
             tuple(hidden if a is _HIDDEN else a for a in args),
             {k: hidden if v is _HIDDEN else v for k, v in kwargs.items()},
         )

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from slimkit.core.sparse.experts import routed
@@ -112,21 +111,3 @@ class Reads(TorchDispatchMode):
 def _layout(weight: torch.Tensor) -> str:
     """How the (in, out) operand lies in memory: "linear" for rows of inputs per output, "conv1d" for the opposite."""
     return "linear" if weight.stride(0) == 1 and weight.stride(1) >= weight.shape[0] else "conv1d"
-
-
-@contextlib.contextmanager
-def one_by_one(model: torch.nn.Module) -> Iterator[None]:
-    """Let transformers run experts one by one: its other ways copy the weights, or hide the rows of each expert."""
-    configs = {id(c): c for m in model.modules() for c in [getattr(m, "config", None)] if c is not None}
-    before = [
-        (c, vars(c)["_experts_implementation_internal"])
-        for c in configs.values()
-        if "_experts_implementation_internal" in getattr(c, "__dict__", {})
-    ]
-    try:
-        for config, _ in before:
-            config._experts_implementation_internal = "eager"
-        yield
-    finally:
-        for config, value in before:
-            config._experts_implementation_internal = value

@@ -78,9 +78,11 @@ def joints(block: torch.nn.Module, run: Callable[[], None], layers: Sequence[str
         return found
 
     outputs: dict[str, torch.Tensor] = {}
-    with bridge.hooked(
-        {p: bridge.get_module(block, p) for p in layers}, lambda p, _a, _k, out: outputs.setdefault(p, out.detach())
-    ):
+
+    def left(path: str, _args: Any, _kwargs: Any, output: torch.Tensor) -> None:
+        outputs.setdefault(path, output.detach().clone())  # a sum may be made in its memory
+
+    with bridge.hooked({p: bridge.get_module(block, p) for p in layers}, left):
         calm = look(None, None)
     found: dict[str, str] = {}
     for layer, y in outputs.items():

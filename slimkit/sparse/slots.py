@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from slimkit import bridge
 from slimkit.core.sparse.experts import UNCLEAR, Fused, fused
 from slimkit.core.sparse.maths.layer import SparseLayer
+from slimkit.core.sparse.skipped import adapter_parts, other_matrices
 
 import torch
 
@@ -155,15 +156,18 @@ def described(
     skipped: dict[str, str] = {}
     owner: dict[tuple[int, str], str] = {}
     tables = {id(m.weight) for m in model.modules() if isinstance(m, (torch.nn.Embedding, torch.nn.EmbeddingBag))}
+    adapters = adapter_parts(dict(model.named_modules(remove_duplicate=False)))
     for name, slot in slots_of(model):
         weight = slot.owner(model)._parameters.get(slot.key)
         place = id(weight), str(slot.index)
-        if weight is None:
+        if slot.module in adapters:
+            skipped[name] = adapters[slot.module]
+        elif weight is None:
             skipped[name] = "its weight is computed, not a parameter"
         elif not weight.is_floating_point():
             skipped[name] = f"its weight is {weight.dtype}, which has no linear algebra"
         elif weight.device.type == "meta" and not with_meta:
-            skipped[name] = "its weight is on the meta device"
+            skipped[name] = _why_meta(slot.owner(model))
         elif id(weight) in tables:
             skipped[name] = "its weight is tied to an embedding"
         elif place in owner:
@@ -175,7 +179,33 @@ def described(
             found[name], slots[name] = slot.layer(name, model), slot
     for path, module in model.named_modules():
         skipped |= {f"{path}.{key}" if path else key: UNCLEAR for key in _fused(module).unclear}
+    skipped |= other_matrices(_own_matrices(model, tables), {*found, *slots, *skipped, *adapters, *_parts(slots)})
     return found, slots, skipped
+
+
+def _why_meta(module: torch.nn.Module) -> str:
+    offloaded = getattr(module, "_hf_hook", None) is not None
+    return (
+        "accelerate has offloaded its weight: load the model without offload, or call sparsify_checkpoint"
+        if offloaded
+        else "its weight is on the meta device"
+    )
+
+
+def _parts(slots: Mapping[str, WeightSlot]) -> set[str]:
+    """The parameters that hold several layers: fused attention, experts; and attention as a whole."""
+    fused = [slot for slot in slots.values() if slot.read]
+    return {f"{s.module}.{s.key}" if s.module else s.key for s in fused} | {s.module for s in fused}
+
+
+def _own_matrices(
+    model: torch.nn.Module, tables: set[int]
+) -> Iterator[tuple[str, torch.nn.Module, dict[str, tuple[int, ...]]]]:
+    """Every module with the shapes of its own floating-point parameters, but tables."""
+    for path, module in model.named_modules():
+        mine = module._parameters.items()
+        own = {k: p for k, p in mine if p is not None and id(p) not in tables}
+        yield path, module, {k: tuple(p.shape) for k, p in own.items() if p.is_floating_point()}
 
 
 def inside(modules: Mapping[str, tuple[str, WeightSlot]], path: str) -> dict[str, tuple[str, WeightSlot]]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from slimkit import bridge
 from slimkit.core.sparse.masks import demand_masks
+from slimkit.core.sparse.skipped import adapter_parts
 from slimkit.sparse.slots import WeightSlot, slots_of
 
 import torch
@@ -27,18 +28,35 @@ class FrozenZeros:
     ) -> None:
         self.masks = dict(masks)
         self._pairs: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
-        self._handles: list[Any] = []
-        for index, (slot, drop) in enumerate(_drops(model, layers, masks)):
+        callers: list[torch.nn.Module] = []  # whose call uses each of them
+        for slot, drop in _drops(model, layers, masks):
             weight = slot.owner(model)._parameters[slot.key]
             assert weight is not None  # slots are made from parameters that are there
             self._pairs.append((weight, drop))
+            callers.append(slot.caller(model))
+        self._handles = self._hooks()
+        for index, caller in enumerate(callers):
+            # The hook holds this handle, so the zeros stay for as long as the layer lives, and in copies of it.
+            self._handles.append(caller.register_forward_pre_hook(partial(_before_forward, self, index)))
+        self.apply()
+
+    def _hooks(self) -> list[Any]:
+        """The hooks that a copy of the model does not take along: on gradients, and on whatever optimizer steps."""
+        handles: list[Any] = []
+        for index, (weight, _) in enumerate(self._pairs):
             if weight.requires_grad:
                 # Gradients too: an optimizer's moments would otherwise remember what the zeros wanted to become.
-                self._handles.append(weight.register_hook(partial(_masked, self._pairs, index)))
-            # The hook holds this handle, so the zeros stay for as long as the layer lives.
-            self._handles.append(slot.caller(model).register_forward_pre_hook(partial(_before_forward, self, index)))
-        self._handles.append(register_optimizer_step_post_hook(partial(_after_step, weakref.ref(self))))
-        self.apply()
+                handles.append(weight.register_hook(partial(_masked, self._pairs, index)))
+        handles.append(register_optimizer_step_post_hook(partial(_after_step, weakref.ref(self))))
+        return handles
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a pickle of the model keeps; hooks on tensors and optimizers are made anew."""
+        return {"masks": self.masks, "pairs": self._pairs, "active": bool(self._handles)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.masks, self._pairs = state["masks"], state["pairs"]
+        self._handles = self._hooks() if state["active"] else []
 
     def apply(self) -> None:
         """Set the entries to zero again, in place: for weights changed by hand, such as a merged delta."""
@@ -88,7 +106,8 @@ def _masked(pairs: list[tuple[torch.Tensor, torch.Tensor]], index: int, grad: to
 
 
 def _before_forward(zeros: FrozenZeros, index: int, *_: Any) -> None:
-    zeros._apply_one(index)
+    if zeros._handles:  # a copy's own hook stays on its module
+        zeros._apply_one(index)
 
 
 def _after_step(zeros: weakref.ReferenceType[FrozenZeros], *_: Any) -> None:
@@ -127,7 +146,10 @@ def freeze_zeros(
     """
     bridge.check_model(model)
     slots, places = {}, set()
+    adapters = adapter_parts(dict(model.named_modules(remove_duplicate=False)))  # whose zeros are how they begin
     for name, slot in slots_of(model):
+        if slot.module in adapters:
+            continue
         place = id(slot.owner(model)), slot.key, str(slot.index)
         if place not in places and isinstance(slot.owner(model)._parameters.get(slot.key), torch.nn.Parameter):
             places.add(place)

@@ -11,6 +11,7 @@ import numpy as np
 
 from slimkit.core import check, naming
 from slimkit.core.delta import storage
+from slimkit.core.delta import tensors as arrays
 from slimkit.core.delta.bundle import sample_places
 from slimkit.core.delta.framework import DeltaStorage
 from slimkit.core.delta.spec import DeltaReport
@@ -29,15 +30,41 @@ FORMATS = ("slimkit", "peft")
 _RENAMED = (nn.LayerNorm, nn.GroupNorm, nn.Embedding, nn.layer.normalization._BatchNorm)
 
 
+# Element types that NumPy lacks, by their names there
+_FURTHER = {ms.bfloat16: "bfloat16", ms.float8_e4m3fn: "float8_e4m3fn", ms.float8_e5m2: "float8_e5m2"}
+
+
+def _torch_name(path: str, cell: nn.Cell, key: str) -> str:
+    """What torch calls the parameter that a cell holds as `key`."""
+    name = naming.torch_word(key) if isinstance(cell, _RENAMED) else key
+    return f"{path}.{name}" if path else name
+
+
 class MindSporeStorage(MindSporeDelta, DeltaStorage):
     """What the wing does to a model on behalf of files."""
 
     def value(self, tensor: Any) -> Any:
-        if tensor.dtype == ms.bfloat16:
-            tensor = tensor.astype(ms.float32)
-        return bridge.as_numpy(tensor)
+        name = _FURTHER.get(tensor.dtype)
+        values = bridge.as_numpy(tensor)
+        return values if name is None else values.view(arrays.further(name))
+
+    def take_dtype(self, tensor: Any, value: Any) -> None:
+        if isinstance(tensor, ms.Parameter):
+            kind = ms.Tensor(value).dtype
+            if tensor.dtype != kind:
+                tensor.set_dtype(kind)
+
+    def split(self, model: nn.Cell, names: Sequence[str], value: Any) -> None:
+        old = self.neutral(model)[names[0]]
+        new = ms.Parameter(ms.Tensor(value, old.dtype), name=names[0], requires_grad=old.requires_grad)
+        for path, cell in model.cells_and_names():
+            for key in [k for k, p in cell._params.items() if p is not None]:
+                if _torch_name(path, cell, key) in names:
+                    cell._params[key] = new
+        bridge.forget_graphs(model)
 
     def fill(self, tensor: Any, value: Any) -> None:
+        value = arrays.wide(value) if value.dtype.name in arrays.FURTHER else value
         if isinstance(tensor, ms.Parameter):
             tensor.set_data(ms.Tensor(value, tensor.dtype))
         else:
@@ -46,7 +73,7 @@ class MindSporeStorage(MindSporeDelta, DeltaStorage):
     def sample(self, tensor: Any) -> Any:
         if isinstance(tensor, np.ndarray):
             return tensor.reshape(-1)[sample_places(tensor.size)].astype(np.float32)
-        flat = self.value(tensor).reshape(-1)
+        flat = arrays.wide(self.value(tensor)).reshape(-1)
         return flat[sample_places(flat.size)].astype(np.float32)
 
     def weight(self, model: nn.Cell, path: str) -> Any:
@@ -59,8 +86,7 @@ class MindSporeStorage(MindSporeDelta, DeltaStorage):
         for prefix, cell in model.cells_and_names():
             for key, parameter in cell._params.items():
                 if parameter is not None:
-                    name = naming.torch_word(key) if isinstance(cell, _RENAMED) else key
-                    found[f"{prefix}.{name}" if prefix else name] = parameter
+                    found[_torch_name(prefix, cell, key)] = parameter
         return found
 
     def prefix_sizes(self, model: nn.Cell, config: Mapping[str, Any]) -> dict[str, tuple[int, int, int]]:

@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from slimkit.core.batch import Call
 from slimkit.core.distill.config import SoftLabel
 from slimkit.core.distill.shapes import pick
 from slimkit.core.distill.teacher_cache import TeacherFiles
 from slimkit_ms import bridge
 from slimkit_ms.distill import taps
+from slimkit_ms.replay import replaying
 
 import mindspore as ms
 from mindspore import nn
@@ -52,7 +54,7 @@ class TeacherCache(TeacherFiles):
 
         def answer(args: Any, kwargs: Any) -> list[np.ndarray]:
             seen.clear()
-            output = teacher(*args, **kwargs)
+            output = run(Call(args, kwargs))
             found = [
                 seen[place] if label.t_module else pick(output, label.t_output_idx, "teacher")
                 for place, label in enumerate(labels)
@@ -60,7 +62,7 @@ class TeacherCache(TeacherFiles):
             return [bridge.as_numpy(tensor.astype(ms.float32)) for tensor in found]
 
         found = taps.children(labels, "t")
-        with bridge.pynative(), bridge.evaluating(teacher):
+        with replaying(teacher) as run:
             try:
                 for path in sorted(found, key=lambda p: -p.count(".")):
                     cell = taps.find(teacher, path, "t_module")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from slimkit.core.errors import UnsupportedError
 from slimkit.core.sparse.call_order import CallOrder
 from slimkit.core.sparse.experts import LayerCall, Pairs
 from slimkit_ms import bridge, kinds
+from slimkit_ms.replay import replaying
 from slimkit_ms.sparse.reads import Reads
 from slimkit_ms.sparse.residual import arriving, block_paths, chained, hooks, joints
 from slimkit_ms.sparse.slots import PARTS, WeightSlot, attended
@@ -41,10 +43,8 @@ def watching(
     seen: Callable[[str, Any, Array | None], None],
     until: WeightSlot | None = None,
     valid: Array | None = None,
-) -> Iterator[None]:
-    """Eval mode, layer by layer, calling ``seen(name, input, tokens)`` before each use of the layers' weights.
-
-    Compiled graphs know no hooks, so the work is done in PyNative mode.
+) -> Iterator[Callable[[Any], Any]]:
+    """Replay batches, calling ``seen(name, input, tokens)`` before each use of the layers' weights.
 
     Args:
         model: the cell.
@@ -52,8 +52,10 @@ def watching(
         seen: gets the layer, its input (of an expert the rows, in NumPy) and which tokens these are, if that is known.
         until: ends the forward before the use of this weight.
         valid: which tokens of the batch are no padding.
+
+    Returns:
+        What sends a batch through the cell, to where `until` ends it.
     """
-    mode = ms.get_context("mode")
     handles = []
 
     def hook(name: str, part: str) -> Callable[..., None]:
@@ -75,21 +77,19 @@ def watching(
     if until is not None and until.read:
         reads[_END] = until
     try:
-        ms.set_context(mode=ms.PYNATIVE_MODE)
         # Attention is asked for its output layer's input last, as it would come to it.
         for name, slot in sorted(slots.items(), key=lambda item: item[1].part == "out"):
             if not slot.read:
                 before(slot, hook(name, slot.part))
         if until is not None and not until.read:
             before(until, _enough)
-        with bridge.evaluating(model), contextlib.suppress(_Enough), contextlib.ExitStack() as stack:
+        with replaying(model) as run, contextlib.suppress(_Enough), contextlib.ExitStack() as stack:
             if reads:
                 stack.enter_context(Reads(model, reads, read, valid))
-            yield
+            yield run
     finally:
         for handle in handles:
             handle.remove()
-        ms.set_context(mode=mode)
 
 
 def unwatched(_name: str, _x: Any, _tokens: Any) -> None:
@@ -100,9 +100,10 @@ def trace(model: nn.Cell, dataset: Iterable[Any], slots: Mapping[str, WeightSlot
     """Send every batch through once, to learn in which order layers are called and which share one input."""
     calls = CallOrder({name for name, slot in slots.items() if slot.kind == "conv2d"})
     for batch in dataset:
-        calls.batch()
-        with watching(model, slots, lambda name, x, _tokens: calls.note(name, x)):
-            bridge.run(model, batch)
+        valid = valid_tokens(batch)
+        calls.batch(valid is not None and not valid.any())
+        with watching(model, slots, lambda name, x, _tokens: calls.note(name, x)) as run:
+            run(batch)
     return calls
 
 
@@ -169,11 +170,8 @@ class WholeModel:
         """Find by one batch where outputs join the residual stream."""
         blocks = block_paths(self.model, self.slots)
         batch = next(iter(self.dataset))
-
-        def run() -> None:
-            bridge.run(self.model, batch)
-
-        with watching(self.model, {}, unwatched):
+        with watching(self.model, {}, unwatched) as send:
+            run = partial(send, batch)
             chain = bool(blocks) and chained(self.model, run, blocks)
             # Layers that share an input share its moments, and so can have no drift of their own.
             single = [feed[0] for feed in self.feeds if len(feed) == 1]
@@ -229,9 +227,9 @@ class WholeModel:
         slots = {n: self.slots[n] for n in names}
         joined = [n for n in names if n in self.joined]
         end = self.slots[until] if until is not None else None
-        with hooks() as handles, watching(model, slots, call, end, valid):
+        with hooks() as handles, watching(model, slots, call, end, valid) as run:
             handles += [bridge.get_module(model, n).register_forward_hook(leaving(n)) for n in joined]
             with arriving(model, sorted({self.joined[n] for n in joined}), self._blocks, arrived):
-                bridge.run(model, batch)
+                run(batch)
         for name, (x, _) in waiting.items():
             seen(name, LayerCall(x))

@@ -12,12 +12,13 @@ import numpy as np
 from slimkit.core.sparse.experts import learn_layouts
 from slimkit.core.sparse.framework import CalibratedBlock
 from slimkit.core.sparse.maths.layer import SparseLayer
-from slimkit.core.sparse.processes import agreed
+from slimkit.core.sparse.processes import agreed, demand_tokens
+from slimkit.core.sparse.skipped import adapter_parts, other_matrices
 from slimkit_ms import bridge, kinds
 from slimkit_ms.sparse.blocks import WholeModel, as_input, trace, unwatched, valid_tokens, watching
 from slimkit_ms.sparse.reads import Reads
 from slimkit_ms.sparse.residual import first_tensor
-from slimkit_ms.sparse.slots import WeightSlot, slots_of, unclear
+from slimkit_ms.sparse.slots import WeightSlot, own_matrices, parts, slots_of, unclear
 
 import mindspore as ms
 from mindspore import nn
@@ -40,10 +41,13 @@ class MindSporeSparse:
         owner: dict[tuple[int, str], str] = {}
         tables = {id(kinds.weight_of(c)) for _, c in self.model.cells_and_names() if kinds.is_kind(c, "embedding")}
         self._slots = dict(slots_of(self.model))
+        adapters = adapter_parts(dict(self.model.cells_and_names()))
         for name, slot in self._slots.items():
             weight = slot.parameter(self.model)
             place = id(weight), str(slot.index)
-            if not weight.is_floating_point():
+            if slot.cell in adapters:
+                skipped[name] = adapters[slot.cell]
+            elif not weight.is_floating_point():
                 skipped[name] = f"its weight is {weight.dtype}, which has no linear algebra"
             elif id(weight) in tables:
                 skipped[name] = "its weight is tied to an embedding"
@@ -57,12 +61,13 @@ class MindSporeSparse:
             if found.pop(name, None) is not None:
                 skipped[name] = "its weight is shared with another cell"
         skipped |= unclear(self.model)
+        skipped |= other_matrices(own_matrices(self.model), {*found, *skipped, *adapters, *parts(self._slots)})
         learn_layouts(found, self._slots, dataset, self._watch_products)
         return found, skipped
 
     def _watch_products(self, slots: Mapping[str, WeightSlot], batch: Any, turned: Callable[[str], None]) -> None:
-        with watching(self.model, {}, unwatched), Reads(self.model, slots, unwatched, transposed=turned):
-            bridge.run(self.model, batch)
+        with watching(self.model, {}, unwatched) as run, Reads(self.model, slots, unwatched, transposed=turned):
+            run(batch)
 
     def weight(self, name: str) -> Array:
         """The layer's weight in float32."""
@@ -71,6 +76,11 @@ class MindSporeSparse:
     def store(self, name: str, weight: Array, bias_shift: Array | None) -> None:
         """Put a weight in place and shift the bias, in the parameters' own dtype."""
         self._slots[name].store(self.model, weight, bias_shift)
+
+    def not_finite(self) -> list[str]:
+        """The parameters that hold NaN or infinity."""
+        paths = [(p, names[0]) for p, names in bridge.parameter_paths(self.model) if p.is_floating_point()]
+        return [name for p, name in paths if not np.isfinite(p.astype(ms.float32).asnumpy()).all()]
 
     def settled(self, name: str, row: dict[str, Any]) -> None:
         """Nothing to do: the report is made at the end."""
@@ -94,12 +104,13 @@ class MindSporeSparse:
         slots = {name: self._slots[name] for name in names}
         dense = copy.deepcopy(self.model) if paired else None
         calls = trace(self.model, dataset, slots)
+        demand_tokens(self, calls)
         yield WholeModel(self.model, dense, dataset, slots, agreed(self, calls.feeds), calls)
 
     def outputs(self, batch: Any) -> Array:
         """The cell's first output for a batch, as a float32 NumPy array."""
-        with watching(self.model, {}, unwatched):
-            output = bridge.run(self.model, batch)
+        with watching(self.model, {}, unwatched) as run:
+            output = run(batch)
         return as_input(self.model, first_tensor(output), valid_tokens(batch))
 
     def processes(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -166,6 +166,21 @@ def unclear(model: nn.Cell) -> dict[str, str]:
         for path, cell in model.cells_and_names()
         for key in _fused(cell).unclear
     }
+
+
+def parts(slots: Mapping[str, WeightSlot]) -> set[str]:
+    """The parameters that hold several layers: fused attention, experts; and attention as a whole."""
+    fused = [slot for slot in slots.values() if slot.read or slot.part]
+    return {f"{s.cell}.{s.key}" if s.cell else s.key for s in fused} | {s.cell for s in fused}
+
+
+def own_matrices(model: nn.Cell) -> Iterator[tuple[str, nn.Cell, dict[str, tuple[int, ...]]]]:
+    """Every cell with the shapes of its own floating-point parameters, but tables."""
+    tables = {id(c.embedding_table) for _, c in model.cells_and_names() if isinstance(c, nn.Embedding)}
+    for path, cell in model.cells_and_names():
+        mine = cell._params.items()
+        own = {k: p for k, p in mine if p is not None and id(p) not in tables}
+        yield path, cell, {k: tuple(p.shape) for k, p in own.items() if p.is_floating_point()}
 
 
 def attend(cell: nn.MultiheadAttention, weights: Any, out: Any, bias: Any, call: Any) -> Any:

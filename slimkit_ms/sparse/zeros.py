@@ -10,6 +10,7 @@ import numpy as np
 from slimkit.core.errors import UnsupportedError
 from slimkit.core.source.masked_reads import masked_methods
 from slimkit.core.sparse.masks import demand_masks
+from slimkit.core.sparse.skipped import adapter_parts
 from slimkit_ms import bridge, kinds
 from slimkit_ms.sparse.slots import WeightSlot, attend, slots_of
 
@@ -197,7 +198,8 @@ def freeze_zeros(
         [[False, True]]
     """
     bridge.check_model(model)
-    layers = dict(slots_of(model))
+    adapters = adapter_parts(dict(model.cells_and_names()))  # whose zeros are how they begin
+    layers = {name: slot for name, slot in slots_of(model) if slot.cell not in adapters}
     shapes = {name: slot.layer(name, model).shape for name, slot in layers.items()}
     names = demand_masks(shapes, masks, targets)
     if masks is None:

@@ -187,7 +187,7 @@ BAD = [
     (None, {"peft_type": 3}, "configuration"),
     (None, {"use_dora": True}, "missing"),
     (None, {"use_qalora": True}, "use_qalora"),
-    (None, {"init_lora_weights": "olora"}, "olora"),
+    (None, {"init_lora_weights": "corda"}, "corda"),
     (None, {"lora_alpha": "8"}, "lora_alpha"),
     (None, {"r": 3}, "rank 3"),
     (None, {"alpha_pattern": {"(a+)+": 2}}, "repeat"),

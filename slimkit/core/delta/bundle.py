@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from slimkit.core import check, files
+from slimkit.core.delta import tensors as arrays
 from slimkit.core.errors import FileFormatError
 
 FORMAT = "slimkit-delta"
@@ -99,7 +100,7 @@ def read_bundle(directory: files.PathLike) -> tuple[dict[str, Any], dict[str, Ar
         raise FileFormatError(
             f"{folder} is a bundle of version {manifest['version']}; this slimkit reads version {VERSION}."
         )
-    tensors, _ = files.read_tensors(folder / TENSORS, "delta.safetensors")
+    tensors = arrays.read(folder / TENSORS, "delta.safetensors")
     compare_keys(tensors, manifest["tensors"], str(folder / TENSORS))
     for name, facts in manifest["tensors"].items():
         value = tensors[name]

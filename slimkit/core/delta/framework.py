@@ -69,11 +69,23 @@ class DeltaStorage(DeltaFramework):
 
     @abstractmethod
     def value(self, tensor: Any) -> Array:
-        """A tensor's values as NumPy; bfloat16 as float32."""
+        """A tensor's values as NumPy, in its own element type; see `slimkit.core.delta.tensors` for bfloat16."""
 
     @abstractmethod
     def fill(self, tensor: Any, value: Array) -> None:
         """Put values into a tensor, in place, in the tensor's own dtype and on its device."""
+
+    @abstractmethod
+    def take_dtype(self, tensor: Any, value: Array) -> None:
+        """Give a delta's tensor the element type of the values that a file has for it, in place."""
+
+    def check_split(self, model: Any, places: Sequence[Sequence[str]]) -> None:
+        """Refuse places that cannot be given a tensor of their own; UnsupportedError names them."""
+        return
+
+    @abstractmethod
+    def split(self, model: Any, names: Sequence[str], value: Array) -> None:
+        """Give the places of these names one new tensor with these values, in place; all others keep theirs."""
 
     @abstractmethod
     def sample(self, tensor: Any) -> Array:
@@ -118,4 +130,7 @@ class DeltaStorage(DeltaFramework):
 
     @abstractmethod
     def neutral(self, model: Any) -> dict[str, Any]:
-        """Base parameter and statistic -> tensor, by torch's names ("norm.weight", not "norm.gamma")."""
+        """Base parameter and statistic -> tensor, by torch's names ("norm.weight", not "norm.gamma").
+
+        A tensor that several places hold comes under the name of each.
+        """

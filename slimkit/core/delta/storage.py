@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from slimkit.core import check, files
-from slimkit.core.delta import inject, peft
+from slimkit.core.delta import base as base_values
+from slimkit.core.delta import inject, peft, peft_targets, peft_write
+from slimkit.core.delta.base import HELD, BaseValue
 from slimkit.core.delta.bundle import MANIFEST, compare_keys, compare_shapes, fingerprint, read_bundle, write_bundle
 from slimkit.core.delta.framework import DeltaStorage
+from slimkit.core.delta.named import PARTS
+from slimkit.core.delta.peft_lora import FAMILY, Adapter, read_lora, taken_out
+from slimkit.core.delta.peft_write import BaseFacts
 from slimkit.core.delta.positions import counted, positions_for
 from slimkit.core.delta.spec import KINDS, PREFIX, DeltaReport, delta_name, key, spec_from_dict
+from slimkit.core.delta.tensors import wide
 from slimkit.core.errors import ArgumentError, FileFormatError, UnsupportedError
 from slimkit.core.freeze import report_of
 from slimkit.core.log import logger
@@ -43,15 +50,23 @@ def collect(
                 for part, tensor in layer.parts(name).items():
                     tensors[f"{path}.{part}" if path else part] = access.value(tensor)
             deltas.append({"name": name, "kind": kind, "layers": records})
-    extra = {}
     # A delta layer built into the model by hand may hold parameters that no record speaks of: they travel by name.
     spoken = {f"{p}.{part}" if p else part for p, x in layers.items() for n in x.specs for part in x.parts(n)}
-    for name, tensor in access.neutral(model).items():
-        if name not in spoken and getattr(tensor, "requires_grad", False):
-            extra[name] = access.value(tensor)
+    every = access.neutral(model)
+    held = set(getattr(model, HELD, ()))
+    extra, still = {}, []
+    for names_of_one in base_values.common({n: t for n, t in every.items() if n not in spoken}):
+        first = names_of_one[0]
+        trains = getattr(every[first], "requires_grad", False)
+        if trains or held & set(names_of_one):
+            extra[first] = access.value(every[first])
+            still += [] if trains else [first]
     if not deltas and not extra:
         raise ArgumentError("the model carries no delta and nothing in it trains: there is nothing to save.")
     base = _base_of(access, model, {p: p for d in deltas for p in d["layers"]})
+    base["shared"] = base_values.shared(every, extra)
+    if still:
+        base["still"] = sorted(still)
     return deltas, {**tensors, **extra}, sorted(extra), base
 
 
@@ -122,7 +137,21 @@ def load(
             raise ArgumentError(message)
         logger.warning("%s", message)
         notes.append(message)
-    return _finish(access, model, deltas, tensors, extra, freeze, str(folder), tuple(notes))
+    values = _bundled(extra, manifest["base"], rename)
+    return _finish(access, model, deltas, tensors, values, freeze, str(folder), tuple(notes))
+
+
+def _bundled(extra: Mapping[str, Array], said: Mapping[str, Any], rename: Any) -> dict[str, BaseValue]:
+    """A bundle's values for the base: each goes to the places that held one tensor where it was saved."""
+    still = set(peft.rename_paths(dict.fromkeys(said.get("still", ())), rename if said.get("still") else None))
+    shared = said.get("shared")
+    values = {}
+    for name, value in extra.items():
+        values[name] = BaseValue(value, trains=name not in still, own=shared is not None, group=name)
+    for name, others in (shared or {}).items():
+        first, *rest = peft.rename_paths(dict.fromkeys([name, *others]), rename)
+        values.update(dict.fromkeys(rest, values[first]))
+    return values
 
 
 def _check_paths(access: DeltaStorage, model: Any, paths: Iterable[str], where: str) -> None:
@@ -140,29 +169,41 @@ def _finish(
     model: Any,
     deltas: list[dict[str, Any]],
     tensors: Mapping[str, Array],
-    extra: Mapping[str, Array],
+    values: Mapping[str, BaseValue],
     freeze: bool,
     where: str,
     notes: tuple[str, ...] = (),
 ) -> DeltaReport:
     """Check the base's tensors, put the deltas on, then fill both."""
-    base = access.neutral(model)
-    compare_keys({n: 0 for n in extra if n in base}, dict.fromkeys(extra, 0), "the base model")
-    compare_shapes(extra, {n: tuple(base[n].shape) for n in extra}, where)
+    places = base_values.place(access.neutral(model), values, where)
+    access.check_split(model, [p.names for p in places if p.split])
     described = put_on(access, model, deltas, tensors, freeze, where)
-    _fill_base(access, base, extra)
+    notes += _fill_base(access, model, places)
     summary = report_of(access.parameters(model))
     kinds = ", ".join(dict.fromkeys(d["kind"] for d in deltas))
     named = ", ".join(dict.fromkeys(d["name"] for d in deltas))
     return DeltaReport(kinds, named, described, trainable=str(summary).splitlines()[0], notes=notes)
 
 
-def _fill_base(access: DeltaStorage, base: Mapping[str, Any], extra: Mapping[str, Array]) -> None:
-    """Overwrite base tensors that were trained with the delta, in place; they train from now on."""
-    for name, value in extra.items():
-        access.fill(base[name], value)
-        if access.may_train(base[name]):
-            base[name].requires_grad = True
+def _fill_base(access: DeltaStorage, model: Any, places: Iterable[base_values.Placement]) -> tuple[str, ...]:
+    """Overwrite tensors of the base that came with a delta, in place, or give their places one of their own."""
+    notes, held = [], set(getattr(model, HELD, ()))
+    # A value for what stays in common goes in first: a tensor of one's own is made beside it, not from it.
+    for place in sorted(places, key=lambda p: p.split):
+        if place.split:
+            access.split(model, place.names, place.value)
+            notes.append(f"{' and '.join(place.names)} now hold a tensor of their own, as the file means it")
+        tensor = access.neutral(model)[place.names[0]]
+        if not place.split:
+            access.fill(tensor, place.value)
+        if not place.trains:
+            held.update(place.names)
+        elif access.may_train(tensor):
+            tensor.requires_grad = True
+    if held:
+        setattr(model, HELD, sorted(held))
+        notes.append(f"{len(held)} tensors of the base came with the file: {', '.join(sorted(held)[:5])}")
+    return tuple(notes)
 
 
 def _load_peft(
@@ -170,31 +211,90 @@ def _load_peft(
 ) -> DeltaReport:
     """Put a Hugging Face PEFT adapter on a model, in place."""
     config, tensors = peft.read_files(folder)
-    kind = peft.KINDS[config["peft_type"]]
-    if kind == "lora":
-        record, parts, extra = peft.read_lora(config, tensors, name)
-        record["layers"] = peft.rename_paths(record["layers"], rename)
-        parts, extra = peft.rename_paths(parts, rename), peft.rename_paths(extra, rename)
-        _check_paths(access, model, record["layers"], str(folder))
-        return _finish(access, model, [record], parts, extra, freeze, str(folder))
+    kind, where, sites = peft.KINDS[config["peft_type"]], str(folder), access.sites(model)
+    if config["peft_type"] in FAMILY:
+        return _load_peft_lora(access, model, config, tensors, name, freeze, rename, where)
     prompt, extra = peft.split_prompt(tensors)
+    values = {n: BaseValue(v, own=True) for n, v in extra.items()}
     base = access.neutral(model)
-    compare_keys({n: 0 for n in extra if n in base}, dict.fromkeys(extra, 0), "the base model")
-    compare_shapes(extra, {n: tuple(base[n].shape) for n in extra}, str(folder))
+    peft_targets.refuse_headless(config, [n for n, t in base.items() if access.may_train(t)], sites, values, where)
+    places = base_values.place(base, values, where)
+    access.check_split(model, [p.names for p in places if p.split])
     tables = access.tables(model, kind)
     if tables:
         # The model was built with a prefix or prompt of its own: the file's values go there.
         if len(tables) > 1:
             raise ArgumentError(f"the model holds {len(tables)} {kind} tables; the file has values for one.")
-        access.fill(tables[0], peft.read_prompt(prompt, tuple(tables[0].shape), str(folder)))
+        access.fill(tables[0], peft.read_prompt(prompt, tuple(tables[0].shape), where))
         report = DeltaReport(kind, name, {})
     else:
         options = {"name": name, "freeze": freeze}
         if kind == "prefix":
-            options["positions"] = positions_for(access, model, True, positions, str(folder))
-        report = _load_prompt(access, model, kind, config, prompt, options, str(folder))
-    _fill_base(access, base, extra)
-    return report
+            options["positions"] = positions_for(access, model, True, positions, where)
+        report = _load_prompt(access, model, kind, config, prompt, options, where)
+    return replace(report, notes=report.notes + _fill_base(access, model, places))
+
+
+def _load_peft_lora(
+    access: DeltaStorage,
+    model: Any,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Array],
+    name: str,
+    freeze: bool,
+    rename: Any,
+    where: str,
+) -> DeltaReport:
+    """Put an adapter of the LoRA family on a model, in place."""
+    adapter = read_lora(config, tensors)
+    layers, base = access.sites(model), access.neutral(model)
+    new = dict(zip(adapter.layers, peft.rename_paths(adapter.layers, rename)))
+    adapter.layers = {new[p]: spec for p, spec in adapter.layers.items()}
+    adapter.parts = {new[p]: parts for p, parts in adapter.parts.items()}
+    adapter.takes_out = {new[p]: start for p, start in adapter.takes_out.items()}
+    if adapter.base:
+        adapter.base = peft.rename_paths(adapter.base, rename)
+    if adapter.rows:
+        adapter.rows = peft.rename_paths(adapter.rows, rename)
+    _check_paths(access, model, adapter.layers, where)
+    if adapter.layers:
+        found = [*adapter.layers, *(n.split()[0] for n in adapter.notes)]
+        adapter.notes += peft_targets.refuse_lacking(config, layers, found, rename, where)
+    trainable = [n for n, t in base.items() if access.may_train(t)]
+    peft_targets.refuse_headless(config, trainable, layers, adapter.base, where)
+    for path, start in adapter.takes_out.items():
+        weight = access.value(access.weight(model, path))
+        if layers[path].kind not in peft_targets.LINEAR:
+            raise UnsupportedError(f"init_lora_weights={start!r} on {path}, a {layers[path].type_name}, is not read.")
+        a, b = taken_out(start, wide(weight.T if layers[path].kind == "conv1d" else weight), adapter.layers[path])
+        adapter.parts[path] |= {"a0": a, "b0": b}
+    if config["peft_type"] == "VERA":
+        for path, parts in adapter.parts.items():
+            parts["a"] = np.ascontiguousarray(parts["a"][:, : layers[path].shape[1]])
+    values = {**adapter.base, **_rows(access, base, adapter, where)}
+    deltas = [adapter.record(name)] if adapter.layers else []
+    return _finish(access, model, deltas, adapter.tensors(name), values, freeze, where, tuple(adapter.notes))
+
+
+def _rows(access: DeltaStorage, base: Mapping[str, Any], adapter: Adapter, where: str) -> dict[str, BaseValue]:
+    """Trained token rows as whole tables; the first holder of a shared table writes into what all hold."""
+    values = {}
+    first = {n: names[0] for names in base_values.common(base) for n in names}
+    for path, (indices, rows) in adapter.rows.items():
+        name = f"{path}.weight"
+        compare_keys({n: 0 for n in (name,) if n in base}, {name: 0}, "the base model")
+        table = access.value(base[name]).copy()
+        if table.ndim != 2 or rows.shape[1:] != table.shape[1:] or max(indices, default=0) >= len(table):
+            raise FileFormatError(
+                f"{where}: rows {tuple(rows.shape)} for tokens up to {max(indices, default=0)} do not fit {name}, "
+                f"which has shape {tuple(table.shape)}."
+            )
+        table[indices] = rows.astype(table.dtype)
+        values[name] = BaseValue(table, trains=False, own=first[name] != name)
+    named = [v for n, v in values.items() if first[n] == n]
+    if named:  # tied tables are trained together: each file key repeats the same rows
+        values = {n: replace(v, own=False) for n, v in values.items()} if len(values) > 1 else values
+    return values
 
 
 def _load_prompt(
@@ -264,36 +364,43 @@ def _prompt_rows(access: DeltaStorage, model: Any, delta: Mapping[str, Any]) -> 
 def save_peft(access: DeltaStorage, model: Any, directory: Any, names: Any = None) -> Path:
     """Write one delta as Hugging Face PEFT's files; see `save_delta` of the wings."""
     folder = files.as_path(directory, "directory")
-    deltas, tensors, extra, _ = collect(access, model, names)
+    deltas, tensors, extra, base = collect(access, model, names)
+    whole = {n: t for n, t in access.neutral(model).items() if PREFIX not in n}
     for kind, words in (("prefix", "PREFIX_TUNING"), ("prompt", "PROMPT_TUNING")):
         tables = access.tables(model, kind) if not deltas else []
         if len(tables) == 1:
             rows = access.value(tables[0])
             config = {"peft_type": words, "num_virtual_tokens": rows.shape[0], "num_transformer_submodules": 1}
             config.update(access.table_facts(model, kind), inference_mode=True)
-            peft.write_prompt(folder, rows, {}, [], access.about(model), config)
+            nothing = BaseFacts(lambda n: access.value(whole[n]), list(whole), ())
+            peft_write.write_prompt(folder, rows, nothing, access.about(model), config)
             return folder
     if len(deltas) != 1 or deltas[0]["kind"] not in peft.KINDS.values():
         kinds = ", ".join(f"{d['kind']} {d['name']!r}" for d in deltas) or "none"
         raise ArgumentError(f"PEFT's files hold one delta of lora, prefix or prompt; choose it by names. Here: {kinds}")
     delta = deltas[0]
     about = access.about(model)
-    whole = access.neutral(model)
-    modules = {n.rpartition(".")[0] for n in extra}
-    kept = {n: access.value(t) for n, t in whole.items() if n.rpartition(".")[0] in modules and PREFIX not in n}
-    named = peft.saved_modules(kept, (n for n in whole if PREFIX not in n), delta["layers"])
+    still = set(base.get("still", ()))
+    facts = BaseFacts(
+        value=lambda n: access.value(whole[n]),
+        names=list(whole),
+        parameters={n for n, t in whole.items() if access.may_train(t)},
+        trained=[n for n in extra if n not in still and n in whole],
+        held=[n for n in extra if n in still and n in whole],
+        shared=base["shared"],
+    )
     if delta["kind"] != "lora":
         rows, config = _prompt_rows(access, model, delta)
-        peft.write_prompt(folder, rows, kept, named, about, config)
+        peft_write.write_prompt(folder, rows, facts, about, config)
         return folder
     specs = {p: spec_from_dict(r) for p, r in delta["layers"].items()}
     by_path: dict[str, dict[str, Array]] = {p: {} for p in specs}
     for path, spelled in by_path.items():
-        for part in ("a", "b", "magnitude", "a0", "b0"):
+        for part in PARTS:
             value = tensors.get(f"{path}.{key('lora', part, delta['name'])}")
             if value is not None:
                 spelled[part] = value
-    peft.write_lora(folder, specs, by_path, access.sites(model), kept, named, about)
+    peft_write.write_lora(folder, specs, by_path, access.sites(model), facts, about)
     return folder
 
 
@@ -332,6 +439,7 @@ def put_on(
             inject.remove(access, model, name)
         raise
     for spelled, tensor in wanted.items():
+        access.take_dtype(tensor, tensors[spelled])
         access.fill(tensor, tensors[spelled])
     return described
 

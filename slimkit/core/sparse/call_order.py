@@ -21,6 +21,7 @@ class CallOrder:
         feeds: layers in the order of their first call; those that always share one input together.
         repeated: layers that some batch calls more than once.
         reached: layer -> seconds of all batches' forwards until they call it.
+        tokens: whether any batch held a token that is no padding.
 
     Example:
         >>> calls, x = CallOrder(), [[1.0], [2.0]]
@@ -35,6 +36,7 @@ class CallOrder:
 
     def __init__(self, alone: Collection[str] = (), clock: Callable[[], float] = time.perf_counter) -> None:
         self.repeated: set[str] = set()
+        self.tokens = False
         self._alone, self._clock = alone, clock
         self._began = 0.0
         self._seconds: list[dict[str, float]] = []  # for each batch, when each layer was called
@@ -43,8 +45,9 @@ class CallOrder:
         self._alive: list[Any] = []  # inputs of this batch, kept so that an id stands for one
         self._first: dict[int, str] = {}
 
-    def batch(self) -> None:
-        """Begin a batch."""
+    def batch(self, padding: bool = False) -> None:
+        """Begin a batch, which may be nothing but padding."""
+        self.tokens = self.tokens or not padding
         self._order.append({})
         self._alive.clear()
         self._first.clear()

@@ -14,8 +14,9 @@ from slimkit.core.log import logger, progress
 from slimkit.core.sparse.allocate import REACH, spread
 from slimkit.core.sparse.config import SparseConfig
 from slimkit.core.sparse.framework import SparseFramework
-from slimkit.core.sparse.maths.backend import Array
+from slimkit.core.sparse.maths.backend import Array, all_finite
 from slimkit.core.sparse.maths.layer import SparseLayer
+from slimkit.core.sparse.maths.moments import SpoiltError
 from slimkit.core.sparse.maths.solve import solve
 from slimkit.core.sparse.remaining import Progress
 from slimkit.core.sparse.sequential import SequentialPass, estimate_of
@@ -77,9 +78,27 @@ def select(
     if not names:
         raise PatternError(
             f"no layer is left to make sparse: of {len(layers)} that can be, `targets` and `ignore` leave none"
-            + ("" if layers else " (the model has no Linear, Conv1D or Conv2d)")
+            + ("" if layers else f" ({_why_none(skipped)})")
         )
     return names, unmatched
+
+
+def _why_none(skipped: Mapping[str, str]) -> str:
+    if not skipped:
+        return "the model has no Linear, Conv1D or Conv2d"
+    reasons = {why: [n for n in skipped if skipped[n] == why] for why in skipped.values()}
+    return "; ".join(f"{said(names)} left alone: {why}" for why, names in reasons.items())
+
+
+def said(names: Sequence[str], most: int = 3) -> str:
+    """Names in a sentence, the first few of many.
+
+    Example:
+        >>> said(["a", "b", "c", "d", "e"])
+        "'a', 'b', 'c' and 2 more were"
+    """
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(repr, names[:most])) + more + (" were" if len(names) > 1 else " was")
 
 
 def compress(
@@ -98,21 +117,34 @@ def compress(
     """
     began = time.perf_counter()
     if config.needs_data:
-        batches.dataset(dataset)
+        dataset = batches.Steady(batches.dataset(dataset))
     layers, skipped = host.layers(dataset if config.needs_data else None)
     names, unmatched = select(layers, skipped, config)
     restore = host.snapshot(names)
     try:
+        _demand_finite(host, names)
         if config.uniform:
             walk, allocation = SequentialPass(host, config, layers, names, None, on_progress), None
             walk.run(dataset)
         else:
             walk, allocation = _better(host, config, dataset, layers, names, restore, on_progress)
+    except SpoiltError as error:
+        restore()
+        spoilt = host.not_finite()
+        why = f"; the model itself holds NaN or infinity in {', '.join(map(repr, spoilt[:5]))}" if spoilt else ""
+        raise ArgumentError(f"{error}{why}") from None
     except BaseException:
         restore()
         raise
     report = _report(config, layers, names, walk.solved, skipped, unmatched, time.perf_counter() - began)
     return report | ({"allocation": allocation} if allocation else {}), walk.masks
+
+
+def _demand_finite(host: SparseFramework, names: Sequence[str]) -> None:
+    """Refuse weights that are NaN or infinite before a batch meets them; where blocks come one by one, each does."""
+    for name in names if host.keeps_masks else ():
+        if not all_finite(host.weight(name)):
+            raise ArgumentError(f"the weight of {name!r} must be finite. Received: NaN or infinity")
 
 
 class _Judge:
@@ -222,8 +254,12 @@ def _report(
     fallbacks = {n: solved[n]["fallback"] for n in names if "fallback" in solved[n]}
     for name, reason in fallbacks.items():
         logger.warning("%s: %s; it was sparsified by magnitude.", name, reason)
-    for name, reason in skipped.items():
-        logger.warning("%s was left alone: %s.", name, reason)
+    for reason in dict.fromkeys(skipped.values()):
+        alike = [n for n, why in skipped.items() if why == reason]
+        logger.warning("%s left alone: %s.", said(alike), reason)
+    asked = round(config.sparse_ratio * weights)
+    if zeros < asked and zeros == weights - len(names):
+        logger.warning("%d weights are zero where %d were asked for: one stays in each layer.", zeros, asked)
     return {
         "config": config.to_dict(),
         "layers": {n: solved[n] for n in names},

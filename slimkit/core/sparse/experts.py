@@ -89,7 +89,7 @@ def learn_layouts(
     """
     guessed = {name: slot for name, slot in slots.items() if slot.learn and name in layers}
     turned: set[tuple[str, str]] = set()
-    for batch in itertools.islice(dataset or (), 1 if guessed else 0):
+    for batch in itertools.islice(() if dataset is None else dataset, 1 if guessed else 0):
         watch(guessed, batch, lambda name: turned.add(guessed[name].place))
     for name, slot in guessed.items():
         if slot.place in turned:

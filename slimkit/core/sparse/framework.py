@@ -46,6 +46,9 @@ class SparseFramework(Protocol):
 
     keeps_masks: bool
 
+    def not_finite(self) -> list[str]:
+        """The parameters in memory that hold NaN or infinity."""
+
     def settled(self, name: str, row: dict[str, Any]) -> None:
         """Learn that a layer is done, and its row of the report."""
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from slimkit.core.errors import ArgumentError
+from slimkit.core.sparse.call_order import CallOrder
 from slimkit.core.sparse.costs import seconds_to_solve
 from slimkit.core.sparse.framework import SparseFramework
 from slimkit.core.sparse.maths.backend import Array, device_of, namespace, precision
@@ -45,6 +46,14 @@ def agreed(host: SparseFramework, feeds: Sequence[tuple[str, ...]]) -> list[tupl
     for name in order:
         groups.setdefault(tuple(p.get(name, -1) for p in place), []).append(name)
     return [tuple(names) for names in groups.values()]
+
+
+def demand_tokens(host: SparseFramework, calls: CallOrder) -> None:
+    """Refuse data of which every batch in every process is nothing but padding."""
+    if not any(host.gather(calls.tokens)):
+        raise ArgumentError(
+            "dataset must hold tokens that are no padding. Received: batches whose attention_mask is zero everywhere"
+        )
 
 
 def add_up(host: SparseFramework, moments: Moments, weight: Array) -> None:

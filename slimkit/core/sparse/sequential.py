@@ -8,6 +8,7 @@ from typing import Any
 
 from slimkit.core.log import progress
 from slimkit.core.sparse import processes
+from slimkit.core.sparse.allocate import counts
 from slimkit.core.sparse.config import SparseConfig
 from slimkit.core.sparse.framework import CalibratedBlock, SparseFramework
 from slimkit.core.sparse.maths.backend import Array
@@ -46,7 +47,9 @@ class SequentialPass:
     ) -> None:
         self.solved: dict[str, dict[str, Any]] = {}
         self.masks: dict[str, Array] = {}
-        self._host, self._config, self._layers, self._names, self._ratios = host, config, layers, names, ratios
+        self._host, self._config, self._layers, self._names = host, config, layers, names
+        sizes = {n: layers[n].size for n in names}
+        self._counts = counts(sizes, ratios or dict.fromkeys(names, config.sparse_ratio))
         self._estimate = estimate or estimate_of(config, layers, names)
         self._on_progress = on_progress
         self._bar = iter(progress(list(names), "layers")) if on_progress is None else iter(())
@@ -69,7 +72,7 @@ class SequentialPass:
 
     def _solve(self, name: str, moments: Moments | None, last: bool) -> Solved:
         start = time.perf_counter()
-        ratio = self._config.sparse_ratio if self._ratios is None else self._ratios[name]
+        ratio = self._counts[name] / self._layers[name].size
         result = solve(self._layers[name], self._host.weight(name), moments, ratio, self._config, last=last)
         result.account["seconds"] = round(time.perf_counter() - start, 4)
         return result

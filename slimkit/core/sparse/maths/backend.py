@@ -93,6 +93,13 @@ def inner(a: Array, b: Array) -> float:
     return float(library(a).dot(a.reshape(-1), b.reshape(-1)))
 
 
+def all_finite(array: Array) -> bool:
+    """Whether no entry is NaN or infinite."""
+    xp = namespace(array)
+    # One pass: infinity or NaN anywhere spoils the sum. Large numbers may do so, too; then each is looked at.
+    return bool(xp.isfinite(xp.sum(array))) or bool(xp.all(xp.isfinite(array)))
+
+
 def row_products(a: Array, b: Array) -> Array:
     """The inner products of the rows of two matrices, as a column."""
     xp, near = namespace(a), 64  # rows whose products stay in the processor's cache

@@ -10,6 +10,10 @@ from slimkit.core.sparse.maths.layer import SparseLayer
 SUMS = ("gram", "total", "cross", "missing", "dense_total", "drift_cross", "drift_total")
 
 
+class SpoiltError(ArgumentError):
+    """A layer's inputs are not finite."""
+
+
 class Moments:
     """Second moments of one layer's inputs, summed in float32 (float64 when narrow) over every row of every batch.
 
@@ -109,10 +113,11 @@ class Moments:
         """Turn the sums over rows into means, in place: no second Hessian in memory. No row can be added after it."""
         if not self._averaged:
             self._averaged = True
+            count = max(self.count, 1)  # an expert that nobody chose has no rows, nor has padding
             for array in self.state():
-                array /= self.count
-            self.dense_inner /= max(self.count, 1)
-            self.dense_square /= max(self.count, 1)  # an expert that nobody chose has no rows
+                array /= count
+            self.dense_inner /= count
+            self.dense_square /= count
 
     def check_finite(self) -> None:
         """Refuse moments of inputs that were NaN or infinite, naming the layer."""
@@ -121,7 +126,7 @@ class Moments:
             # One pass each: infinity or NaN anywhere spoils the sum.
             sums = [xp.sum(a) for a in (self.gram, self.cross, self.missing, self.drift_cross) if a is not None]
             if not all(bool(xp.isfinite(s)) for s in sums):
-                raise ArgumentError(
+                raise SpoiltError(
                     f"dataset must give finite inputs to every layer. Received: NaN or infinity (or sums beyond "
                     f"float32) at the input of {self.layer.name!r}"
                 )

@@ -107,6 +107,27 @@ def keep_all_but_rows(scores: Array, n_zeros: int) -> Array:
     return _break_ties(scores, kth_smallest(scores, n_zeros), n_zeros)
 
 
+def keep_across_rows(scores: Array, n_zeros: int) -> Array:
+    """Keep all but `n_zeros` of the smallest scores, as many in each row; the rest where it costs least.
+
+    Where the rows do not share evenly, one more goes in those rows whose next score is smallest.
+
+    Args:
+        scores: (rows, columns), larger is more important.
+        n_zeros: exact number of entries to drop.
+
+    Returns:
+        Boolean array of the same shape, True where the entry stays.
+    """
+    base, extra = divmod(n_zeros, scores.shape[0])
+    keep = keep_all_but_rows(scores, base)  # (rows, columns)
+    if extra:
+        next_score = kth_smallest(scores, base + 1)[:, 0]  # (rows,)
+        more = ~keep_all_but(next_score, extra)  # (rows,)
+        keep[more] = keep_all_but_rows(scores[more], base + 1)
+    return keep
+
+
 def _break_ties(scores: Array, limit: Array, n_zeros: Any) -> Array:
     """Keep what is above the limit (rows, 1), and of what equals it the last ones, so that each count is exact."""
     xp = namespace(scores)

@@ -9,7 +9,7 @@ from typing import Any
 from slimkit.core.errors import ArgumentError
 from slimkit.core.sparse.config import SparseConfig
 from slimkit.core.sparse.maths import pattern as patterns
-from slimkit.core.sparse.maths.backend import Array, inner, library, namespace, own_copy, precision
+from slimkit.core.sparse.maths.backend import Array, all_finite, inner, library, namespace, own_copy, precision
 from slimkit.core.sparse.maths.factor import inverse_factor, quadratic
 from slimkit.core.sparse.maths.layer import SparseLayer
 from slimkit.core.sparse.maths.moments import Moments
@@ -77,7 +77,7 @@ def magnitude(p: Problem) -> tuple[Array, Array, dict[str, Any]]:
 
 
 def wanda(p: Problem) -> tuple[Array, Array, dict[str, Any]]:
-    """Drop the smallest |weight| times input norm of each row (Sun et al. 2024, section 3)."""
+    """Drop the smallest |weight| times input norm, as many in each row (Sun et al. 2024, section 3)."""
     xp = namespace(p.weight)
     norm = xp.sqrt(xp.linalg.diagonal(p.gram))
     if p.dead is not None:
@@ -86,7 +86,7 @@ def wanda(p: Problem) -> tuple[Array, Array, dict[str, Any]]:
     if p.nm:
         keep = patterns.keep_nm(scores, p.nm)
     else:
-        keep = patterns.keep_all_but_rows(scores, round(p.ratio * p.weight.shape[1]))
+        keep = patterns.keep_across_rows(scores, round(p.ratio * p.weight.shape[0] * p.weight.shape[1]))
     return xp.where(keep, p.weight, 0.0), keep, {}
 
 
@@ -162,7 +162,7 @@ def solve(
         layer: the layer.
         weight: its weight, floating point.
         moments: sums over its inputs; None for a method that needs none.
-        ratio: share of its weights to drop.
+        ratio: share of its weights to drop, of which a whole number is made; one weight stays in any case.
         config: method, pattern and the rest.
         last: whether no other layer needs the moments: they are used up then, which saves as much memory again.
 
@@ -175,7 +175,7 @@ def solve(
     """
     xp = namespace(weight)
     matrix = xp.astype(layer.to_matrix(weight), precision(weight, layer.n_in), copy=False)
-    if not bool(xp.isfinite(xp.sum(matrix))):
+    if not all_finite(matrix):
         raise ArgumentError(f"the weight of {layer.name!r} must be finite. Received: NaN or infinity")
     account: dict[str, Any] = {"kind": layer.kind, "shape": list(layer.shape), "method": config.method}
     method = config.method
@@ -186,6 +186,7 @@ def solve(
         if reason and method != "magnitude":
             method = account["method"] = "magnitude"
             account["fallback"] = reason
+    ratio = min(round(ratio * layer.size), layer.size - 1) / layer.size if config.nm is None else ratio
     means = means_of(matrix, moments, config, method, last)
     weights, keeps = [], []
     error = power = 0.0
