@@ -89,7 +89,7 @@ class PruneOptions(Strict):
     reserved_ratio: Annotated[float, Field(gt=0, le=1), Flag("--ratio", "-r")] = Field(
         0.75, description="share of the parameters (or MACs) kept"
     )
-    importance: Annotated[str, OneOf("slimkit.core.prune.importance:NAMES", functions=True)] = Field(
+    importance: Annotated[str, OneOf("slimkit.core.prune.criteria:CRITERIA", functions=True)] = Field(
         "l1",
         description="how channels are scored, by name (taylor, hessian and activation read calibration data) or "
         "file.py:function of one channel's weights; Python's Pruner, unset: the mean of |w|",
@@ -118,9 +118,9 @@ class PruneOptions(Strict):
     @property
     def needs_data(self) -> bool:
         """Whether the importance reads calibration data."""
-        from slimkit.core.prune.importance import NAMES
+        from slimkit.core.prune.criteria import CRITERIA
 
-        return bool(NAMES.get(self.importance))
+        return self.importance in CRITERIA and bool(CRITERIA[self.importance].needs)
 
 
 class CutOptions(Strict):

@@ -30,6 +30,7 @@ from slimkit.core.jobs.options import (
     TrainOptions,
 )
 from slimkit.core.onnxaxes import parse_axes
+from slimkit.core.prune.criteria import Criterion
 
 
 class JobContext(ABC):
@@ -129,8 +130,11 @@ def prune(model: Any, options: PruneOptions, context: JobContext, *, plan_only: 
     importance: Any = options.importance
     if ":" in importance:
         importance = context.function(importance, "importance")
+    wants = options.needs_data
+    if isinstance(importance, type) and issubclass(importance, Criterion):
+        wants = bool(importance.needs)
     measured = None
-    if options.needs_data or options.calibration_batches:
+    if wants or options.calibration_batches:
         measured = context.calibration(options.calibration_batches)
     pruner = (
         face.slim.Pruner(model, context.example)
