@@ -69,4 +69,4 @@ def _plan(talk: Session, plan: dict[str, Any], asked: SparsifyOptions, out: Path
         talk.line(f"would go on after block {plan['blocks_done']} of an earlier run")
     for name, reason in plan["skipped"].items():
         talk.line(f"  left alone: {name}: {reason}")
-    talk.result({"out": out, "config": asked.config().to_dict(), **plan}, dry_run=True)
+    talk.result({"out": out, "config": asked.build().to_dict(), **plan}, dry_run=True)

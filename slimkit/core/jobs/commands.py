@@ -153,7 +153,7 @@ def sparsify(
     Returns:
         The report of the sparsity room, with "written" and "resumable"; for a plan the layers, the zeros, the data.
     """
-    config = options.config()
+    config = options.build()
     found = face.sparsify_blocks(place, out, config, calib, restart=restart, plan=plan)
     if found is not None:
         return found
@@ -242,7 +242,7 @@ def export(
         facts["shapes"] = face.input_shapes(inputs)
     if out is None:
         return facts
-    return {**facts, **face.export(opened, inputs, out, format, work.export_settings(options))}
+    return {**facts, **face.export(opened, inputs, out, format, options.build())}
 
 
 def measure(

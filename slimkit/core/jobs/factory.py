@@ -27,9 +27,12 @@ _which = Discriminator(lambda value: "Factory" if isinstance(value, Factory | Ma
 
 Reference = Annotated[Annotated[Factory, Tag("Factory")] | Annotated[str, Tag("str")], _which]
 
+# The losses that frameworks have by name.
+LOSS_NAMES = ("cross_entropy", "mse")
+
 # A loss by name, or a function f(model, batch).
 LossReference = Annotated[
-    Annotated[Factory, Tag("Factory")] | Annotated[str, OneOf(("cross_entropy", "mse"), functions=True), Tag("str")],
+    Annotated[Factory, Tag("Factory")] | Annotated[str, OneOf(LOSS_NAMES, functions=True), Tag("str")],
     _which,
 ]
 

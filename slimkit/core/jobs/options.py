@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, model_validator
 from pydantic_core import PydanticCustomError
 
-from slimkit.core.jobs.factory import LossReference, Reference
+from slimkit.core.errors import ConfigError
+from slimkit.core.jobs.factory import LOSS_NAMES, Factory, LossReference, Reference
 from slimkit.core.jobs.fields import RECIPE_ONLY, Flag, OneOf, Strict
 from slimkit.core.log import logger
 
 if TYPE_CHECKING:
+    from slimkit.core.distill.config import KnowledgeDistillConfig
     from slimkit.core.sparse import SparseConfig
     from slimkit.core.weights.blocks import PruneConfig
 
@@ -29,16 +31,32 @@ def _pair(text: str) -> str:
 
 Pair = Annotated[str, AfterValidator(_pair)]
 
-_LOSS = (
-    "cross_entropy, mse, or file.py:function f(model, batch), batch being (inputs, labels); unset: the recipe's, "
-    "for a command by the labels' type (integers are classes)"
-)
-
 # More batches than any data has.
 EVERY = 1_000_000_000
 
 
-class FitOptions(Strict):
+class JobOptions(Strict):
+    """What every job's options answer, so that whoever checks them need not know the job."""
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether the job reads calibration data."""
+        return False
+
+    @property
+    def labelled(self) -> bool:
+        """Whether the job reads (inputs, labels)."""
+        return False
+
+    def build(self) -> Any:
+        """Build the job's configuration, as far as no model is needed; a SlimkitError says what is not allowed."""
+
+    def functions(self) -> dict[str, tuple[Factory | str, tuple[str, ...]]]:
+        """The user's functions among the options: key -> the function, and what it will be called with."""
+        return {}
+
+
+class FitOptions(JobOptions):
     """How parameters are trained, by every job that trains."""
 
     epochs: PositiveInt = Field(1, description="passes over the training data")
@@ -55,6 +73,19 @@ class FitOptions(Strict):
         1.0, ge=0, description="bound on the norm of all gradients together; 0: none"
     )
     gradient_clip_value: PositiveFloat | None = Field(None, description="bound on each gradient entry; unset: none")
+    loss: Annotated[LossReference | None, Flag("--loss", metavar="NAME|MODULE:FUNCTION")] = Field(
+        None,
+        description="cross_entropy, mse, or file.py:function f(model, batch), batch being (inputs, labels); unset: the "
+        "recipe's, for a command by the labels' type (integers are classes)",
+    )
+
+    @property
+    def labelled(self) -> bool:
+        return True
+
+    def functions(self) -> dict[str, tuple[Factory | str, tuple[str, ...]]]:
+        named = self.loss is None or self.loss in LOSS_NAMES
+        return {} if named else {"loss": (self.loss, ("model", "batch"))}
 
     @model_validator(mode="before")
     @classmethod
@@ -77,13 +108,10 @@ class TrainOptions(FitOptions):
     gradient_clip_norm: float | None = Field(
         None, ge=0, description="bound on the norm of all gradients together; unset or 0: none"
     )
-    loss: Annotated[LossReference | None, Flag("--loss", metavar="NAME|MODULE:FUNCTION")] = Field(
-        None, description=_LOSS
-    )
     keep_zeros: bool = Field(False, description="weights that are zero stay zero (after sparsify)")
 
 
-class PruneOptions(Strict):
+class PruneOptions(JobOptions):
     """Drop the least important channels, heads and widths (``Pruner``)."""
 
     reserved_ratio: Annotated[float, Field(gt=0, le=1), Flag("--ratio", "-r")] = Field(
@@ -117,13 +145,22 @@ class PruneOptions(Strict):
 
     @property
     def needs_data(self) -> bool:
+        return self.scored_by_data or self.compensation_batches is not None
+
+    @property
+    def scored_by_data(self) -> bool:
         """Whether the importance reads calibration data."""
         from slimkit.core.prune.criteria import CRITERIA
 
-        return self.importance in CRITERIA and bool(CRITERIA[self.importance].needs)
+        named = self.importance in CRITERIA and bool(CRITERIA[self.importance].needs)
+        return named or self.calibration_batches is not None
+
+    def functions(self) -> dict[str, tuple[Factory | str, tuple[str, ...]]]:
+        # A function of one channel's weights, or a class of criteria, which is made without arguments.
+        return {"importance": (self.importance, ())} if ":" in self.importance else {}
 
 
-class CutOptions(Strict):
+class CutOptions(JobOptions):
     """Build a smaller instance of the model and cut its weights from a file (``prune_model_weight``)."""
 
     arguments: dict[str, Any] = Field(description="keyword arguments of the model factory that make it smaller")
@@ -143,7 +180,10 @@ class CutOptions(Strict):
             raise PydanticCustomError("together", "pattern and layers must be given together", {"near": ""})
         return self
 
-    def config(self) -> PruneConfig:
+    def functions(self) -> dict[str, tuple[Factory | str, tuple[str, ...]]]:
+        return {} if self.weights is None else {"weights": (self.weights, ())}
+
+    def build(self) -> PruneConfig:
         """The configuration of `prune_model_weight`."""
         from slimkit.core.weights.blocks import PruneConfig
 
@@ -161,6 +201,10 @@ class DistillTerm(Strict):
     loss: Annotated[str, OneOf("slimkit.core.distill.config:LOSSES")] = Field(description="name of the loss")
     weight: PositiveFloat = Field(1.0, description="factor of this term")
     temperature: PositiveFloat = Field(1.0, description="softening of logits")
+
+    def written(self) -> dict[str, Any]:
+        """The term as `KnowledgeDistillConfig` takes it."""
+        return {"func_name": self.loss, "func_weight": self.weight, "temperature": self.temperature}
 
 
 class DistillOptions(FitOptions):
@@ -185,9 +229,6 @@ class DistillOptions(FitOptions):
         "HiddenMse",
     )
     hard_weight: float = Field(0.0, ge=0, description="weight of the loss on labels beside the teacher's")
-    loss: Annotated[LossReference | None, Flag("--loss", metavar="NAME|MODULE:FUNCTION")] = Field(
-        None, description=_LOSS
-    )
 
     @model_validator(mode="after")
     def _one_form(self) -> DistillOptions:
@@ -198,12 +239,61 @@ class DistillOptions(FitOptions):
             )
         return self
 
+    @property
+    def labelled(self) -> bool:
+        return bool(self.hard_weight)
+
+    def functions(self) -> dict[str, tuple[Factory | str, tuple[str, ...]]]:
+        return super().functions() if self.hard_weight else {}
+
+    def build(self) -> KnowledgeDistillConfig:
+        """What is compared, whatever the answers' shape will be."""
+        return self.comparison((2, 2))
+
+    def comparison(self, shape: Sequence[int]) -> KnowledgeDistillConfig:
+        """What is compared: the terms that were written out, or outputs against outputs and each pair of layers.
+
+        Args:
+            shape: of the teacher's answer, by which a loss of "auto" is chosen.
+
+        Raises:
+            ConfigError: nothing is compared.
+        """
+        from slimkit.core.distill.config import LOSSES, KnowledgeDistillConfig
+
+        config = KnowledgeDistillConfig()
+
+        def add_inner(theirs: Any, mine: Any, term: dict[str, Any]) -> None:
+            places = {"t_module": theirs, "s_module": mine, "t_output_idx": 0, "s_output_idx": 0}
+            config.add_inter_soft_label({**places, "loss_func": [term]})
+
+        for term in self.hidden:
+            add_inner(term.teacher, term.student, term.written())
+        for term in self.outputs:
+            outputs = {"t_output_idx": term.teacher, "s_output_idx": term.student}
+            config.add_output_soft_label({**outputs, "loss_func": [term.written()]})
+        if self.hidden or self.outputs:
+            return config
+        pairs = self.pairs() if self.hidden_weight else []
+        if not self.output_weight and not pairs:
+            raise ConfigError("output_weight is 0 and no pair of match is weighed: there is nothing to learn from")
+        if self.output_weight:
+            classes = len(shape) == 2 and shape[1] > 1
+            name = self.output_loss if self.output_loss != "auto" else "KDKLDiv" if classes else "HiddenMse"
+            made: dict[str, Any] = {"func_name": name, "func_weight": self.output_weight}
+            if LOSSES[name][1]:
+                made |= {"temperature": self.temperature, "t_squared": True}
+            config.add_output_soft_label({"t_output_idx": 0, "s_output_idx": 0, "loss_func": [made]})
+        for theirs, mine in pairs:
+            add_inner(theirs, mine, {"func_name": "HiddenMse", "func_weight": self.hidden_weight})
+        return config
+
     def pairs(self) -> list[tuple[str, str]]:
         """The pairs of `match`, the teacher's layer first."""
         return [(text.partition("=")[0], text.partition("=")[2]) for text in self.match or ()]
 
 
-class SparsifyOptions(Strict):
+class SparsifyOptions(JobOptions):
     """Set the weights that matter least to zero and refit the others (``Compressor``)."""
 
     method: Annotated[str, OneOf("slimkit.core.sparse.config:METHODS")] = Field(
@@ -226,7 +316,11 @@ class SparsifyOptions(Strict):
     )
     calibration_batches: Annotated[PositiveInt, RECIPE_ONLY] = Field(8, description="batches of calibration data")
 
-    def config(self) -> SparseConfig:
+    @property
+    def needs_data(self) -> bool:
+        return self.build().needs_data
+
+    def build(self) -> SparseConfig:
         """The configuration of `Compressor`: every option that it has a field for."""
         from slimkit.core.sparse import SparseConfig
 
@@ -254,9 +348,6 @@ class AdaptOptions(FitOptions):
     dropout: float | None = Field(None, ge=0, lt=1, description="dropout before the delta; unset: none")
     settings: Annotated[dict[str, Any], Flag("--set", metavar="KEY=VALUE")] = Field(
         default_factory=dict, description="other options of the kind, such as dora: true or bottleneck_size: 32"
-    )
-    loss: Annotated[LossReference | None, Flag("--loss", metavar="NAME|MODULE:FUNCTION")] = Field(
-        None, description=_LOSS
     )
 
     @model_validator(mode="after")
@@ -287,13 +378,14 @@ class AdaptOptions(FitOptions):
         known = OPTIONS[self.kind]
         return {key: value for key, value in self._named().items() if key in known} | self.settings
 
-    def check(self) -> None:
-        """Build what the kind can build without a layer; ConfigError or ArgumentError where that is not allowed."""
+    def build(self) -> Any:
+        """What the kind can build without a layer."""
         from slimkit.core.delta.spec import LoraSpec
 
-        if self.kind == "lora":
-            known = {field.name for field in fields(LoraSpec)}
-            LoraSpec(**{key: value for key, value in self.of_kind().items() if key in known and value is not None})
+        if self.kind != "lora":
+            return None
+        known = {field.name for field in fields(LoraSpec)}
+        return LoraSpec(**{key: value for key, value in self.of_kind().items() if key in known and value is not None})
 
     def arguments(self) -> dict[str, Any]:
         """The arguments of `apply_delta`, as plain values."""
@@ -302,7 +394,7 @@ class AdaptOptions(FitOptions):
         return {"kind": self.kind, "targets": self.targets, **given, **self.of_kind()}
 
 
-class ExportOptions(Strict):
+class ExportOptions(JobOptions):
     """Write the model as files that other programs run, each proven against it (``export_onnx``, ``export_mindir``)."""
 
     opset: PositiveInt = Field(13, description="ONNX opset; 13 suits Ascend's ATC")
@@ -319,9 +411,16 @@ class ExportOptions(Strict):
         Annotated[list[Annotated[str, OneOf(("onnx", "mindir"))]], Field(min_length=1)] | None, RECIPE_ONLY
     ] = Field(None, description="which files; unset: onnx, and mindir too in MindSpore")
 
+    def build(self) -> dict[str, Any]:
+        """The arguments of `JobFramework.export`."""
+        from slimkit.core.onnxaxes import parse_axes
+
+        keys = ("opset", "dynamic_batch", "tolerance")
+        return {**{key: getattr(self, key) for key in keys}, "dynamic": parse_axes(self.dynamic or [])}
+
 
 # job -> its options; a recipe's stage has the job's name, and finetune is train under another one
-JOBS: dict[str, type[Strict]] = {
+JOBS: dict[str, type[JobOptions]] = {
     "train": TrainOptions,
     "finetune": TrainOptions,
     "prune": PruneOptions,

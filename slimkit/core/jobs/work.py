@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from slimkit.core.distill.config import LOSSES, KnowledgeDistillConfig
+from slimkit.core.distill.config import KnowledgeDistillConfig
 from slimkit.core.errors import ConfigError
 from slimkit.core.files import digest_array
 from slimkit.core.jobs import fitting
@@ -22,14 +22,11 @@ from slimkit.core.jobs.options import (
     AdaptOptions,
     CutOptions,
     DistillOptions,
-    DistillTerm,
-    ExportOptions,
     FitOptions,
     PruneOptions,
     SparsifyOptions,
     TrainOptions,
 )
-from slimkit.core.onnxaxes import parse_axes
 from slimkit.core.prune.criteria import Criterion
 
 
@@ -130,11 +127,9 @@ def prune(model: Any, options: PruneOptions, context: JobContext, *, plan_only: 
     importance: Any = options.importance
     if ":" in importance:
         importance = context.function(importance, "importance")
-    wants = options.needs_data
-    if isinstance(importance, type) and issubclass(importance, Criterion):
-        wants = bool(importance.needs)
+    own = isinstance(importance, type) and issubclass(importance, Criterion) and importance.needs
     measured = None
-    if wants or options.calibration_batches:
+    if options.scored_by_data or own:
         measured = context.calibration(options.calibration_batches)
     pruner = (
         face.slim.Pruner(model, context.example)
@@ -168,14 +163,14 @@ def prune(model: Any, options: PruneOptions, context: JobContext, *, plan_only: 
 
 def cut(small: Any, weights: Path, options: CutOptions, face: JobFramework, before: int) -> JobResult:
     """Cut the weights of a smaller instance of a model out of a file, in place."""
-    report = face.slim.prune_model_weight(small, options.config(), str(weights))
+    report = face.slim.prune_model_weight(small, options.build(), str(weights))
     said = f"{show(before, 'count')} to {show(count(face, small), 'count')} parameters"
     return JobResult(small, facts={"headline": said, "report": _plain(report)})
 
 
 def sparsify(model: Any, options: SparsifyOptions, context: JobContext) -> JobResult:
     """Set weights to zero, in place."""
-    config = options.config()
+    config = options.build()
     batches = context.calibration(options.calibration_batches) if config.needs_data else None
     report = _plain(context.face.slim.Compressor(model, config).compress(batches))
     return JobResult(model, facts={"headline": sparse_headline(report), "report": report})
@@ -214,7 +209,7 @@ def distill(
     """Train a student to answer as its teacher does, in place; `config` says what is compared, or the options do."""
     face = context.face
     if config is None:
-        config = comparison(options, lambda: face.outputs(teacher, context.example)[0].shape, context.spell)
+        config = options.comparison(face.outputs(teacher, context.example)[0].shape)
     hard = context.loss(options.loss)[1] if options.hard_weight else None
     with face.seeded(context.seed):
         dual = face.slim.get_distill_model(teacher, student, config, inputs=context.example)
@@ -233,52 +228,6 @@ def distill(
 def terms(config: KnowledgeDistillConfig) -> list[str]:
     """What a configuration compares, for people."""
     return [f"{at.label}: {term.func_name}" for at in config.spec().soft_labels for term in at.losses]
-
-
-def comparison(
-    options: DistillOptions, answers: Callable[[], Sequence[int]], spell: Callable[[str], str]
-) -> KnowledgeDistillConfig:
-    """What a student learns: the terms that were written out, or outputs against outputs and each pair of layers.
-
-    Args:
-        options: of the job.
-        answers: the shape of the teacher's answer, asked for where it chooses the loss.
-        spell: how the user writes an option, for messages.
-    """
-    config = KnowledgeDistillConfig()
-    for term in options.hidden:
-        _add_inner(config, term.teacher, term.student, _written(term))
-    for term in options.outputs:
-        outputs = {"t_output_idx": term.teacher, "s_output_idx": term.student}
-        config.add_output_soft_label({**outputs, "loss_func": [_written(term)]})
-    if options.hidden or options.outputs:
-        return config
-    pairs = options.pairs() if options.hidden_weight else []
-    if not options.output_weight and not pairs:
-        raise ConfigError(
-            f"{spell('output_weight')} is 0 and no {spell('match')} is weighed: there is nothing to learn from"
-        )
-    if options.output_weight:
-        name = options.output_loss
-        if name == "auto":
-            shape = answers()
-            name = "KDKLDiv" if len(shape) == 2 and shape[1] > 1 else "HiddenMse"
-        made: dict[str, Any] = {"func_name": name, "func_weight": options.output_weight}
-        if LOSSES[name][1]:
-            made |= {"temperature": options.temperature, "t_squared": True}
-        config.add_output_soft_label({"t_output_idx": 0, "s_output_idx": 0, "loss_func": [made]})
-    for theirs, mine in pairs:
-        _add_inner(config, theirs, mine, {"func_name": "HiddenMse", "func_weight": options.hidden_weight})
-    return config
-
-
-def _add_inner(config: KnowledgeDistillConfig, theirs: Any, mine: Any, term: Mapping[str, Any]) -> None:
-    places = {"t_module": theirs, "s_module": mine, "t_output_idx": 0, "s_output_idx": 0}
-    config.add_inter_soft_label({**places, "loss_func": [dict(term)]})
-
-
-def _written(term: DistillTerm) -> dict[str, Any]:
-    return {"func_name": term.loss, "func_weight": term.weight, "temperature": term.temperature}
 
 
 # adapt --------------------------------------------------------------------------------------------------------------
@@ -324,13 +273,3 @@ def largest_gap(first: Iterable[Array], second: Iterable[Array]) -> float:
         0.5
     """
     return max(float(np.abs(a.astype(np.float64) - b.astype(np.float64)).max()) for a, b in zip(first, second))
-
-
-def export_settings(options: ExportOptions) -> dict[str, Any]:
-    """The options of an export as `JobFramework.export` takes them."""
-    return {
-        "opset": options.opset,
-        "dynamic_batch": options.dynamic_batch,
-        "dynamic": parse_axes(options.dynamic or []),
-        "tolerance": options.tolerance,
-    }

@@ -14,7 +14,7 @@ from slimkit.core.errors import ConfigError, FileFormatError
 from slimkit.core.files import readable_file
 from slimkit.core.jobs.factory import Factory, LossReference, Reference
 from slimkit.core.jobs.fields import Strict, explained
-from slimkit.core.jobs.options import JOBS
+from slimkit.core.jobs.options import JOBS, JobOptions
 from slimkit.core.yamltext import parse_yaml
 
 # A recipe is written by hand; a few lines of YAML aliases can stand for more values than fit into memory.
@@ -76,7 +76,7 @@ class Recipe(Strict):
     metrics: Reference | None = Field(None, description="f(model, data, dense) -> {name: number}")
     stages: Annotated[list[Stage], Field(min_length=1)] = Field(description="run in this order")
 
-    def steps(self) -> list[tuple[str, BaseModel]]:
+    def steps(self) -> list[tuple[str, JobOptions]]:
         """The stages as (kind, options)."""
         return [(kind, getattr(stage, kind)) for stage in self.stages for kind in type(stage).model_fields]
 

@@ -171,7 +171,7 @@ class Stages:
         """One file a format; ONNX also beside the dense model's, both timed."""
         files = ("onnx", "mindir")
         wanted = options.formats or [form for form in self.face.formats if form in files]
-        example, settings = stage.data["example"], work.export_settings(options)
+        example, settings = stage.data["example"], options.build()
         facts: dict[str, Any] = {}
         said: list[str] = []
 
