@@ -84,8 +84,9 @@ class FitOptions(JobOptions):
         return True
 
     def functions(self) -> dict[str, tuple[Factory | str, tuple[str, ...]]]:
-        named = self.loss is None or self.loss in LOSS_NAMES
-        return {} if named else {"loss": (self.loss, ("model", "batch"))}
+        if self.loss is None or self.loss in LOSS_NAMES:
+            return {}
+        return {"loss": (self.loss, ("model", "batch"))}
 
     @model_validator(mode="before")
     @classmethod
