@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from slimkit.core import check
-from slimkit.core.batch import as_call
 from slimkit.core.distill.config import DistillSpec, KnowledgeDistillConfig
 from slimkit.core.distill.masks import holds_labels
 from slimkit.core.distill.shapes import check_mask, check_shapes, pick, projection_values
@@ -431,7 +430,7 @@ def get_distill_model(
     try:
         dual = DistillDualModels(teacher, student, spec, custom)
         if inputs is not None:
-            dual._fit(*as_call(inputs))
+            dual._fit(*bridge.call_of(inputs))
     except BaseException:
         if dual is not None:
             dual.get_student_model()
