@@ -24,6 +24,8 @@ CORE_TOP = {"numpy", "slimkit"}
 CORE_TOP_FILES = {
     "recipe.py": {"pydantic"},
     "factory.py": {"pydantic"},
+    "fields.py": {"pydantic", "pydantic_core"},
+    "options.py": {"pydantic", "pydantic_core"},
 }
 
 
