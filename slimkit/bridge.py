@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import importlib.util
 import os
 import sys
@@ -12,7 +13,7 @@ from typing import Any
 
 from slimkit.core import check
 from slimkit.core.batch import as_call
-from slimkit.core.errors import ArgumentError
+from slimkit.core.errors import ArgumentError, UnsupportedError
 from slimkit.core.freeze import Parameters, Reading
 from slimkit.core.lazy import require
 from slimkit.core.log import logger
@@ -50,6 +51,42 @@ def check_model(model: Any, name: str = "model") -> torch.nn.Module:
     if not isinstance(model, torch.nn.Module):
         check.wrong_type(name, "a torch.nn.Module", model)
     return model
+
+
+def refuse_offloaded(model: torch.nn.Module, name: str = "model") -> torch.nn.Module:
+    """Refuse a model whose weights accelerate keeps elsewhere and brings in for each call only."""
+    for path, module in model.named_modules():
+        hook = getattr(module, "_hf_hook", None)
+        for one in (hook, *getattr(hook, "hooks", ())):
+            if getattr(one, "offload", False):
+                raise UnsupportedError(
+                    f"{name} must hold its weights. Received: one whose weights accelerate offloads "
+                    f"(at {path or 'the model'!r}): load it whole, or work on its folder (sparsify_checkpoint)"
+                )
+    return model
+
+
+def refuse_sharded(model: torch.nn.Module, name: str = "model") -> torch.nn.Module:
+    """Refuse a model that data-parallel training wraps or shards: it remembers the shapes of its parameters."""
+    for path, module in model.named_modules():
+        kind = type(module).__name__
+        if kind in ("DistributedDataParallel", "FullyShardedDataParallel"):
+            raise UnsupportedError(
+                f"{name} must be the module inside. Received: a {kind} (at {path or 'the model'!r}), whose buckets keep "
+                f"the shapes it was made with: prune the module inside, then wrap it anew"
+            )
+    for path, parameter in model.named_parameters():
+        if hasattr(parameter, "full_tensor"):
+            raise UnsupportedError(f"{name} must hold whole parameters. Received: {path!r}, sharded: prune first")
+    return model
+
+
+def data_parallel_around(model: torch.nn.Module) -> list[str]:
+    """The classes of data-parallel modules that hold this one; looked for only where processes work together."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return []
+    kind = torch.nn.parallel.DistributedDataParallel
+    return [type(o).__name__ for o in gc.get_objects() if issubclass(type(o), kind) and model in set(o.modules())]
 
 
 def get_module(model: torch.nn.Module, path: str) -> torch.nn.Module:

@@ -1,4 +1,4 @@
-"""Structural pruning of torch models: `PruneTorch`, and files that keep a pruned model."""
+"""Structural pruning of torch models: `PruneTorch`."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ import numpy as np
 
 from slimkit import bridge, surgery
 from slimkit.compensate import compensate
-from slimkit.core import files
 from slimkit.core.batch import without_labels
-from slimkit.core.errors import FileFormatError
 from slimkit.core.lazy import door, library
+from slimkit.core.log import logger
 from slimkit.core.prune.attributes import Field, widths_of
 from slimkit.core.prune.graph import Graph
 from slimkit.core.prune.plan import PrunePlan
@@ -41,7 +40,9 @@ class TorchPrune:
     framework = "torch"
 
     def __init__(self, model: nn.Module, inputs: Any) -> None:
-        self.model = bridge.check_model(model, "network")
+        self.model = bridge.refuse_sharded(
+            bridge.refuse_offloaded(bridge.check_model(model, "network"), "network"), "network"
+        )
         self.inputs = inputs
         self._real: bool | None = None
         self._found: dict[str, torch.Tensor] = {}
@@ -74,12 +75,15 @@ class TorchPrune:
         return {p for p, t in surgery.tensors(self.model).items() if not isinstance(t, nn.Parameter)}
 
     def read(self, path: str) -> Array | None:
+        tensor = self._values(path)
+        return None if tensor.device.type == "meta" else tensor.cpu().numpy()
+
+    def rows(self, path: str, axis: int) -> Iterable[torch.Tensor]:
+        return self._values(path).clone().movedim(axis, 0).unbind()
+
+    def _values(self, path: str) -> torch.Tensor:
         tensor = self._found[path].detach()
-        if tensor.device.type == "meta":
-            return None
-        if tensor.dtype not in (torch.float32, torch.float64):
-            tensor = tensor.float()
-        return tensor.cpu().numpy()
+        return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
 
     def integers(self) -> dict[str, dict[str, int]]:
         return surgery.integers(self.model)
@@ -135,7 +139,12 @@ class TorchPrune:
         return {name: totals[name] / number[name] for name in totals}
 
     def cut(self, plan: PrunePlan, names: Mapping[str, str]) -> Callable[[], None]:
-        return surgery.cut(self.model, plan, names)
+        undo = surgery.cut(self.model, plan, names)
+        for kind in bridge.data_parallel_around(self.model):
+            logger.warning(
+                "network is inside a %s, whose buckets keep the old shapes: wrap the pruned network anew", kind
+            )
+        return undo
 
     def snapshot(self) -> nn.Module:
         return copy.deepcopy(self.model)
@@ -211,79 +220,3 @@ class PruneTorch(PrunerBase):
 
 
 Pruner = PruneTorch
-
-
-def save_pruned(directory: Any, model: nn.Module, desc: dict[str, Any]) -> None:
-    """Write a pruned model: `plan.json` and `model.safetensors`, no pickle; the folder appears whole or not at all.
-
-    Args:
-        directory: an absolute path.
-        model: the pruned model.
-        desc: the plan that pruned it.
-
-    Raises:
-        PlanError: `desc` is no plan.
-        FileFormatError: the model's shapes are not those that the plan leaves.
-    """
-    from safetensors.torch import save_file
-
-    folder = files.save_directory(directory)
-    plan = PrunePlan(desc)
-    found = surgery.tensors(bridge.check_model(model))
-    wanted = {**plan.shapes, **plan.sizes()}
-    for path, shape in wanted.items():
-        if path not in found or tuple(found[path].shape) != shape:
-            here = list(found[path].shape) if path in found else "nothing"
-            raise FileFormatError(
-                f"model must be the one that desc pruned: {path} should be {list(shape)}, here it is {here}"
-            )
-    state = model.state_dict()
-    seen: dict[int, str] = {}
-    tensors, tied = {}, {}
-    for name, tensor in state.items():
-        key = tensor.data_ptr() if tensor.numel() else id(tensor)
-        if key in seen and state[seen[key]].shape == tensor.shape:
-            tied[name] = seen[key]
-        else:
-            seen[key] = name
-            tensors[name] = tensor.detach().cpu().contiguous()
-    with files.atomic_directory(folder) as temporary:
-        files.write_json(temporary / "plan.json", {**plan.desc, "tied": tied})
-        save_file(tensors, str(temporary / "model.safetensors"), metadata={"format": "pt"})
-
-
-def load_pruned(directory: Any, model: nn.Module) -> nn.Module:
-    """Cut a fresh, unpruned model by a saved plan and load the saved weights, in place.
-
-    Args:
-        directory: what `save_pruned` wrote.
-        model: a model of the original make.
-
-    Returns:
-        The same model, pruned.
-
-    Raises:
-        PlanError: the plan belongs to another model.
-        FileFormatError: a file is damaged, or a tensor is missing, left over or of the wrong shape.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    folder = files.as_path(directory, "directory")
-    desc = files.read_json(folder / "plan.json", "directory/plan.json")
-    weights = files.readable_file(folder / "model.safetensors", "directory/model.safetensors")
-    try:
-        tensors = load_file(str(weights))
-    except (SafetensorError, ValueError, OverflowError) as error:
-        raise FileFormatError(f"{weights} is not a readable safetensors file: {error}") from None
-    plan = PrunePlan(desc)
-    names = plan.match({p: tuple(t.shape) for p, t in surgery.tensors(bridge.check_model(model)).items()})
-    for name, first in desc.get("tied", {}).items():
-        tensors[name] = tensors[first]
-    state = model.state_dict()
-    if set(state) != set(tensors):
-        odd = sorted(set(state) ^ set(tensors))
-        raise FileFormatError(f"{weights} must hold exactly this model's tensors; these differ: {odd[:5]}")
-    surgery.cut(model, plan, names)
-    model.load_state_dict(tensors, strict=True)
-    return model

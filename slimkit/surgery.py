@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from slimkit.attention import PrunedMultiheadAttention
-from slimkit.core.errors import PlanError
+from slimkit.core.errors import GraphError, PlanError
 from slimkit.core.prune.attributes import rewritten
 from slimkit.core.prune.plan import PrunePlan
 from slimkit.trace.watch import is_layer, named_tensors
@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 Shapes = Mapping[str, tuple[int, ...]]
+Axes = list["np.ndarray[Any, Any] | None"]
 _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 _SETTLED = (*_NORMS, nn.modules.conv._ConvNd, nn.Linear, nn.Embedding, nn.MultiheadAttention, nn.PReLU)
 
@@ -161,7 +162,7 @@ def rewrite(model: nn.Module, plan: PrunePlan, shapes: Shapes, names: Mapping[st
         for name, (old, new) in wanted.items():
             held = getattr(modules[path], name, None)
             here = _number(held) or held
-            if plan.desc["made"].get("framework") == "torch" and here != old:
+            if plan.framework == "torch" and here != old:
                 raise PlanError(f"desc was made for a model whose {path}.{name} is {old}, and here it is {here!r}")
             if here == old:
                 kind: Any = type(held)
@@ -231,32 +232,107 @@ def cut(model: nn.Module, plan: PrunePlan, names: Mapping[str, str]) -> Callable
         A call that takes the cut back.
     """
     found = tensors(model)
-    old: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]] = []
+    done: list[Callable[[], None]] = []
     changes = Changes()
 
     def undo() -> None:
-        for tensor, data, grad in old:
-            tensor.grad = None
-            tensor.data = data
-            tensor.grad = grad
+        for take_back in reversed(done):
+            take_back()
+        done.clear()
         changes.undo()
 
     try:
         rewrite(model, plan, shapes_after(model, plan, names), names, changes)
         for path, axes in plan.indices.items():
-            tensor = found[names[path]]
-            fresh = _select(tensor.detach(), axes)
-            old.append((tensor, tensor.data, tensor.grad))
-            # The Parameter itself stays, so that tied names, hooks and references go on meaning it.
-            tensor.grad = None
-            tensor.data = fresh
+            done.append(_resize(found[names[path]], axes))
     except BaseException:
         undo()
         raise
     return undo
 
 
-def _select(tensor: torch.Tensor, axes: list[np.ndarray[Any, Any] | None]) -> torch.Tensor:
+def _resize(tensor: torch.Tensor, axes: Axes) -> Callable[[], None]:
+    """Cut a tensor and its gradient, in place; returns a call that takes it back.
+
+    The Parameter itself stays, so that tied names, hooks, optimizers and references go on meaning it.
+    """
+    data, grad = tensor.data, tensor.grad
+    fresh = select(data, axes)
+    fresh_grad = None if grad is None else select(grad, axes)
+    handle = None
+    if tensor.requires_grad:
+        # Nothing but graphs from before the cut holds this node; it dies at once where there is none.
+        node = torch.autograd.graph.get_gradient_edge(tensor).node
+        handle = node.register_prehook(_outdated)
+    _set_data(tensor, fresh, fresh_grad)
+
+    def take_back() -> None:
+        if handle is not None:
+            handle.remove()
+        _set_data(tensor, data, grad)
+
+    if tensor.requires_grad and not tensor.is_inference():
+        # A graph that saved the old values must not go on with the new ones.
+        torch.autograd.graph.increment_version(tensor)
+    return take_back
+
+
+def _set_data(tensor: torch.Tensor, data: torch.Tensor, grad: torch.Tensor | None) -> None:
+    """Give a tensor other values of another shape, and the gradient that belongs to them, in place."""
+    tensor.grad = None
+    if tensor.is_floating_point() or tensor.is_complex():
+        # While any old graph lives, autograd goes on checking gradients against the shape that its accumulator saw.
+        # It makes a new accumulator only where the dtype (or device) changes: hence the detour over another dtype.
+        detour = torch.float64 if tensor.dtype != torch.float64 else torch.float32
+        tensor.data = torch.empty(0, dtype=detour, device=tensor.device)
+    tensor.data = data
+    tensor.grad = grad
+
+
+def _outdated(_gradients: Any) -> None:
+    raise GraphError(
+        "this backward pass goes through a graph from before the model was pruned; run the model again for a new one"
+    )
+
+
+@contextlib.contextmanager
+def unchanged_on_error(model: nn.Module, cut: Iterable[torch.Tensor] = ()) -> Iterator[None]:
+    """Whatever is done to a model while the context is open is taken back when an error leaves it.
+
+    Args:
+        model: the model.
+        cut: tensors that are given other data before anything is written into them; the others are copied.
+    """
+    modules = [(m, type(m), dict(vars(m))) for m in model.modules()]
+    stores = [(s, dict(s)) for m, _, _ in modules for s in (m._parameters, m._buffers, m._modules)]
+    held = {id(t): t for m, _, _ in modules for s in (m._parameters, m._buffers) for t in s.values() if t is not None}
+    replaced = {id(t) for t in cut}
+    old = [(t, t.data, t.grad, None if id(t) in replaced else t.detach().clone()) for t in held.values()]
+    extra = [
+        (m, m.get_extra_state()) for m, kind, _ in modules if kind.get_extra_state is not nn.Module.get_extra_state
+    ]
+    try:
+        yield
+    except BaseException:
+        for module, kind, state in modules:
+            module.__class__ = kind
+            vars(module).clear()
+            vars(module).update(state)
+        for store, entries in stores:
+            store.clear()
+            store.update(entries)
+        for tensor, data, grad, values in old:
+            if tensor.shape != data.shape or tensor.data_ptr() != data.data_ptr():
+                _set_data(tensor, data, grad)
+            if values is not None:
+                data.copy_(values)
+        for module, value in extra:
+            module.set_extra_state(value)
+        raise
+
+
+def select(tensor: torch.Tensor, axes: Axes) -> torch.Tensor:
+    """The kept indices of a tensor, as a new one; an axis whose indices are None stays as it is."""
     # The axis that shrinks most goes first, so that later ones copy less.
     order = sorted((len(i) / tensor.shape[a], a) for a, i in enumerate(axes) if i is not None)
     for _, axis in order:
@@ -264,4 +340,4 @@ def _select(tensor: torch.Tensor, axes: list[np.ndarray[Any, Any] | None]) -> to
         assert index is not None
         if len(index) < tensor.shape[axis]:
             tensor = tensor.index_select(axis, torch.from_numpy(index).to(tensor.device))
-    return tensor.contiguous()
+    return tensor if tensor.layout != torch.strided else tensor.contiguous()

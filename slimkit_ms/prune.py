@@ -1,4 +1,4 @@
-"""Structural pruning of MindSpore cells: `PruneMindSpore`, and files that keep a pruned cell."""
+"""Structural pruning of MindSpore cells: `PruneMindSpore`."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from slimkit.core import files
 from slimkit.core.batch import as_call, without_labels
-from slimkit.core.errors import FileFormatError, GraphError
+from slimkit.core.errors import GraphError
 from slimkit.core.lazy import door
 from slimkit.core.prune.attributes import Field, rewritten, widths_of
 from slimkit.core.prune.dims import find, leaves
@@ -25,6 +24,7 @@ from slimkit_ms.compensate import compensate
 from slimkit_ms.replay import replaying, unchanged
 from slimkit_ms.surgery import Attributes, Foretold, Keep, Knife, RefusedError, Undo, cut_by_attributes
 from slimkit_ms.surgery.adapt import Adapter
+from slimkit_ms.surgery.layers import aligned
 from slimkit_ms.trace import Traced, trace_marked
 
 import mindspore as ms
@@ -88,6 +88,11 @@ class MindSporePrune:
     def read(self, path: str) -> Array | None:
         values = _by_path(self.model)[path].asnumpy()
         return values if values.dtype in (np.float32, np.float64) else values.astype(np.float32)
+
+    def rows(self, path: str, axis: int) -> Iterable[ms.Tensor]:
+        values = self.read(path)
+        assert values is not None
+        return (ms.Tensor(np.array(row)) for row in np.moveaxis(values, axis, 0))
 
     def integers(self) -> dict[str, dict[str, int]]:
         return {}  # which numbers a cell's code builds shapes from is found by trying, in `prove`
@@ -157,6 +162,7 @@ class MindSporePrune:
                 undo = self.knife.cut(keep, groups, foretold, plan.attributes)
             except RefusedError as error:
                 raise GraphError(f"the pruned model would not run: {error.why}") from None
+        undo.settle()
         self._write_config(plan)
         self.traced = self.knife = self._proven = None
         return undo.take_back
@@ -175,21 +181,12 @@ class MindSporePrune:
 
     def _keep(self, plan: PrunePlan, names: Mapping[str, str]) -> Keep:
         shapes = self.shapes()
-        return {names[p]: _aligned(shapes[names[p]], index) for p, index in plan.indices.items()}
+        return {names[p]: aligned(shapes[names[p]], index) for p, index in plan.indices.items()}
 
     def _write_config(self, plan: PrunePlan) -> None:
         config = getattr(self.model, "config", None)
         for name, new in rewritten(config, plan.config).items():
             setattr(config, name, new)
-
-
-def _aligned(shape: tuple[int, ...], index: Sequence[Any]) -> list[Any]:
-    """Kept indices by this parameter's own axes: MindSpore gives a 1-d kernel one axis of size one more than torch."""
-    found, left = [], list(index)
-    for axis, size in enumerate(shape):
-        spare = len(left) < len(shape) - axis
-        found.append(None if spare and size == 1 else left.pop(0))
-    return found
 
 
 def _by_path(model: nn.Cell) -> dict[str, ms.Parameter]:
@@ -271,60 +268,3 @@ class PruneMindSpore(PrunerBase):
 
 
 Pruner = PruneMindSpore
-
-
-def save_pruned(directory: Any, model: nn.Cell, desc: dict[str, Any]) -> None:
-    """Write a pruned cell: `plan.json` and `model.safetensors`, no pickle; the folder appears whole or not at all.
-
-    Args:
-        directory: an absolute path.
-        model: the pruned cell.
-        desc: the plan that pruned it.
-
-    Raises:
-        PlanError: `desc` is no plan.
-        FileFormatError: the cell's shapes are not those that the plan leaves.
-    """
-    folder = files.save_directory(directory)
-    plan = PrunePlan(desc)
-    found = _by_path(bridge.check_model(model))
-    for path, shape in {**plan.shapes, **plan.sizes()}.items():
-        if path not in found or tuple(found[path].shape) != shape:
-            here = list(found[path].shape) if path in found else "nothing"
-            raise FileFormatError(
-                f"model must be the one that desc pruned: {path} should be {list(shape)}, here it is {here}"
-            )
-    with files.atomic_directory(folder) as temporary:
-        files.write_json(temporary / "plan.json", plan.desc)
-        files.write_tensors(
-            temporary / "model.safetensors", {p: bridge.as_numpy(t) for p, t in found.items()}, {"format": "np"}
-        )
-
-
-def load_pruned(directory: Any, model: nn.Cell) -> nn.Cell:
-    """Cut a fresh, unpruned cell by a saved plan and load the saved weights, in place.
-
-    Args:
-        directory: what `save_pruned` wrote.
-        model: a cell of the original make.
-
-    Returns:
-        The same cell, pruned.
-
-    Raises:
-        PlanError: the plan belongs to another model.
-        FileFormatError: a file is damaged, or a tensor is missing, left over or of the wrong shape.
-    """
-    folder = files.as_path(directory, "directory")
-    plan = PrunePlan(files.read_json(folder / "plan.json", "directory/plan.json"))
-    tensors, _ = files.read_tensors(folder / "model.safetensors", "directory/model.safetensors")
-    wing = MindSporePrune(model, None)
-    names = plan.match(wing.shapes())
-    wanted = {names[p]: shape for p, shape in {**plan.shapes, **plan.sizes()}.items()}
-    odd = sorted({p for p in {*wanted, *tensors} if p not in tensors or wanted.get(p) != tensors[p].shape})
-    if odd:
-        raise FileFormatError(f"{folder} must hold exactly this model's tensors; these differ: {odd[:5]}")
-    wing.cut(plan, names)
-    for path, parameter in _by_path(model).items():
-        parameter.set_data(ms.Tensor(tensors[path]))
-    return model

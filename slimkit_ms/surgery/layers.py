@@ -31,12 +31,14 @@ class Undo:
         parameters: (the cell that holds it, its key there, parameter before, parameter now).
         attributes: (object, name, value before).
         primitives: (primitive, name, value before).
+        resized: (parameter, values before).
     """
 
     model: nn.Cell
     parameters: list[tuple[nn.Cell, str, ms.Parameter, ms.Parameter]] = field(default_factory=list)
     attributes: list[tuple[Any, str, Any]] = field(default_factory=list)
     primitives: list[tuple[ops.Primitive, str, Any]] = field(default_factory=list)
+    resized: list[tuple[ms.Parameter, Any]] = field(default_factory=list)
 
     def set(self, cell: nn.Cell, name: str, value: Any) -> None:
         """Change a plain attribute of a cell, in place."""
@@ -50,8 +52,25 @@ class Undo:
             self.primitives.append((primitive, name, primitive.attrs[name]))
             _set_primitive(primitive, name, value)
 
+    def settle(self) -> None:
+        """Give the cut values to the parameters that were there before, in place.
+
+        Optimizers, hooks and whatever else holds a parameter go on meaning it. Compiled graphs of the whole process are
+        forgotten: a training step that was compiled before would compute, and write, at the old shapes.
+        """
+        for cell, key, before, now in self.parameters:
+            if before is not now and all(before is not p for p, _ in self.resized):
+                self.resized.append((before, before.asnumpy().copy()))
+                resize(before, now.asnumpy())
+            cell._params[key] = before
+        if self.resized:
+            ms.ms_memory_recycle()
+
     def take_back(self) -> None:
         """Put everything back, in place."""
+        for parameter, values in self.resized:
+            resize(parameter, values)
+        self.resized.clear()
         self.take_back_attributes()
         for cell, key, before, _ in self.parameters:
             cell._params[key] = before
@@ -68,10 +87,25 @@ class Undo:
         self.primitives.clear()
 
 
+def resize(parameter: ms.Parameter, values: Any) -> None:
+    """Give a parameter values of another shape, in place."""
+    parameter.set_data(ms.Tensor(np.ascontiguousarray(values)), slice_shape=True)
+    parameter.sliced = False  # a word of parallel training, which the call above takes the change for
+
+
 def _set_primitive(primitive: ops.Primitive, name: str, value: Any) -> None:
     primitive.add_prim_attr(name, value)
     if name in primitive.init_attrs:
         primitive.init_attrs[name] = value
+
+
+def aligned(shape: tuple[int, ...], index: Sequence[Any]) -> list[Any]:
+    """Kept indices by this parameter's own axes: MindSpore gives a 1-d kernel one axis of size one more than torch."""
+    found, left = [], list(index)
+    for axis, size in enumerate(shape):
+        spare = len(left) < len(shape) - axis
+        found.append(None if spare and size == 1 else left.pop(0))
+    return found
 
 
 def cut_parameters(model: nn.Cell, keep: Keep, undo: Undo) -> None:
@@ -105,7 +139,7 @@ def _sliced(parameter: ms.Parameter, path: str, index: Sequence[Any]) -> ms.Para
     for axis, kept in enumerate(index):
         if kept is not None:
             values = np.take(values, np.asarray(kept), axis=axis)
-    # A new object: PyNative goes on with the old shape of a parameter that it has run once, whatever data it is given.
+    # A new object, since most cuts are only tried; `Undo.settle` brings the old one back.
     return ms.Parameter(
         ms.Tensor(np.ascontiguousarray(values)),
         name=parameter.name,

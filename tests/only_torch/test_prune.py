@@ -157,7 +157,7 @@ def test_an_error_in_the_cut_takes_everything_back(monkeypatch):
     from slimkit import surgery
 
     calls = []
-    real = surgery._select
+    real = surgery.select
 
     def fails_late(tensor, axes):
         calls.append(1)
@@ -165,7 +165,7 @@ def test_an_error_in_the_cut_takes_everything_back(monkeypatch):
             raise MemoryError("no room")
         return real(tensor, axes)
 
-    monkeypatch.setattr(surgery, "_select", fails_late)
+    monkeypatch.setattr(surgery, "select", fails_late)
     with pytest.raises(MemoryError):
         PruneTorch(net, x).prune(0.5)
     assert same_state(net, before)

@@ -19,6 +19,7 @@ class PruneFramework(Protocol):
     """What a framework does for the pruner; everything else is written once, here."""
 
     framework: str
+    model: Any
 
     @abstractmethod
     def trace(self) -> Graph:
@@ -42,6 +43,10 @@ class PruneFramework(Protocol):
         """A parameter's values, float32 or float64, not to be written to; None where it has none (meta device)."""
 
     @abstractmethod
+    def rows(self, path: str, axis: int) -> Iterable[Any]:
+        """A parameter's slices along an axis as tensors of the framework, float32 or float64, on its device; copies."""
+
+    @abstractmethod
     def integers(self) -> dict[str, dict[str, int]]:
         """Module path -> its whole-number attributes, without those that the cut of its own weights settles."""
 
@@ -62,7 +67,7 @@ class PruneFramework(Protocol):
         """Mean absolute output of each channel of each layer."""
 
     @abstractmethod
-    def cut(self, plan: PrunePlan, names: Mapping[str, str]) -> Callable[[], None] | None:
+    def cut(self, plan: PrunePlan, names: Mapping[str, str]) -> Callable[[], None]:
         """Cut the model in place and return a call that takes it back; on an error the model is as it was."""
 
 

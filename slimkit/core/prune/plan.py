@@ -10,7 +10,7 @@ import numpy as np
 from slimkit.core import check, naming
 from slimkit.core.errors import PlanError
 from slimkit.core.prune.attributes import Field
-from slimkit.core.prune.solve import Expr, Index, View, kept
+from slimkit.core.prune.solve import Expr, Index, View, kept, size_of
 
 FORMAT, VERSION = "slimkit.prune", 1
 
@@ -90,13 +90,17 @@ class PrunePlan:
             self.shapes = {p: tuple(int(n) for n in s) for p, s in desc["shapes"].items()}
             self.full = {n: int(v["size"]) for n, v in desc["variables"].items()}
             self.keep = {n: np.asarray(v["keep"], dtype=np.int64) for n, v in desc["variables"].items()}
-            self.axes: dict[str, list[Expr]] = desc["axes"]
+            self.axes: dict[str, list[Expr]] = {p: list(e) for p, e in desc["axes"].items()}
+            self.framework = str(desc.get("made", {}).get("framework", ""))
             for name, index in self.keep.items():
                 sound = index.ndim == 1 and len(index) and (np.diff(index) > 0).all()
                 if not sound or index[0] < 0 or index[-1] >= self.full[name]:
                     raise PlanError(
                         f"desc keeps indices of {name} that are not ascending within 0..{self.full[name] - 1}"
                     )
+            for path, exprs in self.axes.items():
+                if tuple(size_of(e, self.full) for e in exprs) != self.shapes[path]:
+                    raise PlanError(f"desc says axes of {path} that do not make its shape {list(self.shapes[path])}")
             self.indices = {
                 path: [kept(e, self.full, self.keep) if not isinstance(e, int) else None for e in exprs]
                 for path, exprs in self.axes.items()
@@ -119,7 +123,7 @@ class PrunePlan:
         }
 
     def match(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
-        """Find each parameter of the plan in a model, in the other framework's names if need be.
+        """Find each parameter of the plan in an uncut model, in the other framework's names if need be.
 
         Args:
             shapes: the model's parameters and buffers.
@@ -130,9 +134,25 @@ class PrunePlan:
         Raises:
             PlanError: names the first parameter that is missing, left over or of another shape.
         """
+        return self._match(shapes, self.shapes, "Run analysis() on this model, or load the model it was made for.")
+
+    def match_cut(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+        """The same for the model that the plan has cut.
+
+        Raises:
+            PlanError: the model has not the shapes that the plan leaves.
+        """
+        try:
+            return self._match(shapes, {**self.shapes, **self.sizes()}, "")
+        except PlanError as error:
+            raise PlanError(f"model must be the one that desc pruned: {error}") from None
+
+    def _match(
+        self, shapes: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]], hint: str
+    ) -> dict[str, str]:
         plain = {_plain(p): p for p in shapes}
         names: dict[str, str] = {}
-        for path, shape in self.shapes.items():
+        for path, shape in wanted.items():
             name = path if path in shapes else plain.get(_plain(path))
             if name is None:
                 raise PlanError(
@@ -141,7 +161,7 @@ class PrunePlan:
             if not _same_shape(tuple(shapes[name]), shape):
                 raise PlanError(
                     f"desc was made for {path!r} of shape {list(shape)}, and this model's is {list(shapes[name])}. "
-                    "Run analysis() on this model, or load the model it was made for."
+                    f"{hint}"
                 )
             names[path] = name
         extra = [p for p in shapes if p not in set(names.values())]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -14,10 +14,12 @@ from slimkit.core.log import logger
 from slimkit.core.match import demand, match
 from slimkit.core.prune.allocate import Account, Allocation, allocate
 from slimkit.core.prune.attributes import config_changes, new_values, scope_sizes
+from slimkit.core.prune.criteria import Evidence
 from slimkit.core.prune.draw import picture
 from slimkit.core.prune.framework import PruneFramework, RepairFramework
-from slimkit.core.prune.importance import NAMES, best, scores
+from slimkit.core.prune.importance import best, scores
 from slimkit.core.prune.plan import PrunePlan, make_desc
+from slimkit.core.prune.record import record_plan, whole_desc
 from slimkit.core.prune.rehearsal import ANOTHER, COPIES, LAYOUT, differences
 from slimkit.core.prune.settings import PrunerSettings
 from slimkit.core.prune.solve import WRITTEN, Coupling, Index, View
@@ -36,8 +38,8 @@ class PrunerBase(PrunerSettings):
     def __init__(self, wing: PruneFramework) -> None:
         super().__init__(wing)
         self._coupling: Coupling | None = None
-        self._scored: Any = None
         self._scores: dict[str, Array] = {}
+        self._weights_seen: Any = None
         self._report: dict[str, Any] = {}
         self._was_cut = False
         # Attributes that may say one of several numbers: how many, which one is tried, how often a module was retried.
@@ -66,7 +68,10 @@ class PrunerBase(PrunerSettings):
         check.ratio(reserved_ratio, "reserved_ratio", one=True)
         coupling = self._solved()
         self._choices, self._tried = {}, {}
-        whole = self._layers([0, -1] if un_prune_list is None else un_prune_list)
+        if un_prune_list is None:
+            un_prune_list = [0, -1] if coupling.graph.layers else []
+        whole = self._layers(un_prune_list)
+        self._forget_old_scores()
         for _ in range(50):
             view = coupling.view(whole)
             allocation, account = self._allocate(view, reserved_ratio)
@@ -101,9 +106,7 @@ class PrunerBase(PrunerSettings):
         try:
             self._report["compensation"] = wing.compensate(dense, plan, layers, self._repair, self._damping)
         except BaseException:
-            if undo is not None:
-                undo()
-            self._report, self._was_cut = {}, False
+            undo()
             raise
         return desc
 
@@ -120,7 +123,18 @@ class PrunerBase(PrunerSettings):
             PlanError: the plan was made for another model; the message names the first mismatch.
         """
         self._cut(PrunePlan(desc))
-        return getattr(self._wing, "model", None)
+        return self._wing.model
+
+    def whole_desc(self) -> dict[str, Any]:
+        """The plan of everything that was cut from this model so far, by this pruner and others.
+
+        Returns:
+            What `prune` returned after one pruning, and `merge_desc` of all plans after several.
+
+        Raises:
+            PlanError: nothing was pruned from this model.
+        """
+        return whole_desc(self._wing.model)
 
     def report(self) -> dict[str, Any]:
         """What the last analysis or cut found: sizes, what stays whole and why, operators without a rule, notes.
@@ -173,6 +187,8 @@ class PrunerBase(PrunerSettings):
                 demand(found, layers, "un_prune_list")
                 out.extend(found.names)
                 continue
+            if not layers:
+                check.wrong_value("un_prune_list", "empty: no Conv or Linear layer ran in this model", item)
             check.integer(item, "un_prune_list", -len(layers), len(layers) - 1)
             out.append(layers[item])
         return out
@@ -185,23 +201,33 @@ class PrunerBase(PrunerSettings):
         chunks = None
         if self._allocation == "global":
             chunks = {
-                n: np.sort(s if self._method == "lamp" else s / max(s.mean(), 1e-30)) for n, s in self._scores.items()
+                n: np.sort(s if self._criterion.comparable else s / max(s.mean(), 1e-30))
+                for n, s in self._scores.items()
             }
         alike = [(v.size, v.kind, len(v.places)) for v in view.variables]
         return allocate(account, full.tolist(), target, self._node_ratio, self._alignment, chunks, alike), account
 
+    def _forget_old_scores(self) -> None:
+        """Weights may have been trained since the last analysis; what data told of the same weights is kept."""
+        seen: Any = object()
+        if self._criterion.needs:
+            values = {p: self._wing.read(p) for p in self._solved().graph.shapes}
+            seen = {p: None if v is None else float(v.sum(dtype=np.float64)) for p, v in values.items()}
+        if seen != self._weights_seen:
+            self._scored = None
+        self._weights_seen = seen
+
     def _score(self, view: View) -> dict[str, Array]:
         key = tuple((v.name, v.size, len(v.places)) for v in view.variables)
-        if self._scored == (key, self._method, id(self._calibration)):
+        if self._scored == key:
             return self._scores
-        method: Any = "l1" if self._default_method else self._method
-        need = NAMES.get(method, "") if isinstance(method, str) else ""
-        gradients = activations = None
+        shapes, need = view.coupling.graph.shapes, self._criterion.needs
+        gradients: dict[str, Array] = {}
+        activations: dict[str, Array] = {}
         if need in ("gradient", "square"):
             gradients = self._wing.gradients(self._calibration, self._loss, need == "square")
         elif need == "activation":
             activations = self._wing.activations(self._calibration, view.coupling.graph.layers)
-        shapes = view.coupling.graph.shapes
 
         def read(path: str) -> Array:
             values = self._wing.read(path)
@@ -210,8 +236,9 @@ class PrunerBase(PrunerSettings):
         if all(self._wing.read(v.places[0][0]) is None for v in view.variables[:1]):
             made = {v.name: np.ones(v.size) for v in view.variables}  # a model without values: counts only
         else:
-            made = scores(view, read, method, gradients=gradients, activations=activations, seed=self._seed)
-        self._scored = (key, self._method, id(self._calibration))
+            evidence = Evidence(read, self._wing.rows, gradients, activations)
+            made = scores(view, self._criterion, evidence, self._seed)
+        self._scored = key
         return made
 
     def _describe(self, view: View, allocation: Allocation, ratio: float, whole: list[str]) -> dict[str, Any]:
@@ -233,9 +260,7 @@ class PrunerBase(PrunerSettings):
             "framework": self._wing.framework,
             "reserved_ratio": ratio,
             "budget": self._budget,
-            "importance": self._method
-            if isinstance(self._method, str)
-            else getattr(self._method, "__name__", "function"),
+            "importance": self._criterion.name,
             "allocation": self._allocation,
             "alignment": self._alignment,
             "node_reserved_ratio": self._node_ratio,
@@ -291,9 +316,10 @@ class PrunerBase(PrunerSettings):
             combination //= number
         return True
 
-    def _cut(self, plan: PrunePlan) -> Any:
+    def _cut(self, plan: PrunePlan) -> Callable[[], None]:
         names = plan.match(self._wing.shapes())
-        undo = self._wing.cut(plan, names)
+        take_back = self._wing.cut(plan, names)
+        forget = record_plan(self._wing.model, dict(plan.desc))
         # Everything known about the model was about the uncut one.
         self._coupling, self._scored = None, None
         shapes, buffers = self._wing.shapes(), self._wing.buffers()
@@ -301,6 +327,12 @@ class PrunerBase(PrunerSettings):
         self._report = {**self._report, "left_params": left}
         self._report.pop("from_config", None)
         self._was_cut = True
+
+        def undo() -> None:
+            take_back()
+            forget()
+            self._report, self._was_cut = {}, False
+
         return undo
 
     def _common(self, view: View) -> dict[str, Any]:

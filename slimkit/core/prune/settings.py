@@ -5,18 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from slimkit.core import check
 from slimkit.core.batch import dataset
 from slimkit.core.errors import UnsupportedError
+from slimkit.core.prune.criteria import CRITERIA, NEEDS, Criterion, OfRows
 from slimkit.core.prune.framework import PruneFramework
-from slimkit.core.prune.importance import NAMES
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-Array = np.ndarray[Any, Any]
 
 
 class PrunerSettings:
@@ -28,8 +24,8 @@ class PrunerSettings:
 
     def __init__(self, wing: PruneFramework) -> None:
         self._wing = wing
-        self._method: str | Callable[[Array], float] = lambda weights: float(np.abs(weights).mean())
-        self._default_method = True
+        self._criterion: Criterion = CRITERIA["l1"]
+        self._scored: Any = None  # what the last scores were made from
         self._calibration: Any = None
         self._loss: Callable[..., Any] | None = None
         self._seed = 0
@@ -42,7 +38,7 @@ class PrunerSettings:
 
     def set_importance_evaluation_function(
         self,
-        function: str | Callable[[Array], float],
+        function: str | Criterion | type[Criterion] | Callable[[Any], Any],
         *,
         calibration: Any = None,
         loss: Callable[..., Any] | None = None,
@@ -51,9 +47,10 @@ class PrunerSettings:
         """Choose how channels are scored.
 
         Args:
-            function: l1, l2, bn_scale, taylor, hessian, activation, lamp or random; or a function of one output
-                channel's weights (NumPy, without the output axis) that returns a float. Unset, channels score mean |w|.
-            calibration: batches, for taylor, hessian and activation.
+            function: l1, l2, bn_scale, taylor, hessian, activation, lamp or random; or a function that maps one output
+                channel's weights (a tensor of the framework without the output axis, a copy) to a number; or a
+                `Criterion` of your own. Unset, channels score mean |w|.
+            calibration: batches, for criteria that need gradients or activations.
             loss: for taylor and hessian: (model outputs, batch) -> scalar loss; unset, the outputs' own `.loss`, or the
                 mean squared output. With a loss, batches may be (inputs, labels): the model gets as many values of a
                 tuple as its forward takes, the loss sees them all.
@@ -65,15 +62,14 @@ class PrunerSettings:
         Raises:
             ArgumentError: an unknown name, or calibration missing.
         """
-        if not callable(function):
-            check.choice(function, NAMES, "function")
-            if NAMES[function] and calibration is None:
-                check.wrong_value("calibration", f"a list of batches for the importance {function!r}", calibration)
+        criterion = _criterion(function)
+        if criterion.needs and calibration is None:
+            check.wrong_value("calibration", f"a list of batches for the importance {criterion.name!r}", calibration)
         if calibration is not None:
             dataset(calibration, "calibration")
         if loss is not None:
             check.function(loss, "loss")
-        self._method, self._default_method = function, False
+        self._criterion, self._scored = criterion, None
         self._calibration, self._loss, self._seed = calibration, loss, check.integer(seed, "seed")
         return self
 
@@ -146,3 +142,12 @@ class PrunerSettings:
         self._repair = calibration
         self._damping = check.number(damping, "damping", minimum=0)
         return self
+
+
+def _criterion(function: Any) -> Criterion:
+    if isinstance(function, type) and issubclass(function, Criterion):
+        function = function()
+    if isinstance(function, Criterion):
+        check.choice(function.needs, NEEDS, f"{type(function).__name__}.needs")
+        return function
+    return OfRows(function) if callable(function) else CRITERIA[check.choice(function, CRITERIA, "function")]

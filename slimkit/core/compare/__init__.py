@@ -1,0 +1,1 @@
+"""Judging: what a smaller model lost, measured on held-out data, with intervals that say whether it is real."""
