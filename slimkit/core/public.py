@@ -21,6 +21,9 @@ ROOMS: dict[str, dict[str, str]] = {
     },
     "sparse": {
         "SparseConfig": "core.sparse",
+        "SparseMethod": "core.sparse",
+        "SparseProblem": "core.sparse",
+        "register_sparse_method": "core.sparse",
         "Compressor": "sparse",
         "freeze_zeros": "sparse",
         "FrozenZeros": "sparse",

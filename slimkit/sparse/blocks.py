@@ -135,6 +135,8 @@ class WholeModel:
         self.model, self.dense, self.dataset, self.modules = model, dense, dataset, modules
         self._whole, self._traced = whole, traced
         self.feeds = list(feeds)
+        self.names: list[str] = []
+        self.rows: Mapping[str, dict[str, Any]] | None = None
         self.reached: Mapping[str, float] = traced.reached
         self.joined: dict[str, str] = {}
 

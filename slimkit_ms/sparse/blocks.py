@@ -153,6 +153,8 @@ class WholeModel:
         self.model, self.dense, self.dataset = model, dense, dataset
         self.slots = slots
         self.feeds, self._traced = list(feeds), traced
+        self.names: list[str] = []
+        self.rows: Mapping[str, dict[str, Any]] | None = None
         self.reached: Mapping[str, float] = traced.reached
         self.joined: dict[str, str] = {}
         self._blocks: list[str] = []

@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 
 from slimkit.core.errors import ArgumentError
 from slimkit.core.sparse import SparseConfig
-from slimkit.core.sparse.allocate import counts, spread
+from slimkit.core.sparse.allocate import spread
 from slimkit.core.sparse.maths.layer import SparseLayer
 from slimkit.core.sparse.maths.moments import Moments
 from slimkit.core.sparse.maths.pattern import keep_across_rows
 from slimkit.core.sparse.maths.solve import solve
+from slimkit.core.sparse.totals import counts
 
 METHODS = ("magnitude", "wanda", "hessian", "par", "par_v2")
 

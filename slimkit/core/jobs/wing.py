@@ -18,8 +18,8 @@ from slimkit.core.jobs.training import AdaptAims, DistillAims, TrainingPlan
 from slimkit.core.run.measurement import Measurement
 from slimkit.core.run.stages import Stages
 from slimkit.core.sparse import SparseConfig
-from slimkit.core.sparse.compress import select
 from slimkit.core.sparse.maths.layer import SparseLayer
+from slimkit.core.sparse.select import select
 
 
 @dataclass
