@@ -152,7 +152,7 @@ def measure(method: str, text: str, texts: Texts) -> tuple[float, float]:
         pattern=pattern,
         residual=base in ("par", "par_v2") and not plain,
     )
-    rows = {"hessian": replace(METHODS["hessian"], solve=as_solver(PEERS[method]))} if method in PEERS else {}
+    rows = {"hessian": replace(METHODS["hessian"], solver=as_solver(PEERS[method]))} if method in PEERS else {}
     model, start = fresh(), time.process_time()
     with mock.patch.dict(METHODS, rows):
         Compressor(model, config).compress(texts.calibration)

@@ -26,6 +26,10 @@ class PruneFramework(Protocol):
         """The model's graph."""
 
     @abstractmethod
+    def show(self, examples: Sequence[Any]) -> None:
+        """Trace these examples too, beside the one that the pruner was made with."""
+
+    @abstractmethod
     def rehearse(self, plan: PrunePlan) -> tuple[Graph, str | None, set[str]]:
         """The graph of the cut model as far as it ran, the error that stopped it, and the modules that surgery
         remakes."""

@@ -1,6 +1,6 @@
 """Sparsity: which weights become zero, and what the others become; one text for NumPy and torch arrays."""
 
 from slimkit.core.sparse.config import SparseConfig
-from slimkit.core.sparse.methods import METHODS, SparseMethod, SparseProblem, register_sparse_method
+from slimkit.core.sparse.methods import METHODS, SparseMethod, register_sparse_method
 
-__all__ = ["METHODS", "SparseConfig", "SparseMethod", "SparseProblem", "register_sparse_method"]
+__all__ = ["METHODS", "SparseConfig", "SparseMethod", "register_sparse_method"]

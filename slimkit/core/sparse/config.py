@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, asdict, dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from slimkit.core import check
 from slimkit.core.errors import ArgumentTypeError, ConfigError
-from slimkit.core.sparse.maths.pattern import NM, parse
 from slimkit.core.sparse.methods import METHODS, SparseMethod
+
+if TYPE_CHECKING:
+    from slimkit.core.sparse.maths.pattern import NM
 
 DEFAULT_RATIO = 0.5
 
@@ -136,6 +138,8 @@ class SparseConfig:
     @property
     def nm(self) -> NM | None:
         """The n:m pattern, or None."""
+        from slimkit.core.sparse.maths.pattern import parse
+
         return None if self.pattern is None else parse(self.pattern, "SparseConfig.pattern")
 
     @property

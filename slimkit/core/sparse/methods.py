@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from slimkit.core import check
 from slimkit.core.errors import ConfigError
-from slimkit.core.sparse.maths import solvers
-from slimkit.core.sparse.maths.layer import SparseLayer
-from slimkit.core.sparse.maths.solvers import Solution, SparseProblem
 
-__all__ = ["METHODS", "SparseMethod", "SparseProblem", "register_sparse_method"]
+if TYPE_CHECKING:
+    from slimkit.core.sparse.maths.layer import SparseLayer
+    from slimkit.core.sparse.maths.solvers import Solution, SparseProblem
+
+# Where the built-in solvers are: named, so that the table can be read before numpy is loaded.
+_SOLVERS = "slimkit.core.sparse.maths.solvers"
 
 
 @dataclass(frozen=True)
@@ -20,9 +23,9 @@ class SparseMethod:
     """Everything about a method.
 
     Args:
-        solve: makes one group of a layer sparse: takes a `SparseProblem`, gives the weight (out, n), its mask (out, n),
-            True where it stays, and a dict of facts for the layer's row of the report. Written over the array API
-            (`array_api_compat`), it serves both frameworks.
+        solver: makes one group of a layer sparse: takes a `SparseProblem`, gives the weight (out, n), its mask (the same,
+            True where it stays), and a dict of facts for the layer's row of the report. Written over the array API
+            (`array_api_compat`), it serves both frameworks. A function, or "module:function".
         needs_data: whether it reads second moments of the layer's inputs.
         refits: whether it changes the weights that stay, and so may be fitted to the dense model's outputs.
         paired: whether it is so by default (`SparseConfig.asymmetric`).
@@ -35,17 +38,26 @@ class SparseMethod:
         (True, False)
     """
 
-    solve: Callable[[SparseProblem], Solution]
+    solver: Callable[[SparseProblem], Solution] | str
     needs_data: bool = True
     refits: bool = False
     paired: bool = False
     cost: tuple[float, float, float, float] = (1e-5, 2e-8, 0.0, 2e-11)
     options: Mapping[str, Any] = field(default_factory=dict)
 
+    def solve(self, problem: SparseProblem) -> Solution:
+        """Make one group of a layer sparse."""
+        if not isinstance(self.solver, str):
+            return self.solver(problem)
+        module, _, name = self.solver.partition(":")
+        found: Callable[[SparseProblem], Solution] = getattr(import_module(module), name)
+        return found(problem)
+
     def seconds(self, layer: SparseLayer) -> float:
         """Seconds of solving a layer on one thread of a CPU; elsewhere in proportion to those of other layers.
 
         Example:
+            >>> from slimkit.core.sparse.maths.layer import SparseLayer
             >>> one, two = (SparseLayer("fc", "linear", (rows, 1024)) for rows in (1024, 2048))
             >>> METHODS["par"].seconds(one) < METHODS["par"].seconds(two) < 2 * METHODS["par"].seconds(one)
             True
@@ -57,11 +69,11 @@ class SparseMethod:
 
 # Costs were measured on one thread of an x86-64 CPU from 128 to 2304 columns, within a quarter.
 METHODS: dict[str, SparseMethod] = {
-    "magnitude": SparseMethod(solvers.magnitude, needs_data=False, cost=(0.0, 2e-8, 0.0, 0.0)),
-    "wanda": SparseMethod(solvers.wanda, cost=(2.7e-6, 3.5e-8, 0.0, 1.4e-11)),
-    "hessian": SparseMethod(solvers.hessian, refits=True, cost=(1.8e-5, 6.8e-9, 5.8e-12, 1.9e-11)),
-    "par": SparseMethod(solvers.par, refits=True, paired=True, cost=(3.2e-5, 2.1e-8, 1.1e-11, 2e-10)),
-    "par_v2": SparseMethod(solvers.par_v2, refits=True, paired=True, cost=(1.6e-4, 1.1e-7, 1e-10, 1.4e-9)),
+    "magnitude": SparseMethod(f"{_SOLVERS}:magnitude", needs_data=False, cost=(0.0, 2e-8, 0.0, 0.0)),
+    "wanda": SparseMethod(f"{_SOLVERS}:wanda", cost=(2.7e-6, 3.5e-8, 0.0, 1.4e-11)),
+    "hessian": SparseMethod(f"{_SOLVERS}:hessian", refits=True, cost=(1.8e-5, 6.8e-9, 5.8e-12, 1.9e-11)),
+    "par": SparseMethod(f"{_SOLVERS}:par", refits=True, paired=True, cost=(3.2e-5, 2.1e-8, 1.1e-11, 2e-10)),
+    "par_v2": SparseMethod(f"{_SOLVERS}:par_v2", refits=True, paired=True, cost=(1.6e-4, 1.1e-7, 1e-10, 1.4e-9)),
 }
 
 
@@ -87,8 +99,8 @@ def register_sparse_method(name: str, method: SparseMethod) -> None:
     """
     check.text(name, "name")
     check.instance(method, SparseMethod, "method")
-    if not callable(method.solve):
-        check.wrong_type("method.solve", "a function of a SparseProblem", method.solve)
+    if not callable(method.solver):
+        check.wrong_type("method.solver", "a function of a SparseProblem", method.solver)
     if name in METHODS:
         raise ConfigError(f"name must be one that no method has yet. Received: {name!r}")
     METHODS[name] = method
