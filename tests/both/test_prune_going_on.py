@@ -326,3 +326,57 @@ def test_large_weights_are_numbers(kit):
     _, desc = job.analysis(0.6, [-1])
     name = next(n for n, v in job.report()["variables"].items() if "two" in v["layers"])
     assert 3 in desc["variables"][name]["keep"]
+
+
+# Another tool's plans -----------------------------------------------------------------------------------------
+
+
+def masks_of(desc):
+    """A plan as msModelSlim writes it: one mask a layer and side."""
+    plan, masks = PrunePlan(desc), {}
+
+    def mask(size, kept):
+        return [len(kept), "".join("-" if k in set(kept.tolist()) else "x" for k in range(size))]
+
+    for path, axes in plan.indices.items():
+        layer, _, leaf = path.rpartition(".")
+        if leaf in ("weight", "gamma"):
+            for side, size, kept in zip(("output", "input") if len(axes) > 1 else ("input",), plan.shapes[path], axes):
+                if kept is not None:
+                    masks.setdefault(layer, {})[side] = mask(size, kept)
+    return masks
+
+
+def test_masks_of_msmodelslim_are_read(kit, tmp_path):
+    model = network(kit)
+    desc = pruner(kit, model).prune(0.6, [-1])
+    twin = network(kit)
+    job = kit.slim.Pruner(twin, example(kit))
+    job.prune_by_desc(json.loads(json.dumps(masks_of(desc))))
+    np.testing.assert_array_equal(output(kit, twin), output(kit, model))
+    kit.slim.save_pruned(tmp_path / "small", twin, job.whole_desc())
+    fresh = network(kit)
+    kit.slim.load_pruned(tmp_path / "small", fresh)
+    np.testing.assert_array_equal(output(kit, fresh), output(kit, model))
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        ({"nothing": {"output": [1, "-"]}}, "'nothing'"),
+        ({"two": {"output": [3, "---x"]}}, "'two.weight' has 4 indices"),
+        ({"two": {"output": [9, "-" * 20 + "x" * 4]}}, "output of 'two'"),
+        ({"two": {"output": [20, "-" * 20 + "?" * 4]}}, "output of 'two'"),
+        ({"two": {"output": 3}}, "output of 'two'"),
+        (
+            {"two": {"output": [20, "-" * 20 + "x" * 4]}},
+            "do not fit one another",
+        ),  # nobody tells the layer that reads it
+    ],
+)
+def test_masks_that_do_not_fit_change_nothing(kit, edit, message):
+    model = network(kit)
+    before = shapes(kit, model)
+    with pytest.raises(PlanError, match=message):
+        kit.slim.Pruner(model, example(kit)).prune_by_desc(edit)
+    assert shapes(kit, model) == before

@@ -20,6 +20,7 @@ class PruneFramework(Protocol):
 
     framework: str
     model: Any
+    inputs: Any
 
     @abstractmethod
     def trace(self) -> Graph:
