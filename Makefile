@@ -18,7 +18,7 @@ export HF_HUB_OFFLINE := 1
 export OMP_WAIT_POLICY := PASSIVE
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo demo-ms test lint types docs bench release-check audit clean help
+.PHONY: demo demo-ms test test-fast lint types docs bench release-check audit clean help
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -6
@@ -60,6 +60,10 @@ demo-ms: $(VENV)/.demo-ms
 
 test: $(VENV)/.test lint types
 	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+# The inner loop, under three minutes on two cores: core, walls, one test a feature and framework.
+test-fast: $(VENV)/.test
+	$(VENV)/bin/python -m pytest $(PYTEST_ARGS) -m fast tests/core tests/walls tests/both
 
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .

@@ -19,7 +19,7 @@ from slimkit.core.prune.plan import PrunePlan
 from slimkit.core.prune.pruner import PrunerBase
 from slimkit.replay import replaying, unchanged
 from slimkit.trace import trace
-from slimkit.trace.tracer import Recorder, example, record
+from slimkit.trace.tracer import Recorder, Run, example, record
 
 import torch
 from torch import nn
@@ -43,9 +43,14 @@ class TorchPrune:
         self.model = bridge.refuse_sharded(
             bridge.refuse_offloaded(bridge.check_model(model, "network"), "network"), "network"
         )
-        self.inputs = inputs
+        self.examples = [inputs]
+        self._runs: list[Run] = []
         self._real: bool | None = None
         self._found: dict[str, torch.Tensor] = {}
+
+    @property
+    def has_example(self) -> bool:
+        return any(e is not None for e in self.examples)
 
     @property
     def branches(self) -> bool:
@@ -54,8 +59,8 @@ class TorchPrune:
 
     def trace(self) -> Graph:
         self._found = surgery.tensors(self.model)
-        found = trace(self.model, example(self.model, self.inputs), real=self._real)
-        self._real = found.real
+        found = trace(self.model, [example(self.model, e) for e in self.examples], real=self._real)
+        self._real, self._runs = found.real, found.runs
         return found.graph
 
     def rehearse(self, plan: PrunePlan) -> tuple[Graph, str | None, set[str]]:
@@ -63,10 +68,15 @@ class TorchPrune:
         with surgery.rehearsing(self.model, plan, names, bool(self._real)) as remade:
             recorder = Recorder(self.model, real=bool(self._real))
             try:
-                record(recorder, self.model, example(self.model, self.inputs))
+                for run in self._runs:
+                    record(recorder, self.model, run)
             except Exception as error:  # noqa: BLE001  (whatever the model's code raises is a finding)
                 return recorder.graph, f"{type(error).__name__}: {error}", remade
         return recorder.graph, None, remade
+
+    def show(self, examples: Sequence[Any]) -> None:
+        known = [e for e in self.examples if e is not None]
+        self.examples, self._real = [*known, *examples], None
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {p: tuple(t.shape) for p, t in surgery.tensors(self.model).items()}

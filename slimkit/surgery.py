@@ -86,9 +86,20 @@ def settled(path: str, module: nn.Module, shapes: Shapes, groups: Mapping[str, t
         return {"embedding_dim": weight[1]}
     if isinstance(module, nn.PReLU) and weight:
         return {"num_parameters": weight[0]}
+    if isinstance(module, nn.RNNBase):
+        n_gates = {"LSTM": 4, "GRU": 3}.get(module.mode, 1)
+        ahead, again = shapes[_of(path, "weight_ih_l0")], shapes[_of(path, "weight_hh_l0")]
+        projected = again[1] if module.proj_size else 0
+        return {"input_size": ahead[1], "hidden_size": again[0] // n_gates, "proj_size": projected}
+    if isinstance(module, nn.RNNCellBase):
+        return {"input_size": shapes[_of(path, "weight_ih")][1], "hidden_size": shapes[_of(path, "weight_hh")][1]}
     if isinstance(module, nn.MultiheadAttention):
         return _attention(path, module, shapes)
     return {}
+
+
+def _of(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
 
 
 def _attention(path: str, module: nn.MultiheadAttention, shapes: Shapes) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from slimkit import bridge  # noqa: F401 - says in one line that torch is missing
@@ -27,9 +28,16 @@ def stored(tensor: torch.Tensor) -> Array:
     return torchfile.stored(tensor, torch)
 
 
-def described(tensor: torch.Tensor) -> tuple[Entry, Callable[[], Array]]:
-    """A tensor's entry, and how its stored values are fetched."""
+def described(name: str, tensor: torch.Tensor) -> tuple[Entry, Callable[[], Array]]:
+    """A tensor's entry, and how its stored values are fetched; UnsupportedError for one that files cannot hold."""
+    storable(tensor, f"tensor {name!r}")
     return Entry(tag_of(tensor), tuple(tensor.shape)), partial(stored, tensor)
+
+
+def storable(tensor: torch.Tensor, name: str) -> torch.Tensor:
+    """The tensor, or an UnsupportedError that says why a file of plain numbers cannot hold it, and what to do."""
+    torchfile.storable(tensor, name, torch)
+    return tensor
 
 
 def restored(array: Array, dtype: str) -> torch.Tensor:
@@ -41,7 +49,7 @@ def write_torch(
     path: files.PathLike,
     tensors: Mapping[str, torch.Tensor],
     values: Mapping[str, Any] | None = None,
-    before: Callable[[], object] | None = None,
+    before: Callable[[Path], object] | None = None,
 ) -> None:
     """Write tensors, numbers and strings as one torch.save file, atomically; it loads with weights_only=True."""
     torchfile.write_torch(path, tensors, values, torch, before)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 import random
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -13,13 +15,14 @@ import numpy as np
 from slimkit import bridge
 from slimkit.core import check, files
 from slimkit.core.batch import as_call
-from slimkit.core.errors import ConfigError, FileFormatError
+from slimkit.core.errors import ConfigError, FileFormatError, UnsupportedError
 from slimkit.core.lazy import door as _door
 from slimkit.core.lazy import library
 from slimkit.core.train import packing
 from slimkit.core.train.loading import LoaderOptions, is_samples, plan_batches, split_batch
 from slimkit.core.train.loop import TrainerLoop
-from slimkit.core.train.updates import UpdateOptions
+from slimkit.core.train.updates import UpdateOptions, factor_at
+from slimkit.torchfile import storable
 
 import torch
 
@@ -97,7 +100,7 @@ class Trainer(TrainerLoop):
 
     def _prepare(self, options: UpdateOptions) -> None:
         run = self.accelerator
-        if self.optimizer is None or not hasattr(self.optimizer, "step"):
+        if self.optimizer is None or inspect.isclass(self.optimizer) or not hasattr(self.optimizer, "step"):
             wanted = [p for p in self.model.parameters() if p.requires_grad]
             if not wanted:
                 raise ConfigError("model: no parameter wants a gradient, so there is nothing to train")
@@ -107,7 +110,8 @@ class Trainer(TrainerLoop):
         # The scheduler is left outside accelerate, which would step it once per process.
         self._scheduler = options.scheduler(self.optimizer)
         if self._scheduler is not None and not hasattr(self._scheduler, "step"):
-            self._scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._scheduler)
+            schedule = self._scheduler
+            self._scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: factor_at(schedule, step))
         self._clip = (options.clip_value, options.clip_norm)
         kinds = library("accelerate.utils", "torch").DistributedType
         self._plain_kinds = (kinds.NO, kinds.MULTI_CPU, kinds.MULTI_GPU, kinds.MULTI_NPU)
@@ -140,6 +144,13 @@ class Trainer(TrainerLoop):
         self.optimizer.param_groups[0]["params"].extend(parameters)
 
     def _loader(self, dataset: Any, batch_size: int, options: LoaderOptions) -> Iterable[Any]:
+        if isinstance(dataset, torch.utils.data.IterableDataset):
+            if hasattr(dataset, "set_epoch"):  # a stream that shuffles itself, as the datasets library's do
+                dataset.set_epoch(options.epoch)
+            loader: Any = torch.utils.data.DataLoader(
+                dataset, batch_size, drop_last=options.drop_last, collate_fn=options.collate_fn, **options.rest
+            )
+            return _Ready(loader, options)
         if is_samples(dataset):
             batches = plan_batches(len(dataset), batch_size, options)
             return _Ready(
@@ -150,7 +161,7 @@ class Trainer(TrainerLoop):
                 sharded=True,
             )
         if not isinstance(dataset, Iterable) or isinstance(dataset, (Iterator, str, bytes, Mapping, torch.Tensor)):
-            check.wrong_type("dataset", "a map-style data set, a list of batches or a data loader", dataset)
+            check.wrong_type("dataset", "a data set of samples, a list of batches or a data loader", dataset)
         return _Ready(dataset, options)
 
     def _loss(self, model: torch.nn.Module, batch: Any) -> tuple[torch.Tensor, Any, Any]:
@@ -234,13 +245,13 @@ class Trainer(TrainerLoop):
                 return None
             # A copy: safetensors refuses tensors that share memory, and two states may.
             name = f"t{len(tensors)}"
-            tensors[name] = value.detach().cpu().clone().contiguous()
+            tensors[name] = storable(value, "a state of this run").detach().cpu().clone().contiguous()
             return name
 
         state: dict[str, Any] = {
             "weights": self.accelerator.unwrap_model(self._run_model).state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "scheduler": None if self._scheduler is None else _plain(self._scheduler.state_dict()),
+            "scheduler": None if self._scheduler is None else _state_of(self._scheduler),
             "scaler": None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict(),
             "random": {"torch": torch.get_rng_state(), "python": random.getstate(), "numpy": np.random.get_state()},
         }
@@ -255,7 +266,7 @@ class Trainer(TrainerLoop):
     def _load_state(self, folder: Path, state: dict[str, Any]) -> None:
         found = self._unpacked(folder, state)
         self.accelerator.unwrap_model(self._run_model).load_state_dict(found["weights"])
-        self.optimizer.load_state_dict(found["optimizer"])
+        self._load_optimizer(found["optimizer"])
         if (found["scheduler"] is None) != (self._scheduler is None):
             raise ConfigError("resume_from: one of the checkpoint and this run has a scheduler, the other has none")
         if self._scheduler is not None:
@@ -267,6 +278,16 @@ class Trainer(TrainerLoop):
         np.random.set_state(found["random"]["numpy"])
         if "device" in found["random"] and self.accelerator.device.type != "cpu":
             torch.get_device_module(self.accelerator.device).set_rng_state(found["random"]["device"])
+
+    def _load_optimizer(self, kept: dict[str, Any]) -> None:
+        """Take the optimizer's state back whole: torch casts it to the parameters' type, and so rounds it."""
+        self.optimizer.load_state_dict(kept)
+        order = [i for group in kept["param_groups"] for i in group["params"]]
+        for number, parameter in zip(order, self._optimized()):
+            for slot, value in kept["state"].get(number, {}).items():
+                here = self.optimizer.state[parameter].get(slot)
+                if isinstance(value, torch.Tensor) and isinstance(here, torch.Tensor) and here.dtype != value.dtype:
+                    self.optimizer.state[parameter][slot] = value.to(here.device)
 
     def _load_model(self, folder: Path, state: dict[str, Any]) -> None:
         self.accelerator.unwrap_model(self._run_model).load_state_dict(self._unpacked(folder, state)["weights"])
@@ -340,6 +361,16 @@ def _count(batch: Any) -> int:
     return 1
 
 
-def _plain(state: dict[str, Any]) -> dict[str, Any]:
-    """A scheduler's state without what cannot be written, which its own maker supplies again."""
-    return {k: v for k, v in state.items() if not callable(v) and not (isinstance(v, list) and any(map(callable, v)))}
+def _state_of(scheduler: Any) -> dict[str, Any]:
+    """A scheduler's state without its functions, which its own maker supplies again."""
+    if not (hasattr(scheduler, "state_dict") and hasattr(scheduler, "load_state_dict")):
+        raise UnsupportedError(
+            f"a checkpoint cannot hold a {type(scheduler).__name__}: it lacks state_dict and load_state_dict"
+        )
+    state = scheduler.state_dict()
+    return {k: v for k, v in state.items() if not all(map(_is_code, v if isinstance(v, list) and v else [v]))}
+
+
+def _is_code(value: Any) -> bool:
+    """Whether a value is a function or a class, and not an object that may remember something."""
+    return inspect.isroutine(value) or inspect.isclass(value) or isinstance(value, functools.partial)

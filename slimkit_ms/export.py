@@ -18,7 +18,7 @@ import slimkit_ms
 from slimkit.core import check, onnxaxes
 from slimkit.core.batch import as_call
 from slimkit.core.errors import UnsupportedError
-from slimkit.core.files import as_path, atomic_directory, place_file
+from slimkit.core.files import as_path, atomic_directory, atomic_file, link_or_copy, place_file
 from slimkit.core.lazy import library
 from slimkit.core.onnxfile import OnnxReport, Proof, publish, unique
 from slimkit_ms import bridge
@@ -251,15 +251,38 @@ def export_mindir(model: nn.Cell, inputs: Any, path: Any, *, tolerance: float = 
         if not all(gap <= tolerance for gap in gaps.values()):
             raise UnsupportedError(f"the MINDIR file differs from the cell by more than {tolerance:g}: {gaps}")
         size = sum(f.stat().st_size for f in Path(folder).rglob("*") if f.is_file())
-        if split:
-            # First, so that a graph is never without its weights.
-            with atomic_directory(target.parent / weights.name) as place:
-                for file in weights.iterdir():
-                    shutil.move(file, place / file.name)
         os.chmod(graph, 0o600)  # MindSpore leaves it read-only
         written = target.parent / graph.name if split else target
+        if split:
+            _place_weights(weights, graph, target.parent)
         place_file(graph, written)
+        if split:
+            shutil.rmtree(target.parent / f"{name}_2{_VARIABLES}", ignore_errors=True)
     return MindirReport(str(written), size, gaps, weights.name if split else None)
+
+
+def _place_weights(weights: Path, graph: Path, place: Path) -> None:
+    """Put a graph's folder of weights in the place of an older one, so that each graph finds its own weights.
+
+    Where there is one already, the new weights come first under a second name, with a graph that reads them there.
+    """
+    if (place / weights.name).exists():
+        from mindspore.train.mind_ir_pb2 import ModelProto
+
+        second = weights.name.removesuffix(_VARIABLES) + f"_2{_VARIABLES}"
+        proto = ModelProto()
+        proto.ParseFromString(graph.read_bytes())
+        for tensor in proto.graph.parameter:
+            if tensor.HasField("external_data"):
+                tensor.external_data.location = f"{second}/{Path(tensor.external_data.location).name}"
+        with atomic_directory(place / second) as folder:
+            for file in weights.iterdir():
+                link_or_copy(file, folder / file.name)
+        with atomic_file(place / graph.name) as handle:
+            handle.write(proto.SerializeToString())
+    with atomic_directory(place / weights.name) as folder:
+        for file in weights.iterdir():
+            shutil.move(file, folder / file.name)
 
 
 def _tensors(model: nn.Cell, inputs: Any) -> tuple[ms.Tensor, ...]:

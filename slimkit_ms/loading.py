@@ -50,21 +50,46 @@ class Shared:
 
 
 class Pipeline(Shared):
-    """A mindspore.dataset pipeline; its shuffling follows seed and epoch."""
+    """A mindspore.dataset pipeline; its shuffling follows seed and epoch, and rows of single samples are batched."""
+
+    def __init__(self, dataset: Any, batch_size: int, options: LoaderOptions) -> None:
+        super().__init__(dataset, options)
+        self.batch_size = None if is_batched(dataset) else batch_size
 
     def __len__(self) -> int:
-        return _share(self.batches.get_dataset_size(), self.options.world)  # type: ignore[attr-defined]
+        n: int = self.batches.get_dataset_size()  # type: ignore[attr-defined]
+        if self.batch_size is not None:
+            n = n // self.batch_size if self.options.drop_last else _share(n, self.batch_size)
+        return _share(n, self.options.world)
+
+    def _grouped(self, rows: Iterator[Any], size: int) -> Iterator[Any]:
+        collate = self.options.collate_fn or stack
+        group: list[Any] = []
+        for row in rows:  # and never once more: past its end a pipeline's iterator fails
+            group.append(tuple(row))
+            if len(group) == size:
+                yield collate(group)
+                group = []
+        if group and not self.options.drop_last:
+            yield collate(group)
 
     def __iter__(self) -> Iterator[Any]:
         before = ms.dataset.config.get_seed()
         ms.dataset.config.set_seed((self.options.seed * 1_000_003 + self.options.epoch) % 2**32)
         pipeline: Any = self.batches
-        self.batches = pipeline.create_tuple_iterator(num_epochs=1)
+        rows = pipeline.create_tuple_iterator(num_epochs=1)
+        self.batches = rows if self.batch_size is None else self._grouped(iter(rows), self.batch_size)
         ms.dataset.config.set_seed(before)
         try:
             yield from super().__iter__()
         finally:
             self.batches = pipeline
+
+
+def is_batched(pipeline: Any) -> bool:
+    """Whether some step of a mindspore.dataset pipeline makes batches; without one its rows are single samples."""
+    made = ("BatchDataset", "PaddedBatchDataset", "BucketBatchByLengthDataset")
+    return type(pipeline).__name__ in made or any(map(is_batched, pipeline.children))
 
 
 def _share(n_batches: int, world: int) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from slimkit.core.batch import as_call, without_labels
-from slimkit.core.errors import GraphError
+from slimkit.core.errors import GraphError, UnsupportedError
 from slimkit.core.lazy import door
 from slimkit.core.prune.attributes import Field, rewritten, widths_of
 from slimkit.core.prune.dims import find, leaves
@@ -52,10 +52,17 @@ class MindSporePrune:
         self.knife: Knife | None = None
         self._proven: Any = None
 
+    @property
+    def has_example(self) -> bool:
+        return self.inputs is not None
+
     def trace(self) -> Graph:
         self.traced = trace_marked(self.model, self.inputs)
         self.knife = Knife(self.model, self.inputs, self.traced)
         return self.traced.graph
+
+    def show(self, examples: Sequence[Any]) -> None:
+        raise UnsupportedError("set_examples is not offered for MindSpore, which compiles a cell for one example")
 
     def prove(self, plan: PrunePlan, relations: Relations) -> Attributes:
         """Cut the cell, compile it, put everything back; returns the sizes that its code had to be told.

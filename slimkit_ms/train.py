@@ -17,9 +17,10 @@ from slimkit.core.lazy import door as _door
 from slimkit.core.train.loading import LoaderOptions, is_samples, plan_batches, split_batch
 from slimkit.core.train.loop import TrainerLoop
 from slimkit.core.train.packing import pack, unpack
-from slimkit.core.train.updates import UpdateOptions
-from slimkit_ms import bridge
+from slimkit.core.train.updates import UpdateOptions, factor_at
+from slimkit_ms import bridge, schedules
 from slimkit_ms.loading import BatchedSamples, Pipeline, Shared, count, stack, tensors
+from slimkit_ms.modelrun import EpochEnd, Feed, Update
 from slimkit_ms.precision import lift, lower
 
 import mindspore as ms
@@ -114,10 +115,10 @@ class Trainer(TrainerLoop):
     def _drive(self) -> None:
         if not self._more():
             return
-        ms.train.Model(_Update(self)).train(
+        ms.train.Model(Update(self)).train(
             self._epochs.last,
-            _Feed(self),
-            callbacks=[_EpochEnd(self), *self._model_callbacks],
+            Feed(self),
+            callbacks=[EpochEnd(self), *self._model_callbacks],
             dataset_sink_mode=False,
             initial_epoch=self.epoch - 1,
         )
@@ -151,7 +152,7 @@ class Trainer(TrainerLoop):
         return None if rate is None else float(rate)
 
     def _set_rate(self, step: int) -> None:
-        rate = self._rate * float(self._scheduler(step))
+        rate = self._rate * factor_at(self._scheduler, step)
         for held in self._rates():
             if not isinstance(held, ms.Parameter):
                 raise ConfigError("create_scheduler_fn: the optimizer's learning rate is a schedule already")
@@ -173,7 +174,7 @@ class Trainer(TrainerLoop):
 
     def _loader(self, dataset: Any, batch_size: int, options: LoaderOptions) -> Iterable[Any]:
         if hasattr(dataset, "create_tuple_iterator"):
-            return Pipeline(dataset, options)
+            return Pipeline(dataset, batch_size, options)
         if is_samples(dataset):
             batches = plan_batches(len(dataset), batch_size, options)
             if options.rest:
@@ -263,7 +264,10 @@ class Trainer(TrainerLoop):
         held = {f"model.{i}": p for i, p in enumerate(self.model.get_parameters())}
         mine = {id(p) for p in held.values()}
         extra = [p for p in self.optimizer.get_parameters() if id(p) not in mine]
-        return {**held, **{f"optimizer.{i}": p for i, p in enumerate(extra)}}
+        mine |= {id(p) for p in (*extra, *self._rates())}
+        counters = [p for p in schedules.parameters_of(self._scheduler) if id(p) not in mine]
+        held.update({f"optimizer.{i}": p for i, p in enumerate(extra)})
+        return {**held, **{f"scheduler.{i}": p for i, p in enumerate(counters)}}
 
     def _save_state(self, folder: Path) -> dict[str, Any]:
         arrays, names = {}, {}
@@ -275,8 +279,7 @@ class Trainer(TrainerLoop):
         files.write_tensors(folder / "state.safetensors", arrays)
         state = {"python": random.getstate(), "numpy": np.random.get_state(), "names": names}
         state["rates"] = [float(rate) if isinstance(rate, ms.Parameter) else None for rate in self._rates()]
-        if hasattr(self._scheduler, "state_dict"):
-            state["scheduler"] = self._scheduler.state_dict()
+        state["scheduler"] = schedules.state_of(self._scheduler)
         return pack(state, lambda value: None)
 
     def _load_state(self, folder: Path, state: dict[str, Any]) -> None:
@@ -289,8 +292,10 @@ class Trainer(TrainerLoop):
             key = next(k for k in {**shown, **kept} if shown.get(k) != kept.get(k))
             raise ConfigError(f"resume_from: the checkpoint holds {kept.get(key)} where the run has {shown.get(key)}")
         self._assign(held, arrays)
-        if hasattr(self._scheduler, "load_state_dict") and "scheduler" in found:
-            self._scheduler.load_state_dict(found["scheduler"])
+        if (found.get("scheduler") is None) != (schedules.state_of(self._scheduler) is None):
+            raise ConfigError("resume_from: one of the checkpoint and this run has a scheduler, the other has none")
+        if found.get("scheduler") is not None:
+            schedules.put_back(self._scheduler, found["scheduler"])
         for held, rate in zip(self._rates(), found["rates"]):
             if rate is not None:
                 ops.assign(held, ms.Tensor(rate, held.dtype).reshape(held.shape))
@@ -310,59 +315,6 @@ class Trainer(TrainerLoop):
         for key, parameter in held.items():
             # assign, for set_data is not seen by what has run before.
             ops.assign(parameter, ms.Tensor(arrays[key].reshape(parameter.shape), parameter.dtype))
-
-
-class _Update(nn.Cell):
-    """One parameter update as the network that `mindspore.train.Model` runs; it holds the model and its optimizer."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        super().__init__(auto_prefix=False)
-        self.network, self.optimizer = trainer.model, trainer.optimizer
-        self._trainer = trainer
-
-    def set_train(self, mode: bool = True) -> _Update:
-        # The trainer has set the modes; cells put into eval mode on purpose must stay there.
-        return self
-
-    def __call__(self, *group: Any) -> Any:
-        # Not construct: the update runs as Python, and compiles its gradient in GRAPH mode.
-        return self._trainer._step(list(group))
-
-
-class _Feed:
-    """The batches of a run as `mindspore.train.Model` reads a data set: one row an update, epoch after epoch."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        self._trainer = trainer
-        self._rows: Iterator[list[Any]] | None = None
-
-    def get_dataset_size(self) -> int:
-        config = self._trainer.run_config
-        assert config is not None
-        return config.num_update_steps_per_epoch or 2**31 - 1  # unknown: steps are then counted through
-
-    def create_tuple_iterator(self, **_: Any) -> _Feed:
-        return self
-
-    def reset(self) -> None:
-        self._rows = None
-
-    def __next__(self) -> tuple[Any, ...]:
-        if self._rows is None:
-            self._rows = self._trainer._groups()
-        return tuple(next(self._rows))
-
-
-class _EpochEnd(ms.train.Callback):
-    """Closes the trainer's epoch, and ends the run when the trainer says so."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        self._trainer = trainer
-
-    def on_train_epoch_end(self, run_context: Any) -> None:
-        self._trainer._close_epoch()
-        if not self._trainer._more():
-            run_context.request_stop()
 
 
 class Objective(nn.Cell):

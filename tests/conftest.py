@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from tests import kits
+from tests.fast import is_fast
 
 INSTALLED = [name for name in kits.KITS if importlib.util.find_spec(name)]
 _made: dict[str, object] = {}
@@ -46,6 +47,9 @@ def _seeds():
 
 def pytest_collection_modifyitems(items):
     """Folders named after a framework need it; a run without it leaves them out and says so in the header."""
+    for item in items:
+        if is_fast(item.path.parent.name, item.path.name, getattr(item, "originalname", item.name)):
+            item.add_marker("fast")
     missing = [folder for folder, name in (("only_torch", "torch"), ("only_ms", "mindspore")) if name not in INSTALLED]
     items[:] = [item for item in items if not any(folder in item.path.parts for folder in missing)]
 

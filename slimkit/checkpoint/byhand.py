@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from slimkit import bridge
-from slimkit.checkpoint.optimizer import plan_optimizer
+from slimkit.checkpoint.optimizer import plan_optimizer, whole
 from slimkit.core import check, files
 from slimkit.core.checkpoint import loading, saving
 from slimkit.core.checkpoint.loading import LoadReport
@@ -48,6 +48,7 @@ def save_checkpoint(
 
     Raises:
         ArgumentTypeError, ArgumentError: an object, name or value that cannot be saved.
+        UnsupportedError: a tensor that is sparse, nested, quantised, on the meta device, or of a type that files lack.
         LinkPathError: the file is a symbolic link.
         OSError: the disk is full or the folder cannot be written; an older file is as it was.
 
@@ -83,7 +84,9 @@ def _path_to_save(name: Any) -> Path:
     return path
 
 
-def _write_torch(path: Path, items: Items, tensors: Iterable[tuple[str, Array]], before: Callable[[], object]) -> None:
+def _write_torch(
+    path: Path, items: Items, tensors: Iterable[tuple[str, Array]], before: Callable[[Path], object]
+) -> None:
     write_torch(path, {n: restored(a, items.entries[n].dtype) for n, a in tensors}, items.values, before)
 
 
@@ -94,7 +97,7 @@ def items_of(save_obj: Any, append_dict: Mapping[str, Any] | None = None) -> Ite
         for name, tensor in save_obj.state_dict(keep_vars=True).items():
             if isinstance(tensor, torch.Tensor) and id(tensor) not in seen:
                 seen.add(id(tensor))
-                items.add(name, *described(tensor))
+                items.add(name, *described(name, whole(tensor)))
     elif isinstance(save_obj, (Mapping, list, tuple)):
         items = saving.gather(save_obj, _described_or_none)
     else:
@@ -102,8 +105,8 @@ def items_of(save_obj: Any, append_dict: Mapping[str, Any] | None = None) -> Ite
     return saving.with_appended(items, append_dict, _described_or_none)
 
 
-def _described_or_none(value: Any) -> tuple[Entry, Callable[[], Array]] | None:
-    return described(value) if isinstance(value, torch.Tensor) else None
+def _described_or_none(name: str, value: Any) -> tuple[Entry, Callable[[], Array]] | None:
+    return described(name, whole(value)) if isinstance(value, torch.Tensor) else None
 
 
 def load_checkpoint(

@@ -44,7 +44,7 @@ def add_optimizer(items: Items, model: torch.nn.Module, optimizer: torch.optim.O
             for slot, value in optimizer.state.get(parameter, {}).items():
                 name = f"{OPTIMIZER}state.{names.get(id(parameter), '?')}.{slot}"
                 if isinstance(value, torch.Tensor):
-                    items.add(name, *described(whole(value)))
+                    items.add(name, *described(name, whole(value)))
 
 
 def plan_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer, source: Weights) -> Callable[[], None]:

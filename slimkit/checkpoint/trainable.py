@@ -199,9 +199,10 @@ def trainable_items(model: torch.nn.Module, *, statistics: bool) -> Items:
     model = unwrapped(model)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            items.add(name, *described(whole(parameter)))
+            items.add(name, *described(name, whole(parameter)))
     for path, module in model.named_modules() if statistics else ():
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
             for key, buffer in module.named_buffers(recurse=False):
-                items.add(f"{path}.{key}" if path else key, *described(buffer))
+                name = f"{path}.{key}" if path else key
+                items.add(name, *described(name, buffer))
     return items

@@ -87,10 +87,14 @@ def ratio(value: Any, name: str, *, zero: bool = False, one: bool = False) -> fl
 
 
 def text(value: Any, name: str) -> str:
-    """Refuse anything but a non-empty str."""
+    """Refuse anything but a non-empty str that UTF-8 can write."""
     instance(value, str, name, "a str")
     if not value:
         wrong_value(name, "a non-empty str", value)
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # a lone surrogate, which no file of ours can hold
+        wrong_value(name, "a str that can be written as UTF-8", ascii(value))
     return str(value)
 
 

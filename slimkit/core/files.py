@@ -16,9 +16,14 @@ import numpy as np
 
 from slimkit.core import check
 from slimkit.core.errors import AbsolutePathError, FileFormatError, LinkPathError
+from slimkit.core.exchange import exchange
 
 PathLike = str | os.PathLike[str]
 Array = np.ndarray[Any, Any]
+
+_COMMIT = ".slimkit-commit"  # new files of a folder on their way to their places
+_REPLACES = ".slimkit-replaces"  # beside them: the old files go
+_LINKS_AT_MOST = 512  # files kept by hard links; beyond, moving a few new ones is quicker
 
 
 def as_path(path: Any, name: str) -> Path:
@@ -60,32 +65,61 @@ def save_directory(path: Any, name: str = "directory") -> Path:
 
 
 def readable_file(path: Any, name: str) -> Path:
-    """Check a file that is about to be read: it exists, is a regular file and no symbolic link."""
+    """Check a file that is about to be read: it exists, and is a regular file or a link of a Hugging Face cache.
+
+    Args:
+        path: the file. A replacing of its folder's files that a kill interrupted is ended first (`settle`).
+        name: the argument's name, for the message.
+
+    Returns:
+        The path as it was given: its name, and with it its ending, is the file's and not its blob's.
+
+    Raises:
+        LinkPathError: a symbolic link that leads anywhere else than into its own cache's blobs.
+        FileFormatError: there is no such file.
+    """
     file = as_path(path, name)
-    if file.is_symlink():
+    settle(file.parent)
+    if file.is_symlink() and not is_hub_link(file):
         raise LinkPathError(f"{name} must not be a symbolic link. Received: {str(file)!r}")
     if not file.is_file():
         raise FileFormatError(f"{name} must be an existing file. Received: {str(file)!r}")
     return file
 
 
+def is_hub_link(path: Path) -> bool:
+    """Whether a link is one of those that a Hugging Face cache is made of, and ends in that cache's blobs.
+
+    CACHE/models--NAME/snapshots/REVISION/[FOLDER/]FILE -> CACHE/models--NAME/blobs/DIGEST
+    """
+    if not path.is_symlink():
+        return False
+    target, place = path.resolve(), path.parent.resolve() / path.name
+    # The whole way is resolved: a blob that leads on elsewhere, or a blobs folder that is a link itself, is refused.
+    return any(p.name == "snapshots" and target.parent == p.parent / "blobs" for p in place.parents)
+
+
 def inside(folder: PathLike, relative: str, name: str) -> Path:
-    """Join a file name that came from data to its folder; refuse one that leads outside."""
+    """Join a file name that came from data to its folder; refuse one that leads outside, save by a cache's own link."""
     base = Path(folder).resolve()
-    target = (base / check.text(relative, name)).resolve()
+    joined = base / check.text(relative, name)
+    place = joined.parent.resolve() / joined.name
+    target = place if base in place.parents and is_hub_link(place) else joined.resolve()
     if base != target and base not in target.parents:
         check.wrong_value(name, f"a path inside {str(folder)!r}", relative)
     return target
 
 
 @contextlib.contextmanager
-def atomic_file(path: PathLike, mode: str = "wb", *, before: Callable[[], object] | None = None) -> Iterator[IO[Any]]:
+def atomic_file(
+    path: PathLike, mode: str = "wb", *, before: Callable[[Path], object] | None = None
+) -> Iterator[IO[Any]]:
     """Write a file so that a reader sees the old one or the new one, never a part.
 
     Args:
         path: the file; missing parent folders are made.
         mode: "wb" or "w" (UTF-8).
-        before: called when the new file is on the disk, just before it takes the old one's place.
+        before: called with the new file when it is on the disk, just before it takes the old one's place.
 
     Yields:
         A handle on a temporary file in the same folder, synced and renamed on success, removed on any error.
@@ -106,7 +140,7 @@ def atomic_file(path: PathLike, mode: str = "wb", *, before: Callable[[], object
             os.fsync(handle.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
         if before is not None:
-            before()
+            before(Path(temporary))
         os.replace(temporary, target)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
@@ -123,42 +157,40 @@ def place_file(source: PathLike, target: PathLike) -> None:
         target: its place.
 
     Raises:
-        LinkPathError: `target` is a symbolic link.
+        LinkPathError: `target` is a symbolic link; nothing was moved.
     """
-    place_files([(source, target)])
+    if Path(target).is_symlink():
+        raise LinkPathError(f"refusing to write through the symbolic link {str(target)!r}")
+    with open(source, "rb+") as handle:
+        os.fsync(handle.fileno())
+    os.chmod(source, 0o666 & ~_umask())
+    os.replace(source, target)
+    _sync_folder(Path(target).parent)
 
 
-def place_files(pairs: Sequence[tuple[PathLike, PathLike]]) -> None:
-    """Move finished files that belong together to their places, as `place_file` does, in order.
-
-    All of them are on the disk before the first one moves: a disk that is full at that moment leaves the old ones.
-
-    Args:
-        pairs: (source, target) of each.
-
-    Raises:
-        LinkPathError: a target is a symbolic link; nothing was moved.
-    """
-    for source, target in pairs:
-        if Path(target).is_symlink():
-            raise LinkPathError(f"refusing to write through the symbolic link {str(target)!r}")
-        with open(source, "rb+") as handle:
-            os.fsync(handle.fileno())
-        os.chmod(source, 0o666 & ~_umask())
-    for source, target in pairs:
-        os.replace(source, target)
-        _sync_folder(Path(target).parent)
+def link_or_copy(source: PathLike, target: PathLike) -> None:
+    """Give a file a second name; where the file system has no hard links, a copy."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 @contextlib.contextmanager
-def atomic_directory(path: PathLike) -> Iterator[Path]:
-    """Fill a folder so that it appears whole or not at all; an existing folder of that name is replaced.
+def atomic_directory(path: PathLike, *, keep: bool = False) -> Iterator[Path]:
+    """Fill a folder so that it appears whole or not at all; one of that name is replaced by a single rename.
+
+    The old and the new folder change places by one system call. Where that cannot be (a mount point, the folder this
+    process works in, a file system without the call, more than a few hundred files to keep), a single rename makes
+    FOLDER/.slimkit-commit of the new files, which then move out of it one by one. `readable_file` ends such a move
+    after a kill (`settle`), so that everything of slimkit reads the new files.
 
     Args:
         path: the folder.
+        keep: files in the old folder that the new one does not bring stay; otherwise they go.
 
     Yields:
-        A temporary sibling folder to write into.
+        A temporary folder on the same disk to write into.
 
     Raises:
         LinkPathError: `path` is a symbolic link.
@@ -168,27 +200,111 @@ def atomic_directory(path: PathLike) -> Iterator[Path]:
     if target.is_symlink():
         raise LinkPathError(f"refusing to replace the symbolic link {str(target)!r}")
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
+    settle(target)
+    exists = target.exists()
+    # A folder may be writable where the one above it is not.
+    place = target if exists and not os.access(target.parent, os.W_OK) else target.parent
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=place))
     try:
         yield temporary
-        os.chmod(temporary, 0o777 & ~_umask())
-        if target.exists():
-            # rename(2) replaces only an empty folder, so the old one steps aside first.
-            aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
-            os.replace(target, aside / target.name)
-            try:
-                os.replace(temporary, target)
-            except BaseException:
-                os.replace(aside / target.name, target)
-                raise
-            finally:
-                shutil.rmtree(aside, ignore_errors=True)
-        else:
+        if not exists:
+            os.chmod(temporary, 0o777 & ~_umask())
             os.replace(temporary, target)
+        elif place == target or _works_in(target) or not _swapped(temporary, target, keep):
+            _commit(temporary, target, keep)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     _sync_folder(target.parent)
+
+
+def _works_in(folder: Path) -> bool:
+    """Whether the process works in a folder, which must then not move away under it."""
+    here, there = Path.cwd(), folder.resolve()
+    return here == there or there in here.parents
+
+
+def _swapped(temporary: Path, target: Path, keep: bool) -> bool:
+    """Let the new folder and the old one change places; False, with the old one as it was, where that cannot be."""
+    links = _linked(target, temporary) if keep else []
+    if links is None:
+        return False
+    shutil.copymode(target, temporary)
+    if not exchange(temporary, target):
+        _remove(links)
+        return False
+    for entry in temporary.iterdir() if keep else ():  # what another process wrote there in the meantime
+        if not os.path.lexists(target / entry.name):
+            os.replace(entry, target / entry.name)
+    shutil.rmtree(temporary, ignore_errors=True)
+    return True
+
+
+def _linked(source: Path, target: Path) -> list[Path] | None:
+    """Hard links in a new folder to all that only the old one holds; None where there is too much, or no such link."""
+    found = [entry for entry, _ in zip(source.rglob("*"), range(_LINKS_AT_MOST + 1))]
+    made: list[Path] = []
+    try:
+        for entry in sorted(found) if len(found) <= _LINKS_AT_MOST else ():  # a folder comes before what is in it
+            place = target / entry.relative_to(source)
+            if os.path.lexists(place):
+                continue
+            if entry.is_dir() and not entry.is_symlink():
+                place.mkdir()
+                shutil.copymode(entry, place)
+            else:
+                os.link(entry, place, follow_symlinks=False)
+            made.append(place)
+    except OSError:
+        _remove(made)
+        return None
+    return made if len(found) <= _LINKS_AT_MOST else None
+
+
+def _remove(entries: Sequence[Path]) -> None:
+    for entry in sorted(entries, reverse=True):  # what is in a folder comes before it
+        with contextlib.suppress(OSError):
+            entry.rmdir() if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+
+
+def _commit(temporary: Path, target: Path, keep: bool) -> None:
+    """Make the new files a folder's by renaming them, all together, to FOLDER/.commit, and then each to its place."""
+    if not keep:
+        (temporary / _REPLACES).touch()
+    os.replace(temporary, target / _COMMIT)
+    settle(target)
+
+
+def settle(folder: PathLike) -> None:
+    """End the replacing of a folder's files that a kill interrupted, in place; nothing where there is none.
+
+    Args:
+        folder: any folder that is about to be read; it need not exist.
+
+    Raises:
+        FileFormatError: there is one, and this process may not write here.
+    """
+    target = Path(folder)
+    staged = target / _COMMIT
+    if not staged.is_dir() or staged.is_symlink():
+        return
+    try:
+        if (staged / _REPLACES).exists():
+            for entry in target.iterdir():
+                if entry.name not in (_COMMIT, ".lock"):
+                    shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+            (staged / _REPLACES).unlink()
+        # A folder without its JSON files is no model yet, for readers that know nothing of this.
+        for entry in sorted(staged.iterdir(), key=lambda e: (e.suffix == ".json", e.name)):
+            place = target / entry.name
+            if place.is_dir() and not place.is_symlink():
+                shutil.rmtree(place)
+            os.replace(entry, place)
+        staged.rmdir()
+    except PermissionError as error:
+        raise FileFormatError(
+            f"{target}: a kill kept new files from their places ({_COMMIT}), and they cannot be moved: {error}"
+        ) from None
 
 
 def _umask() -> int:

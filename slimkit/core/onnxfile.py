@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import statistics
 import tempfile
 import time
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from slimkit.core.errors import FileFormatError, UnsupportedError
-from slimkit.core.files import place_files
+from slimkit.core.files import atomic_file, place_file
 from slimkit.core.lazy import library
 
 Array = np.ndarray[Any, Any]
@@ -87,8 +88,8 @@ def publish(
 
     Args:
         source: where an exporter left the file, with or without files of weights beside it; or the model itself.
-        path: where it goes; it appears whole or not at all. With external data, `path` and a file of that name and
-            ".data"; the latter takes its place first.
+        path: where it goes; it appears whole or not at all. With external data there is also a file of that name and
+            ".data"; at no moment does a model there meet another one's weights.
         opset: the opset that was asked for.
         proofs: what goes in and should come out, at each size that is to be proven.
         tolerance: largest absolute difference accepted.
@@ -122,7 +123,7 @@ def publish(
             shown = ", ".join(f"{k} {v:.3g}" for k, v in differences.items())
             raise UnsupportedError(f"the ONNX file differs from the model by more than {tolerance:g}: {shown}")
         size = sum(file.stat().st_size for file in files)
-        place_files([(file, path.with_name(file.name)) for file in files])
+        _place(files, path)
     return OnnxReport(
         path=str(path),
         opset=opset,
@@ -135,6 +136,30 @@ def publish(
         data_file=files[0].name if len(files) > 1 else None,
         open_axes=open_axes or {},
     )
+
+
+def _place(written: Sequence[Path], path: Path) -> None:
+    """Put a model, and before it the weights beside it, in the place of an older one; each model finds its own weights.
+
+    Where there are weights of that name already, the new ones come first under a second name, with a model that reads
+    them there; its rename is the one that counts. What follows brings the usual name back.
+    """
+    *data, graph = written
+    second = path.with_name(f"{path.name}.2.data")
+    if data and path.with_name(data[0].name).exists():
+        onnx = library("onnx", "onnx")
+        proto = onnx.load(str(graph), load_external_data=False)
+        for entry in (e for t in proto.graph.initializer for e in t.external_data if e.key == "location"):
+            entry.value = second.name
+        shutil.copyfile(data[0], data[0].with_name(second.name))  # onnx reads no file that has a second hard link
+        place_file(data[0].with_name(second.name), second)
+        with atomic_file(path) as handle:
+            handle.write(proto.SerializeToString())
+    for file in written:
+        place_file(file, path.with_name(file.name))
+    second.unlink(missing_ok=True)
+    if not data and (left := path.with_name(f"{path.name}.data")).is_file() and not left.is_symlink():
+        left.unlink()  # of the older model, which kept its weights beside it
 
 
 def _write(proto: Any, file: Path, external: bool | None) -> list[Path]:

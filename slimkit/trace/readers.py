@@ -205,19 +205,83 @@ def index(emit: Emit, a: Sequence[Any], kw: dict[str, Any], out: Sequence[Any]) 
 def index_put(emit: Emit, a: Sequence[Any], kw: dict[str, Any], out: Sequence[Any]) -> None:
     used = [k for k, i in enumerate(a[1]) if i is not None]
     x, values = a[0], a[2]
-    rest = _rank(x) - len(used)
-    if used and used[-1] == len(used) - 1 and rest:
+    # A mask stands for as many axes as it has itself.
+    covered = sum(_rank(i) if i.dtype in (torch.bool, torch.uint8) else 1 for i in a[1] if i is not None)
+    tail = list(x.shape[covered:])
+    if used == list(range(len(used))) and tail and list(values.shape[-len(tail) :]) == tail:
         # x[i, j] = v: the axes after the indexed ones are those of v; tie them through a fully indexed front.
-        front = values.new_empty([1] * len(used) + list(x.shape[len(used) :]), device="meta")
-        if list(values.shape[-rest:]) == list(x.shape[len(used) :]):
-            one = values.new_empty(list(values.shape[-rest:]), device="meta")
-            lead = _rank(values) - rest
-            emit("reduce", [values], [one], axes=list(range(lead)), keepdim=False, fn="any" if lead else "sum")
-            emit("reshape", [one], [front])
-            for axis in range(len(used)):
-                emit("scatter", [x, None, front], out, axis=axis)
-            return
+        front = values.new_empty([1] * covered + tail, device="meta")
+        one = values.new_empty(tail, device="meta")
+        lead = _rank(values) - len(tail)
+        emit("reduce", [values], [one], axes=list(range(lead)), keepdim=False, fn="any" if lead else "sum")
+        emit("reshape", [one], [front])
+        for axis in range(covered):
+            emit("scatter", [x, None, front], out, axis=axis)
+        return
+    if values.numel() == 1:
+        for axis in range(covered):
+            emit("scatter", [x, None, None], out, axis=axis)
+        return
     emit("opaque", [x, values], out, fn="index_put")
+
+
+def glu(emit: Emit, a: Sequence[Any], kw: dict[str, Any], out: Sequence[Any]) -> None:
+    axis = counted_from_front(_arg(a, kw, 1, "dim", -1), _rank(a[0]))
+    halves = [torch.empty(out[0].shape, dtype=out[0].dtype, device="meta") for _ in range(2)]
+    emit("split", a[:1], halves, axis=axis, sizes=[int(h.shape[axis]) for h in halves])
+    emit("elementwise", halves, out, fn="glu")
+
+
+def col2im(emit: Emit, a: Sequence[Any], kw: dict[str, Any], out: Sequence[Any]) -> None:
+    """(B, C * kernel, L) -> (B, C, *space): every channel's positions are summed into places of its own."""
+    x, kernel = a[0], math.prod(a[2])
+    lead, n_channels, n_places = list(x.shape[:-2]), x.shape[-2] // kernel, x.shape[-1]
+    apart = x.new_empty([*lead, n_channels, kernel, n_places], device="meta")
+    emit("reshape", [x], [apart])
+    summed = x.new_empty([*lead, n_channels, kernel, 1], device="meta")
+    emit("pool", [apart], [summed], space=2)
+    flat = x.new_empty([*lead, n_channels, kernel], device="meta")
+    emit("reshape", [summed], [flat])
+    once = x.new_empty([*lead, n_channels, 1, 1], device="meta")
+    folded = x.new_empty([*lead, n_channels, 1], device="meta")
+    emit("reduce", [flat], [folded], axes=[_rank(flat) - 1], keepdim=True, fn="sum")
+    emit("reshape", [folded], [once])
+    emit("expand", [once], out)
+
+
+def packed(emit: Emit, a: Sequence[Any], kw: dict[str, Any], out: Sequence[Any]) -> None:
+    """Packing and unpacking of sequences: the axes in front go over into one another, the features stay."""
+    x, size = a[0], a[0].shape[-1]
+    flat = x.new_empty((size,), device="meta")
+    one = x.new_empty([1] * (_rank(out[0]) - 1) + [size], device="meta")
+    emit("reduce", [x], [flat], axes=list(range(_rank(x) - 1)), keepdim=False, fn="any")
+    emit("reshape", [flat], [one])
+    emit("expand", [one], out[:1])
+
+
+def vecdot(emit: Emit, a: Sequence[Any], kw: dict[str, Any], out: Sequence[Any]) -> None:
+    axis = counted_from_front(_arg(a, kw, 2, "dim", -1), _rank(a[0]))
+    both = torch.empty(torch.broadcast_shapes(a[0].shape, a[1].shape), dtype=out[0].dtype, device="meta")
+    emit("elementwise", a[:2], [both], fn="mul")
+    emit("reduce", [both], out, axes=[axis], keepdim=False, fn="sum")
+
+
+def embedding_bag(emit: Emit, a: Sequence[Any], kw: dict[str, Any], out: Sequence[Any]) -> None:
+    """Rows of a table looked up and summed, averaged or maximised: (bags, columns)."""
+    rows = a[0].new_empty((a[1].shape[0], a[0].shape[1]), device="meta")
+    emit("embedding", a[:2], [rows])
+    one = a[0].new_empty((1, a[0].shape[1]), device="meta")
+    emit("reduce", [rows], [one], axes=[0], keepdim=True, fn="sum")
+    emit("expand", [one], out[:1])
+
+
+def unpool(space: int) -> Reader:
+    def read(emit: Emit, a: Sequence[Any], kw: dict[str, Any], out: Sequence[Any]) -> None:
+        both = torch.empty(a[0].shape, dtype=a[0].dtype, device="meta")
+        emit("elementwise", a[:2], [both], fn="unpool")  # every value has a place, so they are cut together
+        emit("pool", [both], out, space=space)
+
+    return read
 
 
 def take(emit: Emit, a: Sequence[Any], kw: dict[str, Any], out: Sequence[Any]) -> None:

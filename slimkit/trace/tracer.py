@@ -1,9 +1,11 @@
-"""Run a torch model once on shapes alone and write down every operator it dispatches."""
+"""Run a torch model on shapes alone and write down every operator it dispatches."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import contextlib
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from slimkit import bridge
 from slimkit.core import check
@@ -12,12 +14,14 @@ from slimkit.core.errors import GraphError
 from slimkit.core.log import logger
 from slimkit.core.prune.graph import Graph
 from slimkit.trace.aten import POINTWISE, READERS, UNIFORM
+from slimkit.trace.modes import mode, reads_training
+from slimkit.trace.modules import ModuleRule, rule_of
 from slimkit.trace.shapes import SEVERAL, keeps_shape, max_pool, quick
 from slimkit.trace.watch import answers, named_tensors, unmarked, watched
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 
 class _Unforeseeable(Exception):
@@ -71,7 +75,12 @@ class Recorder(TorchDispatchMode):
         found = self._twins.get(key)
         if found is not None:
             return found
-        made = tensor.detach() if self.real else torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+        if not self.real:
+            made = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+        elif self._owners[key] in self.graph.buffers:
+            made = tensor.detach().clone()  # training writes into buffers
+        else:
+            made = tensor.detach()
         self._twins[key] = made
         self._number(made, "param", self._owners[key])
         return made
@@ -100,6 +109,73 @@ class Recorder(TorchDispatchMode):
             tensor.device.type != "meta" and tensor.numel() <= 100_000 and bool((tensor == tensor.flatten()[0]).all())
         )
         return self._number(tensor, "uniform" if alike else "constant")
+
+    @contextlib.contextmanager
+    def whole_modules(self, model: nn.Module) -> Iterator[None]:
+        """Modules with a rule of their own stand in the graph as the rule says; their code does not run."""
+        for module in model.modules():
+            rule = rule_of(module)
+            if rule is not None:
+                vars(module)["forward"] = self._by_rule(rule, module)  # `unmarked` takes it back
+        yield
+
+    def _by_rule(self, rule: ModuleRule, module: nn.Module) -> Any:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            tensors: list[torch.Tensor] = []
+            args = tuple(self._stand_in(a, tensors) if isinstance(a, torch.Tensor) else a for a in args)
+
+            def emit(op: str, inputs: Sequence[Any], outputs: Sequence[Any], **attrs: Any) -> None:
+                self._emit(op, [self._stand_in(i, tensors) for i in inputs], outputs, **attrs)
+
+            with _disable_current_modes():  # what the rule makes is no operator of the model
+                shown = rule(emit, module, args, kwargs)
+                if not self.real:
+                    return shown
+                made = type(module).forward(module, *args, **kwargs)
+            for mine, its in zip(_flat(shown), _flat(made), strict=True):
+                if id(mine) in self._numbers:
+                    self._numbers[id(its)] = self._numbers[id(mine)]
+                    self._alive.append(its)
+            return made
+
+        return forward
+
+    # Runs ------------------------------------------------------------------------------------------------------
+
+    def mark(self) -> tuple[int, ...]:
+        """Where the graph stands, for `rewind`."""
+        return tuple(len(store) for store in self._stores())
+
+    def rewind(self, mark: tuple[int, ...]) -> None:
+        """Forget what was recorded after a mark."""
+        for store, length in zip(self._stores(), mark):
+            del store[length:]
+        self._numbers = {key: n for key, n in self._numbers.items() if n < mark[1]}
+        self._twins = {key: t for key, t in self._twins.items() if id(t) in self._numbers}
+
+    def _stores(self) -> tuple[list[Any], ...]:
+        g = self.graph
+        return g.nodes, g.values, g.outputs, g.ends, g.further, g.notes
+
+    def repeats(self) -> bool:
+        """Whether the last run says nothing that an earlier one did not: the same operators on the same parameters."""
+        starts = [0, *self.graph.ends]
+        runs = [self._signature(a, b) for a, b in itertools.pairwise(starts)]
+        return runs[-1] in runs[:-1]
+
+    def _signature(self, start: int, stop: int) -> list[Any]:
+        values = self.graph.values
+        return [
+            (node.op, node.scope, [values[n].path for n in node.inputs if n is not None], values[node.outputs[0]].shape)
+            for node in self.graph.nodes[start:stop]
+            if node.op != "identity"
+        ]
+
+    def crossed(self, scope: str, output: Any) -> None:
+        """Note which values a module hands to the module around it."""
+        if not self.graph.ends:
+            numbers = [self._numbers[id(t)] for t in answers(output) if id(t) in self._numbers]
+            self.graph.crossings.setdefault(scope, []).extend(numbers)
 
     # Operators -------------------------------------------------------------------------------------------------
 
@@ -148,7 +224,7 @@ class Recorder(TorchDispatchMode):
                 f"{self.scopes[-1] or 'model'}: nonzero of an activation was taken to find every index"
             )
             return torch.ones(tuple(args[0].shape), dtype=torch.bool).nonzero()
-        if not self.real and name == "index":
+        if not self.real and name in ("index", "index_put", "index_put_"):
             args[1] = self._plain_indices(args[1])
         result, shown = self._compute(func, name, args, kwargs)
         outs = [o for o in (shown if isinstance(shown, (tuple, list)) else (shown,)) if isinstance(o, torch.Tensor)]
@@ -247,17 +323,37 @@ class Recorder(TorchDispatchMode):
         self.graph.add(op, sources, made, scope=self.scopes[-1], **attrs)
 
 
+def _flat(value: Any) -> Iterator[torch.Tensor]:
+    """The first tensor of a packed sequence, and every tensor of nested tuples."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif hasattr(value, "batch_sizes"):
+        yield value.data
+    elif isinstance(value, tuple):
+        for part in value:
+            yield from _flat(part)
+
+
+class Run(NamedTuple):
+    """One forward pass of a trace."""
+
+    example: Any
+    training: bool
+
+
 class Trace:
     """A model's graph together with what it took to make it, so that it can be made again with other shapes.
 
     Args:
         graph: the neutral graph.
         real: whether the model had to be computed for real.
+        runs: the forward passes that it is made of.
     """
 
-    def __init__(self, graph: Graph, real: bool) -> None:
+    def __init__(self, graph: Graph, real: bool, runs: Sequence[Run]) -> None:
         self.graph = graph
         self.real = real
+        self.runs = list(runs)
 
 
 def example(model: nn.Module, inputs: Any) -> Any:
@@ -273,25 +369,24 @@ def example(model: nn.Module, inputs: Any) -> Any:
     return inputs
 
 
-def trace(model: nn.Module, inputs: Any, real: bool | None = None) -> Trace:
-    """Trace a model into the neutral graph.
+def trace(model: nn.Module, examples: Sequence[Any], real: bool | None = None) -> Trace:
+    """Trace a model into the neutral graph: on each example, and in training mode where its code asks for the mode.
 
     Args:
-        model: any torch module; it is not changed, and runs in eval mode.
-        inputs: an example: a tensor, a tuple or list of arguments, or a dict of keyword arguments. Only shapes
-        matter, and
-            the values of whole-number tensors.
+        model: any torch module; it is not changed.
+        examples: one or more, each a tensor, a tuple or list of arguments, or a dict of keyword arguments. Only shapes
+            matter, and the values of whole-number tensors.
         real: True computes activations, False never does; None computes them only where shapes are not enough.
 
     Returns:
-        The trace.
+        The trace; passes that only repeat an earlier one are left out.
 
     Raises:
-        GraphError: the model does not run on this example.
+        GraphError: the model does not run on an example.
     """
     if not real:
         try:
-            return Trace(_trace(model, inputs, False), False)
+            return _trace(model, examples, False)
         except Exception as error:
             if real is False:
                 raise GraphError(
@@ -299,20 +394,36 @@ def trace(model: nn.Module, inputs: Any, real: bool | None = None) -> Trace:
                 ) from error
             logger.info("shapes alone do not carry the trace (%s); computing it for real", error)
     try:
-        return Trace(_trace(model, inputs, True), True)
+        return _trace(model, examples, True)
     except Exception as error:
         raise GraphError(f"the model does not run on the example given: {type(error).__name__}: {error}") from error
 
 
-def _trace(model: nn.Module, inputs: Any, real: bool) -> Graph:
+def _trace(model: nn.Module, examples: Sequence[Any], real: bool) -> Trace:
     recorder = Recorder(model, real)
-    record(recorder, model, inputs)
-    return recorder.graph
+    runs: list[Run] = []
+    modes = (False, True) if reads_training(model) else (False,)
+    for run in (Run(e, training) for e in examples for training in modes):
+        mark = recorder.mark()
+        try:
+            record(recorder, model, run)
+        except Exception as error:
+            if not run.training:
+                raise
+            recorder.rewind(mark)
+            note = f"traced in eval mode only: in training mode it does not run on the example ({error})"
+            recorder.graph.notes.append(note)
+            continue
+        if runs and recorder.repeats():
+            recorder.rewind(mark)
+            continue
+        runs.append(run)
+    return Trace(recorder.graph, real, runs)
 
 
-def record(recorder: Recorder, model: nn.Module, inputs: Any) -> None:
+def record(recorder: Recorder, model: nn.Module, run: Run) -> None:
     """Run the model once under a recorder; after an error its graph holds what ran before."""
-    args, kwargs = as_call(inputs)
+    args, kwargs = as_call(run.example)
     device = bridge.device_of(model)
 
     def prepare(value: Any) -> Any:
@@ -325,13 +436,17 @@ def record(recorder: Recorder, model: nn.Module, inputs: Any) -> None:
         return value
 
     args, kwargs = prepare(args), prepare(kwargs)
+    recorder.scopes[:] = [""]
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
+    watching = watched(model, recorder.scopes, recorder.crossed)
     try:
-        with unmarked(model), bridge.evaluating(model), watched(model, recorder.scopes) as layers, recorder:
+        with mode(model, run.training), unmarked(model), recorder.whole_modules(model), watching as layers, recorder:
             output = model(*args, **kwargs)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
     paths = {m: n for n, m in model.named_modules()}
-    recorder.graph.layers = [paths[m] for m in layers]
-    recorder.graph.outputs = [recorder.value(t) for t in answers(output)]
+    graph = recorder.graph
+    (graph.further if graph.ends else graph.layers).extend(paths[m] for m in layers)
+    graph.outputs.extend(recorder.value(t) for t in answers(output))
+    graph.ends.append(len(graph.nodes))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from slimkit import bridge  # noqa: F401  (a missing framework gives one line)
@@ -31,10 +31,11 @@ _HOOKS = frozenset(
 
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters and floating-point buffers by path, tied ones under every one of their names."""
+    """Parameters and floating-point buffers by path, tied ones under every one of their names; the zero points of fake
+    quantisation too, which are whole numbers, one a channel."""
     yield from model.named_parameters(remove_duplicate=False)
     for path, buffer in model.named_buffers(remove_duplicate=False):
-        if buffer.is_floating_point():
+        if buffer.is_floating_point() or path.endswith(".zero_point"):
             yield path, buffer
 
 
@@ -84,8 +85,17 @@ def unmarked(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def watched(model: nn.Module, scopes: list[str]) -> Iterator[list[nn.Module]]:
-    """Keep `scopes` the stack of running modules, and give the layers in the order they ran when the context closes."""
+def watched(model: nn.Module, scopes: list[str], crossed: Callable[[str, Any], None]) -> Iterator[list[nn.Module]]:
+    """Keep `scopes` the stack of running modules, and give the layers in the order they ran when the context closes.
+
+    Args:
+        model: the model.
+        scopes: the stack; the last one is the module whose code runs.
+        crossed: told (path of the module around, output) whenever a module ends.
+
+    Yields:
+        The layers, once the context has closed.
+    """
     order: dict[nn.Module, None] = {}
     paths = {m: n for n, m in model.named_modules()}
     handles = []
@@ -96,6 +106,7 @@ def watched(model: nn.Module, scopes: list[str]) -> Iterator[list[nn.Module]]:
     def leave(module: nn.Module, _args: Any, _out: Any) -> None:
         scopes.pop()
         order.setdefault(module)
+        crossed(scopes[-1], _out)
 
     def seen(module: nn.Module, _args: Any) -> None:
         order.setdefault(module)

@@ -16,7 +16,7 @@ from slimkit.core.checkpoint.loading import LoadReport
 from slimkit.core.checkpoint.openweights import open_weights, refuse_torch
 from slimkit.core.checkpoint.saving import Items, Saving
 from slimkit.core.checkpoint.weightfile import Array, Entry, Weights, decode
-from slimkit.core.errors import ArgumentError
+from slimkit.core.errors import ArgumentError, UnsupportedError
 from slimkit_ms import bridge
 
 import mindspore as ms
@@ -95,20 +95,18 @@ def parameter_items(parameters: Any) -> Items:
     for parameter in parameters:
         if id(parameter) not in seen:
             seen.add(id(parameter))
-            items.add(parameter.name, *described(parameter))
+            items.add(parameter.name, *described(parameter.name, parameter))
     return items
 
 
-def described(tensor: ms.Tensor) -> tuple[Entry, Callable[[], Array]]:
-    """A tensor's entry, and how its stored values are fetched."""
-    return Entry(_tag(tensor), tuple(tensor.shape)), partial(stored, tensor)
-
-
-def _tag(tensor: ms.Tensor) -> str:
+def described(name: str, tensor: ms.Tensor) -> tuple[Entry, Callable[[], Array]]:
+    """A tensor's entry, and how its stored values are fetched; UnsupportedError for one that files cannot hold."""
+    if isinstance(tensor, (ms.COOTensor, ms.CSRTensor, ms.RowTensor)):
+        raise UnsupportedError(f"tensor {name!r} is sparse ({type(tensor).__name__}): save to_dense() of it.")
     kind = str(tensor.dtype)
     if kind not in TAGS:
-        raise ArgumentError(f"checkpoints cannot hold tensors of type {kind}; they hold {', '.join(TYPES.values())}.")
-    return TAGS[kind]
+        raise UnsupportedError(f"tensor {name!r} has elements of type {kind}; files hold {', '.join(TYPES.values())}.")
+    return Entry(TAGS[kind], tuple(tensor.shape)), partial(stored, tensor)
 
 
 def stored(tensor: ms.Tensor) -> Array:
@@ -123,8 +121,9 @@ def restored(array: Array, dtype: str) -> ms.Tensor:
     return ms.Tensor(values, ms.bfloat16) if dtype == "BF16" else ms.Tensor(values)
 
 
-def _described_or_none(value: Any) -> tuple[Entry, Callable[[], Array]] | None:
-    return described(value) if isinstance(value, ms.Tensor) else None
+def _described_or_none(name: str, value: Any) -> tuple[Entry, Callable[[], Array]] | None:
+    kinds = (ms.Tensor, ms.COOTensor, ms.CSRTensor, ms.RowTensor)
+    return described(name, value) if isinstance(value, kinds) else None
 
 
 def load_checkpoint(
@@ -211,7 +210,7 @@ def load_param_into_net(
     with _opened(parameter_dict) as source:
         return loading.load_into(
             source,
-            {n: Entry(_tag(p), tuple(p.shape)) for n, p in parameters.items()},
+            {n: described(n, p)[0] for n, p in parameters.items()},
             assign,
             verify=verify,
             strict_load=strict_load,

@@ -97,13 +97,13 @@ class TrainableParamsCheckPoint(ModelCheckpoint):
         items = trainable_items(network, statistics=self.batch_norm_statistics)
         if self.optimizer_state:
             for parameter in _own_state(check.instance(told.optimizer, nn.Optimizer, "optimizer")):
-                items.add(parameter.name, *described(parameter))
+                items.add(parameter.name, *described(parameter.name, parameter))
         appended = dict(self.config.append_dict or {})
         now = {"epoch_num": told.cur_epoch_num, "step_num": told.cur_step_num}
         appended.update({k: v for k, v in now.items() if k in appended})
         for name, value in appended.items():
             if isinstance(value, ms.Tensor):
-                items.add(name, *described(value))
+                items.add(name, *described(name, value))
             else:
                 items.add_value(name, value)
         in_epoch = (told.cur_step_num - 1) % told.batch_num + 1

@@ -14,6 +14,7 @@ from slimkit.core.errors import (
     LinkPathError,
     PatternError,
     PlanError,
+    UnsupportedError,
 )
 
 
@@ -288,3 +289,45 @@ def test_the_room_offers_the_delta_files_too(room):
     assert callable(room.save_delta)
     assert callable(room.load_delta)
     assert "save_delta" in dir(room)
+
+
+def _odd(kit):
+    """Values that files of plain numbers cannot hold, and the word that the error must say."""
+    found = {"object array": (np.array([object()]), "object"), "complex128 array": (np.ones(2, complex), "complex128")}
+    if kit.name == "torch":
+        torch = kit.torch
+        return {
+            **found,
+            "sparse": (torch.eye(3).to_sparse(), "sparse_coo"),
+            "rows": (torch.eye(3).to_sparse_csr(), "sparse_csr"),
+            "quantised": (torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8), "quantised"),
+            "meta": (torch.empty(3, device="meta"), "meta device"),
+            "complex": (torch.zeros(3, dtype=torch.complex128), "complex128"),
+            "eights": (torch.zeros(3, dtype=torch.float8_e4m3fnuz), "float8_e4m3fnuz"),
+            "nested": (torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]), "nested"),
+        }
+    ms = kit.ms
+    index = ms.Tensor([[0, 1]], ms.int32)
+    return {
+        **found,
+        "sparse": (ms.COOTensor(index, ms.Tensor([1.0], ms.float32), (2, 2)), "COOTensor"),
+        "complex": (ms.Tensor(np.ones(2, np.complex64)), "Complex64"),
+    }
+
+
+def test_a_tensor_that_files_cannot_hold_is_one_clear_error(kit, tmp_path):
+    for ending in (".safetensors", ".pt" if kit.name == "torch" else ".ckpt"):
+        for name, (value, word) in _odd(kit).items():
+            with pytest.raises(UnsupportedError, match=word) as caught:
+                kit.slim.save_checkpoint(
+                    {"fine": kit.tensor(np.ones(2, np.float32)), name: value}, tmp_path / f"x{ending}"
+                )
+            assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["", "\ud800", "a\udfff"])
+def test_a_name_that_no_file_can_hold_is_refused(kit, tmp_path, name):
+    with pytest.raises(ArgumentError, match="name in save_obj"):
+        kit.slim.save_checkpoint({name: kit.tensor(np.ones(2, np.float32))}, tmp_path / "x.safetensors")
+    assert not list(tmp_path.iterdir())

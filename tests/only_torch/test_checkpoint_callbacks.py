@@ -183,3 +183,23 @@ def test_the_only_file_stays_until_the_next_one_is_whole(tmp_path, monkeypatch):
     saver.step_end(model)
     left = [p.name for p in tmp_path.iterdir() if p.suffix == ".safetensors"]
     assert left == [os.path.basename(saver.latest_ckpt_file_name)]
+
+
+def test_views_that_are_worked_out_on_reading_are_saved_as_what_they_show(tmp_path):
+    import slimkit
+
+    x = torch.view_as_complex(torch.arange(6.0).reshape(3, 2))
+    views = {"conjugate": x.conj(), "negated": x.conj().imag, "plain": x}
+    for ending in (".safetensors", ".pt"):
+        slimkit.save_checkpoint(views, tmp_path / f"x{ending}")
+        found = slimkit.load_checkpoint(tmp_path / f"x{ending}")
+        for name, view in views.items():
+            assert torch.equal(found[name], view.resolve_conj().resolve_neg()), name
+
+
+def test_numbers_alone_come_back_from_every_format(tmp_path):
+    import slimkit
+
+    for ending in (".safetensors", ".pt"):
+        slimkit.save_checkpoint({"epoch": 3, "loss": 0.5, "name": "x"}, tmp_path / f"x{ending}")
+        assert slimkit.load_checkpoint(tmp_path / f"x{ending}") == {"epoch": 3, "loss": 0.5, "name": "x"}

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from slimkit import KnowledgeDistillConfig, Trainer, get_distill_model
-from slimkit.core.errors import ConfigError
+from slimkit.core.errors import ConfigError, UnsupportedError
 
 import torch
 
@@ -190,3 +190,74 @@ def test_lightning_trains_a_distillation(tmp_path):
     trainer.fit(module, torch.utils.data.DataLoader(data(), batch_size=8))
     assert not module.dual.teacher_model.training
     assert not torch.equal(module.dual.get_student_model()[0].weight, before)
+
+
+class Wide(torch.optim.Optimizer):
+    """An optimizer over bfloat16 parameters that keeps its moments in float32, and a byte of its own."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {"lr": torch.tensor(0.1)})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                moment = state.setdefault("moment", torch.zeros(p.shape))
+                moment.mul_(0.9).add_(p.grad.float(), alpha=0.1)
+                state["code"] = torch.tensor([7], dtype=torch.uint8)
+                p.add_((group["lr"] * moment).to(p.dtype), alpha=-1)
+
+
+def test_an_optimizers_state_comes_back_in_its_own_type(tmp_path):
+    from slimkit import Trainer
+
+    class Save:
+        def on_step_end(self, trainer):
+            if trainer.global_step == 2:
+                trainer.save_checkpoint(tmp_path / "at")
+
+    x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)).bfloat16()
+    batches = [(x * i, torch.ones(4, 1).bfloat16()) for i in range(1, 5)]
+
+    def run(callbacks, **more):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(3, 1).bfloat16()
+        trainer = Trainer(model, torch.nn.functional.mse_loss, Wide, callbacks=callbacks)
+        losses = trainer.train(batches, 2, **more).get_metric_values("train_loss_step")
+        return losses, trainer.optimizer
+
+    whole, _ = run([Save()])
+    resumed, optimizer = run([], resume_from=tmp_path / "at")
+    assert resumed == whole  # to the bit, which rounded moments would not give
+    for state in optimizer.state.values():
+        assert (state["moment"].dtype, state["code"].dtype) == (torch.float32, torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("state", "words"),
+    [
+        (torch.eye(2).to_sparse(), "sparse_coo"),
+        (torch.empty(2, device="meta"), "meta device"),
+        (torch.zeros(2, dtype=torch.complex128), "complex128"),
+        (object(), "object"),
+    ],
+)
+def test_an_optimizer_state_that_no_file_holds_is_refused_when_it_is_saved(tmp_path, state, words):
+    from slimkit import Trainer
+
+    class Holds(torch.optim.SGD):
+        def step(self, closure=None):
+            super().step()
+            self.state[self.param_groups[0]["params"][0]]["odd"] = state
+
+    class Save:
+        def on_step_end(self, trainer):
+            trainer.save_checkpoint(tmp_path / "at")
+
+    trainer = Trainer(
+        torch.nn.Linear(3, 1), torch.nn.functional.mse_loss, lambda p: Holds(p, lr=0.1), callbacks=[Save()]
+    )
+    with pytest.raises(UnsupportedError, match=words):
+        trainer.train([(torch.ones(2, 3), torch.ones(2, 1))], 1)
+    assert not list(tmp_path.iterdir())

@@ -91,8 +91,8 @@ def save_arrays(
     """Write weights as a W16A16S folder; floats become float16.
 
     Args:
-        directory: the folder; made if missing, other files in it are left alone. A reader sees the old folder, no
-            folder, or the new one: the description is taken away first and written last.
+        directory: the folder; made if missing, other files in it are left alone. A reader sees all of its old files or
+            all of the new ones.
         weights: name -> array, by Hugging Face's names.
         config: what config.json shall say, or a Hugging Face folder whose config.json and tokenizer files are taken.
         targets: globs over tensor names that are marked W16A16S. None: every matrix called "*.weight" of which at least
@@ -117,17 +117,16 @@ def save_arrays(
     settings.update({key: "float16" for key in ("torch_dtype", "dtype") if key in settings})
     settings.setdefault("torch_dtype", "float16")
 
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / DESCRIPTION).unlink(missing_ok=True)
-    files.write_tensors(folder / WEIGHTS, halves, {"format": "pt"})
-    files.write_json(folder / CONFIG, settings)
     copied = []
-    for source in companions:
-        if source.parent.resolve() != folder.resolve():
-            with files.atomic_file(folder / source.name) as handle, open(source, "rb") as reader:
-                shutil.copyfileobj(reader, handle)
-        copied.append(source.name)
-    files.write_json(folder / DESCRIPTION, description)
+    with files.atomic_directory(folder, keep=True) as new:
+        files.write_tensors(new / WEIGHTS, halves, {"format": "pt"})
+        files.write_json(new / CONFIG, settings)
+        for source in companions:
+            if source.parent.resolve() != folder.resolve():
+                with files.atomic_file(new / source.name) as handle, open(source, "rb") as reader:
+                    shutil.copyfileobj(reader, handle)
+            copied.append(source.name)
+        files.write_json(new / DESCRIPTION, description)
     total = sum(halves[name].size for name in sparse)
     ratio = sum(share * halves[name].size for name, share in sparse.items()) / total
     return W16A16SReport(

@@ -256,7 +256,7 @@ def stream_ckpt(
     values: Mapping[str, Any] | None = None,
     *,
     crc: bool = False,
-    before: Callable[[], object] | None = None,
+    before: Callable[[Path], object] | None = None,
 ) -> None:
     """Write a .ckpt file while its tensors are still being made, atomically.
 
@@ -266,7 +266,7 @@ def stream_ckpt(
         tensors: (name, stored array) in the same order; each is written and forgotten.
         values: numbers (int, float, bool) and strings to hold beside the tensors.
         crc: end the file with the checksum that ``mindspore.load_checkpoint(crc_check=True)`` verifies.
-        before: called when the file is whole, just before it takes the old one's place.
+        before: called with the file when it is whole, just before it takes the old one's place.
 
     Raises:
         UnsupportedError: an element type that .ckpt files lack.

@@ -261,7 +261,7 @@ def load_into(
 
 def check_manifest(source: Weights) -> bool:
     """Hold a checkpoint against the manifest beside it; False where there is none."""
-    vouching = manifest.Manifest(source.path)
+    vouching = manifest.Manifest(source)
     vouching.check_all(source)
     return vouching.tensors is not None
 
@@ -278,7 +278,7 @@ def read_all(
     check.boolean(verify, "verify")
     values = values_of(source)
     wanted, _ = chosen_names([*source.entries, *values], filter_prefix, choice_func)
-    vouching = manifest.Manifest(source.path) if verify else None
+    vouching = manifest.Manifest(source) if verify else None
     if vouching is not None:
         vouching.check_names(source)
     found: dict[str, Any] = {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -83,15 +82,24 @@ class Digests:
     def __exit__(self, *raised: Any) -> None:
         self._beside.__exit__(*raised)
 
-    def write(self, path: files.PathLike) -> None:
-        """Write the manifest of the finished file beside it."""
+    def announce(self, path: files.PathLike, finished: Path) -> None:
+        """Write the manifest of a file that is about to take its place, beside the one of the file there."""
         self._beside.settle()
         tensors = {
             name: {"dtype": entry.dtype, "shape": list(entry.shape), "sha256": self._digests[name].hexdigest()}
             for name, entry in self._entries.items()
         }
-        value = {"version": VERSION, "file": Path(path).name, "bytes": Path(path).stat().st_size, "tensors": tensors}
-        _write(sidecar(path), json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+        value = {"version": VERSION, "file": Path(path).name, "bytes": finished.stat().st_size, "tensors": tensors}
+        _write(_next(path), json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+# A file and its manifest cannot be renamed by one call. So the new manifest lies beside the old one, as
+# FILE.manifest.json.next, while the file is replaced: of the two, the one that the file's tensors agree with counts.
+
+
+def _next(path: files.PathLike) -> Path:
+    side = sidecar(path)
+    return side.with_name(side.name + ".next")
 
 
 def _write(side: Path, text: str) -> None:
@@ -106,10 +114,27 @@ def _write(side: Path, text: str) -> None:
         raise
 
 
+def announce_none(path: files.PathLike) -> None:
+    """Note that the file which is about to take its place has no manifest, where the one there has."""
+    if sidecar(path).exists() or _next(path).exists():
+        _write(_next(path), "")
+
+
+def confirm(path: files.PathLike) -> None:
+    """Let what was announced hold alone, now that the file is in its place."""
+    coming = _next(path)
+    if not coming.exists():
+        return
+    if _is_blank(coming):
+        forget(path)
+    else:
+        os.replace(coming, sidecar(path))
+
+
 def forget(path: files.PathLike) -> None:
-    """Remove the manifest of a file that is about to be replaced."""
-    with contextlib.suppress(FileNotFoundError):
-        sidecar(path).unlink()
+    """Remove the manifests of a file that is gone, or has none."""
+    for side in (sidecar(path), _next(path)):
+        side.unlink(missing_ok=True)
 
 
 def _is_blank(side: Path) -> bool:
@@ -121,19 +146,35 @@ def _is_blank(side: Path) -> bool:
 class Manifest:
     """What the sidecar of an open checkpoint says, or nothing where there is none."""
 
-    def __init__(self, path: files.PathLike) -> None:
-        self.path = sidecar(path)
-        self.tensors: dict[str, dict[str, Any]] | None = None
-        if not self.path.is_symlink() and (not self.path.is_file() or _is_blank(self.path)):
-            return
-        value = files.read_json(self.path, "the manifest")
+    def __init__(self, weights: Weights) -> None:
+        self.path = sidecar(weights.path)
+        self.tensors = self._read(self.path)
+        coming = _next(weights.path)
+        if os.path.lexists(coming) and not self._vouches(weights):  # a kill came while the file was being replaced
+            old, self.tensors = self.tensors, self._read(coming)
+            if self.tensors is not None and not self._vouches(weights):
+                self.tensors = old
+
+    @staticmethod
+    def _read(side: Path) -> dict[str, dict[str, Any]] | None:
+        if not side.is_symlink() and (not side.is_file() or _is_blank(side)):
+            return None
+        value = files.read_json(side, "the manifest")
         if not isinstance(value, dict) or value.get("version") != VERSION:
             found = value.get("version") if isinstance(value, dict) else type(value).__name__
-            raise FileFormatError(f"{self.path} is no manifest of version {VERSION}. Received: {found!r}")
+            raise FileFormatError(f"{side} is no manifest of version {VERSION}. Received: {found!r}")
         tensors = value.get("tensors")
         if not isinstance(tensors, dict) or not all(isinstance(about, dict) for about in tensors.values()):
-            raise FileFormatError(f"{self.path} lists no tensors.")
-        self.tensors = tensors
+            raise FileFormatError(f"{side} lists no tensors.")
+        return tensors
+
+    def _vouches(self, weights: Weights) -> bool:
+        """Whether there is a manifest, and the file is the one that it was written for, by every tensor."""
+        try:
+            self.check_all(weights)
+        except FileFormatError:
+            return False
+        return self.tensors is not None
 
     def check_names(self, weights: Weights) -> None:
         """Refuse a file that lacks a tensor, holds one more, or holds one of another shape or type."""

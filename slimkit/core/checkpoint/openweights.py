@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 from slimkit.core import files
 from slimkit.core.checkpoint.ckpt import Ckpt
 from slimkit.core.checkpoint.weightfile import Safetensors, Sharded, Weights
-from slimkit.core.errors import FileFormatError, LinkPathError
+from slimkit.core.errors import FileFormatError
 
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 WHOLE = ("model.safetensors", "pytorch_model.bin")
@@ -92,17 +92,8 @@ def locate(path: files.PathLike, name: str = "weight_file_path") -> Path:
 
 
 def plain_file(path: Path) -> Path:
-    """A regular file that is no symbolic link, save for the links a Hugging Face cache is made of."""
-    if path.is_symlink():
-        target = path.resolve()
-        # <cache>/models--x/snapshots/<revision>/[folder/]file -> <cache>/models--x/blobs/<digest>
-        snapshots = [p for p in path.absolute().parents if p.name == "snapshots"]
-        if not snapshots or target.parent != snapshots[0].parent.resolve() / "blobs":
-            raise LinkPathError(f"a weight file must not be a symbolic link. Received: {str(path)!r}")
-        path = target
-    if not path.is_file():
-        raise FileFormatError(f"a weight file must exist. Received: {str(path)!r}")
-    return path
+    """A weight file as `files.readable_file` takes it: no symbolic link, save those that a Hugging Face cache is of."""
+    return files.readable_file(path, "a weight file")
 
 
 def read_index(path: Path) -> dict[str, str]:

@@ -44,6 +44,8 @@ class Items:
             check.wrong_type(f"the value of {name!r}", "a tensor, an array, a number or a str", value)
         if isinstance(value, int) and not isinstance(value, bool) and not -(1 << 63) <= value < 1 << 63:
             check.wrong_value(f"the value of {name!r}", "an int of 64 bits", value)
+        if isinstance(value, str) and value:
+            check.text(value, f"the value of {name!r}")
         self.values[name] = value
 
     def extend(self, other: Items) -> None:
@@ -80,8 +82,8 @@ class Items:
         return ((name, fetch()) for name, fetch in self.fetch.items())
 
 
-Described = Callable[[Any], "tuple[Entry, Callable[[], Array]] | None"]
-Before = Callable[[], object]
+Described = Callable[[str, Any], "tuple[Entry, Callable[[], Array]] | None"]
+Before = Callable[[Path], object]
 Writer = Callable[[Path, Items, Iterable[tuple[str, Any]], Before], None]
 
 
@@ -107,11 +109,12 @@ def gather(save_obj: Any, described: Described) -> Items:
 
     Args:
         save_obj: name -> value, or a list of {"name": ..., "data": ...}; NumPy arrays, numbers and strings are known.
-        described: a wing's answer to "is this a tensor?": its entry and how to fetch it, or None for anything else.
+        described: a wing's answer to "is this a tensor?", by name and value: its entry and how to fetch it, or None for
+            anything else.
     """
     items = Items()
     for name, value in listed(save_obj):
-        if (found := described(value)) is not None:
+        if (found := described(name, value)) is not None:
             items.add(name, *found)
         elif isinstance(value, (np.ndarray, np.generic)):
             array = np.asarray(value)
@@ -183,9 +186,14 @@ def write_items(
         metadata: more str -> str pairs for the header of a safetensors file.
     """
     target = Path(path)
-    # A kill between the two files leaves a good one without a manifest, never one that its manifest disowns.
-    before = partial(manifest.forget, target)
     with manifest.Digests(items.entries) as digests:
+
+        def before(finished: Path) -> None:
+            if with_manifest:
+                digests.announce(target, finished)
+            else:
+                manifest.announce_none(target)
+
         stream = digests.passing(items.stream()) if with_manifest else items.stream()
         if writer is not None:
             writer(target, items, stream, before)
@@ -194,8 +202,7 @@ def write_items(
         else:
             held = {VALUES: json.dumps(items.values)} if items.values else {}
             stream_safetensors(target, items.entries, stream, {**(metadata or {}), **held}, before=before)
-        if with_manifest:
-            digests.write(target)
+        manifest.confirm(target)
 
 
 class Saving:

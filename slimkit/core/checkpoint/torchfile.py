@@ -85,7 +85,7 @@ class TorchFile(Weights):
                 self._add(name, value, size)
             elif isinstance(value, (bool, int, float, str)):
                 self.values[name] = value
-        if not self._tensors:
+        if not self._tensors and not self.values:
             raise self._damaged("it holds no tensor")
 
     def _damaged(self, why: str) -> FileFormatError:
@@ -144,9 +144,33 @@ def tag_of(tensor: Any) -> str:
     return _DTYPES[_name(tensor)]
 
 
+def storable(tensor: Any, name: str, torch: Any) -> Any:
+    """The tensor, or an UnsupportedError that says why a file of plain numbers cannot hold it, and what to do.
+
+    A conjugate or negated view is plain numbers that are worked out on reading, and passes.
+
+    Args:
+        tensor: what is to be saved.
+        name: how the message calls it.
+        torch: PyTorch.
+    """
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
+        why = f"is {kind} and has no plain layout: save to_dense() of it, or the tensors that it consists of"
+    elif tensor.is_quantized:
+        why = f"is quantised ({_name(tensor)}): save its int_repr() with its scale and zero point, or dequantize()"
+    elif tensor.is_meta:
+        why = "has no values: it is on the meta device; load weights into the model first"
+    elif _name(tensor) not in _DTYPES:
+        why = f"has elements of type {_name(tensor)}; files hold {', '.join(_DTYPES)}"
+    else:
+        return tensor
+    raise UnsupportedError(f"{name} {why}.")
+
+
 def stored(tensor: Any, torch: Any) -> Array:
     """A tensor's values in the stored form of weight files: NumPy, on the CPU, bfloat16 and float8 as bits."""
-    tensor = tensor.detach().cpu().contiguous()
+    tensor = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
     if _name(tensor) == "bfloat16" or _name(tensor).startswith("float8"):
         tensor = tensor.view(torch.uint16 if tensor.element_size() == 2 else torch.uint8)
     found: Array = tensor.numpy()
@@ -165,7 +189,7 @@ def write_torch(
     tensors: Mapping[str, Any],
     values: Mapping[str, Any] | None,
     torch: Any,
-    before: Callable[[], object] | None = None,
+    before: Callable[[Path], object] | None = None,
 ) -> None:
     """Write tensors, numbers and strings as one torch.save file, atomically; it loads with weights_only=True."""
     with files.atomic_file(path, before=before) as handle:

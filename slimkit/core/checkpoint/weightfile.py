@@ -311,7 +311,7 @@ def stream_safetensors(
     tensors: Iterable[tuple[str, Any]],
     metadata: Mapping[str, str] | None = None,
     *,
-    before: Callable[[], object] | None = None,
+    before: Callable[[Path], object] | None = None,
 ) -> None:
     """Write a safetensors file while its tensors are still being made, atomically.
 
@@ -320,7 +320,7 @@ def stream_safetensors(
         entries: name -> type and shape, in the order in which the file shall hold them.
         tensors: (name, stored array) in the same order; each is written and forgotten.
         metadata: str -> str pairs for the header.
-        before: called when the file is whole, just before it takes the old one's place.
+        before: called with the file when it is whole, just before it takes the old one's place.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     at = 0

@@ -109,7 +109,7 @@ def _write_torch(
     path: Path,
     items: Items,
     tensors: Iterable[tuple[str, Array]],
-    before: Callable[[], object],
+    before: Callable[[Path], object],
 ) -> None:
     library = torch()
     held = {n: restored(np.asarray(a, order="C"), items.entries[n].dtype, library) for n, a in tensors}

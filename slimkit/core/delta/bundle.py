@@ -39,7 +39,7 @@ def write_bundle(
     extra: list[str],
     base: Mapping[str, Any],
 ) -> Path:
-    """Write a bundle so that the folder holds the old files or the new ones, never a mixture that loads.
+    """Write a bundle so that the folder holds the old files or the new ones, never a mixture of them.
 
     Args:
         directory: the folder; made if missing, other files in it are left alone.
@@ -63,10 +63,10 @@ def write_bundle(
             for name, value in sorted(tensors.items())
         },
     }
-    # The manifest goes last: until it is there, its digests refuse the new tensors beside the old manifest.
-    # One metadata key: the writer puts several into random order, and equal bundles would differ in their bytes.
-    files.write_tensors(folder / TENSORS, dict(sorted(tensors.items())), {"format": FORMAT})
-    _write_manifest(folder / MANIFEST, manifest)
+    with files.atomic_directory(folder, keep=True) as new:
+        # One metadata key: the writer puts several into random order, and equal bundles would differ in their bytes.
+        files.write_tensors(new / TENSORS, dict(sorted(tensors.items())), {"format": FORMAT})
+        _write_manifest(new / MANIFEST, manifest)
     return folder
 
 

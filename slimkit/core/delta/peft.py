@@ -45,10 +45,10 @@ def read_files(directory: files.PathLike) -> tuple[dict[str, Any], dict[str, Arr
 
 
 def write_files(folder: files.PathLike, config: Mapping[str, Any], tensors: Mapping[str, Array]) -> None:
-    """Write the two files of an adapter, the tensors first."""
-    where = files.as_path(folder, "directory")
-    files.write_tensors(where / TENSORS, dict(sorted(tensors.items())), {"format": "pt"})
-    files.write_json(where / CONFIG, dict(config))
+    """Write the two files of an adapter: both are the old ones or the new ones, other files stay."""
+    with files.atomic_directory(files.as_path(folder, "directory"), keep=True) as where:
+        files.write_tensors(where / TENSORS, dict(sorted(tensors.items())), {"format": "pt"})
+        files.write_json(where / CONFIG, dict(config))
 
 
 def split_prompt(tensors: Mapping[str, Array]) -> tuple[dict[str, Array], dict[str, Array]]:

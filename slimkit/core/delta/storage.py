@@ -106,6 +106,7 @@ def load(
         delta_name(name)
     check.boolean(freeze, "freeze")
     check.boolean(same_base, "same_base")
+    files.settle(folder)
     if not (folder / MANIFEST).exists() and peft.is_adapter(folder):
         return _load_peft(access, model, folder, name or "default", freeze, rename, positions)
     manifest, tensors = read_bundle(folder)

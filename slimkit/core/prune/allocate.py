@@ -75,11 +75,14 @@ class Account:
     def steps(self, alignment: int, sizes: Array) -> Array:
         """The smallest change of each variable that keeps all its axes aligned.
 
-        An axis that is no multiple of the alignment itself keeps its own largest common step.
+        An axis that is no multiple of the alignment itself keeps its own largest common step. One that is narrower than
+        the alignment (channels of one group, heads in a table) does not count beside a wider one of the same variable.
         """
         steps = np.ones(len(self.names), dtype=np.int64)
         for variable in range(len(self.names)):
-            for slope in {int(s) for s in self._slopes[:, variable]} - {0}:
+            slopes = {int(s) for s in self._slopes[:, variable]} - {0}
+            wide = {s for s in slopes if s * int(sizes[variable]) >= alignment}
+            for slope in wide or slopes:
                 common = math.gcd(alignment, slope * int(sizes[variable]))
                 steps[variable] = math.lcm(int(steps[variable]), common // math.gcd(common, slope))
         return steps
@@ -111,6 +114,7 @@ def allocate(
     chunks: Mapping[str, Array] | None = None,
     alike: Sequence[Any] | None = None,
     tolerance: float = 0.005,
+    level: bool = False,
 ) -> Allocation:
     """Choose kept counts so that the account comes as near to the target as the steps allow.
 
@@ -124,6 +128,7 @@ def allocate(
         everywhere.
         alike: a label each; equally labelled variables change together where that reaches the target.
         tolerance: relative distance from the target at which to stop improving.
+        level: equally labelled variables keep equal numbers, whatever that costs.
 
     Returns:
         The counts.
@@ -138,9 +143,9 @@ def allocate(
     if account.count(floors) >= target:
         counts = floors
     else:
-        rank = _by_share(full, steps) if chunks is None else _by_score(account.names, full, steps, chunks)
+        rank = _by_share(full, steps) if chunks is None or level else _by_score(account.names, full, steps, chunks)
         counts = _search(account, rank, floors, full, target)
-        counts = _improve(account, counts, floors, full, steps, target, tolerance, alike)
+        counts = _improve(account, counts, floors, full, steps, target, tolerance, alike, level)
     held = [n for n, k, f in zip(account.names, counts, floors) if k == f]
     total = account.count(counts)
     return Allocation(
@@ -191,13 +196,16 @@ def _improve(
     target: float,
     tolerance: float,
     alike: Sequence[Any] | None,
+    level: bool,
 ) -> Array:
     """Move single variables (groups of alike ones first) by one step while that comes nearer to the target."""
     labels = list(alike) if alike is not None else list(range(len(full)))
     together = [np.flatnonzero([x == label for x in labels]) for label in dict.fromkeys(labels)]
     # Blocks that are alike stay alike unless that alone misses the target by more than a point.
     single = [np.array([k]) for k in range(len(full))]
-    for moves, near in ((together, tolerance), (single, max(tolerance, 0.01 * account.count(full) / target))):
+    for moves, near in ((together, tolerance), (single, max(tolerance, 0.01 * account.count(full) / target)))[
+        : 2 - level
+    ]:
         for _ in range(200):
             away = account.count(counts) - target
             if abs(away) <= near * target:

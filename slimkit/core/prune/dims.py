@@ -262,6 +262,21 @@ def cut(dim: Dim, at: int) -> tuple[Dim, Dim] | None:
     return halves and (product([halves[0], inner]), product([halves[1], inner]))
 
 
+def divided(dim: Dim, places: Iterable[int]) -> list[Dim]:
+    """The terms of an axis that cutting it at some places would divide.
+
+    Example:
+        >>> divided(total([Dim(4), Dim(8)]), [4, 6])
+        [8?]
+    """
+    out, done = [], 0
+    for part in _expand(dim, SUM):
+        if any(done < place < done + part.size for place in places):
+            out.append(part)
+        done += part.size
+    return out
+
+
 def unify(a: Dim, b: Dim) -> None:
     """Declare that two axes are the same, index by index.
 

@@ -20,11 +20,19 @@ class PruneFramework(Protocol):
 
     framework: str
     model: Any
-    inputs: Any
+
+    @property
+    @abstractmethod
+    def has_example(self) -> bool:
+        """Whether an example of what the model takes was given, so that it can be run."""
 
     @abstractmethod
     def trace(self) -> Graph:
         """The model's graph."""
+
+    @abstractmethod
+    def show(self, examples: Sequence[Any]) -> None:
+        """Trace these examples too, beside the one that the pruner was made with."""
 
     @abstractmethod
     def rehearse(self, plan: PrunePlan) -> tuple[Graph, str | None, set[str]]:

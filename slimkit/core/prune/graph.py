@@ -149,6 +149,10 @@ class Graph:
         buffers: the paths among `shapes` that are buffers, not parameters.
         layers: paths of the Conv and Linear layers in the order they first ran, as `un_prune_list` counts them.
         notes: what the tracer had to assume, for the report.
+        ends: number of nodes after each forward pass; several passes (examples, modes) make one graph, and costs count
+            the first one only. Empty for one pass.
+        further: paths of Conv and Linear layers that only later passes ran.
+        crossings: module -> values that modules inside it handed to it, in the first pass.
 
     Example:
         >>> g = Graph(shapes={"fc.weight": (4, 3)})
@@ -167,6 +171,9 @@ class Graph:
     buffers: set[str] = field(default_factory=set)
     layers: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    ends: list[int] = field(default_factory=list)
+    further: list[str] = field(default_factory=list)
+    crossings: dict[str, list[int]] = field(default_factory=dict)
 
     def add_value(self, shape: Iterable[int], kind: str = "result", path: str = "") -> int:
         """Append a value and return its number."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from slimkit.core.prune.dims import ONE, factor, find, fix, fixed, leaves, product, same, unify
 from slimkit.core.prune.graph import Node
-from slimkit.core.prune.relations import Dims, Relations
+from slimkit.core.prune.relations import Dims, Relations, Score
 from slimkit.core.prune.shape_rules import elementwise
 
 SPACE = "spatial size"
@@ -42,6 +42,12 @@ def matmul(r: Relations, node: Node, x: list[Dims]) -> list[Dims]:
         r.scales.append(a[-1])
         for leaf in leaves(b[-1]):
             leaf.inner = True
+    else:
+        # A softmax may follow: learned queries, keys from parameters alone, memory slots.
+        rows = next((d for d, i in ((a[-2], node.inputs[0]), (b[-1], node.inputs[1])) if r.weight(i)), None)
+        r.scores[node.outputs[0]] = [Score(a[-1], rows)]
+    r.attends(node.inputs[0], b[-1])
+    r.attends(node.inputs[1], a[-2])
     for side, plain in ((1, node.attrs.get("transpose_b")), (0, node.attrs.get("transpose_a"))):
         rank = len(x[side])
         inner = rank - 2 if (side == 1) != bool(plain) else rank - 1
@@ -150,6 +156,7 @@ def pool(r: Relations, node: Node, x: list[Dims]) -> list[Dims]:
 
 def embedding(r: Relations, node: Node, x: list[Dims]) -> list[Dims]:
     fix(x[0][0], "rows are looked up by number")
+    r.made.extend(x[0][1:])
     r.role(node.inputs[0], 0, "table")
     r.role(node.inputs[0], 1, "out")
     return [[*x[1], *x[0][1:]]]
@@ -158,6 +165,8 @@ def embedding(r: Relations, node: Node, x: list[Dims]) -> list[Dims]:
 def gather(r: Relations, node: Node, x: list[Dims]) -> list[Dims]:
     axis = node.attrs["axis"]
     fix(x[0][axis], "read by index")
+    if axis == 0 and r.weight(node.inputs[0]):
+        r.made.extend(x[0][1:])  # a table, read like an embedding's
     n_new = len(r.shape(node)) - len(x[0]) + 1
     fresh = [fixed(s, "index") for s in r.shape(node)[axis : axis + n_new]]
     return [[*x[0][:axis], *fresh, *x[0][axis + 1 :]]]

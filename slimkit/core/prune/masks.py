@@ -31,7 +31,7 @@ def desc_of_masks(
 ) -> dict[str, Any]:
     """The same plan in slimkit's form.
 
-    A layer's "output" mask cuts the first axis of its weight, and its bias; the "input" mask the second axis of a weight
+    A layer's "output" mask cuts the first axis of its weight, and its bias; the "input" mask the second one of a weight
     (of a grouped convolution: the channels in a group), or all that a norm holds.
 
     Args:

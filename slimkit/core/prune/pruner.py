@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import count
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from slimkit.core import check
-from slimkit.core.errors import GraphError, PlanError
+from slimkit.core.errors import PlanError
 from slimkit.core.files import as_path, atomic_file
 from slimkit.core.log import logger
 from slimkit.core.match import demand, match
 from slimkit.core.prune.allocate import Account, Allocation, allocate
 from slimkit.core.prune.attributes import config_changes, new_values, scope_sizes
 from slimkit.core.prune.criteria import Evidence
+from slimkit.core.prune.dims import Dim
 from slimkit.core.prune.draw import picture
 from slimkit.core.prune.framework import PruneFramework, RepairFramework
+from slimkit.core.prune.graph import Node
 from slimkit.core.prune.importance import best, scores
 from slimkit.core.prune.masks import desc_of_masks, is_masks
 from slimkit.core.prune.plan import PrunePlan, make_desc
@@ -25,8 +28,32 @@ from slimkit.core.prune.rehearsal import ANOTHER, COPIES, LAYOUT, differences
 from slimkit.core.prune.settings import PrunerSettings
 from slimkit.core.prune.solve import WRITTEN, Coupling, Index, View
 
+_ROUNDS = 200
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 Changes = dict[str, dict[str, tuple[int, int]]]
 Array = np.ndarray[Any, Any]
+
+
+def _alike(view: View) -> list[tuple[int, str, int]]:
+    """A label for each variable, the same for those of repeated blocks."""
+    return [(v.size, v.kind, len(v.places)) for v in view.variables]
+
+
+def _uneven(view: View, counts: Mapping[str, int]) -> bool:
+    """Whether alike variables keep unequal numbers."""
+    kept = {(label, counts[v.name]) for label, v in zip(_alike(view), view.variables)}
+    return len(kept) > len({label for label, _ in kept})
+
+
+def _touched(view: View, nodes: Sequence[Node]) -> Iterator[Dim]:
+    """The axes of some operators of which something is pruned."""
+    for node in nodes:
+        for number in (*node.outputs, *node.inputs):
+            for dim in view.coupling.relations.dims[number] if number is not None else ():
+                if not isinstance(view.expression(dim), int):
+                    yield dim
 
 
 class PrunerBase(PrunerSettings):
@@ -47,6 +74,31 @@ class PrunerBase(PrunerSettings):
         self._doubts: dict[str, dict[str, int]] = {}
         self._choices: dict[tuple[str, str], int] = {}
         self._tried: dict[str, int] = {}
+        # Whether alike blocks must keep equal widths, since one number of a configuration speaks of them all.
+        self._level = False
+
+    def set_examples(self, inputs: Sequence[Any]) -> Self:
+        """Trace further examples, so that what only they read is coupled as well: optional arguments, labels, lengths.
+
+        Args:
+            inputs: a list of examples, each as the constructor takes one (a tensor, a tuple of arguments, a dict of
+                keyword arguments); they count beside the constructor's.
+
+        Returns:
+            This pruner.
+
+        Raises:
+            ArgumentTypeError: no list or tuple.
+            ArgumentError: an empty list.
+            UnsupportedError: the framework traces one example only.
+        """
+        if not isinstance(inputs, (list, tuple)):
+            check.wrong_type("inputs", "a list of examples", inputs)
+        if not inputs:
+            check.wrong_value("inputs", "a list of at least one example", inputs)
+        self._wing.show(inputs)
+        self._coupling, self._scored, self._report = None, None, {}
+        return self
 
     def analysis(
         self, reserved_ratio: float = 0.75, un_prune_list: Sequence[int | str] | None = None
@@ -68,19 +120,20 @@ class PrunerBase(PrunerSettings):
         """
         check.ratio(reserved_ratio, "reserved_ratio", one=True)
         coupling = self._solved()
-        self._choices, self._tried = {}, {}
+        self._choices, self._tried, self._level = {}, {}, False
         if un_prune_list is None:
             un_prune_list = [0, -1] if coupling.graph.layers else []
         whole = self._layers(un_prune_list)
         self._forget_old_scores()
-        for _ in range(50):
+        # Each round ties or pins something, or tries another of a few numbers; after many, the rest is not worth it.
+        for rounds in count():
             view = coupling.view(whole)
             allocation, account = self._allocate(view, reserved_ratio)
             desc = self._describe(view, allocation, reserved_ratio, whole)
             if self._rehearse(view, PrunePlan(desc), allocation.keep):
                 break
-        else:
-            raise GraphError("the model's code contradicts every plan; its report() names the places")
+            if rounds == _ROUNDS:
+                self._keep_everything(view, f"its code contradicted {rounds} plans")
         left = Account(view).count(np.array([allocation.keep[n] for n in view.counts], dtype=np.int64))
         self._fill_report(view, allocation, account, left, reserved_ratio)
         desc["made"]["left_params"] = left
@@ -126,8 +179,9 @@ class PrunerBase(PrunerSettings):
         """
         if is_masks(desc):
             desc = desc_of_masks(desc, self._wing.shapes(), self._wing.framework)
-            if self._wing.inputs is not None:
+            if self._wing.has_example:
                 # Masks say nothing of what belongs together: whether they do is found out before anything is cut.
+                self._solved()
                 _, error, _ = self._wing.rehearse(PrunePlan(desc))
                 if error:
                     raise PlanError(f"the masks of desc do not fit one another in this model: {error}")
@@ -192,8 +246,9 @@ class PrunerBase(PrunerSettings):
         out: list[str] = []
         for item in wanted:
             if isinstance(item, str):
-                found = match(layers, [item], whole_modules=True)
-                demand(found, layers, "un_prune_list")
+                named = [*layers, *(p for p in self._solved().graph.further if p not in layers)]
+                found = match(named, [item], whole_modules=True)
+                demand(found, named, "un_prune_list")
                 out.extend(found.names)
                 continue
             if not layers:
@@ -213,8 +268,8 @@ class PrunerBase(PrunerSettings):
                 n: np.sort(s if self._criterion.comparable else s / max(s.mean(), 1e-30))
                 for n, s in self._scores.items()
             }
-        alike = [(v.size, v.kind, len(v.places)) for v in view.variables]
-        return allocate(account, full.tolist(), target, self._node_ratio, self._alignment, chunks, alike), account
+        limits = target, self._node_ratio, self._alignment
+        return allocate(account, full.tolist(), *limits, chunks, _alike(view), level=self._level), account
 
     def _forget_old_scores(self) -> None:
         """Weights may have been trained since the last analysis; what data told of the same weights is kept."""
@@ -291,9 +346,9 @@ class PrunerBase(PrunerSettings):
         if found and found[1] == ANOTHER and getattr(self._wing, "branches", False) and not error:
             # The cut changed the values that the model's own code branches on: it ran, and that must do.
             return True
-        return found is None or self._pin(view, *found)
+        return found is None or self._pin(view, counts, *found)
 
-    def _pin(self, view: View, place: int, what: str) -> bool:
+    def _pin(self, view: View, counts: Mapping[str, int], place: int, what: str) -> bool:
         """Give in to the model's code: tie, try another attribute, or keep whole what an operator touches."""
         coupling = view.coupling
         node = coupling.graph.nodes[place]
@@ -301,14 +356,34 @@ class PrunerBase(PrunerSettings):
         logger.debug("%s (%s at %s)", reason, what, node.op)
         if coupling.tie(place) or self._try_another(node.scope) or coupling.tie_widths(place):
             return False
-        # Where nothing is left at the operator itself: everything its module touches.
-        near = [other for other in coupling.graph.nodes if other.scope == node.scope]
-        for nodes in ([node], near):
-            numbers = [n for other in nodes for n in (*other.inputs, *other.outputs) if n is not None]
-            dims = [d for n in numbers for d in coupling.relations.dims[n] if not isinstance(view.expression(d), int)]
-            if any(coupling.pin(dim, reason) for dim in dims):
+        if not self._level and _uneven(view, counts):
+            self._level = True
+            return False
+        # Where nothing is left at the operator itself: everything its module touches, then the modules around it.
+        if any(coupling.pin(dim, reason) for dim in _touched(view, [node])):
+            return False
+        parts = node.scope.split(".") if node.scope else []
+        for scope in (".".join(parts[:k]) for k in range(len(parts), -1, -1)):
+            inside = [
+                n for n in coupling.graph.nodes if not scope or n.scope == scope or n.scope.startswith(scope + ".")
+            ]
+            if sum(coupling.pin(dim, reason) for dim in _touched(view, inside)):
+                self._keep_whole(f"all that {scope or 'the model'} touches stays whole: {what} in {node.op}")
                 return False
-        raise GraphError(f"the pruned model would not run: {what} in {node.op} of {node.scope or 'the model'!r}")
+        return self._keep_everything(view, f"{what} in {node.op} of {node.scope or 'the model'}")
+
+    def _keep_everything(self, view: View, what: str) -> bool:
+        """The last resort: pin every variable, so that the next plan cuts nothing."""
+        relations = view.coupling.relations
+        for dims in relations.params.values():
+            for dim in dims:
+                view.coupling.pin(dim, f"{WRITTEN} the model")
+        self._keep_whole(f"nothing is pruned, since no plan runs: {what}")
+        return False
+
+    def _keep_whole(self, note: str) -> None:
+        logger.warning("%s", note)
+        self._solved().graph.notes.append(note)
 
     def _try_another(self, scope: str) -> bool:
         """Let the doubtful attributes of a module say the next combination of what they may; False when all were
@@ -378,6 +453,12 @@ class PrunerBase(PrunerSettings):
             ],
         )
         missed = allocation.total > allocation.target * 1.02
+        if allocation.total < allocation.target * 0.98:
+            wide = "the widths that alignment and heads allow lie too far apart to come nearer"
+            self._report["notes"].append(f"asked to keep {ratio:.3f}, keeps {self._report['reached']:.3f}: {wide}")
+            logger.warning(
+                "asked to keep %.3f of the %s, keeps %.3f: %s", ratio, self._budget, self._report["reached"], wide
+            )
         if missed and not allocation.held_back:
             self._report["notes"].append("nothing more can be pruned: every other axis stays whole")
         if missed:

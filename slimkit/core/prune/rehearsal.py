@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 
-from slimkit.core.prune.dims import FREE, find, leaves
+from slimkit.core.prune.dims import FREE, Dim, find, leaves
 from slimkit.core.prune.graph import Graph
 from slimkit.core.prune.solve import View, size_of
 
@@ -17,20 +18,65 @@ def differences(
     view: View, other: Graph, counts: Mapping[str, int], ignored: frozenset[str], error: str | None, remade: set[str]
 ) -> tuple[int, str] | None:
     """The first operator at which the rehearsed graph is not the planned one, and what came instead."""
+    starts, others = [0, *view.coupling.graph.ends], [0, *other.ends]
+    stops = [*starts[1:], len(view.coupling.graph.nodes)]
+    for k, start in enumerate(starts[: max(1, len(starts) - 1)]):
+        if k >= len(others):
+            break
+        ran = others[k + 1] if k + 1 < len(others) else len(other.nodes)
+        mine, theirs = range(start, stops[k]), range(others[k], ran)
+        last = error if k + 1 >= len(others) else None
+        found = _pass_differs(view, other, counts, ignored, last, remade, mine, theirs)
+        if found:
+            return found
+    return None
+
+
+def _pass_differs(
+    view: View,
+    other: Graph,
+    counts: Mapping[str, int],
+    ignored: frozenset[str],
+    error: str | None,
+    remade: set[str],
+    mine: Sequence[int],
+    theirs: Sequence[int],
+) -> tuple[int, str] | None:
+    """The same for one forward pass, given the places of its nodes in both graphs."""
     graph, relations = view.coupling.graph, view.coupling.relations
-    before = [k for k, node in enumerate(graph.nodes) if node.op not in ignored and node.scope not in remade]
-    after = [node for node in other.nodes if node.op not in ignored and node.scope not in remade]
+    before = [k for k in mine if graph.nodes[k].op not in ignored and graph.nodes[k].scope not in remade]
+    after = [n for n in (other.nodes[k] for k in theirs) if n.op not in ignored and n.scope not in remade]
     for place, twin in zip(before, after):
         node = graph.nodes[place]
         if twin.op != node.op or len(twin.outputs) != len(node.outputs):
             return place, ANOTHER
-        for mine, theirs in zip(node.outputs, twin.outputs):
-            for dim, size in zip(relations.dims[mine], other.values[theirs].shape):
-                if any(x.elastic and x.kind == FREE for x in map(find, leaves(dim))):
-                    continue
-                planned = size_of(view.expression(dim), counts)
-                if planned != size:
-                    return place, f"{size} where {planned} was planned"
+        for number, its in zip(node.outputs, twin.outputs):
+            wrong = _wrong_size(view, relations.dims[number], other.values[its].shape, counts, ignored == LAYOUT)
+            if wrong:
+                return place, wrong
     if len(after) < len(before) or error:
-        return (before[min(len(after), len(before) - 1)] if before else 0), error or "fewer operators ran"
+        if not before:
+            return (mine[0], error or "fewer operators ran") if len(mine) else None
+        return before[min(len(after), len(before) - 1)], error or "fewer operators ran"
+    return None
+
+
+def _wrong_size(
+    view: View, dims: Sequence[Dim], shape: Sequence[int], counts: Mapping[str, int], merged: bool
+) -> str | None:
+    """Where a shape departs from the planned one; `merged` lets the axes but the last be folded into one another, as
+    torch does before a product whose input lies in one piece."""
+    planned = [
+        None
+        if any(x.elastic and x.kind == FREE for x in map(find, leaves(dim)))
+        else size_of(view.expression(dim), counts)
+        for dim in dims
+    ]
+    sizes = list(shape)
+    if merged and None not in planned and planned and sizes and len(planned) != len(sizes):
+        planned = [math.prod(n for n in planned[:-1] if n is not None), planned[-1]]
+        sizes = [math.prod(sizes[:-1]), sizes[-1]]
+    for want, size in zip(planned, sizes):
+        if want is not None and want != size:
+            return f"{size} where {want} was planned"
     return None

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from slimkit.core.prune.dims import ONE, Dim, cut, factor, fix, fixed, product, regroup, same, total
+from slimkit.core.prune.dims import ONE, Dim, cut, divided, factor, fix, fixed, product, regroup, same, total
 from slimkit.core.prune.graph import Node
-from slimkit.core.prune.relations import Dims, Relations
+from slimkit.core.prune.relations import Dims, Partial, Relations
 
 # Reductions whose result depends on which index held what, not only on the values.
 BY_INDEX = ("prod", "any", "all", "argmax", "argmin", "median", "count")
@@ -21,6 +21,12 @@ def elementwise(r: Relations, node: Node, x: list[Dims]) -> list[Dims]:
                 out[place] = dim
             else:
                 same(out[place], dim)
+    given = [i for i in node.inputs if i is not None]
+    if not any(r.live[i] for i in given):
+        # A weight that is computed (weight normalisation, a mask over it) is the weight still.
+        like = [i for i in given if r.weight(i) and r.graph.values[i].shape == r.shape(node)]
+        if like:
+            r.origin[node.outputs[0]] = r.origin[like[0]]
     return [out] * len(node.outputs)
 
 
@@ -76,6 +82,9 @@ def stack(r: Relations, node: Node, x: list[Dims]) -> list[Dims]:
 
 def split(r: Relations, node: Node, x: list[Dims]) -> list[Dims]:
     axis, rest, out = node.attrs["axis"], x[0][node.attrs["axis"]], []
+    if node.inputs[0] in r.origin:
+        for number in node.outputs:
+            r.origin[number] = r.origin[node.inputs[0]]
     for size in node.attrs["sizes"]:
         pair = cut(rest, size)
         if pair is None:
@@ -90,8 +99,13 @@ def slice(r: Relations, node: Node, x: list[Dims]) -> list[Dims]:
     axis, start, stop, step = (node.attrs[k] for k in ("axis", "start", "stop", "step"))
     dim = x[0][axis]
     size = r.shape(node)[axis]
+    if node.inputs[0] in r.origin:
+        r.origin[node.outputs[0]] = r.origin[node.inputs[0]]
+    parts = divided(dim, (start, stop))
     head = cut(dim, start)
     body = head and cut(head[1], stop - start)
+    if head and body:
+        r.partial.append(Partial(parts, [head[0], body[1]]))
     kept = body and body[0]
     if kept and step > 1:
         pair = factor(kept, size) if size * step == kept.size else None

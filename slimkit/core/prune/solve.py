@@ -9,15 +9,17 @@ from typing import Any
 
 import numpy as np
 
-from slimkit.core.prune.dims import FREE, PRODUCT, Dim, find, leaves, unify
+from slimkit.core.prune.dims import FREE, PRODUCT, Dim, find, leaves, product, unify
 from slimkit.core.prune.graph import Graph
-from slimkit.core.prune.relations import SCALE, Relations
+from slimkit.core.prune.relations import SCALE, Relations, layer_of
 from slimkit.core.prune.rules import RULES
 
 # An axis in plain data: a number (stays whole), a variable's name, or ["*" or "+", part, part, ...].
 Expr = int | str | list[Any]
 Index = np.ndarray[Any, np.dtype[np.int64]]
 WRITTEN = "its size is written in the code of"
+UNMADE = "no layer makes it"
+RIVAL = "another factor of the same axis is pruned (heads, not their size)"
 
 
 @dataclass
@@ -65,20 +67,31 @@ class Coupling:
         return True
 
     def tie_widths(self, place: int) -> bool:
-        """Demand that a reshape's axis equals the others of its size in the same module, as its code takes for
-        granted."""
+        """Demand that what a reshape folds or unfolds equals the axes of its size in the same module, as its code takes
+        for granted: `reshape(b, n, 3, heads, width // heads)` ties the width that comes in to its heads."""
         node, dims = self.graph.nodes[place], self.relations.dims
         if node.op != "reshape" or -1 - place in self.tied:
             return False
         self.tied.add(-1 - place)
         near = [n for other in self.graph.nodes if other.scope == node.scope for n in (*other.inputs, *other.outputs)]
+        before = dims[node.inputs[0]] if node.inputs[0] is not None else []
+        folded = [d for d in before if self._open(d)]
+        for side in (dims[node.outputs[0]], before):
+            lead = next((k for k, (a, b) in enumerate(zip(before, dims[node.outputs[0]])) if a.size != b.size), 0)
+            last = len(side)
+            folded += [product(side[i:j]) for i in range(lead, last) for j in range(last, i + 1, -1)]
         done = False
-        for dim in (d for n in node.inputs if n is not None for d in dims[n]):
-            if any(x.kind == FREE and x not in self.pinned for x in map(find, leaves(dim))):
-                for other in (d for n in near if n is not None for d in dims[n] if d.size == dim.size):
-                    done = done or find(other) is not find(dim)
+        for dim in folded:
+            for other in (d for n in near if n is not None for d in dims[n] if d.size == dim.size > 1):
+                if self._open(dim) and find(other) is not find(dim):
+                    before_tie = repr(other), repr(dim)
                     unify(other, dim)
+                    done = done or (repr(other), repr(dim)) != before_tie
         return done
+
+    def _open(self, dim: Dim) -> bool:
+        """Whether something of an axis can still be pruned."""
+        return any(x.kind == FREE and x not in self.pinned for x in map(find, leaves(dim)))
 
     def pin(self, dim: Dim, reason: str) -> bool:
         """Exclude every variable of an axis for good; tells whether that changed anything."""
@@ -97,8 +110,8 @@ class Coupling:
         """
         excluded = dict(self.pinned)
         wanted = set(un_prune)
-        for path, dim in self.relations.outs.items():
-            if path.rpartition(".")[0] in wanted:
+        for path, dim in self.relations.outs:
+            if layer_of(path) in wanted:
                 for leaf in leaves(dim):
                     excluded.setdefault(find(leaf), "named in un_prune_list")
         return View(self, excluded)
@@ -124,6 +137,7 @@ class View:
         self._names: dict[Dim, str] = {}
         self._compiled: dict[Dim, Expr] = {}
         relations = coupling.relations
+        self._made = {x for dim in relations.made for x in map(find, leaves(dim))}
         self._one_factor_each(relations)
         self.variables: list[Variable] = []
         self.axes: dict[str, list[Expr]] = {}
@@ -142,7 +156,7 @@ class View:
                 for leaf in dict.fromkeys(map(find, leaves(dim))):
                     name = self._names.get(leaf)
                     if name is None:
-                        why = leaf.reason or excluded.get(leaf, "")
+                        why = leaf.reason or excluded.get(leaf, "") or ("" if leaf in self._made else UNMADE)
                         if leaf.size > 1 and why:
                             self.whole.setdefault(why, []).append(f"{path}:{axis}")
                         continue
@@ -158,6 +172,7 @@ class View:
         """In a flattened axis prune one factor only: heads rather than the size of a head, groups or channels in a
         group."""
         seen: set[Dim] = set()
+        rivals: dict[Dim, set[Dim]] = {}
 
         def walk(dim: Dim) -> None:
             dim = find(dim)
@@ -168,7 +183,15 @@ class View:
                 walk(part)
             if dim.kind != PRODUCT:
                 return
-            open_ = [(p, [x for x in map(find, leaves(p)) if self._free(x)]) for p in dim.parts]
+            all_ = [
+                (p, [x for x in map(find, leaves(p)) if self._free(x) or self._excluded.get(x) == RIVAL])
+                for p in dim.parts
+            ]
+            for p, some in all_ if sum(bool(some) for _, some in all_) > 1 else ():
+                others = {x for q, more in all_ if q is not p for x in more}
+                for leaf in some:
+                    rivals.setdefault(leaf, set()).update(others)
+            open_ = [(p, [x for x in some if self._free(x)]) for p, some in all_]
             open_ = [(p, free) for p, free in open_ if free]
             if len(open_) < 2:
                 return
@@ -180,11 +203,15 @@ class View:
                 if part is not best[0]:
                     for leaf in free:
                         if leaf not in best[1]:
-                            self._excluded[leaf] = "another factor of the same axis is pruned (heads, not their size)"
+                            self._excluded[leaf] = RIVAL
 
         for dims in relations.params.values():
             for dim in dims:
                 walk(dim)
+        for leaf in sorted(rivals, key=lambda leaf: -leaf.size):
+            # Given up for a factor that another axis then gave up in its turn (groups of 8 before groups of 4).
+            if self._excluded.get(leaf) == RIVAL and not any(self._free(x) for x in rivals[leaf] - {leaf}):
+                del self._excluded[leaf]
         for dims in relations.params.values():
             for dim in dims:
                 for leaf in map(find, leaves(dim)):
@@ -192,7 +219,7 @@ class View:
                         self._names[leaf] = f"d{len(self._names)}"
 
     def _free(self, leaf: Dim) -> bool:
-        return leaf.kind == FREE and not leaf.elastic and leaf not in self._excluded
+        return leaf in self._made and leaf.kind == FREE and not leaf.elastic and leaf not in self._excluded
 
     def expression(self, dim: Dim) -> Expr:
         """An axis in plain data."""
@@ -209,10 +236,10 @@ class View:
 
     def _describe(self, by_name: dict[str, Variable], relations: Relations) -> None:
         makers: dict[str, list[str]] = {}
-        for path, dim in relations.outs.items():
+        for path, dim in relations.outs:
             for leaf in dict.fromkeys(map(find, leaves(dim))):
                 if leaf in self._names:
-                    makers.setdefault(self._names[leaf], []).append(path.rpartition(".")[0])
+                    makers.setdefault(self._names[leaf], []).append(layer_of(path))
         averaged = {x for dim in relations.averaged for x in map(find, leaves(dim))}
         for leaf, name in self._names.items():
             variable = by_name.get(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ class EarlyStopping(TrainerCallback):
     """Stop when a metric has not improved for some epochs.
 
     Args:
-        metric: a name in the run history.
+        metric: a name in the run history; NaN and infinity are no improvement, and never the best.
         patience: epochs without improvement that are waited for.
         mode: "min" or "max".
         min_delta: what counts as an improvement.
@@ -65,7 +66,8 @@ class EarlyStopping(TrainerCallback):
     def on_epoch_end(self, trainer: Any) -> None:
         self.waited = 0 if self.best.improved(trainer) else self.waited + 1
         if self.waited >= self.patience:
-            trainer.stop(f"{self.best.metric} has not improved on {self.best.value:.6g} for {self.waited} epochs")
+            best = "been finite" if self.best.value is None else f"improved on {self.best.value:.6g}"
+            trainer.stop(f"{self.best.metric} has not {best} for {self.waited} epochs")
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint."""
@@ -131,14 +133,17 @@ class Best:
         self.value: float | None = None
 
     def improved(self, trainer: Any) -> bool:
-        """Whether the latest value is the best; ConfigError when the run does not record the metric."""
+        """Whether the latest value is finite and the best; ConfigError when the run does not record the metric."""
         known = sorted(trainer.run_history.get_metric_names())
         if self.metric not in known:
             raise ConfigError(
                 f"metric must be one of {known}. Received: {self.metric!r}{check.near(self.metric, known)}"
             )
         now = float(trainer.run_history.get_latest_metric(self.metric))
-        better = self.value is None or self.sign * now < self.sign * self.value - self.min_delta
+        # A NaN or an infinite value is never the best: nothing could improve on it.
+        better = math.isfinite(now) and (
+            self.value is None or self.sign * now < self.sign * self.value - self.min_delta
+        )
         if better:
             self.value = now
         return better

@@ -148,8 +148,9 @@ class TrainerLoop(Resumable):
         """Train the model in place.
 
         Args:
-            train_dataset: a map-style data set of samples (`len` and indexing), which is shuffled and batched here; or
-                ready batches: a list of them, or a data loader.
+            train_dataset: a map-style data set of samples (`len` and indexing), which is shuffled and batched here; a
+                stream of samples (PyTorch's IterableDataset, a mindspore.dataset without `batch`), which is batched
+                in its own order; or ready batches: a list of them, or a data loader.
             num_epochs: passes over the training data.
             eval_dataset: the same kinds; evaluated after each epoch.
             per_device_batch_size: samples per batch and process; ready batches keep their own size.
@@ -168,8 +169,8 @@ class TrainerLoop(Resumable):
             resume_from: a folder that `save_checkpoint` wrote; the run goes on as if it had never stopped.
 
         Returns:
-            The run history: train_loss_step, train_loss_epoch, learning_rate, and eval_loss_epoch and
-            eval_<metric>_epoch with an eval_dataset.
+            The run history: train_loss_step, train_loss_epoch (the mean of the finite ones), learning_rate, and
+                eval_loss_epoch and eval_<metric>_epoch with an eval_dataset.
 
         Raises:
             ConfigError: an argument does not fit the others, or not the checkpoint.
@@ -341,10 +342,14 @@ class TrainerLoop(Resumable):
     def _close_epoch(self) -> None:
         """Bring the epoch's means into the history, evaluate, and count it."""
         self._flush()
+        if not self._pending and self.stop_reason is None and not self._spent():
+            raise ConfigError(
+                f"train_dataset gave no batch in epoch {self.epoch}: it must give its batches again in every epoch"
+            )
         if self._pending:
-            self.run_history.update_metric("train_loss_epoch", math.fsum(self._pending) / len(self._pending))
+            self.run_history.update_metric("train_loss_epoch", self._mean("loss", self._pending))
         for name, values in self._term_values.items():
-            self.run_history.update_metric(f"train_{name}_epoch", math.fsum(values) / len(values))
+            self.run_history.update_metric(f"train_{name}_epoch", self._mean(name, values))
         rate = self._learning_rate()
         if rate is not None:
             self.run_history.update_metric("learning_rate", rate)
@@ -355,6 +360,20 @@ class TrainerLoop(Resumable):
         self.run_history._increment_epoch()
         self.epoch, self.step_in_epoch = self.epoch + 1, 0
         self._fire("on_epoch_end")
+
+    def _mean(self, name: str, values: Sequence[float]) -> float:
+        """The mean of an epoch's finite values; NaN where there is none."""
+        finite = [v for v in values if math.isfinite(v)]
+        if len(finite) < len(values):
+            left_out = len(values) - len(finite)
+            logger.warning(
+                "epoch %d: %d of %d values of %s are not finite and not in its mean",
+                self.epoch,
+                left_out,
+                len(values),
+                name,
+            )
+        return math.fsum(finite) / len(finite) if finite else math.nan
 
     def _record(self, found: Mapping[str, float]) -> None:
         for name, value in found.items():

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from slimkit.core import files
-from slimkit.core.errors import ConfigError, FileFormatError
+from slimkit.core.errors import ConfigError, FileFormatError, UnsupportedError
 from slimkit.core.log import logger
 from slimkit.core.train.history import RunHistory, TrainerRunConfig
 
@@ -60,6 +63,9 @@ class Resumable(ABC):
 
         Returns:
             The folder.
+
+        Raises:
+            UnsupportedError: a state that could not be read back as it is; an older checkpoint stays.
         """
         target = files.as_path(directory, "directory")
         self._flush()
@@ -87,7 +93,7 @@ class Resumable(ABC):
                     "pending": _json(self._pending),
                     "terms": {name: _json(values) for name, values in self._term_values.items()},
                     "callbacks": [
-                        [type(c).__name__, c.state_dict()] for c in self.callbacks if hasattr(c, "state_dict")
+                        [type(c).__name__, _json(c.state_dict())] for c in self.callbacks if hasattr(c, "state_dict")
                     ],
                     "state": state,
                 },
@@ -138,7 +144,7 @@ class Resumable(ABC):
         ):
             if kept[name] != now:
                 raise ConfigError(f"resume_from: the checkpoint was made with {name} {kept[name]}, this run has {now}")
-        states = self._states(kept["callbacks"])
+        states = self._states(_unjson(kept["callbacks"]))
         for callback, state in states:
             if hasattr(callback, "on_resume"):
                 callback.on_resume(self, state)
@@ -171,12 +177,25 @@ class Resumable(ABC):
         return found
 
 
-def _json(values: list[Any]) -> list[Any]:
-    # JSON has no inf and nan, and a float must come back to the last bit: repr does both.
-    return [
-        v if isinstance(v, (int, str, bool, dict, list)) or v is None else {"float": repr(float(v))} for v in values
-    ]
+def _json(value: Any) -> Any:
+    """A nested value as JSON, which has no inf and nan, and whose floats must come back to the last bit."""
+    if isinstance(value, Mapping):
+        if not all(isinstance(key, str) for key in value):
+            raise UnsupportedError(f"a checkpoint cannot hold a dict whose keys are no str: {value!r:.80}")
+        return {key: _json(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_json(v) for v in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if value is None or isinstance(value, (int, str)):
+        return value
+    try:
+        return {"float": repr(float(value))}  # a number of NumPy or a framework too
+    except (TypeError, ValueError, RuntimeError):  # frameworks differ in what they raise
+        raise UnsupportedError(f"a checkpoint cannot hold a {type(value).__name__}: {value!r:.80}") from None
 
 
 def _unjson(value: Any) -> Any:
-    return float(value["float"]) if isinstance(value, dict) and set(value) == {"float"} else value
+    if isinstance(value, dict):
+        return float(value["float"]) if set(value) == {"float"} else {k: _unjson(v) for k, v in value.items()}
+    return [_unjson(v) for v in value] if isinstance(value, list) else value

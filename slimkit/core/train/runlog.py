@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -66,7 +67,7 @@ class CSVLogger(_EpochLog):
 
 
 class JSONLogger(_EpochLog):
-    """One JSON object an epoch, each on its line, whole at any time.
+    """One JSON object an epoch, each on its line, whole at any time; null stands for NaN and infinity.
 
     Args:
         path: the file.
@@ -74,7 +75,9 @@ class JSONLogger(_EpochLog):
 
     def write(self) -> None:
         with files.atomic_file(self.path, "w") as handle:
-            handle.writelines(json.dumps(row) + "\n" for row in self.rows)
+            for row in self.rows:
+                shown = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+                handle.write(json.dumps(shown, allow_nan=False) + "\n")
 
 
 class TensorBoardLogger(TrainerCallback):

@@ -6,6 +6,8 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from slimkit.core import check
 from slimkit.core.errors import ConfigError
 
@@ -51,13 +53,49 @@ class UpdateOptions:
             parameters = []
         required = [p for p in parameters if p.kind in kinds and p.default is inspect.Parameter.empty]
         if len(required) < 2:
-            return make(optimizer)
+            return _scheduler(make(optimizer))
         if self.n_updates is None:
             raise ConfigError(
                 "create_scheduler_fn asks for the number of updates, and the train_dataset has no length: "
                 "give max_num_train_steps"
             )
-        return make(optimizer, self.n_updates)
+        return _scheduler(make(optimizer, self.n_updates))
+
+
+def _scheduler(made: Any) -> Any:
+    if not (callable(made) or hasattr(made, "step")):
+        check.wrong_type(
+            "create_scheduler_fn's result", "a scheduler with step(), or a function from step to factor", made
+        )
+    return made
+
+
+def factor_at(schedule: Callable[[int], Any], step: int) -> float:
+    """The factor on the learning rate that a schedule gives for a step, as a float.
+
+    Args:
+        schedule: a function that returns an int, a float, or a tensor or array of one number.
+        step: updates done so far.
+
+    Raises:
+        ArgumentTypeError: it returned no number.
+        ArgumentError: it returned NaN, infinity or a negative number.
+
+    Example:
+        >>> factor_at(lambda step: 1, 0)
+        1.0
+    """
+    given = schedule(step)
+    name = f"the factor of create_scheduler_fn's schedule at step {step}"
+    if isinstance(given, np.ndarray) and given.size == 1:
+        given = given.item()
+    if given is None or isinstance(given, (bool, str)):
+        check.wrong_type(name, "a number", given)
+    try:
+        factor = float(given)
+    except (TypeError, ValueError, RuntimeError):  # frameworks differ in what they raise
+        check.wrong_type(name, "one number", given)
+    return check.number(factor, name, minimum=0)
 
 
 def _bound(value: float | None, name: str) -> float | None:
