@@ -11,7 +11,8 @@ from slimkit import bridge
 from slimkit.core import check
 from slimkit.core.batch import as_call
 from slimkit.core.distill.config import DistillSpec, KnowledgeDistillConfig, SoftLabel
-from slimkit.core.distill.shapes import check_shapes, pick, projection_values
+from slimkit.core.distill.masks import IGNORED, holds_labels
+from slimkit.core.distill.shapes import check_mask, check_shapes, pick, projection_values
 from slimkit.core.errors import ConfigError
 from slimkit.distill import losses, taps
 
@@ -51,6 +52,7 @@ class DistillDualModels(nn.Module):
         self._stores = {"t": taps.Store(), "s": taps.Store()}
         self._attached = False
         self._checked = False
+        self._label_masks: set[Any] = set()  # masks that hold labels, of which -100 does not count
         self._soft: Tensor | None = None
         self._argument_names = list(inspect.signature(student.forward).parameters)
         self._names = [[f"{label.label}/{term.func_name}" for term in label.losses] for label in spec.soft_labels]
@@ -176,6 +178,19 @@ class DistillDualModels(nn.Module):
             masks[key] = args[place]
         return masks
 
+    def _counting(self, label: SoftLabel, mask: Tensor, student: Tensor) -> Tensor:
+        """1 where a row counts and 0 where it does not, in the student's type."""
+        key = label.mask
+        name = self._argument_names[key] if isinstance(key, int) and key < len(self._argument_names) else key
+        check_mask(label, tuple(mask.shape), tuple(student.shape))
+        # Values are looked at where that costs nothing, and elsewhere in the first batch: it waits for the device.
+        if name not in self._label_masks and (mask.device.type == "cpu" or not self._checked):
+            values = mask.detach().float() if mask.is_floating_point() else mask
+            if holds_labels(values.numpy(force=True), name, label.label):
+                self._label_masks.add(name)
+        counts = mask != IGNORED if name in self._label_masks else mask
+        return counts.to(student.device, student.dtype)
+
     def _check(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
         for place, (label, (student, teacher)) in enumerate(zip(self.spec.soft_labels, pairs)):
             widths = self._widths(place)
@@ -236,7 +251,7 @@ class DistillDualModels(nn.Module):
         return total
 
     def _terms(self, place: int, label: SoftLabel, student: Tensor, teacher: Tensor, masks: Any) -> Any:
-        mask = None if label.mask is None else masks[label.mask].to(student.dtype)
+        mask = None if label.mask is None else self._counting(label, masks[label.mask], student)
         if label.pool is not None:
             student, teacher = losses.pool(student, label.pool, mask), losses.pool(teacher, label.pool, mask)
             mask = None

@@ -17,8 +17,16 @@ Loss: TypeAlias = Callable[[Tensor, Tensor, LossTerm, "Tensor | None"], Tensor]
 
 
 def row_mean(values: Tensor, mask: Tensor | None) -> Tensor:
-    """Mean over rows, or over the rows whose mask is 1."""
-    return values.mean() if mask is None else (values * mask).sum() / mask.sum().clamp(min=1)
+    """Mean over rows, or over the rows whose mask is 1; 0 where there is none."""
+    if mask is None:
+        return values.mean()
+    mask = mask.reshape(values.shape)
+    return torch.where(mask > 0, values * mask, 0).sum() / mask.sum().clamp(min=1)
+
+
+def blank(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Rows (..., width), 0 where the mask is 0: what padding holds, infinity and NaN too, then counts for nothing."""
+    return x if mask is None else torch.where(mask.reshape(x.shape[:-1]).unsqueeze(-1) > 0, x, 0)
 
 
 def places(x: Tensor) -> Tensor:
@@ -33,28 +41,32 @@ def pool(x: Tensor, how: str, mask: Tensor | None) -> Tensor:
     if mask is None:
         return x.mean(1)
     weight = mask[:, :, None]
-    return (x * weight).sum(1) / weight.sum(1).clamp(min=1)
+    return (blank(x, mask) * weight).sum(1) / weight.sum(1).clamp(min=1)
 
 
 def kd_cross_entropy(s: Tensor, t: Tensor, term: LossTerm, mask: Tensor | None) -> Tensor:
     """-sum p_t log p_s."""
+    s, t = blank(s, mask), blank(t, mask)
     p = softmax(t / term.temperature, -1)
     return row_mean(-(p * log_softmax(s / term.temperature, -1)).sum(-1), mask)
 
 
 def kd_mse(s: Tensor, t: Tensor, term: LossTerm, mask: Tensor | None) -> Tensor:
     """Squared difference of logits."""
+    s, t = blank(s, mask), blank(t, mask)
     return row_mean(((s - t) / term.temperature).square().mean(-1), mask)
 
 
 def kd_kl_div(s: Tensor, t: Tensor, term: LossTerm, mask: Tensor | None) -> Tensor:
     """KL(teacher || student)."""
+    s, t = blank(s, mask), blank(t, mask)
     log_t = log_softmax(t / term.temperature, -1)
     return row_mean((log_t.exp() * (log_t - log_softmax(s / term.temperature, -1))).sum(-1), mask)
 
 
 def hard_kd_cross_entropy(s: Tensor, t: Tensor, term: LossTerm, mask: Tensor | None) -> Tensor:
     """Cross entropy against the teacher's most likely class."""
+    s, t = blank(s, mask), blank(t, mask)
     return row_mean(-log_softmax(s, -1).gather(-1, t.argmax(-1, keepdim=True)).squeeze(-1), mask)
 
 
@@ -62,12 +74,12 @@ def hidden_mse(s: Tensor, t: Tensor, term: LossTerm, mask: Tensor | None) -> Ten
     """Squared difference of hidden states."""
     if mask is None:
         return torch.nn.functional.mse_loss(places(s), places(t))
-    return row_mean((places(s) - places(t)).square().mean(-1), mask)
+    return row_mean((blank(places(s), mask) - blank(places(t), mask)).square().mean(-1), mask)
 
 
 def hidden_cosine(s: Tensor, t: Tensor, term: LossTerm, mask: Tensor | None) -> Tensor:
     """1 - cosine of hidden states."""
-    s, t = places(s), places(t)
+    s, t = blank(places(s), mask), blank(places(t), mask)
     lengths = [x.square().sum(-1).clamp(min=1e-16).sqrt() for x in (s, t)]
     return row_mean(1 - (s * t).sum(-1) / lengths[0] / lengths[1], mask)
 
@@ -83,13 +95,15 @@ def _pairs_mean(values: Tensor, mask: Tensor | None) -> Tensor:
         return values.mean()
     mask = mask.reshape(values.shape[0], -1)
     pairs = mask[:, :, None] * mask[:, None, :]
-    return (values * pairs).sum() / pairs.sum().clamp(min=1)
+    return torch.where(pairs > 0, values * pairs, 0).sum() / pairs.sum().clamp(min=1)
 
 
 def mmd(s: Tensor, t: Tensor, term: LossTerm, mask: Tensor | None) -> Tensor:
     """Squared difference of Gram matrices over width."""
     n = term.func_param[0] if term.func_param else None
-    gram_s, gram_t = (x @ x.transpose(1, 2) / x.shape[-1] for x in (states(s, n), states(t, n)))
+    gram_s, gram_t = (
+        x @ x.transpose(1, 2) / x.shape[-1] for x in (blank(states(s, n), mask), blank(states(t, n), mask))
+    )
     return _pairs_mean((gram_s - gram_t).square(), mask)
 
 
@@ -98,6 +112,9 @@ def attention_mse(s: Tensor, t: Tensor, term: LossTerm, mask: Tensor | None) -> 
     s, t = (torch.where(x <= MASKED_SCORE, torch.zeros_like(x), x) for x in (s, t))
     if s.ndim == 3:
         s, t = s[:, None], t[:, None]
+    if mask is not None:
+        pairs = (mask[:, :, None] * mask[:, None, :])[:, None]
+        s, t = (torch.where(pairs > 0, x, 0) for x in (s, t))
     if s.shape[1] != t.shape[1]:
         s, t = s.mean(1, keepdim=True), t.mean(1, keepdim=True)
     return _pairs_mean((s - t).square().mean(1), mask)
@@ -107,7 +124,7 @@ def relation(s: Tensor, t: Tensor, term: LossTerm, mask: Tensor | None) -> Tenso
     """KL between the scaled dot-product relations of states."""
     heads = term.func_param[0] if term.func_param else 1
     logs = []
-    for x in (states(s), states(t)):
+    for x in (blank(states(s), mask), blank(states(t), mask)):
         x = x.unflatten(-1, (heads, -1)).transpose(1, 2)  # (samples, heads, places, width / heads)
         scores = x @ x.transpose(2, 3) / (x.shape[-1] ** 0.5 * term.temperature)
         if mask is not None:

@@ -9,7 +9,8 @@ from typing import Any
 from slimkit.core import check
 from slimkit.core.batch import as_call
 from slimkit.core.distill.config import DistillSpec, KnowledgeDistillConfig
-from slimkit.core.distill.shapes import check_shapes, pick, projection_values
+from slimkit.core.distill.masks import holds_labels
+from slimkit.core.distill.shapes import check_mask, check_shapes, pick, projection_values
 from slimkit.core.errors import ConfigError
 from slimkit_ms import bridge
 from slimkit_ms.distill import taps
@@ -132,6 +133,10 @@ class DistillDualModels(nn.Cell):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self._attached:
             self._attach()
+        if ms.get_context("mode") == ms.PYNATIVE_MODE:
+            for place, label in enumerate(self.spec.soft_labels):
+                if label.t_module is None:  # the others are read where their tensors are at hand
+                    self._read_mask(place, None, args, kwargs)
         return super().__call__(*args, **kwargs)
 
     def construct(self, *args, **kwargs):
@@ -189,7 +194,7 @@ class DistillDualModels(nn.Cell):
                     f"{label.label}: widths {width_of(student)} and {width_of(teacher)} differ and need a projection: "
                     "pass inputs=one example batch to get_distill_model, or the key widths, before making the optimizer"
                 )
-        return student, teacher, self._mask(label, args, kwargs)
+        return student, teacher, self._read_mask(place, student, args, kwargs)
 
     def _told(self, place: int) -> Any:
         return self._seen["t"][place]
@@ -212,6 +217,20 @@ class DistillDualModels(nn.Cell):
         if isinstance(place, str) or place is None or place >= len(args):
             raise ConfigError(f"mask {label.mask!r} of {label.label} is no argument of this forward")
         return args[place]
+
+    def _read_mask(self, place: int, student: ms.Tensor | None, args: Any, kwargs: Any) -> Any:
+        """The mask of a soft label, refused where its values or shape mean nothing; no compiled graph may call it."""
+        label, terms = self.spec.soft_labels[place], self.terms[place]
+        mask = self._mask(label, args, kwargs)
+        if mask is None:
+            return None
+        if student is not None:
+            check_mask(label, tuple(mask.shape), tuple(student.shape))
+        if not terms.by_labels:
+            key = label.mask
+            name = self._argument_names[key] if isinstance(key, int) and key < len(self._argument_names) else key
+            terms.by_labels = holds_labels(bridge.as_numpy(mask), name, label.label)
+        return mask
 
     def _widths(self, place: int) -> tuple[int, int] | None:
         if not self.terms[place].projects:
@@ -248,7 +267,7 @@ class DistillDualModels(nn.Cell):
                     widths = self._widths(place)
                     if check_shapes(label, tuple(student.shape), tuple(teacher.shape), projected=widths) and not widths:
                         self._project(place, width_of(student), width_of(teacher))
-                    mask = self._mask(label, args, kwargs)
+                    mask = self._read_mask(place, student, args, kwargs)
                     if label.t_module is not None:
                         n = len(label.losses)
                         self._memories[place] = taps.Memory(f"distill.{place}", teacher, mask, n)

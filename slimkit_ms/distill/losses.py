@@ -6,6 +6,7 @@ from typing import Any
 
 from slimkit.core.distill.config import LossTerm
 from slimkit.core.distill.losses import MASKED_KEY, MASKED_SCORE
+from slimkit.core.distill.masks import IGNORED, names_labels
 from slimkit_ms import bridge  # noqa: F401  (says in one line that MindSpore is missing)
 
 import mindspore as ms
@@ -15,10 +16,19 @@ from mindspore import nn, ops
 
 
 def row_mean(values: Any, mask: Any) -> Any:
-    """Mean over rows, or over the rows whose mask is 1."""
+    """Mean over rows, or over the rows whose mask is 1; 0 where there is none."""
     if mask is None:
         return values.mean()
-    return (values * mask).sum() / ops.maximum(mask.sum(), 1.0)
+    mask = mask.reshape(values.shape)
+    return ops.select(mask > 0, values * mask, ops.zeros_like(values)).sum() / ops.maximum(mask.sum(), 1.0)
+
+
+def blank(x: Any, mask: Any) -> Any:
+    """Rows (..., width), 0 where the mask is 0: what padding holds, infinity and NaN too, then counts for nothing."""
+    if mask is None:
+        return x
+    keep = mask.reshape(x.shape[:-1]).expand_dims(-1).broadcast_to(x.shape) > 0
+    return ops.select(keep, x, ops.zeros_like(x))
 
 
 def places(x: Any) -> Any:
@@ -35,7 +45,7 @@ def pool(x: Any, how: str, mask: Any) -> Any:
     if mask is None:
         return x.mean(1)
     weight = mask.expand_dims(2)
-    return (x * weight).sum(1) / ops.maximum(weight.sum(1), 1.0)
+    return (blank(x, mask) * weight).sum(1) / ops.maximum(weight.sum(1), 1.0)
 
 
 def states(x: Any, n_samples: int) -> Any:
@@ -52,7 +62,7 @@ def pairs_mean(values: Any, mask: Any) -> Any:
         return values.mean()
     mask = mask.reshape((values.shape[0], -1))
     pairs = mask.expand_dims(2) * mask.expand_dims(1)
-    return (values * pairs).sum() / ops.maximum(pairs.sum(), 1.0)
+    return ops.select(pairs > 0, values * pairs, ops.zeros_like(values)).sum() / ops.maximum(pairs.sum(), 1.0)
 
 
 class Loss(nn.Cell):
@@ -68,7 +78,8 @@ class KDCrossEntropy(Loss):
     """-sum p_t log p_s."""
 
     def construct(self, s, t, mask):
-        p = ops.softmax(t / self.temperature, -1)
+        s = blank(s, mask)
+        p = ops.softmax(blank(t, mask) / self.temperature, -1)
         return row_mean(-(p * ops.log_softmax(s / self.temperature, -1)).sum(-1), mask)
 
 
@@ -76,14 +87,15 @@ class KDMse(Loss):
     """Squared difference of logits."""
 
     def construct(self, s, t, mask):
-        return row_mean(ops.square((s - t) / self.temperature).mean(-1), mask)
+        return row_mean(ops.square((blank(s, mask) - blank(t, mask)) / self.temperature).mean(-1), mask)
 
 
 class KDKLDiv(Loss):
     """KL(teacher || student)."""
 
     def construct(self, s, t, mask):
-        log_t = ops.log_softmax(t / self.temperature, -1)
+        s = blank(s, mask)
+        log_t = ops.log_softmax(blank(t, mask) / self.temperature, -1)
         return row_mean((ops.exp(log_t) * (log_t - ops.log_softmax(s / self.temperature, -1))).sum(-1), mask)
 
 
@@ -91,7 +103,8 @@ class HardKDCrossEntropy(Loss):
     """Cross entropy against the teacher's most likely class."""
 
     def construct(self, s, t, mask):
-        chosen = ops.argmax(t, -1).expand_dims(-1)
+        s = blank(s, mask)
+        chosen = ops.argmax(blank(t, mask), -1).expand_dims(-1)
         return row_mean(-ops.gather_elements(ops.log_softmax(s, -1), -1, chosen).squeeze(-1), mask)
 
 
@@ -99,15 +112,15 @@ class HiddenMse(Loss):
     """Squared difference of hidden states."""
 
     def construct(self, s, t, mask):
-        return row_mean(ops.square(places(s) - places(t)).mean(-1), mask)
+        return row_mean(ops.square(blank(places(s), mask) - blank(places(t), mask)).mean(-1), mask)
 
 
 class HiddenCosine(Loss):
     """1 - cosine of hidden states."""
 
     def construct(self, s, t, mask):
-        s = places(s)
-        t = places(t)
+        s = blank(places(s), mask)
+        t = blank(places(t), mask)
         length_s = ops.sqrt(ops.maximum(ops.square(s).sum(-1), 1e-16))
         length_t = ops.sqrt(ops.maximum(ops.square(t).sum(-1), 1e-16))
         return row_mean(1.0 - (s * t).sum(-1) / length_s / length_t, mask)
@@ -117,8 +130,8 @@ class MMD(Loss):
     """Squared difference of Gram matrices over width."""
 
     def construct(self, s, t, mask):
-        s = states(s, self.parameter)
-        t = states(t, self.parameter)
+        s = blank(states(s, self.parameter), mask)
+        t = blank(states(t, self.parameter), mask)
         gram_s = ops.bmm(s, s.swapaxes(1, 2)) / s.shape[-1]
         gram_t = ops.bmm(t, t.swapaxes(1, 2)) / t.shape[-1]
         return pairs_mean(ops.square(gram_s - gram_t), mask)
@@ -133,6 +146,10 @@ class AttentionMse(Loss):
         if s.ndim == 3:
             s = s.expand_dims(1)
             t = t.expand_dims(1)
+        if mask is not None:
+            pairs = (mask.expand_dims(2) * mask.expand_dims(1)).expand_dims(1)
+            s = ops.select(pairs.broadcast_to(s.shape) > 0, s, ops.zeros_like(s))
+            t = ops.select(pairs.broadcast_to(t.shape) > 0, t, ops.zeros_like(t))
         if s.shape[1] != t.shape[1]:
             s = s.mean(1, keep_dims=True)
             t = t.mean(1, keep_dims=True)
@@ -144,7 +161,7 @@ class Relation(Loss):
 
     def relations(self, x, mask):
         """Logarithms of the relations, (samples, heads, places, places)."""
-        x = states(x, 1)
+        x = blank(states(x, 1), mask)
         width = x.shape[2] // self.parameter
         x = x.reshape((x.shape[0], x.shape[1], self.parameter, width)).swapaxes(1, 2)
         scores = ops.matmul(x, x.swapaxes(2, 3)) / (float(width) ** 0.5 * self.temperature)
@@ -229,6 +246,7 @@ class Terms(nn.Cell):
         self.factors = tuple(float(t.factor) for t in label.losses)
         self.pool = label.pool
         self.uses_mask = label.mask is not None
+        self.by_labels = names_labels(label.mask)
         self.projects = False
 
     def project(self) -> None:
@@ -241,7 +259,7 @@ class Terms(nn.Cell):
         s = s.astype(ms.float32)
         t = t.astype(ms.float32)
         if self.uses_mask:
-            mask = mask.astype(ms.float32)
+            mask = (mask != IGNORED).astype(ms.float32) if self.by_labels else mask.astype(ms.float32)
         else:
             mask = None
         if self.pool is not None:

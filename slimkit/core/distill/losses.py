@@ -21,10 +21,25 @@ def log_softmax(x: Array) -> Array:
 
 
 def row_mean(values: Array, mask: Array | None) -> float:
-    """Mean over rows, or over the rows whose mask is 1."""
+    """Mean over rows, or over the rows whose mask is 1; 0 where there is none."""
     if mask is None:
         return float(values.mean())
-    return float((values * mask).sum() / max(mask.sum(), 1))
+    mask = mask.reshape(values.shape)
+    return float(np.where(mask > 0, values * mask, 0).sum() / max(mask.sum(), 1))
+
+
+def blank(x: Array, mask: Array | None) -> Array:
+    """Rows (..., width), 0 where the mask is 0: what padding holds, infinity and NaN too, then counts for nothing."""
+    return x if mask is None else np.where(mask.reshape(x.shape[:-1])[..., None] > 0, x, 0)
+
+
+def pairs_mean(values: Array, mask: Array | None) -> float:
+    """Mean over pairs of positions (batch, length, length), or over those where both are real."""
+    if mask is None:
+        return float(values.mean())
+    mask = mask.reshape(values.shape[0], -1)
+    pairs = mask[:, :, None] * mask[:, None, :]
+    return float(np.where(pairs > 0, values * pairs, 0).sum() / max(pairs.sum(), 1))
 
 
 def places(x: Array) -> Array:
@@ -39,40 +54,45 @@ def pool(x: Array, how: str, mask: Array | None) -> Array:
     if mask is None:
         return np.asarray(x.mean(1))
     weight = mask[:, :, None]
-    return np.asarray((x * weight).sum(1) / np.maximum(weight.sum(1), 1))
+    return np.asarray((blank(x, mask) * weight).sum(1) / np.maximum(weight.sum(1), 1))
 
 
 def kd_cross_entropy(s: Array, t: Array, term: LossTerm, mask: Array | None) -> float:
     """Mean over rows of -sum p_t log p_s, logits divided by the temperature (Hinton et al. 2015, sec. 2)."""
+    s, t = blank(s, mask), blank(t, mask)
     p = np.exp(log_softmax(t / term.temperature))
     return row_mean(-(p * log_softmax(s / term.temperature)).sum(-1), mask)
 
 
 def kd_mse(s: Array, t: Array, term: LossTerm, mask: Array | None) -> float:
     """Mean squared difference of logits divided by the temperature (Ba & Caruana 2014)."""
+    s, t = blank(s, mask), blank(t, mask)
     return row_mean((((s - t) / term.temperature) ** 2).mean(-1), mask)
 
 
 def kd_kl_div(s: Array, t: Array, term: LossTerm, mask: Array | None) -> float:
     """Mean over rows of KL(teacher || student); its gradient is that of the cross entropy, its minimum 0."""
+    s, t = blank(s, mask), blank(t, mask)
     log_t = log_softmax(t / term.temperature)
     return row_mean((np.exp(log_t) * (log_t - log_softmax(s / term.temperature))).sum(-1), mask)
 
 
 def hard_kd_cross_entropy(s: Array, t: Array, term: LossTerm, mask: Array | None) -> float:
     """Cross entropy of the student against the teacher's most likely class."""
+    s, t = blank(s, mask), blank(t, mask)
     chosen = t.argmax(-1)[..., None]
     return row_mean(-np.take_along_axis(log_softmax(s), chosen, -1)[..., 0], mask)
 
 
 def hidden_mse(s: Array, t: Array, term: LossTerm, mask: Array | None) -> float:
     """Mean squared difference of hidden states (Romero et al. 2015, FitNets)."""
-    return row_mean(((places(s) - places(t)) ** 2).mean(-1), mask)
+    s, t = blank(places(s), mask), blank(places(t), mask)
+    return row_mean(((s - t) ** 2).mean(-1), mask)
 
 
 def hidden_cosine(s: Array, t: Array, term: LossTerm, mask: Array | None) -> float:
     """Mean over rows of 1 - cosine of hidden states (Sanh et al. 2019, DistilBERT)."""
-    s, t = places(s), places(t)
+    s, t = blank(places(s), mask), blank(places(t), mask)
     square = [np.maximum((x**2).sum(-1), 1e-16) for x in (s, t)]
     return row_mean(1 - (s * t).sum(-1) / np.sqrt(square[0]) / np.sqrt(square[1]), mask)
 
@@ -86,13 +106,8 @@ def states(x: Array, n_samples: int | None = None) -> Array:
 def mmd(s: Array, t: Array, term: LossTerm, mask: Array | None) -> float:
     """Mean squared difference of Gram matrices over width (Huang & Wang 2017, eq. 5 with a linear kernel)."""
     n = term.func_param[0] if term.func_param else None
-    gram = [x @ x.swapaxes(1, 2) / x.shape[-1] for x in (states(s, n), states(t, n))]
-    square = (gram[0] - gram[1]) ** 2
-    if mask is None:
-        return float(square.mean())
-    mask = mask.reshape(square.shape[0], -1)
-    pairs = mask[:, :, None] * mask[:, None, :]
-    return float((square * pairs).sum() / max(pairs.sum(), 1))
+    gram = [x @ x.swapaxes(1, 2) / x.shape[-1] for x in (blank(states(s, n), mask), blank(states(t, n), mask))]
+    return pairs_mean((gram[0] - gram[1]) ** 2, mask)
 
 
 def attention_mse(s: Array, t: Array, term: LossTerm, mask: Array | None) -> float:
@@ -100,20 +115,19 @@ def attention_mse(s: Array, t: Array, term: LossTerm, mask: Array | None) -> flo
     s, t = (np.where(x <= MASKED_SCORE, 0, x) for x in (s, t))
     if s.ndim == 3:
         s, t = s[:, None], t[:, None]
+    if mask is not None:
+        pairs = (mask[:, :, None] * mask[:, None, :])[:, None]
+        s, t = (np.where(pairs > 0, x, 0) for x in (s, t))
     if s.shape[1] != t.shape[1]:
         s, t = s.mean(1, keepdims=True), t.mean(1, keepdims=True)
-    square = ((s - t) ** 2).mean(1)
-    if mask is None:
-        return float(square.mean())
-    pairs = mask[:, :, None] * mask[:, None, :]
-    return float((square * pairs).sum() / max(pairs.sum(), 1))
+    return pairs_mean(((s - t) ** 2).mean(1), mask)
 
 
 def relation(s: Array, t: Array, term: LossTerm, mask: Array | None) -> float:
     """KL between the scaled dot-product relations of states (Wang et al. 2021, MiniLMv2, eq. 3 to 5)."""
     heads = term.func_param[0] if term.func_param else 1
     logs = []
-    for x in (states(s), states(t)):
+    for x in (blank(states(s), mask), blank(states(t), mask)):
         x = x.reshape(*x.shape[:2], heads, -1).swapaxes(1, 2)  # (samples, heads, places, width / heads)
         scores = x @ x.swapaxes(2, 3) / np.sqrt(x.shape[-1]) / term.temperature
         if mask is not None:

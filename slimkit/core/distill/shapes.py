@@ -112,6 +112,27 @@ def check_shapes(label: SoftLabel, student: Shape, teacher: Shape, *, projected:
     return bool(needed)
 
 
+def check_mask(label: SoftLabel, mask: Shape, student: Shape) -> None:
+    """Refuse a mask that has not one value for each row of the student's tensor.
+
+    Args:
+        label: the soft label.
+        mask: the mask's shape.
+        student: shape of the student's tensor, batch first, before pooling.
+
+    Raises:
+        ConfigError: names the label and both shapes.
+    """
+    attention = any(LOSSES.get(term.func_name, ("",))[0] == "attention" for term in label.losses)
+    custom = any(term.func_name not in LOSSES for term in label.losses)
+    rows = (student[0], student[-1]) if attention else student[:-1]
+    if not custom and int(np.prod(mask)) != int(np.prod(rows)):
+        raise ConfigError(
+            f"{label.label}: mask {label.mask!r} must have one value for each row of the student's {student}, shape "
+            f"{rows}. Received: {mask}"
+        )
+
+
 def _without(shape: Shape, axis: int) -> Shape:
     places = list(shape)
     del places[axis]
