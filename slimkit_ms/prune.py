@@ -52,6 +52,10 @@ class MindSporePrune:
         self.knife: Knife | None = None
         self._proven: Any = None
 
+    @property
+    def has_example(self) -> bool:
+        return self.inputs is not None
+
     def trace(self) -> Graph:
         self.traced = trace_marked(self.model, self.inputs)
         self.knife = Knife(self.model, self.inputs, self.traced)
