@@ -18,6 +18,7 @@ from slimkit.delta.layer import DeltaLayer
 from slimkit.delta.multihead import call_layers, prefixed_multihead, watching_multihead
 from slimkit.delta.positions import counting, start_at_zero, start_behind
 from slimkit.delta.prefix import PrefixLayer
+from slimkit.delta.prefix_cache import decoder_of, put_cached, self_attention
 from slimkit.delta.written import Extending, Watched, also_fused, edited_class, written_attention
 
 import torch
@@ -254,6 +255,9 @@ def put_prefix(
         Path -> options, of each layer.
     """
     plan = rules.checked(**options)
+    cached = _cached(model, targets, plan, name, dtype, strict)
+    if cached is not None:
+        return cached
     inputs = plan.inputs if plan.text_ids is None else {"input_ids": torch.tensor([plan.text_ids])}
     kernels = _attention_kernel(model)
     try:
@@ -282,6 +286,27 @@ def put_prefix(
     call_layers(model, modules)
     start_behind(plan.prefix_token_num, places)
     return described
+
+
+def _cached(
+    model: nn.Module, targets: Any, plan: rules.PrefixOptions, name: str, dtype: Any, strict: bool
+) -> dict[str, dict[str, Any]] | None:
+    """Put a prefix into the cache of an encoder-decoder model's decoder, in place; None where others are meant."""
+    decoder = decoder_of(model)
+    if decoder is None:
+        return None
+    found = self_attention(model, decoder, plan.inputs)
+    kinds = {type(bridge.get_module(model, path)) for path in found}
+    every = {p: rules.Seen(1, 1, 1) for p, m in model.named_modules() if type(m) in kinds}
+    chosen: Any = found if targets in (None, "all-linear") else rules.chosen(every, targets, strict)
+    if not set(chosen) <= set(found):
+        return None
+    if plan.text_ids is not None:
+        raise UnsupportedError("a prefix on an encoder-decoder model cannot be started from a text.")
+    layers = {path: found[path] for path in chosen}
+    rules.refuse_taken([p for p in layers if isinstance(bridge.get_module(model, p), DeltaLayer)])
+    made = {path: _rows(seen, plan, dtype or torch.float32) for path, (_, seen) in layers.items()}
+    return put_cached(model, decoder, layers, made, plan, name)
 
 
 def _prefixed_class(path: str, module: nn.Module) -> type:

@@ -15,11 +15,13 @@ from slimkit.core.delta import tensors as arrays
 from slimkit.core.delta.bundle import sample_places
 from slimkit.core.delta.framework import DeltaStorage
 from slimkit.core.delta.spec import DeltaReport
+from slimkit.core.errors import UnsupportedError
 from slimkit.delta.framework import TorchDelta
 from slimkit.delta.inject import apply_delta
 from slimkit.delta.layer import DeltaLayer
 from slimkit.delta.positions import is_counted_by_library
 from slimkit.delta.prefix import PrefixEncoder
+from slimkit.delta.prefix_cache import CachedPrefix, decoder_of, self_attention
 from slimkit.delta.prompt import PromptTuning
 
 import torch
@@ -88,6 +90,25 @@ class TorchStorage(TorchDelta, DeltaStorage):
 
     def positions(self, model: nn.Module) -> list[str] | None:
         return None if is_counted_by_library(model) else super().positions(model)
+
+    def prefix_form(self, model: nn.Module, layers: Sequence[Any]) -> int:
+        decoder = decoder_of(model)
+        if all(isinstance(layer, CachedPrefix) for layer in layers):
+            wanted = len(self_attention(model, decoder, None))
+        elif decoder is not None:
+            raise UnsupportedError(
+                "PEFT's prefix on an encoder-decoder model stands before the decoder's own tokens, and nowhere else; "
+                "apply it without targets, or save with format='slimkit'."
+            )
+        else:
+            config = next((c for m in model.modules() if (c := getattr(m, "config", None)) is not None), None)
+            wanted = getattr(config, "num_hidden_layers", len(layers))
+        if len(layers) != wanted:
+            raise UnsupportedError(
+                f"PEFT's prefix is on all {wanted} attention layers; this one is on {len(layers)}. Save with "
+                f"format='slimkit'."
+            )
+        return 2 if decoder is not None else 1
 
     def prefix_rows(self, model: nn.Module, layers: Sequence[Any]) -> list[tuple[Any, Any]]:
         with bridge.evaluating(model), torch.no_grad():

@@ -138,6 +138,14 @@ class DeltaStorage(DeltaFramework):
         """The attention layers that PEFT's configuration speaks of, where a run is not what finds them."""
         return None
 
+    def prefix_form(self, model: Any, layers: Sequence[Any]) -> int:
+        """PEFT's num_transformer_submodules for a prefix: 1, or 2 for one in the cache of an encoder-decoder model.
+
+        Raises:
+            UnsupportedError: PEFT has no such prefix.
+        """
+        return 1
+
     def positions(self, model: Any) -> list[str] | None:
         """Paths of the modules that are given position numbers, by their names; None where the wing knows them."""
         return recognised(self.sites(model))

@@ -134,15 +134,23 @@ def _load_prompt(
         report = access.apply_kind(model, kind, None, prefix_token_num=tokens, sizes=sizes, **options)
     try:
         parts = [list(x.parts("").values()) for p, x in access.layers(model).items() if p in report.layers]
-        flat = peft.read_prompt(tensors, (tokens, sum(int(t.shape[1]) for pair in parts for t in pair)), where)
-        values = [(flat,)] if kind == "prompt" else peft.split_prefix(flat, len(parts))
+        layers = [x for p, x in access.layers(model).items() if p in report.layers]
+        form = 1 if kind == "prompt" else access.prefix_form(model, layers)
+        if kind == "prompt":
+            flat, notes = peft.read_rows(tensors, tokens, int(parts[0][0].shape[1]), config, where)
+            values: list[Any] = [(flat,)]
+        elif form == 2:
+            values, notes = peft.read_cached(tensors, tokens, int(parts[0][0].shape[1]), len(parts), config, where)
+        else:
+            flat = peft.read_prompt(tensors, (tokens, sum(int(t.shape[1]) for pair in parts for t in pair)), where)
+            values, notes = peft.split_prefix(flat, len(parts)), ()
         for pair, pieces in zip(parts, values):
             for tensor, value in zip(pair, pieces):
                 access.fill(tensor, value)
     except Exception:
         inject.remove(access, model, options["name"])
         raise
-    return report
+    return replace(report, notes=report.notes + tuple(notes))
 
 
 def _prompt_rows(access: DeltaStorage, model: Any, delta: Mapping[str, Any]) -> tuple[Array, dict[str, Any]]:
@@ -151,7 +159,7 @@ def _prompt_rows(access: DeltaStorage, model: Any, delta: Mapping[str, Any]) -> 
     config = getattr(model, "config", None)
     if delta["kind"] == "prompt":
         (table,) = layers[0].parts("").values()
-        rows = access.value(table)
+        rows, form = access.value(table), 1
         about = {
             "peft_type": "PROMPT_TUNING",
             "prompt_tuning_init": "RANDOM",
@@ -163,19 +171,23 @@ def _prompt_rows(access: DeltaStorage, model: Any, delta: Mapping[str, Any]) -> 
         pairs = access.prefix_rows(model, layers)
         if len({(x.prefix_heads, pair[0].shape) for x, pair in zip(layers, pairs)}) > 1:
             raise UnsupportedError("PEFT's prefix has the same shape in every layer; this one has not.")
+        form, count = access.prefix_form(model, layers), len(layers)
+        if form == 2:
+            pairs = peft.cached_pairs(pairs)
+            count = len(pairs)
         rows = np.concatenate([part for pair in pairs for part in pair], 1)
-        width = rows.shape[1] // (2 * len(layers))
+        width = rows.shape[1] // (2 * count)
         about = {
             "peft_type": "PREFIX_TUNING",
             "token_dim": width,
             "encoder_hidden_size": width,
             "num_attention_heads": layers[0].prefix_heads,
-            "num_layers": len(layers),
+            "num_layers": count,
         }
     return rows, {
         **about,
         "num_virtual_tokens": rows.shape[0],
-        "num_transformer_submodules": 1,
+        "num_transformer_submodules": form,
         "inference_mode": True,
     }
 
