@@ -43,7 +43,16 @@ _FILL: dict[str, Callable[[torch.Tensor], Any]] = {
     "he_uniform": nn.init.kaiming_uniform_,
     "he_normal": nn.init.kaiming_normal_,
     "truncated_normal": lambda t: nn.init.trunc_normal_(t, std=0.01, a=-0.02, b=0.02),
+    "variance_scaling": lambda t: _variance_scaling(t),
+    "orthogonal": nn.init.orthogonal_,
+    "identity": nn.init.eye_,
 }
+
+
+def _variance_scaling(tensor: torch.Tensor) -> torch.Tensor:
+    """A truncated normal of variance 1 / inputs; the constant is the spread that cutting at two sigma leaves."""
+    std = math.sqrt(1 / tensor[0].numel()) / 0.87962566103423978
+    return nn.init.trunc_normal_(tensor, std=std, a=-2 * std, b=2 * std)
 
 
 def check_initial(value: Any, name: str, shape: Sequence[int], words: str) -> Any:
@@ -64,7 +73,7 @@ def parameter(value: Any, shape: Sequence[int], kind: torch.dtype) -> nn.Paramet
         if isinstance(value, torch.Tensor):
             made.copy_(value)
         elif isinstance(value, str):
-            _FILL[value.lower()](made)
+            _FILL[initializer_name(value, "initial value")](made)
         elif callable(value):
             value(made)
         else:
