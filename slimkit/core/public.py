@@ -22,6 +22,9 @@ ROOMS: dict[str, dict[str, str]] = {
     },
     "sparse": {
         "SparseConfig": "core.sparse",
+        "SparseMethod": "core.sparse",
+        "SparseProblem": "core.sparse.maths.solvers",
+        "register_sparse_method": "core.sparse",
         "Compressor": "sparse",
         "freeze_zeros": "sparse",
         "FrozenZeros": "sparse",
