@@ -31,6 +31,12 @@ def kaiming(tensor: torch.Tensor) -> None:
     tensor.uniform_(-bound, bound)
 
 
+def _variance_scaling(tensor: torch.Tensor) -> torch.Tensor:
+    """A truncated normal of variance 1 / inputs; the constant is the spread that cutting at two sigma leaves."""
+    std = math.sqrt(1 / tensor[0].numel()) / 0.87962566103423978
+    return nn.init.trunc_normal_(tensor, std=std, a=-2 * std, b=2 * std)
+
+
 _FILL: dict[str, Callable[[torch.Tensor], Any]] = {
     "zeros": torch.Tensor.zero_,
     "zero": torch.Tensor.zero_,
@@ -43,16 +49,10 @@ _FILL: dict[str, Callable[[torch.Tensor], Any]] = {
     "he_uniform": nn.init.kaiming_uniform_,
     "he_normal": nn.init.kaiming_normal_,
     "truncated_normal": lambda t: nn.init.trunc_normal_(t, std=0.01, a=-0.02, b=0.02),
-    "variance_scaling": lambda t: _variance_scaling(t),
+    "variance_scaling": _variance_scaling,
     "orthogonal": nn.init.orthogonal_,
     "identity": nn.init.eye_,
 }
-
-
-def _variance_scaling(tensor: torch.Tensor) -> torch.Tensor:
-    """A truncated normal of variance 1 / inputs; the constant is the spread that cutting at two sigma leaves."""
-    std = math.sqrt(1 / tensor[0].numel()) / 0.87962566103423978
-    return nn.init.trunc_normal_(tensor, std=std, a=-2 * std, b=2 * std)
 
 
 def check_initial(value: Any, name: str, shape: Sequence[int], words: str) -> Any:
