@@ -13,8 +13,8 @@ import typer.main
 from slimkit.cli import exits
 
 _COMMANDS = (
-    "run", "report", "prune", "sparsify", "distill", "adapt", "convert", "export", "check", "inspect", "migrate",
-    "schema",
+    "run", "report", "prune", "sparsify", "distill", "adapt", "compare", "convert", "export", "check", "inspect",
+    "migrate", "schema",
 )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from slimkit.delta.multihead import call_layers, without_call_layers
 from slimkit.delta.named import LoraLayer
 from slimkit.delta.positions import shift_positions
 from slimkit.delta.prefix_model import forget_prefixes
-from slimkit.delta.sharded import at_rest, forget_deltas
+from slimkit.delta.sharded import at_rest, forget_deltas, in_step
 
 import torch
 from torch import nn
@@ -42,7 +42,8 @@ _PLAIN = ((nn.Linear, "linear"), (nn.Embedding, "embedding"), (nn.Conv2d, "conv2
 def kind_of(module: nn.Module) -> str:
     """ "linear", "embedding", "conv2d" or "conv1d" for a layer whose mathematics is known, else ""."""
     if isinstance(module, DeltaLayer):
-        return next((kind for kind, layer in _LORA.items() if isinstance(module, layer)), "linear")
+        known = next((kind for kind, layer in _LORA.items() if isinstance(module, layer)), "")
+        return known or ("linear" if isinstance(module, nn.Linear) else "")
     kind: Any = layer_class(module)
     for base, word in _PLAIN:
         if issubclass(kind, base) and kind.forward is base.forward:
@@ -104,6 +105,7 @@ class TorchDelta(DeltaFramework):
             return
         mixin, make = _ADAPTERS[kind]
         adapter = make(module.out_features, dtype or torch.float32, **options).to(device_for(module))
+        in_step(module.weight, adapter.parameters())
         layer = attach(module, mixin)
         setattr(layer, f"{PREFIX}{kind}", adapter.train(module.training))
         layer.begin(dict(options), name)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, Discriminator, Field, Tag, ValidationError, create_model
 
 from slimkit.core import check
 from slimkit.core.errors import ConfigError, FileFormatError
 from slimkit.core.files import readable_file
-from slimkit.core.jobs.factory import Factory, LossReference, Reference
+from slimkit.core.jobs.factory import LossReference, Reference
 from slimkit.core.jobs.fields import Strict, explained
 from slimkit.core.jobs.options import JOBS, JobOptions
 from slimkit.core.yamltext import parse_yaml
@@ -139,50 +139,24 @@ def parse_recipe(content: Mapping[str, Any], source: str = "recipe") -> Recipe:
 
 def _explain(location: tuple[Any, ...], kind: str, message: str, value: Any) -> str:
     """One line of a validation error: the key's path as written in the YAML, then what is wrong."""
-    place, model = _walk(location)
-    if kind == "extra_forbidden":
-        return f"{place}: unknown key{check.near(location[-1], list(model.model_fields)) if model else ''}"
-    if kind == "missing":
-        return f"{place}: this key is required"
-    if kind == "union_tag_not_found" or kind == "union_tag_invalid":
-        keys = list(value) if isinstance(value, Mapping) else [value]
-        near = check.near(keys[0], list(_STAGES)) if len(keys) == 1 else ""
-        return f"{place}: a stage is one of {', '.join(_STAGES)}. Received: {', '.join(map(repr, keys))}{near}"
-    return f"{place}: {message}"
-
-
-def _walk(location: tuple[Any, ...]) -> tuple[str, type[BaseModel] | None]:
-    """A pydantic location as a YAML path, and the model that holds its last key."""
-    path, model = "", Recipe
-    holder: type[BaseModel] | None = Recipe
-    previous: Any = None
-    for at, part in enumerate(location):
+    path, previous = "", None
+    for part in location:
+        # The tag of a union, which the YAML does not repeat, is no part of the path.
+        tag = part in _STAGES if isinstance(previous, int) else part in ("Factory", "str")
         if isinstance(part, int):
             path += f"[{part}]"
-        elif isinstance(previous, int) and part in _STAGES:
-            model = _STAGES[part]  # type: ignore[assignment]  # the union's tag, which the YAML does not repeat
-        elif part == "Factory" or part == "str":
-            model = Factory  # type: ignore[assignment]
-        else:
+        elif not tag:
             path += f".{part}" if path else str(part)
-            holder = model
-            if at < len(location) - 1 and model is not None:
-                model = _inner(model, str(part))  # type: ignore[assignment]
         previous = part
-    return path or "recipe", holder
-
-
-def _inner(model: type[BaseModel], key: str) -> type[BaseModel] | None:
-    """The model inside a field, through lists and unions."""
-    if key not in model.model_fields:
-        return None
-    pending = [model.model_fields[key].annotation]
-    while pending:
-        kind = pending.pop()
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            return kind
-        pending.extend(get_args(kind))
-    return None
+    if kind == "missing":
+        message = "this key is required"
+    if kind in ("union_tag_not_found", "union_tag_invalid"):
+        keys = list(value) if isinstance(value, Mapping) else [value]
+        near = check.near(keys[0], list(_STAGES)) if len(keys) == 1 else ""
+        message = f"a stage is one of {', '.join(_STAGES)}. Received: {', '.join(map(repr, keys))}{near}"
+    if kind == "unknown_key":
+        return f"{path}.{message}" if path else message
+    return f"{path or 'recipe'}: {message}"
 
 
 def _override(content: dict[str, Any], key: str, value: Any) -> None:
