@@ -13,7 +13,7 @@ from slimkit.core import check
 from slimkit.core.lazy import door
 from slimkit.core.prune.dims import Dim
 from slimkit.core.prune.plan import PrunePlan
-from slimkit.core.prune.proof import Kept, PruningCheck, compare
+from slimkit.core.prune.proof import KeptIndices, PruningCheck, compare
 from slimkit.core.prune.relations import Relations
 from slimkit.core.prune.rules import relate
 from slimkit.trace.tracer import Recorder, Run, example, record
@@ -67,7 +67,7 @@ def check_pruning(model: nn.Module, inputs: Any, desc: dict[str, Any], *, tolera
     first = _Seen(wide)
     record(first, wide, Run(given, False))
     relations = relate(first.graph)
-    second = _Narrowed(wide, relations, Kept(relations, indices))
+    second = _Narrowed(wide, relations, KeptIndices(relations, indices))
     record(second, wide, Run(given, False))
     with bridge.evaluating(small):
         cut = list(answers(bridge.run(small, given)))
@@ -115,7 +115,7 @@ class _Seen(Recorder):
 class _Narrowed(_Seen):
     """The same, with statistics over cut axes taken over their kept indices."""
 
-    def __init__(self, model: nn.Module, relations: Relations, kept: Kept) -> None:
+    def __init__(self, model: nn.Module, relations: Relations, kept: KeptIndices) -> None:
         super().__init__(model)
         self._relations, self._kept = relations, kept
         self.narrowed: list[str] = []

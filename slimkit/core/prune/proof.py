@@ -62,7 +62,7 @@ def compare(cut: Sequence[Index], zeroed: Sequence[Index], tolerance: float, sta
     return PruningCheck(True, difference, scale, list(dict.fromkeys(statistics)))
 
 
-class Kept:
+class KeptIndices:
     """What each axis keeps under a plan.
 
     Args:
