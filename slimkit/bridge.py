@@ -72,8 +72,8 @@ def refuse_sharded(model: torch.nn.Module, name: str = "model") -> torch.nn.Modu
         kind = type(module).__name__
         if kind in ("DistributedDataParallel", "FullyShardedDataParallel"):
             raise UnsupportedError(
-                f"{name} must be the module inside. Received: a {kind} (at {path or 'the model'!r}), whose buckets keep "
-                f"the shapes it was made with: prune the module inside, then wrap it anew"
+                f"{name} must be the module inside. Received: a {kind} (at {path or 'the model'!r}), whose buckets "
+                f"keep the shapes it was made with: prune the module inside, then wrap it anew"
             )
     for path, parameter in model.named_parameters():
         if hasattr(parameter, "full_tensor"):

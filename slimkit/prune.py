@@ -49,6 +49,10 @@ class TorchPrune:
         self._found: dict[str, torch.Tensor] = {}
 
     @property
+    def has_example(self) -> bool:
+        return any(e is not None for e in self.examples)
+
+    @property
     def branches(self) -> bool:
         """Whether the model's code looks at activations, so that another run may take another way."""
         return bool(self._real)

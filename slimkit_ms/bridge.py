@@ -265,5 +265,5 @@ def is_plain_layer(cell: nn.Cell) -> bool:
     if not type(cell).__module__.startswith("mindspore."):
         return False
     return isinstance(cell, (nn.SequentialCell, nn.CellList, nn.CellDict)) or not any(
-        getattr(child, "_params", None) for child in cell.cells()
+        inner is not cell and inner._params for _, inner in cell.cells_and_names()
     )

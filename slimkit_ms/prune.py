@@ -17,13 +17,13 @@ from slimkit.core.prune.graph import Graph
 from slimkit.core.prune.plan import PrunePlan
 from slimkit.core.prune.pruner import PrunerBase
 from slimkit.core.prune.relations import SCALE, Relations
-from slimkit.core.prune.rules import RULES
+from slimkit.core.prune.rules import relate
 from slimkit.core.prune.solve import Coupling, View
 from slimkit_ms import bridge, kinds
 from slimkit_ms.compensate import compensate
 from slimkit_ms.replay import replaying, unchanged
 from slimkit_ms.surgery import Attributes, Foretold, Keep, Knife, RefusedError, Undo, cut_by_attributes
-from slimkit_ms.surgery.adapt import Adapter
+from slimkit_ms.surgery.adapt import SizeSearch
 from slimkit_ms.surgery.layers import aligned
 from slimkit_ms.trace import Traced, trace_marked
 
@@ -51,6 +51,10 @@ class MindSporePrune:
         self.traced: Traced | None = None
         self.knife: Knife | None = None
         self._proven: Any = None
+
+    @property
+    def has_example(self) -> bool:
+        return self.inputs is not None
 
     def trace(self) -> Graph:
         self.traced = trace_marked(self.model, self.inputs)
@@ -160,7 +164,7 @@ class MindSporePrune:
             assert self.knife is not None
             keep = self._keep(plan, names)
             groups = {path: count for path, (_, count) in plan.groups.items()}
-            foretold = Foretold(Relations(self.traced.graph, RULES), keep)
+            foretold = Foretold(relate(self.traced.graph), keep)
             try:
                 undo = self.knife.cut(keep, groups, foretold, plan.attributes)
             except RefusedError as error:
@@ -228,7 +232,7 @@ class PruneMindSpore(PrunerBase):
 
     def __init__(self, network: nn.Cell, inputs: Any = None) -> None:
         super().__init__(MindSporePrune(network, inputs))
-        self._adapter: Adapter | None = None
+        self._adapter: SizeSearch | None = None
         self._attributes: Attributes = {}
 
     def analysis(
@@ -264,7 +268,7 @@ class PruneMindSpore(PrunerBase):
         except RefusedError as refused:
             assert self._wing.traced is not None
             if self._adapter is None or self._adapter.coupling is not view.coupling:
-                self._adapter = Adapter(self._wing.model, self._wing.traced, view.coupling)
+                self._adapter = SizeSearch(self._wing.model, self._wing.traced, view.coupling)
             if not self._adapter.narrow(refused):
                 raise GraphError(f"the pruned model would not run: {refused.why}") from None
             return False

@@ -11,7 +11,7 @@ from slimkit.core.delta import prompt as rules
 from slimkit.core.delta.named import OneAdapter
 from slimkit.core.delta.prefix import torch_name
 from slimkit.core.source.generated import method_from
-from slimkit_ms import bridge
+from slimkit_ms import bridge, kinds
 from slimkit_ms.delta.layer import DeltaLayer
 from slimkit_ms.delta.prompt import PromptTuning
 
@@ -87,8 +87,9 @@ class _Fronted(nn.Cell):
 
 def _embedding(model: nn.Cell, targets: Any) -> nn.Cell:
     """The cell that turns token ids into vectors."""
-    tables = {p: c for p, c in model.cells_and_names() if isinstance(c, nn.Embedding) and not isinstance(c, DeltaLayer)}
-    return tables[rules.embedding_path({p: int(c.vocab_size) for p, c in tables.items()}, targets)]
+    cells = {p: c for p, c in model.cells_and_names() if kinds.is_kind(c, "embedding")}
+    tables = {p: c for p, c in cells.items() if not isinstance(c, DeltaLayer)}
+    return tables[rules.embedding_path({p: len(kinds.weight_of(c)) for p, c in tables.items()}, targets)]
 
 
 def put_prompt(
@@ -107,7 +108,7 @@ def put_prompt(
     rules.refuse_taken(FRONT in embedding._cells or hasattr(model, "prompt_tokens"))
     inputs = list(inspect.signature(type(model).construct).parameters.values())
     source = rules.fronted_source(inputs, type(model).__name__)
-    table = embedding.embedding_table
+    table = kinds.weight_of(embedding)
     front: Any = PromptFront(tokens, int(table.shape[1]))
     rows = front.mindpet_delta_prompttuning_embedding.embedding_table
     values = bridge.as_numpy(rows if init == "random" and ids is None else table.astype(ms.float32))
