@@ -115,11 +115,28 @@ class LoraEmbedding(LoraLayer):
 
     def acted(self, out: torch.Tensor, x: Any = None, low: Any = None) -> torch.Tensor:
         """Any number of deltas, one after the other."""
+        plain = out
         for part in self._running:
             a, b = self._factors(part, x.device)
             side = F.embedding(x, a.t(), self.padding_idx) @ b.t() * part.scale
+            if self.specs[part.name].dora:
+                side = self._turned(part, plain, side, self._gain(part, a, b))
             out = out + side.to(out.dtype)
         return out
+
+    def _gain(self, part: Part, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """(width,): DoRA's magnitudes over the lengths of the columns, without building the table's change."""
+        scale, wide = self.specs[part.name].scaling, self.weight.detach().to(a.dtype)
+        a0, b0 = a.detach(), b.detach()
+        square = (wide * wide).sum(0) + 2 * scale * ((a0 @ wide) * b0.t()).sum(0)
+        square = square + scale * scale * ((b0 @ (a0 @ a0.t())) * b0).sum(1)
+        return getattr(self, key("lora", "magnitude", part.name)).to(a.device) / square.clamp_min(0).sqrt()
+
+    def _lengths(self, weight: torch.Tensor) -> torch.Tensor:
+        return torch.linalg.vector_norm(weight.detach(), dim=0)  # an embedding's outputs are its columns
+
+    def _per_output(self, values: torch.Tensor) -> torch.Tensor:
+        return values.unsqueeze(0)
 
 
 class LoraConv2d(LoraLayer):
@@ -129,6 +146,7 @@ class LoraConv2d(LoraLayer):
     in_channels: int
     out_channels: int
     kernel_size: tuple[int, ...]
+    bias: Any
 
     def shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Shapes of a and b."""
@@ -145,13 +163,32 @@ class LoraConv2d(LoraLayer):
 
     def acted(self, out: torch.Tensor, x: Any = None, low: Any = None) -> torch.Tensor:
         """Any number of deltas, one after the other."""
+        plain = out
         for part in self._running:
             a, b = self._factors(part, x.device)
             dropped = F.dropout(x, part.dropout, self.training) if part.dropout else x
-            dropped = dropped.to(a.dtype)
-            down = self._conv_forward(dropped, a, None) if low is None else low(dropped, a)
-            out = out + (F.conv2d(down, b) * part.scale).to(out.dtype)
+            wide = dropped.to(a.dtype)
+            side = F.conv2d(self._down(wide, a, low), b) * part.scale
+            if self.specs[part.name].dora:
+                straight = plain if self.bias is None else plain - self.bias.view(-1, 1, 1)
+                if dropped is not x:
+                    straight = self._down(wide, self.weight.to(a.dtype), low)
+                base = self.weight.detach().to(a.dtype)
+                length = self._lengths(base + self.specs[part.name].scaling * self.product(a.detach(), b.detach()))
+                gain = getattr(self, key("lora", "magnitude", part.name)).to(x.device) / length
+                side = self._turned(part, straight, side, gain.view(-1, 1, 1))
+            out = out + side.to(out.dtype)
         return out
+
+    def _down(self, x: torch.Tensor, weight: torch.Tensor, low: Any) -> torch.Tensor:
+        """What the layer's own convolution gives with another weight and no bias."""
+        return self._conv_forward(x, weight, None) if low is None else low(x, weight)
+
+    def _lengths(self, weight: torch.Tensor) -> torch.Tensor:
+        return torch.linalg.vector_norm(weight.detach().flatten(1), dim=1)
+
+    def _per_output(self, values: torch.Tensor) -> torch.Tensor:
+        return values.view(-1, 1, 1, 1)
 
     def without_bias(self, given: list[Any]) -> list[Any]:
         """The arguments of a convolution without its bias, the third."""

@@ -156,6 +156,11 @@ class LoraLayer(NamedLoras, DeltaLayer):
         length = getattr(self, key("lora", "magnitude", part.name)).to(base)
         return weight * (self._per_output(length / self._lengths(turned)) * turned - base)
 
+    def _turned(self, part: Part, plain: torch.Tensor, side: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
+        """What DoRA adds to a plain layer's output without bias: gain (plain + side) - plain, times the weight."""
+        weight = self.active_deltas[part.name]
+        return weight * ((gain - 1) * plain.to(gain.dtype) + gain * (side / weight))
+
     def _lengths(self, weight: torch.Tensor) -> torch.Tensor:
         # DoRA holds the length constant (Liu et al. 2024, sec. 4.3), so no gradient passes here.
         return torch.linalg.vector_norm(weight.detach(), dim=1)

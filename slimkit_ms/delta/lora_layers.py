@@ -162,14 +162,32 @@ class LoraTable(LoraLayer):
 
     def construct(self, ids: Any) -> Any:
         out = self.plain_construct(ids)
+        plain = out
         for i in range(self.n_active):
             a, b = getattr(self, self.part_a[i]), getattr(self, self.part_b[i])
             low = ops.gather(ops.transpose(a, (1, 0)), ids, 0)  # (..., r)
             if self.padded >= 0:
                 silent = ops.expand_dims(ids == self.padded, -1)
                 low = ops.where(silent, ops.stop_gradient(low), low)
-            out = out + ops.cast(ops.matmul(low, ops.transpose(b, (1, 0))) * self.part_scales[i], out.dtype)
+            side = ops.matmul(low, ops.transpose(b, (1, 0))) * self.part_scales[i]
+            if self.part_turns[i] != 0.0:
+                side = self.turned(i, plain, side, ops.transpose(ops.matmul(b, a), (1, 0)))
+            out = out + ops.cast(side, out.dtype)
         return out
+
+    def turned(self, i: int, plain: Any, side: Any, product: Any) -> Any:
+        """What DoRA adds to a row: gain (plain + side) - plain; an embedding's outputs are its columns."""
+        share = self.part_turns[i]
+        whole = ops.cast(self.weight, product.dtype) + self.part_scales[i] / share * product
+        length = ops.stop_gradient(ops.sqrt(ops.reduce_sum(whole * whole, 0)))
+        gain = getattr(self, self.part_lengths[i]) / length
+        return share * ((gain - 1) * ops.cast(plain, side.dtype) + gain * (side / share))
+
+    def _lengths(self, weight: Any) -> Any:
+        return np.linalg.norm(weight, axis=0)
+
+    def _per_output(self, values: Any) -> Any:
+        return values[None]
 
 
 class LoraEmbedding(LoraTable):
@@ -191,6 +209,24 @@ class LoraConv(LoraLayer):
     def product(self, a: Any, b: Any) -> Any:
         """b @ a in the layout of the weight."""
         return np.tensordot(b[:, :, 0, 0], a, axes=1)
+
+    def turned(self, i: int, plain: Any, side: Any, a: Any, b: Any) -> Any:
+        """What DoRA adds to the output `plain`: gain (plain - bias + side) - (plain - bias)."""
+        share = self.part_turns[i]
+        product = ops.matmul(b.reshape((b.shape[0], -1)), a.reshape((a.shape[0], -1)))  # (out, in * height * width)
+        whole = ops.cast(self.weight, a.dtype).reshape(product.shape) + self.part_scales[i] / share * product
+        length = ops.stop_gradient(ops.sqrt(ops.reduce_sum(whole * whole, 1)))
+        gain = (getattr(self, self.part_lengths[i]) / length).reshape((1, -1, 1, 1))
+        straight = plain
+        if self.bias is not None:
+            straight = plain - self.bias.reshape((1, -1, 1, 1))
+        return share * ((gain - 1) * ops.cast(straight, side.dtype) + gain * (side / share))
+
+    def _lengths(self, weight: Any) -> Any:
+        return np.linalg.norm(weight.reshape(weight.shape[0], -1), axis=1)
+
+    def _per_output(self, values: Any) -> Any:
+        return values[:, None, None, None]
 
 
 class LoraConv2d(LoraConv):
@@ -214,10 +250,14 @@ class LoraConv2d(LoraConv):
 
     def construct(self, x: Any) -> Any:
         out = self.plain_construct(x)
+        plain = out
         for i in range(self.n_active):
             a, b = getattr(self, self.part_a[i]), getattr(self, self.part_b[i])
             low = self.low_convs[i](self.dropped(i, x), a)
-            out = out + self.high_conv(low, b) * self.part_scales[i]
+            side = self.high_conv(low, b) * self.part_scales[i]
+            if self.part_turns[i] != 0.0:
+                side = self.turned(i, plain, side, a, b)
+            out = out + side
         return out
 
 
@@ -226,8 +266,12 @@ class LoraMintConv2d(LoraConv):
 
     def construct(self, x: Any) -> Any:
         out = self.plain_construct(x)
+        plain = out
         for i in range(self.n_active):
             a, b = getattr(self, self.part_a[i]), getattr(self, self.part_b[i])
             low = mint.nn.functional.conv2d(self.dropped(i, x), a, None, self.stride, self.padding, self.dilation)
-            out = out + mint.nn.functional.conv2d(low, b) * self.part_scales[i]
+            side = mint.nn.functional.conv2d(low, b) * self.part_scales[i]
+            if self.part_turns[i] != 0.0:
+                side = self.turned(i, plain, side, a, b)
+            out = out + side
         return out

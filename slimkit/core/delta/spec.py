@@ -329,10 +329,10 @@ def lora_specs(
             raise UnsupportedError(
                 f"dora, pissa and dropout are not offered on {path}, a {site.type_name}: it reads its weights itself."
             )
-        if site.kind == "embedding" and (dora or init == "pissa" or specs[path].dropout):
-            raise UnsupportedError(f"dora, pissa and dropout are not offered for embeddings: {path}.")
-        if site.kind == "conv2d" and (dora or init == "pissa"):
-            raise UnsupportedError(f"dora and pissa are not offered for convolutions: {path}.")
+        if site.kind == "embedding" and (init == "pissa" or specs[path].dropout):
+            raise UnsupportedError(f"pissa and dropout are not offered for embeddings: {path}.")
+        if site.kind == "conv2d" and init == "pissa":
+            raise UnsupportedError(f"pissa is not offered for convolutions: {path}.")
     return specs
 
 
