@@ -59,7 +59,7 @@ class LoraLinear(LoraLayer):
             elif spec.keep_zeros:
                 side = F.linear(wide, part.scale * (b @ a) * (weight != 0))
             else:
-                side = F.linear(F.linear(wide, a), b) * part.scale
+                side = F.linear(F.linear(wide, a), b, self.own_bias(part, b)) * part.scale
             out = out + side.to(out.dtype)
         return out
 
@@ -168,7 +168,7 @@ class LoraConv2d(LoraLayer):
             a, b = self._factors(part, x.device)
             dropped = F.dropout(x, part.dropout, self.training) if part.dropout else x
             wide = dropped.to(a.dtype)
-            side = F.conv2d(self._down(wide, a, low), b) * part.scale
+            side = F.conv2d(self._down(wide, a, low), b, self.own_bias(part, b)) * part.scale
             if self.specs[part.name].dora:
                 straight = plain if self.bias is None else plain - self.bias.view(-1, 1, 1)
                 if dropped is not x:
@@ -227,7 +227,7 @@ class LoraConv1D(LoraLayer):
                 change = self.change(part, self.weight.to(a.dtype))
                 side = F.linear(dropped.to(a.dtype), change.t())
             else:
-                side = F.linear(F.linear(dropped.to(a.dtype), a), b) * part.scale
+                side = F.linear(F.linear(dropped.to(a.dtype), a), b, self.own_bias(part, b)) * part.scale
             out = out + side.to(out.dtype)
         return out
 

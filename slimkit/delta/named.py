@@ -56,6 +56,8 @@ class LoraLayer(NamedLoras, DeltaLayer):
         made: dict[str, Any] = {"a": nn.Parameter(a), "b": nn.Parameter(b)}
         if spec.dora:
             made["magnitude"] = nn.Parameter(self._lengths(weight.float()).to(kind))
+        if spec.bias:
+            made["bias"] = nn.Parameter(torch.zeros(b_shape[0], dtype=kind, device=place))
         for part, parameter in made.items():
             setattr(self, key("lora", part, name), parameter)
         if spec.init == "pissa":
@@ -155,6 +157,12 @@ class LoraLayer(NamedLoras, DeltaLayer):
         turned = base + spec.scaling * delta
         length = getattr(self, key("lora", "magnitude", part.name)).to(base)
         return weight * (self._per_output(length / self._lengths(turned)) * turned - base)
+
+    def own_bias(self, part: Part, like: torch.Tensor) -> torch.Tensor | None:
+        """(outputs,) that a LoRA's b adds by itself, where and as `like` is; None where it has none."""
+        if not self.specs[part.name].bias:
+            return None
+        return getattr(self, key("lora", "bias", part.name)).to(like)
 
     def _turned(self, part: Part, plain: torch.Tensor, side: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
         """What DoRA adds to a plain layer's output without bias: gain (plain + side) - plain, times the weight."""

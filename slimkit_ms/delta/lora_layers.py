@@ -94,8 +94,10 @@ class LoraLinear(LoraLayer):
             return ops.matmul(dropped, (self.part_scales[i] * ops.matmul(b, a) * mask).swapaxes(0, 1))
         if self.part_kinds[i] == "dora":
             return self.dora(i, dropped, a, b, getattr(self, "mindpet_delta_lora_magnitude" + suffix), kind)
-        low = self.lora_a_matmul(dropped, a)
-        return self.lora_mul(self.lora_b_matmul(low, b), self.part_scales[i])
+        high = self.lora_b_matmul(self.lora_a_matmul(dropped, a), b)
+        if self.part_biases[i] != "":
+            high = high + ops.cast(getattr(self, self.part_biases[i]), kind)
+        return self.lora_mul(high, self.part_scales[i])
 
     def dora(self, i: int, x: Any, a: Any, b: Any, magnitude: Any, kind: Any) -> Any:
         """What DoRA adds: m / |W + sBA| (W + sBA) x - W x, the length held constant (Liu et al. 2024, sec. 4.3)."""
@@ -210,6 +212,12 @@ class LoraConv(LoraLayer):
         """b @ a in the layout of the weight."""
         return np.tensordot(b[:, :, 0, 0], a, axes=1)
 
+    def with_bias(self, i: int, high: Any) -> Any:
+        """What b gives, with the bias that it may have of its own."""
+        if self.part_biases[i] != "":
+            high = high + getattr(self, self.part_biases[i]).reshape((1, -1, 1, 1))
+        return high
+
     def turned(self, i: int, plain: Any, side: Any, a: Any, b: Any) -> Any:
         """What DoRA adds to the output `plain`: gain (plain - bias + side) - (plain - bias)."""
         share = self.part_turns[i]
@@ -254,7 +262,7 @@ class LoraConv2d(LoraConv):
         for i in range(self.n_active):
             a, b = getattr(self, self.part_a[i]), getattr(self, self.part_b[i])
             low = self.low_convs[i](self.dropped(i, x), a)
-            side = self.high_conv(low, b) * self.part_scales[i]
+            side = self.with_bias(i, self.high_conv(low, b)) * self.part_scales[i]
             if self.part_turns[i] != 0.0:
                 side = self.turned(i, plain, side, a, b)
             out = out + side
@@ -270,7 +278,7 @@ class LoraMintConv2d(LoraConv):
         for i in range(self.n_active):
             a, b = getattr(self, self.part_a[i]), getattr(self, self.part_b[i])
             low = mint.nn.functional.conv2d(self.dropped(i, x), a, None, self.stride, self.padding, self.dilation)
-            side = mint.nn.functional.conv2d(low, b) * self.part_scales[i]
+            side = self.with_bias(i, mint.nn.functional.conv2d(low, b)) * self.part_scales[i]
             if self.part_turns[i] != 0.0:
                 side = self.turned(i, plain, side, a, b)
             out = out + side

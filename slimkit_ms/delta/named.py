@@ -44,6 +44,7 @@ class LoraLayer(NamedLoras, DeltaLayer):
         # DoRA's weight beside others, where a delta is one: 0 says that it is plain.
         self.part_turns = [self.active_deltas[p.name] if self.specs[p.name].dora else 0.0 for p in parts]
         self.part_lengths = [key("lora", "magnitude", p.name) for p in parts]
+        self.part_biases = [key("lora", "bias", p.name) if self.specs[p.name].bias else "" for p in parts]
 
     def leave(self) -> None:
         """Take every delta off, in place."""
@@ -84,6 +85,9 @@ class LoraLayer(NamedLoras, DeltaLayer):
             length = self._lengths(bridge.as_numpy(self.weight).astype(np.float32))
             m_key = key("lora", "magnitude", name)
             self.insert_param_to_cell(m_key, ms.Parameter(ms.Tensor(length, kind), name=m_key))
+        if spec.bias:
+            s_key = key("lora", "bias", name)
+            self.insert_param_to_cell(s_key, initial.parameter("zeros", b_shape[:1], kind, s_key))
         self.take(name, spec)
 
     def start_of(self, spec: LoraSpec) -> tuple[Any, Any]:

@@ -67,6 +67,8 @@ def gather_held(
         parts: dict[str, Array] = {}
         for parameter, spelled in keys.items():
             pair = found.pop(spelled)
+            if "bias" in pair:
+                raise UnsupportedError(f"lora_bias on the {site.kind} parameters of {path} is not read.")
             compare_keys({f"{spelled} {p}": 0 for p in pair}, {f"{spelled} {p}": 0 for p in "ab"}, "the adapter's file")
             b = pair["b"] * pair["b"].dtype.type(_TWICE if parameter == "out_proj.weight" else 1)
             parts |= {f"a_{slug(parameter)}": pair["a"], f"b_{slug(parameter)}": b}

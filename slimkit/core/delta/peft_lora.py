@@ -38,7 +38,7 @@ FAMILY = tuple(_PARTS)
 _ROWS = (".token_adapter.trainable_tokens_delta", ".trainable_tokens_delta")
 # Options under which the numbers in the file mean something that slimkit has no layer for.
 _FOREIGN = (
-    "layer_replication", "lora_bias", "use_qalora", "use_bdlora", "alora_invocation_tokens",
+    "layer_replication", "use_qalora", "use_bdlora", "alora_invocation_tokens",
     "velora_config", "kasa_config", "monteclora_config", "arrow_config", "megatron_config",
 )  # fmt: skip
 # Starts that take something out of the base: what slimkit can work out again, and what it cannot.
@@ -158,8 +158,10 @@ def _base_value(config: Mapping[str, Any], stem: str, value: Array) -> BaseValue
 def _spec(config: Mapping[str, Any], path: str, parts: Mapping[str, Array], *, embedded: bool) -> LoraSpec:
     """One layer's LoRA, its parts checked against the configuration."""
     vera = config["peft_type"] == "VERA"
-    dora = bool(config.get("use_dora"))
-    wanted = {"a", "b"} | ({"magnitude"} if dora else set())
+    dora, bias = bool(config.get("use_dora")), bool(config.get("lora_bias"))
+    if bias and (embedded or dora):
+        raise UnsupportedError(f"lora_bias on an embedding or with use_dora is not read: {path}.")
+    wanted = {"a", "b"} | ({"magnitude"} if dora else set()) | ({"bias"} if bias else set())
     compare_keys({f"{path} {p}": 0 for p in parts}, {f"{path} {p}": 0 for p in wanted}, "the adapter's file")
     rank = int(parts["a"].shape[0])
     if config["peft_type"] == "LORA":
@@ -179,6 +181,7 @@ def _spec(config: Mapping[str, Any], path: str, parts: Mapping[str, Array], *, e
         dropout=0.0 if embedded else float(config.get("lora_dropout") or config.get("vera_dropout") or 0.0),
         rslora=bool(config.get("use_rslora")),
         dora=dora,
+        bias=bias,
     )
 
 

@@ -124,7 +124,7 @@ def write_lora(
     if any(s.keep_zeros for s in specs.values()):
         raise UnsupportedError("PEFT has no delta that keeps zeros; save this one with format='slimkit'.")
     first = next(iter(specs.values()))
-    for option in ("dora", "rslora"):
+    for option in ("dora", "rslora", "bias"):
         if len({getattr(s, option) for s in specs.values()}) > 1:
             raise UnsupportedError(f"PEFT takes {option} for all layers or for none.")
     ranks, alphas, arrays = {}, {}, {}
@@ -148,6 +148,8 @@ def write_lora(
         embedding = sites[path].kind == "embedding"
         arrays[f"{ROOT}{path}.lora_embedding_A" if embedding else f"{ROOT}{path}.lora_A.weight"] = a
         arrays[f"{ROOT}{path}.lora_embedding_B" if embedding else f"{ROOT}{path}.lora_B.weight"] = b
+        if spec.bias:
+            arrays[f"{ROOT}{path}.lora_B.bias"] = parts["bias"]
         if spec.dora:
             length = parts["magnitude"]
             arrays[f"{ROOT}{path}.lora_magnitude_vector"] = (
@@ -164,6 +166,7 @@ def write_lora(
         "fan_in_fan_out": any(sites[p].kind == "conv1d" for p in specs),
         "use_rslora": first.rslora,
         "use_dora": first.dora,
+        **({"lora_bias": True} if first.bias else {}),
         "init_lora_weights": True,
         "target_modules": _targets([p for p in specs if sites[p].kind != "experts"], list(sites)) or None,
         "target_parameters": [f"{p}.{n}" for p in specs if sites[p].kind == "experts" for n in specs[p].parameters]

@@ -31,7 +31,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "prompt": ("num_virtual_tokens", "init", "text_ids"),
 }
 _HEAD = "it is the output embedding; name it to adapt it"
-_RARE = ("parameters",)  # fields of LoraSpec that only some layers have
+_RARE = ("parameters", "bias")  # fields of LoraSpec that only some layers have
 HELD = ("multihead", "experts")  # layers that read their parameters themselves
 LORA_INITS = ("kaiming", "gaussian", "pissa")
 
@@ -68,6 +68,7 @@ class LoraSpec:
             a and b from the largest singular vectors, which are taken out of the base (Meng et al. 2024).
         keep_zeros: the delta is zero wherever the base weight is, so that a sparse base stays sparse when merged.
         parameters: of a module that reads them itself (multi-head attention, experts): those the LoRA is on.
+        bias: b has a bias of its own, which the scale multiplies as well (PEFT's lora_bias).
     """
 
     rank: int = 8
@@ -78,12 +79,13 @@ class LoraSpec:
     init: str = "kaiming"
     keep_zeros: bool = False
     parameters: tuple[str, ...] = ()
+    bias: bool = False
 
     def __post_init__(self) -> None:
         check.positive(self.rank, "rank")
         check_alpha(self.alpha, "alpha")
         check_dropout(self.dropout, "dropout")
-        for name in ("rslora", "dora", "keep_zeros"):
+        for name in ("rslora", "dora", "keep_zeros", "bias"):
             check.boolean(getattr(self, name), name)
         check.choice(self.init, LORA_INITS, "init")
         check.strings(self.parameters, "parameters") if self.parameters else None
