@@ -10,6 +10,7 @@ from slimkit.core.delta.spec import LoraSpec, key
 from slimkit.core.errors import UnsupportedError
 from slimkit.delta import initial
 from slimkit.delta.attach import DeltaLayer, device_for
+from slimkit.delta.sharded import beside, in_step, whole
 
 import torch
 from torch import nn
@@ -55,9 +56,10 @@ class LoraLayer(NamedLoras, DeltaLayer):
             self.fill_start(a, b, spec)
         made: dict[str, Any] = {"a": nn.Parameter(a), "b": nn.Parameter(b)}
         if spec.dora:
-            made["magnitude"] = nn.Parameter(self._lengths(weight.float()).to(kind))
+            made["magnitude"] = nn.Parameter(self._lengths(whole(weight).float()).to(kind))
         if spec.bias:
             made["bias"] = nn.Parameter(torch.zeros(b_shape[0], dtype=kind, device=place))
+        in_step(weight, made.values())
         for part, parameter in made.items():
             setattr(self, key("lora", part, name), parameter)
         if spec.init == "pissa":
@@ -149,13 +151,14 @@ class LoraLayer(NamedLoras, DeltaLayer):
         """What one delta adds to the base weight, in the weight's layout."""
         spec, weight = self.specs[part.name], self.active_deltas[part.name]
         a, b = self._factors(part)
-        delta = self.product(a.to(base), b.to(base))
+        a, b = (beside(t.to(base.device, base.dtype), base) for t in (a, b))
+        delta = self.product(a, b)
         if spec.keep_zeros:
             return part.scale * delta * (base != 0)
         if not spec.dora:
             return part.scale * delta
         turned = base + spec.scaling * delta
-        length = getattr(self, key("lora", "magnitude", part.name)).to(base)
+        length = beside(getattr(self, key("lora", "magnitude", part.name)).to(base.device, base.dtype), base)
         return weight * (self._per_output(length / self._lengths(turned)) * turned - base)
 
     def own_bias(self, part: Part, like: torch.Tensor) -> torch.Tensor | None:
@@ -186,7 +189,7 @@ class LoraLayer(NamedLoras, DeltaLayer):
 
     def _principal(self, a: torch.Tensor, b: torch.Tensor, spec: LoraSpec) -> None:
         """PiSSA's start: scaling * b @ a is the best rank-r approximation of the weight (Meng et al. 2024, sec. 3)."""
-        u, s, vt = torch.linalg.svd(self._matrix().float(), full_matrices=False)
+        u, s, vt = torch.linalg.svd(whole(self._matrix()).float(), full_matrices=False)
         root = (s[: spec.rank] / spec.scaling).sqrt()
         b.copy_(u[:, : spec.rank] * root)
         a.copy_(root.unsqueeze(1) * vt[: spec.rank])

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 from slimkit import bridge
 from slimkit.core.delta.spec import PREFIX
 
+import torch
 from torch import nn
 
-__all__ = ["at_rest", "bridge", "forget_deltas", "sharded_class"]
+__all__ = ["at_rest", "beside", "bridge", "forget_deltas", "in_step", "sharded_class", "whole"]
 
 
 def sharded_class() -> Any:
@@ -41,3 +44,42 @@ def forget_deltas(model: nn.Module) -> None:
 
 def _is_gone(info: Any) -> bool:
     return PREFIX in info.param_name and info.param_name not in info.module._parameters
+
+
+def _is_distributed(tensor: torch.Tensor) -> bool:
+    tensors = sys.modules.get("torch.distributed.tensor")
+    return tensors is not None and isinstance(tensor, tensors.DTensor)
+
+
+def in_step(weight: Any, parameters: Iterable[nn.Parameter]) -> None:
+    """Keep parameters that come to a sharded layer the same in every process, in place.
+
+    FSDP does not know of them: they start with the first process's values, and their gradients are averaged.
+    """
+    if not _is_distributed(weight):
+        return
+    for parameter in parameters:
+        for group in weight.device_mesh.get_all_groups():
+            torch.distributed.broadcast(parameter.data, group=group, group_src=0)
+        parameter.register_post_accumulate_grad_hook(functools.partial(_average, weight.device_mesh))
+
+
+def _average(mesh: Any, parameter: torch.Tensor) -> None:
+    for group in mesh.get_all_groups():
+        torch.distributed.all_reduce(parameter.grad, group=group)
+    parameter.grad /= mesh.size()
+
+
+def whole(tensor: Any) -> torch.Tensor:
+    """A tensor with all of its values, gathered where it is distributed."""
+    gathered: torch.Tensor = tensor.full_tensor() if _is_distributed(tensor) else tensor
+    return gathered
+
+
+def beside(value: torch.Tensor, base: Any) -> torch.Tensor:
+    """A value that is the same in every process as a tensor that computes with a distributed one."""
+    if not _is_distributed(base) or _is_distributed(value):
+        return value
+    from torch.distributed.tensor import DTensor, Replicate
+
+    return DTensor.from_local(value, base.device_mesh, [Replicate()] * base.device_mesh.ndim, run_check=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -249,13 +249,13 @@ class DistillOptions(FitOptions):
 
     def build(self) -> KnowledgeDistillConfig:
         """What is compared, whatever the answers' shape will be."""
-        return self.comparison((2, 2))
+        return self.comparison(lambda: (2, 2))
 
-    def comparison(self, shape: Sequence[int]) -> KnowledgeDistillConfig:
+    def comparison(self, shape: Callable[[], Sequence[int]]) -> KnowledgeDistillConfig:
         """What is compared: the terms that were written out, or outputs against outputs and each pair of layers.
 
         Args:
-            shape: of the teacher's answer, by which a loss of "auto" is chosen.
+            shape: gives that of the teacher's answer, where it has to choose the loss.
 
         Raises:
             ConfigError: nothing is compared.
@@ -279,8 +279,9 @@ class DistillOptions(FitOptions):
         if not self.output_weight and not pairs:
             raise ConfigError("output_weight is 0 and no pair of match is weighed: there is nothing to learn from")
         if self.output_weight:
-            classes = len(shape) == 2 and shape[1] > 1
-            name = self.output_loss if self.output_loss != "auto" else "KDKLDiv" if classes else "HiddenMse"
+            name = self.output_loss
+            if name == "auto":
+                name = "KDKLDiv" if len(shape()) == 2 and shape()[1] > 1 else "HiddenMse"
             made: dict[str, Any] = {"func_name": name, "func_weight": self.output_weight}
             if LOSSES[name][1]:
                 made |= {"temperature": self.temperature, "t_squared": True}
@@ -314,6 +315,9 @@ class SparsifyOptions(JobOptions):
     )
     ignore: Annotated[list[str] | None, Flag("--ignore", metavar="GLOB")] = Field(
         None, description="globs of layers left dense"
+    )
+    options: Annotated[dict[str, Any] | None, Flag("--set", metavar="KEY=VALUE")] = Field(
+        None, description="options of a registered method of one's own"
     )
     calibration_batches: Annotated[PositiveInt, RECIPE_ONLY] = Field(8, description="batches of calibration data")
 
