@@ -274,7 +274,7 @@ def test_a_sharded_model_in_the_hugging_face_cache_is_read(tmp_path):
     config = SparseConfig(method="magnitude")
     made = {}
     for name, src in (("plain", tmp_path / "plain"), ("cached", cached(tmp_path / "plain", tmp_path / "hub"))):
-        sparsify_checkpoint(src, tmp_path / f"out_{name}", config)
+        sparsify_checkpoint(src, tmp_path / f"out_{name}", config, [])
         made[name] = {f.name: f.read_bytes() for f in (tmp_path / f"out_{name}").glob("*.safetensors")}
     assert len(made["plain"]) > 1
     assert made["cached"] == made["plain"]
@@ -292,8 +292,8 @@ def test_the_result_appears_whole_or_not_at_all(source, tmp_path, monkeypatch):
 
     monkeypatch.setattr(files, "commit", full)
     with pytest.raises(OSError, match="space"):
-        sparsify_checkpoint(src, target, config)
+        sparsify_checkpoint(src, target, config, [])
     assert {f.name for f in target.iterdir()} == {".slimkit-sparse"}
     monkeypatch.undo()
-    sparsify_checkpoint(src, target, config)
+    sparsify_checkpoint(src, target, config, [])
     assert {f.name for f in src.glob("*.safetensors")} == {f.name for f in target.glob("*.safetensors")}
