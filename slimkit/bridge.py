@@ -156,6 +156,24 @@ def hooked(modules: Mapping[str, torch.nn.Module], seen: Callable[[str, Any, Any
             handle.remove()
 
 
+_ZEROS = "slimkit_made_zeros"
+
+
+def record_zeros(module: torch.nn.Module) -> None:
+    """Note on a layer, in place, that zeros in its weight were made on purpose and are meant to stay."""
+    vars(module)[_ZEROS] = True
+
+
+def forget_zeros(module: torch.nn.Module) -> None:
+    """Undo `record_zeros`, in place."""
+    vars(module).pop(_ZEROS, None)
+
+
+def has_made_zeros(module: torch.nn.Module) -> bool:
+    """Whether zeros in a layer's weight were made on purpose: by slimkit, or by torch.nn.utils.prune."""
+    return _ZEROS in vars(module) or ("weight_orig" in module._parameters and "weight_mask" in module._buffers)
+
+
 def parameters(model: torch.nn.Module) -> Parameters:
     """Every parameter with all its names; a shared parameter comes once."""
     found = Parameters([], [], {}, _readings)

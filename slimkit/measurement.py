@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from slimkit import bridge
-from slimkit.core.run.measurement import LayerMeasurement, Measurement, median_ms
+from slimkit.core.jobs.measurement import LayerMeasurement, Measurement, median_ms
 
 import torch
 from torch import nn

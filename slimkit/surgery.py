@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 
+from slimkit import renorm
 from slimkit.attention import PrunedMultiheadAttention
 from slimkit.core.errors import GraphError, PlanError
 from slimkit.core.prune.attributes import rewritten
@@ -178,6 +180,13 @@ def rewrite(model: nn.Module, plan: PrunePlan, shapes: Shapes, names: Mapping[st
             if here == old:
                 kind: Any = type(held)
                 changes.set(modules[path], name, new if kind is int else kind((new,)))
+    for module in modules.values():
+        inside = isinstance(module, nn.TransformerEncoder) and any(
+            isinstance(m, PrunedMultiheadAttention) for m in module.modules()
+        )
+        if inside and module.use_nested_tensor:
+            # torch's fused layer reads nested tensors, and only attention as torch makes it goes there.
+            changes.set(module, "use_nested_tensor", False)
     config = getattr(model, "config", None)
     for name, new in rewritten(config, plan.config).items():
         changes.set(config, name, new)
@@ -200,10 +209,13 @@ def rehearsing(model: nn.Module, plan: PrunePlan, names: Mapping[str, str], real
     try:
         shapes = shapes_after(model, plan, names)
         rewrite(model, plan, shapes, names, changes)
-        stand_ins: dict[int, torch.Tensor] = {}
-        for path, tensor in tensors(model).items():
-            if shapes[path] != tuple(tensor.shape):
-                stand_ins[id(tensor)] = _stand_in(tensor, shapes[path], real)
+        found = tensors(model)
+        changed = {id(tensor) for path, tensor in found.items() if shapes[path] != tuple(tensor.shape)}
+        for module in model.modules():
+            # What one module holds lies on one device: torch's own code (weight normalisation) looks at that.
+            own = {id(t) for t in module._parameters.values() if t is not None}
+            changed |= own if own & changed else set()
+        stand_ins = {id(t): _stand_in(t, shapes[path], real) for path, t in found.items() if id(t) in changed}
         for module in model.modules():
             for store in (module._parameters, module._buffers):
                 for key, tensor in store.items():
@@ -254,12 +266,27 @@ def cut(model: nn.Module, plan: PrunePlan, names: Mapping[str, str]) -> Callable
 
     try:
         rewrite(model, plan, shapes_after(model, plan, names), names, changes)
+        kept = {names[path]: partial(select, axes=axes) for path, axes in plan.indices.items()}
+        factors = renorm.follow(model, found, kept)
         for path, axes in plan.indices.items():
             done.append(_resize(found[names[path]], axes))
+        for path, factor in factors.items():
+            done.append(_scale(found[path], factor))
     except BaseException:
         undo()
         raise
     return undo
+
+
+def _scale(tensor: torch.Tensor, factor: torch.Tensor) -> Callable[[], None]:
+    """Multiply a tensor's values, in place; returns a call that takes it back."""
+    old = tensor.data
+    tensor.data = old * factor.to(old.dtype)
+
+    def take_back() -> None:
+        tensor.data = old
+
+    return take_back
 
 
 def _resize(tensor: torch.Tensor, axes: Axes) -> Callable[[], None]:

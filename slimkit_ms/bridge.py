@@ -77,6 +77,24 @@ def forget_graphs(model: nn.Cell, keep: Collection[str] = ()) -> None:
         cell.compile_cache.difference_update(gone)
 
 
+_ZEROS = "slimkit_made_zeros"
+
+
+def record_zeros(cell: nn.Cell) -> None:
+    """Note on a layer, in place, that zeros in its weight were made on purpose and are meant to stay."""
+    vars(cell)[_ZEROS] = True
+
+
+def forget_zeros(cell: nn.Cell) -> None:
+    """Undo `record_zeros`, in place."""
+    vars(cell).pop(_ZEROS, None)
+
+
+def has_made_zeros(cell: nn.Cell) -> bool:
+    """Whether zeros in a layer's weight were made on purpose, by slimkit."""
+    return _ZEROS in vars(cell)
+
+
 def run(model: nn.Cell, batch: Any) -> Any:
     """Call the cell on one batch."""
     args, kwargs = as_call(batch)
@@ -247,5 +265,5 @@ def is_plain_layer(cell: nn.Cell) -> bool:
     if not type(cell).__module__.startswith("mindspore."):
         return False
     return isinstance(cell, (nn.SequentialCell, nn.CellList, nn.CellDict)) or not any(
-        getattr(child, "_params", None) for child in cell.cells()
+        inner is not cell and inner._params for _, inner in cell.cells_and_names()
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from slimkit.core.run.measurement import LayerMeasurement, Measurement, median_ms
+from slimkit.core.jobs.measurement import LayerMeasurement, Measurement, median_ms
 from slimkit_ms import bridge, kinds
 
 import mindspore as ms

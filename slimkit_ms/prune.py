@@ -17,7 +17,7 @@ from slimkit.core.prune.graph import Graph
 from slimkit.core.prune.plan import PrunePlan
 from slimkit.core.prune.pruner import PrunerBase
 from slimkit.core.prune.relations import SCALE, Relations
-from slimkit.core.prune.rules import RULES
+from slimkit.core.prune.rules import relate
 from slimkit.core.prune.solve import Coupling, View
 from slimkit_ms import bridge, kinds
 from slimkit_ms.compensate import compensate
@@ -160,7 +160,7 @@ class MindSporePrune:
             assert self.knife is not None
             keep = self._keep(plan, names)
             groups = {path: count for path, (_, count) in plan.groups.items()}
-            foretold = Foretold(Relations(self.traced.graph, RULES), keep)
+            foretold = Foretold(relate(self.traced.graph), keep)
             try:
                 undo = self.knife.cut(keep, groups, foretold, plan.attributes)
             except RefusedError as error:

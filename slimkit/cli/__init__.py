@@ -1,50 +1,68 @@
-"""The command line: `slimkit COMMAND ...`; each command lives in a file of its own and loads what it needs when run."""
+"""The command line: `slimkit COMMAND ...`; each command lives in a file of its own, loaded when it is asked for."""
 
 from __future__ import annotations
 
-from typing import Annotated
+import importlib
+from collections.abc import Iterator
+from typing import Annotated, Any
 
 import typer
+import typer.core
+import typer.main
 
-from slimkit.cli import (
-    adapt,
-    check,
-    convert,
-    distill,
-    exits,
-    export,
-    inspect,
-    migrate,
-    prune,
-    report,
-    run,
-    schema,
-    sparsify,
-)
+from slimkit.cli import exits
+
+_COMMANDS = (
+    "run", "report", "prune", "sparsify", "distill", "adapt", "convert", "export", "check", "inspect", "migrate",
+    "schema",
+)  # fmt: skip
+
+
+class _Commands(dict[str, Any]):
+    """The commands by name, each made when it is first looked at: its options may be those of a job."""
+
+    def __missing__(self, name: str) -> Any:
+        if name not in _COMMANDS:
+            raise KeyError(name)
+        function = getattr(importlib.import_module(f"slimkit.cli.{name}"), name)
+        alone = typer.Typer(add_completion=False, context_settings={"help_option_names": ["-h", "--help"]})
+        alone.command(name)(function)
+        self[name] = typer.main.get_command(alone)
+        return self[name]
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self[name] if name in _COMMANDS else default
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_COMMANDS)
+
+    def __len__(self) -> int:
+        return len(_COMMANDS)
+
+    def items(self) -> Any:
+        return [(name, self[name]) for name in _COMMANDS]
+
+    def values(self) -> Any:
+        return [self[name] for name in _COMMANDS]
+
+
+class _Group(typer.core.TyperGroup):
+    """The group that holds the commands."""
+
+    def __init__(self, **given: Any) -> None:
+        super().__init__(**given)
+        self.commands: dict[str, Any] = _Commands()
+
 
 app = typer.Typer(
     name="slimkit",
+    cls=_Group,
     help="Make trained models smaller and cheaper to adapt.",
     epilog="Exit codes: " + "; ".join(f"{code} {what}" for code, what in exits.EXITS.items()) + ".",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (
-    run.run,
-    report.report,
-    prune.prune,
-    sparsify.sparsify,
-    distill.distill,
-    adapt.adapt,
-    convert.convert,
-    export.export,
-    check.check,
-    inspect.inspect,
-    migrate.migrate,
-    schema.schema,
-):
-    app.command()(_command)
 
 
 @app.callback(invoke_without_command=True)

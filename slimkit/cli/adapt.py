@@ -8,6 +8,7 @@ import typer
 
 from slimkit.cli import options, places, training
 from slimkit.cli.session import session
+from slimkit.core.jobs.options import AdaptOptions
 
 
 @options.spread
@@ -16,8 +17,9 @@ def adapt(
     out: training.Out,
     network: options.Network,
     texts: training.Texts,
-    trained: training.Training,
+    kept: training.Keeping,
     output: options.Output,
+    asked: AdaptOptions,
     task: Annotated[
         str,
         typer.Option(
@@ -26,35 +28,6 @@ def adapt(
             help="Of text: classification (lines have a label), causal-lm, or auto: what the data says.",
         ),
     ] = "auto",
-    kind: Annotated[
-        str,
-        typer.Option(
-            "--kind",
-            autocompletion=options.words("lora", "adapter", "low_rank_adapter", "prefix", "prompt"),
-            help="lora, adapter, low_rank_adapter, prefix or prompt.",
-        ),
-    ] = "lora",
-    targets: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--target", metavar="GLOB", help="Layers that get a delta; default: all linear ones.", show_default=False
-        ),
-    ] = None,
-    also_train: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--also-train", metavar="GLOB", help="Parameters of the model that train whole.", show_default=False
-        ),
-    ] = None,
-    rank: Annotated[int, typer.Option("--rank", min=1, help="Rank of a LoRA.")] = 8,
-    alpha: Annotated[
-        float | None, typer.Option("--alpha", help="A LoRA is scaled by alpha / rank; default 2.", show_default=False)
-    ] = None,
-    dropout: Annotated[float, typer.Option("--dropout", min=0, help="Dropout before a LoRA.")] = 0.0,
-    setting: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Another option of the kind: dora=true.", show_default=False),
-    ] = None,
     evaluation: Annotated[
         str | None,
         typer.Option(
@@ -74,9 +47,7 @@ def adapt(
         ),
     ] = "slimkit",
     merge: Annotated[bool, typer.Option("--merge", help="Also write the merged model into OUT/merged.")] = False,
-    loss: training.Loss = "auto",
     label_key: training.LabelKey = "labels",
-    lr: training.Rate = 5e-4,
 ) -> None:
     """Adapt a model: train a small delta (LoRA and kin) on text or on labelled arrays.
 
@@ -90,29 +61,27 @@ def adapt(
     Example: slimkit adapt --model llama --data text.txt --format peft --merge --out my-lora
     """
     with session("adapt", output) as talk:
-        from slimkit.core.jobs.data import settings
-        from slimkit.core.jobs.training import AdaptAims
+        from slimkit.core.check import choice
+        from slimkit.core.jobs import training as jobs
 
-        given = settings(setting or [], "--set")
-        if kind == "lora":
-            given = {"rank": rank, "alpha": alpha, "dropout": dropout, **given}
-        aims = AdaptAims(
-            task=task,
-            kind=kind,
-            targets=tuple(targets) if targets else None,
-            also_train=tuple(also_train) if also_train else None,
-            settings=given,
-            evaluation=None if evaluation is None else texts.place(evaluation),
-            format=format,
-            merge=merge,
-            loss=loss,
-            label_key=label_key,
-        )
+        choice(format, ("slimkit", "peft"), "--format")
         place = places.model(network)
         talk.go_on = training.GO_ON
-        jobs = places.wing(network.framework, network.device)
+        face = places.framework(network)
         with places.alone(out, output.dry_run) as target:
-            found = jobs.adapt(place, texts.place(data), target, trained.plan(lr, texts.batch_size), aims)
+            found = jobs.adapt(
+                face,
+                place,
+                texts.place(data, asked.batch_size),
+                target,
+                asked,
+                kept.run(),
+                task=task,
+                evaluation=None if evaluation is None else texts.place(evaluation, asked.batch_size),
+                label_key=label_key,
+                format=format,
+                merge=merge,
+            )
         talk.line(
             f"{'Would train' if output.dry_run else 'Trained'} {found['trained_parameters']:,} of "
             f"{found['parameters']:,} parameters ({found['trained_share']:.2%}) on {found['samples']} samples, "

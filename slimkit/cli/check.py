@@ -90,7 +90,7 @@ def _show(found: OnnxCheck, quiet: bool) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from slimkit.core.run.measurement import show
+    from slimkit.core.jobs.measurement import show
 
     console = Console(highlight=False, soft_wrap=True)
     head = f"{found.file}: opset {found.opset}, {found.target}, CANN {found.cann}"

@@ -92,7 +92,7 @@ def convert(
     --example 1,3,32,32
     """
     with session("convert", output) as talk:
-        from slimkit.core.run.measurement import show
+        from slimkit.core.jobs.measurement import show
 
         talk.go_on = "nothing was written; give the same command again"
         if (source_factory is None) != (result_factory is None):
@@ -133,7 +133,7 @@ def convert(
 
 
 def _networks(source: str | None, result: str | None) -> tuple[Any, Any]:
-    from slimkit.core.jobs.data import found
+    from slimkit.core.jobs.sources import found
 
     return tuple(
         None if r is None else found(r, o)() for r, o in ((source, "--source-factory"), (result, "--result-factory"))
@@ -162,7 +162,7 @@ def _chosen(only: list[str] | None) -> Any:
 
 
 def _inputs(example: str | None) -> Any:
-    from slimkit.core.jobs.data import parse_example, read_arrays
+    from slimkit.core.jobs.sources import parse_example, read_arrays
 
     if example is None:
         return None

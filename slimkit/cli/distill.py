@@ -9,6 +9,7 @@ import typer
 
 from slimkit.cli import options, places, training
 from slimkit.cli.session import session
+from slimkit.core.jobs.options import DistillOptions
 
 
 @options.spread
@@ -17,8 +18,9 @@ def distill(
     out: training.Out,
     network: options.Network,
     texts: training.Texts,
-    trained: training.Training,
+    kept: training.Keeping,
     output: options.Output,
+    asked: DistillOptions,
     layers: Annotated[
         int | None, typer.Option("--layers", min=1, help="Blocks of the student.", show_default=False)
     ] = None,
@@ -56,34 +58,7 @@ def distill(
         Path | None,
         typer.Option("--student", help="Weights or a pruned folder to begin the student with.", show_default=False),
     ] = None,
-    match: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--match",
-            metavar="TEACHER=STUDENT",
-            help="Two layers whose outputs are compared, by their paths; for factories.",
-            show_default=False,
-        ),
-    ] = None,
-    temperature: Annotated[float, typer.Option("--temperature", help="Softening of logits.")] = 2.0,
-    hidden_weight: Annotated[
-        float, typer.Option("--hidden-weight", min=0, help="Weight of each pair of layers.")
-    ] = 1.0,
-    output_weight: Annotated[float, typer.Option("--output-weight", min=0, help="Weight of the outputs' term.")] = 1.0,
-    output_loss: Annotated[
-        str,
-        typer.Option(
-            "--output-loss",
-            autocompletion=options.words("auto", "KDKLDiv", "KDCrossEntropy", "KDMse", "HiddenMse", "HiddenCosine"),
-            help="The outputs' term, for factories: KDKLDiv for logits, HiddenMse for other outputs, or another name.",
-        ),
-    ] = "auto",
-    hard_weight: Annotated[
-        float, typer.Option("--hard-weight", min=0, help="Weight of the loss on labels, for factories.")
-    ] = 0.0,
-    loss: training.Loss = "auto",
     label_key: training.LabelKey = "labels",
-    lr: training.Rate = 2e-4,
 ) -> None:
     """Distil a teacher into a smaller student.
 
@@ -96,28 +71,17 @@ def distill(
     Example: slimkit distill --factory nets.py:net --model net.pt --student-arg width=16 --data x.npz --out small
     """
     with session("distill", output) as talk:
-        from slimkit.core.jobs.training import DistillAims
-        from slimkit.core.run.measurement import show
+        from slimkit.core.jobs import training as jobs
+        from slimkit.core.jobs.measurement import show
 
-        sizes = {"layers": layers, "ffn": ffn, "heads": heads, "hidden": hidden}
-        aims = DistillAims(
-            sizes={k: v for k, v in sizes.items() if v is not None},
-            selection=selection,
-            student=places.student(network, student, student_factory, student_arguments),
-            matches=places.matches(match or []),
-            temperature=temperature,
-            hidden_weight=hidden_weight,
-            output_weight=output_weight,
-            output_loss=output_loss,
-            hard_weight=hard_weight,
-            loss=loss,
-            label_key=label_key,
-        )
+        sizes = {k: v for k, v in {"layers": layers, "ffn": ffn, "heads": heads, "hidden": hidden}.items() if v}
+        cut = places.student(network, sizes, selection, student, student_factory, student_arguments)
         place = places.model(network)
         talk.go_on = training.GO_ON
-        jobs = places.wing(network.framework, network.device)
+        face = places.framework(network)
         with places.alone(out, output.dry_run) as target:
-            found = jobs.distill(place, texts.place(data), target, trained.plan(lr, texts.batch_size), aims)
+            read = texts.place(data, asked.batch_size)
+            found = jobs.distill(face, place, read, target, asked, cut, kept.run(), label_key=label_key)
         talk.line(
             f"{'Would train' if output.dry_run else 'Trained'} a student of {show(found['parameters'], 'count')} "
             f"parameters ({found['parameters'] / found['teacher_parameters']:.3f} of the teacher) on "
@@ -126,6 +90,4 @@ def distill(
         if not output.dry_run:
             talk.line(f"Loss by epoch: {training.losses(found)}")
             talk.line(f"Written: {out}")
-        talk.result(
-            {"model": places.say_where(place), "out": out, "sizes": aims.sizes, **found}, dry_run=output.dry_run
-        )
+        talk.result({"model": places.say_where(place), "out": out, "sizes": sizes, **found}, dry_run=output.dry_run)

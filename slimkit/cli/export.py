@@ -9,6 +9,7 @@ import typer
 
 from slimkit.cli import options, places
 from slimkit.cli.session import session
+from slimkit.core.jobs.options import ExportOptions
 
 
 @options.spread
@@ -16,6 +17,7 @@ def export(
     out: Annotated[Path, typer.Option("--out", "-o", help="The file; a folder for w16a16s.", show_default=False)],
     network: options.Network,
     output: options.Output,
+    asked: ExportOptions,
     format: Annotated[
         str,
         typer.Option(
@@ -24,20 +26,6 @@ def export(
             help="onnx, w16a16s, or mindir (MindSpore).",
         ),
     ] = "onnx",
-    opset: Annotated[int, typer.Option("--opset", help="ONNX opset; 13 suits Ascend's ATC.")] = 13,
-    dynamic_batch: Annotated[bool, typer.Option("--dynamic-batch", help="Leave the batch size open.")] = False,
-    dynamic: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--dynamic",
-            metavar="[INPUT=]AXIS:NAME,...",
-            help="Leave axes open, proven at a second size: 0:batch,1:sequence, or input_ids=1:sequence.",
-            show_default=False,
-        ),
-    ] = None,
-    tolerance: Annotated[
-        float, typer.Option("--tolerance", help="Largest difference accepted between file and model.")
-    ] = 1e-4,
     delta: Annotated[
         Path | None,
         typer.Option("--delta", help="A delta to merge first (slimkit's or PEFT's folder).", show_default=False),
@@ -58,8 +46,8 @@ def export(
     with session("export", output) as talk:
         from slimkit.core import check
         from slimkit.core.errors import ConfigError
-        from slimkit.core.onnxaxes import parse_axes
-        from slimkit.core.run.measurement import show
+        from slimkit.core.jobs import commands
+        from slimkit.core.jobs.measurement import show
 
         check.choice(format, ("onnx", "w16a16s", "mindir"), "--format")
         talk.go_on = "nothing was written; give the same command again"
@@ -68,22 +56,20 @@ def export(
             raise ConfigError(f"--delta must be an existing folder. Received: {str(delta)!r}")
         if format != "w16a16s" and out.is_dir():
             raise ConfigError(f"--out must be a file, and {str(out)!r} is a folder")
-        found = places.wing(network.framework, network.device).write(
+        found = commands.export(
+            places.framework(network),
             place,
             None if output.dry_run else out.absolute(),
+            asked,
             format=format,
-            opset=opset,
             example=example,
             length=length,
-            dynamic_batch=dynamic_batch,
-            dynamic=parse_axes(dynamic or []),
-            tolerance=tolerance,
             delta_folder=delta,
             seed=seed,
         )
         shapes = ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in found.get("shapes", {}).items())
         if output.dry_run:
-            what = f" opset {opset}" if format == "onnx" else ""
+            what = f" opset {asked.opset}" if format == "onnx" else ""
             talk.line(f"would write {format}{what} with inputs {shapes or 'of its configuration'} to {out}")
         elif format == "w16a16s":
             talk.line(f"Written: {out}: {len(found['sparse'])} sparse tensors, {len(found['dense'])} others")

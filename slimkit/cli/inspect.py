@@ -47,23 +47,23 @@ def inspect(
     """
     with session("inspect", options.Output(as_json=as_json, quiet=quiet)) as talk:
         from slimkit.core.errors import ConfigError
-        from slimkit.core.jobs.look import look
+        from slimkit.core.jobs import commands
+        from slimkit.core.jobs.inspecting import look
 
         if path is None and factory is None:
             raise ConfigError("give a PATH, or --factory MODULE:FUNCTION")
         if macs or factory is not None:
             place = places.model(options.Network(path, factory, arguments))
-            measured = (
-                places.wing(framework, device)
-                .measure(place, example=example, length=length, delta_folder=delta, seed=0)
-                .to_dict()
-            )
+            face = places.framework(options.Network(framework=framework, device=device))
+            measured = commands.measure(
+                face, place, example=example, length=length, delta_folder=delta, seed=0
+            ).to_dict()
             _measured(talk, measured, places.say_where(place), None if show_all else _ROWS)
             talk.result({"path": path, "kind": "measured", "facts": measured})
             return
         assert path is not None
         found = look(path, _torch, values=not no_values)
-        from slimkit.core.jobs.look import shown
+        from slimkit.core.jobs.inspecting import shown
 
         talk.line(f"{path}: {found.kind}")
         for label, value in found.facts.items():
@@ -81,7 +81,7 @@ def _torch() -> Any:
 
 
 def _measured(talk: Session, measured: dict[str, Any], name: str, limit: int | None) -> None:
-    from slimkit.core.run.measurement import show
+    from slimkit.core.jobs.measurement import show
 
     talk.line(
         f"{name}: {show(measured['parameters'], 'count')} parameters ({show(measured['parameter_bytes'], 'bytes')}), "

@@ -133,7 +133,10 @@ class Output:
 
 
 def spread(command: Callable[..., None]) -> Callable[..., None]:
-    """Let parameters that are dataclasses stand for their fields: an option each, under the field's name.
+    """Let parameters that are dataclasses or a job's options stand for their fields: an option each.
+
+    A dataclass's fields say themselves what they are to typer; for a job's options (`core.jobs.options`) the flag, the
+    default, the help and the words come from the class.
 
     Example:
         >>> @spread
@@ -143,19 +146,25 @@ def spread(command: Callable[..., None]) -> Callable[..., None]:
         True
     """
     hints = get_type_hints(command, include_extras=True)
-    groups: dict[str, tuple[type, list[str]]] = {}
+    groups: dict[str, tuple[Callable[..., Any], list[str]]] = {}
     taken: list[inspect.Parameter] = []
     for name, parameter in inspect.signature(command).parameters.items():
         kind = hints[name]
-        if not is_dataclass(kind) or not isinstance(kind, type):
+        if hasattr(kind, "model_fields"):
+            from slimkit.cli import jobflags
+
+            found = jobflags.parameters(kind)
+            groups[name] = (functools.partial(jobflags.made, kind), [one.name for one in found])
+            taken += found
+        elif is_dataclass(kind) and isinstance(kind, type):
+            inner = get_type_hints(kind, include_extras=True)
+            groups[name] = (kind, [one.name for one in fields(kind)])
+            taken += [
+                inspect.Parameter(one.name, parameter.KEYWORD_ONLY, default=one.default, annotation=inner[one.name])
+                for one in fields(kind)
+            ]
+        else:
             taken.append(parameter.replace(kind=parameter.KEYWORD_ONLY, annotation=kind))
-            continue
-        inner = get_type_hints(kind, include_extras=True)
-        groups[name] = (kind, [one.name for one in fields(kind)])
-        taken += [
-            inspect.Parameter(one.name, parameter.KEYWORD_ONLY, default=one.default, annotation=inner[one.name])
-            for one in fields(kind)
-        ]
 
     @functools.wraps(command)
     def call(**given: Any) -> None:

@@ -1,4 +1,4 @@
-"""From options to what the commands work on: the model, the data, and the wing that does it."""
+"""From options to what the commands work on: the model, the data, and the framework that does it."""
 
 from __future__ import annotations
 
@@ -9,18 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slimkit.cli.options import Network
-from slimkit.core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from slimkit.core.jobs.data import DataPlace, ModelPlace
-    from slimkit.core.jobs.wing import Jobs
+    from slimkit.core.jobs.framework import JobFramework
+    from slimkit.core.jobs.sources import DataPlace, ModelPlace, StudentPlace
 
-# framework -> the module and class of a wing's side of the commands
-_WINGS = {"torch": ("slimkit.jobs", "TorchJobs"), "mindspore": ("slimkit_ms.jobs", "MindSporeJobs")}
+# framework -> the module and class of its side of the jobs
+_JOBS = {"torch": ("slimkit.jobs", "TorchJobs"), "mindspore": ("slimkit_ms.jobs", "MindSporeJobs")}
 
 
-def wing(framework: str, device: str | None = None) -> Jobs:
-    """A framework's side of the commands, computing on a device.
+def framework(network: Network) -> JobFramework:
+    """The side of the jobs that --framework names, computing on --device.
 
     Raises:
         ArgumentError: an unknown framework.
@@ -30,44 +29,40 @@ def wing(framework: str, device: str | None = None) -> Jobs:
     from slimkit.core import check
     from slimkit.core.lazy import require
 
-    require(check.choice(framework.lower(), _WINGS, "--framework"))
-    module, name = _WINGS[framework.lower()]
-    jobs: Jobs = getattr(importlib.import_module(module), name)(device)
-    return jobs
+    name = network.framework.lower()
+    require(check.choice(name, _JOBS, "--framework"))
+    module, kind = _JOBS[name]
+    face: JobFramework = getattr(importlib.import_module(module), kind)(network.device)
+    return face
 
 
 def model(network: Network) -> ModelPlace:
     """The model that --model, --factory and --arg name."""
-    from slimkit.core.jobs.data import ModelPlace, settings
+    from slimkit.core.jobs.sources import ModelPlace, settings
 
     return ModelPlace(network.model, network.factory, settings(network.arguments or [], "--arg"))
 
 
 def student(
-    network: Network, weights: Path | None, factory: str | None, arguments: list[str] | None
-) -> ModelPlace | None:
-    """The student that --student, --student-factory and --student-arg name; None where none of them was given."""
-    from slimkit.core.jobs.data import ModelPlace, settings
+    network: Network,
+    sizes: dict[str, int],
+    selection: str,
+    weights: Path | None,
+    factory: str | None,
+    arguments: list[str] | None,
+) -> StudentPlace:
+    """The student that a command's options name."""
+    from slimkit.core.jobs.sources import ModelPlace, StudentPlace, settings
 
-    if weights is None and factory is None and not arguments:
-        return None
-    return ModelPlace(weights, factory or network.factory, settings(arguments or [], "--student-arg"))
-
-
-def matches(texts: list[str]) -> tuple[tuple[str, str], ...]:
-    """The pairs of layers that --match names, the teacher's first."""
-    pairs = []
-    for text in texts:
-        theirs, _, mine = text.partition("=")
-        if not theirs or not mine:
-            raise ConfigError(f"--match must be TEACHER=STUDENT, two layers by their paths. Received: {text!r}")
-        pairs.append((theirs, mine))
-    return tuple(pairs)
+    place = None
+    if weights is not None or factory is not None or arguments:
+        place = ModelPlace(weights, factory or network.factory, settings(arguments or [], "--student-arg"))
+    return StudentPlace(sizes, selection, place)
 
 
 def data(reference: str | None, text_key: str, samples: int, max_length: int, batch_size: int) -> DataPlace | None:
     """The data that an option names; None where none was given."""
-    from slimkit.core.jobs.data import DataPlace
+    from slimkit.core.jobs.sources import DataPlace
 
     if reference is None:
         return None

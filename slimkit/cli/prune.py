@@ -9,6 +9,7 @@ import typer
 
 from slimkit.cli import options, places
 from slimkit.cli.session import session
+from slimkit.core.jobs.options import PruneOptions
 
 
 @options.spread
@@ -16,44 +17,7 @@ def prune(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the pruned model.", show_default=False)],
     network: options.Network,
     output: options.Output,
-    ratio: Annotated[float, typer.Option("--ratio", "-r", help="Share of the parameters (or MACs) to keep.")] = 0.75,
-    align: Annotated[int, typer.Option("--align", help="Kept widths are multiples of it; 16 suits Ascend.")] = 16,
-    importance: Annotated[
-        str,
-        typer.Option(
-            "--importance",
-            autocompletion=options.words("l1", "l2", "bn_scale", "taylor", "hessian", "activation", "lamp", "random"),
-            help="l1, l2, bn_scale, taylor, hessian, activation, lamp or random; taylor, hessian and activation need "
-            "--calib.",
-        ),
-    ] = "l1",
-    budget: Annotated[
-        str,
-        typer.Option(
-            "--budget", autocompletion=options.words("params", "macs"), help="What --ratio counts: params or macs."
-        ),
-    ] = "params",
-    allocation: Annotated[
-        str,
-        typer.Option(
-            "--allocation",
-            autocompletion=options.words("uniform", "global"),
-            help="uniform (each node keeps the same share) or global.",
-        ),
-    ] = "uniform",
-    node_ratio: Annotated[float, typer.Option("--node-ratio", help="Least share of its channels a node keeps.")] = 0.5,
-    keep: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--keep",
-            metavar="LAYER",
-            help="A layer left whole, by name or number; default: first and last.",
-            show_default=False,
-        ),
-    ] = None,
-    compensate: Annotated[
-        bool, typer.Option("--compensate", help="Refit what remains on the --calib data; no labels needed.")
-    ] = False,
+    asked: PruneOptions,
     example: options.Example = None,
     calib: options.Calibration = None,
     text_key: options.TextKey = "text",
@@ -73,34 +37,29 @@ def prune(
     Example: slimkit prune --factory nets.py:resnet --model resnet.pt --example 1,3,224,224 --ratio 0.5 --out small
     """
     with session("prune", output) as talk:
+        from slimkit.core.jobs import commands
         from slimkit.core.jobs.folders import unused
-        from slimkit.core.run.measurement import show
+        from slimkit.core.jobs.measurement import show
 
         talk.go_on = "nothing was written; give the same command again"
         place = places.model(network)
         folder = unused(out)
-        found = places.wing(network.framework, network.device).prune(
+        found = commands.prune(
+            places.framework(network),
             place,
             None if output.dry_run else folder,
-            ratio=ratio,
-            align=align,
-            importance=importance,
-            budget=budget,
-            allocation=allocation,
-            node_ratio=node_ratio,
-            keep=keep,
+            asked,
             example=example,
             calib=places.data(calib, text_key, samples, max_length, batch_size),
-            compensate=compensate,
             seed=seed,
         )
         before, after = found["parameters_before"], found["parameters"]
         widths = _widths(found["report"])
         talk.table("Widths", ("layers", "before", "after"), widths, limit=20)
-        reached = "" if budget == "params" else f"; of the {budget} {found['report']['reached']:.3f}"
+        reached = "" if asked.budget == "params" else f"; of the {asked.budget} {found['report']['reached']:.3f}"
         talk.line(
             f"{'Would keep' if output.dry_run else 'Kept'} {show(after, 'count')} of {show(before, 'count')} "
-            f"parameters: {after / before:.3f}{reached}, {ratio} asked for"
+            f"parameters: {after / before:.3f}{reached}, {asked.reserved_ratio} asked for"
         )
         for reason, where in found["report"]["whole"].items() if output.verbose else ():
             talk.line(f"  whole, {reason}: {', '.join(where[:5])}")
@@ -108,7 +67,10 @@ def prune(
             talk.line(f"  --node-ratio holds back: {', '.join(held['layers'][:3])} at {held['keeps']}")
         if not output.dry_run:
             talk.line(f"Written: {folder} ({_readable(found['written'])})")
-        talk.result({"model": places.say_where(place), "out": folder, "asked": ratio, **found}, dry_run=output.dry_run)
+        talk.result(
+            {"model": places.say_where(place), "out": folder, "asked": asked.reserved_ratio, **found},
+            dry_run=output.dry_run,
+        )
 
 
 def _widths(report: dict[str, object]) -> list[tuple[str, str, str]]:

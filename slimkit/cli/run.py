@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from slimkit.cli import options
+from slimkit.cli import options, places
 from slimkit.cli.session import Session, session
-
-# framework of a recipe -> the module and class that answer the runner
-_WINGS = {"torch": ("slimkit.stages", "TorchWing"), "mindspore": ("slimkit_ms.stages", "MindSporeWing")}
 
 
 @options.spread
@@ -27,7 +23,10 @@ def run(
         typer.Option("--set", metavar="KEY=VALUE", help="Change one key, e.g. stages.1.prune.reserved_ratio=0.6."),
     ] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Throw an earlier run in the folder away.")] = False,
-    check: Annotated[bool, typer.Option("--check", help="Check the recipe and stop.")] = False,
+    check: Annotated[
+        bool,
+        typer.Option("--check", help="Build every configuration, import every function, read one batch, and stop."),
+    ] = False,
 ) -> None:
     """Run a recipe: load, prune, distil, sparsify, adapt, export, report.
 
@@ -35,7 +34,7 @@ def run(
 
     Example: slimkit run tools/recipes/digits.yaml --set seed=3 --output runs/digits-3
     """
-    from slimkit.core.jobs.data import settings
+    from slimkit.core.jobs.sources import settings
     from slimkit.core.run.recipe import load_recipe
 
     with session("run", asked) as talk:
@@ -43,6 +42,11 @@ def run(
         folder = output or Path(checked.output or f"runs/{checked.name}")
         if check or asked.dry_run:
             steps = [kind for kind, _ in checked.steps()]
+            if check:
+                from slimkit.core.run.checking import check_recipe
+
+                face = places.framework(options.Network(framework=checked.framework))
+                check_recipe(checked, recipe.parent, face.formats)
             talk.line(f"{recipe}: {len(steps)} stages, nothing wrong")
             if asked.dry_run:
                 talk.line(f"would run {', '.join(steps)} into {folder}")
@@ -51,15 +55,16 @@ def run(
         talk.go_on = "the same command goes on from the last finished stage"
 
         from slimkit.core.run.pipeline import run_recipe
+        from slimkit.core.run.stages import Stages
 
-        module, name = _WINGS[checked.framework]
-        wing = getattr(importlib.import_module(module), name)()
+        wing = Stages(places.framework(options.Network(framework=checked.framework)))
         _show(run_recipe(checked, recipe.parent, wing, folder, restart=restart), folder, talk)
 
 
 def _show(report: dict[str, Any], folder: Path, talk: Session) -> None:
     """The summary: dense against final, what the stages say, and where the report is."""
-    from slimkit.core.run.report import headline, summary_rows
+    from slimkit.core.jobs.measurement import summary_rows
+    from slimkit.core.run.report import headline
 
     rows = summary_rows(report)
     talk.table(report["title"], ("", "dense", "final", "change"), rows)

@@ -9,6 +9,7 @@ import typer
 
 from slimkit.cli import options, places
 from slimkit.cli.session import Session, session
+from slimkit.core.jobs.options import SparsifyOptions
 
 
 @options.spread
@@ -16,35 +17,7 @@ def sparsify(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the sparse model.", show_default=False)],
     network: options.Network,
     output: options.Output,
-    method: Annotated[
-        str,
-        typer.Option(
-            "--method",
-            autocompletion=options.words("magnitude", "wanda", "hessian", "par", "par_v2"),
-            help="magnitude, wanda, hessian, par or par_v2; all but magnitude need --calib.",
-        ),
-    ] = "par",
-    ratio: Annotated[float, typer.Option("--ratio", "-r", help="Share of each layer's weights set to zero.")] = 0.5,
-    pattern: Annotated[
-        str | None,
-        typer.Option(
-            "--pattern",
-            autocompletion=options.words("2:4", "4:8", "4:2"),
-            help="n:m along input channels, such as 2:4 (4:2 for Ascend).",
-            show_default=False,
-        ),
-    ] = None,
-    measured: Annotated[
-        bool, typer.Option("--measured-ratios", help="Each layer gets the ratio that its sensitivity allows.")
-    ] = False,
-    progressive: Annotated[bool, typer.Option("--progressive", help="Reach the ratio in steps.")] = False,
-    residual: Annotated[bool, typer.Option("--residual", help="Fit what the residual stream has lost, too.")] = False,
-    targets: Annotated[
-        list[str] | None, typer.Option("--target", metavar="GLOB", help="Layers to take.", show_default=False)
-    ] = None,
-    ignore: Annotated[
-        list[str] | None, typer.Option("--ignore", metavar="GLOB", help="Layers to leave dense.", show_default=False)
-    ] = None,
+    asked: SparsifyOptions,
     calib: options.Calibration = None,
     text_key: options.TextKey = "text",
     samples: options.Samples = 128,
@@ -62,50 +35,38 @@ def sparsify(
     Example: slimkit sparsify --model llama --pattern 4:2 --calib text.jsonl --out llama-42 --dry-run
     """
     with session("sparsify", output) as talk:
-        from slimkit.core.sparse import SparseConfig
+        from slimkit.core.jobs import commands
+        from slimkit.core.jobs.work import sparse_headline
 
         place = places.model(network)
-        jobs = places.wing(network.framework, network.device)
-        cfg = SparseConfig(
-            method=method,
-            sparse_ratio=ratio,
-            pattern=pattern,
-            uniform=not measured,
-            progressive=progressive,
-            residual=residual,
-            targets=targets or None,
-            ignore=ignore or (),
-        )
+        face = places.framework(network)
         data = places.data(calib, text_key, samples, max_length, batch_size)
         if output.dry_run:
-            _plan(talk, jobs.plan_sparsify(place, out.absolute(), cfg, calib=data), cfg, out)
+            _plan(talk, commands.sparsify(face, place, out.absolute(), asked, calib=data, plan=True), asked, out)
             return
         talk.go_on = "the same command goes on from the last finished block, or begins again where there was none"
         with places.alone(out):
-            report = jobs.sparsify(place, out.absolute(), cfg, calib=data, restart=restart)
+            report = commands.sparsify(face, place, out.absolute(), asked, calib=data, restart=restart)
         rows = [
             (n, row["method"], f"{row['ratio']:.3f}", f"{row['output_error']:.4f}" if "output_error" in row else "")
             for n, row in report["layers"].items()
         ]
         if output.verbose:
             talk.table("Layers", ("layer", "method", "zeros", "output error"), rows)
-        talk.line(
-            f"{report['zeros']:,} of {report['weights']:,} weights of {len(rows)} layers are zero: "
-            f"{report['ratio']:.3f}"
-        )
+        talk.line(sparse_headline(report))
         for name in report["fallbacks"]:
             talk.line(f"  {name}: {report['fallbacks'][name]}; by magnitude")
         talk.line(f"Written: {out}")
         talk.result({"model": places.say_where(place), "out": out, **report})
 
 
-def _plan(talk: Session, plan: dict[str, Any], cfg: Any, out: Path) -> None:
+def _plan(talk: Session, plan: dict[str, Any], asked: SparsifyOptions, out: Path) -> None:
     talk.line(
         f"would set {plan['zeros']:,} of {plan['weights']:,} weights to zero in {len(plan['layers'])} layers by "
-        f"{cfg.method}, calibrated on {plan['batches']} batches, into {out}"
+        f"{asked.method}, calibrated on {plan['batches']} batches, into {out}"
     )
     if plan["blocks_done"]:
         talk.line(f"would go on after block {plan['blocks_done']} of an earlier run")
     for name, reason in plan["skipped"].items():
         talk.line(f"  left alone: {name}: {reason}")
-    talk.result({"out": out, "config": cfg.to_dict(), **plan}, dry_run=True)
+    talk.result({"out": out, "config": asked.build().to_dict(), **plan}, dry_run=True)

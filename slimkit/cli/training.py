@@ -11,8 +11,8 @@ import typer
 from slimkit.cli import options, places
 
 if TYPE_CHECKING:
-    from slimkit.core.jobs.data import DataPlace
-    from slimkit.core.jobs.training import TrainingPlan
+    from slimkit.core.jobs.framework import FitRun
+    from slimkit.core.jobs.sources import DataPlace
 
 # What a stopped training command says.
 GO_ON = "the state is saved; the same command goes on from there"
@@ -32,17 +32,7 @@ Data = Annotated[
     ),
 ]
 LabelKey = Annotated[str, typer.Option("--label-key", help="The array that holds the labels.", rich_help_panel="Data")]
-Loss = Annotated[
-    str,
-    typer.Option(
-        "--loss",
-        metavar="NAME|MODULE:FUNCTION",
-        autocompletion=options.words("auto", "cross_entropy", "mse"),
-        help="On labels, for arrays: cross_entropy, mse, auto (by the type of the labels), or f(model, batch).",
-    ),
-]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for the result.", show_default=False)]
-Rate = Annotated[float, typer.Option("--lr", help="Peak learning rate of AdamW.", rich_help_panel="Training")]
 
 
 @dataclass(frozen=True)
@@ -54,40 +44,18 @@ class Texts:
         int, typer.Option("--samples", min=1, help="Take at most so many samples.", rich_help_panel="Data")
     ] = _EVERY
     max_length: options.MaxLength = 128
-    batch_size: options.BatchSize = 16
 
-    def place(self, reference: str) -> DataPlace:
+    def place(self, reference: str, batch_size: int) -> DataPlace:
         """The data that an option names."""
-        found = places.data(reference, self.text_key, self.samples, self.max_length, self.batch_size)
+        found = places.data(reference, self.text_key, self.samples, self.max_length, batch_size)
         assert found is not None
         return found
 
 
 @dataclass(frozen=True)
-class Training:
-    """How to train, and how to go on."""
+class Keeping:
+    """How a training command keeps its state, and how it goes on."""
 
-    epochs: Annotated[
-        int, typer.Option("--epochs", min=1, help="Passes over the data.", rich_help_panel="Training")
-    ] = 1
-    schedule: Annotated[
-        str,
-        typer.Option(
-            "--schedule",
-            autocompletion=options.words("cosine", "linear", "constant"),
-            help="cosine, linear or constant.",
-            rich_help_panel="Training",
-        ),
-    ] = "cosine"
-    warmup: Annotated[
-        int, typer.Option("--warmup", min=0, help="Updates until the full rate.", rich_help_panel="Training")
-    ] = 0
-    max_steps: Annotated[
-        int | None,
-        typer.Option(
-            "--max-steps", min=1, help="Bound on the updates.", show_default=False, rich_help_panel="Training"
-        ),
-    ] = None
     seed: options.Seed = 0
     save_every: Annotated[
         int,
@@ -98,21 +66,11 @@ class Training:
         typer.Option("--restart", help="Throw an unfinished run in --out away.", rich_help_panel="Training"),
     ] = False
 
-    def plan(self, rate: float, batch_size: int) -> TrainingPlan:
-        """The plan for the framework's side."""
-        from slimkit.core.jobs.training import TrainingPlan
+    def run(self) -> FitRun:
+        """For the job."""
+        from slimkit.core.jobs.framework import FitRun
 
-        return TrainingPlan(
-            epochs=self.epochs,
-            learning_rate=rate,
-            batch_size=batch_size,
-            schedule=self.schedule,
-            warmup=self.warmup,
-            max_steps=self.max_steps,
-            seed=self.seed,
-            save_every=self.save_every,
-            restart=self.restart,
-        )
+        return FitRun(self.seed, self.save_every, self.restart)
 
 
 def losses(found: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ from slimkit import bridge
 from slimkit.core.delta import shard as rules
 from slimkit.core.delta.layers import activation_name, size
 from slimkit.delta import initial
-from slimkit.delta.layer import AdapterBase
+from slimkit.delta.layer import Adapted, AdapterBase
 from slimkit.delta.shard import ShardPlan, plan
 
 import torch
@@ -123,6 +123,17 @@ class AdapterLayer(nn.Module):
         return plan(self, rules.ADAPTER, strategies, sizes, _SHARDED, {"non_linearity": act})
 
 
+class AdaptedLinear(Adapted):
+    """A linear layer that an adapter was put behind."""
+
+    delta_kind = "adapter"
+
+
+def adapter_for(width: int, dtype: Any, bottleneck_size: int = 64, non_linearity: str = "gelu") -> AdapterLayer:
+    """The adapter for an output of that width, by the options of `apply_delta`."""
+    return AdapterLayer(width, bottleneck_size, non_linearity, dtype)
+
+
 class AdapterDense(AdapterBase):
     """A linear layer that ends in an adapter: AdapterLayer(activation(x W' + bias)).
 
@@ -173,11 +184,6 @@ class AdapterDense(AdapterBase):
         )
         self.mindpet_delta_adapter = adapter
         self.begin({"bottleneck_size": bottleneck_size, "non_linearity": non_linearity})
-
-    @classmethod
-    def build(cls, width: int, dtype: Any, bottleneck_size: int = 64, non_linearity: str = "gelu") -> tuple[str, Any]:
-        """The adapter for an output of that width, and the attribute that holds it."""
-        return "mindpet_delta_adapter", AdapterLayer(width, bottleneck_size, non_linearity, dtype)
 
     def shard(
         self,

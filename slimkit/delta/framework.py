@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,24 +11,30 @@ from slimkit import bridge
 from slimkit.core.delta.framework import DeltaFramework
 from slimkit.core.delta.spec import PREFIX, Site
 from slimkit.core.freeze import Parameters
-from slimkit.delta.adapter import AdapterDense
-from slimkit.delta.layer import DeltaLayer
-from slimkit.delta.lora import LoRADense
-from slimkit.delta.lora_layers import LoRAConv1D, LoRAConv2d, LoRAEmbedding
-from slimkit.delta.low_rank_adapter import LowRankAdapterDense
+from slimkit.delta.adapter import AdaptedLinear, adapter_for
+from slimkit.delta.attach import DeltaLayer, attach, device_for, layer_class
+from slimkit.delta.layer import Adapted
+from slimkit.delta.lora_layers import LoraConv1D, LoraConv2d, LoraEmbedding, LoraLinear
+from slimkit.delta.low_rank_adapter import LowRankAdaptedLinear, low_rank_adapter_for
 from slimkit.delta.multihead import call_layers, without_call_layers
+from slimkit.delta.named import LoraLayer
+from slimkit.delta.positions import shift_positions
 from slimkit.delta.prefix_model import forget_prefixes
+from slimkit.delta.sharded import at_rest, forget_deltas
 
 import torch
 from torch import nn
 
-_LORA: dict[str, Any] = {
-    "linear": LoRADense,
-    "embedding": LoRAEmbedding,
-    "conv2d": LoRAConv2d,
-    "conv1d": LoRAConv1D,
+_LORA: dict[str, type[LoraLayer]] = {
+    "linear": LoraLinear,
+    "embedding": LoraEmbedding,
+    "conv2d": LoraConv2d,
+    "conv1d": LoraConv1D,
 }
-_ADAPTERS: dict[str, Any] = {"adapter": AdapterDense, "low_rank_adapter": LowRankAdapterDense}
+_ADAPTERS: dict[str, tuple[type[Adapted], Any]] = {
+    "adapter": (AdaptedLinear, adapter_for),
+    "low_rank_adapter": (LowRankAdaptedLinear, low_rank_adapter_for),
+}
 # A subclass with a forward of its own computes something else: it is not taken for what it derives from.
 _PLAIN = ((nn.Linear, "linear"), (nn.Embedding, "embedding"), (nn.Conv2d, "conv2d"))
 
@@ -35,25 +42,27 @@ _PLAIN = ((nn.Linear, "linear"), (nn.Embedding, "embedding"), (nn.Conv2d, "conv2
 def kind_of(module: nn.Module) -> str:
     """ "linear", "embedding", "conv2d" or "conv1d" for a layer whose mathematics is known, else ""."""
     if isinstance(module, DeltaLayer):
-        return next((kind for kind, layer in _LORA.items() if type(module) is layer), "linear")
-    for base, kind in _PLAIN:
-        if isinstance(module, base) and type(module).forward is base.forward:
-            return kind
-    if type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils":
+        return next((kind for kind, layer in _LORA.items() if isinstance(module, layer)), "linear")
+    kind: Any = layer_class(module)
+    for base, word in _PLAIN:
+        if issubclass(kind, base) and kind.forward is base.forward:
+            return word
+    if kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils":
         return "conv1d"
     return ""
 
 
 def _site(module: nn.Module, parent: nn.Module) -> Site:
-    kind = kind_of(module)
-    weight = getattr(module, "weight", None)
-    name = type(module).__name__
-    if not kind or not isinstance(weight, torch.Tensor):
-        return Site("", (), name, any(p is not None for p in module._parameters.values()))
-    shape = tuple(weight.shape)
-    reason = ""
+    kind, name = kind_of(module), type(module).__name__
+    holds = any(p is not None for p in module._parameters.values())
+    if not kind:
+        reason = "a linear layer whose forward is not torch's" if isinstance(module, nn.Linear) else ""
+        return Site("", (), name, holds, reason and f"{name} is {reason}; what it computes is not known")
+    weight: Any = module.weight
     if isinstance(weight, nn.UninitializedParameter):
         return Site("", (), name, True, "it has no weight yet; run the model once")
+    shape = tuple(weight.shape)
+    reason = ""
     if isinstance(parent, nn.MultiheadAttention):
         reason = "nn.MultiheadAttention reads its weight and never calls it"
     elif not weight.is_floating_point():
@@ -72,18 +81,16 @@ class TorchDelta(DeltaFramework):
 
     def sites(self, model: nn.Module) -> dict[str, Site]:
         modules = dict(model.named_modules(remove_duplicate=False))
-        head = self._head(model)
-        found = {}
+        heads = _heads(model)
+        found: dict[str, Site] = {}
+        layer = ""
         for path, module in modules.items():
-            if not path or PREFIX in path:
-                continue
+            if not path or PREFIX in path or (layer and path.startswith(layer)):
+                continue  # what computes a layer's weight is part of the layer
+            layer = f"{path}." if kind_of(module) else layer
             site = _site(module, modules[path.rpartition(".")[0]])
-            found[path] = replace(site, head=True) if module is head else site
+            found[path] = replace(site, head=True) if id(module) in heads else site
         return found
-
-    def _head(self, model: nn.Module) -> nn.Module | None:
-        ask = getattr(model, "get_output_embeddings", None)
-        return ask() if callable(ask) else None
 
     def layers(self, model: nn.Module) -> dict[str, Any]:
         return {p: m for p, m in model.named_modules(remove_duplicate=False) if isinstance(m, DeltaLayer)}
@@ -91,22 +98,50 @@ class TorchDelta(DeltaFramework):
     def module(self, model: nn.Module, path: str) -> nn.Module:
         return bridge.get_module(model, path)
 
-    def put(self, model: nn.Module, modules: Mapping[str, Any]) -> None:
-        layer: Any
-        for path, layer in modules.items():
-            bridge.set_module(model, path, layer)
-        call_layers(model, modules)
-
-    def make(self, kind: str, module: nn.Module, name: str, dtype: Any, options: Mapping[str, Any]) -> Any:
+    def attach(self, kind: str, module: nn.Module, name: str, dtype: Any, options: Mapping[str, Any]) -> None:
         if kind == "lora":
-            return _LORA[kind_of(module)].over(module)
-        return _ADAPTERS[kind].over(module, name, dtype, dict(options))
+            attach(module, _LORA[kind_of(module)]).start()
+            return
+        mixin, make = _ADAPTERS[kind]
+        adapter = make(module.out_features, dtype or torch.float32, **options).to(device_for(module))
+        layer = attach(module, mixin)
+        setattr(layer, f"{PREFIX}{kind}", adapter.train(module.training))
+        layer.begin(dict(options), name)
 
-    def is_sparse(self, module: nn.Module) -> bool:
-        weight = module.weight
-        if not isinstance(weight, torch.Tensor) or weight.is_meta:
-            return False
-        return bool((weight == 0).sum() * 10 >= weight.numel())
+    def taken_off(self, model: nn.Module) -> None:
+        forget_deltas(model)
+
+    def attached(self, model: nn.Module, paths: Sequence[str]) -> None:
+        call_layers(model, {path: bridge.get_module(model, path) for path in paths})
+
+    def at_rest(self, model: nn.Module) -> None:
+        at_rest(model)
+
+    def activated(self, model: nn.Module) -> None:
+        layers = self.layers(model).values()
+        shift_positions(model, any(layer.delta_acts for layer in layers if layer.delta_kind == "prefix"))
+
+    def keeps_zeros(self, module: nn.Module) -> bool:
+        return bridge.has_made_zeros(module)
+
+    def exchange(self, parameter: Any, value: Any) -> Any:
+        with torch.no_grad():
+            if value is None:
+                return parameter.detach().clone()
+            if type(parameter) is nn.Parameter:
+                # The storage changes hands: no copy, and a graph that waits for its backward finds its values again.
+                before = parameter.data
+                parameter.data = value.to(parameter)
+                return before
+            before = parameter.detach().clone()
+            parameter.copy_(value)
+            return before
+
+    def holders(self, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        return ((path, module) for path, module in model.named_modules() if PREFIX not in path)
+
+    def own_parameters(self, module: nn.Module) -> dict[str, Any]:
+        return {k: p for k, p in module._parameters.items() if p is not None and PREFIX not in k}
 
     def parameters(self, model: nn.Module) -> Parameters:
         return bridge.parameters(model)
@@ -119,6 +154,17 @@ class TorchDelta(DeltaFramework):
 
     def without_prefix(self, model: nn.Module) -> None:
         forget_prefixes(model)
+
+
+def _heads(model: nn.Module) -> set[int]:
+    """The output embeddings of every Hugging Face model that this is, or that it holds."""
+    found = set()
+    for module in model.modules():
+        ask = getattr(type(module), "get_output_embeddings", None)  # a library's method, that other models lack
+        if ask is not None:
+            with contextlib.suppress(NotImplementedError):  # its way to say that it has none
+                found.add(id(ask(module)))
+    return found
 
 
 access = TorchDelta()

@@ -7,6 +7,7 @@ from typing import Any
 from slimkit import bridge
 
 import torch
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 __all__ = ["bridge", "lora_linear", "lora_linear_plain"]
@@ -51,7 +52,7 @@ class _LoraLinear(torch.autograd.Function):
 
 
 def lora_linear_plain(x: Any, weight: Any, bias: Any, a: Any, b: Any, scale: float) -> torch.Tensor:
-    """The same in plain calls: for tracing, autocast, mixed dtypes and distributed tensors."""
+    """The same in plain calls: for tracing, torch.func, autocast, mixed dtypes and distributed tensors."""
     out = F.linear(x, weight, bias)
     side = F.linear(F.linear(x.to(a.dtype), a), b) * scale
     return out + side.to(out.dtype)
@@ -85,6 +86,9 @@ def lora_linear(x: Any, weight: Any, bias: Any, a: Any, b: Any, scale: float) ->
         or type(x) is not torch.Tensor
         or torch.is_autocast_enabled(x.device.type)
         or torch.jit.is_tracing()
+        # torch.func and forward-mode derivatives take operators apart themselves.
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
     ):
         return lora_linear_plain(x, weight, bias, a, b, scale)
     return _LoraLinear.apply(x, weight, bias, a, b, scale)

@@ -1,4 +1,4 @@
-"""What every layer that was swapped in keeps: the layer it stands for, and how the dense half of it is made."""
+"""Layers with an adapter behind them, and the dense half of the layers that are built by hand."""
 
 from __future__ import annotations
 
@@ -10,31 +10,17 @@ from slimkit.core.delta import shard as rules
 from slimkit.core.delta.layers import size
 from slimkit.core.delta.named import OneAdapter
 from slimkit.delta import initial
+from slimkit.delta.attach import DeltaLayer
 from slimkit.delta.shard import ShardPlan, plan
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-__all__ = ["AdapterBase", "DeltaLayer", "DenseBase", "bridge"]
+__all__ = ["Adapted", "AdapterBase", "DeltaLayer", "DenseBase", "bridge"]
 
 
-class DeltaLayer:
-    """A mark on layers that hold a delta, with the layer that was there before."""
-
-    delta_kind = ""
-
-    def stand_for(self, original: nn.Module | None) -> None:
-        """Remember the layer that was there before, outside the module tree so that no name changes."""
-        self.__dict__["_original"] = (original,)
-
-    @property
-    def original(self) -> nn.Module | None:
-        """The layer that was there before; None for a layer made by hand."""
-        return self.__dict__.get("_original", (None,))[0]
-
-
-class DenseBase(DeltaLayer, nn.Linear):
+class DenseBase(nn.Linear):
     """A linear layer by the documents' arguments, on which a delta is put.
 
     Args:
@@ -72,15 +58,6 @@ class DenseBase(DeltaLayer, nn.Linear):
         self.activation = made
         self.compute_dtype = compute_dtype
 
-    def _over(self, linear: nn.Linear) -> None:
-        """Become the layer that takes a linear layer's place, sharing its very parameters."""
-        nn.Module.__init__(self)
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight, self.bias = linear.weight, linear.bias
-        self.activation = self.compute_dtype = None
-        self.training = linear.training
-        self.stand_for(linear)
-
     def dense(self, x: torch.Tensor) -> torch.Tensor:
         """activation(x W' + bias), in the compute dtype and back."""
         if self.compute_dtype is None:
@@ -92,35 +69,48 @@ class DenseBase(DeltaLayer, nn.Linear):
         return out if self.activation is None else self.activation(out)
 
 
-class AdapterBase(OneAdapter, DenseBase):
-    """A linear layer that ends in an adapter; the kinds add the adapter."""
+class Adapted(OneAdapter, DeltaLayer):
+    """A layer whose output goes through an adapter."""
 
-    @classmethod
-    def build(cls, *args: Any, **options: Any) -> tuple[str, Any]:
-        """The adapter for an output of that width, and the attribute that holds it."""
-        raise AttributeError
-
-    @classmethod
-    def over(cls, linear: nn.Linear, name: str, dtype: Any, options: dict[str, Any]) -> Any:
-        """The layer that takes a linear layer's place, with its very weight and bias and a new adapter."""
-        layer = cls.__new__(cls)
-        attribute, adapter = cls.build(linear.out_features, dtype or torch.float32, **options)
-        layer._over(linear)
-        setattr(layer, attribute, adapter.to(linear.weight.device))
-        layer.begin(dict(options), name)
-        return layer
+    word = "Adapted"
+    in_features: int
+    out_features: int
 
     @property
     def adapter(self) -> nn.Module:
         """The adapter."""
-        return getattr(self, f"mindpet_delta_{self.delta_kind}")
+        held: nn.Module = getattr(self, f"mindpet_delta_{self.delta_kind}")
+        return held
 
     def parts(self, name: str, spelled: str | None = None) -> dict[str, torch.Tensor]:
         """Path below the layer -> tensor of everything the adapter consists of."""
         return {f"mindpet_delta_{self.delta_kind}.{n}": p for n, p in self.adapter.named_parameters()}
 
+    def leave(self) -> None:
+        """Take the adapter off, in place."""
+        delattr(self, f"mindpet_delta_{self.delta_kind}")
+        for attribute in ("specs", "active_deltas", "delta_acts"):
+            del vars(self)[attribute]
+
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return self.adapter(self.dense(input))
+        if not isinstance(self, Adapted):  # somebody kept this method, and the adapter is off
+            return type(self).forward(self, input)
+        out = super().forward(input)  # type: ignore[misc]
+        return self.adapter(out) if self.delta_acts else out
+
+    def acted(self, out: torch.Tensor, x: Any = None, low: Any = None) -> torch.Tensor:
+        """The plain layer's output through the adapter."""
+        adapter = self.adapter
+        place = next(adapter.parameters()).device
+        return adapter(out.to(place)).to(out.device)
+
+
+class AdapterBase(Adapted, DenseBase):
+    """A linear layer built by hand that ends in an adapter; the kinds add the adapter."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        out = self.dense(input)
+        return self.adapter(out) if self.delta_acts else out
 
     def plan_with(self, own: dict[str, Any], inner: ShardPlan) -> ShardPlan:
         """The plan of the layer and the adapter's together."""

@@ -7,16 +7,13 @@ from typing import Any
 from slimkit import bridge
 from slimkit.core.delta import shard as rules
 from slimkit.core.delta.layers import check_alpha, check_dropout, size
-from slimkit.core.delta.named import Part
-from slimkit.core.delta.spec import DEFAULT_NAME, LoraSpec, key
+from slimkit.core.delta.spec import DEFAULT_NAME, LoraSpec
 from slimkit.delta import initial
-from slimkit.delta.fused import lora_linear
 from slimkit.delta.layer import DenseBase
-from slimkit.delta.named import LoraLayer
+from slimkit.delta.lora_layers import LoraLinear
 from slimkit.delta.shard import ShardPlan, plan
 
 import torch
-from torch import nn
 from torch.nn import functional as F
 
 __all__ = ["LoRADense", "bridge"]
@@ -31,7 +28,7 @@ _SHARDED = {
 }
 
 
-class LoRADense(LoraLayer, DenseBase):
+class LoRADense(LoraLinear, DenseBase):
     """A linear layer with a low-rank side branch: activation(x W' + bias + alpha / rank * dropout(x) a' b').
 
     Args:
@@ -105,73 +102,17 @@ class LoRADense(LoraLayer, DenseBase):
         self.mindpet_delta_lora_a = initial.parameter(a_init, a_shape, param_init_type)
         self.mindpet_delta_lora_b = initial.parameter(lora_b_init, b_shape, param_init_type)
         self.specs[DEFAULT_NAME] = LoraSpec(lora_rank, float(lora_alpha), lora_dropout)
-        self.set_active({DEFAULT_NAME: 1.0})
-
-    @classmethod
-    def over(cls, linear: nn.Linear) -> LoRADense:
-        """The layer that takes a linear layer's place, with its very weight and bias and no delta yet."""
-        layer = cls.__new__(cls)
-        layer._over(linear)
-        layer.start()
-        return layer
-
-    def shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        return (rank, self.in_features), (self.out_features, rank)
-
-    def product(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        return b @ a
+        self.set_active_deltas({DEFAULT_NAME: 1.0})
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        only = self._only
-        if self.compute_dtype is not None:
-            out = self._cast(input)
-        elif only is not None and not (self.training and only.dropout):
-            a, b = getattr(self, only.a), getattr(self, only.b)
-            out = lora_linear(input, self.weight, self.bias, a, b, only.scale)
-        else:
-            out = self._general(input, self.weight, self.bias)
+        out = super().forward(input) if self.compute_dtype is None else self._cast(input)
         return out if self.activation is None else self.activation(out)
 
     def _cast(self, x: torch.Tensor) -> torch.Tensor:
         kind = self.compute_dtype
         bias = None if self.bias is None else self.bias.to(kind)
-        return self._general(x.to(kind), self.weight.to(kind), bias).to(x.dtype)
-
-    def _general(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """Any number of deltas of any sort, one after the other."""
-        out = F.linear(x, weight, bias)
-        for part in self._running:
-            spec = self.specs[part.name]
-            dropped = F.dropout(x, part.dropout, self.training) if part.dropout else x
-            a, b = self._factors(part)
-            if self.compute_dtype is not None:
-                a, b = a.to(x.dtype), b.to(x.dtype)
-            wide = dropped.to(a.dtype)
-            if spec.dora:
-                side = self._dora(part, wide, dropped, a, b, out if dropped is x else None, bias)
-            elif spec.keep_zeros:
-                side = F.linear(wide, part.scale * (b @ a) * (weight != 0))
-            else:
-                side = F.linear(F.linear(wide, a), b) * part.scale
-            out = out + side.to(out.dtype)
-        return out
-
-    def _dora(self, part: Part, x: Any, dropped: Any, a: Any, b: Any, out: Any, bias: Any) -> torch.Tensor:
-        """What DoRA adds: m / |W + sBA| (W + sBA) x - W x, the length held constant (Liu et al. 2024, sec. 4.3)."""
-        scale, weight = self.specs[part.name].scaling, self.weight
-        with torch.no_grad():
-            # |W + sBA|^2 by rows without building B A: |W|^2 + 2s <W A', B> + s^2 <B A A', B>
-            wide = weight.to(a.dtype)
-            square = (wide * wide).sum(1) + 2 * scale * ((wide @ a.t()) * b).sum(1)
-            square += scale * scale * ((b @ (a @ a.t())) * b).sum(1)
-            length = square.clamp_min_(0).sqrt_()
-        gain = getattr(self, key("lora", "magnitude", part.name)) / length  # (out,)
-        if out is None or len(self._running) > 1:
-            straight = F.linear(dropped, weight)
-        else:
-            straight = out if bias is None else out - bias
-        turned = F.linear(F.linear(x, a), b) * scale
-        return self.active[part.name] * ((gain - 1) * straight.to(a.dtype) + gain * turned)
+        given, weight = x.to(kind), self.weight.to(kind)
+        return self._with_sides(F.linear(given, weight, bias), given, weight, bias, kind).to(x.dtype)
 
     def shard(
         self,

@@ -1,100 +1,190 @@
-"""LoRA on layers that are not linear layers: embeddings, convolutions and Hugging Face's Conv1D."""
+"""LoRA on layers, each kind as the part that goes before the layer's own class."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from slimkit import bridge
+from slimkit.core.delta.named import Part
+from slimkit.core.delta.spec import LoraSpec, key
 from slimkit.delta.fused import lora_linear
 from slimkit.delta.named import LoraLayer
 
 import torch
-from torch import nn
 from torch.nn import functional as F
 
-__all__ = ["LoRAConv1D", "LoRAConv2d", "LoRAEmbedding", "bridge"]
+__all__ = ["LoraConv1D", "LoraConv2d", "LoraEmbedding", "LoraLinear", "bridge"]
 
 
-class _Over(LoraLayer):
-    """Takes a layer's place by sharing everything it holds."""
+class LoraLinear(LoraLayer):
+    """A linear layer with low-rank deltas: x W' + bias + scaling * dropout(x) a' b'."""
 
-    @classmethod
-    def over(cls, layer: nn.Module) -> Any:
-        """The layer that takes another's place, with its very parameters and settings and no delta yet."""
-        new: Any = cls.__new__(cls)
-        nn.Module.__init__(new)
-        mine = ("_parameters", "_buffers", "_modules")
-        new.__dict__.update({k: v for k, v in layer.__dict__.items() if k not in mine})
-        new._parameters, new._buffers = dict(layer._parameters), dict(layer._buffers)
-        new.stand_for(layer)
-        new.start()
-        return new
-
-
-class LoRAEmbedding(_Over, nn.Embedding):
-    """An embedding with low-rank deltas: table[i] + scaling * b a[:, i]."""
+    reads = ((F.linear, 1, 0),)
+    in_features: int
+    out_features: int
+    bias: Any
 
     def shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of a and b."""
+        return (rank, self.in_features), (self.out_features, rank)
+
+    def product(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """b @ a in the layout of the weight."""
+        return b @ a
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if not isinstance(self, LoraLinear):  # somebody kept this method, and the delta is off
+            return type(self).forward(self, input)
+        only = self._only
+        if only is not None and not (self.training and only.dropout):
+            a, b = getattr(self, only.a), getattr(self, only.b)
+            return lora_linear(input, self.weight, self.bias, a, b, only.scale)
+        return self.acted(super().forward(input), input)  # type: ignore[misc]
+
+    def acted(self, out: torch.Tensor, x: Any = None, low: Any = None) -> torch.Tensor:
+        """Any number of deltas of any sort, one after the other."""
+        return self._with_sides(out, x, self.weight, self.bias)
+
+    def _with_sides(
+        self, out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: Any, kind: torch.dtype | None = None
+    ) -> torch.Tensor:
+        plain = out
+        for part in self._running:
+            spec = self.specs[part.name]
+            dropped = F.dropout(x, part.dropout, self.training) if part.dropout else x
+            a, b = (t.to(kind or t.dtype) for t in self._factors(part, x.device))
+            wide = dropped.to(a.dtype)
+            if spec.dora:
+                side = self._dora(part, wide, dropped, a, b, plain if dropped is x else None, weight, bias)
+            elif spec.keep_zeros:
+                side = F.linear(wide, part.scale * (b @ a) * (weight != 0))
+            else:
+                side = F.linear(F.linear(wide, a), b) * part.scale
+            out = out + side.to(out.dtype)
+        return out
+
+    def _dora(
+        self, part: Part, x: Any, dropped: Any, a: Any, b: Any, out: Any, weight: torch.Tensor, bias: Any
+    ) -> torch.Tensor:
+        """What DoRA adds: m / |W + sBA| (W + sBA) x - W x, the length held constant (Liu et al. 2024, sec. 4.3)."""
+        scale = self.specs[part.name].scaling
+        # |W + sBA|^2 by rows without building B A: |W|^2 + 2s <W A', B> + s^2 <B A A', B>
+        wide, a0, b0 = weight.detach().to(a.dtype), a.detach(), b.detach()
+        square = (wide * wide).sum(1) + 2 * scale * ((wide @ a0.t()) * b0).sum(1)  # (out,)
+        square = square + scale * scale * ((b0 @ (a0 @ a0.t())) * b0).sum(1)
+        length = square.clamp_min(0).sqrt()
+        gain = getattr(self, key("lora", "magnitude", part.name)).to(x.device) / length  # (out,)
+        if out is None:
+            straight = F.linear(dropped, weight)
+        else:
+            straight = out if bias is None else out - bias
+        turned = F.linear(F.linear(x, a), b) * scale
+        return self.active_deltas[part.name] * ((gain - 1) * straight.to(a.dtype) + gain * turned)
+
+
+class LoraEmbedding(LoraLayer):
+    """An embedding with low-rank deltas: table[i] + scaling * b a[:, i].
+
+    As in PEFT, a token of `padding_idx` is given the same sum, and trains nothing; its column of `a` starts at zero, so
+    that what starts silent stays silent.
+    """
+
+    reads = ((F.embedding, 1, 0), (torch.embedding, 0, 1))
+    num_embeddings: int
+    embedding_dim: int
+    padding_idx: int | None
+
+    def shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of a and b."""
         return (rank, self.num_embeddings), (self.embedding_dim, rank)
 
     def product(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """b @ a in the layout of the weight."""
         return (b @ a).t()
 
+    def fill_start(self, a: torch.Tensor, b: torch.Tensor, spec: LoraSpec) -> None:
+        """Give a and b their values to start from, in place."""
+        super().fill_start(a, b, spec)
+        if self.padding_idx is not None:
+            a[:, self.padding_idx] = 0
+
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        out = super().forward(input)
+        if not isinstance(self, LoraEmbedding):
+            return type(self).forward(self, input)
+        return self.acted(super().forward(input), input)  # type: ignore[misc]
+
+    def acted(self, out: torch.Tensor, x: Any = None, low: Any = None) -> torch.Tensor:
+        """Any number of deltas, one after the other."""
         for part in self._running:
-            a, b = self._factors(part)
-            side = F.embedding(input, a.t()) @ b.t() * part.scale
-            if self.padding_idx is not None and part.name in self.specs:
-                side = side.masked_fill((input == self.padding_idx).unsqueeze(-1), 0.0)
+            a, b = self._factors(part, x.device)
+            side = F.embedding(x, a.t(), self.padding_idx) @ b.t() * part.scale
             out = out + side.to(out.dtype)
         return out
 
-    def change(self, part: Any, base: torch.Tensor) -> torch.Tensor:
-        delta = super().change(part, base)
-        if self.padding_idx is not None:
-            delta[self.padding_idx] = 0
-        return delta
 
-
-class LoRAConv2d(_Over, nn.Conv2d):
+class LoraConv2d(LoraLayer):
     """A convolution with low-rank deltas: a is a convolution to r channels like the base's, b a 1x1 one."""
 
+    reads = ((F.conv2d, 1, 0),)
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, ...]
+
     def shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of a and b."""
         return (rank, self.in_channels, *self.kernel_size), (self.out_channels, rank, 1, 1)
 
     def product(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """b @ a in the layout of the weight."""
         return torch.tensordot(b[:, :, 0, 0], a, dims=1)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        out = super().forward(input)
+        if not isinstance(self, LoraConv2d):
+            return type(self).forward(self, input)
+        return self.acted(super().forward(input), input)  # type: ignore[misc]
+
+    def acted(self, out: torch.Tensor, x: Any = None, low: Any = None) -> torch.Tensor:
+        """Any number of deltas, one after the other."""
         for part in self._running:
-            a, b = self._factors(part)
-            dropped = F.dropout(input, part.dropout, self.training) if part.dropout else input
-            side = F.conv2d(self._conv_forward(dropped.to(a.dtype), a, None), b) * part.scale
-            out = out + side.to(out.dtype)
+            a, b = self._factors(part, x.device)
+            dropped = F.dropout(x, part.dropout, self.training) if part.dropout else x
+            dropped = dropped.to(a.dtype)
+            down = self._conv_forward(dropped, a, None) if low is None else low(dropped, a)
+            out = out + (F.conv2d(down, b) * part.scale).to(out.dtype)
         return out
 
+    def without_bias(self, given: list[Any]) -> list[Any]:
+        """The arguments of a convolution without its bias, the third."""
+        return [*given[:2], None, *given[3:]] if len(given) > 2 else given
 
-class LoRAConv1D(_Over, nn.Module):
+
+class LoraConv1D(LoraLayer):
     """Hugging Face's Conv1D, a linear layer that stores its weight as (in, out), with low-rank deltas."""
 
-    nf: int
+    reads = ((torch.addmm, 2, 1),)
+    bias: Any
 
     def shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of a and b."""
         return (rank, self.weight.shape[0]), (self.weight.shape[1], rank)
 
     def product(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """b @ a in the layout of the weight."""
         return (b @ a).t()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight = self.weight.t()
-        if self._only is not None and not (self.training and self._only.dropout):
-            a, b = getattr(self, self._only.a), getattr(self, self._only.b)
-            return lora_linear(x, weight, self.bias, a, b, self._only.scale)
-        out = F.linear(x, weight, self.bias)
+        if not isinstance(self, LoraConv1D):
+            return type(self).forward(self, x)
+        only = self._only
+        if only is not None and not (self.training and only.dropout):
+            a, b = getattr(self, only.a), getattr(self, only.b)
+            return lora_linear(x, self.weight.t(), self.bias, a, b, only.scale)
+        return self.acted(super().forward(x), x)  # type: ignore[misc]
+
+    def acted(self, out: torch.Tensor, x: Any = None, low: Any = None) -> torch.Tensor:
+        """Any number of deltas of any sort, one after the other."""
         for part in self._running:
-            a, b = self._factors(part)
+            a, b = self._factors(part, x.device)
             dropped = F.dropout(x, part.dropout, self.training) if part.dropout else x
             if self.specs[part.name].dora:
                 change = self.change(part, self.weight.to(a.dtype))

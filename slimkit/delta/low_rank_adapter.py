@@ -9,7 +9,7 @@ from slimkit.core import check
 from slimkit.core.delta import shard as rules
 from slimkit.core.delta.layers import activation_name, check_reduction, size
 from slimkit.delta import initial
-from slimkit.delta.layer import AdapterBase
+from slimkit.delta.layer import Adapted, AdapterBase
 from slimkit.delta.shard import ShardPlan, plan
 
 import torch
@@ -152,6 +152,24 @@ class LowRankAdapterLayer(nn.Module):
         return plan(self, rules.LOW_RANK_ADAPTER, strategies, sizes, _SHARDED, act)
 
 
+class LowRankAdaptedLinear(Adapted):
+    """A linear layer that a low-rank adapter was put behind."""
+
+    delta_kind = "low_rank_adapter"
+
+
+def low_rank_adapter_for(
+    width: int,
+    dtype: Any,
+    reduction_factor: int = 1,
+    low_rank_size: int = 1,
+    low_rank_w_init: Any = "xavier_uniform",
+    non_linearity: str = "gelu",
+) -> LowRankAdapterLayer:
+    """The adapter for an output of that width, by the options of `apply_delta`."""
+    return LowRankAdapterLayer(width, reduction_factor, low_rank_size, low_rank_w_init, non_linearity, dtype)
+
+
 class LowRankAdapterDense(AdapterBase):
     """A linear layer that ends in a low-rank adapter: LowRankAdapterLayer(activation(x W' + bias)).
 
@@ -217,20 +235,6 @@ class LowRankAdapterDense(AdapterBase):
         self.mindpet_delta_low_rank_adapter = adapter
         options = {"reduction_factor": reduction_factor, "low_rank_size": low_rank_size, "non_linearity": non_linearity}
         self.begin(options)
-
-    @classmethod
-    def build(
-        cls,
-        width: int,
-        dtype: Any,
-        reduction_factor: int = 1,
-        low_rank_size: int = 1,
-        low_rank_w_init: Any = "xavier_uniform",
-        non_linearity: str = "gelu",
-    ) -> tuple[str, Any]:
-        """The adapter for an output of that width, and the attribute that holds it."""
-        layer = LowRankAdapterLayer(width, reduction_factor, low_rank_size, low_rank_w_init, non_linearity, dtype)
-        return "mindpet_delta_low_rank_adapter", layer
 
     def shard(
         self,

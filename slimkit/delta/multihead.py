@@ -26,6 +26,8 @@ class _Extended(PrunedMultiheadAttention):
         self, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         prefixed: Any = self
+        if not prefixed.delta_acts:
+            return k, v, mask
         keys, values = prefixed.rows()
         k = torch.cat((prefixed.front(keys, k), k), 2)
         v = torch.cat((prefixed.front(values, v), v), 2)
@@ -70,9 +72,10 @@ def call_layers(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
         return
     for path, module in modules.items():
         parent = bridge.get_module(model, path.rpartition(".")[0])
-        if isinstance(parent, nn.TransformerEncoderLayer) and isinstance(module, DeltaLayer):
+        called = any(hook is _nothing for hook in module._forward_pre_hooks.values())
+        if isinstance(parent, nn.TransformerEncoderLayer) and isinstance(module, DeltaLayer) and not called:
             # Its fast path looks for hooks, and calls the layers where it finds one.
-            module.register_forward_pre_hook(_nothing)  # type: ignore[attr-defined]
+            module.register_forward_pre_hook(_nothing)
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoder) and getattr(module, "use_nested_tensor", False):
             # Under a padding mask it would hand nested tensors to layers that only the fast path can read.

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from slimkit import bridge
 from slimkit.core.delta.named import NamedLoras, Part
 from slimkit.core.delta.spec import LoraSpec, key
+from slimkit.core.errors import UnsupportedError
 from slimkit.delta import initial
-from slimkit.delta.layer import DeltaLayer
+from slimkit.delta.attach import DeltaLayer, device_for
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 __all__ = ["LoraLayer", "bridge"]
 
@@ -17,7 +21,16 @@ __all__ = ["LoraLayer", "bridge"]
 class LoraLayer(NamedLoras, DeltaLayer):
     """Named LoRAs on one layer with a weight."""
 
-    delta_kind = "lora"
+    word = "LoRA"
+    _parameters: dict[str, Any]
+    _buffers: dict[str, Any]
+    _running: tuple[Part, ...]
+    _only: Part | None
+
+    @property
+    def delta_acts(self) -> bool:
+        """Whether a run of the layer differs from the plain layer's."""
+        return bool(self._running)
 
     def add(self, name: str, spec: LoraSpec, dtype: torch.dtype | None = None, *, fresh: bool = True) -> None:
         """Add a delta that changes nothing yet, in place, and make it active.
@@ -27,29 +40,50 @@ class LoraLayer(NamedLoras, DeltaLayer):
             spec: its rank, scale and start.
             dtype: of its parameters; None means float32, or float64 over a float64 base.
             fresh: whether to compute its start; not needed when values are filled in afterwards.
+
+        Raises:
+            UnsupportedError: its start is read from the weight, and the weight is not in memory.
         """
-        kind = dtype or (self.weight.dtype if self.weight.dtype == torch.float64 else torch.float32)
+        weight = self.weight.detach()
+        place = device_for(self)
+        if (spec.dora or (fresh and spec.init == "pissa")) and weight.is_meta and place.type != "meta":
+            raise UnsupportedError("dora and pissa start from the weight, which is not in memory (offloaded).")
+        kind = dtype or (weight.dtype if weight.dtype == torch.float64 else torch.float32)
         a_shape, b_shape = self.shapes(spec.rank)
-        a, b = (torch.zeros(s, dtype=kind, device=self.weight.device) for s in (a_shape, b_shape))
+        a, b = (torch.zeros(s, dtype=kind, device=place) for s in (a_shape, b_shape))
         if fresh and not a.is_meta:
-            if spec.init == "gaussian":
-                a.normal_(0, 1 / spec.rank)
-            elif spec.init == "pissa":
-                self._principal(a, b, spec)
-            else:
-                initial.kaiming(a)
+            self.fill_start(a, b, spec)
+        made: dict[str, Any] = {"a": nn.Parameter(a), "b": nn.Parameter(b)}
+        if spec.dora:
+            made["magnitude"] = nn.Parameter(self._lengths(weight.float()).to(kind))
+        for part, parameter in made.items():
+            setattr(self, key("lora", part, name), parameter)
         if spec.init == "pissa":
             self._buffer(key("lora", "a0", name), a.clone())
             self._buffer(key("lora", "b0", name), b.clone())
-        setattr(self, key("lora", "a", name), nn.Parameter(a))
-        setattr(self, key("lora", "b", name), nn.Parameter(b))
-        if spec.dora:
-            length = self._lengths(self.weight.detach().float())
-            setattr(self, key("lora", "magnitude", name), nn.Parameter(length.to(kind)))
         self.take(name, spec)
+
+    def fill_start(self, a: torch.Tensor, b: torch.Tensor, spec: LoraSpec) -> None:
+        """Give a and b their values to start from, in place; both are zero."""
+        if spec.init == "gaussian":
+            a.normal_(0, 1 / spec.rank)
+        elif spec.init == "pissa":
+            self._principal(a, b, spec)
+        else:
+            initial.kaiming(a)
+
+    def leave(self) -> None:
+        """Take every delta off, in place."""
+        for name in list(self.specs):
+            self.drop_delta(name)
+        for attribute in ("specs", "active_deltas", "unmerged", "unmerged_sources", "_running", "_only"):
+            vars(self).pop(attribute, None)
 
     @torch.no_grad()
     def merged_weight(self) -> torch.Tensor:
+        """The weight with every active delta in it, in the weight's dtype; computed in float32 or wider."""
+        if self.weight.is_meta:
+            raise UnsupportedError("the weight is not in memory (meta device, or offloaded); merge where it is.")
         kind = torch.promote_types(self.weight.dtype, torch.float32)
         base = self.weight.to(kind)
         total = base.clone()
@@ -58,23 +92,68 @@ class LoraLayer(NamedLoras, DeltaLayer):
         return total.to(self.weight.dtype)
 
     def copy_weight(self) -> torch.Tensor:
-        return self.weight.detach().clone()
+        """A copy of the weight that shares nothing with it."""
+        return self.copy_of(self.weight)
+
+    def copy_of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy of a tensor that shares nothing with it."""
+        return tensor.detach().clone()
+
+    def write(self, tensor: torch.Tensor, value: torch.Tensor) -> None:
+        """Overwrite a tensor's values, in place."""
+        with torch.no_grad():
+            tensor.copy_(value)
+
+    def sources(self) -> dict[str, Any]:
+        """Name -> parameter, of what the weight is made of: itself, or what it is computed from."""
+        if (held := self._parameters.get("weight")) is not None:
+            return {"weight": held}
+        if self._is_parametrized():
+            return dict(self.parametrizations["weight"].named_parameters())
+        return {n: p for n, p in self._parameters.items() if n.startswith("weight_")}
 
     def write_weight(self, value: torch.Tensor) -> None:
+        """Give the weight these values, in place, through what it is made of."""
+        sources = self.sources()
         with torch.no_grad():
-            self.weight.copy_(value)
+            if "weight" in sources:
+                self.write(sources["weight"], value)
+                return
+            if self._is_parametrized():
+                try:
+                    self.weight = value  # each parametrisation is asked for its inverse
+                except (NotImplementedError, RuntimeError, ValueError) as error:
+                    raise UnsupportedError(f"the weight is parametrised and cannot be set: {error}") from error
+                got = self.weight
+            elif list(sources) == ["weight_orig"] and "weight_mask" in self._buffers:
+                sources["weight_orig"] += value - self.weight
+                got = sources["weight_orig"] * self._buffers["weight_mask"]
+                vars(self)["weight"] = got
+            else:
+                got = None
+        # float32: the inverse and back takes a few roundings, of numbers of the weight's own size
+        if got is None or not torch.allclose(
+            got.float(), value.float(), rtol=1e-4, atol=1e-5 * float(value.abs().max())
+        ):
+            raise UnsupportedError(
+                f"the weight is computed from {', '.join(sources) or 'other tensors'}, which cannot be made to give "
+                f"the merged one; take what computes it off first."
+            )
+
+    def _is_parametrized(self) -> bool:
+        return parametrize.is_parametrized(self, "weight")
 
     def change(self, part: Part, base: torch.Tensor) -> torch.Tensor:
         """What one delta adds to the base weight, in the weight's layout."""
-        spec, weight = self.specs[part.name], self.active[part.name]
+        spec, weight = self.specs[part.name], self.active_deltas[part.name]
         a, b = self._factors(part)
-        delta = self.product(a.to(base.dtype), b.to(base.dtype))
+        delta = self.product(a.to(base), b.to(base))
         if spec.keep_zeros:
             return part.scale * delta * (base != 0)
         if not spec.dora:
             return part.scale * delta
         turned = base + spec.scaling * delta
-        length = getattr(self, key("lora", "magnitude", part.name)).to(base.dtype)
+        length = getattr(self, key("lora", "magnitude", part.name)).to(base)
         return weight * (self._per_output(length / self._lengths(turned)) * turned - base)
 
     def _lengths(self, weight: torch.Tensor) -> torch.Tensor:
@@ -84,13 +163,13 @@ class LoraLayer(NamedLoras, DeltaLayer):
     def _per_output(self, values: torch.Tensor) -> torch.Tensor:
         return values.unsqueeze(1)
 
-    def _factors(self, part: Part) -> tuple[torch.Tensor, torch.Tensor]:
+    def _factors(self, part: Part, device: torch.device | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         a, b = getattr(self, part.a), getattr(self, part.b)
         if self.specs[part.name].init == "pissa":
             # What PiSSA took out of the base is subtracted here, so the base itself is never touched.
             a = torch.cat((a, getattr(self, key("lora", "a0", part.name))), 0)
             b = torch.cat((b, -getattr(self, key("lora", "b0", part.name))), 1)
-        return a, b
+        return (a, b) if device is None else (a.to(device), b.to(device))
 
     def _principal(self, a: torch.Tensor, b: torch.Tensor, spec: LoraSpec) -> None:
         """PiSSA's start: scaling * b @ a is the best rank-r approximation of the weight (Meng et al. 2024, sec. 3)."""
@@ -103,7 +182,7 @@ class LoraLayer(NamedLoras, DeltaLayer):
         return self.weight.detach()
 
     def _buffer(self, name: str, value: torch.Tensor) -> None:
-        self.register_buffer(name, value)  # type: ignore[attr-defined]
+        self.register_buffer(name, value)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.words()}"  # type: ignore[misc]

@@ -8,6 +8,7 @@ from typing import Any
 
 from slimkit.core.delta import positions as rules
 from slimkit.core.errors import ArgumentError
+from slimkit.delta import library
 
 import torch
 from torch import nn
@@ -40,7 +41,19 @@ def start_behind(tokens: int, places: Sequence[tuple[Any, Hook]]) -> None:
     for module, hook in places:
         if all(h is not hook for h in module._forward_pre_hooks.values()):
             module.prefix_shift = tokens
+            module.prefix_acts = True
             module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def shift_positions(model: nn.Module, acts: bool) -> None:
+    """Let positions start behind the prefix that `start_behind` noted, or at zero while it does not act, in place."""
+    for module in model.modules():
+        if "prefix_shift" in vars(module):
+            vars(module)["prefix_acts"] = acts
+
+
+def _shift(module: Any) -> int:
+    return int(module.prefix_shift) if module.prefix_acts else 0
 
 
 def _places(model: nn.Module, paths: Sequence[str] | None) -> Iterator[tuple[Any, Hook]]:
@@ -54,15 +67,24 @@ def _places(model: nn.Module, paths: Sequence[str] | None) -> Iterator[tuple[Any
         return
     for module in model.modules():
         causal = getattr(module, "config", None) and any(getattr(m, "is_causal", False) for m in module.modules())
-        if causal and "position_ids" in inspect.signature(type(module).forward).parameters:
+        if causal and "position_ids" in library.parameters(type(module)):
             yield module, _shift_positions
             return
 
 
 def _counts_past(module: nn.Module) -> bool:
-    """Whether these are BERT's embeddings or their like, which count positions from the length of the cache."""
-    wanted = {"input_ids", "token_type_ids", "past_key_values_length"}
-    return wanted <= set(inspect.signature(type(module).forward).parameters)
+    """Whether these are BERT's embeddings or their like, which count positions from the length of the cache.
+
+    Raises:
+        UnsupportedError: they look like it, and are handed that length under a name that is not known.
+    """
+    takes = library.parameters(type(module))
+    if hasattr(module, "config") or not {"input_ids", "token_type_ids", "position_ids"} <= set(takes):
+        return False
+    if "inputs_embeds" not in takes:
+        return False
+    library.demand(module, library.CACHED_TOKENS, "it counts positions behind cached keys")
+    return True
 
 
 def is_counted_by_library(model: nn.Module) -> bool:
@@ -78,7 +100,7 @@ def _shift_whole_numbers(module: Any, args: Any, kwargs: dict[str, Any]) -> tupl
         if not isinstance(given, torch.Tensor) or given.is_floating_point() or given.dtype == torch.bool:
             return given
         found = True
-        return given + module.prefix_shift
+        return given + _shift(module)
 
     out = tuple(map(moved, args)), {k: moved(v) for k, v in kwargs.items()}
     if not found:
@@ -89,25 +111,23 @@ def _shift_whole_numbers(module: Any, args: Any, kwargs: dict[str, Any]) -> tupl
 def _shift_past(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     bound = inspect.signature(type(module).forward).bind(module, *args, **kwargs)
     if bound.arguments.get("position_ids") is not None:
-        bound.arguments["position_ids"] = bound.arguments["position_ids"] + module.prefix_shift
+        bound.arguments["position_ids"] = bound.arguments["position_ids"] + _shift(module)
     else:
-        bound.arguments["past_key_values_length"] = (
-            bound.arguments.get("past_key_values_length", 0) + module.prefix_shift
-        )
+        name = library.demand(module, library.CACHED_TOKENS, "it counts positions behind cached keys")
+        bound.arguments[name] = bound.arguments.get(name, 0) + _shift(module)
     return bound.args[1:], bound.kwargs
 
 
 def _shift_positions(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    positions = kwargs.get("position_ids")
+    given = library.given(module, args, kwargs)
+    positions = given.get("position_ids")
     if positions is None:
-        given = kwargs.get("input_ids", args[0] if args else None)
-        given = kwargs.get("inputs_embeds") if given is None else given
-        if given is None:
+        tokens = next((given[n] for n in ("input_ids", "inputs_embeds") if given.get(n) is not None), None)
+        if tokens is None:
             return args, kwargs
-        past = kwargs.get("past_key_values")
-        start = past.get_seq_length() if past is not None else 0
-        positions = torch.arange(start, start + given.shape[1], device=given.device).unsqueeze(0)
-    return args, {**kwargs, "position_ids": positions + module.prefix_shift}
+        start = library.cached_tokens(given)
+        positions = torch.arange(start, start + tokens.shape[1], device=tokens.device).unsqueeze(0)
+    return (), {**given, "position_ids": positions + _shift(module)}
 
 
 _HOOKS = (_shift_whole_numbers, _shift_past, _shift_positions)
@@ -121,3 +141,4 @@ def start_at_zero(model: nn.Module) -> None:
                 del module._forward_pre_hooks[handle]
                 module._forward_pre_hooks_with_kwargs.pop(handle, None)
                 module.__dict__.pop("prefix_shift", None)
+                module.__dict__.pop("prefix_acts", None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from slimkit import bridge
 from slimkit.core import check
@@ -18,6 +18,7 @@ from slimkit.delta.layer import DeltaLayer
 from slimkit.delta.multihead import call_layers, prefixed_multihead, watching_multihead
 from slimkit.delta.positions import counting, start_at_zero, start_behind
 from slimkit.delta.prefix import PrefixLayer
+from slimkit.delta.prefix_cache import decoder_of, put_cached, self_attention
 from slimkit.delta.written import Extending, Watched, also_fused, edited_class, written_attention
 
 import torch
@@ -196,9 +197,11 @@ class Prefixed(OneAdapter, DeltaLayer):
     prefix_heads: int
     query_heads: int
     prefix_tokens: int
-    plain_class: type
+    plain_class: ClassVar[type]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.delta_acts:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
         with _Extend(self):
             return super().forward(*args, **kwargs)  # type: ignore[misc]
 
@@ -216,10 +219,15 @@ class Prefixed(OneAdapter, DeltaLayer):
         heads = heads.repeat_interleave(like.shape[1] // self.prefix_heads, 0)
         return heads.unsqueeze(0).expand(like.shape[0], -1, -1, -1)
 
-    def revert(self) -> None:
+    @property
+    def built_as_delta(self) -> bool:
+        """Whether there is no plain layer to go back to: never, it is the same object."""
+        return False
+
+    def take_off_deltas(self) -> None:
         """Take the prefix off again, in place."""
         delattr(self, ROWS)
-        del self.specs, self.prefix_heads, self.query_heads, self.prefix_tokens
+        del self.specs, self.active_deltas, self.delta_acts, self.prefix_heads, self.query_heads, self.prefix_tokens
         self.__class__ = type(self).plain_class
 
 
@@ -247,6 +255,9 @@ def put_prefix(
         Path -> options, of each layer.
     """
     plan = rules.checked(**options)
+    cached = _cached(model, targets, plan, name, dtype, strict)
+    if cached is not None:
+        return cached
     inputs = plan.inputs if plan.text_ids is None else {"input_ids": torch.tensor([plan.text_ids])}
     kernels = _attention_kernel(model)
     try:
@@ -275,6 +286,27 @@ def put_prefix(
     call_layers(model, modules)
     start_behind(plan.prefix_token_num, places)
     return described
+
+
+def _cached(
+    model: nn.Module, targets: Any, plan: rules.PrefixOptions, name: str, dtype: Any, strict: bool
+) -> dict[str, dict[str, Any]] | None:
+    """Put a prefix into the cache of an encoder-decoder model's decoder, in place; None where others are meant."""
+    decoder = decoder_of(model)
+    if decoder is None:
+        return None
+    found = self_attention(model, decoder, plan.inputs)
+    kinds = {type(bridge.get_module(model, path)) for path in found}
+    every = {p: rules.Seen(1, 1, 1) for p, m in model.named_modules() if type(m) in kinds}
+    chosen: Any = found if targets in (None, "all-linear") else rules.chosen(every, targets, strict)
+    if not set(chosen) <= set(found):
+        return None
+    if plan.text_ids is not None:
+        raise UnsupportedError("a prefix on an encoder-decoder model cannot be started from a text.")
+    layers = {path: found[path] for path in chosen}
+    rules.refuse_taken([p for p in layers if isinstance(bridge.get_module(model, p), DeltaLayer)])
+    made = {path: _rows(seen, plan, dtype or torch.float32) for path, (_, seen) in layers.items()}
+    return put_cached(model, decoder, layers, made, plan, name)
 
 
 def _prefixed_class(path: str, module: nn.Module) -> type:

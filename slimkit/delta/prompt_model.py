@@ -9,6 +9,8 @@ from slimkit import bridge
 from slimkit.core import check
 from slimkit.core.delta import prompt as rules
 from slimkit.core.delta.named import OneAdapter
+from slimkit.core.errors import UnsupportedError
+from slimkit.delta import library
 from slimkit.delta.layer import DeltaLayer
 from slimkit.delta.prompt import PromptTuning
 
@@ -29,17 +31,23 @@ class PromptFront(OneAdapter, DeltaLayer, PromptTuning):
         """Path below the layer -> tensor of everything the prompt consists of."""
         return dict(self.named_parameters())
 
-    def revert(self) -> None:
+    @property
+    def built_as_delta(self) -> bool:
+        """Whether there is nothing to go back to: never, it stands beside the model."""
+        return False
+
+    def take_off_deltas(self) -> None:
         """Take the prompt off its model, in place."""
-        owner, embedding = self.__dict__["_owner"]
-        for handle, hook in list(owner._forward_pre_hooks.items()):
-            if hook in (_prepend, _lengthen):
-                del owner._forward_pre_hooks[handle]
-                owner._forward_pre_hooks_with_kwargs.pop(handle, None)
-        for handle, hook in list(embedding._forward_hooks.items()):
-            if hook is _answer:
-                del embedding._forward_hooks[handle]
-        embedding.__dict__.pop("prompt_front", None)
+        owner, *hooked = self.__dict__["_owner"]
+        for module in (owner, *hooked):
+            for handle, hook in list(module._forward_pre_hooks.items()):
+                if hook in (_prepend, _lengthen, _lengthen_memory):
+                    del module._forward_pre_hooks[handle]
+                    module._forward_pre_hooks_with_kwargs.pop(handle, None)
+            for handle, hook in list(module._forward_hooks.items()):
+                if hook is _answer:
+                    del module._forward_hooks[handle]
+            module.__dict__.pop("prompt_front", None)
         delattr(owner, FRONT)
 
 
@@ -89,22 +97,44 @@ def put_prompt(
     front.to(device=table.device, dtype=dtype or torch.float32)
     front.begin({"num_virtual_tokens": tokens}, name)
     if owner is not None:
-        owner.register_forward_pre_hook(_prepend, with_kwargs=True)
+        hooked = _hooks(owner)
+        for module, hook in hooked:
+            module.__dict__["prompt_front"] = (front,)
+            module.register_forward_pre_hook(hook, with_kwargs=True)
+        front.__dict__["_owner"] = (owner, *(module for module, _ in hooked if module is not owner))
     else:
         owner = model
         front.__dict__["grows"] = grows
         embedding.__dict__["prompt_front"] = (front,)
         owner.register_forward_pre_hook(_lengthen, with_kwargs=True)
         embedding.register_forward_hook(_answer)
-    front.__dict__["_owner"] = (owner, embedding)
+        front.__dict__["_owner"] = (owner, embedding)
     setattr(owner, FRONT, front)
     path = next(p for p, m in model.named_modules() if m is front)
     return {path: {"num_virtual_tokens": tokens}}
 
 
+def _hooks(owner: Any) -> list[tuple[Any, Any]]:
+    """The parts of a Hugging Face model that a prompt is hooked to, each with the hook.
+
+    Raises:
+        UnsupportedError: the model keeps earlier tokens under a name that is not known.
+    """
+    if getattr(getattr(owner, "config", None), "is_encoder_decoder", False):
+        # generate() calls the encoder by itself, so the model as a whole is no place for it.
+        encoder, decoder = owner.get_encoder(), owner.get_decoder()
+        if encoder is not None and encoder is not owner and _takes_embeddings(encoder):
+            return [(encoder, _prepend), (decoder, _lengthen_memory)]
+    if "use_cache" in library.parameters(type(owner)) or library.named(owner, library.CACHE):
+        library.demand(owner, library.CACHE, "a prompt knows whether it was read already")
+    return [(owner, _prepend)]
+
+
 def _lengthen(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Make room for the prompt in every input of a model that is not Hugging Face's."""
     front = getattr(module, FRONT)
+    if not front.delta_acts:
+        return args, kwargs
     tokens, grows = front.num_virtual_tokens, front.__dict__["grows"]
     given = {**dict(zip(grows, args)), **kwargs}
     for name, value in given.items():
@@ -124,42 +154,67 @@ def _lengthen(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict
 def _answer(module: Any, _args: Any, out: torch.Tensor) -> torch.Tensor:
     """The embedded tokens with the prompt in the room made for it."""
     (front,) = module.__dict__["prompt_front"]
+    if not front.delta_acts:
+        return out
     rows = front.mindpet_delta_prompttuning_embedding.weight.to(out.dtype)
     return torch.cat((rows.expand(out.shape[0], -1, -1), out[:, rows.shape[0] :]), 1)
 
 
 def _takes_embeddings(module: nn.Module) -> bool:
-    return hasattr(module, "get_input_embeddings") and (
-        "inputs_embeds" in inspect.signature(type(module).forward).parameters
-    )
+    return hasattr(module, "get_input_embeddings") and "inputs_embeds" in library.parameters(type(module))
+
+
+def _front_of(module: Any) -> PromptFront:
+    """The prompt of a Hugging Face model, asked of the part that a hook is on."""
+    (front,) = vars(module)["prompt_front"]
+    return front
+
+
+def _longer(mask: Any, tokens: int) -> Any:
+    """A mask (batch, tokens) with ones in front of every virtual token."""
+    if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
+        raise UnsupportedError("while a prompt is on the model, its attention mask must have shape (batch, tokens).")
+    return torch.cat((mask.new_ones(mask.shape[0], tokens), mask), 1)
 
 
 def _prepend(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Turn tokens into embeddings with the prompt in front; masks, labels and positions follow."""
-    kwargs = dict(kwargs)
-    ids = kwargs.pop("input_ids", None)
-    if args:
-        if len(args) > 1 or ids is not None:
-            check.wrong_type("arguments", "keywords after input_ids while a prompt is on the model", args)
-        ids = args[0]
-    front = getattr(module, FRONT)
-    tokens = front.num_virtual_tokens
-    embeds = kwargs.get("inputs_embeds")
+    front = _front_of(module)
+    if not front.delta_acts:
+        return args, kwargs
+    given = library.given(module, args, kwargs)
+    tokens, ids, embeds = front.num_virtual_tokens, given.pop("input_ids", None), given.get("inputs_embeds")
+    if ids is None and embeds is None:
+        return args, kwargs
     embeds = module.get_input_embeddings()(ids) if embeds is None else embeds
-    mask, labels, kinds = (kwargs.get(k) for k in ("attention_mask", "labels", "token_type_ids"))
-    if mask is not None and mask.ndim == 2:
-        kwargs["attention_mask"] = torch.cat((mask.new_ones(mask.shape[0], tokens), mask), 1)
-    past = kwargs.get("past_key_values")
-    if past is not None and past.get_seq_length() > 0:
+    given = {**given, "input_ids": None, "inputs_embeds": embeds}
+    if given.get("attention_mask") is not None:
+        given["attention_mask"] = _longer(given["attention_mask"], tokens)
+    if library.cached_tokens(given) > 0:
         # The prompt stands in the cache already: later steps only move behind it.
-        if kwargs.get("position_ids") is not None:
-            kwargs["position_ids"] = kwargs["position_ids"] + tokens
-        return (), {**kwargs, "input_ids": None, "inputs_embeds": embeds}
+        for name in ("position_ids", "cache_position"):
+            if given.get(name) is not None:
+                given[name] = given[name] + tokens
+        return (), given
     prompt = front.mindpet_delta_prompttuning_embedding.weight.to(embeds.dtype)
     prompt = prompt.unsqueeze(0).expand(embeds.shape[0], -1, -1)
+    labels, kinds = given.get("labels"), given.get("token_type_ids")
     if labels is not None and labels.ndim == 2:
-        kwargs["labels"] = torch.cat((labels.new_full((labels.shape[0], tokens), -100), labels), 1)
+        given["labels"] = torch.cat((labels.new_full((labels.shape[0], tokens), -100), labels), 1)
     if kinds is not None:
-        kwargs["token_type_ids"] = torch.cat((kinds.new_zeros(kinds.shape[0], tokens), kinds), 1)
-    kwargs.pop("position_ids", None)
-    return (), {**kwargs, "input_ids": None, "inputs_embeds": torch.cat((prompt, embeds), 1)}
+        given["token_type_ids"] = torch.cat((kinds.new_zeros(kinds.shape[0], tokens), kinds), 1)
+    for name in ("position_ids", "cache_position"):
+        given.pop(name, None)  # the model counts from the prompt's first token
+    return (), {**given, "inputs_embeds": torch.cat((prompt, embeds), 1)}
+
+
+def _lengthen_memory(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Let a decoder see the prompt in front of what the encoder read: its mask is as long as the encoder's output."""
+    front = _front_of(module)
+    if not front.delta_acts:
+        return args, kwargs
+    given = library.given(module, args, kwargs)
+    mask, memory = given.get("encoder_attention_mask"), given.get("encoder_hidden_states")
+    if mask is not None and memory is not None and mask.shape[-1] != memory.shape[1]:
+        given["encoder_attention_mask"] = _longer(mask, front.num_virtual_tokens)
+    return (), given

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from slimkit import bridge
-from slimkit.core.delta.layers import check_pairs, check_rdrop_alpha
+from slimkit.core.delta.layers import IGNORED, check_class_numbers, check_pairs, check_rdrop_alpha
 
 import torch
 from torch import nn
@@ -33,6 +33,8 @@ class RDropLoss(nn.Module):
 
     loss = mean cross entropy + alpha / 4 * mean over samples of KL(p1 | p2) + KL(p2 | p1)
 
+    Rows with the label -100 count in neither mean; a batch of nothing else costs 0.
+
     Source:
         Liang et al. 2021, "R-Drop: Regularized Dropout for Neural Networks", eq. 4, with the mean of the two cross
         entropies, so that alpha is the paper's.
@@ -50,24 +52,31 @@ class RDropLoss(nn.Module):
 
         Args:
             logits: (2 * batch, classes), any shift of log-probabilities, rows as rdrop_repeat makes them.
-            label_ids: (2 * batch,) class numbers, or (2 * batch, classes) probabilities.
+            label_ids: (2 * batch,) class numbers, -100 for a row that does not count, or (2 * batch, classes)
+                probabilities.
             alpha: weight of the divergence.
 
         Returns:
             A scalar.
 
         Raises:
-            ArgumentTypeError: alpha is no int or float.
+            ArgumentTypeError: alpha is no int or float, or class numbers are no integers.
             ArgumentError: an odd number of rows, or labels of another length.
         """
         weight = check_rdrop_alpha(alpha)
-        labels = label_ids if label_ids.is_floating_point() else label_ids.reshape(-1)
-        pairs = check_pairs(logits.shape[0], labels.shape[0])
-        log_p = F.log_softmax(logits.float(), -1)
-        if labels.is_floating_point():
-            cross = -(labels.float() * log_p).sum(-1).mean()
+        hard = label_ids.ndim != logits.ndim or label_ids.shape[-1] != logits.shape[-1]
+        labels = label_ids.reshape(-1) if hard else label_ids
+        check_pairs(logits.shape[0], labels.shape[0])
+        log_p = F.log_softmax(logits.float(), -1)  # (2 b, classes)
+        if hard:
+            check_class_numbers(labels.is_floating_point(), labels.dtype)
+            counts = labels != IGNORED
+            cross = F.nll_loss(log_p, labels.long(), ignore_index=IGNORED, reduction="sum")
         else:
-            cross = F.nll_loss(log_p, labels.long())
+            counts = torch.ones_like(log_p[:, 0], dtype=torch.bool)
+            cross = -(labels.float() * log_p).sum()
+        pairs = counts[0::2] & counts[1::2]  # (b,)
         first, second = log_p[0::2], log_p[1::2]
-        apart = ((first.exp() - second.exp()) * (first - second)).sum() / pairs  # KL(p1|p2) + KL(p2|p1)
-        return cross + weight / 4 * apart
+        apart = ((first.exp() - second.exp()) * (first - second)).sum(-1)  # (b,)  KL(p1|p2) + KL(p2|p1)
+        apart = apart.masked_fill(~pairs, 0).sum() / pairs.sum().clamp_min(1)
+        return cross / counts.sum().clamp_min(1) + weight / 4 * apart

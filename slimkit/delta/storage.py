@@ -15,11 +15,13 @@ from slimkit.core.delta import tensors as arrays
 from slimkit.core.delta.bundle import sample_places
 from slimkit.core.delta.framework import DeltaStorage
 from slimkit.core.delta.spec import DeltaReport
+from slimkit.core.errors import UnsupportedError
 from slimkit.delta.framework import TorchDelta
 from slimkit.delta.inject import apply_delta
 from slimkit.delta.layer import DeltaLayer
 from slimkit.delta.positions import is_counted_by_library
 from slimkit.delta.prefix import PrefixEncoder
+from slimkit.delta.prefix_cache import CachedPrefix, decoder_of, self_attention
 from slimkit.delta.prompt import PromptTuning
 
 import torch
@@ -49,12 +51,12 @@ class TorchStorage(TorchDelta, DeltaStorage):
         if tensor.dtype != kind:
             tensor.data = tensor.data.to(kind)
 
-    def split(self, model: nn.Module, names: Sequence[str], value: Any) -> None:
+    def split(self, model: nn.Module, names: Sequence[str]) -> None:
         held: dict[int, int] = {}
         for _, module in model.named_modules(remove_duplicate=False):
             held[id(module)] = held.get(id(module), 0) + 1
         old = self.neutral(model)[names[0]]
-        new = nn.Parameter(_as_tensor(value).to(old.device, old.dtype).clone(), requires_grad=old.requires_grad)
+        new = nn.Parameter(old.detach().clone(), requires_grad=old.requires_grad)
         for name in names:
             path, _, attribute = name.rpartition(".")
             module = bridge.get_module(model, path)
@@ -75,9 +77,12 @@ class TorchStorage(TorchDelta, DeltaStorage):
         return tensor.detach().reshape(-1)[places.to(tensor.device)].float().cpu().numpy()
 
     def weight(self, model: nn.Module, path: str) -> Any:
-        layer = bridge.get_module(model, path)
-        merged = getattr(layer, "unmerged", None)
-        return getattr(layer, "weight", None) if merged is None else merged
+        layer: Any = bridge.get_module(model, path)
+        return (
+            layer.unmerged
+            if isinstance(layer, DeltaLayer) and layer.delta_is_merged
+            else getattr(layer, "weight", None)
+        )
 
     def neutral(self, model: nn.Module) -> dict[str, Any]:
         parameters = model.named_parameters(remove_duplicate=False)
@@ -85,6 +90,25 @@ class TorchStorage(TorchDelta, DeltaStorage):
 
     def positions(self, model: nn.Module) -> list[str] | None:
         return None if is_counted_by_library(model) else super().positions(model)
+
+    def prefix_form(self, model: nn.Module, layers: Sequence[Any]) -> int:
+        decoder = decoder_of(model)
+        if all(isinstance(layer, CachedPrefix) for layer in layers):
+            wanted = len(self_attention(model, decoder, None))
+        elif decoder is not None:
+            raise UnsupportedError(
+                "PEFT's prefix on an encoder-decoder model stands before the decoder's own tokens, and nowhere else; "
+                "apply it without targets, or save with format='slimkit'."
+            )
+        else:
+            config = next((c for m in model.modules() if (c := getattr(m, "config", None)) is not None), None)
+            wanted = getattr(config, "num_hidden_layers", len(layers))
+        if len(layers) != wanted:
+            raise UnsupportedError(
+                f"PEFT's prefix is on all {wanted} attention layers; this one is on {len(layers)}. Save with "
+                f"format='slimkit'."
+            )
+        return 2 if decoder is not None else 1
 
     def prefix_rows(self, model: nn.Module, layers: Sequence[Any]) -> list[tuple[Any, Any]]:
         with bridge.evaluating(model), torch.no_grad():

@@ -19,19 +19,23 @@ __all__ = ["Extending", "Watched", "also_fused", "bridge", "edited_class", "writ
 class Extending:
     """What the edited source of an attention module calls, over the rows that the module holds."""
 
-    def prefix_rows(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values (tokens, heads * width) of the prefix."""
+    def prefix_rows(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Keys and values (tokens, heads * width) of the prefix; None while it does not act."""
         holder: Any = self
-        return holder.rows()
+        return holder.rows() if holder.delta_acts else None
 
     def prefix_keys(self, keys: torch.Tensor, transposed: bool, rows: Any) -> torch.Tensor:
         """Keys with the prefix in front: (..., width, tokens), or (..., tokens, width) where `transposed`."""
+        if rows is None:
+            return keys
         if transposed:
             return torch.cat((self._front(rows[0], keys), keys), -2)
         return torch.cat((self._front(rows[0], keys.transpose(-1, -2)).transpose(-1, -2), keys), -1)
 
     def prefix_values(self, values: torch.Tensor, rows: Any) -> torch.Tensor:
         """Values (..., tokens, width) with the prefix in front."""
+        if rows is None:
+            return values
         return torch.cat((self._front(rows[1], values), values), -2)
 
     def prefix_mask(self, mask: Any, neutral: Any) -> Any:
@@ -39,6 +43,8 @@ class Extending:
         if not isinstance(mask, torch.Tensor) or mask.ndim == 0 or mask.shape[-1] == 1:
             return mask
         holder: Any = self
+        if not holder.delta_acts:
+            return mask
         return F.pad(mask, (holder.prefix_tokens, 0), value=neutral)
 
     def _front(self, rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,5 @@
 """PyTorch's side of the command line's single commands."""
 
-from slimkit.jobs.wing import TorchJobs
+from slimkit.jobs.framework import TorchJobs
 
 __all__ = ["TorchJobs"]

@@ -10,8 +10,8 @@ from slimkit import bridge, checkpoint, prune
 from slimkit.core import files
 from slimkit.core.errors import ConfigError, FileFormatError, SlimkitError, UnsupportedError
 from slimkit.core.jobs import folders
-from slimkit.core.jobs.data import ModelPlace
-from slimkit.core.jobs.wing import Opened
+from slimkit.core.jobs.framework import Opened
+from slimkit.core.jobs.sources import ModelPlace
 from slimkit.core.lazy import library
 
 import torch

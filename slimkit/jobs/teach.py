@@ -1,20 +1,17 @@
-"""Distillation and adaptation as commands: text in, a smaller or adapted model out, resumable after Ctrl-C."""
+"""Text for the commands that train: tokenised by a Hugging Face directory's own tokenizer, with the head it needs."""
 
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
 from typing import Any
 
-from slimkit import bridge, delta, students
-from slimkit import distill as distilling
-from slimkit.core import files
+from slimkit import bridge, students
 from slimkit.core.distill.config import KnowledgeDistillConfig
 from slimkit.core.errors import ConfigError
-from slimkit.core.jobs import fitting, folders, networks
-from slimkit.core.jobs.data import DataPlace, ModelPlace
-from slimkit.core.jobs.training import TASKS, AdaptAims, DistillAims, TrainingPlan, label_names, task_of
-from slimkit.core.jobs.wing import Opened
+from slimkit.core.jobs.framework import JobFramework, Lesson, Opened, Supervised, Task
+from slimkit.core.jobs.options import AdaptOptions, DistillOptions
+from slimkit.core.jobs.sources import DataPlace, ModelPlace, StudentPlace
+from slimkit.core.jobs.tasks import TASKS, label_names, task_of
 from slimkit.core.weights.influence import find_stack
 from slimkit.jobs import models
 from slimkit.jobs.texts import Reader
@@ -29,105 +26,69 @@ _IGNORED = -100
 HEADS = ("classifier", "score")
 
 
-class Samples(torch.utils.data.Dataset):
-    """Tokenised samples, one mapping each."""
-
-    def __init__(self, rows: list[dict[str, Any]]) -> None:
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.rows[index]
-
-
-def distill(
-    wing: Any, place: ModelPlace, data: DataPlace, out: Path | None, plan: TrainingPlan, aims: DistillAims
-) -> dict[str, Any]:
-    """Cut a student out of a teacher and train it to answer and to think like the teacher, on plain text.
+def lesson(
+    face: JobFramework, place: ModelPlace, data: DataPlace, options: DistillOptions, cut: StudentPlace, seed: int
+) -> Lesson:
+    """Cut a student out of a teacher, to learn on plain text to answer and to think like it.
 
     Args:
-        wing: PyTorch's side of the commands.
+        face: PyTorch's side of the jobs.
         place: the teacher, a Hugging Face directory.
         data: text.
-        out: the student's folder; None only says what would be done.
-        plan: how to train.
-        aims: the student's sizes and the terms.
+        options: the terms.
+        cut: the student's sizes.
+        seed: of what the teacher has nothing for.
 
-    Returns:
-        What was done, as plain values.
+    Raises:
+        ConfigError: options of networks of one's own, or nothing that makes the student smaller.
     """
-    if not aims.sizes:
+    if not cut.sizes:
         raise ConfigError("give at least one of --layers, --ffn, --heads and --hidden: what makes the student smaller")
-    if aims.student is not None or aims.matches or aims.hard_weight or aims.output_loss != "auto":
+    if cut.place is not None or options.match or options.hard_weight or options.output_loss != "auto":
         raise ConfigError(
             "--student-factory, --student, --student-arg, --match, --hard-weight and --output-loss are for --factory"
         )
-    directory = place.model
-    assert directory is not None
-    teacher = wing.open(place)
-    reader = Reader(directory, type(teacher.model), teacher.model.config, data.max_length)
+    teacher = face.open(place)
+    assert teacher.directory is not None
+    reader = Reader(teacher.directory, type(teacher.model), teacher.model.config, data.max_length)
     rows = [row["text"] for row in data.rows()]
-    with wing.seeded(plan.seed):
-        student, report = students.make_student(teacher.model, selection=aims.selection, **aims.sizes)
-    facts: dict[str, Any] = {
-        "teacher_parameters": _size(teacher.model),
-        "parameters": _size(student),
-        "layers": {str(k): v for k, v in report["layers"].items()},
-        "samples": len(rows),
-    }
-    samples = Samples(reader.encode(rows))
-    example = reader.pad(samples.rows[: plan.batch_size])
-    config = _comparison(teacher.model, student, report["layers"], example, aims)
-    facts["terms"] = [
-        f"{label.label}: {term.func_name}" for label in config.spec().soft_labels for term in label.losses
-    ]
-    if out is None:
-        return facts
-    with wing.seeded(plan.seed):
-        dual = distilling.get_distill_model(teacher.model, student, config, inputs=example)
-    job = {"command": "distill", **aims.identity(), "teacher": _digest_folder(directory), "text": _digest(rows)}
-    facts |= fitting.fit(wing, dual, samples, plan, out, job, wing.stages.soft_loss, reader.pad)
-    opened = Opened(dual.get_student_model().eval(), place, directory)
-    with files.atomic_directory(out) as folder:
-        facts["written"] = models.write_model(opened, folder)
-        folders.write_report(folder, "distill", facts)
-    return facts
-
-
-def _size(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
+    with face.seeded(seed):
+        sizes: dict[str, Any] = dict(cut.sizes)
+        student, report = students.make_student(teacher.model, selection=cut.selection, **sizes)
+    encoded = reader.encode(rows)
+    read = Supervised(
+        range(len(rows)), lambda at: reader.pad([encoded[i] for i in at]), len(rows), {"text": _digest(rows)}, False
+    )
+    layers = report["layers"]
+    config = _comparison(teacher.model, student, layers, read.first(options.batch_size), options)
+    learner = Opened(student.eval(), place, teacher.directory)
+    return Lesson(teacher, learner, read, config, {str(k): v for k, v in layers.items()})
 
 
 def _comparison(
-    teacher: nn.Module,
-    student: nn.Module,
-    layers: dict[int, int],
-    example: dict[str, Any],
-    aims: DistillAims,
+    teacher: nn.Module, student: nn.Module, layers: dict[int, int], example: dict[str, Any], options: DistillOptions
 ) -> KnowledgeDistillConfig:
     """Outputs against outputs, and each student block against the teacher block it came from."""
     config = KnowledgeDistillConfig()
     mask = "attention_mask" if "attention_mask" in example else None
     with bridge.evaluating(teacher):
         outputs = bridge.run(teacher, example)
-    if aims.output_weight:
+    if options.output_weight:
         key = "logits" if "logits" in outputs else "last_hidden_state"
-        term: dict[str, Any] = {"func_name": "HiddenMse", "func_weight": aims.output_weight}
+        term: dict[str, Any] = {"func_name": "HiddenMse", "func_weight": options.output_weight}
         if key == "logits":
-            term |= {"func_name": "KDKLDiv", "temperature": aims.temperature, "t_squared": True}
+            term |= {"func_name": "KDKLDiv", "temperature": options.temperature, "t_squared": True}
         label: dict[str, Any] = {"t_output_idx": key, "s_output_idx": key, "loss_func": [term]}
         config.add_output_soft_label({**label, **({"mask": mask} if mask and outputs[key].ndim == 3 else {})})
-    if aims.hidden_weight:
+    if options.hidden_weight:
         theirs, mine = _blocks(teacher), _blocks(student)
         for at, path in enumerate(mine):
             label = {
                 "t_module": theirs[layers.get(at, at)], "s_module": path, "t_output_idx": 0, "s_output_idx": 0,
-                "loss_func": [{"func_name": "HiddenMse", "func_weight": aims.hidden_weight}],
+                "loss_func": [{"func_name": "HiddenMse", "func_weight": options.hidden_weight}],
             }  # fmt: skip
             config.add_inter_soft_label(label)
-    if not aims.output_weight and not aims.hidden_weight:
+    if not options.output_weight and not options.hidden_weight:
         raise ConfigError("--hidden-weight and --output-weight are both 0: there is nothing to learn from")
     return config
 
@@ -138,70 +99,55 @@ def _blocks(model: nn.Module) -> list[str]:
     return find_stack({n: type(m).__name__ for n, m in modules.items()}, sizes)
 
 
-def adapt(
-    wing: Any, place: ModelPlace, data: DataPlace, out: Path | None, plan: TrainingPlan, aims: AdaptAims
-) -> dict[str, Any]:
-    """Train a delta on a frozen model with a text file, and save it as a bundle.
+def task(
+    face: JobFramework,
+    place: ModelPlace,
+    data: DataPlace,
+    held: DataPlace | None,
+    asked: str,
+    options: AdaptOptions,
+    seed: int,
+) -> Task:
+    """Open a Hugging Face directory with the head that a text file's task needs, and read the file.
 
     Args:
-        wing: PyTorch's side of the commands.
-        place: the base, a Hugging Face directory.
+        face: PyTorch's side of the jobs.
+        place: the base.
         data: text; for classification each line needs a "label".
-        out: the bundle's folder; None only says what would be done.
-        plan: how to train.
-        aims: task and delta.
-
-    Returns:
-        What was done, as plain values.
+        held: held-out text of the same form.
+        asked: "auto", "classification" or "causal-lm".
+        options: of the delta; a classification head trains whole, and a delta on it would only stand in its way.
+        seed: of a fresh head.
     """
-    if aims.loss != "auto":
+    if options.loss is not None:
         raise ConfigError("--loss is for arrays; text has the loss of its --task")
-    directory = place.model
-    assert directory is not None
+    assert place.model is not None
     rows = data.rows()
-    config, architecture = models.architecture(directory)
-    chosen = task_of(aims.task, architecture.__name__, rows)
+    config, architecture = models.architecture(place.model)
+    chosen = task_of(asked, architecture.__name__, rows)
     labels = label_names(rows, getattr(config, "label2id", None)) if chosen == "classification" else {}
-    with wing.seeded(plan.seed):
+    with face.seeded(seed):
         opened = models.open_model(place, kind=TASKS[chosen], fresh=HEADS, **head(labels))
-    reader = Reader(directory, type(opened.model), opened.model.config, data.max_length)
+    reader = Reader(place.model, type(opened.model), opened.model.config, data.max_length)
     if getattr(opened.model.config, "pad_token_id", None) is None:
         opened.model.config.pad_token_id = reader.tokenizer.pad_token_id
-    samples = Samples(_labelled(reader, rows, labels))
-    held = None
-    if aims.evaluation is not None:
-        held = Samples(_labelled(reader, aims.evaluation.rows(), labels))
-    with wing.seeded(plan.seed):
-        told = _put_on(opened.model, aims, with_head=bool(labels))
-    facts: dict[str, Any] = {
-        "task": chosen,
-        "labels": labels,
-        "fresh": list(opened.fresh),
-        "kind": aims.kind,
-        "layers": sorted(told.layers),
-        **fitting.share(wing.stages.sizes(opened.model)),
-        "samples": len(samples),
-    }
-    if out is None:
-        return facts
-    job = {"command": "adapt", "task": chosen, **aims.identity()}
-    job |= {"base": _digest_folder(directory), "text": _digest([repr(sorted(r.items())) for r in rows])}
-    pad = _padding(reader, chosen)
-    facts |= fitting.fit(wing, opened.model, samples, plan, out, job, lambda model, batch: model(**batch).loss, pad)
-    if held is not None:
-        facts["evaluation"] = _evaluate(opened.model, held, pad, plan.batch_size, chosen)
-    return networks.write_adapted(wing, opened, out, aims, facts)
+    names = [n for n, _ in opened.model.named_parameters()]
+    heads = [f"*{h}*" for h in HEADS if labels and any(h in n for n in names)]
+    if heads:
+        more: dict[str, Any] = {"also_train": [*heads, *(options.also_train or ())]}
+        if options.kind not in ("prefix", "prompt") and options.exclude is None:
+            more["exclude"] = heads
+        options = options.model_copy(update=more)
+    held_out = None if held is None else _read(reader, held.rows(), labels)
+    read = _read(reader, rows, labels)
+    return Task(opened, read, held_out, chosen, _own_loss, options, labels, bool(labels))
 
 
-def _put_on(model: nn.Module, aims: AdaptAims, *, with_head: bool) -> Any:
-    """The delta on its layers; a classification head trains whole, and a delta on it would only stand in its way."""
-    names = [n for n, _ in model.named_parameters()]
-    heads = [f"*{h}*" for h in HEADS if with_head and any(h in n for n in names)]
-    settings = dict(aims.settings)
-    if heads and aims.kind not in ("prefix", "prompt"):
-        settings = {"exclude": heads, **settings}
-    also = [*heads, *(aims.also_train or ())] or None
-    return delta.apply_delta(model, aims.kind, aims.targets, also_train=also, **settings)
+def _own_loss(model: nn.Module, batch: Any) -> torch.Tensor:
+    """The loss that a model of transformers has for its task."""
+    inputs, labels = bridge.to_device(batch, bridge.device_of(model))
+    loss: torch.Tensor = model(**inputs, labels=labels).loss
+    return loss
 
 
 def head(labels: dict[str, int]) -> dict[str, Any]:
@@ -211,43 +157,22 @@ def head(labels: dict[str, int]) -> dict[str, Any]:
     return {"num_labels": len(labels), "label2id": labels, "id2label": {v: k for k, v in labels.items()}}
 
 
-def _labelled(reader: Reader, rows: list[dict[str, Any]], labels: dict[str, int]) -> list[dict[str, Any]]:
-    samples: list[dict[str, Any]] = [dict(s) for s in reader.encode([row["text"] for row in rows])]
-    if labels:
-        for sample, row in zip(samples, rows):
-            if str(row.get("label")) not in labels:
-                raise ConfigError(
-                    f"a label of the evaluation is not among {sorted(labels)}. Received: {row.get('label')!r}"
-                )
-            sample["labels"] = labels[str(row["label"])]
-    return samples
+def _read(reader: Reader, rows: list[dict[str, Any]], labels: dict[str, int]) -> Supervised:
+    """Rows of text as padded batches with labels: the class, or for language models the tokens themselves."""
+    encoded = reader.encode([row["text"] for row in rows])
+    for row in rows if labels else ():
+        if str(row.get("label")) not in labels:
+            raise ConfigError(f"a label of the data is not among {sorted(labels)}. Received: {row.get('label')!r}")
 
-
-def _padding(reader: Reader, task: str) -> Any:
-    """Samples as a padded batch with labels: the class, or for language models the tokens themselves."""
-
-    def pad(samples: list[dict[str, Any]]) -> dict[str, Any]:
-        plain = [{k: v for k, v in s.items() if k != "labels"} for s in samples]
-        batch = reader.pad(plain)
-        if task == "classification":
-            return {**batch, "labels": torch.tensor([s["labels"] for s in samples])}
+    def collate(at: list[int]) -> Any:
+        inputs = reader.pad([encoded[i] for i in at])
+        if labels:
+            return inputs, torch.tensor([labels[str(rows[i]["label"])] for i in at])
         # The mask, not the token, says what is padding: a padding token may well be the end-of-text token.
-        return {**batch, "labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, _IGNORED)}
+        return inputs, inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, _IGNORED)
 
-    return pad
-
-
-def _evaluate(model: nn.Module, held: Samples, pad: Any, batch_size: int, task: str) -> dict[str, float]:
-    """Mean loss over samples, with the accuracy of a classifier."""
-    loss = right = 0.0
-    with bridge.evaluating(model):
-        for at in range(0, len(held), batch_size):
-            batch = bridge.to_device(pad(held.rows[at : at + batch_size]), bridge.device_of(model))
-            found = model(**batch)
-            n = len(batch["labels"])
-            loss += float(found.loss) * n
-            right += float((found.logits.argmax(-1) == batch["labels"]).sum()) if task == "classification" else 0.0
-    return {"loss": loss / len(held), **({"accuracy": right / len(held)} if task == "classification" else {})}
+    identity = {"text": _digest([repr(sorted(row.items())) for row in rows])}
+    return Supervised(range(len(rows)), collate, len(rows), identity, True)
 
 
 def _digest(texts: list[str]) -> str:
@@ -255,7 +180,3 @@ def _digest(texts: list[str]) -> str:
     for text in texts:
         digest.update(text.encode() + b"\0")
     return digest.hexdigest()
-
-
-def _digest_folder(directory: Path) -> dict[str, str]:
-    return {f.name: files.digest_file(f) for f in sorted(directory.glob("*.safetensors"))}

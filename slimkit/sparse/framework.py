@@ -62,7 +62,8 @@ class TorchSparse:
         return [n for n, p in real if not bool(torch.isfinite(p).all())]
 
     def settled(self, name: str, row: dict[str, Any]) -> None:
-        """Nothing to do: the report is made at the end."""
+        """Note on the layer that its zeros were made: a delta put on it later keeps them."""
+        bridge.record_zeros(self._slots[name].owner(self.model))
 
     def snapshot(self, names: Sequence[str]) -> Callable[[], None]:
         """Remember weights and biases in main memory; the function returned puts them back."""

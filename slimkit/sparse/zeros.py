@@ -28,12 +28,16 @@ class FrozenZeros:
     ) -> None:
         self.masks = dict(masks)
         self._pairs: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
+        self._recorded: list[torch.nn.Module] = []  # layers whose zeros count as made while this holds them
         callers: list[torch.nn.Module] = []  # whose call uses each of them
         for slot, drop in _drops(model, layers, masks):
             weight = slot.owner(model)._parameters[slot.key]
             assert weight is not None  # slots are made from parameters that are there
             self._pairs.append((weight, drop))
             callers.append(slot.caller(model))
+            if not bridge.has_made_zeros(slot.owner(model)):
+                bridge.record_zeros(slot.owner(model))
+                self._recorded.append(slot.owner(model))
         self._handles = self._hooks()
         for index, caller in enumerate(callers):
             # The hook holds this handle, so the zeros stay for as long as the layer lives, and in copies of it.
@@ -52,10 +56,11 @@ class FrozenZeros:
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or a pickle of the model keeps; hooks on tensors and optimizers are made anew."""
-        return {"masks": self.masks, "pairs": self._pairs, "active": bool(self._handles)}
+        held = {"masks": self.masks, "pairs": self._pairs, "recorded": self._recorded}
+        return {**held, "active": bool(self._handles)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.masks, self._pairs = state["masks"], state["pairs"]
+        self.masks, self._pairs, self._recorded = state["masks"], state["pairs"], state["recorded"]
         self._handles = self._hooks() if state["active"] else []
 
     def apply(self) -> None:
@@ -78,6 +83,9 @@ class FrozenZeros:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        for module in self._recorded:
+            bridge.forget_zeros(module)
+        self._recorded.clear()
 
     def __enter__(self) -> FrozenZeros:
         return self

@@ -9,7 +9,7 @@ from slimkit.core.delta import shard as rules
 from slimkit.core.delta.layers import activation_name, size
 from slimkit_ms import bridge
 from slimkit_ms.delta import initial
-from slimkit_ms.delta.layer import AdapterBase
+from slimkit_ms.delta.layer import Adapted, AdapterBase
 from slimkit_ms.delta.shard import record
 
 import mindspore
@@ -123,6 +123,23 @@ class AdapterLayer(nn.Cell):
         return self
 
 
+class AdaptedLinear(Adapted):
+    """A dense layer that an adapter was put behind."""
+
+    delta_kind = "adapter"
+
+    def construct(self, x: Any) -> Any:
+        out = self.plain_construct(x)
+        if self.delta_acts:
+            out = self.mindpet_delta_adapter(out)
+        return out
+
+
+def adapter_for(width: int, dtype: Any, bottleneck_size: int = 64, non_linearity: str = "gelu") -> AdapterLayer:
+    """The adapter for an output of that width, by the options of `apply_delta`."""
+    return AdapterLayer(width, bottleneck_size, non_linearity, dtype, None)
+
+
 class AdapterDense(AdapterBase):
     """A linear layer that ends in an adapter: AdapterLayer(activation(x W' + bias)).
 
@@ -175,12 +192,10 @@ class AdapterDense(AdapterBase):
         self.begin({"bottleneck_size": bottleneck_size, "non_linearity": non_linearity})
 
     def construct(self, x: Any) -> Any:
-        return self.mindpet_delta_adapter(self.dense(x))
-
-    @classmethod
-    def build(cls, width: int, dtype: Any, bottleneck_size: int = 64, non_linearity: str = "gelu") -> tuple[str, Any]:
-        """The adapter for an output of that width, and the attribute that holds it."""
-        return "mindpet_delta_adapter", AdapterLayer(width, bottleneck_size, non_linearity, dtype, None)
+        out = self.dense(x)
+        if self.delta_acts:
+            out = self.mindpet_delta_adapter(out)
+        return out
 
     def shard(
         self,

@@ -2,44 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from slimkit.core.delta.framework import DeltaFramework
 from slimkit.core.delta.spec import PREFIX, Site
 from slimkit.core.freeze import Parameters
 from slimkit_ms import bridge, kinds
-from slimkit_ms.delta.adapter import AdapterDense
-from slimkit_ms.delta.layer import DeltaLayer
-from slimkit_ms.delta.lora import LoRADense
-from slimkit_ms.delta.lora_layers import LoRAConv2d, LoRAEmbedding, LoRAMintConv2d, LoRAMintEmbedding
-from slimkit_ms.delta.low_rank_adapter import LowRankAdapterDense
-from slimkit_ms.delta.positions import start_at_zero
+from slimkit_ms.delta.adapter import AdaptedLinear, adapter_for
+from slimkit_ms.delta.attach import DeltaLayer, attach
+from slimkit_ms.delta.layer import Adapted
+from slimkit_ms.delta.lora_layers import LoraConv2d, LoraDense, LoraEmbedding, LoraLinear, LoraMintConv2d, LoraTable
+from slimkit_ms.delta.low_rank_adapter import LowRankAdaptedLinear, low_rank_adapter_for
+from slimkit_ms.delta.named import LoraLayer
+from slimkit_ms.delta.positions import shift_positions, start_at_zero
 
+import mindspore as ms
 from mindspore import mint, nn
 
-# Layer -> the layer that takes its place, and its kind in the core's words.
-_LORA: dict[type, tuple[Any, str]] = {
-    nn.Dense: (LoRADense, "linear"),
-    mint.nn.Linear: (LoRADense, "linear"),
-    nn.Embedding: (LoRAEmbedding, "embedding"),
-    mint.nn.Embedding: (LoRAMintEmbedding, "embedding"),
-    nn.Conv2d: (LoRAConv2d, "conv2d"),
-    mint.nn.Conv2d: (LoRAMintConv2d, "conv2d"),
+# Layer -> what goes before its class for LoRA, and its kind in the core's words.
+_LORA: dict[type, tuple[type[LoraLayer], str]] = {
+    nn.Dense: (LoraDense, "linear"),
+    mint.nn.Linear: (LoraLinear, "linear"),
+    nn.Embedding: (LoraEmbedding, "embedding"),
+    mint.nn.Embedding: (LoraTable, "embedding"),
+    nn.Conv2d: (LoraConv2d, "conv2d"),
+    mint.nn.Conv2d: (LoraMintConv2d, "conv2d"),
 }
-_ADAPTERS: dict[str, Any] = {"adapter": AdapterDense, "low_rank_adapter": LowRankAdapterDense}
+_ADAPTERS: dict[str, tuple[type[Adapted], Any]] = {
+    "adapter": (AdaptedLinear, adapter_for),
+    "low_rank_adapter": (LowRankAdaptedLinear, low_rank_adapter_for),
+}
 
 
 def kind_of(cell: nn.Cell) -> str:
     """ "linear", "embedding" or "conv2d" for a layer whose mathematics is known, else ""."""
+    base = next((kind for kind in type(cell).__mro__ if kind in _LORA), None)
     if isinstance(cell, DeltaLayer):
-        return next((kind for layer, kind in _LORA.values() if type(cell) is layer), "linear")
+        return "linear" if base is None else _LORA[base][1]
     # A subclass with a construct of its own computes something else: it is not taken for what it derives from.
-    return _LORA[_base(cell)][1] if kinds.computes_as_its_kind(cell) and _base(cell) in _LORA else ""
-
-
-def _base(cell: nn.Cell) -> Any:
-    return next((kind for kind in type(cell).__mro__ if kind in _LORA), None)
+    return _LORA[base][1] if base is not None and kinds.computes_as_its_kind(cell) else ""
 
 
 def weight_of(cell: nn.Cell) -> Any:
@@ -50,15 +54,21 @@ def weight_of(cell: nn.Cell) -> Any:
 def _site(cell: nn.Cell) -> Site:
     kind, name = kind_of(cell), type(cell).__name__
     if not kind:
-        return Site("", (), name, any(p is not None for p in cell._params.values()))
+        is_linear = kinds.is_kind(cell, "linear")
+        reason = f"{name} is a dense layer with a construct of its own; what it computes is not known"
+        return Site("", (), name, any(p is not None for p in cell._params.values()), reason if is_linear else "")
     weight = weight_of(cell)
     reason = ""
-    if not weight.is_floating_point():
+    if "construct" in vars(cell):
+        reason = "its construct was replaced on the object; what it computes is not known"
+    elif not weight.is_floating_point():
         reason = f"its weight is {weight.dtype}, not a floating type"
     elif kind == "conv2d" and kinds.groups_of(cell) != 1:
         reason = "it is a grouped convolution"
     elif kind == "conv2d" and kinds.padding_mode_of(cell) != "zeros":
         reason = f"it pads with {kinds.padding_mode_of(cell)}"
+    elif kind == "embedding" and vars(cell).get("max_norm") is not None:
+        reason = "it renormalises its table (max_norm)"
     shape = tuple(weight.shape[::-1] if kind == "embedding" else weight.shape)
     return Site(kind, (shape[0], int(weight.size // max(shape[0], 1))), name, True, reason)
 
@@ -75,7 +85,9 @@ class MindSporeDelta(DeltaFramework):
     """The MindSpore wing's answers."""
 
     def sites(self, model: nn.Cell) -> dict[str, Site]:
-        return {p: _site(c) for p, c in _walk(model) if p and PREFIX not in p}
+        heads = _heads(model)
+        found = {p: (c, _site(c)) for p, c in _walk(model) if p and PREFIX not in p}
+        return {p: replace(site, head=True) if id(c) in heads else site for p, (c, site) in found.items()}
 
     def layers(self, model: nn.Cell) -> dict[str, Any]:
         return {p: c for p, c in _walk(model) if isinstance(c, DeltaLayer)}
@@ -85,31 +97,45 @@ class MindSporeDelta(DeltaFramework):
             model = model._cells[part]
         return model
 
-    def put(self, model: nn.Cell, modules: Mapping[str, Any]) -> None:
-        cells = dict(_walk(model))
-        for path, cell in modules.items():
-            parent_path, _, child = path.rpartition(".")
-            parent = cells[parent_path]
-            # Setting the attribute would write the parent's name in front of every parameter's once more.
-            parent._cells[child] = cell
-            if isinstance(parent, nn.SequentialCell):
-                parent.cell_list = list(parent._cells.values())
-            for name, parameter in cell.parameters_and_names():
+    def attach(self, kind: str, module: nn.Cell, name: str, dtype: Any, options: Mapping[str, Any]) -> None:
+        if kind == "lora":
+            base = next(kind for kind in type(module).__mro__ if kind in _LORA)
+            attach(module, _LORA[base][0]).start()
+            return
+        mixin, make = _ADAPTERS[kind]
+        adapter = make(kinds.width_of(module), dtype or ms.float32, **options).set_train(module.training)
+        layer = attach(module, mixin)
+        layer.insert_child_to_cell(f"{PREFIX}{kind}", adapter)
+        layer.begin(dict(options), name)
+
+    def attached(self, model: nn.Cell, paths: Sequence[str]) -> None:
+        for path in paths:
+            for name, parameter in self.module(model, path).parameters_and_names():
                 if PREFIX in name and not parameter.name.endswith(f".{name}"):
                     parameter.name = f"{path}.{name}"
         bridge.forget_graphs(model)
 
+    def activated(self, model: nn.Cell) -> None:
+        layers = self.layers(model).values()
+        shift_positions(model, any(layer.delta_acts for layer in layers if layer.delta_kind == "prefix"))
+
+    def keeps_zeros(self, module: nn.Cell) -> bool:
+        return bridge.has_made_zeros(module)
+
+    def exchange(self, parameter: Any, value: Any) -> Any:
+        before = ms.Tensor(bridge.as_numpy(parameter), parameter.dtype)
+        if value is not None:
+            parameter.set_data(value)
+        return before
+
+    def holders(self, model: nn.Cell) -> Iterator[tuple[str, nn.Cell]]:
+        return ((path, cell) for path, cell in model.cells_and_names() if PREFIX not in path)
+
+    def own_parameters(self, module: nn.Cell) -> dict[str, Any]:
+        return {k: p for k, p in module._params.items() if p is not None and PREFIX not in k}
+
     def changed(self, model: nn.Cell) -> None:
         bridge.forget_graphs(model)
-
-    def make(self, kind: str, module: nn.Cell, name: str, dtype: Any, options: Mapping[str, Any]) -> Any:
-        if kind == "lora":
-            return _LORA[_base(module)][0].over(module)
-        return _ADAPTERS[kind].over(module, name, dtype, dict(options))
-
-    def is_sparse(self, module: nn.Cell) -> bool:
-        weight = weight_of(module).asnumpy()
-        return bool((weight == 0).sum() * 10 >= weight.size)
 
     def parameters(self, model: nn.Cell) -> Parameters:
         return bridge.parameters(model)
@@ -119,6 +145,17 @@ class MindSporeDelta(DeltaFramework):
 
     def owners(self, model: nn.Cell, parameter: Any) -> int:
         return sum(any(p is parameter for p in c._params.values()) for _, c in model.cells_and_names())
+
+
+def _heads(model: nn.Cell) -> set[int]:
+    """The output embeddings of every model with Hugging Face's face that this is, or that it holds."""
+    found = set()
+    for _, cell in model.cells_and_names():
+        ask = getattr(type(cell), "get_output_embeddings", None)  # a library's method, that other models lack
+        if ask is not None:
+            with contextlib.suppress(NotImplementedError):  # its way to say that it has none
+                found.add(id(ask(cell)))
+    return found
 
 
 access = MindSporeDelta()

@@ -151,17 +151,19 @@ def remove_delta(model: nn.Cell, names: str | Sequence[str] | None = None) -> De
 
 
 def set_delta(model: nn.Cell, names: str | Sequence[str] | Mapping[str, float]) -> dict[str, float]:
-    """Choose which named LoRAs are active, in place.
+    """Choose which named deltas act, in place; a delta with a head of its own brings it along.
 
     Args:
-        model: a model with LoRAs.
-        names: one name, several, or {name: weight} for a weighted combination; all others are off.
+        model: a model with deltas.
+        names: one name, several, or {name: weight} for a weighted combination of LoRAs; all others are off.
 
     Returns:
         The active deltas with their weights.
 
     Raises:
         ArgumentError: an unknown name, or the deltas are merged.
+        UnsupportedError: two of them have values of their own for the same parameter of the base, or one that is no
+            LoRA is given a weight other than 0 or 1.
 
     Example:
         >>> net = nn.SequentialCell(nn.Dense(4, 4))
@@ -175,17 +177,19 @@ def set_delta(model: nn.Cell, names: str | Sequence[str] | Mapping[str, float]) 
 
 @contextlib.contextmanager
 def disable_delta(model: nn.Cell) -> Iterator[None]:
-    """Run the base alone while the context is open; the deltas are active again afterwards, also after an error.
+    """Run the base alone while the context is open; the deltas act again afterwards, also after an error.
+
+    The base is alone: LoRAs, adapters, prefixes and prompts do not act, and what trains with them (`also_train`, a
+    head that came from a file) has the base's values.
 
     Args:
-        model: a model with LoRAs, not merged.
+        model: a model with deltas, not merged.
+
+    Raises:
+        ArgumentError: no delta, or the deltas are merged.
     """
-    before = steps.active_weights(access, bridge.check_model(model))
-    steps.activate(access, model, {})
-    try:
+    with steps.disabled(access, bridge.check_model(model)):
         yield
-    finally:
-        steps.activate(access, model, before)
 
 
 def lora_plus_groups(model: nn.Cell, lr: float, ratio: float = 16.0, weight_decay: float = 0.0) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""What every layer that was swapped in keeps: the layer it stands for, and how the dense half of it is made."""
+"""Layers with an adapter behind them, and the dense half of the layers that are built by hand."""
 
 from __future__ import annotations
 
@@ -8,46 +8,18 @@ from slimkit.core import check
 from slimkit.core.delta import shard as rules
 from slimkit.core.delta.layers import size
 from slimkit.core.delta.named import OneAdapter
-from slimkit_ms import bridge, kinds
+from slimkit_ms import bridge
 from slimkit_ms.delta import initial
+from slimkit_ms.delta.attach import DeltaLayer, forget
 from slimkit_ms.delta.shard import check_only, record
 
 import mindspore as ms
 from mindspore import nn, ops
 
-__all__ = ["AdapterBase", "DeltaLayer", "DenseBase", "bridge", "take_over"]
+__all__ = ["Adapted", "AdapterBase", "DeltaLayer", "DenseBase", "bridge"]
 
 
-class DeltaLayer:
-    """A mark on cells that hold a delta, with the cell that was there before."""
-
-    delta_kind = ""
-
-    def stand_for(self, original: nn.Cell | None) -> None:
-        """Remember the cell that was there before, outside the cell tree so that no name changes."""
-        object.__setattr__(self, "_original", (original,))
-
-    @property
-    def original(self) -> nn.Cell | None:
-        """The cell that was there before; None for a cell made by hand."""
-        return self.__dict__.get("_original", (None,))[0]
-
-
-def take_over(new: Any, old: nn.Cell) -> None:
-    """Make a bare cell hold what another holds, the very parameters included; names of parameters stay."""
-    nn.Cell.__init__(new)
-    bare = set(new.__dict__)
-    for name, value in old.__dict__.items():
-        if name not in bare:
-            object.__setattr__(new, name, value)
-    new._params.update(old._params)
-    new._cells.update(old._cells)
-    new._primitives.update(old._primitives)
-    new.training = old.training
-    new.stand_for(old)
-
-
-class DenseBase(DeltaLayer, nn.Dense):
+class DenseBase(nn.Dense):
     """A dense layer by the documents' arguments, on which a delta is put.
 
     Args:
@@ -90,19 +62,6 @@ class DenseBase(DeltaLayer, nn.Dense):
         self.compute_dtype = compute_dtype
         self.cast = ops.Cast()
 
-    def _over(self, dense: nn.Cell) -> None:
-        """Become the layer that takes a dense layer's place, sharing its very parameters."""
-        take_over(self, dense)
-        if not isinstance(dense, nn.Dense):
-            # mint's Linear has other words for its widths, and one operator for product and bias.
-            del self._primitives["dense"], self.__dict__["dense"]
-            self.out_channels, self.in_channels = (int(n) for n in dense.weight.shape)
-            self.reshape, self.matmul, self.bias_add = ops.Reshape(), ops.MatMul(transpose_b=True), ops.BiasAdd()
-            self.activation: Any = None
-            self.activation_flag = False
-        self.compute_dtype = None
-        self.cast = ops.Cast()
-
     def dense(self, x: Any) -> Any:
         """activation(x W' + bias), in the compute dtype and back."""
         kind = x.dtype if self.compute_dtype is None else self.compute_dtype
@@ -115,25 +74,11 @@ class DenseBase(DeltaLayer, nn.Dense):
         return self.cast(self.reshape(out, x.shape[:-1] + (self.out_channels,)), x.dtype)
 
 
-class AdapterBase(OneAdapter, DenseBase):
-    """A dense layer that ends in an adapter; the kinds add the adapter."""
+class Adapted(OneAdapter, DeltaLayer):
+    """A layer whose output goes through an adapter."""
 
-    strategies: dict[str, Any]
-
-    @classmethod
-    def build(cls, *args: Any, **options: Any) -> tuple[str, Any]:
-        """The adapter for an output of that width, and the attribute that holds it."""
-        raise AttributeError
-
-    @classmethod
-    def over(cls, dense: nn.Cell, name: str, dtype: Any, options: dict[str, Any]) -> Any:
-        """The layer that takes a dense layer's place, with its very weight and bias and a new adapter."""
-        layer = cls.__new__(cls)
-        attribute, adapter = cls.build(kinds.width_of(dense), dtype or ms.float32, **options)
-        layer._over(dense)
-        layer.insert_child_to_cell(attribute, adapter)
-        layer.begin(dict(options), name)
-        return layer
+    word = "Adapted"
+    _cells: dict[str, Any]
 
     @property
     def adapter(self) -> nn.Cell:
@@ -143,6 +88,16 @@ class AdapterBase(OneAdapter, DenseBase):
     def parts(self, name: str, spelled: str | None = None) -> dict[str, Any]:
         """Path below the layer -> tensor of everything the adapter consists of."""
         return {f"mindpet_delta_{self.delta_kind}.{n}": p for n, p in self.adapter.parameters_and_names()}
+
+    def leave(self) -> None:
+        """Take the adapter off, in place."""
+        forget(self, f"mindpet_delta_{self.delta_kind}", "specs", "active_deltas", "delta_acts")
+
+
+class AdapterBase(Adapted, DenseBase):
+    """A dense layer built by hand that ends in an adapter; the kinds add the adapter."""
+
+    strategies: dict[str, Any]
 
     def _own(self) -> tuple[dict[str, int], dict[str, Any]]:
         operators = {

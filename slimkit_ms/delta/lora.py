@@ -10,16 +10,15 @@ from slimkit.core.delta.spec import DEFAULT_NAME, LoraSpec, key
 from slimkit_ms import bridge
 from slimkit_ms.delta import initial
 from slimkit_ms.delta.layer import DenseBase
-from slimkit_ms.delta.named import LoraLayer
+from slimkit_ms.delta.lora_layers import LoraDense
 from slimkit_ms.delta.shard import record
 
 import mindspore as ms
-from mindspore import nn, ops
 
 __all__ = ["LoRADense", "bridge"]
 
 
-class LoRADense(LoraLayer, DenseBase):
+class LoRADense(LoraDense, DenseBase):
     """A dense layer with a low-rank side branch: activation(x W' + bias + alpha / rank * dropout(x) a' b').
 
     Args:
@@ -89,87 +88,10 @@ class LoRADense(LoraLayer, DenseBase):
             compute_dtype,
         )
         self.lora_rank, self.lora_alpha = lora_rank, lora_alpha
-        self._operators()
         self.start()
         self.mindpet_delta_lora_a = initial.parameter(a_init, a_shape, param_init_type, key("lora", "a"))
         self.mindpet_delta_lora_b = initial.parameter(lora_b_init, b_shape, param_init_type, key("lora", "b"))
         self.take(DEFAULT_NAME, LoraSpec(lora_rank, float(lora_alpha), lora_dropout))
-
-    @classmethod
-    def over(cls, dense: nn.Cell) -> LoRADense:
-        """The layer that takes a dense layer's place, with its very weight and bias and no delta yet."""
-        layer = cls.__new__(cls)
-        layer._over(dense)
-        layer._operators()
-        layer.start()
-        return layer
-
-    def _operators(self) -> None:
-        self.lora_a_matmul = ops.MatMul(transpose_b=True)
-        self.lora_b_matmul = ops.MatMul(transpose_b=True)
-        self.lora_mul = ops.Mul()
-        self.lora_add = ops.Add()
-        self.lora_dropout = nn.Dropout(p=0.0)
-
-    def refresh(self) -> None:
-        super().refresh()
-        # Graph mode reads plain lists of names and numbers where PyNative could read the records themselves.
-        parts = self._running
-        specs = [self.specs[p.name] for p in parts]
-        self.n_active = len(parts)
-        self.part_names = [p.name for p in parts]
-        self.part_scales = [p.scale for p in parts]
-        self.part_kinds = ["dora" if s.dora else "keep" if s.keep_zeros else "plain" for s in specs]
-        self.part_pissa = [s.init == "pissa" for s in specs]
-        self.part_weights = [self.active[p.name] for p in parts]
-        if parts and any(p.dropout for p in parts):
-            self.lora_dropout = nn.Dropout(p=max(p.dropout for p in parts))
-
-    def shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        return (rank, self.in_channels), (self.out_channels, rank)
-
-    def product(self, a: Any, b: Any) -> Any:
-        return b @ a
-
-    def construct(self, x: Any) -> Any:
-        shape = x.shape
-        kind = x.dtype if self.compute_dtype is None else self.compute_dtype
-        flat = self.cast(self.reshape(x, (-1, shape[-1])), kind)
-        out = self.matmul(flat, self.cast(self.weight, kind))
-        if self.has_bias:
-            out = self.bias_add(out, self.cast(self.bias, kind))
-        for i in range(self.n_active):
-            out = self.lora_add(out, self._side(i, flat, kind))
-        if self.activation_flag:
-            out = self.activation(out)
-        return self.cast(self.reshape(out, shape[:-1] + (self.out_channels,)), x.dtype)
-
-    def _side(self, i: int, flat: Any, kind: Any) -> Any:
-        suffix = "" if self.part_names[i] == "default" else "_" + self.part_names[i]
-        a = self.cast(getattr(self, "mindpet_delta_lora_a" + suffix), kind)
-        b = self.cast(getattr(self, "mindpet_delta_lora_b" + suffix), kind)
-        if self.part_pissa[i]:
-            a = ops.concat((a, self.cast(getattr(self, "mindpet_delta_lora_a0" + suffix), kind)), 0)
-            b = ops.concat((b, -self.cast(getattr(self, "mindpet_delta_lora_b0" + suffix), kind)), 1)
-        dropped = self.lora_dropout(flat)
-        if self.part_kinds[i] == "keep":
-            mask = self.cast(self.weight != 0, kind)
-            return self.matmul(dropped, self.part_scales[i] * ops.matmul(b, a) * mask)
-        if self.part_kinds[i] == "dora":
-            return self._dora(i, dropped, a, b, getattr(self, "mindpet_delta_lora_magnitude" + suffix), kind)
-        low = self.lora_a_matmul(dropped, a)
-        return self.lora_mul(self.lora_b_matmul(low, b), self.part_scales[i])
-
-    def _dora(self, i: int, x: Any, a: Any, b: Any, magnitude: Any, kind: Any) -> Any:
-        """What DoRA adds: m / |W + sBA| (W + sBA) x - W x, the length held constant (Liu et al. 2024, sec. 4.3)."""
-        weight = self.cast(self.weight, kind)
-        scale = self.part_scales[i] / self.part_weights[i]
-        turned = weight + scale * ops.matmul(b, a)
-        length = ops.stop_gradient(ops.sqrt(ops.reduce_sum(turned * turned, 1)))
-        gain = self.cast(magnitude, kind) / length
-        straight = self.matmul(x, weight)
-        side = self.lora_b_matmul(self.lora_a_matmul(x, a), b) * scale
-        return self.part_weights[i] * ((gain - 1) * straight + gain * side)
 
     def shard(
         self,
@@ -212,7 +134,7 @@ class LoRADense(LoraLayer, DenseBase):
         }
         operators = {
             "org_dense_matmul": self.matmul,
-            "org_bias_add": getattr(self, "bias_add", None),
+            "org_bias_add": self.bias_add if self.has_bias else None,
             "lora_dropout": self.lora_dropout,
             "lora_a_matmul": self.lora_a_matmul,
             "lora_b_matmul": self.lora_b_matmul,

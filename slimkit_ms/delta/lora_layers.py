@@ -1,4 +1,4 @@
-"""LoRA on layers that are not dense layers: embeddings and convolutions."""
+"""LoRA on layers, each kind as the part that goes before the layer's own class."""
 
 from __future__ import annotations
 
@@ -6,90 +6,200 @@ from typing import Any
 
 import numpy as np
 
+from slimkit.core.delta.spec import LoraSpec
 from slimkit_ms import bridge
-from slimkit_ms.delta.layer import take_over
+from slimkit_ms.delta import initial
 from slimkit_ms.delta.named import LoraLayer
 
+import mindspore as ms
 from mindspore import mint, nn, ops
 
-__all__ = ["LoRAConv2d", "LoRAEmbedding", "LoRAMintConv2d", "LoRAMintEmbedding", "bridge"]
+__all__ = ["LoraConv2d", "LoraDense", "LoraEmbedding", "LoraLinear", "LoraMintConv2d", "LoraTable", "bridge"]
+
+_OPERATORS = ("lora_a_matmul", "lora_b_matmul", "lora_mul", "lora_add", "lora_dropout")
 
 
-class _Over(LoraLayer):
-    """Takes a layer's place by sharing everything it holds."""
+class LoraLinear(LoraLayer):
+    """A dense layer with low-rank deltas: x W' + bias + scaling * dropout(x) a' b'."""
 
-    @classmethod
-    def over(cls, layer: nn.Cell) -> Any:
-        """The layer that takes another's place, with its very parameters and settings and no delta yet."""
-        new: Any = cls.__new__(cls)
-        take_over(new, layer)
-        new.start()
-        return new
+    worked_out = (*LoraLayer.worked_out, "part_names", "part_kinds", "part_pissa", "part_weights", *_OPERATORS)
+
+    def start(self) -> None:
+        """Begin without any delta."""
+        # Operators of their own: each can be given a strategy by its name.
+        self.lora_a_matmul, self.lora_b_matmul = ops.MatMul(transpose_b=True), ops.MatMul(transpose_b=True)
+        self.lora_mul, self.lora_add = ops.Mul(), ops.Add()
+        self.lora_dropout = nn.Dropout(p=0.0)
+        super().start()
 
     def refresh(self) -> None:
+        """Work out once what the construct would otherwise ask on every call."""
         super().refresh()
-        self.n_active = len(self._running)
-        self.part_a = [p.a for p in self._running]
-        self.part_b = [p.b for p in self._running]
-        self.part_scales = [p.scale for p in self._running]
+        parts = self._running
+        specs = [self.specs[p.name] for p in parts]
+        self.part_names = [p.name for p in parts]
+        self.part_kinds = ["dora" if s.dora else "keep" if s.keep_zeros else "plain" for s in specs]
+        self.part_pissa = [s.init == "pissa" for s in specs]
+        self.part_weights = [self.active_deltas[p.name] for p in parts]
+        # The first delta's dropout is a cell, which can be given a strategy; the rate is that delta's own.
+        first = self.part_rates[0] if parts else 0.0
+        if self.lora_dropout.p != first:
+            cut = getattr(self.lora_dropout.dropout, "in_strategy", None)  # a primitive has it once it was cut
+            self.lora_dropout = nn.Dropout(p=first).set_train(self.training)
+            if cut is not None:
+                self.lora_dropout.dropout.shard(cut)
 
-
-class _OverTable(_Over):
-    """Rows of a table with low-rank deltas: table[i] + scaling * b a[:, i]."""
+    def dropped(self, i: int, x: Any) -> Any:
+        """The input of the i-th active delta, some of it dropped in training at that delta's own rate."""
+        if i == 0:
+            return self.lora_dropout(x)
+        if self.part_rates[i] > 0 and self.training:
+            return ops.dropout(x, p=self.part_rates[i], training=True)
+        return x
 
     def shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of a and b."""
+        n_out, n_in = self.weight.shape
+        return (rank, n_in), (n_out, rank)
+
+    def product(self, a: Any, b: Any) -> Any:
+        """b @ a in the layout of the weight."""
+        return b @ a
+
+    def construct(self, x: Any) -> Any:
+        out = self.plain_construct(x)
+        if self.n_active > 0:
+            flat = out.reshape((-1, out.shape[-1]))
+            flat = self.with_deltas(flat, x.reshape((-1, x.shape[-1])), x.dtype)
+            out = ops.cast(flat.reshape(out.shape), out.dtype)
+        return out
+
+    def with_deltas(self, out: Any, flat: Any, kind: Any) -> Any:
+        """(n, out) of the plain layer for (n, in), and what every active delta adds to it."""
+        for i in range(self.n_active):
+            out = self.lora_add(out, self.side(i, flat, kind))
+        return out
+
+    def side(self, i: int, flat: Any, kind: Any) -> Any:
+        """(n, out) that the i-th active delta adds for (n, in), computed in the dtype `kind`."""
+        suffix = "" if self.part_names[i] == "default" else "_" + self.part_names[i]
+        a = ops.cast(getattr(self, "mindpet_delta_lora_a" + suffix), kind)
+        b = ops.cast(getattr(self, "mindpet_delta_lora_b" + suffix), kind)
+        if self.part_pissa[i]:
+            a = ops.concat((a, ops.cast(getattr(self, "mindpet_delta_lora_a0" + suffix), kind)), 0)
+            b = ops.concat((b, -ops.cast(getattr(self, "mindpet_delta_lora_b0" + suffix), kind)), 1)
+        dropped = self.dropped(i, flat)
+        if self.part_kinds[i] == "keep":
+            mask = ops.cast(self.weight != 0, kind)
+            return ops.matmul(dropped, (self.part_scales[i] * ops.matmul(b, a) * mask).swapaxes(0, 1))
+        if self.part_kinds[i] == "dora":
+            return self.dora(i, dropped, a, b, getattr(self, "mindpet_delta_lora_magnitude" + suffix), kind)
+        low = self.lora_a_matmul(dropped, a)
+        return self.lora_mul(self.lora_b_matmul(low, b), self.part_scales[i])
+
+    def dora(self, i: int, x: Any, a: Any, b: Any, magnitude: Any, kind: Any) -> Any:
+        """What DoRA adds: m / |W + sBA| (W + sBA) x - W x, the length held constant (Liu et al. 2024, sec. 4.3)."""
+        weight = ops.cast(self.weight, kind)
+        scale = self.part_scales[i] / self.part_weights[i]
+        turned = weight + scale * ops.matmul(b, a)
+        length = ops.stop_gradient(ops.sqrt(ops.reduce_sum(turned * turned, 1)))
+        gain = ops.cast(magnitude, kind) / length
+        straight = ops.matmul(x, weight.swapaxes(0, 1))
+        side = self.lora_b_matmul(self.lora_a_matmul(x, a), b) * scale
+        return self.part_weights[i] * ((gain - 1) * straight + gain * side)
+
+
+class LoraDense(LoraLinear):
+    """`nn.Dense` with low-rank deltas, which come before the activation that it may carry."""
+
+    compute_dtype: Any = None
+
+    def construct(self, x: Any) -> Any:
+        shape = x.shape
+        kind = x.dtype if self.compute_dtype is None else self.compute_dtype
+        flat = ops.cast(self.reshape(x, (-1, shape[-1])), kind)
+        out = self.matmul(flat, ops.cast(self.weight, kind))
+        if self.has_bias:
+            out = self.bias_add(out, ops.cast(self.bias, kind))
+        out = self.with_deltas(out, flat, kind)
+        if self.activation_flag:
+            out = self.activation(out)
+        return ops.cast(self.reshape(out, shape[:-1] + (out.shape[-1],)), x.dtype)
+
+
+class LoraTable(LoraLayer):
+    """Rows of a table with low-rank deltas: table[i] + scaling * b a[:, i].
+
+    As in PEFT, a token of `padding_idx` is given the same sum, and trains nothing; its column of `a` starts at zero, so
+    that what starts silent stays silent.
+    """
+
+    worked_out = (*LoraLayer.worked_out, "padded")
+
+    def refresh(self) -> None:
+        """Work out once what the construct would otherwise ask on every call."""
+        super().refresh()
+        self.padded = -1 if self.padding_idx is None else self.padding_idx % self.weight.shape[0]
+
+    def shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of a and b."""
         rows, width = self.weight.shape
         return (rank, rows), (width, rank)
 
     def product(self, a: Any, b: Any) -> Any:
+        """b @ a in the layout of the weight."""
         return (b @ a).T
 
-    def with_deltas(self, out: Any, ids: Any) -> Any:
-        """The rows of the table that were read, (..., width), and what the deltas add to them."""
+    def start_of(self, spec: LoraSpec) -> tuple[Any, Any]:
+        """What a and b start from."""
+        a, b = super().start_of(spec)
+        if self.padded >= 0:
+            a_shape, _ = self.shapes(spec.rank)
+            values = bridge.as_numpy(initial.parameter(a, a_shape, ms.float32, "a").init_data())
+            values[:, self.padded] = 0
+            a = ms.Tensor(values)
+        return a, b
+
+    def construct(self, ids: Any) -> Any:
+        out = self.plain_construct(ids)
         for i in range(self.n_active):
             a, b = getattr(self, self.part_a[i]), getattr(self, self.part_b[i])
-            side = ops.matmul(ops.gather(ops.transpose(a, (1, 0)), ids, 0), ops.transpose(b, (1, 0)))
-            out = out + side * self.part_scales[i]
+            low = ops.gather(ops.transpose(a, (1, 0)), ids, 0)  # (..., r)
+            if self.padded >= 0:
+                silent = ops.expand_dims(ids == self.padded, -1)
+                low = ops.where(silent, ops.stop_gradient(low), low)
+            out = out + ops.cast(ops.matmul(low, ops.transpose(b, (1, 0))) * self.part_scales[i], out.dtype)
         return out
 
 
-class LoRAEmbedding(_OverTable, nn.Embedding):
-    """An embedding with low-rank deltas."""
+class LoraEmbedding(LoraTable):
+    """`nn.Embedding` with low-rank deltas."""
 
     @property
     def weight(self) -> Any:
         """The table, under the name that other layers use."""
         return self.embedding_table
 
-    def construct(self, ids: Any) -> Any:
-        return self.with_deltas(super().construct(ids), ids)
 
-
-class LoRAMintEmbedding(_OverTable, mint.nn.Embedding):
-    """A mint embedding with low-rank deltas."""
-
-    def construct(self, ids: Any) -> Any:
-        return self.with_deltas(super().construct(ids), ids)
-
-
-class _OverConv2d(_Over):
+class LoraConv(LoraLayer):
     """A convolution with low-rank deltas: a is a convolution to r channels like the base's, b a 1x1 one."""
 
     def shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of a and b."""
         return (rank, *self.weight.shape[1:]), (self.weight.shape[0], rank, 1, 1)
 
     def product(self, a: Any, b: Any) -> Any:
+        """b @ a in the layout of the weight."""
         return np.tensordot(b[:, :, 0, 0], a, axes=1)
 
-    def refresh(self) -> None:
-        super().refresh()
-        self.dropout_in = nn.Dropout(p=max((p.dropout for p in self._running), default=0.0))
 
+class LoraConv2d(LoraConv):
+    """`nn.Conv2d` with low-rank deltas."""
 
-class LoRAConv2d(_OverConv2d, nn.Conv2d):
-    """A convolution with low-rank deltas."""
+    worked_out = (*LoraLayer.worked_out, "low_convs", "high_conv")
 
     def refresh(self) -> None:
+        """Work out once what the construct would otherwise ask on every call."""
         super().refresh()
         same = {
             "mode": 1,
@@ -103,21 +213,21 @@ class LoRAConv2d(_OverConv2d, nn.Conv2d):
         self.high_conv = ops.Conv2D(out_channel=self.out_channels, kernel_size=1)
 
     def construct(self, x: Any) -> Any:
-        out = super().construct(x)
+        out = self.plain_construct(x)
         for i in range(self.n_active):
             a, b = getattr(self, self.part_a[i]), getattr(self, self.part_b[i])
-            low = self.low_convs[i](self.dropout_in(x), a)
+            low = self.low_convs[i](self.dropped(i, x), a)
             out = out + self.high_conv(low, b) * self.part_scales[i]
         return out
 
 
-class LoRAMintConv2d(_OverConv2d, mint.nn.Conv2d):
-    """A mint convolution with low-rank deltas."""
+class LoraMintConv2d(LoraConv):
+    """`mint.nn.Conv2d` with low-rank deltas."""
 
     def construct(self, x: Any) -> Any:
-        out = super().construct(x)
+        out = self.plain_construct(x)
         for i in range(self.n_active):
             a, b = getattr(self, self.part_a[i]), getattr(self, self.part_b[i])
-            low = mint.nn.functional.conv2d(self.dropout_in(x), a, None, self.stride, self.padding, self.dilation)
+            low = mint.nn.functional.conv2d(self.dropped(i, x), a, None, self.stride, self.padding, self.dilation)
             out = out + mint.nn.functional.conv2d(low, b) * self.part_scales[i]
         return out

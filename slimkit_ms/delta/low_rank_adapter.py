@@ -8,7 +8,7 @@ from slimkit.core.delta import shard as rules
 from slimkit.core.delta.layers import activation_name, check_reduction, size
 from slimkit_ms import bridge
 from slimkit_ms.delta import initial
-from slimkit_ms.delta.layer import AdapterBase
+from slimkit_ms.delta.layer import Adapted, AdapterBase
 from slimkit_ms.delta.shard import record
 
 import mindspore
@@ -156,6 +156,30 @@ class LowRankAdapterLayer(nn.Cell):
         return self
 
 
+class LowRankAdaptedLinear(Adapted):
+    """A dense layer that a low-rank adapter was put behind."""
+
+    delta_kind = "low_rank_adapter"
+
+    def construct(self, x: Any) -> Any:
+        out = self.plain_construct(x)
+        if self.delta_acts:
+            out = self.mindpet_delta_low_rank_adapter(out)
+        return out
+
+
+def low_rank_adapter_for(
+    width: int,
+    dtype: Any,
+    reduction_factor: int = 1,
+    low_rank_size: int = 1,
+    low_rank_w_init: Any = "xavier_uniform",
+    non_linearity: str = "gelu",
+) -> LowRankAdapterLayer:
+    """The adapter for an output of that width, by the options of `apply_delta`."""
+    return LowRankAdapterLayer(width, reduction_factor, low_rank_size, low_rank_w_init, non_linearity, dtype, None)
+
+
 class LowRankAdapterDense(AdapterBase):
     """A linear layer that ends in a low-rank adapter: LowRankAdapterLayer(activation(x W' + bias)).
 
@@ -223,21 +247,10 @@ class LowRankAdapterDense(AdapterBase):
         self.begin(options)
 
     def construct(self, x: Any) -> Any:
-        return self.mindpet_delta_low_rank_adapter(self.dense(x))
-
-    @classmethod
-    def build(
-        cls,
-        width: int,
-        dtype: Any,
-        reduction_factor: int = 1,
-        low_rank_size: int = 1,
-        low_rank_w_init: Any = "xavier_uniform",
-        non_linearity: str = "gelu",
-    ) -> tuple[str, Any]:
-        """The adapter for an output of that width, and the attribute that holds it."""
-        layer = LowRankAdapterLayer(width, reduction_factor, low_rank_size, low_rank_w_init, non_linearity, dtype, None)
-        return "mindpet_delta_low_rank_adapter", layer
+        out = self.dense(x)
+        if self.delta_acts:
+            out = self.mindpet_delta_low_rank_adapter(out)
+        return out
 
     def shard(
         self,

@@ -56,7 +56,7 @@ class PrefixedMultiheadAttention(nn.MultiheadAttention):
         if self.training and self.dropout > 0:
             probs = ops.dropout(probs, p=self.dropout, training=True)
         mixed = ops.matmul(probs, self.prefix_values(v, rows)).swapaxes(1, 2)
-        out = self.out_proj(mixed.reshape((q.shape[0], q.shape[2], self.embed_dim)))
+        out = self.out_proj(mixed.reshape((q.shape[0], q.shape[2], self.num_heads * self.head_dim)))
         if not self.batch_first:
             out = out.swapaxes(0, 1)
         if average_attn_weights:
@@ -69,7 +69,7 @@ class PrefixedMultiheadAttention(nn.MultiheadAttention):
 
     def project(self, x: Any, part: int) -> Any:
         """Queries, keys or values (batch, heads, tokens, width) by the part of the weight that makes them."""
-        n = self.embed_dim
+        n = self.num_heads * self.head_dim
         if self._qkv_same_embed_dim:
             weight = self.in_proj_weight[part * n : (part + 1) * n]
         else:

@@ -10,7 +10,7 @@ from slimkit.core.delta.named import NamedLoras, Part
 from slimkit.core.delta.spec import LoraSpec, key
 from slimkit_ms import bridge
 from slimkit_ms.delta import initial
-from slimkit_ms.delta.layer import DeltaLayer
+from slimkit_ms.delta.attach import DeltaLayer, forget
 
 import mindspore as ms
 from mindspore import ops
@@ -21,8 +21,31 @@ __all__ = ["LoraLayer", "bridge"]
 class LoraLayer(NamedLoras, DeltaLayer):
     """Named LoRAs on one layer with a weight."""
 
-    delta_kind = "lora"
-    weight_name = "weight"
+    word = "LoRA"
+    # What `refresh` works out for the construct, beside the parameters.
+    worked_out: tuple[str, ...] = ("n_active", "part_a", "part_b", "part_scales", "part_rates")
+
+    def refresh(self) -> None:
+        """Work out once what the construct would otherwise ask on every call."""
+        super().refresh()
+        # Graph mode reads plain lists of names and numbers where PyNative could read the records themselves.
+        parts = self._running
+        self.n_active = len(parts)
+        self.part_a, self.part_b = [p.a for p in parts], [p.b for p in parts]
+        self.part_scales, self.part_rates = [p.scale for p in parts], [p.dropout for p in parts]
+
+    def leave(self) -> None:
+        """Take every delta off, in place."""
+        for name in list(self.specs):
+            self.drop_delta(name)
+        book = ("specs", "active_deltas", "unmerged", "unmerged_sources", "_running", "_only")
+        forget(self, *book, *self.worked_out)
+
+    def dropped(self, i: int, x: Any) -> Any:
+        """The input of the i-th active delta, some of it dropped in training at that delta's own rate."""
+        if self.part_rates[i] > 0 and self.training:
+            return ops.dropout(x, p=self.part_rates[i], training=True)
+        return x
 
     def add(self, name: str, spec: LoraSpec, dtype: Any = None, *, fresh: bool = True) -> None:
         """Add a delta that changes nothing yet, in place, and make it active.
@@ -37,25 +60,29 @@ class LoraLayer(NamedLoras, DeltaLayer):
         a_shape, b_shape = self.shapes(spec.rank)
         a: Any = "zeros"
         b: Any = "zeros"
-        if fresh and spec.init == "pissa":
-            first, second = self._principal(spec)
-            a, b = ms.Tensor(first), ms.Tensor(second)
-        elif fresh and spec.init == "gaussian":
-            a = ms.common.initializer.Normal(1 / spec.rank)
-        elif fresh:
-            a = initial.kaiming()
+        if fresh:
+            a, b = self.start_of(spec)
         a_key, b_key = key("lora", "a", name), key("lora", "b", name)
         # Looked up by name, the class attribute of another delta must never answer for one that is missing.
-        self.insert_param_to_cell(a_key, initial.parameter(a, a_shape, kind, a_key))  # type: ignore[attr-defined]
-        self.insert_param_to_cell(b_key, initial.parameter(b, b_shape, kind, b_key))  # type: ignore[attr-defined]
+        self.insert_param_to_cell(a_key, initial.parameter(a, a_shape, kind, a_key))
+        self.insert_param_to_cell(b_key, initial.parameter(b, b_shape, kind, b_key))
         if spec.init == "pissa":
             for part, source in (("a0", a_key), ("b0", b_key)):
                 object.__setattr__(self, key("lora", part, name), ms.Tensor(bridge.as_numpy(getattr(self, source))))
         if spec.dora:
             length = self._lengths(bridge.as_numpy(self.weight).astype(np.float32))
             m_key = key("lora", "magnitude", name)
-            self.insert_param_to_cell(m_key, ms.Parameter(ms.Tensor(length, kind), name=m_key))  # type: ignore[attr-defined]
+            self.insert_param_to_cell(m_key, ms.Parameter(ms.Tensor(length, kind), name=m_key))
         self.take(name, spec)
+
+    def start_of(self, spec: LoraSpec) -> tuple[Any, Any]:
+        """What a and b start from: tensors, names or initialisers."""
+        if spec.init == "pissa":
+            first, second = self._principal(spec)
+            return ms.Tensor(first), ms.Tensor(second)
+        if spec.init == "gaussian":
+            return ms.common.initializer.Normal(1 / spec.rank), "zeros"
+        return initial.kaiming(), "zeros"
 
     def merged_weight(self) -> Any:
         base = bridge.as_numpy(self.weight)
@@ -65,14 +92,28 @@ class LoraLayer(NamedLoras, DeltaLayer):
         return total.astype(base.dtype)
 
     def copy_weight(self) -> Any:
+        """A copy of the weight that shares nothing with it."""
         return bridge.as_numpy(self.weight)
 
+    def sources(self) -> dict[str, Any]:
+        """Name -> parameter, of what the weight is made of."""
+        return {"weight": self.weight}
+
+    def copy_of(self, tensor: Any) -> Any:
+        """A copy of a tensor that shares nothing with it."""
+        return bridge.as_numpy(tensor)
+
+    def write(self, tensor: Any, value: Any) -> None:
+        """Overwrite a tensor's values, in place."""
+        tensor.set_data(ms.Tensor(value, tensor.dtype))
+
     def write_weight(self, value: Any) -> None:
-        self.weight.set_data(ms.Tensor(value, self.weight.dtype))
+        """Give the weight these values, in place."""
+        self.write(self.weight, value)
 
     def change(self, part: Part, base: Any) -> Any:
         """What one delta adds to the base weight, in the weight's layout, as NumPy."""
-        spec, weight = self.specs[part.name], self.active[part.name]
+        spec, weight = self.specs[part.name], self.active_deltas[part.name]
         a, b = (bridge.as_numpy(x).astype(np.float32) for x in self._factors(part))
         delta = self.product(a, b)
         if spec.keep_zeros:

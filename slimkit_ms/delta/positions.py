@@ -15,13 +15,14 @@ from slimkit_ms.delta.layer import DeltaLayer
 import mindspore as ms
 from mindspore import nn
 
-__all__ = ["bridge", "shifted_classes", "start_at_zero", "start_behind"]
+__all__ = ["bridge", "shift_positions", "shifted_classes", "start_at_zero", "start_behind"]
 
 
 class _Shifted(nn.Cell):
     """A cell whose whole-number inputs are positions: the same object under a subclass of its own class."""
 
     prefix_shift: int
+    prefix_acts: bool
 
     def is_position(self, given: Any) -> bool:
         """Whether an input holds whole numbers; a mask does not."""
@@ -31,7 +32,7 @@ class _Shifted(nn.Cell):
 
     def shifted(self, given: Any) -> Any:
         """Positions that begin behind the prefix; anything else as it is."""
-        if self.is_position(given):
+        if self.prefix_acts and self.is_position(given):
             return given + self.prefix_shift
         return given
 
@@ -61,13 +62,20 @@ def start_behind(model: nn.Cell, tokens: int, classes: dict[str, type]) -> None:
     """Let the cells of `shifted_classes` count from `tokens`, in place."""
     for path, kind in classes.items():
         cell: Any = bridge.get_module(model, path)
-        cell.prefix_shift = tokens
+        cell.prefix_shift, cell.prefix_acts = tokens, True
         cell.__class__ = kind
+
+
+def shift_positions(model: nn.Cell, acts: bool) -> None:
+    """Let positions start behind the prefix that `start_behind` noted, or at zero while it does not act, in place."""
+    for _, cell in model.cells_and_names():
+        if isinstance(cell, _Shifted):
+            cell.prefix_acts = acts
 
 
 def start_at_zero(model: nn.Cell) -> None:
     """Let positions start at zero again, in place."""
     for _, cell in model.cells_and_names():
         if isinstance(cell, _Shifted):
-            del cell.__dict__["prefix_shift"]
+            del cell.__dict__["prefix_shift"], cell.__dict__["prefix_acts"]
             cell.__class__ = type(cell).__bases__[-1]

@@ -41,26 +41,33 @@ class Rows(nn.Cell):
 class ExtendingCell(nn.Cell):
     """What the edited source of an attention cell calls."""
 
+    delta_acts: bool
     prefix_heads: int
     query_heads: int
 
     def prefix_rows(self) -> tuple[Any, Any]:
-        """Keys and values (tokens, heads * width) of the prefix."""
+        """Keys and values (tokens, heads * width) of the prefix; nothing while it does not act."""
+        if not self.delta_acts:
+            return (None, None)
         return self.mindpet_delta_prefixtuning()
 
     def prefix_keys(self, keys: Any, transposed: bool, rows: Any) -> Any:
         """Keys with the prefix in front: (..., tokens, width), or (..., width, tokens) where not `transposed`."""
+        if not self.delta_acts:
+            return keys
         if transposed:
             return ops.concat((self._front(rows[0], keys), keys), -2)
         return ops.concat((self._front(rows[0], keys).swapaxes(-1, -2), keys), -1)
 
     def prefix_values(self, values: Any, rows: Any) -> Any:
         """Values (..., tokens, width) with the prefix in front."""
+        if not self.delta_acts:
+            return values
         return ops.concat((self._front(rows[1], values), values), -2)
 
     def prefix_mask(self, mask: Any, neutral: Any) -> Any:
         """A mask over the keys, wider by columns that change nothing; numbers and what broadcasts pass as they are."""
-        if not isinstance(mask, ms.Tensor):
+        if not self.delta_acts or not isinstance(mask, ms.Tensor):
             return mask
         if mask.ndim == 0 or mask.shape[-1] == 1:
             return mask
@@ -97,10 +104,15 @@ class Prefixed(OneAdapter, DeltaLayer, ExtendingCell):
         """Keys and values (tokens, heads * width), as they are now."""
         return self._cells[ROWS]()
 
-    def revert(self) -> None:
+    @property
+    def built_as_delta(self) -> bool:
+        """Whether there is no plain layer to go back to: never, it is the same object."""
+        return False
+
+    def take_off_deltas(self) -> None:
         """Take the prefix off again, in place."""
         del self._cells[ROWS]
-        for name in ("specs", "prefix_heads", "query_heads", "prefix_tokens"):
+        for name in ("specs", "active_deltas", "delta_acts", "prefix_heads", "query_heads", "prefix_tokens"):
             del self.__dict__[name]
         self.__class__ = type(self).__bases__[1]
 

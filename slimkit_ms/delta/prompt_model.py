@@ -11,7 +11,7 @@ from slimkit.core.delta import prompt as rules
 from slimkit.core.delta.named import OneAdapter
 from slimkit.core.delta.prefix import torch_name
 from slimkit.core.source.generated import method_from
-from slimkit_ms import bridge
+from slimkit_ms import bridge, kinds
 from slimkit_ms.delta.layer import DeltaLayer
 from slimkit_ms.delta.prompt import PromptTuning
 
@@ -32,12 +32,23 @@ class PromptFront(OneAdapter, DeltaLayer, PromptTuning):
         """Path below the layer -> tensor of everything the prompt consists of."""
         return {torch_name(n): p for n, p in self.parameters_and_names()}
 
-    def revert(self) -> None:
+    @property
+    def built_as_delta(self) -> bool:
+        """Whether there is nothing to go back to: never, it stands beside the model."""
+        return False
+
+    def set_active_deltas(self, weights: dict[str, float]) -> None:
+        """Let the prompt act if it is among these, in place."""
+        super().set_active_deltas(weights)
+        for cell in self.__dict__["_owners"]:
+            cell.prompt_acts = self.delta_acts
+
+    def take_off_deltas(self) -> None:
         """Take the prompt off its model, in place."""
         model, embedding = self.__dict__["_owners"]
         del embedding._cells[FRONT]
         for cell in (model, embedding):
-            del cell.__dict__["prompt_tokens"]
+            del cell.__dict__["prompt_tokens"], cell.__dict__["prompt_acts"]
             cell.__class__ = type(cell).__bases__[-1]
 
 
@@ -46,6 +57,8 @@ class _Prompted(nn.Cell):
 
     def construct(self, input_ids: Any) -> Any:
         out = self.construct_without_prompt(input_ids)
+        if not self.prompt_acts:
+            return out
         rows = self.mindpet_delta_prompttuning.mindpet_delta_prompttuning_embedding.embedding_table
         rows = ops.cast(rows, out.dtype).reshape((1,) * (out.ndim - 2) + rows.shape)
         rows = ops.broadcast_to(rows, out.shape[:-2] + rows.shape[-2:])
@@ -57,16 +70,16 @@ class _Fronted(nn.Cell):
 
     def prompt_fill(self, given: Any, value: Any) -> Any:
         """(batch, tokens) with `value` in front for every virtual token; None stays None."""
-        if given is None:
-            return None
+        if given is None or not self.prompt_acts:
+            return given
         if given.ndim != 2:
             raise ValueError("a prompt needs ids and masks of shape (batch, tokens)")
         return ops.concat((ops.full((given.shape[0], self.prompt_tokens), value, dtype=given.dtype), given), 1)
 
     def prompt_places(self, given: Any, value: Any) -> Any:
         """(batch, tokens) positions that begin behind the virtual tokens."""
-        if given is None:
-            return None
+        if given is None or not self.prompt_acts:
+            return given
         front = ops.arange(self.prompt_tokens).astype(given.dtype).reshape((1, -1))
         front = ops.broadcast_to(front, (given.shape[0], self.prompt_tokens))
         return ops.concat((front, given + self.prompt_tokens), 1)
@@ -74,8 +87,9 @@ class _Fronted(nn.Cell):
 
 def _embedding(model: nn.Cell, targets: Any) -> nn.Cell:
     """The cell that turns token ids into vectors."""
-    tables = {p: c for p, c in model.cells_and_names() if isinstance(c, nn.Embedding) and not isinstance(c, DeltaLayer)}
-    return tables[rules.embedding_path({p: int(c.vocab_size) for p, c in tables.items()}, targets)]
+    cells = {p: c for p, c in model.cells_and_names() if kinds.is_kind(c, "embedding")}
+    tables = {p: c for p, c in cells.items() if not isinstance(c, DeltaLayer)}
+    return tables[rules.embedding_path({p: len(kinds.weight_of(c)) for p, c in tables.items()}, targets)]
 
 
 def put_prompt(
@@ -94,7 +108,7 @@ def put_prompt(
     rules.refuse_taken(FRONT in embedding._cells or hasattr(model, "prompt_tokens"))
     inputs = list(inspect.signature(type(model).construct).parameters.values())
     source = rules.fronted_source(inputs, type(model).__name__)
-    table = embedding.embedding_table
+    table = kinds.weight_of(embedding)
     front: Any = PromptFront(tokens, int(table.shape[1]))
     rows = front.mindpet_delta_prompttuning_embedding.embedding_table
     values = bridge.as_numpy(rows if init == "random" and ids is None else table.astype(ms.float32))
@@ -116,7 +130,7 @@ def put_prompt(
         (embedding, _Prompted, {"construct": _Prompted.construct}),
         (model, _Fronted, {"construct": construct}),
     ):
-        cell.prompt_tokens = tokens
+        cell.prompt_tokens, cell.prompt_acts = tokens, True
         own = {**methods, "construct_without_prompt": type(cell).construct}
         cell.__class__ = type(f"Prompted{type(cell).__name__}", (extra, type(cell)), own)
     bridge.forget_graphs(model)

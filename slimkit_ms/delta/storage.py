@@ -54,9 +54,9 @@ class MindSporeStorage(MindSporeDelta, DeltaStorage):
             if tensor.dtype != kind:
                 tensor.set_dtype(kind)
 
-    def split(self, model: nn.Cell, names: Sequence[str], value: Any) -> None:
+    def split(self, model: nn.Cell, names: Sequence[str]) -> None:
         old = self.neutral(model)[names[0]]
-        new = ms.Parameter(ms.Tensor(value, old.dtype), name=names[0], requires_grad=old.requires_grad)
+        new = ms.Parameter(ms.Tensor(bridge.as_numpy(old)), name=names[0], requires_grad=old.requires_grad)
         for path, cell in model.cells_and_names():
             for key in [k for k, p in cell._params.items() if p is not None]:
                 if _torch_name(path, cell, key) in names:
@@ -77,9 +77,8 @@ class MindSporeStorage(MindSporeDelta, DeltaStorage):
         return flat[sample_places(flat.size)].astype(np.float32)
 
     def weight(self, model: nn.Cell, path: str) -> Any:
-        cell = self.module(model, path)
-        merged = getattr(cell, "unmerged", None)
-        return weight_of(cell) if merged is None else merged
+        cell: Any = self.module(model, path)
+        return cell.unmerged if isinstance(cell, DeltaLayer) and cell.delta_is_merged else weight_of(cell)
 
     def neutral(self, model: nn.Cell) -> dict[str, Any]:
         found = {}

@@ -83,7 +83,8 @@ class MindSporeSparse:
         return [name for p, name in paths if not np.isfinite(p.astype(ms.float32).asnumpy()).all()]
 
     def settled(self, name: str, row: dict[str, Any]) -> None:
-        """Nothing to do: the report is made at the end."""
+        """Note on the layer that its zeros were made: a delta put on it later keeps them."""
+        bridge.record_zeros(bridge.get_module(self.model, self._slots[name].cell))
 
     def snapshot(self, names: Sequence[str]) -> Callable[[], None]:
         """Remember weights and biases; the function returned puts them back."""

@@ -11,9 +11,10 @@ import numpy as np
 from slimkit.core.sparse.experts import UNCLEAR, Fused, fused
 from slimkit.core.sparse.maths.layer import SparseLayer
 from slimkit_ms import bridge, kinds
+from slimkit_ms.trace.spelling import spelled_out
 
 import mindspore as ms
-from mindspore import nn, ops
+from mindspore import nn
 
 Array = np.ndarray[Any, Any]
 
@@ -134,7 +135,8 @@ def _projections(path: str, cell: nn.MultiheadAttention) -> Iterator[tuple[str, 
     stem = f"{path}." if path else ""
     bias = "in_proj_bias" if cell.in_proj_bias is not None else None
     for i, part in enumerate(PARTS):
-        rows = slice(i * cell.embed_dim, (i + 1) * cell.embed_dim)
+        n = cell.num_heads * cell.head_dim
+        rows = slice(i * n, (i + 1) * n)
         if cell.in_proj_weight is not None:
             name, key, own = f"{stem}in_proj_weight[{part}]", "in_proj_weight", rows
         else:
@@ -176,64 +178,16 @@ def parts(slots: Mapping[str, WeightSlot]) -> set[str]:
 
 def own_matrices(model: nn.Cell) -> Iterator[tuple[str, nn.Cell, dict[str, tuple[int, ...]]]]:
     """Every cell with the shapes of its own floating-point parameters, but tables."""
-    tables = {id(c.embedding_table) for _, c in model.cells_and_names() if isinstance(c, nn.Embedding)}
+    tables = {id(kinds.weight_of(c)) for _, c in model.cells_and_names() if kinds.is_kind(c, "embedding")}
     for path, cell in model.cells_and_names():
         mine = cell._params.items()
         own = {k: p for k, p in mine if p is not None and id(p) not in tables}
         yield path, cell, {k: tuple(p.shape) for k, p in own.items() if p.is_floating_point()}
 
 
-def attend(cell: nn.MultiheadAttention, weights: Any, out: Any, bias: Any, call: Any) -> Any:
-    """What attention computes, with other weights than its own.
-
-    Args:
-        cell: the attention.
-        weights: the input projections: fused, or None and one each for query, key and value.
-        out: the weight of the output projection.
-        bias: its bias, or None.
-        call: the seven arguments of its construct.
-    """
-    query, key, value, padding, need_weights, mask, average = call
-    turned = cell.batch_first and query.ndim == 3
-    if turned:
-        query, key, value = query.swapaxes(1, 0), key.swapaxes(1, 0), value.swapaxes(1, 0)
-    fused, q_weight, k_weight, v_weight = weights
-    output, attention = ops.function.nn_func.multi_head_attention_forward(
-        query,
-        key,
-        value,
-        cell.embed_dim,
-        cell.num_heads,
-        fused,
-        cell.in_proj_bias,
-        cell.bias_k,
-        cell.bias_v,
-        cell.add_zero_attn,
-        cell.dropout,
-        out,
-        bias,
-        training=cell.training,
-        key_padding_mask=padding,
-        attn_mask=mask,
-        use_separate_proj_weight=fused is None,
-        q_proj_weight=q_weight,
-        k_proj_weight=k_weight,
-        v_proj_weight=v_weight,
-        average_attn_weights=average,
-        k_is_v=cell.k_is_v,
-        q_is_k=cell.q_is_k,
-        dtype=cell.dtype,
-    )
-    if turned:
-        output = output.swapaxes(1, 0)
-    return (output, attention) if need_weights else (output,)
-
-
 def attended(cell: nn.MultiheadAttention, args: Any, kwargs: Any) -> Any:
     """What an attention's call hands to its output projection."""
     names = ("query", "key", "value", "key_padding_mask", "need_weights", "attn_mask", "average_attn_weights")
-    given = dict(zip(names, args)) | kwargs
-    call = [given.get(n, d) for n, d in zip(names, (None, None, None, None, True, None, True))]
-    weights = (cell.in_proj_weight, cell.q_proj_weight, cell.k_proj_weight, cell.v_proj_weight)
-    # Through an identity instead of the projection.
-    return attend(cell, weights, ops.eye(cell.embed_dim, cell.embed_dim, cell.out_proj.weight.dtype), None, call)[0]
+    given = dict.fromkeys(names) | dict(zip(names, args)) | kwargs
+    with spelled_out(cell):
+        return cell.mix(*(given[name] for name in ("query", "key", "value", "key_padding_mask", "attn_mask")), True)[0]

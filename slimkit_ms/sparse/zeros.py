@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,10 +13,11 @@ from slimkit.core.source.masked_reads import masked_methods
 from slimkit.core.sparse.masks import demand_masks
 from slimkit.core.sparse.skipped import adapter_parts
 from slimkit_ms import bridge, kinds
-from slimkit_ms.sparse.slots import WeightSlot, attend, slots_of
+from slimkit_ms.attention import PrunedMultiheadAttention
+from slimkit_ms.sparse.slots import WeightSlot, slots_of
 
 import mindspore as ms
-from mindspore import nn
+from mindspore import nn, ops
 
 
 class Masked(nn.Cell):
@@ -31,31 +33,31 @@ class Masked(nn.Cell):
         return self.operator(x, weight * self.mask, *rest)
 
 
-class MaskedAttention(nn.MultiheadAttention):
+class MaskedAttention(PrunedMultiheadAttention):
     """Attention whose weights are masked on the way in; an attention becomes one, and is itself again afterwards."""
 
-    def construct(
-        self,
-        query: ms.Tensor,
-        key: ms.Tensor,
-        value: ms.Tensor,
-        key_padding_mask: Any = None,
-        need_weights: bool = True,
-        attn_mask: Any = None,
-        average_attn_weights: bool = True,
-    ) -> Any:
-        """Attend with masked weights."""
+    def project(self, x: Any, part: int) -> Any:
+        """Queries, keys or values by the masked part of the weight that makes them."""
+        n = self.num_heads * self.head_dim
         if self.in_proj_weight is not None:
-            weights = (self.in_proj_weight * self.in_proj_mask, None, None, None)
+            weight = (self.in_proj_weight * self.in_proj_mask)[part * n : (part + 1) * n]
+        elif part == 0:
+            weight = self.q_proj_weight * self.q_proj_mask
+        elif part == 1:
+            weight = self.k_proj_weight * self.k_proj_mask
         else:
-            weights = (
-                None,
-                self.q_proj_weight * self.q_proj_mask,
-                self.k_proj_weight * self.k_proj_mask,
-                self.v_proj_weight * self.v_proj_mask,
-            )
-        call = (query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights)
-        return attend(self, weights, self.out_proj.weight * self.out_proj_mask, self.out_proj.bias, call)
+            weight = self.v_proj_weight * self.v_proj_mask
+        y = ops.matmul(x, weight.swapaxes(0, 1))
+        if self.in_proj_bias is not None:
+            y = y + self.in_proj_bias[part * n : (part + 1) * n]
+        return y
+
+    def put_out(self, mixed: Any) -> Any:
+        """The output projection with its weight masked."""
+        y = ops.matmul(mixed, (self.out_proj.weight * self.out_proj_mask).swapaxes(0, 1))
+        if self.out_proj.bias is not None:
+            y = y + self.out_proj.bias
+        return y
 
 
 class FrozenZeros:
@@ -77,6 +79,10 @@ class FrozenZeros:
             keep = ms.Tensor(mask).astype(slot.parameter(model).dtype)
             self._drops.append((slot.parameter(model), keep))
             cell = bridge.get_module(model, slot.caller)
+            owner = bridge.get_module(model, slot.cell)
+            if not bridge.has_made_zeros(owner):
+                bridge.record_zeros(owner)
+                self._undo.append(partial(bridge.forget_zeros, owner))
             if slot.read:
                 self._undo.append(_mask_reads(cell, slot.key, keep))
             else:
@@ -136,19 +142,20 @@ def _mask_operator(cell: nn.Cell, keep: ms.Tensor) -> Callable[[], None]:
 
 def _mask_attention(cell: nn.MultiheadAttention, slot: WeightSlot, keep: ms.Tensor) -> Callable[[], None]:
     """Mask a weight that attention reads itself; the function returned undoes it."""
-    if not isinstance(cell, MaskedAttention):
+    name = "out_proj_mask" if slot.part == "out" else slot.key.replace("weight", "mask")
+    kind, masks = type(cell), ("in_proj_mask", "q_proj_mask", "k_proj_mask", "v_proj_mask", "out_proj_mask")
+    if kind is not MaskedAttention:
         # Its parameters keep their names this way, which a cell around it would change.
         cell.__class__ = MaskedAttention
-        for name in ("in_proj_mask", "q_proj_mask", "k_proj_mask", "v_proj_mask", "out_proj_mask"):
-            setattr(cell, name, ms.Tensor(1, keep.dtype))
-    name = "out_proj_mask" if slot.part == "out" else slot.key.replace("weight", "mask")
+        for mask in masks:
+            setattr(cell, mask, ms.Tensor(1, keep.dtype))
     setattr(cell, name, keep)
 
     def undo() -> None:
-        if isinstance(cell, MaskedAttention):
-            cell.__class__ = nn.MultiheadAttention
-            for part in ("in_proj_mask", "q_proj_mask", "k_proj_mask", "v_proj_mask", "out_proj_mask"):
-                delattr(cell, part)
+        if kind is not MaskedAttention:  # the first of its weights to be masked, which is undone last
+            cell.__class__ = kind
+            for mask in masks:
+                delattr(cell, mask)
 
     return undo
 
@@ -210,7 +217,7 @@ def freeze_zeros(
         found = {n: np.asarray(masks[n], dtype=bool) for n in names}
     for name in found:
         cell = bridge.get_module(model, layers[name].caller)
-        if layers[name].part and type(cell) not in (nn.MultiheadAttention, MaskedAttention):
+        if layers[name].part and type(cell) not in (nn.MultiheadAttention, PrunedMultiheadAttention, MaskedAttention):
             raise UnsupportedError(
                 f"freeze_zeros cannot mask the weights that {type(cell).__name__} reads for {name!r}: it is a subclass "
                 "of nn.MultiheadAttention with a construct of its own; leave it out of `targets` or `masks`."

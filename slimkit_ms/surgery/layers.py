@@ -10,6 +10,7 @@ import numpy as np
 
 from slimkit.core.errors import UnsupportedError
 from slimkit_ms import bridge, kinds
+from slimkit_ms.attention import settled
 
 import mindspore as ms
 from mindspore import nn, ops
@@ -31,6 +32,7 @@ class Undo:
         parameters: (the cell that holds it, its key there, parameter before, parameter now).
         attributes: (object, name, value before).
         primitives: (primitive, name, value before).
+        classes: (cell, class before).
         resized: (parameter, values before).
     """
 
@@ -38,6 +40,7 @@ class Undo:
     parameters: list[tuple[nn.Cell, str, ms.Parameter, ms.Parameter]] = field(default_factory=list)
     attributes: list[tuple[Any, str, Any]] = field(default_factory=list)
     primitives: list[tuple[ops.Primitive, str, Any]] = field(default_factory=list)
+    classes: list[tuple[nn.Cell, type]] = field(default_factory=list)
     resized: list[tuple[ms.Parameter, Any]] = field(default_factory=list)
 
     def set(self, cell: nn.Cell, name: str, value: Any) -> None:
@@ -45,6 +48,12 @@ class Undo:
         if vars(cell)[name] != value:
             self.attributes.append((cell, name, vars(cell)[name]))
             vars(cell)[name] = value
+
+    def turn(self, cell: nn.Cell, kind: type) -> None:
+        """Change the class of a cell, in place."""
+        if type(cell) is not kind:
+            self.classes.append((cell, type(cell)))
+            cell.__class__ = kind
 
     def set_primitive(self, primitive: ops.Primitive, name: str, value: Any) -> None:
         """Change an attribute of a primitive, in place; `init_attrs` too, from which deepcopy builds the copy."""
@@ -63,6 +72,7 @@ class Undo:
                 self.resized.append((before, before.asnumpy().copy()))
                 resize(before, now.asnumpy())
             cell._params[key] = before
+        self._follow()
         if self.resized:
             ms.ms_memory_recycle()
 
@@ -74,8 +84,12 @@ class Undo:
         self.take_back_attributes()
         for cell, key, before, _ in self.parameters:
             cell._params[key] = before
+        self._follow()
         self.parameters.clear()
         bridge.forget_graphs(self.model)
+
+    def _follow(self) -> None:
+        follow(self.model, {id(now): before for _, _, before, now in self.parameters})
 
     def take_back_attributes(self) -> None:
         """Put back all but the parameters, in place."""
@@ -83,8 +97,19 @@ class Undo:
             vars(owner)[name] = value
         for primitive, name, value in reversed(self.primitives):
             _set_primitive(primitive, name, value)
+        for cell, kind in reversed(self.classes):
+            cell.__class__ = kind
         self.attributes.clear()
         self.primitives.clear()
+        self.classes.clear()
+
+
+def follow(model: nn.Cell, new: Mapping[int, ms.Parameter]) -> None:
+    """Put parameters into the tuples that cells such as nn.GRU keep, in place: identity of the old -> the new."""
+    for _, cell in model.cells_and_names():
+        for name, held in vars(cell).items():
+            if isinstance(held, ms.ParameterTuple) and any(id(p) in new for p in held):
+                vars(cell)[name] = ms.ParameterTuple(new.get(id(p), p) for p in held)
 
 
 def resize(parameter: ms.Parameter, values: Any) -> None:
@@ -129,6 +154,7 @@ def cut_parameters(model: nn.Cell, keep: Keep, undo: Undo) -> None:
             if id(parameter) in new:
                 undo.parameters.append((cell, key, parameter, new[id(parameter)]))
                 cell._params[key] = new[id(parameter)]
+    follow(model, new)
 
 
 def _sliced(parameter: ms.Parameter, path: str, index: Sequence[Any]) -> ms.Parameter:
@@ -160,8 +186,26 @@ def cut_layers(model: nn.Cell, groups: Mapping[str, int], undo: Undo) -> None:
     changed = {id(now) for _, _, _, now in undo.parameters}
     for path, cell in model.cells_and_names():
         own = {key: p for key, p in cell._params.items() if p is not None}
-        if path in groups or any(id(p) in changed for p in own.values()):
+        if isinstance(cell, nn.MultiheadAttention):
+            if any(id(p) in changed for p in (*own.values(), cell.out_proj.weight)):
+                _cut_attention(cell, undo)
+        elif path in groups or any(id(p) in changed for p in own.values()):
             _cut_layer(cell, own, groups.get(path), undo)
+
+
+def _cut_attention(cell: nn.MultiheadAttention, undo: Undo) -> None:
+    now = dict(settled(cell))
+    kind = now.pop("__class__", type(cell))
+    for name, value in now.items():
+        undo.set(cell, name, value)
+    undo.turn(cell, kind)
+
+
+def _cut_recurrent(cell: nn.Cell, own: Mapping[str, ms.Parameter], undo: Undo) -> None:
+    for name, key in (("hidden_size", "weight_hh"), ("input_size", "weight_ih")):
+        if name in vars(cell):
+            weight = next(p for path, p in own.items() if path.startswith(key))
+            undo.set(cell, name, int(weight.shape[1]))
 
 
 def _cut_layer(cell: nn.Cell, own: Mapping[str, ms.Parameter], group: int | None, undo: Undo) -> None:
@@ -170,6 +214,9 @@ def _cut_layer(cell: nn.Cell, own: Mapping[str, ms.Parameter], group: int | None
     if group is not None:
         for name in names or [n for n in ("num_groups",) if n in attributes]:
             undo.set(cell, name, group)
+    if isinstance(cell, (nn.RNN, nn.GRU, nn.LSTM, nn.RNNCell, nn.GRUCell, nn.LSTMCell)):
+        _cut_recurrent(cell, own, undo)
+        return
     count = next((attributes[n] for n in names), 1)
     weight = next((own[k] for k in ("weight", "embedding_table", "gamma") if k in own), None)
     if weight is None:

@@ -118,7 +118,7 @@ def find_sizes(model: nn.Cell, traced: Traced, foretold: Foretold, undo: Undo) -
     kinds: dict[str, type] = {}
     before: dict[str, dict[SizeAttribute, int]] = {}
     for path, cell in model.cells_and_names():
-        if bridge.is_plain_layer(cell):
+        if bridge.is_plain_layer(cell) or isinstance(cell, nn.MultiheadAttention):
             continue
         found = {}
         for slot, value in _slots(cell).items():

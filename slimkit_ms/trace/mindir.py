@@ -6,6 +6,7 @@ import contextlib
 import inspect
 import itertools
 import os
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ import numpy as np
 from slimkit.core.batch import as_call
 from slimkit.core.errors import GraphError
 from slimkit_ms import bridge
+from slimkit_ms.trace.spelling import spelled_out
 
 import mindspore as ms
 from mindspore import nn
@@ -100,7 +102,7 @@ def compile_flat(model: nn.Cell, inputs: Any) -> Flat:
         GraphError: MindSpore cannot compile the cell for these inputs.
     """
     args = _positional(model, inputs)
-    with bridge.evaluating(model), _untouched(model):
+    with bridge.evaluating(model), _untouched(model), spelled_out(model):
         paths = {parameter.name: names[0] for parameter, names in bridge.parameter_paths(model)}
         try:
             proto = _export(model, args)
@@ -132,6 +134,24 @@ def _first_lines(error: BaseException) -> str:
     return " ".join(lines[:3])[:400] or type(error).__name__
 
 
+@contextlib.contextmanager
+def _quiet(folder: str) -> Iterator[None]:
+    """Send what the compiler's C++ writes to standard error into a file: a refused cut is no news to a user."""
+    try:
+        sys.stderr.flush()
+        before = os.dup(2)
+    except (OSError, ValueError, AttributeError):  # no standard error to keep clean
+        yield
+        return
+    try:
+        with open(os.path.join(folder, "stderr"), "wb") as file:
+            os.dup2(file.fileno(), 2)
+            yield
+    finally:
+        os.dup2(before, 2)
+        os.close(before)
+
+
 def _export(model: nn.Cell, args: tuple[Any, ...]) -> Any:
     seen: list[Any] = []
 
@@ -140,7 +160,7 @@ def _export(model: nn.Cell, args: tuple[Any, ...]) -> Any:
         raise _Captured
 
     level, dumps = ms.get_context("jit_syntax_level"), os.environ.get("MS_OM_PATH")
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, _quiet(folder):
         try:
             # A compilation that fails writes its analysis there, and by default into the user's own folder.
             os.environ["MS_OM_PATH"] = folder

@@ -197,9 +197,10 @@ def test_the_combination_is_linear_in_its_weights(kit):
 
 
 def test_a_sparse_base_keeps_its_zeros(kit, net, x):
-    weight = kit.params(net)["body.query.weight"]
-    mask = np.random.default_rng(0).random((8, 8)) < 0.5
-    kit.assign(weight, kit.array(weight) * mask)
+    config = kit.slim.SparseConfig(method="magnitude", sparse_ratio=0.5, targets=["body.query"])
+    kit.slim.Compressor(net, config).compress()
+    mask = kit.array(kit.params(net)["body.query.weight"]) != 0
+    assert mask.mean() == 0.5
     report = kit.slim.apply_delta(net, "lora", ["*query", "*value"], rank=2)
     assert report.layers["body.query"]["keep_zeros"]
     assert not report.layers["body.value"]["keep_zeros"]
@@ -210,6 +211,31 @@ def test_a_sparse_base_keeps_its_zeros(kit, net, x):
     merged = kit.array(kit.params(net)["body.query.weight"])
     np.testing.assert_array_equal(merged != 0, mask)
     np.testing.assert_allclose(out(kit, net, x), y1, rtol=1e-5, atol=1e-5)
+
+
+def test_zeros_that_nobody_recorded_are_data(kit, net, x):
+    weight = kit.params(net)["body.query.weight"]
+    kit.assign(weight, np.zeros((8, 8), np.float32))
+    report = kit.slim.apply_delta(net, "lora", ["body.query"], rank=2)
+    assert not report.layers["body.query"]["keep_zeros"]
+    assert report.notes == ()
+    stir(kit, net)
+    kit.slim.merge_delta(net)
+    assert (kit.array(kit.params(net)["body.query.weight"]) != 0).all()
+    kit.slim.remove_delta(net)
+    report = kit.slim.apply_delta(net, "lora", ["body.query"], rank=2, keep_zeros=True)
+    stir(kit, net)
+    kit.slim.merge_delta(net)
+    assert not kit.array(kit.params(net)["body.query.weight"]).any()  # asked for
+
+
+def test_frozen_zeros_count_as_made_while_they_are_frozen(kit, net):
+    weight = kit.params(net)["body.query.weight"]
+    kit.assign(weight, kit.array(weight) * (np.arange(64).reshape(8, 8) % 2))
+    with kit.slim.freeze_zeros(net, targets=["body.query"]):
+        assert kit.slim.apply_delta(net, "lora", ["body.query"], rank=1).layers["body.query"]["keep_zeros"]
+        kit.slim.remove_delta(net)
+    assert not kit.slim.apply_delta(net, "lora", ["body.query"], rank=1).layers["body.query"]["keep_zeros"]
 
 
 def test_ranks_and_alphas_by_pattern(kit, net):

@@ -348,6 +348,34 @@ def test_rdrop_loss_by_hand(kit, rng, alpha):
     assert float(kit.array(loss(kit.tensor(logits), kit.tensor(soft), alpha))) == pytest.approx(got, rel=1e-5)
 
 
+@pytest.mark.parametrize("ignored", [(), (1,), (0, 2), (0, 1, 2)], ids=str)
+def test_rdrop_counts_no_row_that_is_labelled_so(kit, rng, ignored):
+    logits = rng.standard_normal((6, 5)).astype(np.float32)
+    labels = rng.integers(0, 5, 3).astype(np.int32)
+    labels[list(ignored)] = -100
+    labels = np.repeat(labels, 2)
+    kept = labels != -100
+    loss = kit.slim.RDropLoss()
+    got = float(kit.array(loss(kit.tensor(logits), kit.tensor(labels), 4)))
+    want = float(kit.array(loss(kit.tensor(logits[kept]), kit.tensor(labels[kept]), 4))) if kept.any() else 0.0
+    assert got == pytest.approx(want, rel=1e-6)  # float32: the same terms, and zeros
+
+
+def test_rdrop_labels_mean_classes_by_their_shape(kit, rng):
+    logits = kit.tensor(rng.standard_normal((4, 4)).astype(np.float32))  # as many rows as classes
+    loss = kit.slim.RDropLoss()
+    with pytest.raises(TypeError, match="label_ids"):
+        loss(logits, kit.tensor(np.array([1.0, 1.0, 2.0, 2.0], np.float32)))
+    classes = np.array([1, 1, 2, 2], np.int32)
+    hard, soft = (float(kit.array(loss(logits, kit.tensor(t)))) for t in (classes, np.eye(4, dtype=np.int32)[classes]))
+    assert hard == pytest.approx(soft, rel=1e-6)
+    try:
+        wrong = float(kit.array(loss(logits, kit.tensor(np.array([1, 1, 4, 4], np.int32)))))
+    except (IndexError, RuntimeError):  # torch says so
+        return
+    assert np.isnan(wrong)  # a compiled graph cannot
+
+
 def test_rdrop_repeats_rows_in_place_and_agreeing_passes_cost_nothing(kit, rng):
     x = rng.standard_normal((3, 2)).astype(np.float32)
     doubled, ids = kit.slim.rdrop_repeat(kit.tensor(x), kit.tensor(np.array([1, 2, 3], np.int32)))

@@ -11,7 +11,7 @@ import pytest
 
 from slimkit.core import files
 from slimkit.core.errors import ArgumentError, LinkPathError
-from slimkit.core.jobs.look import look
+from slimkit.core.jobs.inspecting import look
 from tests.both.test_weights import INTRA, large, steps, transformer
 
 

@@ -11,6 +11,7 @@ import pytest
 from slimkit.core.errors import ConfigError
 from slimkit.core.run.pipeline import run_recipe
 from slimkit.core.run.recipe import parse_recipe
+from slimkit.core.run.stages import Stages
 
 TASK = """
     import numpy as np
@@ -74,7 +75,7 @@ def recipe(kit, **changes):
 
 
 def wing(kit):
-    return getattr(kit.room("stages"), {"torch": "TorchWing", "mindspore": "MindSporeWing"}[kit.name])()
+    return Stages(getattr(kit.room("jobs"), {"torch": "TorchJobs", "mindspore": "MindSporeJobs"}[kit.name])())
 
 
 def numbers(report):

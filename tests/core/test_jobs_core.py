@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import logging
 import pickle
 
@@ -11,22 +10,22 @@ import numpy as np
 import pytest
 
 from slimkit.core.errors import ConfigError, FileFormatError, LinkPathError
-from slimkit.core.jobs import data, folders
+from slimkit.core.jobs import folders, sources
 from slimkit.core.jobs.bar import LayerBar
-from slimkit.core.jobs.training import TrainingPlan, label_names, task_of
+from slimkit.core.jobs.tasks import label_names, task_of
 from slimkit.core.sparse.remaining import Progress
 
 
 def test_text_comes_as_objects_strings_or_plain_lines(tmp_path):
     lines = tmp_path / "a.jsonl"
     lines.write_text('{"text": "a", "label": 1}\n\n"b"\n{"text": "c"}\n')
-    assert data.read_rows(lines) == [{"text": "a", "label": 1}, {"text": "b"}, {"text": "c"}]
-    assert data.read_rows(lines, limit=1) == [{"text": "a", "label": 1}]
+    assert sources.read_rows(lines) == [{"text": "a", "label": 1}, {"text": "b"}, {"text": "c"}]
+    assert sources.read_rows(lines, limit=1) == [{"text": "a", "label": 1}]
     plain = tmp_path / "a.txt"
     plain.write_text("a\n\n  \nb c\n")
-    assert data.read_rows(plain) == [{"text": "a"}, {"text": "b c"}]
+    assert sources.read_rows(plain) == [{"text": "a"}, {"text": "b c"}]
     lines.write_text('{"body": "a"}\n')
-    assert data.read_rows(lines, "body") == [{"body": "a", "text": "a"}]
+    assert sources.read_rows(lines, "body") == [{"body": "a", "text": "a"}]
 
 
 @pytest.mark.parametrize(
@@ -44,17 +43,17 @@ def test_text_comes_as_objects_strings_or_plain_lines(tmp_path):
 def test_damaged_text_is_one_error(tmp_path, content, words):
     (tmp_path / "a.jsonl").write_bytes(content)
     with pytest.raises(FileFormatError, match=words):
-        data.read_rows(tmp_path / "a.jsonl")
+        sources.read_rows(tmp_path / "a.jsonl")
 
 
 def test_links_and_endless_lines_are_refused(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("x" * 50)
     (tmp_path / "b.txt").symlink_to(tmp_path / "a.txt")
     with pytest.raises(LinkPathError):
-        data.read_rows(tmp_path / "b.txt")
-    monkeypatch.setattr(data, "_LONGEST_LINE", 20)
+        sources.read_rows(tmp_path / "b.txt")
+    monkeypatch.setattr(sources, "_LONGEST_LINE", 20)
     with pytest.raises(FileFormatError, match="longer than 20"):
-        data.read_rows(tmp_path / "a.txt")
+        sources.read_rows(tmp_path / "a.txt")
 
 
 class Bomb:
@@ -75,54 +74,54 @@ def test_arrays_are_never_unpickled(tmp_path, monkeypatch):
     (tmp_path / "liar.npy").write_bytes(buffer.getvalue().replace(b"(100,), ", b"(1" + b"0" * 12 + b",), ")[:200])
     for name in ("object.npy", "object.npz", "plain.npy", "cut.npy", "cut.npz", "named.npz", "liar.npy"):
         with pytest.raises(FileFormatError, match=name):
-            data.read_arrays(tmp_path / name)
+            sources.read_arrays(tmp_path / name)
     assert not (tmp_path / "exploded").exists()
 
 
 def test_arrays_are_cut_into_batches():
-    cut = data.batches_of({"a": np.arange(5), "b": np.arange(10).reshape(5, 2)}, 2, 100)
+    cut = sources.batches_of({"a": np.arange(5), "b": np.arange(10).reshape(5, 2)}, 2, 100)
     assert [b["a"].tolist() for b in cut] == [[0, 1], [2, 3], [4]]
     assert cut[2]["b"].tolist() == [[8, 9]]
     for wrong in (np.float32(1).reshape(()), np.zeros((0, 2)), {"a": np.zeros(2), "b": np.zeros(3)}):
         with pytest.raises(FileFormatError):
-            data.batches_of(wrong, 2, 4)
+            sources.batches_of(wrong, 2, 4)
 
 
 def test_examples_from_shapes():
-    named = data.parse_example("ids=1,4:int64; x=2,3:float16")
+    named = sources.parse_example("ids=1,4:int64; x=2,3:float16")
     assert {k: (v.shape, v.dtype.name) for k, v in named.items()} == {
         "ids": ((1, 4), "int64"),
         "x": ((2, 3), "float16"),
     }
     assert set(named["ids"].ravel()) <= {0, 1}
-    np.testing.assert_array_equal(data.parse_example("2,2", seed=1), data.parse_example("2,2", seed=1))
+    np.testing.assert_array_equal(sources.parse_example("2,2", seed=1), sources.parse_example("2,2", seed=1))
     for wrong in ("", "a", "0,2", "1,-2", "1.5"):
         with pytest.raises(ConfigError):
-            data.parse_example(wrong)
+            sources.parse_example(wrong)
     with pytest.raises(ValueError, match="float32"):
-        data.parse_example("1,2:float8")
+        sources.parse_example("1,2:float8")
 
 
 def test_functions_are_found_beside_the_user(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "made_here.py").write_text("def net(width=1):\n    return ('net', width)\n")
-    assert data.ModelPlace(factory="made_here.py:net", arguments={"width": 3}).make() == ("net", 3)
-    assert data.ModelPlace(factory="made_here:net").make() == ("net", 1)
+    assert sources.ModelPlace(factory="made_here.py:net", arguments={"width": 3}).make() == ("net", 3)
+    assert sources.ModelPlace(factory="made_here:net").make() == ("net", 1)
     for wrong in ("made_here", "made_here:", "made_here:nte", "nowhere_at_all:net", "made_here.py:net:x", "no.py:net"):
         with pytest.raises((ConfigError, FileFormatError)):
-            data.ModelPlace(factory=wrong).make()
+            sources.ModelPlace(factory=wrong).make()
     with pytest.raises(ConfigError, match="--arg"):
-        data.ModelPlace(model=tmp_path, arguments={"a": 1})
+        sources.ModelPlace(model=tmp_path, arguments={"a": 1})
 
 
 def test_data_places_know_what_they_are(tmp_path):
     for name, kind in (("a.jsonl", "text"), ("a.txt", "text"), ("a.npz", "arrays")):
         (tmp_path / name).write_text("")
-        assert data.DataPlace(str(tmp_path / name)).kind == kind
-    assert data.DataPlace("module:function").kind == "function"
+        assert sources.DataPlace(str(tmp_path / name)).kind == kind
+    assert sources.DataPlace("module:function").kind == "function"
     for wrong in (str(tmp_path / "a.csv"), "nothing", str(tmp_path)):
         with pytest.raises(ConfigError):
-            _ = data.DataPlace(wrong).kind
+            _ = sources.DataPlace(wrong).kind
 
 
 def test_a_folder_in_use_is_never_taken(tmp_path):
@@ -166,15 +165,6 @@ def test_the_task_follows_the_data_and_the_model():
     assert label_names(labelled, {"y": 0, "x": 1, "z": 2}) == {"y": 0, "x": 1, "z": 2}
     with pytest.raises(ConfigError, match="two labels"):
         label_names(labelled[:1], None)
-
-
-def test_a_resumed_plan_may_save_more_often_and_nothing_else():
-    plan = TrainingPlan(epochs=2)
-    assert plan.identity() == TrainingPlan(epochs=2, save_every=7, restart=True).identity()
-    assert plan.identity() != TrainingPlan(epochs=3).identity()
-    assert json.loads(json.dumps(plan.identity())) == plan.identity()
-    with pytest.raises(ValueError, match="--schedule"):
-        TrainingPlan(schedule="linaer")
 
 
 def test_progress_lines_come_every_few_seconds_with_the_time_left(caplog):

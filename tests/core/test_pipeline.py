@@ -14,9 +14,10 @@ import pytest
 
 from slimkit.core import files
 from slimkit.core.errors import ConfigError
+from slimkit.core.jobs.framework import JobResult
+from slimkit.core.jobs.measurement import LayerMeasurement, Measurement, show, summary_rows
 from slimkit.core.run import report
-from slimkit.core.run.measurement import LayerMeasurement, Measurement, show
-from slimkit.core.run.pipeline import StageResult, run_recipe
+from slimkit.core.run.pipeline import run_recipe
 from slimkit.core.run.recipe import parse_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -26,7 +27,7 @@ TASK = """
     def model(width=8):
         return {"w": np.random.standard_normal((width, 4)), "mask": np.ones((width, 4))}
     def data():
-        return {"train": [1], "example": np.ones(4)}
+        return {"train": [1], "example": np.ones(4), "calibration": [np.ones(4)]}
     def words(model, data, dense):
         return {"norm": "large"}
     def metrics(model, data, dense):
@@ -47,7 +48,7 @@ class NumpyWing:
         return {"numpy": np.__version__}
 
     def build(self, recipe, folder, edits, example):
-        from slimkit.core.run import factory
+        from slimkit.core.jobs import factory
 
         model = factory.make(recipe.model, folder, "model")
         for edit in edits:
@@ -61,16 +62,16 @@ class NumpyWing:
         self.ran.append(kind)
         if kind in ("train", "finetune"):
             noise = np.random.standard_normal(model["w"].shape)
-            return StageResult(
+            return JobResult(
                 {**model, "w": model["w"] + noise}, facts={"headline": "trained"}, curves={"loss": [2.0, 1.0]}
             )
         if kind == "prune":
             rows = int(len(model["w"]) * options.reserved_ratio)
             assert context.dense()["w"].shape[0] == 8
-            return StageResult({k: v[:rows] for k, v in model.items()}, edit={"rows": rows})
+            return JobResult({k: v[:rows] for k, v in model.items()}, edit={"rows": rows})
         w = model["w"].copy()
         w[np.abs(w) < np.median(np.abs(w))] = 0
-        return StageResult({**model, "w": w})
+        return JobResult({**model, "w": w})
 
     def measure(self, model, example):
         w = model["w"]
@@ -238,7 +239,7 @@ def test_the_page_is_self_contained_well_formed_and_true(folder):
     assert page.count("<svg") == 5
     for svg in page.split("<svg")[1:]:
         ET.fromstring("<svg" + svg.split("</svg>")[0] + "</svg>")
-    for row in report.summary_rows(found):
+    for row in summary_rows(found):
         assert row[2] in page
     assert page == report.render(json.loads(json.dumps(found))), "the same report gives the same page"
 

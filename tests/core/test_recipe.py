@@ -8,7 +8,7 @@ import textwrap
 import pytest
 
 from slimkit.core.errors import ConfigError, FileFormatError
-from slimkit.core.run import factory
+from slimkit.core.jobs import factory
 from slimkit.core.run.recipe import Recipe, load_recipe, parse_recipe
 
 GOOD = {

@@ -17,7 +17,7 @@ from slimkit.core.distill.config import KnowledgeDistillConfig
 from slimkit.core.distill.teacher_cache import TeacherFiles
 from slimkit.core.errors import FileFormatError, LinkPathError, SlimkitError
 from slimkit.core.freeze import read_config
-from slimkit.core.jobs.data import read_arrays, settings
+from slimkit.core.jobs.sources import read_arrays, settings
 from slimkit.core.run.recipe import load_recipe
 
 # More files: SLIMKIT_FUZZ=10000 python -m pytest tests/faults/test_folders_fuzzed.py

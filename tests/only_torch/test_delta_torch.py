@@ -209,17 +209,6 @@ def test_a_subclass_with_its_own_forward_is_not_taken_for_a_linear_layer():
         slimkit.apply_delta(model, "lora", ["0"], rank=2)
 
 
-def test_embedding_padding_stays_silent():
-    model = nn.Sequential(nn.Embedding(6, 4, padding_idx=0))
-    slimkit.apply_delta(model, "lora", ["0"], rank=2)
-    nn.init.normal_(model[0].mindpet_delta_lora_b)
-    ids = torch.tensor([[0, 3, 0]])
-    y = model(ids)
-    assert y[0, 0].abs().max() == 0
-    slimkit.merge_delta(model)
-    torch.testing.assert_close(model(ids), y)
-
-
 def test_merging_in_place_keeps_the_parameter_object():
     model = net()
     weight = model[0].weight

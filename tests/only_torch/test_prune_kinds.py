@@ -411,3 +411,152 @@ def test_quantisation_observers_are_cut_along(trained):
     _, _, report = oracle.check(net.eval(), x, 0.5)
     assert not report["without_rule"]
     assert abs(report["reached"] - 0.5) <= 0.03
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_weight_normalisation_keeps_the_weights_that_stay(old):
+    """Its length follows where the direction loses inputs, by both of torch's doors."""
+    norm = nn.utils.weight_norm if old else nn.utils.parametrizations.weight_norm
+
+    def build():  # torch cannot deepcopy the older form
+        torch.manual_seed(0)
+        layers = [nn.Conv1d(8, 32, 3, padding=1), nn.Conv1d(32, 32, 3, padding=1), nn.Conv1d(32, 8, 1)]
+        return nn.Sequential(norm(layers[0]), nn.ReLU(), norm(layers[1]), nn.ReLU(), norm(layers[2])).eval()
+
+    net, small, x = build(), build(), torch.randn(2, 8, 20)
+    job = PruneTorch(small, x).set_alignment(8)
+    desc = job.prune(0.4, [-1])
+    with torch.no_grad():
+        got = small(x)
+        hidden, keep = x, [v["keep"] for v in desc["variables"].values()]
+        for k, layer in enumerate(net):
+            hidden = layer(hidden)
+            if k in (1, 3):
+                gone = [i for i in range(32) if i not in keep[k // 2]]
+                hidden[:, gone] = 0
+    assert [len(k) for k in keep] < [32, 32]
+    # float32, sums of 96 products
+    torch.testing.assert_close(got, hidden, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("layers_first", [False, True])
+@pytest.mark.parametrize("given", [False, True])
+def test_the_encoder_with_its_defaults_runs_with_and_without_padding(layers_first, given):
+    class Encoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.e, self.o = nn.Embedding(50, 64), nn.Linear(64, 50)
+            layer = nn.TransformerEncoderLayer(64, 8, 128, batch_first=True, norm_first=layers_first)
+            self.t = nn.TransformerEncoder(layer, 2)
+
+        def forward(self, ids, mask=None):
+            return self.o(self.t(self.e(ids), src_key_padding_mask=mask))
+
+    torch.manual_seed(0)
+    net, ids, mask = Encoder().eval(), torch.randint(1, 50, (2, 9)), torch.zeros(2, 9, dtype=torch.bool)
+    mask[0, 6:] = True
+    PruneTorch(net, (ids, mask) if given else ids).set_alignment(8).prune(0.6, [-1])
+    for training in (False, True):
+        net.train(training)
+        with torch.no_grad():
+            assert net(ids).shape == net(ids, mask).shape == (2, 9, 50)
+    slow = net.eval()(ids, mask)[1]
+    with torch.no_grad():  # torch's fast path, where it still takes one
+        torch.testing.assert_close(net(ids, mask)[1], slow, atol=1e-5, rtol=1e-4)  # float32, two layers
+
+
+def test_transformer_with_its_defaults_and_masks():
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.e, self.o = nn.Embedding(50, 64), nn.Linear(64, 50)
+            self.t = nn.Transformer(64, 8, 1, 1, 128, batch_first=True)
+
+        def forward(self, source, target, padding=None):
+            mask = nn.Transformer.generate_square_subsequent_mask(target.shape[1])
+            return self.o(self.t(self.e(source), self.e(target), tgt_mask=mask, src_key_padding_mask=padding))
+
+    torch.manual_seed(0)
+    net, source, target = Both().eval(), torch.randint(1, 50, (2, 9)), torch.randint(1, 50, (2, 5))
+    padding = torch.zeros(2, 9)
+    padding[0, 6:] = float("-inf")
+    PruneTorch(net, (source, target)).set_alignment(8).prune(0.6, [-1])
+    with torch.no_grad():
+        assert net(source, target).shape == net(source, target, padding).shape == (2, 5, 50)
+
+
+class Optional(nn.Module):
+    """Reads some parameters in training only, some for an optional argument only."""
+
+    def __init__(self, attention=False):
+        super().__init__()
+        self.p, self.o, self.mask = nn.Linear(8, 64), nn.Linear(64, 10), nn.Parameter(torch.randn(64))
+        self.f = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64))
+        self.pool, self.aux = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64), nn.Linear(64, 3)), nn.Linear(64, 10)
+        self.att = nn.MultiheadAttention(64, 4, batch_first=True) if attention else None
+
+    def forward(self, x, mask=None, pool=False, attend=False):
+        y = self.p(x)
+        if mask is not None:
+            y = torch.where(mask[..., None], self.mask, y)
+        if attend:
+            y = y + self.att(y, y, y)[0]
+        z = self.o((y + self.f(y)).mean(1))
+        if self.training:
+            return z, self.aux(y.mean(1))
+        return (z, self.pool(y)) if pool else z
+
+
+@pytest.mark.parametrize("attention", [False, True])
+@pytest.mark.parametrize("given", [False, True])
+def test_what_only_training_or_an_argument_reads_goes_along(given, attention, caplog):
+    torch.manual_seed(0)
+    net, x, mask = Optional(attention).eval(), torch.randn(2, 5, 8), torch.rand(2, 5) < 0.5
+    job = PruneTorch(net, x).set_alignment(8)
+    if given:
+        job.set_examples(inputs=[{"x": x, "mask": mask}, {"x": x, "pool": True, "attend": attention}])
+    with caplog.at_level("WARNING", logger="slimkit"):
+        job.prune(0.6, [])
+    for training in (False, True):
+        net.train(training)
+        assert all(torch.isfinite(t).all() for t in (net(x), net(x, mask), net(x, mask, True)) if torch.is_tensor(t))
+        if attention:
+            net(x, mask, True, True)
+    named = [note for note in job.report()["notes"] if "did not run" in note]
+    assert bool(named) != given
+    assert ("did not run" in caplog.text) != given
+    if given or not attention:
+        assert abs(job.report()["reached"] - 0.6) <= 0.02
+
+
+def test_tracing_in_training_mode_leaves_chance_counters_and_modes_alone():
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.norm = nn.Linear(8, 32), nn.Linear(32, 4), nn.BatchNorm1d(32)
+            self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+            self.register_buffer("mean", torch.zeros(32))
+
+        def forward(self, x):
+            y = self.norm(self.a(x))
+            if self.training:
+                self.steps += 1
+                self.mean.mul_(0.9).add_(y.mean(0), alpha=0.1)
+                y = y * (torch.rand(len(x), 1) > 0.5)
+            return self.b(y)
+
+    torch.manual_seed(3)
+    net = Counting()
+    net.norm.eval()
+    before = copy.deepcopy(net.state_dict())
+    state = torch.get_rng_state()
+    PruneTorch(net, torch.randn(1, 8)).analysis(0.5, [])
+    PruneTorch(net, torch.ones(1, 8)).analysis(0.5, [])
+    assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())
+    assert net.training
+    assert not net.norm.training
+    torch.set_rng_state(state)
+    expected = torch.rand(3)
+    torch.set_rng_state(state)
+    PruneTorch(net, torch.ones(1, 8)).analysis(0.5, [])
+    assert torch.equal(torch.rand(3), expected)

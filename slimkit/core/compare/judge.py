@@ -21,8 +21,8 @@ from slimkit.core.compare.scores import DenseAnswer, TokenScores, score
 from slimkit.core.compare.speed import measure_speed
 from slimkit.core.compare.windows import Protocol, Window, cut
 from slimkit.core.errors import ArgumentError, ConfigError
+from slimkit.core.jobs.factory import resolve
 from slimkit.core.log import progress
-from slimkit.core.run.factory import resolve
 
 Array = np.ndarray[Any, Any]
 TASKS = ("language", "encoder", "classifier")

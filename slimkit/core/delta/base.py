@@ -26,21 +26,24 @@ class BaseValue:
         trains: whether the tensor trains from now on.
         own: what else holds the same tensor keeps the old value, unless it is given this one too.
         group: places with the same group hold one tensor afterwards; only with `own`.
+        owner: the delta whose value it is, where several came together.
     """
 
     value: Array
     trains: bool = True
     own: bool = False
     group: str = ""
+    owner: str = ""
 
 
 class Placement(NamedTuple):
-    """One value, the names of the places it goes to, and whether these get a tensor of their own."""
+    """One value, the places it goes to, whether it trains, whether they get a tensor of their own, and whose it is."""
 
     names: tuple[str, ...]
     value: Array
     trains: bool
     split: bool
+    owner: str = ""
 
 
 def common(base: Mapping[str, Any]) -> list[list[str]]:
@@ -92,11 +95,12 @@ def place(base: Mapping[str, Any], values: Mapping[str, BaseValue], where: str) 
             plain, groups = given, {}
         if plain:
             first = next(iter(plain))
-            found.append(Placement(tuple(plain), plain[first].value, any(v.trains for v in plain.values()), False))
+            trains = any(v.trains for v in plain.values())
+            found.append(Placement(tuple(plain), plain[first].value, trains, False, plain[first].owner))
         for group in groups.values():
             value = given[group[0]]
             # What is left of a tensor after all others took their own needs no other object.
-            found.append(Placement(tuple(group), value.value, value.trains, True))
+            found.append(Placement(tuple(group), value.value, value.trains, True, value.owner))
     return found
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,8 +32,12 @@ class DeltaFramework(ABC):
         """The module at a path."""
 
     @abstractmethod
-    def put(self, model: Any, modules: Mapping[str, Any]) -> None:
-        """Put modules at their paths, in place."""
+    def holders(self, model: Any) -> Iterator[tuple[str, Any]]:
+        """Every module of the base with a path, each once; those inside a delta are left out."""
+
+    @abstractmethod
+    def own_parameters(self, module: Any) -> dict[str, Any]:
+        """Attribute -> parameter of the base that a module holds itself."""
 
     def changed(self, model: Any) -> None:
         """Forget what was compiled from the model as it was before; nothing where nothing is."""
@@ -48,12 +52,42 @@ class DeltaFramework(ABC):
         return
 
     @abstractmethod
-    def make(self, kind: str, module: Any, name: str, dtype: Any, options: Mapping[str, Any]) -> Any:
-        """The delta layer that takes a module's place, sharing its parameters; a LoRA layer has no delta yet."""
+    def attach(self, kind: str, module: Any, name: str, dtype: Any, options: Mapping[str, Any]) -> None:
+        """Let a layer carry deltas, in place: the same object with all it holds; a LoRA layer has no delta yet.
+
+        Nothing is changed when an error is raised.
+        """
+
+    def detach(self, layer: Any) -> None:
+        """Let a layer be what it was before `attach`, in place, with the parameters it has now."""
+        layer.take_off_deltas()
+
+    def attached(self, model: Any, paths: Sequence[str]) -> None:
+        """Do what is needed around layers that carry a delta now, in place; nothing where nothing is."""
+        return
+
+    def taken_off(self, model: Any) -> None:
+        """Follow, in place, that deltas were taken off layers; nothing where nothing outside them depends on it."""
+        return
+
+    def at_rest(self, model: Any) -> None:
+        """Let every parameter be the one that lasts, in place, where a run leaves others in its place."""
+        return
+
+    def activated(self, model: Any) -> None:
+        """Follow, in place, which deltas act now; nothing where nothing outside the layers depends on it."""
+        return
 
     @abstractmethod
-    def is_sparse(self, module: Any) -> bool:
-        """Whether at least a tenth of a layer's weight is exactly zero."""
+    def keeps_zeros(self, module: Any) -> bool:
+        """Whether a layer's zeros were made on purpose and recorded: by slimkit, or by the framework's own pruning."""
+
+    @abstractmethod
+    def exchange(self, parameter: Any, value: Any) -> Any:
+        """Give a parameter another value, in place; gives the value it had, which shares nothing with it.
+
+        `value` is what an earlier exchange gave, or None to leave the parameter as it is.
+        """
 
     @abstractmethod
     def parameters(self, model: Any) -> Parameters:
@@ -79,13 +113,9 @@ class DeltaStorage(DeltaFramework):
     def take_dtype(self, tensor: Any, value: Array) -> None:
         """Give a delta's tensor the element type of the values that a file has for it, in place."""
 
-    def check_split(self, model: Any, places: Sequence[Sequence[str]]) -> None:
-        """Refuse places that cannot be given a tensor of their own; UnsupportedError names them."""
-        return
-
     @abstractmethod
-    def split(self, model: Any, names: Sequence[str], value: Array) -> None:
-        """Give the places of these names one new tensor with these values, in place; all others keep theirs."""
+    def split(self, model: Any, names: Sequence[str]) -> None:
+        """Give the places of these names one new tensor with the values they have, in place; others keep theirs."""
 
     @abstractmethod
     def sample(self, tensor: Any) -> Array:
@@ -107,6 +137,14 @@ class DeltaStorage(DeltaFramework):
     def prefix_sizes(self, model: Any, config: Mapping[str, Any]) -> Mapping[str, Sequence[int]] | None:
         """The attention layers that PEFT's configuration speaks of, where a run is not what finds them."""
         return None
+
+    def prefix_form(self, model: Any, layers: Sequence[Any]) -> int:
+        """PEFT's num_transformer_submodules for a prefix: 1, or 2 for one in the cache of an encoder-decoder model.
+
+        Raises:
+            UnsupportedError: PEFT has no such prefix.
+        """
+        return 1
 
     def positions(self, model: Any) -> list[str] | None:
         """Paths of the modules that are given position numbers, by their names; None where the wing knows them."""

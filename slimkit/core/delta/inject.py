@@ -1,12 +1,20 @@
-"""Putting deltas on a model and taking them off: the steps that both wings share, over a few questions to the wing."""
+"""Putting deltas on a model and taking them off: the steps that both wings share, over a few questions to the wing.
+
+A layer is never replaced. It becomes a delta layer in place, the same object under a subclass of its own class, and
+plain again when its last delta leaves. So the layer's parameters exist once, whatever replaces them afterwards
+(`load_state_dict(assign=True)`, untying, sharding, `set_data`), and all that hangs on the object stays true: hooks, a
+forward somebody put on it, parametrisations, names, references to it, `isinstance`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from slimkit.core import check
+from slimkit.core.delta import owned
 from slimkit.core.delta import spec as rules
 from slimkit.core.delta.framework import DeltaFramework
 from slimkit.core.delta.spec import DeltaReport, LoraSpec
@@ -57,40 +65,49 @@ def apply_layers(
     taken = [p for p in paths if p in standing and name in standing[p].specs]
     if taken:
         raise ArgumentError(f"{taken[0]} carries a delta named {name!r} already; choose another name or remove it.")
-    merged = [p for p in paths if p in standing and getattr(standing[p], "unmerged", None) is not None]
+    merged = [p for p in paths if p in standing and standing[p].delta_is_merged]
     if merged:
         raise ArgumentError(f"the deltas of {merged[0]} are merged; unmerge them before another is added.")
     check.boolean(freeze, "freeze")
-    flags = _planned_flags(access, model, freeze, also_train)
+    flags, trained = _planned_flags(access, model, freeze, also_train)
     notes: list[str] = []
     fresh = specs is None  # values that come from a file need no start of their own
     if kind == "lora":
         if specs is None:
-            sites.update({p: replace(sites[p], zeros=access.is_sparse(access.module(model, p))) for p in paths})
+            sites.update({p: replace(sites[p], zeros=access.keeps_zeros(access.module(model, p))) for p in paths})
             specs = rules.lora_specs(sites, paths, **options)
             kept = [p for p in paths if specs[p].keep_zeros]
             if kept and options.get("keep_zeros") is None:
-                notes.append(f"{len(kept)} layers have sparse weights: their deltas keep the zeros (keep_zeros=False)")
+                notes.append(f"{len(kept)} layers were made sparse: their deltas keep the zeros (keep_zeros=False)")
+            filled = [p for p in paths if sites[p].zeros and not specs[p].keep_zeros]
+            if filled:
+                notes.append(
+                    f"{len(filled)} sparse layers get deltas that fill their zeros when merged: {filled[0]} ..."
+                )
         described: dict[str, dict[str, Any]] = {p: {"type": sites[p].kind, **specs[p].to_dict()} for p in paths}
     else:
         described = {p: {"type": sites[p].kind, **options} for p in paths}
-    made: dict[int, Any] = {}
-    new: dict[str, Any] = {}
-    for path in paths:
-        module = access.module(model, path)
-        if id(module) in made:
-            new[path] = made[id(module)]
-        elif path not in standing:
-            layer = made[id(module)] = new[path] = access.make(kind, module, name, dtype, options)
-            if kind == "lora":
-                layer.add(name, (specs or {})[path], dtype, fresh=fresh)
-    for path in paths:
-        layer = standing.get(path)
-        if layer is not None and name not in layer.specs:
-            layer.add(name, (specs or {})[path], dtype, fresh=fresh)
-            new[path] = layer
-    access.put(model, new)
+    before = set(map(id, standing.values()))
+    put: dict[int, Any] = {}  # a layer held under two paths carries one delta
+    try:
+        for path in paths:
+            layer = access.module(model, path)
+            if id(layer) not in put:
+                if id(layer) not in before:
+                    access.attach(kind, layer, name, dtype, options)
+                put[id(layer)] = layer
+                if kind == "lora":
+                    layer.add(name, (specs or {})[path], dtype, fresh=fresh)
+    except Exception:
+        for layer in put.values():
+            if id(layer) not in before:
+                access.detach(layer)
+            elif name in layer.specs:
+                layer.drop_delta(name)
+        raise
+    access.attached(model, paths)
     _remember_flags(access, model)
+    notes += owned.take(access, model, name, trained, freeze=freeze)
     _set_flags(access, model, flags)
     summary = str(report_of(access.parameters(model))).splitlines()[0]
     logger.info("%s %r on %d layers: %s", kind, name, len(paths), summary)
@@ -115,31 +132,51 @@ def apply_in_place(
     check.boolean(freeze, "freeze")
     for option in options:
         check.choice(option, rules.OPTIONS[kind], f"option of {kind}")
-    flags = _planned_flags(access, model, freeze, also_train)
+    flags, trained = _planned_flags(access, model, freeze, also_train)
     described = put(name=name, **options)
     _remember_flags(access, model)
+    notes = owned.take(access, model, name, trained, freeze=freeze)
     _set_flags(access, model, flags)
     access.changed(model)
     summary = str(report_of(access.parameters(model))).splitlines()[0]
     logger.info("%s %r on %d layers: %s", kind, name, len(described), summary)
-    return DeltaReport(kind, name, described, trainable=summary)
+    return DeltaReport(kind, name, described, trainable=summary, notes=tuple(notes))
 
 
-def _planned_flags(access: DeltaFramework, model: Any, freeze: bool, also_train: Any) -> dict[str, bool]:
-    """Base parameter -> whether it shall train once the delta is on."""
+def _planned_flags(
+    access: DeltaFramework, model: Any, freeze: bool, also_train: Any
+) -> tuple[dict[str, bool], list[str]]:
+    """Base parameter -> whether it shall train once the delta is on, and those that the delta brings along."""
     found = access.parameters(model)
-    trained = matched(found, also_train, "exclude") if also_train is not None else set()
-    return {
-        name: (may_train and name in trained) or (now and not (freeze and rules.PREFIX not in name))
-        for name, (_, now, may_train) in zip(found.names, found.readings())
+    asked = matched(found, also_train, "exclude") if also_train is not None else set()
+    readings = list(zip(found.names, found.readings()))
+    trained = [name for name, (_, _, may_train) in readings if may_train and name in asked]
+    flags = {
+        name: (may_train and name in asked) or (now and not (freeze and rules.PREFIX not in name))
+        for name, (_, now, may_train) in readings
     }
+    return flags, [name for name in trained if rules.PREFIX not in name]
 
 
 def _remember_flags(access: DeltaFramework, model: Any) -> None:
-    """Note once how the base's parameters stood, for the day the last delta leaves."""
-    if not hasattr(model, FLAGS):
-        flags = access.parameters(model).trains()
-        setattr(model, FLAGS, {name: now for name, now in flags.items() if rules.PREFIX not in name})
+    """Note once how the base's parameters stood, each on the module that holds it, for the day the last delta leaves.
+
+    On the modules, since a model may be wrapped or be part of another by then.
+    """
+    for _, module in access.holders(model):
+        if FLAGS not in vars(module):
+            flags = {key: bool(p.requires_grad) for key, p in access.own_parameters(module).items()}
+            if flags:
+                vars(module)[FLAGS] = flags
+
+
+def _restore_flags(access: DeltaFramework, model: Any) -> None:
+    """Let the base's parameters train as before the first delta, in place."""
+    for _, module in access.holders(model):
+        own = access.own_parameters(module)
+        for key, trains in vars(module).pop(FLAGS, {}).items():
+            if key in own and own[key].requires_grad != trains:
+                own[key].requires_grad = trains
 
 
 def _set_flags(access: DeltaFramework, model: Any, flags: Mapping[str, bool]) -> None:
@@ -152,39 +189,51 @@ def _set_flags(access: DeltaFramework, model: Any, flags: Mapping[str, bool]) ->
 def merge(access: DeltaFramework, model: Any, *, unload: bool = False) -> DeltaReport:
     """Add every active LoRA to the weights, in place; see `merge_delta` of the wings."""
     check.boolean(unload, "unload")
+    access.at_rest(model)
     layers = _layers(access, model)
-    unfit = [p for p, layer in layers.items() if layer.delta_kind != "lora"]
-    if unfit:
-        raise UnsupportedError(f"only lora can be merged; {unfit[0]} carries {layers[unfit[0]].delta_kind!r}.")
-    done = [p for p, layer in layers.items() if layer.unmerged is not None]
+    for path, layer in layers.items():
+        try:
+            layer.refuse_merging_deltas()
+        except UnsupportedError as error:
+            raise UnsupportedError(f"{path}: {error}") from None
+    done = [p for p, layer in layers.items() if layer.delta_is_merged]
     if done and not unload:
         raise ArgumentError(f"the deltas are merged already ({done[0]}); unmerge_delta puts the weights back.")
     for path, layer in layers.items():
-        if access.owners(model, layer.weight) > 1:
+        if any(access.owners(model, source) > 1 for source in layer.sources().values()):
             raise UnsupportedError(
                 f"the weight of {path} is shared with another module, which merging would change; untie them first."
             )
     if unload:
         _refuse_built(layers)
     described = {p: {n: s.to_dict() for n, s in layer.specs.items()} for p, layer in layers.items()}
-    for layer in {id(x): x for x in layers.values()}.values():
-        if layer.unmerged is None:
-            layer.merge()
-    access.changed(model)
+    here: list[Any] = []
+    try:
+        for layer in {id(x): x for x in layers.values()}.values():
+            if not layer.delta_is_merged:
+                layer.merge_deltas()
+                here.append(layer)
+    except Exception:
+        for layer in here:
+            layer.unmerge_deltas()
+        raise
     if unload:
-        for layer in layers.values():
-            layer.unmerged = None  # the merged weight is the weight from now on
-        _restore(access, model, layers)
+        for layer in {id(x): x for x in layers.values()}.values():
+            layer.keep_merged_deltas()  # the merged weight is the weight from now on
+        owned.keep_live(access, model)
+        _detach(access, model, layers)
+    access.changed(model)
     return DeltaReport("lora", "merged", described)
 
 
 def unmerge(access: DeltaFramework, model: Any) -> DeltaReport:
     """Put back the weights as they were before merging, bit for bit, in place."""
-    layers = {p: x for p, x in _layers(access, model).items() if getattr(x, "unmerged", None) is not None}
+    access.at_rest(model)
+    layers = {p: x for p, x in _layers(access, model).items() if x.delta_is_merged}
     if not layers:
         raise ArgumentError("the deltas of this model are not merged.")
     for layer in {id(x): x for x in layers.values()}.values():
-        layer.unmerge()
+        layer.unmerge_deltas()
     access.changed(model)
     return DeltaReport("lora", "unmerged", {p: {"deltas": list(x.specs)} for p, x in layers.items()})
 
@@ -199,67 +248,96 @@ def remove(access: DeltaFramework, model: Any, names: Any = None) -> DeltaReport
     described = {p: {"removed": [n for n in x.specs if n in gone]} for p, x in layers.items()}
     empty = {p: x for p, x in layers.items() if all(n in gone for n in x.specs)}
     _refuse_built(empty)
+    access.at_rest(model)
+    owned.drop(access, model, gone, list(active_weights(access, model)))
     for layer in {id(x): x for x in layers.values()}.values():
-        if getattr(layer, "unmerged", None) is not None:
-            layer.unmerge()
-    for path, layer in layers.items():
-        if path not in empty:
+        if layer.delta_is_merged:
+            layer.unmerge_deltas()
+        if any(n not in gone for n in layer.specs):
             for name in [n for n in gone if n in layer.specs]:
-                layer.drop(name)
+                layer.drop_delta(name)
+    _detach(access, model, empty)
+    access.activated(model)
     access.changed(model)
-    _restore(access, model, empty)
     return DeltaReport("", ", ".join(gone), {p: d for p, d in described.items() if d["removed"]})
 
 
 def _refuse_built(layers: Mapping[str, Any]) -> None:
     """Refuse to take off what the model was built with."""
-    built = [p for p, x in layers.items() if not hasattr(x, "revert") and x.original is None]
+    built = [p for p, x in layers.items() if x.built_as_delta]
     if built:
         raise UnsupportedError(f"{built[0]} was built as a delta layer; there is no layer to put back in its place.")
 
 
-def _restore(access: DeltaFramework, model: Any, layers: Mapping[str, Any]) -> None:
-    """Put the original layers back, or take off what stands beside them; when nothing is left, the flags too."""
-    beside = {id(x): x for x in layers.values() if hasattr(x, "revert")}
-    swapped = {p: x for p, x in layers.items() if id(x) not in beside}
-    for layer in swapped.values():
-        layer.original.training = layer.training
-    access.put(model, {p: layer.original for p, layer in swapped.items()})
-    for layer in beside.values():
-        layer.revert()
+def _detach(access: DeltaFramework, model: Any, layers: Mapping[str, Any]) -> None:
+    """Let layers be plain again; when no delta is left in the model, the flags are what they were too."""
+    for layer in {id(x): x for x in layers.values()}.values():
+        access.detach(layer)
+    access.taken_off(model)
     left = access.layers(model)
     if all(layer.delta_kind != "prefix" for layer in left.values()):
         access.without_prefix(model)
     if not left:
         access.settle(model)
-        if hasattr(model, FLAGS):
-            _set_flags(access, model, getattr(model, FLAGS))
-            delattr(model, FLAGS)
+        _restore_flags(access, model)
 
 
 def activate(access: DeltaFramework, model: Any, names: Any) -> dict[str, float]:
-    """Choose which named LoRAs are active and with which weight, in place; see `set_delta` of the wings."""
-    layers = {p: x for p, x in _layers(access, model).items() if x.delta_kind == "lora"}
+    """Choose which named deltas act and with which weight, in place; see `set_delta` of the wings."""
+    layers = _layers(access, model)
     known = sorted({n for layer in layers.values() for n in layer.specs})
     if names is None or (isinstance(names, (Mapping, Sequence)) and not names):
         weights: dict[str, float] = {}
     else:
         weights = rules.weights_of(names, known)
-    merged = [p for p, x in layers.items() if x.unmerged is not None]
-    if merged:
-        raise ArgumentError(f"the deltas are merged ({merged[0]}); unmerge them before choosing others.")
+    _refuse_merged(layers)
+    for path, layer in layers.items():
+        parts = [n for n, w in weights.items() if n in layer.specs and w not in (0.0, 1.0)]
+        if parts and layer.delta_kind != "lora":
+            raise UnsupportedError(
+                f"{path} carries {layer.delta_kind} {parts[0]!r}, which acts or does not: its weight must be 0 or 1. "
+                f"Received: {weights[parts[0]]}"
+            )
+    acting = [n for n, w in weights.items() if w]
+    owned.refuse_clash(access, model, acting)
     for layer in layers.values():
-        layer.set_active(weights)
+        layer.set_active_deltas(weights)
+    owned.show(access, model, acting)
+    access.activated(model)
     access.changed(model)
     return weights
 
 
+def _refuse_merged(layers: Mapping[str, Any]) -> None:
+    merged = [p for p, x in layers.items() if x.delta_is_merged]
+    if merged:
+        raise ArgumentError(f"the deltas are merged ({merged[0]}); unmerge them before choosing others.")
+
+
 def active_weights(access: DeltaFramework, model: Any) -> dict[str, float]:
-    """The active LoRAs with their weights."""
+    """The deltas that act, with their weights."""
     found: dict[str, float] = {}
     for layer in access.layers(model).values():
-        found.update(getattr(layer, "active", {}))
+        found.update({n: w for n, w in layer.active_deltas.items() if w})
     return found
+
+
+@contextlib.contextmanager
+def disabled(access: DeltaFramework, model: Any) -> Iterator[None]:
+    """Run the base alone while the context is open; see `disable_delta` of the wings."""
+    layers = _layers(access, model)
+    _refuse_merged(layers)
+    before = [(layer, dict(layer.active_deltas)) for layer in layers.values()]
+    shown = list(active_weights(access, model))
+    activate(access, model, {})
+    try:
+        yield
+    finally:
+        for layer, weights in before:
+            layer.set_active_deltas(weights)
+        owned.show(access, model, shown)
+        access.activated(model)
+        access.changed(model)
 
 
 def _layers(access: DeltaFramework, model: Any) -> dict[str, Any]:

@@ -16,6 +16,9 @@ ACTIVATIONS = (
 )  # fmt: skip
 
 
+# The label of a row that does not count, as in every framework's cross entropy.
+IGNORED = -100
+
 INITIALIZERS = (
     "zeros", "zero", "ones", "one", "normal", "uniform", "xavier_uniform", "xavier_normal", "he_uniform", "he_normal",
     "truncated_normal",
@@ -61,6 +64,12 @@ def check_pairs(rows: int, labels: int) -> int:
     if labels != rows:
         check.wrong_value("label_ids", f"of {rows} rows, as many as the logits", labels)
     return rows // 2
+
+
+def check_class_numbers(is_float: bool, dtype: Any) -> None:
+    """Refuse class numbers that are no integers."""
+    if is_float:
+        check.wrong_type("label_ids", "integers, or probabilities of the logits' shape", dtype)
 
 
 def check_rdrop_alpha(alpha: Any) -> float:

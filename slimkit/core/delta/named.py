@@ -5,10 +5,19 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import Any, NamedTuple
 
+from slimkit.core.delta.face import DeltaFace
 from slimkit.core.delta.spec import DEFAULT_NAME, LoraSpec, key
 from slimkit.core.errors import ArgumentError
 
-PARTS = ("a", "b", "magnitude", "a0", "b0")
+
+def part_names(spec: LoraSpec) -> tuple[str, ...]:
+    """The tensors that a LoRA consists of: a and b, DoRA's magnitude, and what PiSSA started from.
+
+    Example:
+        >>> part_names(LoraSpec(dora=True))
+        ('a', 'b', 'magnitude')
+    """
+    return ("a", "b", *(("magnitude",) if spec.dora else ()), *(("a0", "b0") if spec.init == "pissa" else ()))
 
 
 class Part(NamedTuple):
@@ -21,18 +30,26 @@ class Part(NamedTuple):
     dropout: float
 
 
-class NamedLoras:
+class NamedLoras(DeltaFace):
     """Named LoRAs on one layer; the wings add the tensors."""
 
     delta_kind = "lora"
     weight: Any
+    specs: dict[str, LoraSpec]
 
     def start(self) -> None:
         """Begin without any delta."""
-        self.specs: dict[str, LoraSpec] = {}
-        self.active: dict[str, float] = {}
+        self.specs = {}
+        self.active_deltas = {}
+        # while merged: the weight as it was, and the tensors it is made of
         self.unmerged: Any = None
+        self.unmerged_sources: dict[str, Any] = {}
         self.refresh()
+
+    @property
+    def delta_is_merged(self) -> bool:
+        """Whether its deltas are in the weight now."""
+        return self.unmerged is not None
 
     @abstractmethod
     def shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -51,65 +68,99 @@ class NamedLoras:
         """A copy of the weight that shares nothing with it."""
 
     @abstractmethod
+    def sources(self) -> dict[str, Any]:
+        """Name -> parameter, of what the weight is made of: itself, or what it is computed from."""
+
+    @abstractmethod
+    def copy_of(self, tensor: Any) -> Any:
+        """A copy of a tensor that shares nothing with it."""
+
+    @abstractmethod
+    def write(self, tensor: Any, value: Any) -> None:
+        """Overwrite a tensor's values, in place."""
+
+    @abstractmethod
     def write_weight(self, value: Any) -> None:
-        """Overwrite the weight's values, in place."""
+        """Give the weight these values, in place, through what it is made of.
+
+        Raises:
+            UnsupportedError: it is computed from tensors that cannot be made to give them.
+        """
 
     def take(self, name: str, spec: LoraSpec) -> None:
         """Note a delta whose tensors are in place, and make it active."""
         self.specs[name] = spec
-        self.active[name] = 1.0
+        self.active_deltas[name] = 1.0
         self.refresh()
 
-    def drop(self, name: str) -> None:
+    def drop_delta(self, name: str) -> None:
         """Take a delta away, in place."""
         for part in self.parts(name):
             delattr(self, part)
         del self.specs[name]
-        self.active.pop(name, None)
+        self.active_deltas.pop(name, None)
         self.refresh()
 
     def parts(self, name: str, spelled: str | None = None) -> dict[str, Any]:
         """Attribute -> tensor of everything one delta consists of, the attributes as for a delta named `spelled`."""
-        parts = [p for p in PARTS if hasattr(self, key("lora", p, name))]
+        parts = part_names(self.specs[name])
         return {key("lora", p, spelled or name): getattr(self, key("lora", p, name)) for p in parts}
 
     def describe(self, name: str) -> dict[str, Any]:
         """One delta's options as plain values."""
         return self.specs[name].to_dict()
 
-    def set_active(self, weights: dict[str, float]) -> None:
+    def set_active_deltas(self, weights: dict[str, float]) -> None:
         """Make these deltas active, each times its weight, and no other, in place."""
-        self.active = {n: w for n, w in weights.items() if n in self.specs}
+        self.active_deltas = {n: w for n, w in weights.items() if n in self.specs}
         self.refresh()
 
-    def merge(self) -> None:
-        """Add the active deltas to the weight, in place; a copy of the weight is kept for `unmerge`."""
-        if self.unmerged is not None:
+    def refuse_merging_deltas(self) -> None:
+        """Nothing stands in the way of adding a LoRA to a weight that is there; see `write_weight` for the others."""
+
+    def merge_deltas(self) -> None:
+        """Add the active deltas to the weight, in place; a copy of the weight is kept for `unmerge_deltas`."""
+        if self.delta_is_merged:
             raise ArgumentError("the deltas of this layer are merged already")
         merged = self.merged_weight()
-        self.unmerged = self.copy_weight()
-        self.write_weight(merged)
+        sources = {n: self.copy_of(t) for n, t in self.sources().items()}
+        before = sources["weight"] if "weight" in sources else self.copy_weight()
+        try:
+            self.write_weight(merged)
+        except Exception:
+            self._write_sources(sources)
+            raise
+        self.unmerged, self.unmerged_sources = before, sources
         self.refresh()
 
-    def unmerge(self) -> None:
+    def unmerge_deltas(self) -> None:
         """Put back the weight as it was, bit for bit, in place."""
-        if self.unmerged is None:
+        if not self.delta_is_merged:
             raise ArgumentError("the deltas of this layer are not merged")
-        self.write_weight(self.unmerged)
-        self.unmerged = None
+        self._write_sources(self.unmerged_sources)
+        self.keep_merged_deltas()
+
+    def keep_merged_deltas(self) -> None:
+        """Let the weight be what it is now, in place: the deltas are not merged."""
+        self.unmerged, self.unmerged_sources = None, {}
         self.refresh()
+
+    def _write_sources(self, values: dict[str, Any]) -> None:
+        here = self.sources()
+        for name, value in values.items():
+            self.write(here[name], value)
 
     def active_parts(self) -> tuple[Part, ...]:
         """The deltas that count, merged or not."""
         return tuple(
             Part(n, key("lora", "a", n), key("lora", "b", n), self.specs[n].scaling * w, self.specs[n].dropout)
-            for n, w in self.active.items()
+            for n, w in self.active_deltas.items()
             if w != 0
         )
 
     def refresh(self) -> None:
         """Work out once what the forward pass would otherwise ask on every call."""
-        running = self.active_parts() if self.unmerged is None else ()
+        running = () if self.delta_is_merged else self.active_parts()
         specs = [self.specs[part.name] for part in running]
         plain = all(not (s.dora or s.keep_zeros or s.init == "pissa") for s in specs)
         self._running = running
@@ -118,16 +169,27 @@ class NamedLoras:
     def words(self) -> str:
         """The deltas, for a printed model."""
         deltas = ", ".join(f"{n}: rank {s.rank}" for n, s in self.specs.items())
-        return f"lora=({deltas})" + (", merged" if self.unmerged is not None else "")
+        return f"lora=({deltas})" + (", merged" if self.delta_is_merged else "")
 
 
-class OneAdapter:
-    """The book-keeping of a layer that ends in one adapter."""
+class OneAdapter(DeltaFace):
+    """The book-keeping of a layer with one delta that either acts or does not."""
+
+    delta_acts: bool
 
     def begin(self, options: dict[str, Any], name: str = DEFAULT_NAME) -> None:
-        """Note the adapter's name and options."""
-        self.specs: dict[str, dict[str, Any]] = {name: options}
+        """Note the delta's name and options; it acts."""
+        self.specs, self.active_deltas, self.delta_acts = {name: options}, {name: 1.0}, True
 
     def describe(self, name: str) -> dict[str, Any]:
-        """The adapter's options as plain values."""
+        """The delta's options as plain values."""
         return dict(self.specs[name])
+
+    def set_active_deltas(self, weights: dict[str, float]) -> None:
+        """Let the delta act if it is among these, in place."""
+        self.active_deltas = {n: w for n, w in weights.items() if n in self.specs}
+        self.delta_acts = any(self.active_deltas.values())
+
+    def drop_delta(self, name: str) -> None:
+        """Take the delta off, in place."""
+        self.take_off_deltas()

@@ -75,6 +75,58 @@ def split_prefix(flat: Array, n_layers: int) -> list[tuple[Array, Array]]:
     return [(parts[2 * i], parts[2 * i + 1]) for i in range(n_layers)]
 
 
+def read_rows(
+    prompt: Mapping[str, Array], tokens: int, width: int, config: Mapping[str, Any], where: str
+) -> tuple[Array, tuple[str, ...]]:
+    """The rows of a prompt (tokens, width), and notes: an encoder-decoder model's file holds as many again.
+
+    PEFT puts the first half in front of the encoder's input and reads the second half nowhere.
+    """
+    twice = int(config.get("num_transformer_submodules") or 1)
+    rows = read_prompt(prompt, (tokens * twice, width), where)
+    if twice == 1:
+        return rows, ()
+    return rows[:tokens], (f"rows {tokens} to {len(rows)} of the prompt are read by no model, as in PEFT",)
+
+
+def read_cached(
+    prompt: Mapping[str, Array], tokens: int, width: int, layers: int, config: Mapping[str, Any], where: str
+) -> tuple[list[tuple[Array, Array]], tuple[str, ...]]:
+    """Keys and values of a prefix in a decoder's cache, and notes.
+
+    PEFT writes its n pairs twice, one run after the other, and gives a decoder's layer i the pair that then stands at
+    2 i: pair 2 i modulo n.
+
+    Raises:
+        FileFormatError: the decoder has more layers than the file says.
+    """
+    count = int(config.get("num_layers") or layers)
+    pairs = split_prefix(read_prompt(prompt, (tokens, 2 * count * width), where), count)
+    if count < layers or config.get("num_transformer_submodules") != 2:
+        raise FileFormatError(
+            f"{where} holds a prefix for {count} layers of {config.get('num_transformer_submodules')} part(s); the "
+            f"model's decoder has {layers} layers and wants one of 2."
+        )
+    used = [2 * i % count for i in range(layers)]
+    idle = sorted(set(range(count)) - set(used))
+    notes = (f"pairs {', '.join(map(str, idle))} of the prefix are read by no layer, as in PEFT",) if idle else ()
+    return [pairs[i] for i in used], notes
+
+
+def cached_pairs(pairs: Sequence[tuple[Array, Array]]) -> list[tuple[Array, Array]]:
+    """The pairs in the order in which PEFT finds them (see `read_cached`): an odd number, so that none stands for two.
+
+    Example:
+        >>> one, two = (np.full((1, 1), i) for i in (1, 2))
+        >>> [int(k.item()) for k, v in cached_pairs([(one, one), (two, two)])]
+        [1, 0, 2]
+    """
+    count = len(pairs) + (len(pairs) + 1) % 2
+    placed = {2 * i % count: pair for i, pair in enumerate(pairs)}
+    empty = (np.zeros_like(pairs[0][0]), np.zeros_like(pairs[0][1]))
+    return [placed.get(i, empty) for i in range(count)]
+
+
 def rename_paths(values: Mapping[str, Any], rename: Any) -> dict[str, Any]:
     """Keys of a mapping under the names of another model: {beginning: beginning}, or a function of a path."""
     if rename is None:

@@ -30,6 +30,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "prefix": ("prefix_token_num", "projection", "mid_dim", "dropout_rate", "text_ids", "inputs", "sizes", "positions"),
     "prompt": ("num_virtual_tokens", "init", "text_ids"),
 }
+_HEAD = "it is the output embedding; name it to adapt it"
 LORA_INITS = ("kaiming", "gaussian", "pissa")
 
 
@@ -110,8 +111,8 @@ class Site:
         shape: (outputs, inputs) of the layer; empty for any other.
         type_name: the module's class, for messages.
         holds: whether it holds parameters itself, so that leaving it out is worth a word.
-        reason: why a layer of a good kind cannot take a delta, or "".
-        zeros: whether its weight is sparse (at least a tenth exact zeros).
+        reason: why a layer of a good kind, or of a class derived from one, cannot take a delta, or "".
+        zeros: whether it was made sparse, and that was recorded.
         head: whether it is the output embedding, which "all-linear" leaves alone.
     """
 
@@ -132,7 +133,8 @@ class DeltaReport:
         kind: the kind of delta.
         name: its name among several.
         layers: path of each layer touched -> what was put there, as plain values.
-        skipped: layers that a pattern matched and that cannot take this kind -> why; empty unless strict was False.
+        skipped: layers that a pattern matched and that cannot take this kind -> why (only where strict is False), and
+            linear layers that "all-linear" left out.
         unmatched: patterns that matched nothing; empty unless strict was False.
         trainable: the share of parameters that train now, as text.
         notes: anything else worth a line.
@@ -173,7 +175,7 @@ def choose(
         strict: whether an unmatched pattern or an unfit layer is an error.
 
     Returns:
-        The paths in model order, the unfit layers with the reason, and the unmatched patterns.
+        The paths in model order, the layers left out with the reason, and the unmatched patterns.
 
     Raises:
         PatternError: nothing matched, or (strict) a pattern matched nothing.
@@ -184,11 +186,17 @@ def choose(
         ['q']
     """
     fit = KINDS[kind]
+    passed: dict[str, str] = {}
     if targets == "all-linear":
+        linear = {p: s for p, s in sites.items() if s.kind in ("linear", "conv1d")}
         # A head is tied or huge more often than not: adapting it is asked for by name.
-        paths = [p for p, s in sites.items() if s.kind in ("linear", "conv1d") and not (s.reason or s.head)]
+        passed = {p: s.reason or _HEAD for p, s in linear.items() if s.reason or s.head}
+        passed |= {p: s.reason for p, s in sites.items() if not s.kind and s.reason}
+        passed |= {p: f"a {s.type_name} cannot take {kind}" for p, s in linear.items() if s.kind not in fit}
+        paths = [p for p in linear if p not in passed]
         if not paths:
-            raise PatternError(f"targets='all-linear' found no linear layer among {len(sites)} modules.")
+            why = "".join(f" {p}: {reason};" for p, reason in list(passed.items())[:3])
+            raise PatternError(f"targets='all-linear' found no linear layer among {len(sites)} modules.{why}")
         unmatched: tuple[str, ...] = ()
         skipped: dict[str, str] = {}
     else:
@@ -208,10 +216,11 @@ def choose(
             elif site.kind or site.holds:
                 skipped[path] = site.reason or f"a {site.type_name} cannot take {kind}"
     if exclude is not None:
-        left_out = match(list(paths) + list(skipped), check.strings(exclude, "exclude"), whole_modules=True)
+        left_out = match([*paths, *skipped, *passed], check.strings(exclude, "exclude"), whole_modules=True)
         if strict and left_out.unmatched:
             raise PatternError(f"exclude must match some of the targets. Matched none: {', '.join(left_out.unmatched)}")
         paths = [p for p in paths if p not in left_out.names]
+        passed = {p: why for p, why in passed.items() if p not in left_out.names}
         skipped = {p: why for p, why in skipped.items() if p not in left_out.names}
         unmatched = (*unmatched, *left_out.unmatched)
     if strict and skipped:
@@ -222,7 +231,7 @@ def choose(
         )
     if not paths:
         raise PatternError(f"targets leave no layer that {kind} can go on.")
-    return paths, skipped, unmatched
+    return paths, skipped | passed, unmatched
 
 
 def _hint(pattern: str, sites: Collection[str]) -> str:

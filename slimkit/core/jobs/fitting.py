@@ -1,97 +1,138 @@
-"""One training run of a command, alike in both frameworks: begun, stopped, gone on from, and known by its inputs."""
+"""How jobs train, alike in both frameworks: once, or begun, stopped and gone on from, and known by their inputs."""
 
 from __future__ import annotations
 
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from slimkit.core.errors import ConfigError
 from slimkit.core.jobs import folders
+from slimkit.core.jobs.fields import Spell
+from slimkit.core.jobs.framework import ComputeLoss, FitRun, JobFramework
 from slimkit.core.jobs.interrupt import SaveOnInterrupt
-from slimkit.core.jobs.training import TrainingPlan
+from slimkit.core.jobs.options import FitOptions
 from slimkit.core.locks import same_job
 from slimkit.core.train.callbacks import Checkpoints
 from slimkit.core.train.runlog import ProgressBar
-from slimkit.core.train.schedules import cosine_schedule, linear_schedule
+from slimkit.core.train.schedules import constant_schedule, cosine_schedule, linear_schedule
 
-_SCHEDULES = {"cosine": cosine_schedule, "linear": linear_schedule, "constant": None}
+_SCHEDULES = {"cosine": cosine_schedule, "linear": linear_schedule, "constant": constant_schedule}
 
-
-class Wing(Protocol):
-    """What a training run asks of a framework."""
-
-    def train(
-        self,
-        model: Any,
-        samples: Any,
-        plan: TrainingPlan,
-        loss: Callable[[Any, Any], Any],
-        callbacks: list[Any],
-        how: Mapping[str, Any],
-    ) -> Any:
-        """Train what wants a gradient with AdamW; `how` is what `Trainer.train` takes; returns the trainer."""
+Collate = Callable[[list[Any]], Any]
 
 
 def fit(
-    wing: Wing,
+    face: JobFramework,
     model: Any,
+    options: FitOptions,
     samples: Any,
-    plan: TrainingPlan,
-    out: Path,
-    job: Mapping[str, Any],
-    loss: Callable[[Any, Any], Any],
-    collate: Callable[[list[Any]], Any] | None = None,
+    loss: ComputeLoss,
+    *,
+    seed: int,
+    spell: Spell,
+    collate: Collate | None = None,
+    callbacks: Sequence[Any] = (),
+    resume_from: Path | None = None,
 ) -> dict[str, Any]:
-    """Train a model in place, going on from an earlier checkpoint of the same job where there is one.
+    """Train the parameters of a model that want a gradient, in place.
 
     Args:
-        wing: the framework.
+        face: the framework.
         model: what it trains.
-        samples: a map-style data set, or a list of ready batches.
-        plan: how to train.
-        out: the result's folder; checkpoints lie in it until the result is there.
-        job: everything that goes in, by value or digest; a resumed run must agree in it.
+        options: how to train.
+        samples: a map-style data set, or ready batches.
         loss: f(model, batch) -> scalar.
+        seed: of the order, and of everything drawn on the way.
+        spell: how the user writes an option, for messages.
         collate: makes a batch of a list of samples.
+        callbacks: for the trainer.
+        resume_from: a checkpoint to go on from.
 
     Returns:
-        steps and loss_by_epoch.
+        steps, loss_by_epoch and loss_by_step.
+
+    Raises:
+        ConfigError: nothing trains, or the loss became no number.
+    """
+    if not any(trains for _, trains in face.sizes(model)):
+        raise ConfigError("no parameter of the model is trainable")
+    flat = options.schedule == "constant" and not options.warmup
+    how = {
+        "num_epochs": options.epochs,
+        "per_device_batch_size": options.batch_size,
+        "gradient_clip_norm": options.gradient_clip_norm or None,
+        "gradient_clip_value": options.gradient_clip_value,
+        "create_scheduler_fn": None if flat else _SCHEDULES[options.schedule](options.warmup),
+        "max_num_train_steps": options.max_steps,
+        "seed": seed,
+        "collate_fn": collate,
+        "resume_from": resume_from,
+    }
+    trainer = face.train(model, samples, options, loss, list(callbacks), how)
+    values = trainer.run_history.get_metric_values
+    losses = [float(v) for v in values("train_loss_epoch")]
+    if not all(map(math.isfinite, losses)):
+        more = " and --restart" if callbacks else ""
+        raise ConfigError(
+            f"the loss became {losses[-1]}: give a lower {spell('learning_rate')}{more}; nothing was saved"
+        )
+    return {
+        "steps": trainer.global_step,
+        "loss_by_epoch": losses,
+        "loss_by_step": [float(v) for v in values("train_loss_step")],
+    }
+
+
+def fit_resumably(
+    face: JobFramework,
+    model: Any,
+    options: FitOptions,
+    samples: Any,
+    loss: ComputeLoss,
+    out: Path,
+    run: FitRun,
+    job: Mapping[str, Any],
+    *,
+    spell: Spell,
+    collate: Collate | None = None,
+) -> dict[str, Any]:
+    """Train like `fit`, going on from an earlier checkpoint of the same job where there is one.
+
+    Args:
+        face, model, options, samples, loss, spell, collate: as for `fit`.
+        out: the result's folder; checkpoints lie in it until the result is there.
+        run: how the state is kept.
+        job: everything else that goes in, by value or digest; a resumed run must agree in it.
+
+    Returns:
+        What `fit` returns.
 
     Raises:
         ConfigError: `out` holds something else, or the loss became no number.
         UnsupportedError: `out` holds an unfinished run with other inputs.
     """
     state = out / folders.STATE
-    if plan.restart and state.is_dir():
+    if run.restart and state.is_dir():
         shutil.rmtree(out)
     folders.unused(out, state=folders.STATE)
+    plan = {key: getattr(options, key) for key in FitOptions.model_fields} | {"seed": run.seed}
     # As JSON gives it back, so that tuples compare like the lists that were read.
-    same_job(state, json.loads(json.dumps({**job, "plan": plan.identity()})))
+    same_job(state, json.loads(json.dumps({**job, "plan": plan})))
     stop = SaveOnInterrupt(state / "last")
-    keep = Checkpoints(state, metric=None, every_n_steps=plan.save_every)
-    schedule = _SCHEDULES[plan.schedule]
-    how = {
-        "num_epochs": plan.epochs,
-        "per_device_batch_size": plan.batch_size,
-        "gradient_clip_norm": plan.clip_norm,
-        "create_scheduler_fn": None if schedule is None else schedule(plan.warmup),
-        "max_num_train_steps": plan.max_steps,
-        "seed": plan.seed,
-        "collate_fn": collate,
-        "resume_from": state / "last" if (state / "last").exists() else None,
-    }
+    keep = Checkpoints(state, metric=None, every_n_steps=run.save_every)
+    callbacks = [ProgressBar(), keep, stop]
+    earlier = state / "last" if (state / "last").exists() else None
     try:
-        trainer = wing.train(model, samples, plan, loss, [ProgressBar(), keep, stop], how)
+        return fit(
+            face, model, options, samples, loss,
+            seed=run.seed, spell=spell, collate=collate, callbacks=callbacks, resume_from=earlier,
+        )  # fmt: skip
     finally:
         stop.restore()
-    losses = [float(v) for v in trainer.run_history.get_metric_values("train_loss_epoch")]
-    if not all(map(math.isfinite, losses)):
-        raise ConfigError(f"the loss became {losses[-1]}: give a lower --lr and --restart; nothing was saved")
-    return {"steps": trainer.global_step, "loss_by_epoch": losses}
 
 
 def share(sizes: Iterable[tuple[int, bool]]) -> dict[str, Any]:

@@ -3,64 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
-
-import numpy as np
+from typing import Any
 
 from slimkit.core import check, files
 from slimkit.core.errors import ConfigError, FileFormatError
-from slimkit.core.jobs import data as sources
-from slimkit.core.jobs.data import DataPlace
-
-Array = np.ndarray[Any, Any]
-
-
-class Framework(Protocol):
-    """What reading arrays asks of a framework."""
-
-    # The type that its cross entropy wants classes in.
-    class_dtype: str
-
-    def tensors(self, arrays: Any) -> Any:
-        """NumPy arrays, alone or in a dict, as the framework's tensors."""
-
-
-@dataclass(frozen=True)
-class Supervised:
-    """What a network learns from.
-
-    Args:
-        samples: indices of rows, which `collate` turns into a batch; or ready batches as a function made them.
-        collate: list of indices -> (inputs, labels) or, without labels, inputs; None for ready batches.
-        count: samples, or ready batches.
-        identity: what a resumed run must agree in.
-        labelled: whether a batch is (inputs, labels).
-        integers: whether the labels are integers, that is classes.
-    """
-
-    samples: Any
-    collate: Callable[[list[int]], Any] | None
-    count: int
-    identity: dict[str, Any]
-    labelled: bool
-    integers: bool = False
-
-    def first(self, size: int) -> Any:
-        """The first batch."""
-        return self.samples[0] if self.collate is None else self.collate(list(range(min(size, self.count))))
-
-    def batches(self, size: int) -> list[Any]:
-        """All batches in order."""
-        if self.collate is None:
-            return list(self.samples)
-        return [self.collate(list(range(at, min(at + size, self.count)))) for at in range(0, self.count, size)]
+from slimkit.core.jobs import sources
+from slimkit.core.jobs.framework import JobFramework, Supervised
+from slimkit.core.jobs.sources import DataPlace
 
 
 def supervised(
-    place: DataPlace, label_key: str, framework: Framework, *, labels: bool, option: str = "--data"
+    place: DataPlace, label_key: str, framework: JobFramework, *, labels: bool, option: str = "--data"
 ) -> Supervised:
     """Read the training data of a network that has no tokenizer.
 

@@ -1,175 +1,243 @@
-"""How a training command trains, what it aims at, and what a text file says about its task."""
+"""The commands that train, `distill` and `adapt`: on arrays of one's own, or on text where the framework reads it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
-from slimkit.core import check
-from slimkit.core.errors import ConfigError
-from slimkit.core.jobs.data import DataPlace, ModelPlace
-
-# task -> the class of transformers that has its head
-TASKS = {"classification": "AutoModelForSequenceClassification", "causal-lm": "AutoModelForCausalLM"}
-
-
-@dataclass(frozen=True)
-class TrainingPlan:
-    """How to train.
-
-    Args:
-        epochs: passes over the data.
-        learning_rate: peak rate of AdamW.
-        batch_size: samples per update.
-        weight_decay: decoupled weight decay.
-        schedule: "cosine", "linear" or "constant", down to zero or flat.
-        warmup: updates until the full rate.
-        clip_norm: bound on the norm of all gradients; None for none.
-        max_steps: bound on the updates; None for none.
-        seed: of the order, of fresh weights and of dropout.
-        save_every: updates between two checkpoints.
-        restart: throw an unfinished run away.
-    """
-
-    epochs: int = 1
-    learning_rate: float = 1e-4
-    batch_size: int = 8
-    weight_decay: float = 0.0
-    schedule: str = "cosine"
-    warmup: int = 0
-    clip_norm: float | None = 1.0
-    max_steps: int | None = None
-    seed: int = 0
-    save_every: int = 100
-    restart: bool = False
-
-    def __post_init__(self) -> None:
-        check.choice(self.schedule, ("cosine", "linear", "constant"), "--schedule")
-
-    def identity(self) -> dict[str, Any]:
-        """What a resumed run must agree in."""
-        return {k: v for k, v in asdict(self).items() if k not in ("restart", "save_every")}
+from slimkit.core import files
+from slimkit.core.errors import ConfigError, SlimkitError
+from slimkit.core.jobs import folders, work
+from slimkit.core.jobs.commands import CommandContext
+from slimkit.core.jobs.framework import ComputeLoss, FitRun, JobFramework, Lesson, Opened, Task
+from slimkit.core.jobs.options import AdaptOptions, DistillOptions, FitOptions
+from slimkit.core.jobs.sources import DataPlace, ModelPlace, StudentPlace
+from slimkit.core.jobs.supervised import supervised
 
 
-@dataclass(frozen=True)
-class DistillAims:
-    """What a student is, and what it learns from its teacher.
+def distill(
+    face: JobFramework,
+    place: ModelPlace,
+    data: DataPlace,
+    out: Path | None,
+    options: DistillOptions,
+    student: StudentPlace,
+    run: FitRun,
+    *,
+    label_key: str = "labels",
+) -> dict[str, Any]:
+    """Train a student to answer like its teacher; with `out` None only say what would be done.
 
     Args:
-        sizes: layers, ffn, heads, hidden of a student cut out of a Hugging Face teacher, those that change.
-        selection: "importance" or "first": which rows and columns of that teacher stay.
-        student: the student of a factory's teacher; None for Hugging Face directories.
-        matches: (teacher's layer, student's layer) whose outputs are compared, for factories.
-        temperature: softening of logits.
-        hidden_weight: weight of each pair of layers; 0 leaves them out.
-        output_weight: weight of the term on the outputs; 0 leaves it out.
-        output_loss: name of that term, or "auto".
-        hard_weight: weight of the loss on labels; 0 needs none.
-        loss: that loss: "auto", "cross_entropy", "mse", or a function f(model, batch).
+        face: the framework.
+        place: the teacher.
+        data: arrays or a function that returns batches, with labels where the options have a hard weight; or text.
+        out: the student's folder.
+        options: of the job.
+        student: which one.
+        run: how the state is kept.
         label_key: the array that holds the labels.
-    """
 
-    sizes: Mapping[str, Any] = field(default_factory=dict)
-    selection: str = "importance"
-    student: ModelPlace | None = None
-    matches: tuple[tuple[str, str], ...] = ()
-    temperature: float = 2.0
-    hidden_weight: float = 1.0
-    output_weight: float = 1.0
-    output_loss: str = "auto"
-    hard_weight: float = 0.0
-    loss: str = "auto"
-    label_key: str = "labels"
-
-    def identity(self) -> dict[str, Any]:
-        """What a resumed run must agree in, the student's weights apart."""
-        plain = {k: v for k, v in asdict(self).items() if k != "student"}
-        student = self.student
-        return plain | {"student": None if student is None else [student.factory, dict(student.arguments)]}
-
-
-@dataclass(frozen=True)
-class AdaptAims:
-    """Which delta is trained, on what, and how it is written.
-
-    Args:
-        task: of a Hugging Face directory: "auto", "classification" or "causal-lm".
-        kind: delta kind, for `apply_delta`.
-        targets: globs of layers, or None for the kind's default.
-        also_train: globs of parameters of the base that train whole.
-        settings: options of the kind.
-        evaluation: held-out data of the same form, or None.
-        format: "slimkit" or "peft".
-        merge: also write the merged model into OUT/merged.
-        loss: of a factory's network: "auto", "cross_entropy", "mse", or a function f(model, batch).
-        label_key: the array that holds the labels.
+    Returns:
+        What was done, as plain values.
 
     Raises:
-        ConfigError: the kind cannot be merged, or not be written in that format.
+        ConfigError: no student, a network that cannot be called with the data, tensors that cannot be compared.
     """
+    if face.learns_text(place, data):
+        given = face.lesson(place, data, options, student, run.seed)
+    else:
+        given = _lesson(face, place, data, options, student, run.seed, label_key)
+    teacher, learner, read = given.teacher, given.student, given.read
+    batch = read.first(options.batch_size)
+    context = CommandContext(
+        face, run.seed, batch[0] if read.labelled else batch, options, read=read, is_hf=learner.is_hf
+    )
+    config = given.config
+    if config is None:
+        answers = [_called(face, which, context.example) for which in (teacher, learner)]
+        if read.labelled:
+            _prove(face, learner, *context.loss(options.loss), batch)
+        config = options.comparison(answers[0][0].shape)
+    facts: dict[str, Any] = {
+        "teacher_parameters": work.count(face, teacher.model),
+        "parameters": work.count(face, learner.model),
+        "layers": dict(given.layers),
+        "samples": read.count,
+        "terms": work.terms(config),
+    }
+    if out is None:
+        with face.seeded(run.seed):
+            face.slim.get_distill_model(teacher.model, learner.model, config, inputs=context.example)
+        return facts
+    job = {"command": "distill", **_identity(options), **student.identity(), "label_key": label_key}
+    job |= {"data": read.identity, "teacher": work.digest(face, teacher.model)}
+    context.keeps = out, run, job | {"start": work.digest(face, learner.model)}
+    done = work.distill(teacher.model, learner.model, options, context, config)
+    learner.model = done.model
+    facts |= {key: done.facts[key] for key in ("steps", "loss_by_epoch")}
+    with files.atomic_directory(out) as folder:
+        facts["written"] = face.write_model(learner, folder)
+        folders.write_report(folder, "distill", facts)
+    return facts
 
-    task: str = "auto"
-    kind: str = "lora"
-    targets: tuple[str, ...] | None = None
-    also_train: tuple[str, ...] | None = None
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    evaluation: DataPlace | None = None
-    format: str = "slimkit"
-    merge: bool = False
-    loss: str = "auto"
-    label_key: str = "labels"
 
-    def __post_init__(self) -> None:
-        # Refused now, and not after hours of training.
-        check.choice(self.format, ("slimkit", "peft"), "--format")
-        if self.merge and self.kind != "lora":
-            raise ConfigError(f"--merge is for --kind lora: nothing else merges into weights. Received: {self.kind}")
-        if self.format == "peft" and self.kind not in ("lora", "prefix", "prompt"):
-            raise ConfigError(f"--format peft is for --kind lora, prefix or prompt. Received: {self.kind}")
+def adapt(
+    face: JobFramework,
+    place: ModelPlace,
+    data: DataPlace,
+    out: Path | None,
+    options: AdaptOptions,
+    run: FitRun,
+    *,
+    task: str = "auto",
+    evaluation: DataPlace | None = None,
+    label_key: str = "labels",
+    format: str = "slimkit",
+    merge: bool = False,
+) -> dict[str, Any]:
+    """Train a delta on a frozen model and save it as a bundle; with `out` None only say what would be done.
 
-    def identity(self) -> dict[str, Any]:
-        """What a resumed run must agree in."""
-        return {
-            "kind": self.kind,
-            "targets": self.targets,
-            "also_train": self.also_train,
-            "settings": dict(self.settings),
-            "loss": self.loss,
-        }
+    Args:
+        face: the framework.
+        place: the model.
+        data: labelled arrays, or a function that returns batches of (inputs, labels); or text.
+        out: the bundle's folder.
+        options: of the job.
+        run: how the state is kept.
+        task: of text: "auto", "classification" or "causal-lm".
+        evaluation: held-out data of the same form.
+        label_key: the array that holds the labels.
+        format: "slimkit" or "peft".
+        merge: also write the merged model into OUT/merged.
 
+    Returns:
+        What was done, as plain values.
 
-def task_of(task: str, architecture: str, rows: Sequence[Mapping[str, Any]]) -> str:
-    """The task of a data file: what was asked for, or what its labels and the model's head tell.
-
-    Example:
-        >>> task_of("auto", "BertModel", [{"text": "a", "label": 1}])
-        'classification'
+    Raises:
+        ConfigError: the network cannot be called with the data, or data and loss do not fit; the kind cannot be merged,
+            or not be written in that format.
     """
-    check.choice(task, ("auto", *TASKS), "--task")
-    if task == "auto":
-        task = "classification" if all("label" in row for row in rows) else "causal-lm"
-        if task == "causal-lm" and "CausalLM" not in architecture and "LMHead" not in architecture:
-            raise ConfigError(
-                f"--task: the text has no labels, and {architecture} is no causal language model; every line of a "
-                'classification file needs a "label"'
-            )
-    if task == "classification" and not all("label" in row for row in rows):
-        raise ConfigError('--task classification: every line needs a "label"')
-    return task
+    # Refused now, and not after hours of training.
+    if merge and options.kind != "lora":
+        raise ConfigError(f"--merge is for --kind lora: nothing else merges into weights. Received: {options.kind}")
+    if format == "peft" and options.kind not in ("lora", "prefix", "prompt"):
+        raise ConfigError(f"--format peft is for --kind lora, prefix or prompt. Received: {options.kind}")
+    if face.learns_text(place, data):
+        given = face.task(place, data, evaluation, task, options, run.seed)
+    else:
+        given = _task(face, place, data, evaluation, options, run.seed, label_key)
+    opened, read, options = given.opened, given.read, given.options
+    inputs = read.first(options.batch_size)[0]
+    context = CommandContext(face, run.seed, inputs, options, read=read, named_loss=(given.name, given.loss))
+    facts: dict[str, Any] = {
+        "task": given.name, "labels": given.labels, "fresh": list(opened.fresh), "samples": read.count
+    }  # fmt: skip
+    if out is None:
+        return facts | work.place_delta(opened.model, options, context)
+    job = {"command": "adapt", "task": given.name, **_identity(options), "label_key": label_key}
+    context.keeps = out, run, job | {"base": work.digest(face, opened.model), "data": read.identity}
+    facts |= work.adapt(opened.model, options, context).facts
+    if given.held is not None:
+        facts["evaluation"] = _evaluate(face, opened.model, given, options.batch_size)
+    with files.atomic_directory(out) as folder:
+        face.slim.save_delta(opened.model, folder, format=format)
+        facts["delta_bytes"] = sum(f.stat().st_size for f in folder.iterdir())
+        if merge:
+            face.slim.merge_delta(opened.model, unload=True)
+            (folder / "merged").mkdir()
+            facts["written"] = face.write_model(opened, folder / "merged")
+        folders.write_report(folder, "adapt", facts)
+    return facts
 
 
-def label_names(rows: Sequence[Mapping[str, Any]], known: Mapping[str, int] | None) -> dict[str, int]:
-    """Label -> class number: the model's own names where they cover the data, else the data's in sorted order.
+def _identity(options: FitOptions) -> dict[str, Any]:
+    """What a resumed run must agree in, beside how it trains."""
+    return options.model_dump(mode="json", exclude=set(FitOptions.model_fields))
 
-    Example:
-        >>> label_names([{"label": "good"}, {"label": "bad"}], {"LABEL_0": 0})
-        {'bad': 0, 'good': 1}
-    """
-    names = {str(row["label"]) for row in rows}
-    if known and names <= set(known):
-        return dict(known)
-    if len(names) < 2:
-        raise ConfigError(f"a classification file needs at least two labels. Received: {sorted(names)}")
-    numbers = all(name.isdigit() for name in names)
-    return {name: at for at, name in enumerate(sorted(names, key=int if numbers else str))}
+
+def _lesson(
+    face: JobFramework,
+    place: ModelPlace,
+    data: DataPlace,
+    options: DistillOptions,
+    student: StudentPlace,
+    seed: int,
+    label_key: str,
+) -> Lesson:
+    """A teacher and a student of one's own, and arrays."""
+    if student.sizes or student.place is None:
+        raise ConfigError(
+            "a factory's teacher needs a student: --student-factory MODULE:FUNCTION, or --student-arg KEY=VALUE for "
+            "the teacher's own factory; --layers, --ffn, --heads and --hidden are for Hugging Face directories"
+        )
+    read = supervised(data, label_key, face, labels=bool(options.hard_weight))
+    teacher = face.open(place)
+    with face.seeded(seed):
+        learner = face.open(student.place)
+    return Lesson(teacher, learner, read, None, {mine: theirs for theirs, mine in options.pairs()})
+
+
+def _task(
+    face: JobFramework,
+    place: ModelPlace,
+    data: DataPlace,
+    evaluation: DataPlace | None,
+    options: AdaptOptions,
+    seed: int,
+    label_key: str,
+) -> Task:
+    """A network of one's own, and labelled arrays that fit it."""
+    read = supervised(data, label_key, face, labels=True)
+    held = None
+    if evaluation is not None:
+        held = supervised(evaluation, label_key, face, labels=True, option="--eval")
+    opened = face.open(place)
+    batch = read.first(options.batch_size)
+    context = CommandContext(face, seed, batch[0], options, read=read, is_hf=opened.is_hf)
+    name, loss = context.loss(options.loss)
+    _prove(face, opened, name, loss, batch)
+    return Task(opened, read, held, name, loss, options, {}, name == "cross_entropy")
+
+
+def _called(face: JobFramework, opened: Opened, inputs: Any) -> list[Any]:
+    """The arrays that a network answers with; whatever it raises is told with the network's name."""
+    where = opened.place.factory or opened.place.model
+    try:
+        found: list[Any] = face.outputs(opened.model, inputs)
+    except SlimkitError:
+        raise
+    except Exception as error:  # the user's network raises what it likes
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(f"{where} cannot be called with the data: {type(error).__name__}: {reason}") from error
+    if not found:
+        raise ConfigError(f"{where} answers with no tensor")
+    return found
+
+
+def _prove(face: JobFramework, opened: Opened, name: str, loss: ComputeLoss, batch: Any) -> None:
+    """Refuse data and a loss that do not fit, on the first batch and before anything changes."""
+    _called(face, opened, batch[0])
+    try:
+        with face.evaluating(opened.model):
+            float(loss(opened.model, batch))
+    except SlimkitError:
+        raise
+    except Exception as error:  # the user's loss and labels
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(f"--loss {name} does not fit the data: {type(error).__name__}: {reason}") from error
+
+
+def _evaluate(face: JobFramework, model: Any, given: Task, batch_size: int) -> dict[str, float]:
+    """Mean loss over held-out samples, with the accuracy of a classifier."""
+    total = right = 0.0
+    seen = counted = 0
+    assert given.held is not None
+    with face.evaluating(model):
+        for batch in given.held.batches(batch_size):
+            labels = face.arrays(batch[1])[0]
+            total, seen = total + float(given.loss(model, batch)) * len(labels), seen + len(labels)
+            if given.classes:
+                right += float((face.outputs(model, batch[0])[0].argmax(1) == labels).sum())
+                counted += labels.size
+    return {"loss": total / seen, **({"accuracy": right / counted} if counted else {})}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,7 +12,6 @@ Dims = list[Dim]
 # rule(relations, node, axes of its inputs) -> axes of its outputs
 Rule = Callable[["Relations", Node, list[Any]], list[Dims]]
 
-_NUMBERS = re.compile(r"\d+")
 SCALE = "inner size of attention, which its scale depends on"
 UNREACHED = "only a part of it was read when the model ran"
 # Operators whose results hold their inputs' indices side by side: one that nobody reads afterwards was not read.
@@ -118,7 +116,6 @@ class Relations:
         if first < len(graph.nodes):
             self.costs = counted
         self._keep_unreached()
-        self._mirror_unused()
         for number in graph.outputs:
             for dim in self.dims[number]:
                 fix(dim, "output of the model")
@@ -160,26 +157,6 @@ class Relations:
                 needed.setdefault(number, set()).update(here)
                 reached |= here
         return reached
-
-    def _mirror_unused(self) -> None:
-        """Parameters that did not run follow the first one that did among those alike but for numbers in their names.
-
-        An expert that the example did not reach must still fit the widths of those it did.
-        """
-        unused = [p for p in self.graph.shapes if p not in self.params]
-        if not unused:
-            return
-        used: dict[tuple[str, tuple[int, ...]], str] = {}
-        for path in self.params:
-            used.setdefault((_NUMBERS.sub("#", path), self.graph.shapes[path]), path)
-        for path in unused:
-            twin = used.get((_NUMBERS.sub("#", path), self.graph.shapes[path]))
-            if twin is not None and twin != path:
-                self.params[path] = self.params[twin]
-                for axis in range(len(self.graph.shapes[path])):
-                    if (twin, axis) in self.roles:
-                        self.roles[path, axis] = self.roles[twin, axis]
-                self.graph.notes.append(f"{path} did not run; it is cut as {twin} is")
 
     def _source(self, kind: str, path: str, shape: tuple[int, ...]) -> Dims:
         if kind == "param":

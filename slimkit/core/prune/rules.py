@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from slimkit.core.prune import layer_rules, shape_rules
 from slimkit.core.prune.dims import fixed
-from slimkit.core.prune.graph import Node
+from slimkit.core.prune.graph import Graph, Node
 from slimkit.core.prune.relations import Dims, Relations, Rule
+from slimkit.core.prune.unread import couple_unread
 
 
 def _opaque(r: Relations, node: Node, x: list[Dims]) -> list[Dims]:
@@ -49,3 +50,10 @@ RULES: dict[str, Rule] = {
     "unfold": layer_rules.unfold,
     "opaque": _opaque,
 }
+
+
+def relate(graph: Graph) -> Relations:
+    """Relate the axes of everything in a graph, of what did not run as well."""
+    relations = Relations(graph, RULES)
+    couple_unread(relations)
+    return relations

@@ -12,7 +12,7 @@ import numpy as np
 from slimkit.core.prune.dims import FREE, PRODUCT, Dim, find, leaves, product, unify
 from slimkit.core.prune.graph import Graph
 from slimkit.core.prune.relations import SCALE, Relations, layer_of
-from slimkit.core.prune.rules import RULES
+from slimkit.core.prune.rules import relate
 
 # An axis in plain data: a number (stays whole), a variable's name, or ["*" or "+", part, part, ...].
 Expr = int | str | list[Any]
@@ -51,7 +51,7 @@ class Coupling:
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
         self.tied: set[int] = set()
-        self.relations = Relations(graph, RULES)
+        self.relations = relate(graph)
         self.pinned: dict[Dim, str] = {}
 
     def tie(self, place: int) -> bool:

@@ -9,8 +9,8 @@ from typing import Any
 from slimkit.core import check
 from slimkit.core.errors import FileFormatError
 from slimkit.core.files import as_path, atomic_file, read_json
+from slimkit.core.jobs.measurement import FIGURES, figures, show
 from slimkit.core.run import plots
-from slimkit.core.run.measurement import FIGURES, figures, show
 
 
 def read_report(run: Any) -> dict[str, Any]:

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from hashlib import sha256
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from slimkit.core import check
 from slimkit.core.errors import ConfigError, FileFormatError, SlimkitError
 from slimkit.core.files import atomic_directory, read_json, write_json
+from slimkit.core.jobs import factory
+from slimkit.core.jobs.framework import JobResult
+from slimkit.core.jobs.measurement import Measurement
 from slimkit.core.locks import locked
 from slimkit.core.log import logger
-from slimkit.core.run import factory
-from slimkit.core.run.measurement import Measurement
+from slimkit.core.run.checking import check_data, check_stages
 from slimkit.core.run.recipe import Recipe
 from slimkit.core.run.report import write_report
 
@@ -38,6 +38,7 @@ class StageContext:
         directory: where the stage writes its files.
         key: the stage's place in the recipe, for messages ("stages[2].prune").
         dense: makes the dense model: the one before the first stage that shrinks it.
+        seed: of everything the stage draws.
     """
 
     recipe: Recipe
@@ -47,6 +48,7 @@ class StageContext:
     directory: Path
     key: str
     dense: Any
+    seed: int = 0
 
 
 @dataclass
@@ -80,25 +82,8 @@ class StageRecord:
     files: dict[str, int]
 
 
-@dataclass
-class StageResult:
-    """What a stage gives back.
-
-    Args:
-        model: the model afterwards, the same object or a new one.
-        edit: how its structure changed, as plain JSON that `Wing.build` can replay; None if it did not.
-        facts: what to say about it in the report, as plain JSON.
-        curves: name -> values over the steps or epochs, for the plots.
-    """
-
-    model: Any
-    edit: dict[str, Any] | None = None
-    facts: dict[str, Any] = field(default_factory=dict)
-    curves: dict[str, list[float]] = field(default_factory=dict)
-
-
-class Wing(Protocol):
-    """What the runner asks of a framework; `core.run.stages` has what both wings share."""
+class RunFramework(Protocol):
+    """What the runner asks of a framework; `core.run.stages` answers by what the jobs of each can do."""
 
     def seed(self, seed: int) -> None: ...
 
@@ -106,7 +91,7 @@ class Wing(Protocol):
 
     def build(self, recipe: Recipe, folder: Path, edits: list[dict[str, Any]], example: Any) -> Any: ...
 
-    def run(self, kind: str, options: Any, model: Any, context: StageContext) -> StageResult: ...
+    def run(self, kind: str, options: Any, model: Any, context: StageContext) -> JobResult: ...
 
     def measure(self, model: Any, example: Any) -> Measurement: ...
 
@@ -117,7 +102,9 @@ class Wing(Protocol):
     def digest(self, model: Any) -> str: ...
 
 
-def run_recipe(recipe: Recipe, folder: Path, wing: Wing, output: Path, *, restart: bool = False) -> dict[str, Any]:
+def run_recipe(
+    recipe: Recipe, folder: Path, wing: RunFramework, output: Path, *, restart: bool = False
+) -> dict[str, Any]:
     """Run a recipe's stages, or what is left of them.
 
     Args:
@@ -139,7 +126,7 @@ def run_recipe(recipe: Recipe, folder: Path, wing: Wing, output: Path, *, restar
 class _Run:
     """One run in one folder."""
 
-    def __init__(self, recipe: Recipe, folder: Path, wing: Wing, output: Path, restart: bool) -> None:
+    def __init__(self, recipe: Recipe, folder: Path, wing: RunFramework, output: Path, restart: bool) -> None:
         self.recipe, self.folder, self.wing, self.output = recipe, folder, wing, output
         self.restart = restart
         self.kinds = ["load", *(kind for kind, _ in recipe.steps())]
@@ -151,12 +138,12 @@ class _Run:
 
     def go(self) -> dict[str, Any]:
         with locked(self.output, "output", inside=True):
+            check_stages(self.recipe, self.folder)
             self._open()
             # The same seed before each making, so that resuming meets the model and data the first run met.
             self.wing.seed(self.recipe.seed)
             self.data = factory.make(self.recipe.data, self.folder, "data")
-            if not isinstance(self.data, Mapping) or not {"train", "example"} <= set(self.data):
-                raise ConfigError("data: the factory must return a mapping with at least the keys train and example")
+            check_data(self.recipe, self.data)
             for at, kind in enumerate(self.kinds):
                 directory = self._directory(at)
                 if (directory / "stage.json").exists():
@@ -238,9 +225,11 @@ class _Run:
         began = time.perf_counter()
         self.wing.seed(self._seed(at))
         with atomic_directory(directory) as temporary:
-            result = StageResult(self.model)
+            result = JobResult(self.model)
             if at:
-                context = StageContext(self.recipe, self.folder, self.data, list(edits), temporary, key, self.dense)
+                context = StageContext(
+                    self.recipe, self.folder, self.data, list(edits), temporary, key, self.dense, self._seed(at)
+                )
                 options = self.recipe.steps()[at - 1][1]
                 try:
                     result = self.wing.run(kind, options, self.model, context)
@@ -339,8 +328,3 @@ def _first_difference(old: Any, new: Any, path: str = "") -> str:
 
 def _short(metrics: Mapping[str, float]) -> str:
     return ", ".join(f"{k} {v:.4g}" for k, v in metrics.items())
-
-
-def digest_mapping(parts: Mapping[str, str]) -> str:
-    """One SHA-256 over named digests, whatever their order."""
-    return sha256(json.dumps(sorted(parts.items())).encode()).hexdigest()

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from slimkit.core.run.measurement import FIGURES, figures
+from slimkit.core.jobs.measurement import FIGURES, figures
 
 GREY, BLUE, RED, GREEN = "#aab4c3", "#2f6fde", "#d9542b", "#2a9d6f"
 MAX_LAYERS = 60

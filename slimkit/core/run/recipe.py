@@ -2,163 +2,44 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, Discriminator, Field, PositiveFloat, PositiveInt, Tag, ValidationError
+from pydantic import BaseModel, Discriminator, Field, Tag, ValidationError, create_model
 
 from slimkit.core import check
 from slimkit.core.errors import ConfigError, FileFormatError
 from slimkit.core.files import readable_file
-from slimkit.core.run.factory import Factory, Reference, Strict
+from slimkit.core.jobs.factory import Factory, LossReference, Reference
+from slimkit.core.jobs.fields import Strict, explained
+from slimkit.core.jobs.options import JOBS, JobOptions
 from slimkit.core.yamltext import parse_yaml
 
 # A recipe is written by hand; a few lines of YAML aliases can stand for more values than fit into memory.
 _MOST_BYTES = 1 << 20
 _MOST_VALUES = 100_000
 
-Ratio = Annotated[float, Field(gt=0, lt=1)]
+
+def _stage(kind: str, options: type[Strict]) -> type[Strict]:
+    """The model of a stage: one key, the job, and under it the job's options."""
+    # How much of a model is kept is the point of a recipe that prunes: it must be read there.
+    stated = {"reserved_ratio"} & set(options.model_fields)
+    if stated:
+        asked: dict[str, Any] = {
+            key: (
+                options.model_fields[key].rebuild_annotation(),
+                Field(description=options.model_fields[key].description),
+            )
+            for key in stated
+        }
+        options = create_model(options.__name__, __base__=options, __doc__=options.__doc__, **asked)
+    fields: dict[str, Any] = {kind: (options, ...)}
+    return create_model(f"{kind.capitalize()}Stage", __base__=Strict, **fields)
 
 
-class Training(Strict):
-    """How parameters are trained, in every stage that trains."""
-
-    epochs: PositiveInt = Field(description="passes over the training data")
-    learning_rate: PositiveFloat = Field(1e-3, description="peak learning rate")
-    batch_size: PositiveInt = Field(64, description="samples per update")
-    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="sgd uses momentum 0.9")
-    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
-    schedule: Literal["constant", "cosine", "linear"] = Field("cosine", description="down to zero, or constant")
-    gradient_clip: PositiveFloat | None = Field(None, description="bound on each gradient entry")
-    loss: Reference | None = Field(None, description="overrides the recipe's loss in this stage")
-
-
-class TrainOptions(Training):
-    """Train (or fine-tune) all parameters."""
-
-    keep_zeros: bool = Field(False, description="weights that are zero stay zero (after sparsify)")
-
-
-class PruneOptions(Strict):
-    """Drop the least important channels, heads and widths (``Pruner``)."""
-
-    reserved_ratio: Annotated[float, Field(gt=0, le=1)] = Field(description="share of the parameters kept")
-    importance: str = Field("l1", description="name of the importance measure")
-    budget: Literal["params", "macs"] = Field("params", description="what reserved_ratio counts")
-    alignment: PositiveInt = Field(16, description="kept widths are multiples of it")
-    node_reserved_ratio: Ratio = Field(0.5, description="least share of its channels each node keeps")
-    un_prune_list: list[int | str] | None = Field(None, description="layers left whole; null means first and last")
-    calibration_batches: PositiveInt | None = Field(None, description="batches for data-driven importance")
-    compensation_batches: PositiveInt | None = Field(None, description="batches to refit what remains, without labels")
-
-
-class CutOptions(Strict):
-    """Build a smaller instance of the model and cut its weights from a file (``prune_model_weight``)."""
-
-    arguments: dict[str, Any] = Field(description="keyword arguments of the model factory that make it smaller")
-    weights: Reference | None = Field(None, description="factory of a weight file's path; null: the present model")
-    steps: list[str] = Field(default=["prune_blocks"], description="prune_blocks, prune_bert_intra_block")
-    pattern: str | None = Field(None, description="regular expression of a block's name; group 1 is its number")
-    layers: dict[int, int] | None = Field(None, description="new block number: old block number")
-    selection: Literal["first", "importance"] = Field("first", description="which rows and columns to keep")
-
-
-class DistillTerm(Strict):
-    """One comparison of student and teacher."""
-
-    teacher: str | int = Field(description="module path, or output index or key")
-    student: str | int = Field(description="module path, or output index or key")
-    loss: str = Field(description="loss name, for example HiddenMse")
-    weight: PositiveFloat = Field(1.0, description="factor of this term")
-    temperature: PositiveFloat = Field(1.0, description="softening of logits")
-
-
-class DistillOptions(Training):
-    """Train the model to answer as the dense model does (``get_distill_model``)."""
-
-    hidden: list[DistillTerm] = Field(default_factory=list, description="inner modules to compare")
-    outputs: list[DistillTerm] = Field(default_factory=list, description="outputs to compare")
-    hard_weight: float = Field(0.0, ge=0, description="weight of the task loss beside the soft ones")
-
-
-class SparsifyOptions(Strict):
-    """Set weights to zero by magnitude or second-order information (``Compressor``)."""
-
-    method: str = Field("hessian", description="magnitude, wanda, hessian, par or par_v2")
-    sparse_ratio: Ratio = Field(0.5, description="share of the weights set to zero")
-    pattern: str | None = Field(None, description='n:m along input channels, for example "2:4"')
-    uniform: bool = Field(True, description="the same ratio in every layer")
-    progressive: bool = Field(False, description="reach the ratio in steps")
-    residual: bool = Field(False, description="also fit what the residual stream has lost (torch, chains of blocks)")
-    targets: list[str] | None = Field(None, description="globs of layers to sparsify; null means all")
-    ignore: list[str] | None = Field(None, description="globs of layers left dense")
-    calibration_batches: PositiveInt = Field(8, description="batches of calibration data")
-
-
-class AdaptOptions(Training):
-    """Freeze the model and train a small delta on top (``apply_delta``)."""
-
-    kind: str = Field("lora", description="delta kind")
-    targets: list[str] = Field(description="globs of the layers that get a delta")
-    rank: PositiveInt = Field(8, description="rank of the update")
-    alpha: PositiveFloat = Field(16.0, description="scale is alpha / rank")
-    dropout: float = Field(0.0, ge=0, lt=1, description="dropout before the delta")
-
-
-class ExportOptions(Strict):
-    """Write the model as files that other programs run, each proven against it (``export_onnx``, ``export_mindir``)."""
-
-    opset: PositiveInt = Field(13, description="ONNX opset; 13 suits ATC")
-    dynamic_batch: bool = Field(False, description="leave the batch size open")
-    tolerance: PositiveFloat = Field(1e-4, description="largest difference allowed between model and file")
-    compare_dense: bool = Field(True, description="also export the dense model and measure the latency ratio")
-    formats: Annotated[list[Literal["onnx", "mindir"]], Field(min_length=1)] | None = Field(
-        None, description="null: onnx, and mindir too in MindSpore"
-    )
-
-
-class TrainStage(Strict):
-    train: TrainOptions
-
-
-class FinetuneStage(Strict):
-    finetune: TrainOptions
-
-
-class PruneStage(Strict):
-    prune: PruneOptions
-
-
-class CutStage(Strict):
-    cut: CutOptions
-
-
-class DistillStage(Strict):
-    distill: DistillOptions
-
-
-class SparsifyStage(Strict):
-    sparsify: SparsifyOptions
-
-
-class AdaptStage(Strict):
-    adapt: AdaptOptions
-
-
-class ExportStage(Strict):
-    export: ExportOptions
-
-
-_STAGES: dict[str, type[BaseModel]] = {
-    "train": TrainStage,
-    "finetune": FinetuneStage,
-    "prune": PruneStage,
-    "cut": CutStage,
-    "distill": DistillStage,
-    "sparsify": SparsifyStage,
-    "adapt": AdaptStage,
-    "export": ExportStage,
-}
+_STAGES = {kind: _stage(kind, options) for kind, options in JOBS.items()}
 
 
 def _kind(stage: Any) -> str | None:
@@ -171,17 +52,13 @@ def _kind(stage: Any) -> str | None:
     return None
 
 
-Stage = Annotated[
-    Annotated[TrainStage, Tag("train")]
-    | Annotated[FinetuneStage, Tag("finetune")]
-    | Annotated[PruneStage, Tag("prune")]
-    | Annotated[CutStage, Tag("cut")]
-    | Annotated[DistillStage, Tag("distill")]
-    | Annotated[SparsifyStage, Tag("sparsify")]
-    | Annotated[AdaptStage, Tag("adapt")]
-    | Annotated[ExportStage, Tag("export")],
-    Discriminator(_kind),
-]
+if TYPE_CHECKING:
+    Stage = BaseModel
+else:
+    Stage = Annotated[
+        functools.reduce(operator.or_, (Annotated[model, Tag(kind)] for kind, model in _STAGES.items())),
+        Discriminator(_kind),
+    ]
 
 
 class Recipe(Strict):
@@ -195,11 +72,11 @@ class Recipe(Strict):
     output: str | None = Field(None, description="folder of the run; runs/<name> by default")
     model: Reference = Field(description="makes the model: f(**arguments) -> model")
     data: Reference = Field(description="makes the data: f() -> mapping with train, example, calibration")
-    loss: Reference = Field("cross_entropy", description="cross_entropy, mse, or f(model, batch) -> scalar")
+    loss: LossReference = Field("cross_entropy", description="cross_entropy, mse, or f(model, batch) -> scalar")
     metrics: Reference | None = Field(None, description="f(model, data, dense) -> {name: number}")
     stages: Annotated[list[Stage], Field(min_length=1)] = Field(description="run in this order")
 
-    def steps(self) -> list[tuple[str, BaseModel]]:
+    def steps(self) -> list[tuple[str, JobOptions]]:
         """The stages as (kind, options)."""
         return [(kind, getattr(stage, kind)) for stage in self.stages for kind in type(stage).model_fields]
 
@@ -256,7 +133,7 @@ def parse_recipe(content: Mapping[str, Any], source: str = "recipe") -> Recipe:
     try:
         return Recipe.model_validate(dict(content))
     except ValidationError as error:
-        lines = [_explain(e["loc"], e["type"], e["msg"], e["input"]) for e in error.errors()]
+        lines = [_explain(*mistake) for mistake in explained(error)]
         raise ConfigError(f"{source}: " + "\n  ".join(dict.fromkeys(lines))) from None
 
 
@@ -271,8 +148,7 @@ def _explain(location: tuple[Any, ...], kind: str, message: str, value: Any) -> 
         keys = list(value) if isinstance(value, Mapping) else [value]
         near = check.near(keys[0], list(_STAGES)) if len(keys) == 1 else ""
         return f"{place}: a stage is one of {', '.join(_STAGES)}. Received: {', '.join(map(repr, keys))}{near}"
-    shown = repr(value)
-    return f"{place}: {message}. Received: {shown if len(shown) <= 80 else shown[:77] + '...'}"
+    return f"{place}: {message}"
 
 
 def _walk(location: tuple[Any, ...]) -> tuple[str, type[BaseModel] | None]:

@@ -7,25 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from slimkit.core.files import atomic_file, write_json
+from slimkit.core.jobs.measurement import FIGURES, figures, show, summary_rows
 from slimkit.core.run import plots
-from slimkit.core.run.measurement import FIGURES, figures, show
-
-
-def summary_rows(report: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
-    """Dense against final: (what, dense, final, final / dense), the figures first and then the metrics."""
-    stages = report["stages"]
-    dense, final = stages[report["dense"]], stages[-1]
-    rows = []
-    before, after = figures(dense), figures(final)
-    for key, (label, unit) in FIGURES.items():
-        share = f"{after[key] / before[key]:.3f}x" if before[key] else ""
-        rows.append((label, show(before[key], unit), show(after[key], unit), share))
-    for name, value in final["metrics"].items():
-        if name in dense["metrics"]:
-            rows.append(
-                (name, f"{dense['metrics'][name]:.4f}", f"{value:.4f}", f"{value - dense['metrics'][name]:+.4f}")
-            )
-    return rows
 
 
 def headline(report: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, asdict, dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from slimkit.core import check
 from slimkit.core.errors import ArgumentTypeError, ConfigError
-from slimkit.core.sparse.maths.pattern import NM, parse
+
+if TYPE_CHECKING:
+    from slimkit.core.sparse.maths.pattern import NM
 
 METHODS = ("magnitude", "wanda", "hessian", "par", "par_v2")
 DEFAULT_RATIO = 0.5
@@ -117,6 +119,8 @@ class SparseConfig:
     @property
     def nm(self) -> NM | None:
         """The n:m pattern, or None."""
+        from slimkit.core.sparse.maths.pattern import parse
+
         return None if self.pattern is None else parse(self.pattern, "SparseConfig.pattern")
 
     @property

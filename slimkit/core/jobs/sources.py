@@ -66,6 +66,29 @@ class ModelPlace:
 
 
 @dataclass(frozen=True)
+class StudentPlace:
+    """Which student a command trains.
+
+    Args:
+        sizes: layers, ffn, heads, hidden of a student cut out of a Hugging Face teacher, those that change.
+        selection: "importance" or "first": which rows and columns of that teacher stay.
+        place: the student of a factory's teacher; None for Hugging Face directories.
+    """
+
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    selection: str = "importance"
+    place: ModelPlace | None = None
+
+    def __post_init__(self) -> None:
+        check.choice(self.selection, ("importance", "first"), "--selection")
+
+    def identity(self) -> dict[str, Any]:
+        """What a resumed run must agree in, the student's weights apart."""
+        made = None if self.place is None else [self.place.factory, dict(self.place.arguments)]
+        return {"sizes": dict(self.sizes), "selection": self.selection, "student": made}
+
+
+@dataclass(frozen=True)
 class DataPlace:
     """Which data a command reads.
 
@@ -129,7 +152,7 @@ def found(reference: str, option: str) -> Callable[..., Any]:
     Raises:
         ConfigError: it does not exist, importing it fails, or (when called) it raises.
     """
-    from slimkit.core.run import factory
+    from slimkit.core.jobs import factory
 
     place = reference.partition(":")[0]
     root = place.partition(".")[0]

@@ -9,17 +9,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import Discriminator, Field, Tag
 
 from slimkit.core import check
 from slimkit.core.errors import ConfigError, SlimkitError
-from slimkit.core.files import readable_file
-
-
-class Strict(BaseModel):
-    """Unknown keys are errors, values keep their types ("3" is not 3), and nothing changes after loading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+from slimkit.core.jobs.fields import OneOf, Strict
 
 
 class Factory(Strict):
@@ -29,10 +23,28 @@ class Factory(Strict):
     arguments: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the function")
 
 
-Reference = Annotated[
-    Annotated[Factory, Tag("Factory")] | Annotated[str, Tag("str")],
-    Discriminator(lambda value: "Factory" if isinstance(value, Factory | Mapping) else "str"),
+_which = Discriminator(lambda value: "Factory" if isinstance(value, Factory | Mapping) else "str")
+
+Reference = Annotated[Annotated[Factory, Tag("Factory")] | Annotated[str, Tag("str")], _which]
+
+# The losses that frameworks have by name.
+LOSS_NAMES = ("cross_entropy", "mse")
+
+# A loss by name, or a function f(model, batch).
+LossReference = Annotated[
+    Annotated[Factory, Tag("Factory")] | Annotated[str, OneOf(LOSS_NAMES, functions=True), Tag("str")],
+    _which,
 ]
+
+
+def parts(reference: Factory | str) -> tuple[str, dict[str, Any]]:
+    """The text of a reference and the arguments that come with it.
+
+    Example:
+        >>> parts("task.py:model")
+        ('task.py:model', {})
+    """
+    return (reference.factory, reference.arguments) if isinstance(reference, Factory) else (reference, {})
 
 
 def resolve(reference: Factory | str, folder: Path, key: str) -> Callable[..., Any]:
@@ -49,7 +61,7 @@ def resolve(reference: Factory | str, folder: Path, key: str) -> Callable[..., A
     Raises:
         ConfigError: the file, module or function does not exist, or importing it fails.
     """
-    text = reference.factory if isinstance(reference, Factory) else reference
+    text, _ = parts(reference)
     place, _, function = text.partition(":")
     if not place or not function:
         raise ConfigError(f"{key}: must be file.py:function or package.module:function. Received: {text!r}")
@@ -66,6 +78,8 @@ def resolve(reference: Factory | str, folder: Path, key: str) -> Callable[..., A
 
 
 def _load_file(file: Path) -> Any:
+    from slimkit.core.files import readable_file
+
     readable_file(file, "factory file")
     name = f"slimkit_recipe_{file.stem}_{abs(hash(str(file.resolve()))):x}"
     if name in sys.modules:
@@ -91,11 +105,10 @@ def _load_file(file: Path) -> Any:
 def make(reference: Factory | str, folder: Path, key: str, *args: Any, **extra: Any) -> Any:
     """Call a factory with its own arguments and `extra`; whatever it raises names the key."""
     function = resolve(reference, folder, key)
-    arguments = reference.arguments if isinstance(reference, Factory) else {}
+    text, arguments = parts(reference)
     try:
         return function(*args, **{**arguments, **extra})
     except SlimkitError:
         raise
     except Exception as error:  # as above: the message must say which key of the recipe led here
-        text = reference.factory if isinstance(reference, Factory) else reference
         raise ConfigError(f"{key}: {text} raised {type(error).__name__}: {error}") from error

@@ -16,8 +16,8 @@ from slimkit.core.checkpoint.torchfile import TorchFile
 from slimkit.core.checkpoint.weightfile import Entry, Weights
 from slimkit.core.errors import FileFormatError
 from slimkit.core.jobs import folders
+from slimkit.core.jobs.measurement import show, summary_rows
 from slimkit.core.log import progress
-from slimkit.core.run.measurement import show
 
 Array = np.ndarray[Any, Any]
 
@@ -271,8 +271,6 @@ def _onnx(path: Path) -> Look:
 
 
 def _run(path: Path) -> Look:
-    from slimkit.core.run.report import summary_rows
-
     report = files.read_json(path / "report.json", "report.json")
     if not isinstance(report, dict) or report.get("format") != "slimkit-report":
         raise FileFormatError(f"{path / 'report.json'} is not the report of a slimkit run.")

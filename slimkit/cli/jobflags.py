@@ -1,0 +1,127 @@
+"""A job's options as flags of its command: the command line's reading of `core.jobs.options`."""
+
+from __future__ import annotations
+
+import inspect
+import types
+from typing import Annotated, Any, Union, get_args, get_origin
+
+import typer
+
+from slimkit.core.errors import ConfigError
+from slimkit.core.jobs.fields import Strict, explained, flag_of, words_of
+
+_PANELS = {
+    "Training": (
+        "epochs", "learning_rate", "optimizer", "weight_decay", "schedule", "warmup", "max_steps", "gradient_clip_norm",
+        "gradient_clip_value",
+    ),
+    "Data": ("batch_size",),
+}  # fmt: skip
+
+
+def parameters(options: type[Strict]) -> list[inspect.Parameter]:
+    """A keyword for each option that the command line has a flag for, as typer reads it.
+
+    Args:
+        options: a job's options.
+    """
+    found = []
+    for key, field in options.model_fields.items():
+        flag, words = flag_of(options, key), words_of(options, key)
+        if not flag.names:
+            continue
+        kind, many = _plain(field.annotation)
+        default = None if field.is_required() or field.default_factory else field.default
+        switch = kind is bool
+        if flag.sets is not None:
+            kind, default, switch = bool, False, True
+        if many:
+            default = None
+        text = flag.help or field.description or ""
+        first = text.partition(" ")[0].rstrip(",:")
+        known = words is not None and first in words.words
+        said = (text if known or "_" in first else text[:1].upper() + text[1:]).rstrip(".") + "."
+        if words is not None and not any(word in text for word in words.words[:2]):
+            said += f" One of {', '.join(words.words)}."
+        option = typer.Option(
+            *flag.names,
+            help=said,
+            metavar=None if switch else flag.metavar,
+            show_default=default is not None and not switch,
+            autocompletion=None if words is None else _completes(words),
+            rich_help_panel=next((panel for panel, keys in _PANELS.items() if key in keys), None),
+        )
+        shown: Any = list[str] if many else kind
+        annotation: Any = Annotated[shown if default is not None else shown | None, option]
+        found.append(inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation))
+    return found
+
+
+def made(options: type[Strict], **given: Any) -> Any:
+    """The options that flags give; what was left at its default is not said.
+
+    Args:
+        options: a job's options.
+        given: key -> value as typer read it.
+
+    Raises:
+        ConfigError: a value is not allowed; the message begins with the flag.
+    """
+    from pydantic import ValidationError
+
+    from slimkit.core.jobs import sources
+
+    asked: dict[str, Any] = {}
+    for key, value in given.items():
+        field, flag = options.model_fields[key], flag_of(options, key)
+        if flag.sets is not None:
+            value = flag.sets if value else field.default
+        elif isinstance(value, list):
+            value = (
+                sources.settings(value, flag.names[0]) if _origin(field.annotation) is dict else _numbers(field, value)
+            )
+        elif value == "auto" and field.default is None:
+            value = None
+        if value not in (None, [], {}) and value != field.default:
+            asked[key] = value
+    try:
+        return options(**asked)
+    except ValidationError as error:
+        lines = [
+            f"{flag_of(options, str(at[0])).names[0] + ': ' if at else ''}{said}" for at, _, said, _ in explained(error)
+        ]
+        raise ConfigError("; ".join(dict.fromkeys(lines))) from None
+
+
+def _completes(words: Any) -> Any:
+    return lambda incomplete: [word for word in words.words if word.startswith(incomplete)]
+
+
+def _numbers(field: Any, texts: list[str]) -> list[Any]:
+    """The items of a list; where it may hold numbers, those that are."""
+    if int not in _parts(field.annotation):
+        return texts
+    return [int(text) if text.lstrip("-").isdigit() else text for text in texts]
+
+
+def _parts(annotation: Any) -> set[Any]:
+    """Every type named in a type."""
+    return {annotation, get_origin(annotation)}.union(*(_parts(part) for part in get_args(annotation)))
+
+
+def _origin(annotation: Any) -> Any:
+    """The type, without None beside it and marks around it."""
+    if get_origin(annotation) is Annotated:
+        return _origin(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, types.UnionType):
+        return _origin(next(part for part in get_args(annotation) if part is not type(None)))
+    return get_origin(annotation) or annotation
+
+
+def _plain(annotation: Any) -> tuple[type, bool]:
+    """What typer reads for a type, and whether the flag may be given several times."""
+    kind = _origin(annotation)
+    if kind in (list, dict):
+        return str, True
+    return (kind if kind in (bool, int, float) else str), False

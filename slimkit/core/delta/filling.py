@@ -1,0 +1,179 @@
+"""Putting deltas that a file describes on a model, and filling them and the base with the file's values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from slimkit.core import check
+from slimkit.core.delta import base as base_values
+from slimkit.core.delta import inject, owned
+from slimkit.core.delta.base import HELD, BaseValue, Placement
+from slimkit.core.delta.bundle import compare_keys, compare_shapes
+from slimkit.core.delta.framework import DeltaStorage
+from slimkit.core.delta.spec import KINDS, PREFIX, DeltaReport, spec_from_dict
+from slimkit.core.errors import ArgumentError
+from slimkit.core.freeze import report_of
+
+Array = np.ndarray[Any, Any]
+
+
+def check_paths(access: DeltaStorage, model: Any, paths: Iterable[str], where: str) -> None:
+    sites = access.sites(model)
+    for path in paths:
+        if path not in sites and PREFIX not in path:
+            raise ArgumentError(
+                f"the delta in {where} was trained on a model with a layer {path!r}, which this model does not "
+                f"have{check.near(path, list(sites))}. load_delta(..., rename=...) translates paths."
+            )
+
+
+def finish(
+    access: DeltaStorage,
+    model: Any,
+    deltas: list[dict[str, Any]],
+    tensors: Mapping[str, Array],
+    values: Mapping[str, BaseValue],
+    freeze: bool,
+    where: str,
+    notes: tuple[str, ...] = (),
+) -> DeltaReport:
+    """Check the base's tensors, put the deltas on, then fill both."""
+    places = base_values.place(access.neutral(model), values, where)
+    described = put_on(access, model, deltas, tensors, freeze, where)
+    notes += fill_base(access, model, places, deltas, freeze)
+    summary = report_of(access.parameters(model))
+    kinds = ", ".join(dict.fromkeys(d["kind"] for d in deltas))
+    named = ", ".join(dict.fromkeys(d["name"] for d in deltas))
+    return DeltaReport(kinds, named, described, trainable=str(summary).splitlines()[0], notes=notes)
+
+
+def fill_base(
+    access: DeltaStorage,
+    model: Any,
+    places: Iterable[Placement],
+    deltas: Sequence[Mapping[str, Any]],
+    freeze: bool,
+) -> tuple[str, ...]:
+    """Give tensors of the base the values that came with deltas, in place, or give their places one of their own.
+
+    Args:
+        access: the wing.
+        model: the model, the deltas on it.
+        places: what goes where; see `base.place`.
+        deltas: their records; what trains belongs to the one it came with, and the base's values come back without it.
+        freeze: whether the base stands still without the deltas.
+
+    Returns:
+        A line about each thing that is worth one.
+    """
+    notes, held = [], set(getattr(model, HELD, ()))
+    # A value for what stays in common goes in first: a tensor of one's own is made beside it, not from it.
+    places = sorted(places, key=lambda p: p.split)
+    for place in places:
+        if place.split:
+            access.split(model, place.names)
+            notes.append(f"{' and '.join(place.names)} now hold a tensor of their own, as the file means it")
+    base, paths = access.neutral(model), paths_of(access, model)
+    known = list(dict.fromkeys(str(d["name"]) for d in deltas))
+    for name in known:
+        theirs = [
+            base[p.names[0]] for p in places if p.trains and (p.owner == name or (not p.owner and len(known) == 1))
+        ]
+        own = [paths[id(t)] for t in theirs if id(t) in paths and access.may_train(t)]
+        notes += owned.take(access, model, name, own, freeze=freeze)
+    for place in places:
+        tensor = base[place.names[0]]
+        access.fill(tensor, place.value)
+        if not place.trains:
+            held.update(place.names)
+        elif access.may_train(tensor):
+            tensor.requires_grad = True
+    if held:
+        setattr(model, HELD, sorted(held))
+        notes.append(f"{len(held)} tensors of the base came with the file: {', '.join(sorted(held)[:5])}")
+    return tuple(notes)
+
+
+def paths_of(access: DeltaStorage, model: Any) -> dict[int, str]:
+    """id of each parameter of the base -> the first path that holds it, by the framework's own names."""
+    found: dict[int, str] = {}
+    for path, module in access.holders(model):
+        for attribute, parameter in access.own_parameters(module).items():
+            found.setdefault(id(parameter), f"{path}.{attribute}" if path else attribute)
+    return found
+
+
+def put_on(
+    access: DeltaStorage,
+    model: Any,
+    deltas: list[dict[str, Any]],
+    tensors: Mapping[str, Array],
+    freeze: bool,
+    where: str,
+) -> dict[str, Any]:
+    """Apply recorded deltas and fill them, in place; on any error what was put on comes off again."""
+    described: dict[str, Any] = {}
+    done: list[str] = []
+    wanted: dict[str, Any] = {}
+    try:
+        for delta in deltas:
+            built_in = _built_in(access, model, delta)
+            described.update(built_in)
+            left = {p: r for p, r in delta["layers"].items() if p not in built_in}
+            if left:
+                report = apply_record(access, model, {**delta, "layers": left}, freeze)
+                done.append(delta["name"])
+                described.update(report.layers)
+            # A prompt stands before the whole model: where exactly it is held differs between the frameworks.
+            prompt = next(iter(delta["layers"]), None) if delta["kind"] == "prompt" else None
+            for here, layer in access.layers(model).items():
+                path = here if prompt is None else prompt
+                if path in delta["layers"] and layer.delta_kind == delta["kind"] and delta["name"] in layer.specs:
+                    for part, tensor in layer.parts(delta["name"], delta["file_name"]).items():
+                        wanted[f"{path}.{part}" if path else part] = tensor
+        compare_keys(tensors, wanted, where)
+        compare_shapes(tensors, {k: tuple(t.shape) for k, t in wanted.items()}, where)
+    except Exception:
+        for name in done:
+            inject.remove(access, model, name)
+        raise
+    for spelled, tensor in wanted.items():
+        access.take_dtype(tensor, tensors[spelled])
+        access.fill(tensor, tensors[spelled])
+    return described
+
+
+def _built_in(access: DeltaStorage, model: Any, delta: Mapping[str, Any]) -> dict[str, Any]:
+    """The recorded layers that the model was built with: they are there already, and only want values."""
+    layers = access.layers(model)
+    found = {}
+    for path, record in delta["layers"].items():
+        layer = layers.get(path)
+        if layer is None or not layer.built_as_delta or delta["name"] not in layer.specs:
+            continue
+        if layer.delta_kind != delta["kind"]:
+            raise ArgumentError(f"{path} was built as {layer.delta_kind!r}; the file holds {delta['kind']!r}.")
+        own = layer.describe(delta["name"])
+        differs = [k for k, v in record.items() if k in own and k not in ("init", "dropout") and own[k] != v]
+        if differs:
+            raise ArgumentError(
+                f"{path} was built with {differs[0]}={own[differs[0]]!r}; the file says {record[differs[0]]!r}."
+            )
+        found[path] = dict(own)
+    return found
+
+
+def apply_record(access: DeltaStorage, model: Any, delta: Mapping[str, Any], freeze: bool) -> DeltaReport:
+    """Put one recorded delta on a model, its values still to be filled in."""
+    kind = check.choice(delta.get("kind"), KINDS, "kind")
+    records: Mapping[str, Any] = delta["layers"]
+    if kind == "lora":
+        specs = {p: spec_from_dict(r) for p, r in records.items()}
+        return inject.apply_layers(access, model, kind, None, name=str(delta["name"]), freeze=freeze, specs=specs)
+    options = dict(next(iter(records.values())))
+    if options.pop("heads", None) is not None:
+        options["sizes"] = {path: record["heads"] for path, record in records.items()}
+    return access.apply_kind(model, kind, list(records), name=delta["name"], freeze=freeze, **options)

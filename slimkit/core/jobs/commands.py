@@ -1,0 +1,290 @@
+"""The single commands, alike in both frameworks: a model named on the command line in, files or figures out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from slimkit.core import files
+from slimkit.core.errors import ConfigError, UnsupportedError
+from slimkit.core.jobs import fitting, folders, sources, work
+from slimkit.core.jobs.fields import Strict, flag_of
+from slimkit.core.jobs.framework import ComputeLoss, FitRun, JobFramework, Opened, Supervised
+from slimkit.core.jobs.measurement import Measurement
+from slimkit.core.jobs.options import (
+    ExportOptions,
+    FitOptions,
+    PruneOptions,
+    SparsifyOptions,
+)
+from slimkit.core.jobs.sources import DataPlace, ModelPlace
+from slimkit.core.sparse import SparseConfig
+from slimkit.core.sparse.compress import select
+
+
+class CommandContext(work.JobContext):
+    """A command as the job sees it.
+
+    Args:
+        face: the framework.
+        seed: of --seed.
+        example: one batch of inputs.
+        options: the job's options, whose flags messages name.
+        batches: calibration batches, where --calib was given.
+        read: the training data.
+        is_hf: whether transformers made the model, which then knows no loss on arrays.
+        named_loss: the task's loss and its name, where that is settled.
+    """
+
+    def __init__(
+        self,
+        face: JobFramework,
+        seed: int,
+        example: Any,
+        options: Strict,
+        *,
+        batches: list[Any] | None = None,
+        read: Supervised | None = None,
+        is_hf: bool = False,
+        named_loss: tuple[str, ComputeLoss] | None = None,
+    ) -> None:
+        super().__init__(face, seed, example)
+        self._kind, self._batches, self._read, self._is_hf = type(options), batches, read, is_hf
+        self._loss = named_loss
+        # Where a training run keeps its state, how, and the inputs that it is known by.
+        self.keeps: tuple[Path, FitRun, Mapping[str, Any]] | None = None
+
+    def spell(self, key: str) -> str:
+        return flag_of(self._kind, key).names[0]
+
+    def function(self, reference: str, key: str) -> Callable[..., Any]:
+        return sources.found(reference, self.spell(key))
+
+    def calibration(self, count: int | None = None) -> list[Any]:
+        if not self._batches:
+            raise ConfigError("--calib DATA is needed: calibration batches, which nothing else gives")
+        return self._batches
+
+    def loss(self, asked: Any) -> tuple[str, ComputeLoss]:
+        if self._loss is not None:
+            return self._loss
+        if asked is not None and ":" in asked:
+            return asked, sources.found(asked, "--loss")
+        if self._is_hf:
+            raise ConfigError("--loss: arrays on a Hugging Face directory need --loss MODULE:FUNCTION, f(model, batch)")
+        assert self._read is not None
+        name = asked or ("cross_entropy" if self._read.integers else "mse")
+        return name, work.named_loss(self.face, name, self.spell)
+
+    def fit(self, model: Any, options: FitOptions, loss: ComputeLoss) -> dict[str, Any]:
+        assert self._read is not None
+        assert self.keeps is not None
+        return fitting.fit_resumably(
+            self.face, model, options, self._read.samples, loss, *self.keeps,
+            spell=self.spell, collate=self._read.collate,
+        )  # fmt: skip
+
+
+# prune, sparsify, export, inspect -----------------------------------------------------------------------------------
+
+
+def prune(
+    face: JobFramework,
+    place: ModelPlace,
+    out: Path | None,
+    options: PruneOptions,
+    *,
+    example: str | None,
+    calib: DataPlace | None,
+    seed: int,
+) -> dict[str, Any]:
+    """Prune a model's structure; with `out` None only plan it.
+
+    Args:
+        face: the framework.
+        place: the model.
+        out: folder of the pruned model; None leaves everything as it is.
+        options: of the job.
+        example: one input: a shape, a file of arrays or a function; None: one that the model describes.
+        calib: data for data-driven importances and for the refit.
+        seed: of made-up examples and of random importance.
+
+    Returns:
+        parameters_before, parameters, kept, report, and with `out` written.
+    """
+    opened = face.open(place)
+    if opened.desc is not None:
+        raise ConfigError("--model is a pruned model already; prune the original to the ratio wanted")
+    batches = calibration_of(face, opened, calib)
+    context = CommandContext(face, seed, example_of(face, opened, example, seed=seed), options, batches=batches)
+    done = work.prune(opened.model, options, context, plan_only=out is None)
+    facts = {key: value for key, value in done.facts.items() if key != "headline"}
+    if out is None or done.edit is None:
+        return facts
+    opened.desc = done.edit["prune"]
+    with files.atomic_directory(out) as folder:
+        facts["written"] = face.write_model(opened, folder)
+        folders.write_report(folder, "prune", {"asked": options.reserved_ratio, **facts})
+    return facts
+
+
+def sparsify(
+    face: JobFramework,
+    place: ModelPlace,
+    out: Path,
+    options: SparsifyOptions,
+    *,
+    calib: DataPlace | None,
+    restart: bool = False,
+    plan: bool = False,
+) -> dict[str, Any]:
+    """Make a model sparse and write it; with `plan` say what that would do.
+
+    Args:
+        face: the framework.
+        place: the model.
+        out: folder of the sparse model.
+        options: of the job.
+        calib: calibration data.
+        restart: throw an unfinished run away, where a framework leaves one.
+        plan: write nothing.
+
+    Returns:
+        The report of the sparsity room, with "written" and "resumable"; for a plan the layers, the zeros, the data.
+    """
+    config = options.build()
+    found = face.sparsify_blocks(place, out, config, calib, restart=restart, plan=plan)
+    if found is not None:
+        return found
+    folders.unused(out)
+    opened = face.open(place)
+    batches = needed(calibration_of(face, opened, calib), config)
+    if plan:
+        return sparse_plan(*face.sparse_layers(opened.model), config, batches)
+    context = CommandContext(face, 0, None, options, batches=batches)
+    report = work.sparsify(opened.model, options, context).facts["report"]
+    with files.atomic_directory(out) as folder:
+        written = face.write_model(opened, folder)
+        files.write_json(folder / "sparse_report.json", report)
+    return {**report, "written": written, "resumable": False}
+
+
+def needed(batches: list[Any] | None, config: SparseConfig) -> list[Any] | None:
+    """Refuse to go on without data that the method reads."""
+    if config.needs_data and not batches:
+        raise ConfigError(f"--method {config.method} needs --calib DATA; only magnitude with equal ratios needs none")
+    return batches
+
+
+def sparse_plan(
+    layers: Mapping[str, Any], skipped: Mapping[str, str], config: SparseConfig, batches: list[Any] | None
+) -> dict[str, Any]:
+    """What a sparsity run would do, as plain values."""
+    left_out = dict(skipped)
+    names, unmatched = select(layers, left_out, config)
+    weights = sum(layers[n].size for n in names)
+    return {
+        "layers": names,
+        "skipped": left_out,
+        "unmatched": list(unmatched),
+        "weights": weights,
+        "zeros": round(weights * config.sparse_ratio),
+        "batches": len(batches or ()),
+        "blocks_done": 0,
+        "resumable": False,
+    }
+
+
+def export(
+    face: JobFramework,
+    place: ModelPlace,
+    out: Path | None,
+    options: ExportOptions,
+    *,
+    format: str,
+    example: str | None,
+    length: int,
+    delta_folder: Path | None,
+    seed: int,
+) -> dict[str, Any]:
+    """Write a model for deployment; with `out` None only prepare.
+
+    Args:
+        face: the framework.
+        place: the model.
+        out: the file, or the folder of a format that is one.
+        options: of the job.
+        format: one of the framework's formats.
+        example: one input, as in `prune`.
+        length: tokens of a made-up text.
+        delta_folder: a delta to put on and merge first; the model's files stay as they are.
+        seed: of made-up inputs.
+
+    Returns:
+        What was written and how well it agrees, as plain values.
+
+    Raises:
+        UnsupportedError: the format belongs to the other framework.
+    """
+    if format not in face.formats:
+        raise UnsupportedError(
+            f"--format {format} is not written here (choose from {', '.join(face.formats)}): mindir is for --framework "
+            "mindspore, w16a16s for Hugging Face directories"
+        )
+    opened = face.open(place, delta_folder)
+    if delta_folder is not None:
+        face.slim.merge_delta(opened.model, unload=True)
+    facts: dict[str, Any] = {"format": format, "parameters": work.count(face, opened.model)}
+    inputs = None
+    if format != "w16a16s":
+        inputs = example_of(face, opened, example, length=length, seed=seed)
+        facts["shapes"] = face.input_shapes(inputs)
+    if out is None:
+        return facts
+    return {**facts, **face.export(opened, inputs, out, format, options.build())}
+
+
+def measure(
+    face: JobFramework,
+    place: ModelPlace,
+    *,
+    example: str | None,
+    length: int,
+    delta_folder: Path | None,
+    seed: int,
+) -> Measurement:
+    """Parameters, zeros, MACs, trainable share and latency of a model on one input."""
+    opened = face.open(place, delta_folder)
+    return face.measure(opened.model, example_of(face, opened, example, length=length, seed=seed))
+
+
+# What they share. ---------------------------------------------------------------------------------------------------
+
+
+def example_of(face: JobFramework, opened: Opened, given: str | None, *, length: int = 16, seed: int = 0) -> Any:
+    """One input: what the user gave (a shape, a file of arrays, a function), or one the model describes."""
+    if given is None:
+        own = face.own_example(opened, length, seed)
+        if own is None:
+            raise ConfigError(
+                "a model from a factory needs --example SHAPE (such as 1,3,224,224), a file, or a function"
+            )
+        return own
+    if Path(given).exists():
+        return face.tensors(sources.read_arrays(Path(given)))
+    if ":" in given and not given.rpartition(":")[2].startswith(("float", "int", "bool")):
+        made = sources.found(given, "--example")()
+        return made["example"] if isinstance(made, dict) and "example" in made else made
+    return face.tensors(sources.parse_example(given, seed))
+
+
+def calibration_of(face: JobFramework, opened: Opened, place: DataPlace | None) -> list[Any] | None:
+    """The calibration batches that were named, or None."""
+    if place is None:
+        return None
+    if place.kind == "function":
+        return place.made_batches("--calib")
+    if place.kind == "arrays":
+        return [face.tensors(batch) for batch in place.array_batches()]
+    return face.text(opened, place)

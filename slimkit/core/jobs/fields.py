@@ -1,0 +1,131 @@
+"""How an option is declared: strict values, the words it may take, and how the command line spells it."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import PydanticCustomError, core_schema
+
+from slimkit.core import check
+
+# How a message names an option, by its key: "stages[2].train.epochs" or "--epochs".
+Spell = Callable[[str], str]
+
+
+class Strict(BaseModel):
+    """Unknown keys are errors, values keep their types ("3" is not 3), and nothing changes after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """The words that an option takes: a check, an enum of the JSON Schema, and what the shell completes.
+
+    Args:
+        table: the words, or "module:NAME" of the table that has a row for each; read when first needed, so that help
+            loads no NumPy.
+        functions: whether ``file.py:function`` of the user's own is taken as well.
+        first: words before those of the table.
+    """
+
+    table: str | tuple[str, ...]
+    functions: bool = False
+    first: tuple[str, ...] = ()
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """The words, in the table's order."""
+        if isinstance(self.table, tuple):
+            return self.table
+        place, _, name = self.table.partition(":")
+        return (*self.first, *getattr(importlib.import_module(place), name))
+
+    def _known(self, value: str) -> str:
+        words = self.words
+        if value in words or (self.functions and ":" in value):
+            return value
+        more = ", or file.py:function" if self.functions else ""
+        raise PydanticCustomError(
+            "one_of",
+            "must be one of {words}",
+            {"words": ", ".join(map(repr, words)) + more, "near": check.near(value, words)},
+        )
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        return core_schema.no_info_after_validator_function(self._known, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> dict[str, Any]:
+        words = {"type": "string", "enum": list(self.words)}
+        return {"anyOf": [words, {"type": "string", "pattern": ":"}]} if self.functions else words
+
+
+@dataclass(frozen=True, init=False)
+class Flag:
+    """How the command line spells an option; without one it is spelt as its key, `batch_size` as --batch-size.
+
+    Args:
+        names: of the option, such as --ratio and -r; none leaves it to recipes.
+        metavar: what stands for its value in the help.
+        sets: for a switch, what the option becomes where the switch is given.
+        help: for a switch, what it says of itself.
+    """
+
+    names: tuple[str, ...]
+    metavar: str | None
+    sets: Any
+    help: str | None
+
+    def __init__(self, *names: str, metavar: str | None = None, sets: Any = None, help: str | None = None) -> None:
+        for name, value in (("names", names), ("metavar", metavar), ("sets", sets), ("help", help)):
+            object.__setattr__(self, name, value)
+
+
+RECIPE_ONLY = Flag()
+
+
+def declared(metadata: Sequence[Any], kind: type) -> Any:
+    """The mark of a kind in a field's metadata, or None."""
+    return next((mark for mark in metadata if isinstance(mark, kind)), None)
+
+
+def flag_of(options: type[BaseModel], key: str) -> Flag:
+    """How the command line spells an option.
+
+    Example:
+        >>> flag_of(type("Options", (Strict,), {"__annotations__": {"batch_size": int}}), "batch_size").names
+        ('--batch-size',)
+    """
+    known = options.model_fields[key].metadata if key in options.model_fields else ()
+    return declared(known, Flag) or Flag("--" + key.replace("_", "-"))
+
+
+def words_of(options: type[BaseModel], key: str) -> OneOf | None:
+    """The words that an option takes, where it takes only some."""
+    field = options.model_fields[key]
+    return declared(field.metadata, OneOf) or _inside(field.annotation)
+
+
+def _inside(annotation: Any) -> OneOf | None:
+    """Words that stand deeper in a type: `list[word]`, `word | None`."""
+    found = declared(getattr(annotation, "__metadata__", ()), OneOf)
+    if found is not None:
+        return found
+    return next((deep for part in get_args(annotation) if (deep := _inside(part)) is not None), None)
+
+
+def explained(error: ValidationError) -> list[tuple[tuple[Any, ...], str, str, Any]]:
+    """Each mistake once as (where, kind, what is wrong, what came); words come with the nearest one."""
+    found = []
+    for one in error.errors():
+        shown = repr(one["input"])
+        shown = shown if len(shown) <= 80 else shown[:77] + "..."
+        # What concerns several options shows none of them.
+        came = "" if isinstance(one["input"], Mapping) and "ctx" in one else f". Received: {shown}"
+        near = one.get("ctx", {}).get("near", "")
+        found.append((one["loc"], one["type"], f"{one['msg']}{came}{near}", one["input"]))
+    return found

@@ -1,0 +1,275 @@
+"""What each job does to a model of either framework: model and options in, model and facts out."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from slimkit.core.distill.config import KnowledgeDistillConfig
+from slimkit.core.errors import ConfigError
+from slimkit.core.files import digest_array
+from slimkit.core.jobs import fitting
+from slimkit.core.jobs.framework import Array, ComputeLoss, JobFramework, JobResult
+from slimkit.core.jobs.measurement import show
+from slimkit.core.jobs.options import (
+    AdaptOptions,
+    CutOptions,
+    DistillOptions,
+    FitOptions,
+    PruneOptions,
+    SparsifyOptions,
+    TrainOptions,
+)
+from slimkit.core.prune.criteria import Criterion
+
+
+class JobContext(ABC):
+    """What a job is given beside its model and its options, by a recipe or by a command.
+
+    Args:
+        face: the framework.
+        seed: of everything the job draws.
+        example: one batch of inputs.
+    """
+
+    def __init__(self, face: JobFramework, seed: int, example: Any) -> None:
+        self.face, self.seed, self.example = face, seed, example
+
+    @abstractmethod
+    def spell(self, key: str) -> str:
+        """How the user writes an option of this job."""
+
+    @abstractmethod
+    def function(self, reference: str, key: str) -> Callable[..., Any]:
+        """The user's function that an option names."""
+
+    @abstractmethod
+    def calibration(self, count: int | None = None) -> list[Any]:
+        """Calibration batches, at most so many; ConfigError where there are none."""
+
+    @abstractmethod
+    def loss(self, asked: Any) -> tuple[str, ComputeLoss]:
+        """The task's loss and its name, by the job's option `loss`."""
+
+    @abstractmethod
+    def fit(self, model: Any, options: FitOptions, loss: ComputeLoss) -> dict[str, Any]:
+        """Train what wants a gradient on the training data; returns what `fitting.fit` does."""
+
+
+def count(face: JobFramework, model: Any) -> int:
+    """Numbers in all parameters, shared ones once."""
+    return sum(size for size, _ in face.sizes(model))
+
+
+def digest(face: JobFramework, model: Any) -> str:
+    """SHA-256 over all parameters and buffers, whatever their order."""
+    parts = {name: f"{kind}{digest_array(raw)}" for name, kind, raw in face.states(model)}
+    return sha256(json.dumps(sorted(parts.items())).encode()).hexdigest()
+
+
+def named_loss(face: JobFramework, name: str, spell: Callable[[str], str]) -> ComputeLoss:
+    """f(model, (inputs, targets)) for a loss that the framework has by name."""
+    function = face.losses[name]
+
+    def loss(model: Any, batch: Any) -> Any:
+        answer, target = face.call(model, batch[0]), batch[1]
+        if name == "mse" and tuple(answer.shape) != tuple(target.shape):
+            # Frameworks would repeat the smaller one in silence.
+            raise ConfigError(
+                f"{spell('loss')} mse: the network answers with {tuple(answer.shape)} where the labels are "
+                f"{tuple(target.shape)}"
+            )
+        return function(answer, target)
+
+    return loss
+
+
+# train --------------------------------------------------------------------------------------------------------------
+
+
+def train(model: Any, options: TrainOptions, context: JobContext) -> JobResult:
+    """Train all parameters, in place; zeros stay zero where that was asked for."""
+    face = context.face
+    keeper: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+    if options.keep_zeros:
+        keeper = face.slim.freeze_zeros(model)
+    with keeper:
+        fitted = context.fit(model, options, context.loss(options.loss)[1])
+    said = _trained(fitted) + (", zeros kept" if options.keep_zeros else "")
+    return JobResult(model, facts={"headline": said, "steps": fitted["steps"]}, curves=curves(fitted))
+
+
+def curves(fitted: Mapping[str, Any]) -> dict[str, list[float]]:
+    """The curves of a training run, for plots."""
+    return {"loss": fitted["loss_by_epoch"], "loss_by_step": fitted["loss_by_step"]}
+
+
+def _trained(fitted: Mapping[str, Any]) -> str:
+    losses, steps = fitted["loss_by_epoch"], fitted["steps"]
+    took = f"{len(losses)} epoch{'s' if len(losses) != 1 else ''} of {steps} updates in all"
+    return f"{took}, loss {losses[0]:.4g} to {losses[-1]:.4g}" if losses else f"{steps} updates"
+
+
+# prune, cut, sparsify -----------------------------------------------------------------------------------------------
+
+
+def prune(model: Any, options: PruneOptions, context: JobContext, *, plan_only: bool = False) -> JobResult:
+    """Drop channels, heads and widths, in place; with `plan_only` the model is left as it is."""
+    face = context.face
+    before = count(face, model)
+    importance: Any = options.importance
+    if ":" in importance:
+        importance = context.function(importance, "importance")
+    own = isinstance(importance, type) and issubclass(importance, Criterion) and importance.needs
+    measured = None
+    if options.scored_by_data or own:
+        measured = context.calibration(options.calibration_batches)
+    pruner = (
+        face.slim.Pruner(model, context.example)
+        .set_importance_evaluation_function(importance, calibration=measured, seed=context.seed)
+        .set_node_reserved_ratio(options.node_reserved_ratio)
+        .set_alignment(options.alignment)
+        .set_budget(options.budget)
+        .set_allocation(options.allocation)
+    )
+    if options.compensation_batches:
+        pruner.set_compensation(context.calibration(options.compensation_batches))
+    desc = None
+    if plan_only:
+        after, _ = pruner.analysis(options.reserved_ratio, options.un_prune_list)
+    else:
+        desc = pruner.prune(options.reserved_ratio, options.un_prune_list)
+        after = count(face, model)
+    report = pruner.report()
+    said = f"{show(before, 'count')} to {show(after, 'count')} parameters: {after / before:.3f} kept"
+    if options.budget != "params":
+        said += f"; of the {options.budget} {report['reached']:.3f}"
+    facts = {
+        "headline": f"{said}, {options.reserved_ratio} asked for",
+        "parameters_before": before,
+        "parameters": after,
+        "kept": after / before,
+        "report": report,
+    }
+    return JobResult(model, edit=None if desc is None else {"prune": desc}, facts=facts)
+
+
+def cut(small: Any, weights: Path, options: CutOptions, face: JobFramework, before: int) -> JobResult:
+    """Cut the weights of a smaller instance of a model out of a file, in place."""
+    report = face.slim.prune_model_weight(small, options.build(), str(weights))
+    said = f"{show(before, 'count')} to {show(count(face, small), 'count')} parameters"
+    return JobResult(small, facts={"headline": said, "report": _plain(report)})
+
+
+def sparsify(model: Any, options: SparsifyOptions, context: JobContext) -> JobResult:
+    """Set weights to zero, in place."""
+    config = options.build()
+    batches = context.calibration(options.calibration_batches) if config.needs_data else None
+    report = _plain(context.face.slim.Compressor(model, config).compress(batches))
+    return JobResult(model, facts={"headline": sparse_headline(report), "report": report})
+
+
+def _plain(report: Any) -> Mapping[str, Any]:
+    plain: Mapping[str, Any] = report if isinstance(report, dict) else report.to_dict()
+    return plain
+
+
+def sparse_headline(report: Mapping[str, Any]) -> str:
+    """What a report of sparsity says in one sentence, all of it counted in the weights.
+
+    Example:
+        >>> sparse_headline({"zeros": 3, "weights": 4, "layers": {"a": {"method": "wanda"}}})
+        '3 of 4 weights of 1 layers are zero: 0.750, by wanda'
+    """
+    methods = [row["method"] for row in report["layers"].values()]
+    named = [f"{m} ({methods.count(m)} layers)" if len(set(methods)) > 1 else m for m in dict.fromkeys(methods)]
+    share = report["zeros"] / report["weights"] if report["weights"] else 0.0
+    return f"{report['zeros']:,} of {report['weights']:,} weights of {len(methods)} layers are zero: {share:.3f}" + (
+        f", by {' and '.join(named)}" if named else ""
+    )
+
+
+# distill ------------------------------------------------------------------------------------------------------------
+
+
+def distill(
+    teacher: Any,
+    student: Any,
+    options: DistillOptions,
+    context: JobContext,
+    config: KnowledgeDistillConfig | None = None,
+) -> JobResult:
+    """Train a student to answer as its teacher does, in place; `config` says what is compared, or the options do."""
+    face = context.face
+    if config is None:
+        config = options.comparison(face.outputs(teacher, context.example)[0].shape)
+    hard = context.loss(options.loss)[1] if options.hard_weight else None
+    with face.seeded(context.seed):
+        dual = face.slim.get_distill_model(teacher, student, config, inputs=context.example)
+
+    def loss(_: Any, batch: Any) -> Any:
+        if hard is None:
+            return face.soft_loss(dual, batch)
+        return face.soft_loss(dual, batch[0]) + options.hard_weight * hard(student, batch)
+
+    fitted = context.fit(dual, options, loss)
+    facts = {"headline": f"against the dense model {_trained(fitted)}", "terms": terms(config), **fitted}
+    facts.pop("loss_by_step")
+    return JobResult(dual.get_student_model(), facts=facts, curves=curves(fitted))
+
+
+def terms(config: KnowledgeDistillConfig) -> list[str]:
+    """What a configuration compares, for people."""
+    return [f"{at.label}: {term.func_name}" for at in config.spec().soft_labels for term in at.losses]
+
+
+# adapt --------------------------------------------------------------------------------------------------------------
+
+
+def put_on(face: JobFramework, model: Any, arguments: Mapping[str, Any], inputs: Any) -> Any:
+    """Put an untrained delta on a model, in place; returns its report.
+
+    Args:
+        face: the framework.
+        model: the model.
+        arguments: of `apply_delta`, as `AdaptOptions.arguments` gives them.
+        inputs: one batch, by which a prefix finds the attention.
+    """
+    seen = arguments["kind"] == "prefix" and not {"inputs", "sizes"} & set(arguments)
+    return face.slim.apply_delta(model, **arguments, **({"inputs": inputs} if seen else {}))
+
+
+def place_delta(model: Any, options: AdaptOptions, context: JobContext) -> dict[str, Any]:
+    """Put an untrained delta on a model, in place; returns what it weighs."""
+    with context.face.seeded(context.seed):
+        told = put_on(context.face, model, options.arguments(), context.example)
+    return {"kind": options.kind, "layers": sorted(told.layers), **fitting.share(context.face.sizes(model))}
+
+
+def adapt(model: Any, options: AdaptOptions, context: JobContext) -> JobResult:
+    """Put a delta on a model and train it, in place."""
+    facts = place_delta(model, options, context)
+    with context.face.statistics_held(model):
+        fitted = context.fit(model, options, context.loss(options.loss)[1])
+    facts |= {"steps": fitted["steps"], "loss_by_epoch": fitted["loss_by_epoch"]}
+    return JobResult(model, edit={"adapt": options.arguments()}, facts=facts, curves=curves(fitted))
+
+
+# export -------------------------------------------------------------------------------------------------------------
+
+
+def largest_gap(first: Iterable[Array], second: Iterable[Array]) -> float:
+    """Largest absolute difference between two models' outputs on one input.
+
+    Example:
+        >>> largest_gap([np.array([1.0, 2.0])], [np.array([1.0, 2.5])])
+        0.5
+    """
+    return max(float(np.abs(a.astype(np.float64) - b.astype(np.float64)).max()) for a, b in zip(first, second))

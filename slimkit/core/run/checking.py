@@ -1,0 +1,111 @@
+"""A look at a recipe before it runs: every configuration built, every function found, one batch read; no model made."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from slimkit.core.errors import ConfigError, SlimkitError
+from slimkit.core.jobs import factory
+from slimkit.core.jobs.options import CutOptions, ExportOptions, FitOptions
+from slimkit.core.run.recipe import Recipe
+
+
+def check_recipe(recipe: Recipe, folder: Path, formats: Sequence[str]) -> None:
+    """Find what is wrong with a recipe without running it.
+
+    Args:
+        recipe: as it was read.
+        folder: the recipe's folder.
+        formats: what the framework can export.
+
+    Raises:
+        ConfigError: an option, a function, its arguments or the data; the message begins with the key's path.
+    """
+    check_stages(recipe, folder)
+    _calls(recipe.model, folder, "model")
+    _calls(recipe.data, folder, "data")
+    if recipe.metrics is not None:
+        _calls(recipe.metrics, folder, "metrics", "model", "data", "dense")
+    for key, options in _stages(recipe):
+        if isinstance(options, CutOptions):
+            _calls(recipe.model, folder, f"{key}.arguments", **options.arguments)
+        if isinstance(options, ExportOptions) and (odd := set(options.formats or ()) - set(formats)):
+            raise ConfigError(f"{key}.formats: {', '.join(sorted(odd))} is not written by this framework")
+        for name, (reference, positional) in options.functions().items():
+            if positional:
+                _calls(reference, folder, f"{key}.{name}", *positional)
+        if isinstance(options, FitOptions) and options.labelled and recipe.loss not in factory.LOSS_NAMES:
+            _calls(recipe.loss, folder, "loss", "model", "batch")
+    data = factory.make(recipe.data, folder, "data")
+    check_data(recipe, data)
+    _read_one(recipe, data)
+
+
+def check_stages(recipe: Recipe, folder: Path) -> None:
+    """Build the configuration of every stage, and find every function that the recipe names; nothing is called."""
+    for name, found in (("model", recipe.model), ("data", recipe.data), ("metrics", recipe.metrics)):
+        if found is not None:
+            factory.resolve(found, folder, name)
+    if recipe.loss not in factory.LOSS_NAMES:
+        factory.resolve(recipe.loss, folder, "loss")
+    for key, options in _stages(recipe):
+        try:
+            options.build()
+        except SlimkitError as error:
+            raise ConfigError(f"{key}: {error}") from error
+        for name, (reference, _) in options.functions().items():
+            factory.resolve(reference, folder, f"{key}.{name}")
+
+
+def _stages(recipe: Recipe) -> list[tuple[str, Any]]:
+    return [(f"stages[{at}].{kind}", options) for at, (kind, options) in enumerate(recipe.steps())]
+
+
+def _calls(reference: Any, folder: Path, key: str, *positional: str, **more: Any) -> None:
+    """Refuse a function that cannot be called with what it will get."""
+    function = factory.resolve(reference, folder, key)
+    text, arguments = factory.parts(reference)
+    try:
+        signature = inspect.signature(function)
+    except (ValueError, TypeError):  # a built-in tells no signature
+        return
+    try:
+        signature.bind(*positional, **{**arguments, **more})
+    except TypeError as error:
+        raise ConfigError(f"{key}: {text} cannot be called: {error}") from None
+
+
+def check_data(recipe: Recipe, data: Any) -> None:
+    """Refuse data without what the stages read."""
+    if not isinstance(data, Mapping) or not {"train", "example"} <= set(data):
+        raise ConfigError("data: the factory must return a mapping with at least the keys train and example")
+    for key, options in _stages(recipe):
+        if options.needs_data and not data.get("calibration"):
+            raise ConfigError(f"{key}: needs calibration batches; the data factory returned no key 'calibration'")
+
+
+def _read_one(recipe: Recipe, data: Mapping[str, Any]) -> None:
+    """Read one batch (of a data set: one sample) of what the stages train on, and one to calibrate on."""
+    for key, options in _stages(recipe):
+        if not isinstance(options, FitOptions):
+            continue
+        one = _first(data["train"], "train")
+        loss = recipe.loss if options.loss is None else options.loss
+        if options.labelled and loss in factory.LOSS_NAMES and not (isinstance(one, tuple | list) and len(one) == 2):
+            raise ConfigError(f"{key}: the loss reads (inputs, labels), and data['train'] gives a {type(one).__name__}")
+    if data.get("calibration"):
+        _first(data["calibration"], "calibration")
+
+
+def _first(source: Any, key: str) -> Any:
+    try:
+        return next(iter(source))
+    except StopIteration:
+        raise ConfigError(f"data[{key!r}] holds nothing") from None
+    except SlimkitError:
+        raise
+    except Exception as error:  # the user's data set raises what it likes
+        raise ConfigError(f"data[{key!r}]: reading one batch raised {type(error).__name__}: {error}") from error

@@ -1,0 +1,192 @@
+"""A prefix on Hugging Face's encoder-decoder models: rows in the cache of the decoder's own attention, as in PEFT."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from slimkit import bridge
+from slimkit.core import check
+from slimkit.core.delta import prefix as rules
+from slimkit.core.delta.named import OneAdapter
+from slimkit.core.errors import UnsupportedError
+from slimkit.delta import library
+from slimkit.delta.layer import DeltaLayer
+
+import torch
+from torch import nn
+
+__all__ = ["CachedPrefix", "bridge", "decoder_of", "put_cached", "self_attention"]
+
+ROWS = rules.ROWS
+LAYERS = "prefix_layers"  # on the decoder: its attention layers with a prefix
+
+
+class CachedPrefix(OneAdapter, DeltaLayer):
+    """An attention layer of a decoder with a prefix, which the decoder puts into the cache before the first token."""
+
+    delta_kind = "prefix"
+    prefix_heads: int
+    prefix_tokens: int
+    prefix_place: int  # of the layer in the cache
+
+    def parts(self, name: str, spelled: str | None = None) -> dict[str, torch.Tensor]:
+        """Path below the layer -> tensor of everything the prefix consists of."""
+        return {f"{ROWS}.{n}": p for n, p in getattr(self, ROWS).named_parameters()}
+
+    def rows(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values (tokens, heads * width), as they are now."""
+        return getattr(self, ROWS)()
+
+    def in_cache(self, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values (batch, heads, tokens, width) in the layer's dtype."""
+        like: Any = next(p for n, p in self.named_parameters() if not n.startswith(ROWS))
+        key, value = (r.view(r.shape[0], self.prefix_heads, -1).transpose(0, 1).to(like) for r in self.rows())
+        return key.expand(batch, -1, -1, -1), value.expand(batch, -1, -1, -1)
+
+    def take_off_deltas(self) -> None:
+        """Take the prefix off again, in place."""
+        (decoder,) = self.__dict__.pop("_decoder")
+        left = tuple(layer for layer in vars(decoder)[LAYERS] if layer is not self)
+        vars(decoder)[LAYERS] = left
+        if not left:
+            del vars(decoder)[LAYERS]
+            for handle, hook in list(decoder._forward_pre_hooks.items()):
+                if hook is _fill:
+                    del decoder._forward_pre_hooks[handle]
+                    decoder._forward_pre_hooks_with_kwargs.pop(handle, None)
+        delattr(self, ROWS)
+        for attribute in ("specs", "active_deltas", "delta_acts", "prefix_heads", "prefix_tokens", "prefix_place"):
+            self.__dict__.pop(attribute, None)
+        assert self.plain_class is not None
+        self.__class__ = self.plain_class
+
+
+def decoder_of(model: nn.Module) -> Any:
+    """The decoder of a Hugging Face encoder-decoder model, or of the first one that a model holds; else None."""
+    for module in model.modules():
+        if getattr(getattr(module, "config", None), "is_encoder_decoder", False) and hasattr(module, "get_decoder"):
+            decoder = module.get_decoder()
+            if decoder is not None and decoder is not module:
+                return decoder
+    return None
+
+
+def self_attention(model: nn.Module, decoder: nn.Module, inputs: Any) -> dict[str, tuple[int, rules.Seen]]:
+    """Run a model once and see which layers of its decoder attend to the decoder's own tokens.
+
+    Args:
+        model: the model.
+        decoder: its decoder.
+        inputs: one batch; None takes the model's own dummy inputs.
+
+    Returns:
+        Path -> place in the cache, and what was seen, of each such layer, in the order they ran.
+
+    Raises:
+        ArgumentError: no inputs to run on.
+        UnsupportedError: the decoder keeps its keys in no cache that is known.
+    """
+    from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+
+    inputs = getattr(model, "dummy_inputs", None) if inputs is None else inputs
+    if inputs is None:
+        check.wrong_value("inputs", "one batch to run the model on, to see where its attention is", inputs)
+    name = library.demand(decoder, library.CACHE, "a prefix reaches the decoder")
+    stack: list[nn.Module] = []
+    found: dict[int, tuple[int, rules.Seen]] = {}
+
+    class Noting(DynamicCache):
+        def update(self, key: Any, value: Any, layer_idx: int, *more: Any, **options: Any) -> Any:
+            heads = int(key.shape[1])
+            found[id(stack[-1])] = int(layer_idx), rules.Seen(heads, int(key.shape[-1]), heads)
+            return super().update(key, value, layer_idx, *more, **options)
+
+    def lend(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        given = library.given(module, args, kwargs)
+        return (), {**given, name: EncoderDecoderCache(Noting(), DynamicCache())}
+
+    handles = [decoder.register_forward_pre_hook(lend, with_kwargs=True)]
+    for module in decoder.modules():
+        handles.append(module.register_forward_pre_hook(lambda m, _args: stack.append(m)))
+        handles.append(module.register_forward_hook(lambda _m, _args, _out: stack.pop() and None, always_call=True))
+    try:
+        with bridge.evaluating(model):
+            bridge.run(model, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not found:
+        raise UnsupportedError(f"no attention of {type(decoder).__name__} keeps its keys in the cache it was handed.")
+    return {path: found[id(m)] for path, m in model.named_modules() if id(m) in found}
+
+
+def put_cached(
+    model: nn.Module,
+    decoder: nn.Module,
+    layers: Mapping[str, tuple[int, rules.Seen]],
+    made: Mapping[str, nn.Module],
+    plan: rules.PrefixOptions,
+    name: str,
+) -> dict[str, dict[str, Any]]:
+    """Give layers of a decoder a prefix, in place.
+
+    Args:
+        model: the model.
+        decoder: its decoder.
+        layers: path -> place in the cache, and what was seen.
+        made: path -> the rows.
+        plan: the options.
+        name: the delta's name.
+
+    Returns:
+        Path -> options, of each layer.
+    """
+    described = {}
+    for path, (place, seen) in layers.items():
+        module: Any = bridge.get_module(model, path)
+        kind, device = type(module), next(module.parameters()).device
+        module.__class__ = type(f"Prefixed{kind.__name__}", (CachedPrefix, kind), {"plain_class": kind})
+        setattr(module, ROWS, made[path].to(device).train(module.training))
+        module.prefix_heads, module.prefix_tokens, module.prefix_place = seen.heads, plan.prefix_token_num, place
+        module.__dict__["_decoder"] = (decoder,)
+        described[path] = plan.record(seen, True)
+        module.begin(described[path], name)
+    vars(decoder)[LAYERS] = tuple(bridge.get_module(model, path) for path in layers)
+    decoder.register_forward_pre_hook(_fill, with_kwargs=True)
+    return described
+
+
+def _fill(decoder: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Put the prefix into the cache before the decoder's first token; masks and positions follow."""
+    layers = [layer for layer in vars(decoder)[LAYERS] if layer.delta_acts]
+    if not layers:
+        return args, kwargs
+    from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+
+    given = library.given(decoder, args, kwargs)
+    name, cache = library.cache_of(given)
+    unasked = given.get("use_cache") is False
+    if cache is None or (unasked and vars(cache).get("made_for_prefix")):
+        # A decoder hands back the cache it was given, wanted or not: under use_cache=False it holds for one run.
+        name = library.demand(decoder, library.CACHE, "a prefix reaches the decoder")
+        cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        cache.made_for_prefix = unasked
+    if not isinstance(cache, EncoderDecoderCache):
+        raise UnsupportedError(
+            f"a prefix needs an EncoderDecoderCache; the decoder was handed a {type(cache).__name__}."
+        )
+    tokens = next(t for t in (given.get("input_ids"), given.get("inputs_embeds")) if t is not None)
+    if cache.get_seq_length() == 0:
+        for layer in layers:
+            cache.self_attention_cache.update(*layer.in_cache(tokens.shape[0]), layer.prefix_place)
+    mask, length = given.get("attention_mask"), layers[0].prefix_tokens
+    if mask is not None:
+        if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
+            raise UnsupportedError(
+                "while a prefix is on the model, its decoder's mask must have shape (batch, tokens)."
+            )
+        given["attention_mask"] = torch.cat((mask.new_ones(mask.shape[0], length), mask), 1)
+    if given.get("cache_position") is not None:
+        given["cache_position"] = given["cache_position"] + length
+    return (), {**given, str(name): cache}

@@ -1,0 +1,238 @@
+"""What the jobs ask of PyTorch."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+import slimkit
+from slimkit import bridge, export, train
+from slimkit.core import files
+from slimkit.core.checkpoint import shards
+from slimkit.core.errors import ConfigError
+from slimkit.core.jobs import commands, folders
+from slimkit.core.jobs.bar import LayerBar
+from slimkit.core.jobs.framework import ComputeLoss, JobFramework, Lesson, Opened, Task
+from slimkit.core.jobs.measurement import Measurement
+from slimkit.core.jobs.options import AdaptOptions, DistillOptions, FitOptions
+from slimkit.core.jobs.sources import DataPlace, ModelPlace, StudentPlace
+from slimkit.core.jobs.tasks import TASKS
+from slimkit.core.locks import locked
+from slimkit.core.sparse import SparseConfig
+from slimkit.core.sparse.maths.layer import SparseLayer
+from slimkit.jobs import devices, models, teach, texts
+from slimkit.measurement import measure_model
+from slimkit.sparse import checkpoint as blocks
+from slimkit.sparse.checkpoint_framework import CheckpointSparse
+from slimkit.sparse.framework import TorchSparse
+
+import torch
+from torch import nn
+
+
+class TorchJobs(JobFramework):
+    """PyTorch's side of the jobs: modules, Hugging Face directories, weight files, factories."""
+
+    slim = slimkit
+    formats = ("onnx", "w16a16s")
+    class_dtype = "int64"
+    losses: ClassVar[Mapping[str, Callable[[Any, Any], Any]]] = {
+        "cross_entropy": nn.functional.cross_entropy,
+        "mse": nn.functional.mse_loss,
+    }
+
+    def __init__(self, device: str | None = None) -> None:
+        self.device = devices.choose_device(device)
+
+    # Random numbers and versions.
+
+    def seed_framework(self, seed: int) -> None:
+        torch.manual_seed(seed)
+
+    @contextlib.contextmanager
+    def seeded(self, seed: int) -> Iterator[None]:
+        # Without disturbing anybody else's draws: a command may be called from a program.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            np.random.seed(seed % 2**32)
+            yield
+
+    def framework_versions(self) -> dict[str, str]:
+        return {"torch": torch.__version__}
+
+    # A model in memory.
+
+    def check_model(self, model: Any) -> nn.Module:
+        return bridge.check_model(model, "model")
+
+    def measure(self, model: nn.Module, inputs: Any) -> Measurement:
+        return measure_model(model, bridge.to_device(inputs, bridge.device_of(model)))
+
+    def states(self, model: nn.Module) -> Iterator[tuple[str, str, np.ndarray]]:
+        for name, tensor in model.state_dict().items():
+            raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+            yield name, f"{tensor.dtype}{tuple(tensor.shape)}", raw
+
+    def sizes(self, model: nn.Module) -> list[tuple[int, bool]]:
+        return [(p.numel(), p.requires_grad) for p in model.parameters()]
+
+    def snapshot(self, model: nn.Module) -> Callable[[nn.Module], Any]:
+        kept = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+        return lambda fresh: fresh.load_state_dict(kept)
+
+    def call(self, model: nn.Module, inputs: Any) -> Any:
+        return bridge.run(model, inputs)
+
+    def outputs(self, model: nn.Module, inputs: Any) -> list[np.ndarray]:
+        with bridge.evaluating(model):
+            found = export.named_tensors(bridge.run(model, inputs))
+        return [tensor.detach().cpu().numpy() for _, tensor in found]
+
+    def arrays(self, inputs: Any) -> list[np.ndarray]:
+        return list(export.example_arrays(inputs).values())
+
+    def evaluating(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
+        return bridge.evaluating(model)
+
+    def sparse_layers(self, model: nn.Module) -> tuple[dict[str, SparseLayer], dict[str, str]]:
+        return TorchSparse(model).layers()
+
+    # Training.
+
+    def train(
+        self,
+        model: nn.Module,
+        samples: Any,
+        options: FitOptions,
+        loss: ComputeLoss,
+        callbacks: list[Any],
+        how: Mapping[str, Any],
+    ) -> train.Trainer:
+        wanted = [p for p in model.parameters() if p.requires_grad]
+        rate, decay = options.learning_rate, options.weight_decay
+        if options.optimizer == "sgd":
+            optimizer: torch.optim.Optimizer = torch.optim.SGD(wanted, lr=rate, momentum=0.9, weight_decay=decay)
+        else:
+            optimizer = torch.optim.AdamW(wanted, lr=rate, weight_decay=decay)
+        device = bridge.device_of(model)
+        trainer = train.Trainer(model, optimizer=optimizer, compute_loss=loss, callbacks=callbacks)
+        trainer.train(samples, **how)
+        model.to(device)  # accelerate may have put it elsewhere
+        return trainer
+
+    @contextlib.contextmanager
+    def statistics_held(self, model: nn.Module) -> Iterator[None]:
+        modes = {module: module.training for module in model.modules()}
+        model.train()
+        for module in modes:
+            if getattr(module, "running_mean", None) is not None:
+                module.eval()
+        try:
+            yield
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+
+    def soft_loss(self, dual: nn.Module, inputs: Any) -> torch.Tensor:
+        return bridge.run(dual, inputs)[0]
+
+    # What a command line names, and what it writes.
+
+    def open(self, place: ModelPlace, delta: Path | None = None) -> Opened:
+        report = None if delta is None else delta / "adapt_report.json"
+        if report is None or not report.exists() or place.factory is not None:
+            opened = models.open_model(place)
+        else:
+            # The report of `slimkit adapt` says which head the delta was trained with, and the delta holds its values.
+            told = files.read_json(report)
+            head = teach.head(told.get("labels") or {})
+            opened = models.open_model(place, kind=TASKS.get(told.get("task")), fresh=teach.HEADS, **head)
+        if delta is not None:
+            self.slim.load_delta(opened.model, delta)
+        opened.model.to(self.device)
+        return opened
+
+    def tensors(self, arrays: Any) -> Any:
+        return bridge.to_device(models.tensors(arrays), self.device)
+
+    def own_example(self, opened: Opened, length: int, seed: int) -> Any:
+        if not opened.is_hf:
+            return None
+        return bridge.to_device(models.own_example(opened.model, length, seed), self.device)
+
+    def text(self, opened: Opened, place: DataPlace) -> list[Any]:
+        if not opened.is_hf or opened.directory is None:
+            raise ConfigError(
+                "--calib: text needs the tokenizer of a Hugging Face directory; give arrays or a function"
+            )
+        return _text(opened.directory, type(opened.model), opened.model.config, place)
+
+    def input_shapes(self, inputs: Any) -> dict[str, list[int]]:
+        return {name: list(array.shape) for name, array in export.example_arrays(inputs).items()}
+
+    def write_model(self, opened: Opened, folder: Path) -> str:
+        return models.write_model(opened, folder)
+
+    def export(
+        self, opened: Opened, inputs: Any, out: Path, format: str, settings: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        if format == "w16a16s":
+            if not opened.is_hf:
+                raise ConfigError("--format w16a16s needs a Hugging Face directory, whose config.json goes along")
+            return self.slim.save_w16a16s(out, opened.model, opened.directory).to_dict()
+        return export.export_onnx(opened.model, inputs, out, **settings).to_dict()
+
+    # Text, and folders block by block.
+
+    def learns_text(self, place: ModelPlace, data: DataPlace) -> bool:
+        return place.factory is None and place.model is not None and place.model.is_dir() and data.kind == "text"
+
+    def lesson(
+        self, place: ModelPlace, data: DataPlace, options: DistillOptions, student: StudentPlace, seed: int
+    ) -> Lesson:
+        return teach.lesson(self, place, data, options, student, seed)
+
+    def task(
+        self, place: ModelPlace, data: DataPlace, held: DataPlace | None, asked: str, options: AdaptOptions, seed: int
+    ) -> Task:
+        found = teach.task(self, place, data, held, asked, options, seed)
+        found.opened.model.to(self.device)
+        return found
+
+    def sparsify_blocks(
+        self, place: ModelPlace, out: Path, cfg: SparseConfig, calib: DataPlace | None, *, restart: bool, plan: bool
+    ) -> dict[str, Any] | None:
+        if restart and not plan and (out / blocks.STATE).is_dir():
+            with locked(out / blocks.STATE, "--out", inside=True):  # a Python program may be at work there
+                shutil.rmtree(out)
+        source = place.model
+        if place.factory is not None or source is None or self.device.type != "cpu" or not cfg.uniform:
+            return None
+        if not (source / "config.json").exists() or not any(source.glob("*.safetensors")):
+            return None
+        # A folder without a run of sparsify_checkpoint in it must be unused; one with a run is that function's care.
+        if not (out / blocks.STATE / "job.json").exists():
+            folders.unused(out, state=blocks.STATE)
+        if calib is None or calib.kind != "text":
+            opened = Opened(None, ModelPlace(source))
+            data = commands.needed(commands.calibration_of(self, opened, calib), cfg)
+        else:  # without the model, which is never whole in memory
+            config, kind = models.architecture(source)
+            data = _text(source, kind, config, calib)
+        if plan:
+            found = CheckpointSparse(source, out / blocks.STATE, shards.locate(source), None).layers()
+            done = len(list((out / blocks.STATE).glob("block-*.json")))
+            return {**commands.sparse_plan(*found, cfg, data), "blocks_done": done, "resumable": True}
+        with LayerBar() as bar:
+            report = self.slim.sparsify_checkpoint(source, out, cfg, data, on_progress=bar)
+        return {**report, "written": "transformers", "resumable": True}
+
+
+def _text(directory: Path, kind: type, config: Any, place: DataPlace) -> list[Any]:
+    lines = [row["text"] for row in place.rows()]
+    return texts.Reader(directory, kind, config, place.max_length).batches(lines, place.batch_size)
