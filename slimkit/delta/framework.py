@@ -20,7 +20,7 @@ from slimkit.delta.multihead import call_layers, without_call_layers
 from slimkit.delta.named import LoraLayer
 from slimkit.delta.positions import shift_positions
 from slimkit.delta.prefix_model import forget_prefixes
-from slimkit.delta.sharded import at_rest, forget_deltas
+from slimkit.delta.sharded import at_rest, forget_deltas, share_gradients
 
 import torch
 from torch import nn
@@ -80,7 +80,7 @@ class TorchDelta(DeltaFramework):
     """The torch wing's answers."""
 
     def sites(self, model: nn.Module) -> dict[str, Site]:
-        modules = dict(model.named_modules(remove_duplicate=False))
+        modules = dict(bridge.named_modules(model, remove_duplicate=False))
         heads = _heads(model)
         found: dict[str, Site] = {}
         layer = ""
@@ -93,7 +93,7 @@ class TorchDelta(DeltaFramework):
         return found
 
     def layers(self, model: nn.Module) -> dict[str, Any]:
-        return {p: m for p, m in model.named_modules(remove_duplicate=False) if isinstance(m, DeltaLayer)}
+        return {p: m for p, m in bridge.named_modules(model, remove_duplicate=False) if isinstance(m, DeltaLayer)}
 
     def module(self, model: nn.Module, path: str) -> nn.Module:
         return bridge.get_module(model, path)
@@ -112,7 +112,9 @@ class TorchDelta(DeltaFramework):
         forget_deltas(model)
 
     def attached(self, model: nn.Module, paths: Sequence[str]) -> None:
-        call_layers(model, {path: bridge.get_module(model, path) for path in paths})
+        layers = {path: bridge.get_module(model, path) for path in paths}
+        call_layers(model, layers)
+        share_gradients(layers.values())
 
     def at_rest(self, model: nn.Module) -> None:
         at_rest(model)
@@ -138,7 +140,7 @@ class TorchDelta(DeltaFramework):
             return before
 
     def holders(self, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-        return ((path, module) for path, module in model.named_modules() if PREFIX not in path)
+        return ((path, module) for path, module in bridge.named_modules(model) if PREFIX not in path)
 
     def own_parameters(self, module: nn.Module) -> dict[str, Any]:
         return {k: p for k, p in module._parameters.items() if p is not None and PREFIX not in k}

@@ -10,6 +10,7 @@ from slimkit.core.delta.spec import LoraSpec, key
 from slimkit.core.errors import UnsupportedError
 from slimkit.delta import initial
 from slimkit.delta.attach import DeltaLayer, device_for
+from slimkit.delta.sharded import like_parts_of, whole
 
 import torch
 from torch import nn
@@ -85,11 +86,11 @@ class LoraLayer(NamedLoras, DeltaLayer):
         if self.weight.is_meta:
             raise UnsupportedError("the weight is not in memory (meta device, or offloaded); merge where it is.")
         kind = torch.promote_types(self.weight.dtype, torch.float32)
-        base = self.weight.to(kind)
+        base = whole(self.weight).to(kind)  # of a sharded layer the weight or the deltas may be in parts: none is here
         total = base.clone()
         for part in self.active_parts():
             total += self.change(part, base)
-        return total.to(self.weight.dtype)
+        return like_parts_of(self.weight, total.to(self.weight.dtype))
 
     def copy_weight(self) -> torch.Tensor:
         """A copy of the weight that shares nothing with it."""
@@ -153,7 +154,7 @@ class LoraLayer(NamedLoras, DeltaLayer):
         if not spec.dora:
             return part.scale * delta
         turned = base + spec.scaling * delta
-        length = getattr(self, key("lora", "magnitude", part.name)).to(base)
+        length = whole(getattr(self, key("lora", "magnitude", part.name))).to(base)
         return weight * (self._per_output(length / self._lengths(turned)) * turned - base)
 
     def _lengths(self, weight: torch.Tensor) -> torch.Tensor:
@@ -164,7 +165,7 @@ class LoraLayer(NamedLoras, DeltaLayer):
         return values.unsqueeze(1)
 
     def _factors(self, part: Part, device: torch.device | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        a, b = getattr(self, part.a), getattr(self, part.b)
+        a, b = whole(getattr(self, part.a)), whole(getattr(self, part.b))
         if self.specs[part.name].init == "pissa":
             # What PiSSA took out of the base is subtracted here, so the base itself is never touched.
             a = torch.cat((a, getattr(self, key("lora", "a0", part.name))), 0)
