@@ -38,6 +38,8 @@ def _keep_torch_importable() -> None:
 
 _keep_torch_importable()
 
+from slimkit import kinds as layer_kinds  # noqa: E402
+
 import torch  # noqa: E402
 
 
@@ -72,8 +74,8 @@ def refuse_sharded(model: torch.nn.Module, name: str = "model") -> torch.nn.Modu
         kind = type(module).__name__
         if kind in ("DistributedDataParallel", "FullyShardedDataParallel"):
             raise UnsupportedError(
-                f"{name} must be the module inside. Received: a {kind} (at {path or 'the model'!r}), whose buckets keep "
-                "the shapes it was made with: prune the module inside, then wrap it anew"
+                f"{name} must be the module inside. Received: a {kind} (at {path or 'the model'!r}), whose buckets "
+                f"keep the shapes it was made with: prune the module inside, then wrap it anew"
             )
     for path, parameter in model.named_parameters():
         if hasattr(parameter, "full_tensor"):
@@ -274,11 +276,7 @@ def structure(model: torch.nn.Module) -> Structure:
 
 def _kind(module: torch.nn.Module) -> str:
     """The kind of layer, in the words of core.coupling; Hugging Face's Conv1D is a Linear stored transposed."""
-    name = type(module).__name__
-    if isinstance(module, torch.nn.Linear):
-        return "linear"
-    if isinstance(module, torch.nn.Embedding):
-        return "embedding"
-    if isinstance(module, (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)):
-        return "conv"
-    return "linear_t" if name == "Conv1D" else "norm" if "norm" in name.lower() else "other"
+    kind = layer_kinds.kind_of(module)
+    if kind is None or kind.transposed:
+        return "norm" if "norm" in type(module).__name__.lower() else "other"
+    return "linear_t" if kind.in_out else kind.word

@@ -12,7 +12,7 @@ import numpy as np
 from slimkit import bridge
 from slimkit.core.batch import as_call
 from slimkit.core.compare.comparison import Comparison
-from slimkit.core.compare.judge import CompareOptions, judge, named_metrics
+from slimkit.core.compare.judge import JudgeOptions, judge, named_metrics
 from slimkit.core.errors import ArgumentTypeError, UnsupportedError
 from slimkit.measurement import measure_model
 
@@ -71,7 +71,7 @@ def compare_models(
         >>> found["same"].figures["kl"], found["same"].figures["agreement"]
         (0.0, 1.0)
     """
-    options = CompareOptions(task=task, length=length, bos=bos, top_k=top_k, speed=speed, seed=seed)
+    options = JudgeOptions(task=task, length=length, bos=bos, top_k=top_k, speed=speed, seed=seed)
     return judge(TorchCompare(), dense, candidates, dataset, options, tokenizer, named_metrics(metrics))
 
 

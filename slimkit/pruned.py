@@ -105,10 +105,11 @@ def load_pruned(directory: Any, model: nn.Module) -> nn.Module:
     found = surgery.tensors(model)
     names = plan.match({p: tuple(t.shape) for p, t in found.items()})
     with surgery.unchanged_on_error(model, [found[names[p]] for p in plan.indices]):
-        surgery.cut(model, plan, names)
+        undo = surgery.cut(model, plan, names)
         try:
             model.load_state_dict(state, strict=True)
         except Exception as error:
+            undo()
             raise FileFormatError(f"{folder} does not fit the model that its plan leaves: {error}") from error
         kept = {k: desc[k] for k in desc if k not in ("tied", "versions", "extra")}
         record_plan(model, kept)

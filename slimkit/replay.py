@@ -17,6 +17,12 @@ _EVERY = frozenset(vars(torch.nn.Module())) | {"_hf_hook", "_old_forward"}
 _NONE: frozenset[str] = frozenset()
 
 
+def version_of(tensor: Any) -> int | None:
+    """How often a tensor was written into; None where nobody counts."""
+    counted = isinstance(tensor, torch.Tensor) and not tensor.is_inference()
+    return tensor._version if counted else None
+
+
 class _Tensors:
     """torch's part of `core.replay`: a tensor counts the writes into it."""
 
@@ -30,7 +36,7 @@ class _Tensors:
         return tensor.detach().clone()
 
     def remember(self, tensor: torch.Tensor) -> tuple[int | None, torch.Tensor]:
-        return None if tensor.is_inference() else tensor._version, tensor.detach().clone()
+        return version_of(tensor), tensor.detach().clone()
 
     def changed(self, tensor: torch.Tensor, before: tuple[int | None, torch.Tensor]) -> bool:
         return before[0] is None or tensor._version != before[0]

@@ -6,6 +6,8 @@ import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from slimkit.core import check
 from slimkit.core.batch import as_call
 from slimkit.core.errors import ArgumentError
@@ -95,9 +97,24 @@ def has_made_zeros(cell: nn.Cell) -> bool:
     return _ZEROS in vars(cell)
 
 
+def tensors(value: Any) -> Any:
+    """NumPy arrays in nested values as tensors, of the same dtype."""
+    if isinstance(value, (np.ndarray, np.generic)):
+        return ms.Tensor(value)
+    if isinstance(value, Mapping):
+        return {k: tensors(v) for k, v in value.items()}
+    return type(value)([tensors(v) for v in value]) if type(value) in (tuple, list) else value
+
+
+def call_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """One batch as (args, kwargs) for a cell, NumPy arrays as tensors."""
+    args, kwargs = as_call(batch)
+    return tensors(args), tensors(kwargs)
+
+
 def run(model: nn.Cell, batch: Any) -> Any:
     """Call the cell on one batch."""
-    args, kwargs = as_call(batch)
+    args, kwargs = call_of(batch)
     return model(*args, **kwargs)
 
 

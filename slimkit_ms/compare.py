@@ -9,9 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from slimkit.core.batch import as_call
 from slimkit.core.compare.comparison import Comparison
-from slimkit.core.compare.judge import CompareOptions, judge, named_metrics
+from slimkit.core.compare.judge import JudgeOptions, judge, named_metrics
 from slimkit.core.errors import ArgumentTypeError, UnsupportedError
 from slimkit_ms import bridge
 from slimkit_ms.measurement import measure_model
@@ -71,7 +70,7 @@ def compare_models(
         >>> found["same"].figures["kl"], found["same"].figures["agreement"]
         (0.0, 1.0)
     """
-    options = CompareOptions(task=task, length=length, bos=bos, top_k=top_k, speed=speed, seed=seed)
+    options = JudgeOptions(task=task, length=length, bos=bos, top_k=top_k, speed=speed, seed=seed)
     return judge(MindSporeCompare(), dense, candidates, dataset, options, tokenizer, named_metrics(metrics))
 
 
@@ -113,7 +112,7 @@ class MindSporeCompare:
         found = _numpy(_first(bridge.run(model, batch)))
         if found.ndim != 3:
             return found
-        mask = as_call(batch)[1].get("attention_mask")
+        mask = bridge.call_of(batch)[1].get("attention_mask")
         if mask is None or tuple(mask.shape) != tuple(found.shape[:2]):
             return found.mean(1)
         weight = bridge.as_numpy(mask).astype(found.dtype)[..., None]

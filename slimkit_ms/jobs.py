@@ -20,7 +20,7 @@ from slimkit.core.jobs.measurement import Measurement
 from slimkit.core.jobs.options import FitOptions
 from slimkit.core.jobs.sources import DataPlace, ModelPlace
 from slimkit.core.sparse.maths.layer import SparseLayer
-from slimkit_ms import bridge, export, kinds, train
+from slimkit_ms import bridge, compare, export, kinds, train
 from slimkit_ms.measurement import measure_model
 from slimkit_ms.sparse.framework import MindSporeSparse
 
@@ -144,6 +144,9 @@ class MindSporeJobs(JobFramework):
 
     def soft_loss(self, dual: nn.Cell, inputs: Any) -> ms.Tensor:
         return bridge.run(dual, inputs)
+
+    def judging(self) -> compare.MindSporeCompare:
+        return compare.MindSporeCompare()
 
     # What a command line names, and what it writes.
 

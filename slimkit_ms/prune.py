@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from slimkit.core.batch import as_call, without_labels
+from slimkit.core.batch import without_labels
 from slimkit.core.errors import GraphError, UnsupportedError
 from slimkit.core.lazy import door
 from slimkit.core.prune.attributes import Field, rewritten, widths_of
@@ -23,7 +23,7 @@ from slimkit_ms import bridge, kinds
 from slimkit_ms.compensate import compensate
 from slimkit_ms.replay import replaying, unchanged
 from slimkit_ms.surgery import Attributes, Foretold, Keep, Knife, RefusedError, Undo, cut_by_attributes
-from slimkit_ms.surgery.adapt import Adapter
+from slimkit_ms.surgery.adapt import SizeSearch
 from slimkit_ms.surgery.layers import aligned
 from slimkit_ms.trace import Traced, trace_marked
 
@@ -51,6 +51,10 @@ class MindSporePrune:
         self.traced: Traced | None = None
         self.knife: Knife | None = None
         self._proven: Any = None
+
+    @property
+    def has_example(self) -> bool:
+        return self.inputs is not None
 
     def trace(self) -> Graph:
         self.traced = trace_marked(self.model, self.inputs)
@@ -197,7 +201,8 @@ def _by_path(model: nn.Cell) -> dict[str, ms.Parameter]:
 
 
 def _loss_of(model: nn.Cell, batch: Any, loss: Callable[..., Any] | None) -> ms.Tensor:
-    args, kwargs = as_call(batch if loss is None else without_labels(batch, model.construct))
+    batch = bridge.tensors(batch)
+    args, kwargs = bridge.call_of(batch if loss is None else without_labels(batch, model.construct))
     output = model(*args, **kwargs)
     if loss is not None:
         return loss(output, batch)
@@ -228,7 +233,7 @@ class PruneMindSpore(PrunerBase):
 
     def __init__(self, network: nn.Cell, inputs: Any = None) -> None:
         super().__init__(MindSporePrune(network, inputs))
-        self._adapter: Adapter | None = None
+        self._adapter: SizeSearch | None = None
         self._attributes: Attributes = {}
 
     def analysis(
@@ -264,7 +269,7 @@ class PruneMindSpore(PrunerBase):
         except RefusedError as refused:
             assert self._wing.traced is not None
             if self._adapter is None or self._adapter.coupling is not view.coupling:
-                self._adapter = Adapter(self._wing.model, self._wing.traced, view.coupling)
+                self._adapter = SizeSearch(self._wing.model, self._wing.traced, view.coupling)
             if not self._adapter.narrow(refused):
                 raise GraphError(f"the pruned model would not run: {refused.why}") from None
             return False

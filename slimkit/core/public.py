@@ -13,6 +13,7 @@ ROOMS: dict[str, dict[str, str]] = {
         "merge_desc": "core.prune.merging",
         "migrate_optimizer": "optimizers",
         "OptimizerReport": "core.prune.optimizer_state",
+        "Criterion": "core.prune.criteria",
         "PruneConfig": "core.weights.blocks",
         "prune_model_weight": "weights",
         "suggest_layer_map": "weights",
@@ -21,6 +22,9 @@ ROOMS: dict[str, dict[str, str]] = {
     },
     "sparse": {
         "SparseConfig": "core.sparse",
+        "SparseMethod": "core.sparse",
+        "SparseProblem": "core.sparse.maths.solvers",
+        "register_sparse_method": "core.sparse",
         "Compressor": "sparse",
         "freeze_zeros": "sparse",
         "FrozenZeros": "sparse",

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from slimkit import bridge
+from slimkit import bridge, kinds
 from slimkit.core.delta.framework import DeltaFramework
 from slimkit.core.delta.spec import PREFIX, Site
 from slimkit.core.freeze import Parameters
@@ -20,7 +20,7 @@ from slimkit.delta.multihead import call_layers, without_call_layers
 from slimkit.delta.named import LoraLayer
 from slimkit.delta.positions import shift_positions
 from slimkit.delta.prefix_model import forget_prefixes
-from slimkit.delta.sharded import at_rest, forget_deltas, share_gradients
+from slimkit.delta.sharded import at_rest, forget_deltas, in_step
 
 import torch
 from torch import nn
@@ -35,21 +35,20 @@ _ADAPTERS: dict[str, tuple[type[Adapted], Any]] = {
     "adapter": (AdaptedLinear, adapter_for),
     "low_rank_adapter": (LowRankAdaptedLinear, low_rank_adapter_for),
 }
-# A subclass with a forward of its own computes something else: it is not taken for what it derives from.
-_PLAIN = ((nn.Linear, "linear"), (nn.Embedding, "embedding"), (nn.Conv2d, "conv2d"))
 
 
 def kind_of(module: nn.Module) -> str:
     """ "linear", "embedding", "conv2d" or "conv1d" for a layer whose mathematics is known, else ""."""
     if isinstance(module, DeltaLayer):
-        return next((kind for kind, layer in _LORA.items() if isinstance(module, layer)), "linear")
+        known = next((kind for kind, layer in _LORA.items() if isinstance(module, layer)), "")
+        return known or ("linear" if isinstance(module, nn.Linear) else "")
     kind: Any = layer_class(module)
-    for base, word in _PLAIN:
-        if issubclass(kind, base) and kind.forward is base.forward:
-            return word
-    if kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils":
-        return "conv1d"
-    return ""
+    family = kinds.kind_of(module)
+    if family is None or not kinds.computes_as_its_kind(module, kind):
+        return ""
+    if family.word == "conv":
+        return "conv2d" if kinds.is_ordinary_conv2d(module) else ""
+    return "conv1d" if family.in_out else family.word if family.word in ("linear", "embedding") else ""
 
 
 def _site(module: nn.Module, parent: nn.Module) -> Site:
@@ -104,6 +103,7 @@ class TorchDelta(DeltaFramework):
             return
         mixin, make = _ADAPTERS[kind]
         adapter = make(module.out_features, dtype or torch.float32, **options).to(device_for(module))
+        in_step(module.weight, adapter.parameters())
         layer = attach(module, mixin)
         setattr(layer, f"{PREFIX}{kind}", adapter.train(module.training))
         layer.begin(dict(options), name)
@@ -112,9 +112,7 @@ class TorchDelta(DeltaFramework):
         forget_deltas(model)
 
     def attached(self, model: nn.Module, paths: Sequence[str]) -> None:
-        layers = {path: bridge.get_module(model, path) for path in paths}
-        call_layers(model, layers)
-        share_gradients(layers.values())
+        call_layers(model, {path: bridge.get_module(model, path) for path in paths})
 
     def at_rest(self, model: nn.Module) -> None:
         at_rest(model)

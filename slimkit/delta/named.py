@@ -10,7 +10,7 @@ from slimkit.core.delta.spec import LoraSpec, key
 from slimkit.core.errors import UnsupportedError
 from slimkit.delta import initial
 from slimkit.delta.attach import DeltaLayer, device_for
-from slimkit.delta.sharded import like_parts_of, whole
+from slimkit.delta.sharded import beside, in_step, whole
 
 import torch
 from torch import nn
@@ -56,7 +56,8 @@ class LoraLayer(NamedLoras, DeltaLayer):
             self.fill_start(a, b, spec)
         made: dict[str, Any] = {"a": nn.Parameter(a), "b": nn.Parameter(b)}
         if spec.dora:
-            made["magnitude"] = nn.Parameter(self._lengths(weight.float()).to(kind))
+            made["magnitude"] = nn.Parameter(self._lengths(whole(weight).float()).to(kind))
+        in_step(weight, made.values())
         for part, parameter in made.items():
             setattr(self, key("lora", part, name), parameter)
         if spec.init == "pissa":
@@ -86,11 +87,11 @@ class LoraLayer(NamedLoras, DeltaLayer):
         if self.weight.is_meta:
             raise UnsupportedError("the weight is not in memory (meta device, or offloaded); merge where it is.")
         kind = torch.promote_types(self.weight.dtype, torch.float32)
-        base = whole(self.weight).to(kind)  # of a sharded layer the weight or the deltas may be in parts: none is here
+        base = self.weight.to(kind)
         total = base.clone()
         for part in self.active_parts():
             total += self.change(part, base)
-        return like_parts_of(self.weight, total.to(self.weight.dtype))
+        return total.to(self.weight.dtype)
 
     def copy_weight(self) -> torch.Tensor:
         """A copy of the weight that shares nothing with it."""
@@ -148,13 +149,14 @@ class LoraLayer(NamedLoras, DeltaLayer):
         """What one delta adds to the base weight, in the weight's layout."""
         spec, weight = self.specs[part.name], self.active_deltas[part.name]
         a, b = self._factors(part)
-        delta = self.product(a.to(base), b.to(base))
+        a, b = (beside(t.to(base.device, base.dtype), base) for t in (a, b))
+        delta = self.product(a, b)
         if spec.keep_zeros:
             return part.scale * delta * (base != 0)
         if not spec.dora:
             return part.scale * delta
         turned = base + spec.scaling * delta
-        length = whole(getattr(self, key("lora", "magnitude", part.name))).to(base)
+        length = beside(getattr(self, key("lora", "magnitude", part.name)).to(base.device, base.dtype), base)
         return weight * (self._per_output(length / self._lengths(turned)) * turned - base)
 
     def _lengths(self, weight: torch.Tensor) -> torch.Tensor:
@@ -165,7 +167,7 @@ class LoraLayer(NamedLoras, DeltaLayer):
         return values.unsqueeze(1)
 
     def _factors(self, part: Part, device: torch.device | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        a, b = whole(getattr(self, part.a)), whole(getattr(self, part.b))
+        a, b = getattr(self, part.a), getattr(self, part.b)
         if self.specs[part.name].init == "pissa":
             # What PiSSA took out of the base is subtracted here, so the base itself is never touched.
             a = torch.cat((a, getattr(self, key("lora", "a0", part.name))), 0)
@@ -174,7 +176,7 @@ class LoraLayer(NamedLoras, DeltaLayer):
 
     def _principal(self, a: torch.Tensor, b: torch.Tensor, spec: LoraSpec) -> None:
         """PiSSA's start: scaling * b @ a is the best rank-r approximation of the weight (Meng et al. 2024, sec. 3)."""
-        u, s, vt = torch.linalg.svd(self._matrix().float(), full_matrices=False)
+        u, s, vt = torch.linalg.svd(whole(self._matrix()).float(), full_matrices=False)
         root = (s[: spec.rank] / spec.scaling).sqrt()
         b.copy_(u[:, : spec.rank] * root)
         a.copy_(root.unsqueeze(1) * vt[: spec.rank])

@@ -1,8 +1,9 @@
-"""Models that several processes share: which tensors last between runs, who writes, whose gradients are averaged."""
+"""Models under FSDP2 (`fully_shard`): which tensors last between runs, and what is sharded no longer."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
 import tempfile
@@ -16,7 +17,17 @@ from slimkit.core.delta.spec import PREFIX
 import torch
 from torch import nn
 
-__all__ = ["at_rest", "bridge", "forget_deltas", "sharded_class", "share_gradients", "whole", "written_once"]
+__all__ = [
+    "at_rest",
+    "beside",
+    "bridge",
+    "forget_deltas",
+    "in_step",
+    "like_parts_of",
+    "sharded_class",
+    "whole",
+    "written_once",
+]
 
 
 def sharded_class() -> Any:
@@ -49,48 +60,52 @@ def _is_gone(info: Any) -> bool:
     return PREFIX in info.param_name and info.param_name not in info.module._parameters
 
 
-def _mesh_of(tensor: torch.Tensor) -> Any:
-    """The devices that hold parts of a tensor; None for a whole one."""
-    return getattr(tensor, "device_mesh", None)
+def _is_distributed(tensor: torch.Tensor) -> bool:
+    tensors = sys.modules.get("torch.distributed.tensor")
+    return tensors is not None and isinstance(tensor, tensors.DTensor)
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor that several processes hold parts of, put together; all of them must ask."""
-    return tensor if _mesh_of(tensor) is None else tensor.full_tensor()
+def in_step(weight: Any, parameters: Iterable[nn.Parameter]) -> None:
+    """Keep parameters that come to a sharded layer the same in every process, in place.
+
+    FSDP does not know of them: they start with the first process's values, and their gradients are averaged.
+    """
+    if not _is_distributed(weight):
+        return
+    for parameter in parameters:
+        for group in weight.device_mesh.get_all_groups():
+            torch.distributed.broadcast(parameter.data, group=group, group_src=0)
+        parameter.register_post_accumulate_grad_hook(functools.partial(_average, weight.device_mesh))
 
 
-def like_parts_of(tensor: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+def _average(mesh: Any, parameter: torch.Tensor) -> None:
+    for group in mesh.get_all_groups():
+        torch.distributed.all_reduce(parameter.grad, group=group)
+    parameter.grad /= mesh.size()
+
+
+def whole(tensor: Any) -> torch.Tensor:
+    """A tensor with all of its values, gathered where it is distributed."""
+    gathered: torch.Tensor = tensor.full_tensor() if _is_distributed(tensor) else tensor
+    return gathered
+
+
+def beside(value: torch.Tensor, base: Any) -> torch.Tensor:
+    """A value that is the same in every process as a tensor that computes with a distributed one."""
+    if not _is_distributed(base) or _is_distributed(value):
+        return value
+    from torch.distributed.tensor import DTensor, Replicate
+
+    return DTensor.from_local(value, base.device_mesh, [Replicate()] * base.device_mesh.ndim, run_check=False)
+
+
+def like_parts_of(tensor: Any, value: torch.Tensor) -> torch.Tensor:
     """A whole value as the processes hold the tensor: in parts, or whole."""
-    if _mesh_of(tensor) is None:
+    if not _is_distributed(tensor):
         return value
     from torch.distributed.tensor import distribute_tensor
 
-    shared: Any = tensor
-    return distribute_tensor(value.to(shared.device, shared.dtype), shared.device_mesh, shared.placements)
-
-
-def share_gradients(layers: Iterable[nn.Module]) -> None:
-    """Keep deltas alike in all processes, in place, where they came on layers that were sharded before.
-
-    FSDP knows the parameters that were there when it sharded a module. Those that came later are whole in every
-    process: they begin with the first one's values, and their gradients are averaged as soon as they are there.
-    """
-    for layer in layers:
-        meshes = [mesh for p in layer.parameters() if (mesh := _mesh_of(p)) is not None]
-        for name, parameter in layer.named_parameters() if meshes else ():
-            if PREFIX not in name or _mesh_of(parameter) is not None or hasattr(parameter, "shared_by_processes"):
-                continue
-            groups = meshes[0].get_all_groups()
-            for group in groups:
-                torch.distributed.broadcast(parameter.data, group=group, group_src=0)
-            parameter.shared_by_processes = True
-            parameter.register_post_accumulate_grad_hook(lambda p, groups=groups: _average(p, groups))
-
-
-def _average(parameter: torch.Tensor, groups: Iterable[Any]) -> None:
-    for group in groups:
-        torch.distributed.all_reduce(parameter.grad, group=group)
-        parameter.grad /= group.size()  # gloo has no average of its own
+    return distribute_tensor(value.to(tensor.device, tensor.dtype), tensor.device_mesh, tensor.placements)
 
 
 @contextlib.contextmanager
@@ -105,7 +120,7 @@ def written_once(model: nn.Module, directory: str | os.PathLike[str]) -> Iterato
         directory: where the files shall be.
     """
     distributed = torch.distributed
-    split = any(_mesh_of(p) is not None for p in model.parameters())
+    split = any(map(_is_distributed, model.parameters()))
     replicated = isinstance(model, nn.parallel.DistributedDataParallel)
     if not (split or replicated) or not (distributed.is_available() and distributed.is_initialized()):
         yield directory

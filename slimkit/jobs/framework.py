@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 import slimkit
-from slimkit import bridge, export, train
+from slimkit import bridge, compare, export, train
 from slimkit.core import files
 from slimkit.core.checkpoint import shards
 from slimkit.core.errors import ConfigError
@@ -186,6 +186,14 @@ class TorchJobs(JobFramework):
                 raise ConfigError("--format w16a16s needs a Hugging Face directory, whose config.json goes along")
             return self.slim.save_w16a16s(out, opened.model, opened.directory).to_dict()
         return export.export_onnx(opened.model, inputs, out, **settings).to_dict()
+
+    def judging(self) -> compare.TorchCompare:
+        return compare.TorchCompare()
+
+    def tokenizer(self, opened: Opened) -> Any:
+        if opened.directory is None:
+            return super().tokenizer(opened)
+        return texts.tokenizer(opened.directory)
 
     # Text, and folders block by block.
 

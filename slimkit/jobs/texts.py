@@ -11,6 +11,22 @@ from slimkit.core.errors import ConfigError
 from slimkit.core.lazy import library
 
 
+def tokenizer(directory: Path) -> Any:
+    """The tokenizer of a Hugging Face directory.
+
+    Raises:
+        ConfigError: the directory holds none that transformers can read.
+    """
+    transformers = library("transformers", "hf")
+    try:
+        return transformers.AutoTokenizer.from_pretrained(str(directory))
+    except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(
+            f"{directory} holds no tokenizer that can read text ({reason}); give arrays (.npz) or a function"
+        ) from None
+
+
 class Reader:
     """A directory's tokenizer and what its model takes.
 
@@ -25,14 +41,7 @@ class Reader:
     """
 
     def __init__(self, directory: Path, kind: type, config: Any, max_length: int) -> None:
-        transformers = library("transformers", "hf")
-        try:
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(str(directory))
-        except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise ConfigError(
-                f"{directory} holds no tokenizer that can read text ({reason}); give arrays (.npz) or a function"
-            ) from None
+        self.tokenizer = tokenizer(directory)
         if self.tokenizer.pad_token is None:
             if self.tokenizer.eos_token is None:
                 raise ConfigError(f"the tokenizer of {directory} has neither a padding nor an end token")

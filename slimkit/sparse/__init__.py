@@ -1,8 +1,18 @@
 """Sparsity for PyTorch: make weights zero where it costs least, and keep them zero."""
 
-from slimkit.core.sparse import SparseConfig
+from slimkit.core.sparse import SparseConfig, SparseMethod, register_sparse_method
+from slimkit.core.sparse.maths.solvers import SparseProblem
 from slimkit.sparse.checkpoint import sparsify_checkpoint
 from slimkit.sparse.compressor import Compressor
 from slimkit.sparse.zeros import FrozenZeros, freeze_zeros
 
-__all__ = ["Compressor", "FrozenZeros", "SparseConfig", "freeze_zeros", "sparsify_checkpoint"]
+__all__ = [
+    "Compressor",
+    "FrozenZeros",
+    "SparseConfig",
+    "SparseMethod",
+    "SparseProblem",
+    "freeze_zeros",
+    "register_sparse_method",
+    "sparsify_checkpoint",
+]

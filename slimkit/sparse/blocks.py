@@ -10,7 +10,7 @@ from slimkit import bridge
 from slimkit.core.errors import UnsupportedError
 from slimkit.core.sparse.call_order import CallOrder
 from slimkit.core.sparse.experts import LayerCall, Pairs
-from slimkit.replay import entering, replaying, state_of
+from slimkit.replay import entering, replaying, state_of, version_of
 from slimkit.sparse.inputs import BlockInputs, Enough, as_input, enough, valid_tokens
 from slimkit.sparse.reads import Reads
 from slimkit.sparse.residual import arriving, first_tensor, input_of, joints
@@ -87,10 +87,11 @@ def trace(
             chained = chained and not before[path].differs()  # noqa: B023
 
         def called(path: str, args: Any, kwargs: Any, _output: Any) -> None:
-            calls.note(modules[path][0], input_of(args, kwargs))
+            x = input_of(args, kwargs)
+            calls.note(modules[path][0], x, version_of(x))
 
         def read(path: str, rows: torch.Tensor, _tokens: torch.Tensor | None) -> None:
-            calls.note(modules[path][0], rows)
+            calls.note(modules[path][0], rows, version_of(rows))
 
         with watching(model, slots, called, read) as run, bridge.hooked(chain, passed):
             before = {path: state_of(block) for path, block in chain.items()}
@@ -134,6 +135,8 @@ class WholeModel:
         self.model, self.dense, self.dataset, self.modules = model, dense, dataset, modules
         self._whole, self._traced = whole, traced
         self.feeds = list(feeds)
+        self.names: list[str] = []
+        self.rows: Mapping[str, dict[str, Any]] | None = None
         self.reached: Mapping[str, float] = traced.reached
         self.joined: dict[str, str] = {}
 

@@ -252,6 +252,7 @@ class _Undata:
 
     def __init__(self, names: list[str]) -> None:
         self.names = names
+        self.rows: Mapping[str, dict[str, Any]] | None = None
         self.feeds: list[tuple[str, ...]] = []
         self.joined: dict[str, str] = {}
         self.reached: Mapping[str, float] = {}

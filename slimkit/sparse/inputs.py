@@ -157,6 +157,9 @@ class BlockInputs:
 
         with replaying(model) as run, entering({b: bridge.get_module(model, b) for b in blocks}, began):
             run(batch)
+        if len(others) != len(blocks):
+            what = "a deep copy of the model" if dense else "model"
+            raise UnsupportedError(f"{what} must run its own {len(blocks)} blocks. It ran {len(others)} of them")
         (self._dense_others if dense else self._others).append(others)
 
     @classmethod

@@ -41,7 +41,7 @@ def kind_of(cell: nn.Cell) -> str:
     """ "linear", "embedding" or "conv2d" for a layer whose mathematics is known, else ""."""
     base = next((kind for kind in type(cell).__mro__ if kind in _LORA), None)
     if isinstance(cell, DeltaLayer):
-        return "linear" if base is None else _LORA[base][1]
+        return "" if base is None else _LORA[base][1]
     # A subclass with a construct of its own computes something else: it is not taken for what it derives from.
     return _LORA[base][1] if base is not None and kinds.computes_as_its_kind(cell) else ""
 

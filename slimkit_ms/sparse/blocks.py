@@ -99,17 +99,22 @@ def unwatched(_name: str, _x: Any, _tokens: Any) -> None:
 def trace(model: nn.Cell, dataset: Iterable[Any], slots: Mapping[str, WeightSlot]) -> CallOrder:
     """Send every batch through once, to learn in which order layers are called and which share one input."""
     calls = CallOrder({name for name, slot in slots.items() if slot.kind == "conv2d"})
+
+    def note(name: str, x: Any, _tokens: Any) -> None:
+        # A tensor that was written into in between is another input; nobody counts the writes, so its sum tells.
+        calls.note(name, x, float(x.astype(ms.float32).sum()) if isinstance(x, ms.Tensor) else None)
+
     for batch in dataset:
         valid = valid_tokens(batch)
         calls.batch(valid is not None and not valid.any())
-        with watching(model, slots, lambda name, x, _tokens: calls.note(name, x)) as run:
+        with watching(model, slots, note) as run:
             run(batch)
     return calls
 
 
 def valid_tokens(batch: Any) -> Array | None:
     """Which tokens of a batch are no padding: its 2-D attention mask of zeros and ones, if it has one."""
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    mask = bridge.tensors(batch.get("attention_mask")) if isinstance(batch, Mapping) else None
     if not isinstance(mask, ms.Tensor) or mask.ndim != 2:
         return None
     found: Array = bridge.as_numpy(mask) != 0
@@ -148,6 +153,8 @@ class WholeModel:
         self.model, self.dense, self.dataset = model, dense, dataset
         self.slots = slots
         self.feeds, self._traced = list(feeds), traced
+        self.names: list[str] = []
+        self.rows: Mapping[str, dict[str, Any]] | None = None
         self.reached: Mapping[str, float] = traced.reached
         self.joined: dict[str, str] = {}
         self._blocks: list[str] = []

@@ -12,7 +12,7 @@ from slimkit_ms.trace import Traced
 from mindspore import nn
 
 
-class Adapter:
+class SizeSearch:
     """Narrows a coupling, step by step, until a model's code goes along with its cuts.
 
     Where the compiled graph shows the axis that came out wrong, that axis stays whole; where the compiler stopped at a

@@ -175,3 +175,26 @@ def test_deepcopy_is_independent(kit, net, batch, kind, options):
     np.testing.assert_array_equal(kit.array(twin(*batch)), y)
     kit.slim.remove_delta(twin)
     np.testing.assert_array_equal(kit.array(net(*batch)), y)
+
+
+@pytest.mark.parametrize("positions", [None, ["places"]], ids=str)
+@pytest.mark.parametrize(("kind", "options"), FRONTS, ids=IDS)
+def test_the_base_runs_alone_while_it_is_off(kit, net, batch, kind, options, positions):
+    if positions is not None:
+        if kind == "prompt":
+            return
+        options = {**options, "positions": positions}
+    y0 = kit.array(net(*batch))
+    put(kit, net, kind, options, batch)
+    y1 = kit.array(net(*batch))
+    assert y1.shape != y0.shape or np.abs(y1 - y0).max() > 1e-3
+    with kit.slim.disable_delta(net):
+        np.testing.assert_allclose(kit.array(net(*batch)), y0, atol=1e-6)  # the same products, some in another kernel
+    np.testing.assert_array_equal(kit.array(net(*batch)), y1)
+    kit.slim.apply_delta(net, "lora", ["head"], rank=2, name="other")
+    kit.slim.set_delta(net, "other")
+    np.testing.assert_allclose(kit.array(net(*batch)), y0, atol=1e-6)
+    kit.slim.set_delta(net, "default")
+    np.testing.assert_array_equal(kit.array(net(*batch)), y1)
+    kit.slim.remove_delta(net)
+    np.testing.assert_array_equal(kit.array(net(*batch)), y0)

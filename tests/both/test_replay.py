@@ -148,6 +148,48 @@ def test_a_block_that_writes_into_its_input_is_not_thought_idle(kit):
     assert kit.slim.suggest_layer_map(model, data(kit), keep=2).layer_id_map == {0: 0, 1: 2}
 
 
+@pytest.mark.parametrize("residual", [False, True])
+def test_blocks_that_add_in_place_are_calibrated_like_those_that_do_not(kit, residual):
+    """Also where two blocks are handed one tensor, written into in between."""
+
+    class Block(kit.Module):
+        def __init__(self, in_place):
+            super().__init__()
+            self.up, self.act, self.down = kit.linear(WIDTH, WIDTH + 4), kit.relu(), kit.linear(WIDTH + 4, WIDTH)
+            self.in_place = in_place
+
+        def forward(self, x):
+            y = x + self.down(self.act(self.up(x)))
+            if self.in_place:
+                x.copy_(y)
+                return x
+            return y
+
+        construct = forward
+
+    class Net(kit.Module):
+        def __init__(self, in_place):
+            super().__init__()
+            parts = [Block(in_place) for _ in range(3)]
+            self.blocks = kit.torch.nn.ModuleList(parts) if kit.name == "torch" else kit.ms.nn.CellList(parts)
+
+        def forward(self, x):
+            x = x * 1.0
+            for block in self.blocks:
+                x = block(x)
+            return x
+
+        construct = forward
+
+    found = []
+    for in_place in (False, True):
+        model = kit.fill(Net(in_place))
+        kit.slim.Compressor(model, SparseConfig(method="par", residual=residual)).compress(data(kit))
+        found.append(kit.values(model))
+    for name, value in found[0].items():
+        np.testing.assert_array_equal(found[1][name], value)
+
+
 def test_a_copy_of_a_call_shares_nothing_that_a_call_may_change(kit):
     x, memory = data(kit, 1)[0], _Memory()
     memory.rows.append(x)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -9,8 +11,12 @@ from hypothesis import strategies as st
 
 from slimkit.core.errors import ArgumentError
 from slimkit.core.sparse import SparseConfig
-from slimkit.core.sparse.allocate import counts, spread
+from slimkit.core.sparse.allocate import spread
+from slimkit.core.sparse.maths.layer import SparseLayer
+from slimkit.core.sparse.maths.moments import Moments
 from slimkit.core.sparse.maths.pattern import keep_across_rows
+from slimkit.core.sparse.maths.solve import solve
+from slimkit.core.sparse.totals import counts
 
 METHODS = ("magnitude", "wanda", "hessian", "par", "par_v2")
 
@@ -139,3 +145,89 @@ def test_rows_share_evenly_and_the_rest_goes_where_it_costs_least(rows, columns,
         ordered = np.sort(scores, 1)
         nth = dropped.min()
         assert ordered[more, nth].max() <= ordered[fewer, nth].min()
+
+
+class _Padded:
+    """A net that takes tokens and a mask, as language models do."""
+
+    def __new__(cls, kit):
+        class Net(kit.Module):
+            def __init__(self):
+                super().__init__()
+                self.first, self.act, self.last = kit.linear(8, 8), kit.relu(), kit.linear(8, 4)
+
+            def forward(self, x, attention_mask):
+                return self.last(self.act(self.first(x)))
+
+            construct = forward
+
+        return kit.fill(Net())
+
+
+def padded(kit, *lengths):
+    rng = np.random.default_rng(0)
+    return [
+        {
+            "x": kit.tensor(rng.standard_normal((2, 32, 8)).astype(np.float32)),
+            "attention_mask": kit.tensor((np.arange(32) < np.full((2, 1), n)).astype(np.int64)),
+        }
+        for n in lengths
+    ]
+
+
+@pytest.mark.parametrize("method", ["wanda", "hessian", "par"])
+def test_nothing_but_padding_is_said_to_be_that(kit, method):
+    model = _Padded(kit)
+    before = kit.values(model)
+    with pytest.raises(ArgumentError, match="tokens that are no padding"):
+        kit.slim.Compressor(model, SparseConfig(method=method)).compress(padded(kit, 0, 0))
+    for name, old in before.items():
+        np.testing.assert_array_equal(kit.values(model)[name], old)
+    report = kit.slim.Compressor(model, SparseConfig(method=method)).compress(padded(kit, 0, 20, 0))
+    assert report["fallbacks"] == {}
+    assert {row["rows"] for row in report["layers"].values()} == {2 * 20}
+
+
+def test_moments_without_a_row_stay_finite():
+    layer = SparseLayer("fc", "linear", (3, 4))
+    moments = Moments(layer)
+    moments.add(np.zeros((0, 4), np.float32))
+    for _ in range(2):  # layers that share their input share these
+        solved = solve(layer, np.arange(12.0).reshape(3, 4), moments, 0.5, SparseConfig(method="hessian"))
+        assert solved.account["fallback"].startswith("saw 0 calibration rows")
+
+
+def test_a_copy_keeps_its_frozen_zeros(kit):
+    model = kit.fill(kit.named(first=kit.linear(8, 8), act=kit.relu(), last=kit.linear(8, 4)))
+    kit.slim.Compressor(model, SparseConfig()).compress()
+    handle = kit.slim.freeze_zeros(model)
+    twin = copy.deepcopy(model)
+    again = copy.deepcopy(twin)
+    rng = np.random.default_rng(0)
+    x = kit.tensor(rng.standard_normal((16, 8)).astype(np.float32))
+    for one in (twin, again, model):
+        before = kit.values(one)
+        _train(kit, one, x)
+        for name in ("first.weight", "last.weight"):
+            now = kit.values(one)[name]
+            assert ((now == 0) == (before[name] == 0)).all()
+            assert not np.array_equal(now, before[name])
+    handle.remove()
+    _train(kit, model, x)
+    assert (kit.values(model)["first.weight"] != 0).sum() > 32
+    _train(kit, twin, x)
+    assert (kit.values(twin)["first.weight"] == 0).sum() == 32
+
+
+def _train(kit, model, x):
+    if kit.name == "torch":
+        optimizer = kit.torch.optim.AdamW(model.parameters(), lr=0.05)
+        for _ in range(2):
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+        return
+    optimizer = kit.ms.nn.AdamWeightDecay(model.trainable_params(), learning_rate=0.05)
+    gradient = kit.ms.value_and_grad(lambda v: model(v).square().mean(), None, optimizer.parameters)
+    for _ in range(2):
+        optimizer(gradient(x)[1])

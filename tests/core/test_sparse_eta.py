@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from slimkit.core.sparse.call_order import CallOrder
-from slimkit.core.sparse.costs import COSTS
 from slimkit.core.sparse.maths.layer import SparseLayer
+from slimkit.core.sparse.methods import METHODS
 from slimkit.core.sparse.remaining import Estimate
 
 SHAPES = {"q": (384, 384), "k": (384, 384), "v": (384, 384), "o": (384, 384), "up": (1536, 384), "down": (384, 1536)}
@@ -33,7 +33,7 @@ class Machine:
     def __init__(self, method, models, way="files", slow_start=0.0):
         self.clock, self.crowd, self.n_blocks = Clock(), 1.0, 6
         self.models, self.way, self.slow_start = models, way, slow_start
-        self.costs = [cost * by for cost, by in zip(COSTS[method], (3.0, 2.0, 2.0, 2.5))]
+        self.costs = [cost * by for cost, by in zip(METHODS[method].cost, (3.0, 2.0, 2.0, 2.5))]
         names = [f"h.{i}.{n}" for i in range(self.n_blocks) for n in SHAPES]
         self.layers = {n: SparseLayer(n, "linear", SHAPES[n.split(".")[2]]) for n in names}
         self.steps = []

@@ -18,14 +18,22 @@ def draw(*shape, dtype=torch.float64):
     return torch.randn(*shape, dtype=dtype, requires_grad=True)
 
 
-def net(dropout=0.0):
+def plain_net():
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 3))
+    return nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 3))
+
+
+def put_lora(model, dropout=0.0):
+    torch.manual_seed(1)
     slimkit.apply_delta(model, "lora", rank=2, dropout=dropout)
     for name, parameter in model.named_parameters():
         if "lora" in name:
             nn.init.normal_(parameter, std=0.3)
     return model
+
+
+def net(dropout=0.0):
+    return put_lora(plain_net(), dropout)
 
 
 X = torch.linspace(-1, 1, 30).reshape(5, 6)
@@ -229,6 +237,7 @@ def in_group(rank, port, folder):
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
     try:
         result = {"shard": sharded(rank), "ddp": ddp(rank), "fsdp": fsdp(rank)}
+        result |= {when: merged_under_fsdp(rank, when) for when in ("before", "after")}
     finally:
         torch.distributed.destroy_process_group()
     torch.save(result, f"{folder}/{rank}.pt")
@@ -292,6 +301,34 @@ def fsdp(rank):
     return {n: p.grad.full_tensor() for n, p in model.named_parameters() if p.grad is not None}
 
 
+def merged_under_fsdp(rank, when):
+    """Outputs with the delta on and after it is merged for good, and the gradients of the plain model that is left."""
+    from torch.distributed.fsdp import fully_shard
+
+    model = plain_net()
+    if when == "before":
+        put_lora(model)
+    for layer in model:
+        if isinstance(layer, nn.Linear):
+            fully_shard(layer)
+    fully_shard(model)
+    if when == "after":
+        model(X)  # some layers hold gathered copies now
+        put_lora(model)
+    half = X[:4][rank * 2 : rank * 2 + 2]
+    model(half).square().sum().backward()
+    trained = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    trained = {n: g.full_tensor() if isinstance(g, torch.distributed.tensor.DTensor) else g for n, g in trained.items()}
+    model.zero_grad()
+    with_delta = model(X).detach()
+    slimkit.merge_delta(model)
+    slimkit.unmerge_delta(model)
+    slimkit.merge_delta(model, unload=True)
+    merged = model(X).detach()
+    model(X).square().sum().backward()
+    return with_delta, merged, {n: p.grad.full_tensor() for n, p in model.named_parameters()}, trained
+
+
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     folder = tmp_path_factory.mktemp("group")
@@ -321,3 +358,21 @@ def test_data_parallel_gradients_equal_the_single_process(two, job):
             torch.testing.assert_close(
                 results[job][name], grad / 2, rtol=1e-4, atol=1e-5
             )  # both average over processes
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_delta_is_merged_for_good_under_fsdp(two, when):
+    alone = net()
+    want = alone(X).detach()
+    slimkit.merge_delta(alone, unload=True)
+    plain, half = grads(alone), grads(net(), X[:4])
+    for results in two:
+        with_delta, merged, found, trained = results[when]
+        assert trained.keys() == half.keys()
+        for name, grad in half.items():
+            torch.testing.assert_close(trained[name], grad / 2, rtol=1e-4, atol=1e-5)  # averaged over two processes
+        torch.testing.assert_close(with_delta, want, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(merged, want, rtol=1e-4, atol=1e-5)
+        assert found.keys() == plain.keys()
+        for name, grad in plain.items():  # both processes have the same batch, so the average is one's own
+            torch.testing.assert_close(found[name], grad, rtol=1e-4, atol=1e-4)

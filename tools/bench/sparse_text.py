@@ -20,13 +20,14 @@ import random
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 from slimkit import Compressor, SparseConfig
-from slimkit.core.sparse.maths import solve
 from slimkit.core.sparse.maths.par import refit
+from slimkit.core.sparse.methods import METHODS
 
 import torch
 from transformers import AutoTokenizer, BertModel
@@ -95,7 +96,7 @@ def as_solver(peer: Peer) -> Callable[[Any], Any]:
     """A peer in the place of one of our solvers, so that everything around it is the same."""
 
     def run(p: Any) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
-        new = peer(p.weight, p.gram, p.ratio, p.nm)
+        new = peer(p.weight, p.gram, p.ratios[-1], p.nm)
         return new, new != 0, {}
 
     return run
@@ -151,9 +152,9 @@ def measure(method: str, text: str, texts: Texts) -> tuple[float, float]:
         pattern=pattern,
         residual=base in ("par", "par_v2") and not plain,
     )
-    solvers = {"hessian": as_solver(PEERS[method])} if method in PEERS else {}
+    rows = {"hessian": replace(METHODS["hessian"], solver=as_solver(PEERS[method]))} if method in PEERS else {}
     model, start = fresh(), time.process_time()
-    with mock.patch.dict(solve.SOLVERS, solvers):
+    with mock.patch.dict(METHODS, rows):
         Compressor(model, config).compress(texts.calibration)
     return texts.cosine(model), time.process_time() - start
 

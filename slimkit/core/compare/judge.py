@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from slimkit.core import check
-from slimkit.core.compare import memory
+from slimkit.core.compare import TASKS, memory
 from slimkit.core.compare.comparison import FIGURES, Comparison, ModelResult
 from slimkit.core.compare.framework import CompareFramework
 from slimkit.core.compare.intervals import draws, figures_of
@@ -25,7 +25,6 @@ from slimkit.core.jobs.factory import resolve
 from slimkit.core.log import progress
 
 Array = np.ndarray[Any, Any]
-TASKS = ("language", "encoder", "classifier")
 # The dense model's likeliest tokens that are kept where models are opened one after the other.
 TOP_K = 256
 DENSE = "dense"
@@ -34,7 +33,7 @@ _Answer = tuple[DenseAnswer, Array, int]
 
 
 @dataclass(frozen=True)
-class CompareOptions:
+class JudgeOptions:
     """How models are compared.
 
     Args:
@@ -70,7 +69,7 @@ def judge(
     dense: Any,
     candidates: Mapping[str, Any],
     dataset: Any,
-    options: CompareOptions,
+    options: JudgeOptions,
     tokenizer: Any = None,
     metrics: Mapping[str, Callable[[Any, Any], float]] | None = None,
 ) -> Comparison:
@@ -159,7 +158,7 @@ class LanguageJudge:
 
     framework: CompareFramework
     dataset: Any
-    options: CompareOptions
+    options: JudgeOptions
     keep: int
     tokenizer: Any = None
     windows: list[Window] = field(init=False)

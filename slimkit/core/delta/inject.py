@@ -48,10 +48,11 @@ def apply_layers(
     rules.delta_name(name)
     for option in options:
         check.choice(option, rules.OPTIONS[kind], f"option of {kind}")
+    access.at_rest(model)
     sites = access.sites(model)
     standing = access.layers(model)
     for path, layer in standing.items():
-        if path in sites and (kind != "lora" or layer.delta_kind != "lora"):
+        if path in sites and sites[path].kind and (kind != "lora" or layer.delta_kind != "lora"):
             sites[path] = replace(sites[path], reason=f"it carries a delta of kind {layer.delta_kind!r} already")
     if specs is None:
         paths, skipped, unmatched = rules.choose(sites, kind, targets, exclude, strict=strict)

@@ -20,7 +20,7 @@ from slimkit.core.jobs.options import (
 )
 from slimkit.core.jobs.sources import DataPlace, ModelPlace
 from slimkit.core.sparse import SparseConfig
-from slimkit.core.sparse.compress import select
+from slimkit.core.sparse.select import select
 
 
 class CommandContext(work.JobContext):

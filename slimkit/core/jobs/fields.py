@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic_core import PydanticCustomError, core_schema
 
 from slimkit.core import check
@@ -20,6 +20,15 @@ class Strict(BaseModel):
     """Unknown keys are errors, values keep their types ("3" is not 3), and nothing changes after loading."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_keys(cls, given: Any) -> Any:
+        for key in given if isinstance(given, Mapping) else ():
+            if key not in cls.model_fields:
+                near = {"key": str(key), "near": check.near(key, list(cls.model_fields))}
+                raise PydanticCustomError("unknown_key", "{key}: unknown key", near)
+        return given
 
 
 @dataclass(frozen=True)

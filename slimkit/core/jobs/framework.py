@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 
+from slimkit.core.errors import ConfigError
 from slimkit.core.jobs.measurement import Measurement
 from slimkit.core.jobs.sources import DataPlace, ModelPlace, StudentPlace
 
 if TYPE_CHECKING:
+    from slimkit.core.compare.framework import CompareFramework
     from slimkit.core.distill.config import KnowledgeDistillConfig
     from slimkit.core.jobs.options import AdaptOptions, DistillOptions, FitOptions
     from slimkit.core.sparse import SparseConfig
@@ -281,7 +283,15 @@ class JobFramework(Protocol):
     ) -> dict[str, Any]:
         """Write one file or folder of a format, proven where the format can be run."""
 
+    @abstractmethod
+    def judging(self) -> CompareFramework:
+        """The framework as `core/compare` sees it."""
+
     # What a framework may do in its own way; by default it does not.
+
+    def tokenizer(self, opened: Opened) -> Any:
+        """The tokenizer that came with a model; ConfigError where it has none."""
+        raise ConfigError("--text needs the tokenizer of a Hugging Face directory; give --data with token numbers")
 
     def learns_text(self, place: ModelPlace, data: DataPlace) -> bool:
         """Whether the model has a tokenizer and learns from this text."""

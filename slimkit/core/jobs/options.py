@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -249,13 +249,13 @@ class DistillOptions(FitOptions):
 
     def build(self) -> KnowledgeDistillConfig:
         """What is compared, whatever the answers' shape will be."""
-        return self.comparison((2, 2))
+        return self.comparison(lambda: (2, 2))
 
-    def comparison(self, shape: Sequence[int]) -> KnowledgeDistillConfig:
+    def comparison(self, shape: Callable[[], Sequence[int]]) -> KnowledgeDistillConfig:
         """What is compared: the terms that were written out, or outputs against outputs and each pair of layers.
 
         Args:
-            shape: of the teacher's answer, by which a loss of "auto" is chosen.
+            shape: gives that of the teacher's answer, where it has to choose the loss.
 
         Raises:
             ConfigError: nothing is compared.
@@ -279,8 +279,9 @@ class DistillOptions(FitOptions):
         if not self.output_weight and not pairs:
             raise ConfigError("output_weight is 0 and no pair of match is weighed: there is nothing to learn from")
         if self.output_weight:
-            classes = len(shape) == 2 and shape[1] > 1
-            name = self.output_loss if self.output_loss != "auto" else "KDKLDiv" if classes else "HiddenMse"
+            name = self.output_loss
+            if name == "auto":
+                name = "KDKLDiv" if len(shape()) == 2 and shape()[1] > 1 else "HiddenMse"
             made: dict[str, Any] = {"func_name": name, "func_weight": self.output_weight}
             if LOSSES[name][1]:
                 made |= {"temperature": self.temperature, "t_squared": True}
@@ -314,6 +315,9 @@ class SparsifyOptions(JobOptions):
     )
     ignore: Annotated[list[str] | None, Flag("--ignore", metavar="GLOB")] = Field(
         None, description="globs of layers left dense"
+    )
+    options: Annotated[dict[str, Any] | None, Flag("--set", metavar="KEY=VALUE")] = Field(
+        None, description="options of a registered method of one's own"
     )
     calibration_batches: Annotated[PositiveInt, RECIPE_ONLY] = Field(8, description="batches of calibration data")
 
@@ -420,6 +424,42 @@ class ExportOptions(JobOptions):
         return {**{key: getattr(self, key) for key in keys}, "dynamic": parse_axes(self.dynamic or [])}
 
 
+class CompareOptions(JobOptions):
+    """Judge smaller models against a dense one on held-out data (``compare_models``)."""
+
+    task: Annotated[str, OneOf("slimkit.core.compare:TASKS")] = Field(
+        "language", description="language: next tokens of texts; encoder: outputs; classifier: outputs and labels"
+    )
+    length: PositiveInt = Field(512, description="tokens a window of text; the stride is the same")
+    bos: Annotated[bool, Flag("--bos", sets=True, help="begin each window with the BOS token")] = Field(
+        False, description="begin each window with the tokenizer's beginning-of-sequence token"
+    )
+    top_k: PositiveInt | None = Field(
+        256,
+        description="KL over so many of the dense model's likeliest tokens, one model in memory at a time; "
+        "Python's compare_models, given models and not functions: exact",
+    )
+    exact: Annotated[bool, Flag("--exact", sets=True, help="the exact KL; all models are in memory at once")] = Field(
+        False, description="the exact KL; all models are in memory at once"
+    )
+    metrics: Annotated[list[str] | None, Flag("--metric", metavar="MODULE:FUNCTION")] = Field(
+        None, description="further figures: f(model, dataset)"
+    )
+    speed: Annotated[bool, Flag("--no-speed", sets=False, help="do not measure speed")] = Field(
+        True, description="measure prefill and decode speed, all models in turn"
+    )
+
+    def build(self) -> Any:
+        """The options of `judge`, seed apart."""
+        from slimkit.core.compare.judge import JudgeOptions
+
+        top_k = None if self.exact else self.top_k
+        return JudgeOptions(task=self.task, length=self.length, bos=self.bos, top_k=top_k, speed=self.speed)
+
+    def functions(self) -> dict[str, tuple[Factory | str, tuple[str, ...]]]:
+        return {f"metrics[{n}]": (name, ("model", "dataset")) for n, name in enumerate(self.metrics or ())}
+
+
 # job -> its options; a recipe's stage has the job's name, and finetune is train under another one
 JOBS: dict[str, type[JobOptions]] = {
     "train": TrainOptions,
@@ -431,3 +471,5 @@ JOBS: dict[str, type[JobOptions]] = {
     "adapt": AdaptOptions,
     "export": ExportOptions,
 }
+# Jobs that change no model, and so are commands and no stages.
+COMMAND_JOBS: dict[str, type[JobOptions]] = {"compare": CompareOptions}

@@ -58,7 +58,7 @@ def distill(
         answers = [_called(face, which, context.example) for which in (teacher, learner)]
         if read.labelled:
             _prove(face, learner, *context.loss(options.loss), batch)
-        config = options.comparison(answers[0][0].shape)
+        config = options.comparison(lambda: answers[0][0].shape)
     facts: dict[str, Any] = {
         "teacher_parameters": work.count(face, teacher.model),
         "parameters": work.count(face, learner.model),

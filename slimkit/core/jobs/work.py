@@ -209,7 +209,7 @@ def distill(
     """Train a student to answer as its teacher does, in place; `config` says what is compared, or the options do."""
     face = context.face
     if config is None:
-        config = options.comparison(face.outputs(teacher, context.example)[0].shape)
+        config = options.comparison(lambda: face.outputs(teacher, context.example)[0].shape)
     hard = context.loss(options.loss)[1] if options.hard_weight else None
     with face.seeded(context.seed):
         dual = face.slim.get_distill_model(teacher, student, config, inputs=context.example)

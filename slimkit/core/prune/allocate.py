@@ -72,16 +72,6 @@ class Account:
         sizes = self._offsets + self._slopes @ counts
         return int((self._factors * sizes[self._used].prod(axis=1)).sum()) + self.constant
 
-    def per_index(self, counts: Array) -> Array:
-        """What one more index of each variable costs at these counts."""
-        sizes = self._offsets + self._slopes @ counts
-        picked = sizes[self._used]
-        gain = np.zeros(len(self.names))
-        for column in range(picked.shape[1]):
-            others = np.delete(picked, column, axis=1).prod(axis=1) * self._factors
-            gain += np.bincount(self._used[:, column], weights=others, minlength=len(sizes)) @ self._slopes
-        return gain
-
     def steps(self, alignment: int, sizes: Array) -> Array:
         """The smallest change of each variable that keeps all its axes aligned.
 

@@ -21,6 +21,11 @@ class PruneFramework(Protocol):
     framework: str
     model: Any
 
+    @property
+    @abstractmethod
+    def has_example(self) -> bool:
+        """Whether an example of what the model takes was given, so that it can be run."""
+
     @abstractmethod
     def trace(self) -> Graph:
         """The model's graph."""

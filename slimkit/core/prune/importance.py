@@ -38,9 +38,11 @@ def scores(view: View, criterion: Criterion, evidence: Evidence, seed: int = 0) 
     for variable in view.variables:
         for path, axis, role in variable.places:
             places.setdefault(path, []).append((variable.name, axis, role))
+    # Sums over the weights tell of NaN and infinity by themselves; where nothing is summed, the weights are looked at.
+    told = not criterion.needs and not criterion.whole_rows and bool(criterion.roles)
+    for path in () if told else places:
+        _demand_finite(path, view, places, evidence)
     if criterion is CRITERIA["random"]:
-        for path in places:
-            _demand_finite(path, view, places, evidence)
         rng = np.random.default_rng(seed)
         return {v.name: rng.random(v.size) for v in view.variables}
     gathered: dict[str, list[Array]] = {v.name: [] for v in view.variables}
@@ -49,9 +51,7 @@ def scores(view: View, criterion: Criterion, evidence: Evidence, seed: int = 0) 
         wanted = [(n, a) for n, a, role in uses if path not in buffers and criterion.counts(path, role)]
         axes = {a for _, a in wanted}
         vectors = criterion.vectors(path, axes, evidence) if wanted else None
-        # Sums over the weights tell of NaN and infinity by themselves; whatever else is cut is looked at.
-        told = vectors is not None and not criterion.needs and not criterion.whole_rows
-        if not told or not _finite(vectors):
+        if told and (vectors is None or not _finite(vectors)):
             _demand_finite(path, view, places, evidence)
         if vectors is None:
             continue

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from slimkit.core import check
+from slimkit.core.errors import PlanError
 from slimkit.core.files import as_path, atomic_file
 from slimkit.core.log import logger
 from slimkit.core.match import demand, match
@@ -20,6 +21,7 @@ from slimkit.core.prune.draw import picture
 from slimkit.core.prune.framework import PruneFramework, RepairFramework
 from slimkit.core.prune.graph import Node
 from slimkit.core.prune.importance import best, scores
+from slimkit.core.prune.masks import desc_of_masks, is_masks
 from slimkit.core.prune.plan import PrunePlan, make_desc
 from slimkit.core.prune.record import record_plan, whole_desc
 from slimkit.core.prune.rehearsal import ANOTHER, COPIES, LAYOUT, differences
@@ -166,7 +168,8 @@ class PrunerBase(PrunerSettings):
         """Replay a plan on a fresh model of the same make, in place.
 
         Args:
-            desc: what `prune` or `analysis` returned, possibly after a trip through JSON.
+            desc: what `prune` or `analysis` returned, possibly after a trip through JSON; or a desc of msModelSlim's,
+                {layer: {"input" or "output": [number kept, mask]}}, which is proven on the example where one was given.
 
         Returns:
             The pruned model.
@@ -174,6 +177,14 @@ class PrunerBase(PrunerSettings):
         Raises:
             PlanError: the plan was made for another model; the message names the first mismatch.
         """
+        if is_masks(desc):
+            desc = desc_of_masks(desc, self._wing.shapes(), self._wing.framework)
+            if self._wing.has_example:
+                # Masks say nothing of what belongs together: whether they do is found out before anything is cut.
+                self._solved()
+                _, error, _ = self._wing.rehearse(PrunePlan(desc))
+                if error:
+                    raise PlanError(f"the masks of desc do not fit one another in this model: {error}")
         self._cut(PrunePlan(desc))
         return self._wing.model
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, Discriminator, Field, Tag, ValidationError, create_model
 
 from slimkit.core import check
 from slimkit.core.errors import ConfigError, FileFormatError
 from slimkit.core.files import readable_file
-from slimkit.core.jobs.factory import Factory, LossReference, Reference
+from slimkit.core.jobs import factory
+from slimkit.core.jobs.factory import LossReference, Reference
 from slimkit.core.jobs.fields import Strict, explained
 from slimkit.core.jobs.options import JOBS, JobOptions
 from slimkit.core.yamltext import parse_yaml
@@ -67,9 +68,12 @@ class Recipe(Strict):
     version: Literal[1] = Field(description="version of this format")
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")] = Field(description="names the report")
     title: str | None = Field(None, description="heading of the report")
-    framework: Literal["torch", "mindspore"] = Field("torch", description="which wing runs it")
+    framework: Literal["torch", "mindspore"] = Field("torch", description="which framework runs it")
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(0, description="every stage is seeded from it and its place")
     output: str | None = Field(None, description="folder of the run; runs/<name> by default")
+    imports: list[str] = Field(
+        default_factory=list, description="files beside the recipe or modules, loaded first; they may register rows"
+    )
     model: Reference = Field(description="makes the model: f(**arguments) -> model")
     data: Reference = Field(description="makes the data: f() -> mapping with train, example, calibration")
     loss: LossReference = Field("cross_entropy", description="cross_entropy, mse, or f(model, batch) -> scalar")
@@ -108,6 +112,10 @@ def load_recipe(path: Any, overrides: Mapping[str, Any] | None = None) -> Recipe
         raise ConfigError(f"{file}: its aliases make more than {_MOST_VALUES:,} values, or lead back to themselves")
     for key, value in (overrides or {}).items():
         _override(content, key, value)
+    # What they register, such as a method of sparsity, is a word that the stages may then take.
+    asked = content.get("imports")
+    for place in asked if isinstance(asked, list) else ():
+        factory.load(str(place), file.parent, "imports")
     return parse_recipe(content, source=str(file))
 
 
@@ -139,50 +147,24 @@ def parse_recipe(content: Mapping[str, Any], source: str = "recipe") -> Recipe:
 
 def _explain(location: tuple[Any, ...], kind: str, message: str, value: Any) -> str:
     """One line of a validation error: the key's path as written in the YAML, then what is wrong."""
-    place, model = _walk(location)
-    if kind == "extra_forbidden":
-        return f"{place}: unknown key{check.near(location[-1], list(model.model_fields)) if model else ''}"
-    if kind == "missing":
-        return f"{place}: this key is required"
-    if kind == "union_tag_not_found" or kind == "union_tag_invalid":
-        keys = list(value) if isinstance(value, Mapping) else [value]
-        near = check.near(keys[0], list(_STAGES)) if len(keys) == 1 else ""
-        return f"{place}: a stage is one of {', '.join(_STAGES)}. Received: {', '.join(map(repr, keys))}{near}"
-    return f"{place}: {message}"
-
-
-def _walk(location: tuple[Any, ...]) -> tuple[str, type[BaseModel] | None]:
-    """A pydantic location as a YAML path, and the model that holds its last key."""
-    path, model = "", Recipe
-    holder: type[BaseModel] | None = Recipe
-    previous: Any = None
-    for at, part in enumerate(location):
+    path, previous = "", None
+    for part in location:
+        # The tag of a union, which the YAML does not repeat, is no part of the path.
+        tag = part in _STAGES if isinstance(previous, int) else part in ("Factory", "str")
         if isinstance(part, int):
             path += f"[{part}]"
-        elif isinstance(previous, int) and part in _STAGES:
-            model = _STAGES[part]  # type: ignore[assignment]  # the union's tag, which the YAML does not repeat
-        elif part == "Factory" or part == "str":
-            model = Factory  # type: ignore[assignment]
-        else:
+        elif not tag:
             path += f".{part}" if path else str(part)
-            holder = model
-            if at < len(location) - 1 and model is not None:
-                model = _inner(model, str(part))  # type: ignore[assignment]
         previous = part
-    return path or "recipe", holder
-
-
-def _inner(model: type[BaseModel], key: str) -> type[BaseModel] | None:
-    """The model inside a field, through lists and unions."""
-    if key not in model.model_fields:
-        return None
-    pending = [model.model_fields[key].annotation]
-    while pending:
-        kind = pending.pop()
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            return kind
-        pending.extend(get_args(kind))
-    return None
+    if kind == "missing":
+        message = "this key is required"
+    if kind in ("union_tag_not_found", "union_tag_invalid"):
+        keys = list(value) if isinstance(value, Mapping) else [value]
+        near = check.near(keys[0], list(_STAGES)) if len(keys) == 1 else ""
+        message = f"a stage is one of {', '.join(_STAGES)}. Received: {', '.join(map(repr, keys))}{near}"
+    if kind == "unknown_key":
+        return f"{path}.{message}" if path else message
+    return f"{path or 'recipe'}: {message}"
 
 
 def _override(content: dict[str, Any], key: str, value: Any) -> None:

@@ -43,7 +43,7 @@ class CallOrder:
         self._steps: dict[str, list[str]] = {}
         self._order: list[dict[str, int]] = []  # for each batch, when each layer was called
         self._alive: list[Any] = []  # inputs of this batch, kept so that an id stands for one
-        self._first: dict[int, str] = {}
+        self._first: dict[tuple[int, Any], str] = {}
 
     def batch(self, padding: bool = False) -> None:
         """Begin a batch, which may be nothing but padding."""
@@ -54,15 +54,21 @@ class CallOrder:
         self._seconds.append({})
         self._began = self._clock()
 
-    def note(self, name: str, x: Any) -> None:
-        """A layer is called with an input."""
+    def note(self, name: str, x: Any, state: Any = None) -> None:
+        """A layer is called with an input.
+
+        Args:
+            name: the layer.
+            x: its input.
+            state: what tells the input's contents from later ones in the same memory.
+        """
         order = self._order[-1]
         if name in order:
             self.repeated.add(name)
         order[name] = len(self._alive)
         self._seconds[-1][name] = self._clock() - self._began
         self._alive.append(x)
-        first = self._first.setdefault(id(x), name)
+        first = self._first.setdefault((id(x), state), name)
         self._steps.setdefault(name, []).append(f"{len(self._order)}:{first}")
 
     @property

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from slimkit.core import check
 from slimkit.core.errors import ArgumentTypeError, ConfigError
+from slimkit.core.sparse.methods import METHODS, SparseMethod
 
 if TYPE_CHECKING:
     from slimkit.core.sparse.maths.pattern import NM
 
-METHODS = ("magnitude", "wanda", "hessian", "par", "par_v2")
 DEFAULT_RATIO = 0.5
 
 
@@ -43,6 +43,7 @@ class SparseConfig:
         progressive_steps: how many steps `progressive` takes.
         strict: raise when a pattern matches no layer, or an n:m pattern does not fit a layer; False lists it in
             the report instead.
+        options: what a method of your own takes (see `register_sparse_method`); the built-in ones have no others.
 
     Raises:
         ArgumentTypeError: a field has the wrong type.
@@ -73,10 +74,11 @@ class SparseConfig:
     min_tokens: int = 16
     progressive_steps: int = 4
     strict: bool = True
+    options: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         check.choice(self.mode, ("sparse",), "SparseConfig.mode")
-        check.choice(self.method, METHODS, "SparseConfig.method")
+        check.choice(self.method, list(METHODS), "SparseConfig.method")
         check.ratio(self.sparse_ratio, "SparseConfig.sparse_ratio")
         for name in ("progressive", "uniform", "sequential", "residual", "strict"):
             check.boolean(getattr(self, name), f"SparseConfig.{name}")
@@ -93,6 +95,13 @@ class SparseConfig:
         object.__setattr__(
             self, "ignore", tuple(check.strings(self.ignore, "SparseConfig.ignore")) if self.ignore else ()
         )
+        if self.options is not None:
+            check.instance(self.options, Mapping, "SparseConfig.options", "a dict of the method's own options")
+            for key in self.options:
+                if not self.row.options:
+                    raise ConfigError(f"SparseConfig.options must be left out: {self.method!r} has none of its own.")
+                check.choice(key, list(self.row.options), "a key of SparseConfig.options")
+            object.__setattr__(self, "options", dict(self.options))
         self._check_together()
 
     def _check_together(self) -> None:
@@ -110,11 +119,21 @@ class SparseConfig:
                 raise ConfigError("SparseConfig.progressive must be False with a pattern, which fixes the ratio.")
         if self.asymmetric and not self.sequential:
             raise ConfigError("SparseConfig.asymmetric needs sequential=True: both inputs must come from one pass.")
-        if self.asymmetric and self.method in ("magnitude", "wanda"):
+        if self.asymmetric and not self.row.refits:
             raise ConfigError(f"SparseConfig.asymmetric needs a method that refits weights. Received: {self.method!r}")
 
         if self.residual and not self.paired:
             raise ConfigError("SparseConfig.residual needs the dense outputs: par, par_v2, or asymmetric=True.")
+
+    @property
+    def row(self) -> SparseMethod:
+        """The method's row of the table."""
+        return METHODS[self.method]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The method's own options, with the defaults of its row."""
+        return {**self.row.options, **(self.options or {})}
 
     @property
     def nm(self) -> NM | None:
@@ -126,12 +145,12 @@ class SparseConfig:
     @property
     def paired(self) -> bool:
         """Whether layers are fitted to the dense model's outputs."""
-        return self.sequential and (self.method in ("par", "par_v2") if self.asymmetric is None else self.asymmetric)
+        return self.sequential and (self.row.paired if self.asymmetric is None else self.asymmetric)
 
     @property
     def needs_data(self) -> bool:
         """Whether calibration data is read."""
-        return self.method != "magnitude" or not self.uniform
+        return self.row.needs_data or not self.uniform
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain JSON values."""

@@ -18,8 +18,12 @@ class CalibratedBlock(Protocol):
         feeds: layers in the order they are called, the same in every process; those that share one input together.
         joined: where layers' outputs join the residual stream, as far as `join` has learned it.
         reached: layer -> seconds of a forward over all batches until its call, as far as one was watched.
+        names: its layers where they must be done before the next part, for it leaves memory then; empty elsewhere.
+        rows: what an earlier run reported of its layers, where it has done them; None where they are to be done.
     """
 
+    names: list[str]
+    rows: Mapping[str, dict[str, Any]] | None
     feeds: list[tuple[str, ...]]
     joined: dict[str, str]
     reached: Mapping[str, float]

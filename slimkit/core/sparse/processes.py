@@ -7,12 +7,12 @@ from typing import Any
 
 from slimkit.core.errors import ArgumentError
 from slimkit.core.sparse.call_order import CallOrder
-from slimkit.core.sparse.costs import seconds_to_solve
 from slimkit.core.sparse.framework import SparseFramework
 from slimkit.core.sparse.maths.backend import Array, device_of, namespace, precision
 from slimkit.core.sparse.maths.layer import SparseLayer
 from slimkit.core.sparse.maths.moments import SUMS, Moments
 from slimkit.core.sparse.maths.solve import Solved
+from slimkit.core.sparse.methods import METHODS
 
 # What a process sends, roughly: enough to tell a gain from a loss.
 BYTES_PER_SECOND = 5e8
@@ -111,7 +111,7 @@ def owners(layers: Sequence[SparseLayer], method: str, processes: int) -> dict[s
     """
     if processes < 2 or len(layers) < 2:
         return {}
-    costs = {x.name: seconds_to_solve(x, method) for x in layers}
+    costs = {x.name: METHODS[method].seconds(x) for x in layers}
     load = [0.0] * processes
     found: dict[str, int] = {}
     for name in sorted(costs, key=lambda n: -costs[n]):

@@ -8,8 +8,8 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from slimkit.core.sparse.costs import seconds_to_solve
 from slimkit.core.sparse.maths.layer import SparseLayer
+from slimkit.core.sparse.methods import METHODS
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,8 @@ class Estimate:
 
     A walk waits for a layer's inputs, solves it, and between two parts of the model sends all data through the part.
     What was measured at the same place of an earlier block, or at the same shape, stands for itself. Before that, the
-    forward that found the order of the layers tells the waiting by when it reached each of them, and `costs` how long
-    solving takes beside what was solved already.
+    forward that found the order of the layers tells the waiting by when it reached each of them, and the table of
+    methods how long solving takes beside what was solved already.
 
     Args:
         layers: every layer of the run, in any order.
@@ -97,7 +97,7 @@ class Estimate:
     ) -> None:
         self._models, self._walks, self._clock = models, walks, clock
         self._layers = {name: (layer, _shape(layer)) for name, layer in layers.items()}
-        self._work = {_shape(layer): seconds_to_solve(layer, method) for layer in layers.values()}
+        self._work = {_shape(layer): METHODS[method].seconds(layer) for layer in layers.values()}
         self._began = self._walk_began = self._last = clock()
         self._total, self._done = len(layers) * walks, 0
         self._left: set[str] = set()

@@ -8,7 +8,6 @@ from typing import Any
 
 from slimkit.core.log import progress
 from slimkit.core.sparse import processes
-from slimkit.core.sparse.allocate import counts
 from slimkit.core.sparse.config import SparseConfig
 from slimkit.core.sparse.framework import CalibratedBlock, SparseFramework
 from slimkit.core.sparse.maths.backend import Array
@@ -16,6 +15,7 @@ from slimkit.core.sparse.maths.layer import SparseLayer
 from slimkit.core.sparse.maths.moments import Moments
 from slimkit.core.sparse.maths.solve import Solved, solve
 from slimkit.core.sparse.remaining import Estimate, Progress
+from slimkit.core.sparse.totals import counts
 
 
 class SequentialPass:
@@ -56,7 +56,7 @@ class SequentialPass:
 
     def run(self, dataset: Any) -> None:
         """Walk over the whole model, in place."""
-        if self._config.method == "magnitude" and self._host.keeps_masks:
+        if not self._config.row.needs_data and self._host.keeps_masks:
             for name in self._names:
                 self._settle(name, None)
         else:
@@ -92,10 +92,9 @@ class SequentialPass:
     def _stages(self, dataset: Any) -> Iterator[tuple[CalibratedBlock, list[tuple[str, ...]]]]:
         """The parts of the model that are left to do, with the layers to calibrate at once."""
         for stage in self._host.stages(dataset, self._names, self._config.paired):
-            rows = getattr(stage, "rows", None)
-            if rows is not None:  # an earlier run did it
-                self.solved.update(rows)
-                for name in rows:
+            if stage.rows is not None:  # an earlier run did it
+                self.solved.update(stage.rows)
+                for name in stage.rows:
                     self._estimate.skip(name)
                     next(self._bar, None)
                 continue
@@ -106,11 +105,10 @@ class SequentialPass:
             passes = [list(stage.feeds)] if stage.feeds else []
             if self._config.sequential:
                 passes = steps(stage.feeds, self._layers, 2 if self._config.paired else 1)
-            names = getattr(stage, "names", ())
-            self._estimate.opened(names, passes, stage.reached, time.perf_counter() - start)
+            self._estimate.opened(stage.names, passes, stage.reached, time.perf_counter() - start)
             for feeds in passes:
                 yield stage, feeds
-            for name in names:
+            for name in stage.names:
                 if name not in self.solved:  # its block leaves memory now, reached or not
                     self._settle(name, Moments(self._layers[name]) if self._config.needs_data else None)
             stage.advance()

@@ -139,7 +139,7 @@ def _search(
             m -= kept
             add_product(m, apart, solver, factor=s.relax * penalty)
         rising = ratio * (1 - max(0.0, 1 - 2 * (k + 1) / s.rounds) ** 3)  # cubic, as Zhu & Gupta 2017
-        scores = lib.abs(m, out=apart)
+        scores = patterns.comparable(lib.abs(m, out=apart))
         if allowed is not None:
             scores = xp.where(allowed, scores, -1.0)
         keep = (
@@ -201,7 +201,7 @@ def _swap(
         fitted = (goal - sparse) @ correlation
         fitted *= length
         fitted += sparse
-        scores = xp.abs(fitted)
+        scores = patterns.comparable(xp.abs(fitted))
         tried = patterns.keep_nm(scores, nm) if nm else patterns.keep_by_row(scores, n_zeros)
         del scores
         fitted[...] = sparse

@@ -59,6 +59,17 @@ def zeros_between(ratio: float, start: int, stop: int) -> int:
     return round(ratio * stop) - round(ratio * start)
 
 
+def comparable(scores: Array) -> Array:
+    """Scores at the resolution at which they are compared, float32: of those that are equal there the index decides.
+
+    Where scores are float64, what two libraries or two orders of a sum make differ is far below that, so that weights
+    of equal importance (twins, weights on a coarse grid) are told apart by their place and not by rounding. Scores that
+    are float32 themselves are compared as they are: coarser steps only move the limit at which rounding decides.
+    """
+    xp = namespace(scores)
+    return xp.astype(scores, xp.float32, copy=False)
+
+
 def keep_all_but(scores: Array, n_zeros: int) -> Array:
     """Keep all but the `n_zeros` smallest scores of an array; of equal scores the first go.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from slimkit.core.sparse.config import SparseConfig
 from slimkit.core.sparse.maths.backend import Array, add_product, namespace, own_copy
 from slimkit.core.sparse.maths.factor import STRIP, inverse_factor
 from slimkit.core.sparse.maths.moments import Moments
@@ -33,7 +32,7 @@ class Means:
     gain: tuple[Array, Array] | None = None
 
 
-def means_of(matrix: Array, moments: Moments | None, config: SparseConfig, method: str, last: bool) -> Means:
+def means_of(matrix: Array, moments: Moments | None, paired: bool, last: bool) -> Means:
     """Mean grams; and what outputs are missing and what the bias gains, when dense inputs are known.
 
     With dense inputs x and sparse inputs s, the best dense-output weights are W E[x s^T] E[s s^T]^-1, which is W and
@@ -45,7 +44,7 @@ def means_of(matrix: Array, moments: Moments | None, config: SparseConfig, metho
         return Means(None)
     moments.average()
     grams, drift = moments.gram, moments.drift_cross
-    if method in ("magnitude", "wanda") or not config.paired or not moments.related:
+    if not paired or not moments.related:
         return Means(grams, last)
     gain, own = None, last
     centred = moments.layer.has_bias

@@ -139,7 +139,7 @@ class _Block:
         """Mark the columns' least important entries, all at once."""
         scores = self._lib.multiply(self._w, self._w, out=self._drop)
         scores *= self._importance
-        self.drop_all_but(patterns.keep_all_but(scores, n_zeros))
+        self.drop_all_but(patterns.keep_all_but(patterns.comparable(scores), n_zeros))
 
     def drop_all_but(self, keep: Array) -> None:
         """Mark what a mask (size, out) leaves out."""
