@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from slimkit.core.delta import shard as rules
-from slimkit.core.delta.layers import check_alpha, check_dropout, size
+from slimkit.core.delta.layers import check_lora_dense
 from slimkit.core.delta.spec import DEFAULT_NAME, LoraSpec, key
 from slimkit_ms import bridge
 from slimkit_ms.delta import initial
@@ -67,13 +67,8 @@ class LoRADense(LoraDense, DenseBase):
         has_bias: bool = True,
         activation: Any = None,
     ) -> None:
-        size(in_channels, "in_channels")
-        size(out_channels, "out_channels")
-        size(lora_rank, "lora_rank")
-        check_alpha(lora_alpha)
-        check_dropout(lora_dropout)
+        a_shape, b_shape = check_lora_dense(in_channels, out_channels, lora_rank, lora_alpha, lora_dropout)
         a_init = initial.kaiming() if isinstance(lora_a_init, str) and lora_a_init == "kaiming" else lora_a_init
-        a_shape, b_shape = (lora_rank, in_channels), (out_channels, lora_rank)
         initial.check_initial(a_init, "lora_a_init", a_shape, "(lora_rank, in_channels)")
         initial.check_initial(lora_b_init, "lora_b_init", b_shape, "(out_channels, lora_rank)")
         DenseBase.__init__(
@@ -122,16 +117,7 @@ class LoRADense(LoraDense, DenseBase):
         Raises:
             ShardError: a strategy does not fit its operator, or the activation is LogSoftmax.
         """
-        strategies = {
-            "org_dense_matmul": strategy_org_dense_matmul,
-            "org_bias_add": strategy_org_bias_add,
-            "lora_dropout": strategy_lora_dropout,
-            "lora_a_matmul": strategy_lora_a_matmul,
-            "lora_b_matmul": strategy_lora_b_matmul,
-            "lora_mul": strategy_lora_mul,
-            "lora_add": strategy_lora_add,
-            "activation": strategy_activation,
-        }
+        strategies = rules.given(rules.LORA, locals())
         operators = {
             "org_dense_matmul": self.matmul,
             "org_bias_add": self.bias_add if self.has_bias else None,
