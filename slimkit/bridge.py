@@ -38,6 +38,8 @@ def _keep_torch_importable() -> None:
 
 _keep_torch_importable()
 
+from slimkit import kinds as layer_kinds  # noqa: E402
+
 import torch  # noqa: E402
 
 
@@ -236,11 +238,7 @@ def structure(model: torch.nn.Module) -> Structure:
 
 def _kind(module: torch.nn.Module) -> str:
     """The kind of layer, in the words of core.coupling; Hugging Face's Conv1D is a Linear stored transposed."""
-    name = type(module).__name__
-    if isinstance(module, torch.nn.Linear):
-        return "linear"
-    if isinstance(module, torch.nn.Embedding):
-        return "embedding"
-    if isinstance(module, (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)):
-        return "conv"
-    return "linear_t" if name == "Conv1D" else "norm" if "norm" in name.lower() else "other"
+    kind = layer_kinds.kind_of(module)
+    if kind is None or kind.transposed:
+        return "norm" if "norm" in type(module).__name__.lower() else "other"
+    return "linear_t" if kind.in_out else kind.word

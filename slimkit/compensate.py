@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from slimkit import bridge
+from slimkit import bridge, kinds
 from slimkit.core.prune.plan import PrunePlan
 from slimkit.core.prune.refit import repair
 from slimkit.replay import replaying
@@ -51,39 +51,39 @@ class TorchRepair:
 
     def unsuited(self, path: str) -> str | None:
         module = bridge.get_module(self._pruned, path)
-        if isinstance(module, nn.modules.conv._ConvNd):
+        if kinds.is_kind(module, "conv"):
             if module.transposed or module.groups != 1:
                 return "grouped or transposed"
-            if not isinstance(module, nn.Conv2d) or module.padding_mode != "zeros" or isinstance(module.padding, str):
+            if (
+                not kinds.is_ordinary_conv2d(module)
+                or module.padding_mode != "zeros"
+                or isinstance(module.padding, str)
+            ):
                 return "not a plain Conv2d"
         return None
 
     def made_axis(self, path: str) -> int:
-        return _made_axis(bridge.get_module(self._pruned, path))
+        return int(kinds.is_in_out(bridge.get_module(self._pruned, path)))
 
     def values(self, path: str) -> tuple[Array, Array | None]:
         module = bridge.get_module(self._pruned, path)
         weight, bias = module.weight.detach(), getattr(module, "bias", None)
-        weight = weight.t() if _made_axis(module) else weight.reshape(len(weight), -1)
+        weight = weight.t() if kinds.is_in_out(module) else weight.reshape(len(weight), -1)
         return _numbers(weight), None if bias is None else _numbers(bias.detach())
 
     def calls(self, path: str, batch: Any) -> Iterator[tuple[Array, Array]]:
         for (_, wanted), (given, _) in zip(_seen(self._dense, path, batch), _seen(self._pruned, path, batch)):
             module = bridge.get_module(self._pruned, path)
-            y = wanted.movedim(1, -1) if isinstance(module, nn.Conv2d) else wanted
+            y = wanted.movedim(1, -1) if kinds.is_ordinary_conv2d(module) else wanted
             yield _numbers(_rows(module, given)), _numbers(y.reshape(-1, y.shape[-1]))
 
     def write(self, path: str, weight: Array, bias: Array | None) -> None:
         module = bridge.get_module(self._pruned, path)
         values = torch.from_numpy(weight).to(module.weight)
         with torch.no_grad():
-            module.weight.copy_(values.t() if _made_axis(module) else values.reshape(module.weight.shape))
+            module.weight.copy_(values.t() if kinds.is_in_out(module) else values.reshape(module.weight.shape))
             if bias is not None:
                 module.bias.copy_(torch.from_numpy(bias).to(module.bias))
-
-
-def _made_axis(module: nn.Module) -> int:
-    return 1 if type(module).__name__ == "Conv1D" else 0
 
 
 def _numbers(tensor: torch.Tensor) -> Array:
@@ -92,7 +92,7 @@ def _numbers(tensor: torch.Tensor) -> Array:
 
 
 def _rows(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    if isinstance(module, nn.Conv2d):
+    if kinds.is_ordinary_conv2d(module):
         x = F.unfold(x, module.kernel_size, module.dilation, module.padding, module.stride).transpose(1, 2)
     return x.reshape(-1, x.shape[-1])
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from slimkit import bridge, surgery
+from slimkit import bridge, kinds, surgery
 from slimkit.compensate import compensate
 from slimkit.core.batch import without_labels
 from slimkit.core.lazy import door, library
@@ -137,7 +137,7 @@ class TorchPrune:
         number: dict[str, int] = {}
 
         def seen(name: str, _args: Any, _kwargs: Any, output: Any) -> None:
-            axis = 1 if isinstance(bridge.get_module(self.model, name), nn.modules.conv._ConvNd) else -1
+            axis = 1 if kinds.is_kind(bridge.get_module(self.model, name), "conv") else -1
             flat = output.detach().abs().movedim(axis, -1).reshape(-1, output.shape[axis])
             totals[name] = totals.get(name, 0) + flat.double().sum(0).cpu().numpy()
             number[name] = number.get(name, 0) + flat.shape[0]

@@ -14,15 +14,16 @@ from slimkit.attention import PrunedMultiheadAttention
 from slimkit.core.errors import GraphError, PlanError
 from slimkit.core.prune.attributes import rewritten
 from slimkit.core.prune.plan import PrunePlan
-from slimkit.trace.watch import is_layer, named_tensors
+from slimkit.kinds import is_in_out, is_kind, kind_of
+from slimkit.trace.watch import named_tensors
 
 import torch
 from torch import nn
 
+# Besides the families of `kinds`, modules whose attributes are told by their weights.
+_SETTLED = (nn.MultiheadAttention, nn.PReLU)
 Shapes = Mapping[str, tuple[int, ...]]
 Axes = list["np.ndarray[Any, Any] | None"]
-_NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
-_SETTLED = (*_NORMS, nn.modules.conv._ConvNd, nn.Linear, nn.Embedding, nn.MultiheadAttention, nn.PReLU)
 
 
 def tensors(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -40,7 +41,7 @@ def integers(model: nn.Module) -> dict[str, dict[str, int]]:
     """Module path -> whole-number attributes, without those that its own weights settle."""
     out = {}
     for path, module in model.named_modules():
-        if type(module).__module__.startswith("torch.nn.") or isinstance(module, _SETTLED) or is_layer(module):
+        if type(module).__module__.startswith("torch.nn.") or kind_of(module) or isinstance(module, _SETTLED):
             continue
         numbers = {k: _number(v) for k, v in vars(module).items() if k[0] != "_" and _number(v) > 1}
         if numbers:
@@ -67,16 +68,16 @@ def settled(path: str, module: nn.Module, shapes: Shapes, groups: Mapping[str, t
     Returns:
         attribute -> new value; empty for a module that is no known layer.
     """
-    weight = shapes.get(f"{path}.weight" if path else "weight")
-    if isinstance(module, nn.modules.conv._ConvNd) and weight:
+    weight, kind = shapes.get(f"{path}.weight" if path else "weight"), kind_of(module)
+    if is_kind(module, "conv") and weight:
         n_groups = groups[path][1] if path in groups else module.groups
         made, read = (weight[1] * n_groups, weight[0]) if module.transposed else (weight[0], weight[1] * n_groups)
         return {"out_channels": made, "in_channels": read, "groups": n_groups}
     if isinstance(module, nn.Linear) and weight:
         return {"out_features": weight[0], "in_features": weight[1]}
-    if type(module).__name__ == "Conv1D" and weight:
+    if is_in_out(module) and weight:
         return {"nx": weight[0], "nf": weight[1]}
-    if isinstance(module, nn.modules.batchnorm._NormBase):
+    if kind is not None and kind.batch_norm:
         shape = weight or shapes.get(f"{path}.running_mean")
         return {"num_features": shape[0]} if shape else {}
     if isinstance(module, nn.GroupNorm):

@@ -6,6 +6,8 @@ import contextlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from slimkit.core import check
 from slimkit.core.batch import as_call
 from slimkit.core.errors import ArgumentError
@@ -42,7 +44,7 @@ def set_module(model: nn.Cell, path: str, cell: nn.Cell) -> None:
     parent_path, _, child = path.rpartition(".")
     parent = get_module(model, parent_path)
     if isinstance(parent, (nn.SequentialCell, nn.CellList)):
-        parent[int(child)] = cell
+        parent[list(parent._cells).index(child)] = cell  # children of a sequence may have names
     else:
         setattr(parent, child, cell)
     rename_parameters(model)
@@ -103,9 +105,24 @@ def has_made_zeros(cell: nn.Cell) -> bool:
     return _ZEROS in vars(cell)
 
 
+def tensors(value: Any) -> Any:
+    """NumPy arrays in nested values as tensors, of the same dtype."""
+    if isinstance(value, (np.ndarray, np.generic)):
+        return ms.Tensor(value)
+    if isinstance(value, Mapping):
+        return {k: tensors(v) for k, v in value.items()}
+    return type(value)([tensors(v) for v in value]) if type(value) in (tuple, list) else value
+
+
+def call_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """One batch as (args, kwargs) for a cell, NumPy arrays as tensors."""
+    args, kwargs = as_call(batch)
+    return tensors(args), tensors(kwargs)
+
+
 def run(model: nn.Cell, batch: Any) -> Any:
     """Call the cell on one batch."""
-    args, kwargs = as_call(batch)
+    args, kwargs = call_of(batch)
     return model(*args, **kwargs)
 
 

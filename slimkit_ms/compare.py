@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from slimkit.core.batch import as_call
 from slimkit.core.compare.comparison import Comparison
 from slimkit.core.compare.judge import JudgeOptions, judge, named_metrics
 from slimkit.core.errors import ArgumentTypeError, UnsupportedError
@@ -113,7 +112,7 @@ class MindSporeCompare:
         found = _numpy(_first(bridge.run(model, batch)))
         if found.ndim != 3:
             return found
-        mask = as_call(batch)[1].get("attention_mask")
+        mask = bridge.call_of(batch)[1].get("attention_mask")
         if mask is None or tuple(mask.shape) != tuple(found.shape[:2]):
             return found.mean(1)
         weight = bridge.as_numpy(mask).astype(found.dtype)[..., None]

@@ -16,7 +16,6 @@ import numpy as np
 
 import slimkit_ms
 from slimkit.core import check, onnxaxes
-from slimkit.core.batch import as_call
 from slimkit.core.errors import UnsupportedError
 from slimkit.core.files import as_path, atomic_directory, atomic_file, link_or_copy, place_file
 from slimkit.core.lazy import library
@@ -286,7 +285,7 @@ def _place_weights(weights: Path, graph: Path, place: Path) -> None:
 
 
 def _tensors(model: nn.Cell, inputs: Any) -> tuple[ms.Tensor, ...]:
-    args, kwargs = as_call(inputs)
+    args, kwargs = bridge.call_of(inputs)
     if kwargs or not args or not all(isinstance(a, ms.Tensor) for a in args):
         check.wrong_value("inputs", "a tensor, or a tuple or list of tensors", inputs)
     return args

@@ -106,15 +106,6 @@ def stack(samples: list[Any]) -> Any:
     return ms.Tensor(np.stack([s.asnumpy() if isinstance(s, ms.Tensor) else np.asarray(s) for s in samples]))
 
 
-def tensors(value: Any) -> Any:
-    """NumPy arrays in nested values as tensors."""
-    if isinstance(value, (np.ndarray, np.generic)):
-        return ms.Tensor(value)
-    if isinstance(value, Mapping):
-        return {k: tensors(v) for k, v in value.items()}
-    return tuple(tensors(v) for v in value) if isinstance(value, (tuple, list)) else value
-
-
 def count(batch: Any) -> int:
     """Samples in a batch: the length of its first tensor."""
     values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else [batch]

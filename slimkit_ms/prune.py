@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from slimkit.core.batch import as_call, without_labels
+from slimkit.core.batch import without_labels
 from slimkit.core.errors import GraphError, UnsupportedError
 from slimkit.core.lazy import door
 from slimkit.core.prune.attributes import Field, rewritten, widths_of
@@ -201,7 +201,8 @@ def _by_path(model: nn.Cell) -> dict[str, ms.Parameter]:
 
 
 def _loss_of(model: nn.Cell, batch: Any, loss: Callable[..., Any] | None) -> ms.Tensor:
-    args, kwargs = as_call(batch if loss is None else without_labels(batch, model.construct))
+    batch = bridge.tensors(batch)
+    args, kwargs = bridge.call_of(batch if loss is None else without_labels(batch, model.construct))
     output = model(*args, **kwargs)
     if loss is not None:
         return loss(output, batch)

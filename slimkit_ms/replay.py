@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from slimkit.core import replay
-from slimkit.core.batch import as_call
 from slimkit_ms import bridge
 
 import mindspore as ms
@@ -98,7 +97,7 @@ def replaying(model: nn.Cell) -> Iterator[Callable[[Any], Any]]:
     """
 
     def run(batch: Any) -> Any:
-        args, kwargs = replay.fresh(as_call(batch), TENSORS)
+        args, kwargs = replay.fresh(bridge.call_of(batch), TENSORS)
         with unchanged(model):
             return model(*args, **kwargs)
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from slimkit.core import check, files
+from slimkit.core.batch import dataset as check_dataset
 from slimkit.core.errors import ConfigError, UnsupportedError
 from slimkit.core.lazy import door as _door
 from slimkit.core.train.loading import LoaderOptions, is_samples, plan_batches, split_batch
@@ -19,7 +20,7 @@ from slimkit.core.train.loop import TrainerLoop
 from slimkit.core.train.packing import pack, unpack
 from slimkit.core.train.updates import UpdateOptions, factor_at
 from slimkit_ms import bridge, schedules
-from slimkit_ms.loading import BatchedSamples, Pipeline, Shared, count, stack, tensors
+from slimkit_ms.loading import BatchedSamples, Pipeline, Shared, count, stack
 from slimkit_ms.modelrun import EpochEnd, Feed, Update
 from slimkit_ms.precision import lift, lower
 
@@ -70,6 +71,7 @@ class Trainer(TrainerLoop):
         self._clip: tuple[float | None, float | None] = (None, None)
         self._undo = _nothing
         self._kept_modes: list[tuple[nn.Cell, bool]] = []
+        self._in_memory: dict[int, tuple[Any, Any]] = {}  # iterators of pipelines, and their batches in memory
 
     def _processes(self) -> tuple[int, int, int]:
         from mindspore import communication
@@ -175,6 +177,10 @@ class Trainer(TrainerLoop):
     def _loader(self, dataset: Any, batch_size: int, options: LoaderOptions) -> Iterable[Any]:
         if hasattr(dataset, "create_tuple_iterator"):
             return Pipeline(dataset, batch_size, options)
+        if type(dataset).__module__.startswith("mindspore.dataset."):  # what create_tuple_iterator() gives
+            if id(dataset) not in self._in_memory:
+                self._in_memory[id(dataset)] = dataset, check_dataset(dataset)
+            dataset = self._in_memory[id(dataset)][1]
         if is_samples(dataset):
             batches = plan_batches(len(dataset), batch_size, options)
             if options.rest:
@@ -186,7 +192,7 @@ class Trainer(TrainerLoop):
 
     def _call(self, batch: Any) -> tuple[Any, ...]:
         """A batch as the positional arguments of the objective."""
-        batch = tensors(batch)
+        batch = bridge.tensors(batch)
         if self.compute_loss is not None:
             return (batch,)
         if self.loss_func is not None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from slimkit.core import check
+from slimkit.core.log import logger
 
 
 @dataclass(frozen=True)
@@ -96,12 +97,15 @@ class Steady:
 def dataset(value: Any, name: str = "dataset") -> Iterable[Any]:
     """Refuse a data set that is empty, cannot be iterated, or can be iterated only once.
 
+    What `create_tuple_iterator()` and `create_dict_iterator()` of a MindSpore pipeline give may be read only once; it
+    is read into memory.
+
     Args:
         value: a list of batches, a data loader, or anything else that gives a fresh iterator each time.
         name: the argument's name, for the message.
 
     Returns:
-        The same object.
+        The same object, or its batches in a list.
 
     Example:
         >>> dataset([1, 2])
@@ -111,6 +115,9 @@ def dataset(value: Any, name: str = "dataset") -> Iterable[Any]:
         check.wrong_type(name, "a list of batches", value)
     if not isinstance(value, Iterable):
         check.wrong_type(name, "a list of batches", value)
+    if type(value).__module__.startswith("mindspore.dataset.") and isinstance(value, Iterator):
+        value = list(value)
+        logger.info("%s: %d batches of a pipeline's iterator were read into memory", name, len(value))
     if isinstance(value, Iterator):
         check.wrong_type(name, "re-iterable (a list, a data loader); a generator can be read only once", value)
     if next(iter(value), None) is None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from slimkit import bridge
+from slimkit import bridge, kinds
 from slimkit.core.delta.framework import DeltaFramework
 from slimkit.core.delta.spec import PREFIX, Site
 from slimkit.core.freeze import Parameters
@@ -35,8 +35,6 @@ _ADAPTERS: dict[str, tuple[type[Adapted], Any]] = {
     "adapter": (AdaptedLinear, adapter_for),
     "low_rank_adapter": (LowRankAdaptedLinear, low_rank_adapter_for),
 }
-# A subclass with a forward of its own computes something else: it is not taken for what it derives from.
-_PLAIN = ((nn.Linear, "linear"), (nn.Embedding, "embedding"), (nn.Conv2d, "conv2d"))
 
 
 def kind_of(module: nn.Module) -> str:
@@ -45,12 +43,12 @@ def kind_of(module: nn.Module) -> str:
         known = next((kind for kind, layer in _LORA.items() if isinstance(module, layer)), "")
         return known or ("linear" if isinstance(module, nn.Linear) else "")
     kind: Any = layer_class(module)
-    for base, word in _PLAIN:
-        if issubclass(kind, base) and kind.forward is base.forward:
-            return word
-    if kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils":
-        return "conv1d"
-    return ""
+    family = kinds.kind_of(module)
+    if family is None or not kinds.computes_as_its_kind(module, kind):
+        return ""
+    if family.word == "conv":
+        return "conv2d" if kinds.is_ordinary_conv2d(module) else ""
+    return "conv1d" if family.in_out else family.word if family.word in ("linear", "embedding") else ""
 
 
 def _site(module: nn.Module, parent: nn.Module) -> Site:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from slimkit import bridge
+from slimkit import bridge, kinds
 from slimkit.core.sparse.experts import UNCLEAR, Fused, fused
 from slimkit.core.sparse.maths.layer import SparseLayer
 from slimkit.core.sparse.skipped import adapter_parts, other_matrices
@@ -83,13 +83,10 @@ class WeightSlot:
 
 def kind_of(module: torch.nn.Module) -> str | None:
     """The core's word for a module that can be sparse, or None."""
-    if isinstance(module, torch.nn.Linear):
-        return "linear"
-    if isinstance(module, torch.nn.Conv2d):
+    if kinds.is_ordinary_conv2d(module):
         return "conv2d"
-    # By name: importing transformers to look at a class would cost seconds.
-    if type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers."):
-        return "conv1d"
+    if kinds.is_kind(module, "linear"):
+        return "conv1d" if kinds.is_in_out(module) else "linear"
     return None
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from slimkit import bridge  # noqa: F401  (a missing framework gives one line)
+from slimkit.kinds import is_layer
 
 import torch
 from torch import nn
@@ -37,11 +38,6 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     for path, buffer in model.named_buffers(remove_duplicate=False):
         if buffer.is_floating_point() or path.endswith(".zero_point"):
             yield path, buffer
-
-
-def is_layer(module: nn.Module) -> bool:
-    """Whether `un_prune_list` counts a module: Conv, ConvTranspose, Linear and their subclasses, and HF's Conv1D."""
-    return isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)) or type(module).__name__ == "Conv1D"
 
 
 def answers(output: Any) -> Iterator[torch.Tensor]:

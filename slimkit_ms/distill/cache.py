@@ -31,7 +31,7 @@ class TeacherCache(TeacherFiles):
     @staticmethod
     def _numpy(value: Any) -> Any:
         if not isinstance(value, ms.Tensor):
-            return None
+            return value if isinstance(value, np.ndarray) else None
         return (value.astype(ms.float32) if value.dtype == ms.bfloat16 else value).asnumpy()
 
     @staticmethod

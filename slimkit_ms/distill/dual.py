@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from slimkit.core import check
-from slimkit.core.batch import as_call
 from slimkit.core.distill.config import DistillSpec, KnowledgeDistillConfig
 from slimkit.core.distill.masks import holds_labels
 from slimkit.core.distill.shapes import check_mask, check_shapes, pick, projection_values
@@ -34,6 +33,8 @@ class DistillDualModels(nn.Cell):
         custom: custom losses by name.
     """
 
+    _made = False
+
     def __init__(
         self, teacher: Any, student: nn.Cell, spec: DistillSpec, custom: Mapping[str, nn.Cell] | None = None
     ) -> None:
@@ -56,7 +57,10 @@ class DistillDualModels(nn.Cell):
             for place, label in enumerate(spec.soft_labels)
         )
         self._names = [[f"{label.label}/{term.func_name}" for term in label.losses] for label in spec.soft_labels]
+        self.inner = any(label.t_module is not None for label in spec.soft_labels)
         self.in_graph = False
+        self.unready = False  # attached for a graph whose shapes nobody has told yet
+        self.entered = False  # whether Python runs the forward, rather than a compiler reading it
         self._attached = False
         self._ready = False
         self._wrapped: list[tuple[nn.Cell, str, nn.Cell]] = []
@@ -91,6 +95,7 @@ class DistillDualModels(nn.Cell):
                 teacher.set_train(False)
         self._memories: list[Any] = [None] * len(spec.soft_labels)
         self._attach()
+        self._made = True
 
     @property
     def losses(self) -> dict[str, float]:
@@ -102,6 +107,8 @@ class DistillDualModels(nn.Cell):
 
     def add_flags_recursive(self, **flags: Any) -> DistillDualModels:
         """What `set_train` of this cell or of one around it calls; the teacher stays in eval mode unless it trains."""
+        if self._made:  # a training cell around this one is made or set going: the taps must be in, for its mode
+            self._follow_mode()
         super().add_flags_recursive(**flags)
         if "training" in flags and not self.cached and not self.trains_teacher:
             self.teacher_model.add_flags_recursive(training=False)
@@ -109,6 +116,8 @@ class DistillDualModels(nn.Cell):
 
     def trainable_params(self, recurse: bool = True) -> list[ms.Parameter]:
         """What an optimizer gets: student, projections, custom losses; the teacher only if it trains."""
+        if self._attached:
+            self._follow_mode()
         found = super().trainable_params(recurse)
         if self.cached or self.trains_teacher:
             return found
@@ -131,16 +140,37 @@ class DistillDualModels(nn.Cell):
         return self.student_model
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not self._attached:
-            self._attach()
+        self._follow_mode()
         if ms.get_context("mode") == ms.PYNATIVE_MODE:
             for place, label in enumerate(self.spec.soft_labels):
                 if label.t_module is None:  # the others are read where their tensors are at hand
                     self._read_mask(place, None, args, kwargs)
-        return super().__call__(*args, **kwargs)
+        self.entered = True
+        try:
+            return super().__call__(*args, **kwargs)
+        finally:
+            self.entered = False
+
+    def _follow_mode(self) -> None:
+        """Put the taps in, or those of the other mode where it was set anew since, in place."""
+        if self._attached and self.inner and self.in_graph != (ms.get_context("mode") == ms.GRAPH_MODE):
+            self._detach()
+        if not self._attached:
+            self._attach()
 
     def construct(self, *args, **kwargs):
         """Run both models on one batch; returns the total loss."""
+        if self.inner and not self.in_graph and not self.entered:
+            # What was noted in PyNative would be compiled as constants. The compiler knows no error of our own.
+            raise RuntimeError(
+                "this distillation model compares inner layers and was made ready for PyNative, but a graph is being "
+                "compiled: set GRAPH_MODE first, then call its set_train() or trainable_params(), or make the training "
+                "cell, so that it attaches to the graph"
+            )
+        if self.unready:
+            raise RuntimeError(
+                "inner layers in GRAPH mode need their shapes: pass inputs=one example batch to get_distill_model"
+            )
         for place, inner, _, _, mask_place in self.plan:
             if self.in_graph and inner and mask_place is not None:
                 memory = self.memories[place]
@@ -280,9 +310,9 @@ class DistillDualModels(nn.Cell):
     def _attach(self) -> None:
         """Put the taps in and give the teacher's parameters names of their own, in place."""
         labels = self.spec.soft_labels
-        inner = any(label.t_module is not None for label in labels)
-        self.in_graph = ms.get_context("mode") == ms.GRAPH_MODE and inner
-        if self.in_graph and not self._ready:
+        self.in_graph = ms.get_context("mode") == ms.GRAPH_MODE and self.inner
+        self.unready = self.in_graph and not self._ready
+        if self.unready:
             # Without shapes a graph has no memory for inner tensors; the first example brings them.
             return
         if self.in_graph:
@@ -316,7 +346,7 @@ class DistillDualModels(nn.Cell):
         if self._attached and not self.cached:
             for parameter in self.teacher_model.get_parameters():
                 parameter.name = parameter.name.removeprefix("teacher_model.")
-        self._attached = False
+        self._attached = self.in_graph = self.unready = False
         bridge.forget_graphs(self)
 
     def _noting_tap(self, cell: nn.Cell, labels: list[tuple[int, Any]], role: str, path: str) -> nn.Cell:
@@ -400,7 +430,7 @@ def get_distill_model(
     try:
         dual = DistillDualModels(teacher, student, spec, custom)
         if inputs is not None:
-            dual._fit(*as_call(inputs))
+            dual._fit(*bridge.call_of(inputs))
     except BaseException:
         if dual is not None:
             dual.get_student_model()

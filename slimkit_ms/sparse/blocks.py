@@ -114,7 +114,7 @@ def trace(model: nn.Cell, dataset: Iterable[Any], slots: Mapping[str, WeightSlot
 
 def valid_tokens(batch: Any) -> Array | None:
     """Which tokens of a batch are no padding: its 2-D attention mask of zeros and ones, if it has one."""
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    mask = bridge.tensors(batch.get("attention_mask")) if isinstance(batch, Mapping) else None
     if not isinstance(mask, ms.Tensor) or mask.ndim != 2:
         return None
     found: Array = bridge.as_numpy(mask) != 0

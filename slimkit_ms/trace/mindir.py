@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from slimkit.core.batch import as_call
 from slimkit.core.errors import GraphError
 from slimkit_ms import bridge
 from slimkit_ms.trace.spelling import spelled_out
@@ -115,7 +114,7 @@ def compile_flat(model: nn.Cell, inputs: Any) -> Flat:
 
 
 def _positional(model: nn.Cell, inputs: Any) -> tuple[Any, ...]:
-    args, kwargs = as_call(inputs)
+    args, kwargs = bridge.call_of(inputs)
     signature = inspect.signature(model.construct)
     try:
         bound = signature.bind(*args, **kwargs)

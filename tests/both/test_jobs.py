@@ -416,3 +416,33 @@ def test_a_distillation_without_terms_learns_the_answers(kit, task, tmp_path):
     assert facts["steps"] == 2
     assert any("KDKLDiv" in term for term in facts["terms"])
     assert len(facts["terms"]) == 2
+
+
+def test_a_registered_method_is_a_word_of_both_doors(kit, task, tmp_path):
+    from slimkit.core.sparse import METHODS
+
+    (tmp_path / "mine.py").write_text(
+        textwrap.dedent("""
+            from slimkit.core.sparse import SparseMethod, register_sparse_method
+
+            def every(p):
+                keep = p.weight * 0 == 0
+                keep[:, :: p.options["step"]] = False
+                return p.weight * keep, keep, {}
+
+            register_sparse_method("every", SparseMethod(every, needs_data=False, options={"step": 2}))
+        """)
+    )
+    stage = {"sparsify": {"method": "every", "options": {"step": 4}}}
+    assert "must be one of" in str(checked(kit, task, tmp_path, stage).exception)
+    try:
+        facts = recipe(kit, task, tmp_path, stage, imports=["mine.py"])["stages"][1]["facts"]
+        assert facts["report"]["ratio"] == 0.25
+        del METHODS["every"]
+        given = ["--import", "mine.py", "sparsify", "-f", kit.name, "--factory", f"{task}:net", "--method", "every"]
+        (tmp_path / "mine.py").rename(tmp_path / "again.py")
+        done = CliRunner().invoke(app, ["--import", "again.py", *given[2:], "--set", "step=4", "-o", "s", "--json"])
+        assert done.exit_code == 0, done.exception
+        assert json.loads(done.stdout)["ratio"] == 0.25
+    finally:
+        METHODS.pop("every", None)

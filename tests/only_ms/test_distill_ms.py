@@ -117,6 +117,48 @@ def test_the_hard_label_is_the_students_own_loss(mode):
     assert abs(total - (0.3 * hard + 0.7 * soft)) < 1e-5
 
 
+@pytest.mark.parametrize("made_in", ["pynative", "graph"])
+def test_a_mode_that_is_set_anew_finds_the_taps_it_needs(made_in):
+    """Made for one mode and run in the other: the same losses, and never the tensors of an earlier run."""
+    modes = {"pynative": ms.PYNATIVE_MODE, "graph": ms.GRAPH_MODE}
+    other = "graph" if made_in == "pynative" else "pynative"
+    try:
+        ms.set_context(mode=modes[made_in])
+        dual = get_distill_model(Encoder(16, 4, 0), Encoder(8, 2, 1), config(), batch())
+        first, losses = float(dual(*batch())), dual.losses
+        ms.set_context(mode=modes[other])
+        step = nn.TrainOneStepCell(dual, nn.SGD(dual.trainable_params(), 0.05))
+        assert abs(float(step(*batch())) - first) < 1e-5  # float32, another order of sums
+        np.testing.assert_allclose(list(dual.losses.values()), list(losses.values()), atol=1e-5)
+        dual.get_student_model()
+        again = nn.TrainOneStepCell(dual, nn.SGD(dual.trainable_params(), 0.05)).set_train()
+        assert float(again(*batch())) < first
+    finally:
+        ms.set_context(mode=ms.PYNATIVE_MODE)
+
+
+def test_a_graph_around_a_model_of_pynative_is_refused_in_words():
+    """A function that a graph compiles hides the model from us: no noted tensor may become a constant."""
+    try:
+        ms.set_context(mode=ms.PYNATIVE_MODE)
+        dual = get_distill_model(Encoder(8, 4, 0), Encoder(8, 2, 1), config(), batch())
+        dual(*batch())
+        weights = ms.ParameterTuple(dual.trainable_params())
+        ms.set_context(mode=ms.GRAPH_MODE)
+
+        def loss(ids, mask):
+            return dual(ids, mask)
+
+        with pytest.raises(RuntimeError, match="made ready for PyNative"):
+            ms.value_and_grad(loss, None, weights)(*batch())
+        dual.set_train()
+        value, gradients = ms.value_and_grad(loss, None, weights)(*batch())
+        assert np.isfinite(float(value))
+        assert any(np.abs(g.asnumpy()).sum() > 0 for g in gradients)
+    finally:
+        ms.set_context(mode=ms.PYNATIVE_MODE)
+
+
 def test_inner_layers_in_a_graph_need_an_example():
     before = ms.get_context("mode")
     ms.set_context(mode=ms.GRAPH_MODE)

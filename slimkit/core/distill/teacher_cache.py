@@ -153,7 +153,7 @@ class TeacherFiles(ABC):
         check.positive(top_k, "top_k")
         check.choice(dtype, ("float32", "float16"), "dtype")
         check.positive(shard_mb, "shard_mb")
-        check_dataset(dataset)
+        dataset = check_dataset(dataset)
         folder = files.as_path(directory, "directory")
         spec = config.spec()
         if spec.teacher_trains:

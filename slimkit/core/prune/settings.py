@@ -66,7 +66,7 @@ class PrunerSettings:
         if criterion.needs and calibration is None:
             check.wrong_value("calibration", f"a list of batches for the importance {criterion.name!r}", calibration)
         if calibration is not None:
-            dataset(calibration, "calibration")
+            calibration = dataset(calibration, "calibration")
         if loss is not None:
             check.function(loss, "loss")
         self._criterion, self._scored = criterion, None
@@ -136,7 +136,7 @@ class PrunerSettings:
             This pruner.
         """
         if calibration is not None:
-            dataset(calibration, "calibration")
+            calibration = dataset(calibration, "calibration")
         if not hasattr(self._wing, "compensate"):
             raise UnsupportedError(f"compensation is not offered for {self._wing.framework} models")
         self._repair = calibration
