@@ -5,13 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from slimkit import bridge
-from slimkit.core.delta import shard as rules
 from slimkit.core.delta.layers import check_lora_dense
 from slimkit.core.delta.spec import DEFAULT_NAME, LoraSpec
 from slimkit.delta import initial
 from slimkit.delta.layer import DenseBase
 from slimkit.delta.lora_layers import LoraLinear
-from slimkit.delta.shard import ShardPlan, plan
 
 import torch
 from torch.nn import functional as F
@@ -100,42 +98,5 @@ class LoRADense(LoraLinear, DenseBase):
         given, weight = x.to(kind), self.weight.to(kind)
         return self._with_sides(F.linear(given, weight, bias), given, weight, bias, kind).to(x.dtype)
 
-    def shard(
-        self,
-        strategy_org_dense_matmul: Any = None,
-        strategy_org_bias_add: Any = None,
-        strategy_lora_dropout: Any = None,
-        strategy_lora_a_matmul: Any = None,
-        strategy_lora_b_matmul: Any = None,
-        strategy_lora_mul: Any = None,
-        strategy_lora_add: Any = None,
-        strategy_activation: Any = None,
-    ) -> ShardPlan:
-        """Record how the layer's operators are distributed and return the DTensor plan; see docs/delta.md.
-
-        Args:
-            strategy_org_dense_matmul: ((batch, in), (out, in)) cuts of the matmul's two inputs.
-            strategy_org_bias_add: ((batch, out), (out,)).
-            strategy_lora_dropout: ((batch, in),).
-            strategy_lora_a_matmul: ((batch, in), (rank, in)).
-            strategy_lora_b_matmul: ((batch, rank), (out, rank)).
-            strategy_lora_mul: ((batch, out), ()).
-            strategy_lora_add: ((batch, out), (batch, out)).
-            strategy_activation: ((batch, out),).
-
-        Returns:
-            The plan; `plan.apply(mesh)` distributes the parameters.
-
-        Raises:
-            ShardError: a strategy does not fit its operator.
-        """
-        strategies = rules.given(rules.LORA, locals())
-        sizes = {"k": self.in_features, "n": self.out_features, "r": self.lora_rank}
-        return plan(
-            self,
-            rules.LORA,
-            strategies,
-            sizes,
-            rules.LORA_PARAMETERS,
-            {"org_bias_add": self.bias, "activation": self.activation},
-        )
+    def carried_activation(self) -> Any:
+        return self.activation

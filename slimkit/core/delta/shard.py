@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from slimkit.core import check
+from slimkit.core.delta.spec import key
 from slimkit.core.errors import ArgumentError
 
 # Axes: b batch, k input, n output, r rank, m bottleneck, h hidden; one operator cuts the same letter alike.
@@ -44,12 +45,6 @@ Strategy = tuple[tuple[int, ...], ...]
 
 # The parameters of each layer: path -> the operator that reads it, and which of that operator's inputs it is.
 DENSE_PARAMETERS = {"weight": ("matmul_org", 1), "bias": ("bias_org", 1)}
-LORA_PARAMETERS = {
-    "weight": ("org_dense_matmul", 1),
-    "bias": ("org_bias_add", 1),
-    "mindpet_delta_lora_a": ("lora_a_matmul", 1),
-    "mindpet_delta_lora_b": ("lora_b_matmul", 1),
-}
 ADAPTER_PARAMETERS = {
     f"mindpet_delta_adapter_block.mindpet_delta_adapter_{side}_sampler.{name}": (f"{operator}_{side}_sampler", 1)
     for side in ("down", "up")
@@ -64,6 +59,21 @@ LOW_RANK_ADAPTER_PARAMETERS = {
         ("bias", f"bias_{side}_sampler", 1),
     )
 }
+
+
+def lora_parameters(name: str) -> dict[str, tuple[str, int]]:
+    """The parameters of a linear layer with the LoRA of that name, as above.
+
+    Example:
+        >>> lora_parameters("default")["mindpet_delta_lora_a"]
+        ('lora_a_matmul', 1)
+    """
+    return {
+        "weight": ("org_dense_matmul", 1),
+        "bias": ("org_bias_add", 1),
+        key("lora", "a", name): ("lora_a_matmul", 1),
+        key("lora", "b", name): ("lora_b_matmul", 1),
+    }
 
 
 def given(operators: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
