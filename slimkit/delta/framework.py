@@ -79,7 +79,7 @@ class TorchDelta(DeltaFramework):
     """The torch wing's answers."""
 
     def sites(self, model: nn.Module) -> dict[str, Site]:
-        modules = dict(model.named_modules(remove_duplicate=False))
+        modules = dict(bridge.named_modules(model, remove_duplicate=False))
         heads = _heads(model)
         found: dict[str, Site] = {}
         layer = ""
@@ -92,7 +92,7 @@ class TorchDelta(DeltaFramework):
         return found
 
     def layers(self, model: nn.Module) -> dict[str, Any]:
-        return {p: m for p, m in model.named_modules(remove_duplicate=False) if isinstance(m, DeltaLayer)}
+        return {p: m for p, m in bridge.named_modules(model, remove_duplicate=False) if isinstance(m, DeltaLayer)}
 
     def module(self, model: nn.Module, path: str) -> nn.Module:
         return bridge.get_module(model, path)
@@ -138,7 +138,7 @@ class TorchDelta(DeltaFramework):
             return before
 
     def holders(self, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-        return ((path, module) for path, module in model.named_modules() if PREFIX not in path)
+        return ((path, module) for path, module in bridge.named_modules(model) if PREFIX not in path)
 
     def own_parameters(self, module: nn.Module) -> dict[str, Any]:
         return {k: p for k, p in module._parameters.items() if p is not None and PREFIX not in k}
