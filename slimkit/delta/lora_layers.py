@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from slimkit import bridge
+from slimkit.core.delta import shard as rules
 from slimkit.core.delta.named import Part
 from slimkit.core.delta.spec import LoraSpec, key
 from slimkit.delta.fused import lora_linear
 from slimkit.delta.named import LoraLayer
+from slimkit.delta.shard import ShardPlan, plan
 
 import torch
 from torch.nn import functional as F
@@ -80,6 +82,45 @@ class LoraLinear(LoraLayer):
             straight = out if bias is None else out - bias
         turned = F.linear(F.linear(x, a), b) * scale
         return self.active_deltas[part.name] * ((gain - 1) * straight.to(a.dtype) + gain * turned)
+
+    def carried_activation(self) -> Any:
+        """The activation that the layer itself applies behind the deltas; None for plain linear layers."""
+        return None
+
+    def shard(
+        self,
+        strategy_org_dense_matmul: Any = None,
+        strategy_org_bias_add: Any = None,
+        strategy_lora_dropout: Any = None,
+        strategy_lora_a_matmul: Any = None,
+        strategy_lora_b_matmul: Any = None,
+        strategy_lora_mul: Any = None,
+        strategy_lora_add: Any = None,
+        strategy_activation: Any = None,
+    ) -> ShardPlan:
+        """Record how the layer's operators are distributed and return the DTensor plan; see docs/delta.md.
+
+        Args:
+            strategy_org_dense_matmul: ((batch, in), (out, in)) cuts of the matmul's two inputs.
+            strategy_org_bias_add: ((batch, out), (out,)).
+            strategy_lora_dropout: ((batch, in),).
+            strategy_lora_a_matmul: ((batch, in), (rank, in)).
+            strategy_lora_b_matmul: ((batch, rank), (out, rank)).
+            strategy_lora_mul: ((batch, out), ()).
+            strategy_lora_add: ((batch, out), (batch, out)).
+            strategy_activation: ((batch, out),).
+
+        Returns:
+            The plan; `plan.apply(mesh)` distributes the parameters.
+
+        Raises:
+            ShardError: a strategy does not fit its operator.
+        """
+        strategies = rules.given(rules.LORA, locals())
+        name, spec = next(iter(self.specs.items()))
+        sizes = {"k": self.in_features, "n": self.out_features, "r": spec.rank}
+        optional = {"org_bias_add": self.bias, "activation": self.carried_activation()}
+        return plan(self, rules.LORA, strategies, sizes, rules.lora_parameters(name), optional)
 
 
 class LoraEmbedding(LoraLayer):

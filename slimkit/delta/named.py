@@ -80,7 +80,7 @@ class LoraLayer(NamedLoras, DeltaLayer):
         """Take every delta off, in place."""
         for name in list(self.specs):
             self.drop_delta(name)
-        for attribute in ("specs", "active_deltas", "unmerged", "unmerged_sources", "_running", "_only"):
+        for attribute in ("specs", "active_deltas", "unmerged", "unmerged_sources", "_running", "_only", "strategies"):
             vars(self).pop(attribute, None)
 
     @torch.no_grad()

@@ -6,10 +6,12 @@ from typing import Any
 
 import numpy as np
 
+from slimkit.core.delta import shard as rules
 from slimkit.core.delta.spec import LoraSpec
 from slimkit_ms import bridge
 from slimkit_ms.delta import initial
 from slimkit_ms.delta.named import LoraLayer
+from slimkit_ms.delta.shard import record
 
 import mindspore as ms
 from mindspore import mint, nn, ops
@@ -127,6 +129,50 @@ class LoraDense(LoraLinear):
         if self.activation_flag:
             out = self.activation(out)
         return ops.cast(self.reshape(out, shape[:-1] + (out.shape[-1],)), x.dtype)
+
+    def shard(
+        self,
+        strategy_org_dense_matmul: Any = None,
+        strategy_org_bias_add: Any = None,
+        strategy_lora_dropout: Any = None,
+        strategy_lora_a_matmul: Any = None,
+        strategy_lora_b_matmul: Any = None,
+        strategy_lora_mul: Any = None,
+        strategy_lora_add: Any = None,
+        strategy_activation: Any = None,
+    ) -> Any:
+        """Record how the layer's operators are distributed; it takes effect in (semi-)automatic parallel mode.
+
+        Args:
+            strategy_org_dense_matmul: ((batch, in), (out, in)) cuts of the matmul's two inputs (transpose_b).
+            strategy_org_bias_add: ((batch, out), (out,)).
+            strategy_lora_dropout: ((batch, in),).
+            strategy_lora_a_matmul: ((batch, in), (rank, in)).
+            strategy_lora_b_matmul: ((batch, rank), (out, rank)).
+            strategy_lora_mul: ((batch, out), ()).
+            strategy_lora_add: ((batch, out), (batch, out)).
+            strategy_activation: ((batch, out),).
+
+        Returns:
+            The layer; `layer.strategies` holds what was recorded.
+
+        Raises:
+            ShardError: a strategy does not fit its operator, or the activation is LogSoftmax.
+        """
+        strategies = rules.given(rules.LORA, locals())
+        operators = {
+            "org_dense_matmul": self.matmul,
+            "org_bias_add": self.bias_add if self.has_bias else None,
+            "lora_dropout": self.lora_dropout,
+            "lora_a_matmul": self.lora_a_matmul,
+            "lora_b_matmul": self.lora_b_matmul,
+            "lora_mul": self.lora_mul,
+            "lora_add": self.lora_add,
+            "activation": self.activation,
+        }
+        sizes = {"k": self.in_channels, "n": self.out_channels}
+        record(self, rules.LORA, strategies, sizes, operators)
+        return self
 
 
 class LoraTable(LoraLayer):

@@ -50,7 +50,7 @@ class LoraLayer(NamedLoras, DeltaLayer):
         """Take every delta off, in place."""
         for name in list(self.specs):
             self.drop_delta(name)
-        book = ("specs", "active_deltas", "unmerged", "unmerged_sources", "_running", "_only")
+        book = ("specs", "active_deltas", "unmerged", "unmerged_sources", "_running", "_only", "strategies")
         forget(self, *book, *self.worked_out)
 
     def dropped(self, i: int, x: Any) -> Any:
