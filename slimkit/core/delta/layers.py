@@ -21,7 +21,7 @@ IGNORED = -100
 
 INITIALIZERS = (
     "zeros", "zero", "ones", "one", "normal", "uniform", "xavier_uniform", "xavier_normal", "he_uniform", "he_normal",
-    "truncated_normal",
+    "truncated_normal", "variance_scaling", "orthogonal", "identity",
 )  # fmt: skip
 
 
@@ -90,8 +90,16 @@ def activation_name(value: Any, name: str) -> str:
 
 
 def initializer_name(value: str, name: str) -> str:
-    """A known initialiser's name in lower case; ArgumentError offers the nearest."""
-    return str(check.choice(value.lower(), INITIALIZERS, name))
+    """A known initialiser's name as the table has it; ArgumentError offers the nearest.
+
+    MindSpore's spellings, "XavierUniform" and "xavieruniform", are as good as "xavier_uniform".
+
+    Example:
+        >>> initializer_name("TruncatedNormal", "weight_init")
+        'truncated_normal'
+    """
+    known = {word.replace("_", ""): word for word in INITIALIZERS}
+    return str(check.choice(known.get(value.lower().replace("_", ""), value), INITIALIZERS, name))
 
 
 def check_alpha(value: Any, name: str = "lora_alpha") -> float:
@@ -119,3 +127,22 @@ def check_reduction(hidden_size: int, reduction_factor: int, argument: str = "hi
     if reduction_factor > hidden_size:
         check.wrong_value("reduction_factor", f"at most {argument} = {hidden_size}", reduction_factor)
     return hidden_size // reduction_factor
+
+
+def check_lora_dense(
+    in_channels: Any, out_channels: Any, lora_rank: Any, lora_alpha: Any, lora_dropout: Any
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The shapes of a and b of LoRADense, its arguments checked."""
+    size(in_channels, "in_channels")
+    size(out_channels, "out_channels")
+    size(lora_rank, "lora_rank")
+    check_alpha(lora_alpha)
+    check_dropout(lora_dropout)
+    return (lora_rank, in_channels), (out_channels, lora_rank)
+
+
+def check_adapter(hidden_size: Any, bottleneck_size: Any, non_linearity: Any) -> None:
+    """The arguments of AdapterLayer that mean the same in both frameworks."""
+    size(hidden_size, "hidden_size")
+    size(bottleneck_size, "bottleneck_size")
+    activation_name(non_linearity, "non_linearity")
