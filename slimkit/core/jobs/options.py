@@ -384,13 +384,25 @@ class AdaptOptions(FitOptions):
         return {key: value for key, value in self._named().items() if key in known} | self.settings
 
     def build(self) -> Any:
-        """What the kind can build without a layer."""
+        """What the kind can build without a layer, or at least the check of its options."""
+        from slimkit.core.delta import layers, prefix, prompt
         from slimkit.core.delta.spec import LoraSpec
 
-        if self.kind != "lora":
-            return None
-        known = {field.name for field in fields(LoraSpec)}
-        return LoraSpec(**{key: value for key, value in self.of_kind().items() if key in known and value is not None})
+        given = {key: value for key, value in self.of_kind().items() if value is not None}
+        if self.kind == "lora":
+            known = {field.name for field in fields(LoraSpec)}
+            return LoraSpec(**{key: value for key, value in given.items() if key in known})
+        if self.kind == "prefix":
+            return prefix.checked(**given)
+        if self.kind == "prompt":
+            return prompt.checked(
+                given.get("num_virtual_tokens"), given.get("init", prompt.INITS[0]), given.get("text_ids")
+            )
+        for key in {"bottleneck_size", "reduction_factor", "low_rank_size"} & set(given):
+            layers.size(given[key], key)
+        if "non_linearity" in given:
+            layers.activation_name(given["non_linearity"], "non_linearity")
+        return None
 
     def arguments(self) -> dict[str, Any]:
         """The arguments of `apply_delta`, as plain values."""
