@@ -12,6 +12,9 @@ from slimkit.core.errors import ConfigError
 # What a folder of a pruned model holds beside its weights: the plan, and the configuration before the cut.
 PLAN, BASE = "plan.json", "base"
 
+# What a folder of a sparse model says of its layers.
+SPARSE_REPORT = "sparse_report.json"
+
 # Where a training command keeps its checkpoints until the result is there.
 STATE = ".slimkit-train"
 
@@ -40,6 +43,14 @@ def unused(out: Path, *, state: str | None = None, option: str = "--out") -> Pat
                 f"{option} must be a folder that does not exist yet or is empty{unfinished}. Received: {str(out)!r}"
             )
     return out.absolute()
+
+
+def made_sparse(directory: Path) -> list[str]:
+    """The layers that the report of `slimkit sparsify` or `sparsify_checkpoint` beside a model's weights names."""
+    report = directory / SPARSE_REPORT
+    found = files.read_json(report) if report.exists() else {}
+    layers = found.get("layers") if isinstance(found, dict) else None
+    return list(layers) if isinstance(layers, dict) else []
 
 
 def copy_companions(source: Path, target: Path) -> list[str]:
