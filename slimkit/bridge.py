@@ -8,7 +8,7 @@ import gc
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from slimkit.core import check
@@ -210,6 +210,14 @@ _ZEROS = "slimkit_made_zeros"
 def record_zeros(module: torch.nn.Module) -> None:
     """Note on a layer, in place, that zeros in its weight were made on purpose and are meant to stay."""
     vars(module)[_ZEROS] = True
+
+
+def record_zeros_of(model: torch.nn.Module, names: Iterable[str]) -> None:
+    """Note on the layers of these names, in place, that their zeros were made; names that no layer has pass."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name in names:
+        if name in modules:
+            record_zeros(modules[name])
 
 
 def forget_zeros(module: torch.nn.Module) -> None:
