@@ -11,6 +11,7 @@ from slimkit import bridge
 from slimkit.core import check
 from slimkit.core.delta import inject as steps
 from slimkit.core.delta.spec import KINDS, DeltaReport
+from slimkit.delta import merged
 from slimkit.delta.framework import access
 from slimkit.delta.prefix_model import put_prefix
 from slimkit.delta.prompt_model import put_prompt
@@ -115,7 +116,10 @@ def merge_delta(model: nn.Module, *, unload: bool = False) -> DeltaReport:
         >>> sorted(merge_delta(net, unload=True).layers)
         ['0']
     """
-    return steps.merge(access, bridge.unwrapped(bridge.check_model(model)), unload=unload)
+    model = bridge.unwrapped(bridge.check_model(model))
+    report = steps.merge(access, model, unload=unload)
+    merged.watch(model)
+    return report
 
 
 def unmerge_delta(model: nn.Module) -> DeltaReport:
@@ -130,7 +134,10 @@ def unmerge_delta(model: nn.Module) -> DeltaReport:
     Raises:
         ArgumentError: nothing is merged.
     """
-    return steps.unmerge(access, bridge.unwrapped(bridge.check_model(model)))
+    model = bridge.unwrapped(bridge.check_model(model))
+    report = steps.unmerge(access, model)
+    merged.forget(model)
+    return report
 
 
 def remove_delta(model: nn.Module, names: str | Sequence[str] | None = None) -> DeltaReport:
@@ -147,7 +154,10 @@ def remove_delta(model: nn.Module, names: str | Sequence[str] | None = None) -> 
         ArgumentError: no delta, or none of that name.
         UnsupportedError: a layer was built by hand as a delta layer, so that there is none to put back.
     """
-    return steps.remove(access, bridge.unwrapped(bridge.check_model(model)), names)
+    model = bridge.unwrapped(bridge.check_model(model))
+    report = steps.remove(access, model, names)
+    merged.watch(model)
+    return report
 
 
 def set_delta(model: nn.Module, names: str | Sequence[str] | Mapping[str, float]) -> dict[str, float]:

@@ -72,4 +72,5 @@ def copy_companions(source: Path, target: Path) -> list[str]:
 
 def write_report(folder: Path, command: str, facts: dict[str, Any]) -> None:
     """Write COMMAND_report.json: what a command did, for people and programs that come later."""
-    files.write_json(folder / f"{command}_report.json", {"format": f"slimkit-{command}", "version": 1, **facts})
+    report = {"format": f"slimkit-{command}", "version": 1, **files.finite(facts)}
+    files.write_json(folder / f"{command}_report.json", report)
