@@ -130,9 +130,8 @@ def record(recorder: Recorder, model: nn.Module, run: Run) -> None:
             output = model(*args, **kwargs)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-    paths = {m: n for n, m in model.named_modules()}
     graph = recorder.graph
-    (graph.further if graph.ends else graph.layers).extend(paths[m] for m in layers)
+    (graph.further if graph.ends else graph.layers).extend(layers)
     graph.outputs.extend(recorder.value(t) for t in answers(output))
     graph.ends.append(len(graph.nodes))
     recorder.finished(output)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from slimkit.core.prune.custom import CUSTOM
-from slimkit.core.prune.graph import Graph
+from slimkit.core.prune.graph import Graph, Value
 from slimkit.trace.aten import POINTWISE, READERS, UNIFORM
 from slimkit.trace.modules import ModuleRule, rule_of
 from slimkit.trace.shapes import SEVERAL, keeps_shape, max_pool, quick
@@ -24,6 +25,9 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 def _name(func: Any) -> str:
     """An ATen operator's bare name, any other's with its library: another library's `add` is not torch's."""
     return str(func._opname if func.namespace == "aten" else f"{func.namespace}::{func._opname}")
+
+
+_LAYOUT = frozenset({"identity", "reshape", "transpose", "expand"})
 
 
 class _Unforeseeable(Exception):
@@ -179,12 +183,25 @@ class Recorder(TorchDispatchMode):
         return runs[-1] in runs[:-1]
 
     def _signature(self, start: int, stop: int) -> list[Any]:
-        values = self.graph.values
-        return [
-            (node.op, node.scope, [values[n].path for n in node.inputs if n is not None], values[node.outputs[0]].shape)
-            for node in self.graph.nodes[start:stop]
-            if node.op != "identity"
-        ]
+        """What a run's operators couple, in their order; layout, dropout and what else couples nothing left out."""
+        values, said = self.graph.values, []
+        plain: set[int] = set()  # made of uniform constants alone, such as a dropout's mask
+        for node in self.graph.nodes[start:stop]:
+            inputs = [n for n in node.inputs if n is not None]
+            open_ = [n for n in inputs if n not in plain and not self._couples_nothing(values[n])]
+            if node.op in _LAYOUT or (node.op == "elementwise" and len(open_) <= 1):
+                if not open_:
+                    plain.update(node.outputs)
+                if not any(values[n].path for n in inputs):
+                    continue
+            said.append((node.op, node.scope, [values[n].path for n in inputs], values[node.outputs[0]].shape))
+        return said
+
+    @staticmethod
+    def _couples_nothing(value: Value) -> bool:
+        """A uniform constant, or one with a number for each row (stochastic depth)."""
+        rows = value.kind == "constant" and math.prod(value.shape) == (value.shape[0] if value.shape else 1)
+        return value.kind == "uniform" or rows
 
     def finished(self, output: Any) -> None:
         """Called with what the model returned; for recorders that compute something with it."""
