@@ -148,6 +148,28 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(net, tmp_path, monkeypatch, com
     assert tree(tmp_path / "cut") == tree(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("command", [ADAPT, DISTILL], ids=lambda c: c[0])
+def test_a_stopped_run_goes_on_with_another_save_every_and_without_restart(net, tmp_path, monkeypatch, command):
+    from slimkit.core.jobs import fitting
+
+    class Stop:
+        def on_step_end(self, trainer):
+            if trainer.global_step == 2:
+                signal.raise_signal(signal.SIGTERM)
+
+    short = (*command, *net, *saved(net, tmp_path), "--max-steps", 4)
+    run(*short, "-o", "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(fitting, "ProgressBar", Stop)
+        stop = refused(*short, "--restart", "--save-every", 1, "-o", "cut")
+    assert (type(stop), stop.code) == (Interrupted, 143)
+    agreed = json.loads((tmp_path / "cut" / ".slimkit-train" / "job.json").read_text())
+    assert not {"save_every", "restart"} & {*agreed, *agreed["plan"]}
+    # How often the state is kept, and whether an older one was thrown away, is no part of what the run is.
+    assert run(*short, "--save-every", 3, "-o", "cut")["steps"] == 4
+    assert tree(tmp_path / "cut") == tree(tmp_path / "whole")
+
+
 def test_mistakes_name_the_option_and_leave_nothing(net, tmp_path):
     (tmp_path / "t.jsonl").write_text('{"text": "a"}\n')
     np.savez("floats.npz", x=np.ones((4, 6), np.float32), labels=np.ones(4, np.float32))
