@@ -12,8 +12,8 @@ import numpy as np
 from slimkit import bridge
 from slimkit.core.batch import as_call
 from slimkit.core.compare.comparison import Comparison
+from slimkit.core.compare.framework import CompareFramework
 from slimkit.core.compare.judge import JudgeOptions, judge, named_metrics
-from slimkit.core.errors import ArgumentTypeError, UnsupportedError
 from slimkit.measurement import measure_model
 
 import torch
@@ -75,21 +75,12 @@ def compare_models(
     return judge(TorchCompare(), dense, candidates, dataset, options, tokenizer, named_metrics(metrics))
 
 
-class TorchCompare:
+class TorchCompare(CompareFramework):
     """Torch models as `core/compare` sees them."""
 
-    def held(self, source: Any) -> bool:
-        return isinstance(source, nn.Module)
+    model_type, model_word, tensor_type = nn.Module, "torch.nn.Module", torch.Tensor
 
-    def open(self, source: Any, name: str) -> nn.Module:
-        model = source
-        if not isinstance(source, nn.Module):
-            if not callable(source):
-                raise ArgumentTypeError(
-                    f"{name} must be a torch.nn.Module, or a function without arguments that makes one. "
-                    f"Received: {type(source).__name__}"
-                )
-            model = source()
+    def check(self, model: Any, name: str) -> nn.Module:
         return bridge.check_model(model, name)
 
     @contextlib.contextmanager
@@ -100,36 +91,25 @@ class TorchCompare:
     def window(self, ids: np.ndarray[Any, Any]) -> torch.Tensor:
         return torch.from_numpy(ids[None])
 
-    def logits(self, model: nn.Module, ids: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        found = _logits(self._called(model, self.window(ids)))
-        if found.ndim != 3 or len(found) != 1:
-            raise UnsupportedError(
-                "a language model must give logits (batch, length, vocabulary). "
-                f"Received: {tuple(found.shape)} from {type(model).__name__}"
-            )
-        return _numpy(found[0])
-
     def outputs(self, model: nn.Module, batch: Any) -> np.ndarray[Any, Any]:
-        found = _logits(bridge.run(model, batch))
+        found = self.first(bridge.run(model, batch))
         if found.ndim != 3:
-            return _numpy(found)
+            return self.numbers(found)
         mask = as_call(batch)[1].get("attention_mask")
         if mask is None or tuple(mask.shape) != tuple(found.shape[:2]):
-            return _numpy(found.mean(1))
+            return self.numbers(found.mean(1))
         weight = mask.to(found.device, found.dtype)[..., None]
-        return _numpy((found * weight).sum(1) / weight.sum(1).clamp(min=1))
+        return self.numbers((found * weight).sum(1) / weight.sum(1).clamp(min=1))
 
-    def figures(self, model: nn.Module, example: Any) -> dict[str, float]:
-        measured = measure_model(model, self._keywords(model, example), 0.0)
-        return {
-            "parameters": float(measured.parameters),
-            "nonzero": float(measured.parameters - measured.zeros),
-            "bytes": float(measured.parameter_bytes),
-            "macs": float(measured.macs),
-        }
+    def numbers(self, tensor: torch.Tensor) -> np.ndarray[Any, Any]:
+        narrow = tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
+        return narrow.detach().cpu().numpy()
+
+    def measured(self, model: nn.Module, example: Any) -> Any:
+        return measure_model(model, self._keywords(model, example), 0.0)
 
     def forward(self, model: nn.Module, example: Any) -> None:
-        self._called(model, example)
+        self.called(model, example)
         _wait(model)
 
     def decode(self, model: nn.Module, ids: np.ndarray[Any, Any], n_tokens: int) -> bool:
@@ -145,7 +125,7 @@ class TorchCompare:
         _wait(model)
         return True
 
-    def _called(self, model: nn.Module, example: Any) -> Any:
+    def called(self, model: nn.Module, example: Any) -> Any:
         return bridge.run(model, self._keywords(model, example))
 
     def _keywords(self, model: nn.Module, example: Any) -> Any:
@@ -164,22 +144,6 @@ def _takes(kind: Any) -> frozenset[str]:
 
 def _caches(kind: Any) -> bool:
     return {"input_ids", "past_key_values", "use_cache"} <= _takes(kind)
-
-
-def _logits(output: Any) -> torch.Tensor:
-    found = getattr(output, "logits", None)
-    if found is None:
-        found = output
-        while not isinstance(found, torch.Tensor) and isinstance(found, (Mapping, tuple, list)) and len(found):
-            found = next(iter(found.values())) if isinstance(found, Mapping) else found[0]
-    if not isinstance(found, torch.Tensor):
-        raise UnsupportedError(f"a model must give a tensor first. Received: {type(output).__name__}")
-    return found
-
-
-def _numpy(found: torch.Tensor) -> np.ndarray[Any, Any]:
-    narrow = found if found.dtype in (torch.float32, torch.float64) else found.float()
-    return narrow.detach().cpu().numpy()
 
 
 def _wait(model: nn.Module) -> None:

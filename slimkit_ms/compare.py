@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from slimkit.core.compare.comparison import Comparison
+from slimkit.core.compare.framework import CompareFramework
 from slimkit.core.compare.judge import JudgeOptions, judge, named_metrics
-from slimkit.core.errors import ArgumentTypeError, UnsupportedError
 from slimkit_ms import bridge
 from slimkit_ms.measurement import measure_model
 
@@ -74,21 +74,12 @@ def compare_models(
     return judge(MindSporeCompare(), dense, candidates, dataset, options, tokenizer, named_metrics(metrics))
 
 
-class MindSporeCompare:
+class MindSporeCompare(CompareFramework):
     """MindSpore cells as `core/compare` sees them."""
 
-    def held(self, source: Any) -> bool:
-        return isinstance(source, nn.Cell)
+    model_type, model_word, tensor_type = nn.Cell, "mindspore.nn.Cell", ms.Tensor
 
-    def open(self, source: Any, name: str) -> nn.Cell:
-        model = source
-        if not isinstance(source, nn.Cell):
-            if not callable(source):
-                raise ArgumentTypeError(
-                    f"{name} must be a mindspore.nn.Cell, or a function without arguments that makes one. "
-                    f"Received: {type(source).__name__}"
-                )
-            model = source()
+    def check(self, model: Any, name: str) -> nn.Cell:
         return bridge.check_model(model, name)
 
     @contextlib.contextmanager
@@ -99,17 +90,8 @@ class MindSporeCompare:
     def window(self, ids: np.ndarray[Any, Any]) -> ms.Tensor:
         return ms.Tensor(ids[None].astype(np.int32))
 
-    def logits(self, model: nn.Cell, ids: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        found = _first(bridge.run(model, _keywords(model, self.window(ids))))
-        if found.ndim != 3 or len(found) != 1:
-            raise UnsupportedError(
-                "a language model must give logits (batch, length, vocabulary). "
-                f"Received: {tuple(found.shape)} from {type(model).__name__}"
-            )
-        return _numpy(found)[0]
-
     def outputs(self, model: nn.Cell, batch: Any) -> np.ndarray[Any, Any]:
-        found = _numpy(_first(bridge.run(model, batch)))
+        found = self.numbers(self.first(bridge.run(model, batch)))
         if found.ndim != 3:
             return found
         mask = bridge.call_of(batch)[1].get("attention_mask")
@@ -118,17 +100,18 @@ class MindSporeCompare:
         weight = bridge.as_numpy(mask).astype(found.dtype)[..., None]
         return (found * weight).sum(1) / np.maximum(weight.sum(1), 1)
 
-    def figures(self, model: nn.Cell, example: Any) -> dict[str, float]:
-        measured = measure_model(model, _keywords(model, example), 0.0)
-        return {
-            "parameters": float(measured.parameters),
-            "nonzero": float(measured.parameters - measured.zeros),
-            "bytes": float(measured.parameter_bytes),
-            "macs": float(measured.macs),
-        }
+    def numbers(self, tensor: ms.Tensor) -> np.ndarray[Any, Any]:
+        narrow = tensor if tensor.dtype in (ms.float32, ms.float64) else tensor.astype(ms.float32)
+        return bridge.as_numpy(narrow)
+
+    def measured(self, model: nn.Cell, example: Any) -> Any:
+        return measure_model(model, _keywords(model, example), 0.0)
 
     def forward(self, model: nn.Cell, example: Any) -> None:
-        _first(bridge.run(model, _keywords(model, example))).asnumpy()
+        self.first(self.called(model, example)).asnumpy()
+
+    def called(self, model: nn.Cell, example: Any) -> Any:
+        return bridge.run(model, _keywords(model, example))
 
     def decode(self, model: nn.Cell, ids: np.ndarray[Any, Any], n_tokens: int) -> bool:
         return False  # cells have no common way to hand a cache over
@@ -142,19 +125,3 @@ def _keywords(model: nn.Cell, example: Any) -> Any:
     """A window of tokens by the name that models in the manner of transformers know it by."""
     named = isinstance(example, ms.Tensor) and "input_ids" in _takes(type(model))
     return {"input_ids": example} if named else example
-
-
-def _first(output: Any) -> ms.Tensor:
-    found = getattr(output, "logits", None)
-    if found is None:
-        found = output
-        while not isinstance(found, ms.Tensor) and isinstance(found, (Mapping, tuple, list)) and len(found):
-            found = next(iter(found.values())) if isinstance(found, Mapping) else found[0]
-    if not isinstance(found, ms.Tensor):
-        raise UnsupportedError(f"a model must give a tensor first. Received: {type(output).__name__}")
-    return found
-
-
-def _numpy(found: ms.Tensor) -> np.ndarray[Any, Any]:
-    narrow = found if found.dtype in (ms.float32, ms.float64) else found.astype(ms.float32)
-    return bridge.as_numpy(narrow)
