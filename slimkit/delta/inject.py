@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from slimkit import bridge
-from slimkit.core import check
 from slimkit.core.delta import inject as steps
-from slimkit.core.delta.spec import KINDS, DeltaReport
+from slimkit.core.delta.spec import DeltaReport
 from slimkit.delta import merged
 from slimkit.delta.framework import access
 from slimkit.delta.prefix_model import put_prefix
@@ -72,26 +70,19 @@ def apply_delta(
         32 of 122 parameters train (26.2295%), in 2 tensors
     """
     model = bridge.unwrapped(bridge.check_model(model))
-    kind = check.choice(kind.lower() if isinstance(kind, str) else kind, KINDS, "kind")
-    if kind in ("prefix", "prompt"):
-        put = functools.partial(put_prefix, model, targets, dtype=dtype, strict=strict)
-        if kind == "prompt":
-            put = functools.partial(put_prompt, model, targets, dtype=dtype)
-        return steps.apply_in_place(
-            access, model, kind, put, name=name, freeze=freeze, also_train=also_train, options=options
-        )
-    return steps.apply_layers(
+    return steps.apply_kind(
         access,
         model,
         kind,
-        "all-linear" if targets is None else targets,
+        targets,
+        {"prefix": put_prefix, "prompt": put_prompt},
         name=name,
         exclude=exclude,
         freeze=freeze,
         also_train=also_train,
         strict=strict,
         dtype=dtype,
-        **options,
+        options=options,
     )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from slimkit import bridge
 from slimkit.core import check
 from slimkit.core.delta import shard as rules
-from slimkit.core.delta.layers import activation_name, check_reduction, size
+from slimkit.core.delta.layers import check_low_rank_adapter, check_reduction, size
 from slimkit.delta import initial
 from slimkit.delta.layer import Adapted, AdapterBase
 from slimkit.delta.shard import ShardPlan, plan
@@ -70,15 +70,12 @@ class LowRankAdapterLayer(nn.Module):
         param_init_type: Any = torch.float32,
         compute_dtype: Any = None,
     ) -> None:
-        size(hidden_size, "hidden_size")
-        width = check_reduction(hidden_size, reduction_factor)
-        size(low_rank_size, "low_rank_size")
+        width = check_low_rank_adapter(hidden_size, reduction_factor, low_rank_size, non_linearity)
         if not isinstance(low_rank_w_init, str) and (
             isinstance(low_rank_w_init, type) or not callable(low_rank_w_init)
         ):
             check.wrong_type("low_rank_w_init", "a str or a function that fills a tensor", low_rank_w_init)
         initial.check_initial(low_rank_w_init, "low_rank_w_init", (), "")
-        activation_name(non_linearity, "non_linearity")
         initial.dtype(param_init_type, "param_init_type")
         initial.dtype(compute_dtype, "compute_dtype", optional=True)
         super().__init__()

@@ -6,7 +6,7 @@ from typing import Any
 
 from slimkit import bridge
 from slimkit.core import check
-from slimkit.core.delta.layers import check_prefix, rate, size
+from slimkit.core.delta.layers import check_prefix, check_sizes, rate, size
 
 import torch
 from torch import nn
@@ -54,9 +54,7 @@ class PrefixLayer(nn.Module):
         dropout_rate: float = 0.1,
     ) -> None:
         check_prefix(prefix_token_num, batch_size)
-        self_sizes = {"num_heads": num_heads, "hidden_dim": hidden_dim, "embed_dim": embed_dim, "mid_dim": mid_dim}
-        for name, value in self_sizes.items():
-            size(value, name)
+        check_sizes(num_heads=num_heads, hidden_dim=hidden_dim, embed_dim=embed_dim, mid_dim=mid_dim)
         rate(dropout_rate, "dropout_rate")
         super().__init__()
         self.prefix_token_num, self.batch_size, self.num_heads = prefix_token_num, batch_size, num_heads
@@ -125,19 +123,13 @@ class PrefixEncoder(nn.Module):
         parallel_config: Any = None,
         out_perm: tuple[int, ...] = (2, 0, 3, 1, 4),
     ) -> None:
-        sizes = {
-            "pre_seq_len": pre_seq_len,
-            "num_layers": num_layers,
-            "num_heads": num_heads,
-            "kv_channels": kv_channels,
-        }
-        for name, value in sizes.items():
-            size(value, name)
+        check_sizes(pre_seq_len=pre_seq_len, num_layers=num_layers, num_heads=num_heads, kv_channels=kv_channels)
         check.boolean(prefix_projection, "prefix_projection")
         middle = size(projection_dim, "projection_dim") if prefix_projection else 0
         rate(dropout_prob, "dropout_prob")
         super().__init__()
-        self.pre_seq_len, self.num_layers, self.num_heads, self.kv_channels = sizes.values()
+        self.pre_seq_len, self.num_layers = pre_seq_len, num_layers
+        self.num_heads, self.kv_channels = num_heads, kv_channels
         self.prefix_projection, self.out_perm = prefix_projection, tuple(out_perm)
         width = num_layers * num_heads * kv_channels * 2
         self.dropout = nn.Dropout(dropout_prob)

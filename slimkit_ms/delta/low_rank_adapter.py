@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from slimkit.core.delta import shard as rules
-from slimkit.core.delta.layers import activation_name, check_reduction, size
+from slimkit.core.delta.layers import check_low_rank_adapter, check_reduction, size
 from slimkit_ms import bridge
 from slimkit_ms.delta import initial
 from slimkit_ms.delta.layer import Adapted, AdapterBase
@@ -73,11 +73,8 @@ class LowRankAdapterLayer(nn.Cell):
         param_init_type: Any = mindspore.float32,
         compute_dtype: Any = mindspore.float16,
     ) -> None:
-        size(hidden_size, "hidden_size")
-        width = check_reduction(hidden_size, reduction_factor)
-        size(low_rank_size, "low_rank_size")
+        width = check_low_rank_adapter(hidden_size, reduction_factor, low_rank_size, non_linearity)
         initial.check_initial(low_rank_w_init, "low_rank_w_init", (), "", tensor=False)
-        activation_name(non_linearity, "non_linearity")
         initial.dtype(param_init_type, "param_init_type")
         initial.dtype(compute_dtype, "compute_dtype", optional=True)
         super().__init__()

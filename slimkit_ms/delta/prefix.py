@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from slimkit.core import check
-from slimkit.core.delta.layers import check_prefix, rate, size
+from slimkit.core.delta.layers import check_prefix, check_sizes, rate, size
 from slimkit_ms import bridge
 
 import mindspore as ms
@@ -56,9 +56,7 @@ class PrefixLayer(nn.Cell):
         dropout_rate: float = 0.1,
     ) -> None:
         check_prefix(prefix_token_num, batch_size)
-        self_sizes = {"num_heads": num_heads, "hidden_dim": hidden_dim, "embed_dim": embed_dim, "mid_dim": mid_dim}
-        for name, value in self_sizes.items():
-            size(value, name)
+        check_sizes(num_heads=num_heads, hidden_dim=hidden_dim, embed_dim=embed_dim, mid_dim=mid_dim)
         rate(dropout_rate, "dropout_rate")
         super().__init__()
         self.prefix_token_num, self.batch_size, self.num_heads = prefix_token_num, batch_size, num_heads
@@ -127,19 +125,13 @@ class PrefixEncoder(nn.Cell):
         parallel_config: Any = None,
         out_perm: tuple[int, ...] = (2, 0, 3, 1, 4),
     ) -> None:
-        sizes = {
-            "pre_seq_len": pre_seq_len,
-            "num_layers": num_layers,
-            "num_heads": num_heads,
-            "kv_channels": kv_channels,
-        }
-        for name, value in sizes.items():
-            size(value, name)
+        check_sizes(pre_seq_len=pre_seq_len, num_layers=num_layers, num_heads=num_heads, kv_channels=kv_channels)
         check.boolean(prefix_projection, "prefix_projection")
         middle = size(projection_dim, "projection_dim") if prefix_projection else 0
         rate(dropout_prob, "dropout_prob")
         super().__init__()
-        self.pre_seq_len, self.num_layers, self.num_heads, self.kv_channels = sizes.values()
+        self.pre_seq_len, self.num_layers = pre_seq_len, num_layers
+        self.num_heads, self.kv_channels = num_heads, kv_channels
         self.prefix_projection, self.out_perm = prefix_projection, tuple(out_perm)
         width = num_layers * num_heads * kv_channels * 2
         self.dropout = nn.Dropout(p=float(dropout_prob))

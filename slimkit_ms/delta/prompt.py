@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from slimkit.core.delta.layers import size
+from slimkit.core.delta.layers import check_sizes
 from slimkit_ms import bridge
 
 import mindspore as ms
@@ -33,14 +33,12 @@ class PromptTuning(nn.Cell):
     """
 
     def __init__(self, num_virtual_tokens: int, token_dim: int, num_transformer_submodules: int = 1) -> None:
-        size(num_virtual_tokens, "num_virtual_tokens")
-        size(token_dim, "token_dim")
-        size(num_transformer_submodules, "num_transformer_submodules")
+        submodules = num_transformer_submodules
+        check_sizes(num_virtual_tokens=num_virtual_tokens, token_dim=token_dim, num_transformer_submodules=submodules)
         super().__init__()
         self.num_virtual_tokens, self.token_dim = num_virtual_tokens, token_dim
-        self.num_transformer_submodules = num_transformer_submodules
-        total = num_virtual_tokens * num_transformer_submodules
-        self.mindpet_delta_prompttuning_embedding = nn.Embedding(total, token_dim)
+        self.num_transformer_submodules = submodules
+        self.mindpet_delta_prompttuning_embedding = nn.Embedding(num_virtual_tokens * submodules, token_dim)
 
     def construct(self, prompt_ids: Any) -> Any:
         """(batch, tokens) ids to (batch, tokens, token_dim) embeddings."""

@@ -9,6 +9,7 @@ forward somebody put on it, parametrisations, names, references to it, `isinstan
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -24,6 +25,20 @@ from slimkit.core.log import logger
 
 FLAGS = "slimkit_flags_before_delta"
 LAYER_KINDS = ("lora", "adapter", "low_rank_adapter")
+
+
+def apply_kind(
+    access: DeltaFramework, model: Any, kind: Any, targets: Any, whole: Mapping[str, Callable[..., Any]], *,
+    exclude: Any, strict: bool, dtype: Any, options: Mapping[str, Any], **how: Any,
+) -> DeltaReport:  # fmt: skip
+    """Put a delta of any kind on a model, in place; `whole` puts on the kinds that act on the whole model."""
+    kind = check.choice(kind.lower() if isinstance(kind, str) else kind, rules.KINDS, "kind")
+    if kind in whole:
+        scope = {"strict": strict} if kind == "prefix" else {}
+        put = functools.partial(whole[kind], model, targets, dtype=dtype, **scope)
+        return apply_in_place(access, model, kind, put, options=options, **how)
+    targets = "all-linear" if targets is None else targets
+    return apply_layers(access, model, kind, targets, exclude=exclude, strict=strict, dtype=dtype, **how, **options)
 
 
 def apply_layers(

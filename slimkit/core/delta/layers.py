@@ -43,6 +43,12 @@ def size(value: Any, name: str) -> int:
     return int(value)
 
 
+def check_sizes(**sizes: Any) -> None:
+    """Refuse a size that is not a positive int, by its name."""
+    for name, value in sizes.items():
+        size(value, name)
+
+
 def rate(value: Any, name: str) -> float:
     """A dropout rate, int or float, in [0, 1)."""
     check.instance(value, (int, float), name, "a float")
@@ -133,16 +139,22 @@ def check_lora_dense(
     in_channels: Any, out_channels: Any, lora_rank: Any, lora_alpha: Any, lora_dropout: Any
 ) -> tuple[tuple[int, int], tuple[int, int]]:
     """The shapes of a and b of LoRADense, its arguments checked."""
-    size(in_channels, "in_channels")
-    size(out_channels, "out_channels")
-    size(lora_rank, "lora_rank")
+    check_sizes(in_channels=in_channels, out_channels=out_channels, lora_rank=lora_rank)
     check_alpha(lora_alpha)
     check_dropout(lora_dropout)
     return (lora_rank, in_channels), (out_channels, lora_rank)
 
 
+def check_low_rank_adapter(hidden_size: Any, reduction_factor: Any, low_rank_size: Any, non_linearity: Any) -> int:
+    """The arguments of LowRankAdapterLayer that mean the same in both frameworks; gives the bottleneck's width."""
+    size(hidden_size, "hidden_size")
+    width = check_reduction(hidden_size, reduction_factor)
+    size(low_rank_size, "low_rank_size")
+    activation_name(non_linearity, "non_linearity")
+    return width
+
+
 def check_adapter(hidden_size: Any, bottleneck_size: Any, non_linearity: Any) -> None:
     """The arguments of AdapterLayer that mean the same in both frameworks."""
-    size(hidden_size, "hidden_size")
-    size(bottleneck_size, "bottleneck_size")
+    check_sizes(hidden_size=hidden_size, bottleneck_size=bottleneck_size)
     activation_name(non_linearity, "non_linearity")
