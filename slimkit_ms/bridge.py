@@ -44,7 +44,7 @@ def set_module(model: nn.Cell, path: str, cell: nn.Cell) -> None:
     parent_path, _, child = path.rpartition(".")
     parent = get_module(model, parent_path)
     if isinstance(parent, (nn.SequentialCell, nn.CellList)):
-        parent[int(child)] = cell
+        parent[list(parent._cells).index(child)] = cell  # children of a sequence may have names
     else:
         setattr(parent, child, cell)
     rename_parameters(model)

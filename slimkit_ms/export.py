@@ -197,7 +197,9 @@ def _name_axes(proto: Any, axes: onnxaxes.Axes) -> None:
             output.type.tensor_type.shape.dim[axis].dim_param = label
 
 
-def export_mindir(model: nn.Cell, inputs: Any, path: Any, *, tolerance: float = 1e-4) -> MindirReport:
+def export_mindir(
+    model: nn.Cell, inputs: Any, path: Any, *, tolerance: float = 1e-4, merge_delta: bool = False
+) -> MindirReport:
     """Write a cell as MINDIR and prove the file by loading and running it.
 
     Args:
@@ -206,6 +208,7 @@ def export_mindir(model: nn.Cell, inputs: Any, path: Any, *, tolerance: float = 
         path: the file to write, ending in .mindir; it appears whole or not at all. Beyond 1 GB of parameters MindSpore
             writes two pieces, NAME_graph.mindir and the folder NAME_variables, which must stay together.
         tolerance: largest absolute difference between file and cell that is accepted, float32 units.
+        merge_delta: write a copy of the cell with its LoRAs merged; the cell keeps them.
 
     Returns:
         What was written and the difference of each output.
@@ -224,6 +227,9 @@ def export_mindir(model: nn.Cell, inputs: Any, path: Any, *, tolerance: float = 
     if target.suffix != ".mindir":
         check.wrong_value("path", "a file name that ends in .mindir", str(path))
     tensors = _tensors(bridge.check_model(model), inputs)
+    if check.boolean(merge_delta, "merge_delta"):
+        model = copy.deepcopy(model)
+        slimkit_ms.merge_delta(model, unload=True)
     target.parent.mkdir(parents=True, exist_ok=True)
     name = target.stem if _WRITABLE.fullmatch(target.stem) else "model"
     with (

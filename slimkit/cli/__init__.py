@@ -68,6 +68,15 @@ app = typer.Typer(
 @app.callback(invoke_without_command=True)
 def _options(
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
+    imports: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--import",
+            metavar="FILE|MODULE",
+            help="Python to load first, before the command: it may register methods and rules of your own.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Make trained models smaller and cheaper to adapt."""
     if version:
@@ -75,6 +84,12 @@ def _options(
 
         typer.echo(f"slimkit {__version__}")
         raise typer.Exit()
+    for place in imports or ():
+        from pathlib import Path
+
+        from slimkit.core.jobs import factory
+
+        factory.load(place, Path.cwd(), "--import")
 
 
 def main() -> None:

@@ -58,11 +58,11 @@ def parameters(options: type[Strict]) -> list[inspect.Parameter]:
     return found
 
 
-def made(options: type[Strict], **given: Any) -> Any:
+def made(job: type[Strict], /, **given: Any) -> Any:
     """The options that flags give; what was left at its default is not said.
 
     Args:
-        options: a job's options.
+        job: a job's options.
         given: key -> value as typer read it.
 
     Raises:
@@ -74,7 +74,7 @@ def made(options: type[Strict], **given: Any) -> Any:
 
     asked: dict[str, Any] = {}
     for key, value in given.items():
-        field, flag = options.model_fields[key], flag_of(options, key)
+        field, flag = job.model_fields[key], flag_of(job, key)
         if flag.sets is not None:
             value = flag.sets if value else field.default
         elif isinstance(value, list):
@@ -86,10 +86,10 @@ def made(options: type[Strict], **given: Any) -> Any:
         if value not in (None, [], {}) and value != field.default:
             asked[key] = value
     try:
-        return options(**asked)
+        return job(**asked)
     except ValidationError as error:
         lines = [
-            f"{flag_of(options, str(at[0])).names[0] + ': ' if at else ''}{said}" for at, _, said, _ in explained(error)
+            f"{flag_of(job, str(at[0])).names[0] + ': ' if at else ''}{said}" for at, _, said, _ in explained(error)
         ]
         raise ConfigError("; ".join(dict.fromkeys(lines))) from None
 

@@ -31,6 +31,12 @@ def kaiming(tensor: torch.Tensor) -> None:
     tensor.uniform_(-bound, bound)
 
 
+def _variance_scaling(tensor: torch.Tensor) -> torch.Tensor:
+    """A truncated normal of variance 1 / inputs; the constant is the spread that cutting at two sigma leaves."""
+    std = math.sqrt(1 / tensor[0].numel()) / 0.87962566103423978
+    return nn.init.trunc_normal_(tensor, std=std, a=-2 * std, b=2 * std)
+
+
 _FILL: dict[str, Callable[[torch.Tensor], Any]] = {
     "zeros": torch.Tensor.zero_,
     "zero": torch.Tensor.zero_,
@@ -43,6 +49,9 @@ _FILL: dict[str, Callable[[torch.Tensor], Any]] = {
     "he_uniform": nn.init.kaiming_uniform_,
     "he_normal": nn.init.kaiming_normal_,
     "truncated_normal": lambda t: nn.init.trunc_normal_(t, std=0.01, a=-0.02, b=0.02),
+    "variance_scaling": _variance_scaling,
+    "orthogonal": nn.init.orthogonal_,
+    "identity": nn.init.eye_,
 }
 
 
@@ -64,7 +73,7 @@ def parameter(value: Any, shape: Sequence[int], kind: torch.dtype) -> nn.Paramet
         if isinstance(value, torch.Tensor):
             made.copy_(value)
         elif isinstance(value, str):
-            _FILL[value.lower()](made)
+            _FILL[initializer_name(value, "initial value")](made)
         elif callable(value):
             value(made)
         else:

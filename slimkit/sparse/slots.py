@@ -164,7 +164,7 @@ def described(
         elif not weight.is_floating_point():
             skipped[name] = f"its weight is {weight.dtype}, which has no linear algebra"
         elif weight.device.type == "meta" and not with_meta:
-            skipped[name] = _why_meta(slot.owner(model))
+            skipped[name] = "its weight is on the meta device"
         elif id(weight) in tables:
             skipped[name] = "its weight is tied to an embedding"
         elif place in owner:
@@ -178,15 +178,6 @@ def described(
         skipped |= {f"{path}.{key}" if path else key: UNCLEAR for key in _fused(module).unclear}
     skipped |= other_matrices(_own_matrices(model, tables), {*found, *slots, *skipped, *adapters, *_parts(slots)})
     return found, slots, skipped
-
-
-def _why_meta(module: torch.nn.Module) -> str:
-    offloaded = getattr(module, "_hf_hook", None) is not None
-    return (
-        "accelerate has offloaded its weight: load the model without offload, or call sparsify_checkpoint"
-        if offloaded
-        else "its weight is on the meta device"
-    )
 
 
 def _parts(slots: Mapping[str, WeightSlot]) -> set[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from slimkit.core import check
 from slimkit.core.batch import as_call
 from slimkit.core.errors import GraphError
 from slimkit.core.log import logger
+from slimkit.core.prune.custom import CUSTOM
 from slimkit.core.prune.graph import Graph
 from slimkit.trace.aten import POINTWISE, READERS, UNIFORM
 from slimkit.trace.modes import mode, reads_training
@@ -22,6 +24,12 @@ from slimkit.trace.watch import answers, named_tensors, unmarked, watched
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+
+@functools.cache
+def _name(func: Any) -> str:
+    """An ATen operator's bare name, any other's with its library: another library's `add` is not torch's."""
+    return str(func._opname if func.namespace == "aten" else f"{func.namespace}::{func._opname}")
 
 
 class _Unforeseeable(Exception):
@@ -114,10 +122,23 @@ class Recorder(TorchDispatchMode):
     def whole_modules(self, model: nn.Module) -> Iterator[None]:
         """Modules with a rule of their own stand in the graph as the rule says; their code does not run."""
         for module in model.modules():
-            rule = rule_of(module)
+            rule = self._own_rule if type(module) in CUSTOM else rule_of(module)
             if rule is not None:
                 vars(module)["forward"] = self._by_rule(rule, module)  # `unmarked` takes it back
         yield
+
+    def _own_rule(self, emit: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A user's layer: its code runs for the shapes, and one operator of the user's stands for all it did."""
+        mark = self.mark()
+        with self:
+            made = type(module).forward(module, *args, **kwargs)
+        self.rewind(mark)
+        own = {n: t for n, t in named_tensors(module) if isinstance(t, nn.Parameter)}
+        plain = [None if isinstance(a, torch.Tensor) else a for a in args]
+        tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)]
+        attrs = {"rule": type(module), "fn": type(module).__name__, "arguments": plain, "parameters": list(own)}
+        emit("custom", [*tensors, *own.values()], list(_flat(made)), **attrs)
+        return made
 
     def _by_rule(self, rule: ModuleRule, module: nn.Module) -> Any:
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -129,7 +150,7 @@ class Recorder(TorchDispatchMode):
 
             with _disable_current_modes():  # what the rule makes is no operator of the model
                 shown = rule(emit, module, args, kwargs)
-                if not self.real:
+                if not self.real or rule == self._own_rule:
                     return shown
                 made = type(module).forward(module, *args, **kwargs)
             for mine, its in zip(_flat(shown), _flat(made), strict=True):
@@ -171,6 +192,9 @@ class Recorder(TorchDispatchMode):
             if node.op != "identity"
         ]
 
+    def finished(self, output: Any) -> None:
+        """Called with what the model returned; for recorders that compute something with it."""
+
     def crossed(self, scope: str, output: Any) -> None:
         """Note which values a module hands to the module around it."""
         if not self.graph.ends:
@@ -181,7 +205,7 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        name = func._opname
+        name = _name(func)
         tensors: list[torch.Tensor] = []
         args = [self._stand_in(a, tensors) for a in args]
         for key, item in kwargs.items():
@@ -301,6 +325,13 @@ class Recorder(TorchDispatchMode):
         if name in UNIFORM:
             self._number(outs[0], "uniform")
             return
+        if CUSTOM and (name in CUSTOM or f"aten::{name}" in CUSTOM):
+            given = [a for item in (*args, *kwargs.values()) for a in (item if isinstance(item, list) else [item])]
+            plain = [None if isinstance(a, torch.Tensor) else a for a in args]
+            tensors = [a for a in given if isinstance(a, torch.Tensor)]
+            key = name if name in CUSTOM else f"aten::{name}"
+            self._emit("custom", tensors, outs, rule=key, fn=name, arguments=plain)
+            return
         reader = READERS.get(name)
         if reader is None and name.endswith("_"):
             reader = READERS.get(name[:-1])
@@ -329,8 +360,8 @@ def _flat(value: Any) -> Iterator[torch.Tensor]:
         yield value
     elif hasattr(value, "batch_sizes"):
         yield value.data
-    elif isinstance(value, tuple):
-        for part in value:
+    elif isinstance(value, (tuple, list, Mapping)):
+        for part in value.values() if isinstance(value, Mapping) else value:
             yield from _flat(part)
 
 
@@ -450,3 +481,4 @@ def record(recorder: Recorder, model: nn.Module, run: Run) -> None:
     (graph.further if graph.ends else graph.layers).extend(paths[m] for m in layers)
     graph.outputs.extend(recorder.value(t) for t in answers(output))
     graph.ends.append(len(graph.nodes))
+    recorder.finished(output)

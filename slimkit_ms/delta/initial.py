@@ -49,9 +49,7 @@ def check_initial(value: Any, name: str, shape: Sequence[int], words: str, *, te
 def parameter(value: Any, shape: Sequence[int], kind: Any, name: str) -> ms.Parameter:
     """A parameter of that shape, filled as a checked initial value says."""
     if isinstance(value, str):
-        # The framework's own table has these under other words.
-        words = {"he_uniform": "he_uniform", "truncated_normal": "truncatedNormal", "xavier_normal": "xavier_normal"}
-        value = words.get(value.lower(), value.lower())
+        value = initializer_name(value, name).replace("_", "")  # as the framework's own table has it
     return ms.Parameter(initializer(value, list(shape), kind), name=name)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from slimkit.core.errors import ArgumentError
+from slimkit.core.prune.custom import CUSTOM
 from slimkit.core.prune.graph import Graph
 from slimkit_ms import bridge, kinds
 from slimkit_ms.trace.builder import Builder, Entry, NotSaid, flat_shapes
@@ -107,6 +108,8 @@ def _said(builder: Builder, record: Record) -> Entry:
     if record.op == "UpdateState":
         return Constant(None)
     place = len(builder.graph.nodes), len(builder.graph.values)
+    if record.op in CUSTOM:
+        return _by_user(builder, record)
     rule = RULES.get(record.op)
     if rule is not None and not (_all_constant(builder, record) and record.op not in _STRUCTURE):
         try:
@@ -121,6 +124,16 @@ def _said(builder: Builder, record: Record) -> Entry:
     else:
         made = list(builder.opaque(record, shapes))
     return made if isinstance(record.shapes, list) or len(made) != 1 else made[0]
+
+
+def _by_user(builder: Builder, record: Record) -> Entry:
+    """A primitive that the user gave a rule for."""
+    entries = [builder.entry(name) for name in record.inputs]
+    plain = [e.value if isinstance(e, Constant) else None for e in entries]
+    tensors = [n for entry in entries for n in builder.flat(entry)]
+    shapes = flat_shapes(record.shapes)
+    made = builder.emit("custom", tensors, shapes, record.scope, rule=record.op, fn=record.op, arguments=plain)
+    return made if isinstance(record.shapes, list) else made[0]
 
 
 _STRUCTURE = {"MakeTuple", "MakeList", "TupleGetItem", "ListGetItem", "Depend", "Load", "Identity", "Range", "Arange"}

@@ -430,3 +430,49 @@ def test_activations_are_the_same_function_in_both_wings(kit, rng, name):
     }[name]
     # 1e-3: MindSpore's CPU kernels of a few of them approximate the exponential.
     np.testing.assert_allclose(kit.array(layer(kit.tensor(x))), want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "word", ["XavierUniform", "xavier_uniform", "HeNormal", "heuniform", "TruncatedNormal", "ONES"]
+)
+def test_mindspores_names_of_initial_values_are_known_in_every_layer(kit, word):
+    layers = {
+        "lora": kit.slim.LoRADense(8, 6, lora_rank=2, lora_alpha=2, lora_a_init=word, weight_init=word),
+        "adapter": kit.slim.AdapterDense(8, 6, bottleneck_size=2, weight_init=word),
+        "low rank": kit.slim.LowRankAdapterDense(8, 6, reduction_factor=2, weight_init=word, low_rank_w_init=word),
+    }
+    for layer in layers.values():
+        weight = values(kit, layer)["weight"]
+        assert weight.any()
+        if word == "ONES":
+            assert (weight == 1).all()
+        else:  # 48 draws: 0.01 for the truncated normal, the square root of 2 / (in + out) or 2 / in for the others
+            assert 0.5 < weight.std() / {"T": 0.01, "X": 0.38, "x": 0.38}.get(word[0], 0.5) < 1.6
+
+
+@pytest.mark.parametrize(
+    ("word", "property_"), [("orthogonal", "rows"), ("Identity", "diagonal"), ("varianceScaling", "")]
+)
+def test_rarer_initial_values(kit, word, property_):
+    weight = values(kit, kit.slim.LoRADense(8, 6, 2, 4, weight_init=word))["weight"]
+    if property_ == "rows":
+        np.testing.assert_allclose(weight @ weight.T, np.eye(6), atol=1e-5)  # float32
+    elif property_ == "diagonal":
+        np.testing.assert_array_equal(weight, np.eye(6, 8))
+    else:
+        assert 0.2 < weight.std() * np.sqrt(8) < 1.5  # 48 draws of variance 1 / inputs
+
+
+def test_an_unknown_initial_value_is_refused_by_name(kit):
+    with pytest.raises(ValueError, match="weight_init must be one of"):
+        kit.slim.LoRADense(8, 6, 2, 4, weight_init="XavierUnifrom")
+
+
+@pytest.mark.parametrize("wrong", [5, "two", ((2, 1, 1, 1),), ((0, 1),)])
+def test_a_strategy_is_refused_also_where_the_layer_lacks_the_operator(kit, wrong):
+    layer = kit.slim.LoRADense(8, 16, 2, 4, has_bias=False)
+    with pytest.raises(Exception, match="strategy_activation"):
+        layer.shard(strategy_activation=wrong)
+    with pytest.raises(Exception, match="strategy_org_bias_add"):
+        layer.shard(strategy_org_bias_add=wrong)
+    layer.shard(strategy_activation=((1, 1),), strategy_org_bias_add=((1, 1), (1,)))

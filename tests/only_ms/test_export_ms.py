@@ -8,8 +8,8 @@ import pytest
 
 from slimkit.core import onnxfile
 from slimkit.core.errors import UnsupportedError
-from slimkit_ms import export_mindir, export_onnx
-from tests.zoo_ms import build, images
+from slimkit_ms import apply_delta, export_mindir, export_onnx
+from tests.zoo_ms import build, images, randomise
 
 import mindspore as ms
 from mindspore import nn
@@ -83,3 +83,18 @@ def test_a_mindir_beyond_one_file_is_two_pieces_that_load_elsewhere(tmp_path, mo
     (tmp_path / "out").rename(tmp_path / "moved")
     again = nn.GraphCell(ms.load(str(tmp_path / "moved" / "net_graph.mindir")))(x)
     np.testing.assert_allclose(again.asnumpy(), net.set_train(False)(x).asnumpy(), atol=1e-5)
+
+
+def test_mindir_with_loras_merged(tmp_path):
+    net, x = randomise(nn.SequentialCell(nn.Dense(6, 5), nn.ReLU(), nn.Dense(5, 3))), images(2, 6)
+    apply_delta(net, "lora", targets=["0"], rank=2)
+    b = net[0].mindpet_delta_lora_b
+    b.set_data(ms.Tensor(np.ones(b.shape, np.float32)))
+    wanted = net(x).asnumpy()
+    export_mindir(net, x, tmp_path / "merged.mindir", merge_delta=True)
+    export_mindir(net, x, tmp_path / "beside.mindir")
+    assert (tmp_path / "merged.mindir").stat().st_size < (tmp_path / "beside.mindir").stat().st_size
+    found = nn.GraphCell(ms.load(str(tmp_path / "merged.mindir")))(x).asnumpy()
+    np.testing.assert_allclose(found, wanted, atol=1e-5)  # float32; the merged product rounds once less
+    assert "mindpet_delta_lora_a" in net[0]._params
+    np.testing.assert_array_equal(net(x).asnumpy(), wanted)

@@ -244,3 +244,28 @@ def test_loops_compiled_cells_and_recomputation_are_traced():
     compiled.b.recompute()
     compiled(x)
     assert ops_of(trace(compiled, x)) == ["linear", "elementwise", "linear", "elementwise", "linear"]
+
+
+def test_a_primitive_without_a_rule_can_be_given_one():
+    from slimkit.core.prune.custom import CUSTOM
+    from slimkit_ms import PruneMindSpore, register_operator_rule
+
+    class Bessel(nn.Cell):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.op = nn.Dense(8, 64), nn.Dense(64, 4), ms.ops.BesselI0e()
+
+        def construct(self, x):
+            return self.b(self.op(self.a(x)))
+
+    net, x = Bessel(), zoo_ms.images(3, 8)
+    job = PruneMindSpore(net, x).set_alignment(8)
+    assert job.analysis(0.5, [])[0] == job.report()["params"]
+    assert job.report()["without_rule"] == ["BesselI0e in the model"]
+    register_operator_rule(ms.ops.BesselI0e, "elementwise")
+    try:
+        job = PruneMindSpore(net, x).set_alignment(8)
+        assert job.analysis(0.5, [])[0] < 0.6 * job.report()["params"]
+    finally:
+        register_operator_rule("BesselI0e", None)
+    assert not CUSTOM

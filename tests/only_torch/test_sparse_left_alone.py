@@ -7,7 +7,7 @@ import copy
 import pytest
 
 from slimkit import Compressor, PruneTorch, SparseConfig, freeze_zeros
-from slimkit.core.errors import ArgumentError, PatternError
+from slimkit.core.errors import ArgumentError, PatternError, UnsupportedError
 
 import torch
 import torch.nn.functional as F
@@ -209,8 +209,16 @@ def test_every_other_matrix_is_named():
 def test_offloaded_weights_are_said_to_be_offloaded():
     accelerate = pytest.importorskip("accelerate")
     model = accelerate.cpu_offload(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)), torch.device("cpu"))
-    with pytest.raises(PatternError, match=r"'0', '2' were left alone: accelerate has offloaded"):
+    with pytest.raises(UnsupportedError, match="accelerate offloads"):
         Compressor(model, SparseConfig()).compress()
+
+
+def test_where_nothing_can_be_sparse_the_reasons_are_said():
+    net = nn.Sequential(nn.Conv1d(4, 8, 3), nn.ConvTranspose1d(8, 4, 3))
+    with pytest.raises(PatternError, match=r"'0' was left alone: a Conv1d is no Linear.*'1' was left alone"):
+        Compressor(net, SparseConfig()).compress()
+    with pytest.raises(PatternError, match="the model has no Linear"):
+        Compressor(nn.Sequential(nn.ReLU()), SparseConfig()).compress()
 
 
 class Stream(torch.utils.data.IterableDataset):

@@ -21,7 +21,7 @@ IGNORED = -100
 
 INITIALIZERS = (
     "zeros", "zero", "ones", "one", "normal", "uniform", "xavier_uniform", "xavier_normal", "he_uniform", "he_normal",
-    "truncated_normal",
+    "truncated_normal", "variance_scaling", "orthogonal", "identity",
 )  # fmt: skip
 
 
@@ -90,8 +90,16 @@ def activation_name(value: Any, name: str) -> str:
 
 
 def initializer_name(value: str, name: str) -> str:
-    """A known initialiser's name in lower case; ArgumentError offers the nearest."""
-    return str(check.choice(value.lower(), INITIALIZERS, name))
+    """A known initialiser's name as the table has it; ArgumentError offers the nearest.
+
+    MindSpore's spellings, "XavierUniform" and "xavieruniform", are as good as "xavier_uniform".
+
+    Example:
+        >>> initializer_name("TruncatedNormal", "weight_init")
+        'truncated_normal'
+    """
+    known = {word.replace("_", ""): word for word in INITIALIZERS}
+    return str(check.choice(known.get(value.lower().replace("_", ""), value), INITIALIZERS, name))
 
 
 def check_alpha(value: Any, name: str = "lora_alpha") -> float:

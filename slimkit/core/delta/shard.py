@@ -61,7 +61,8 @@ def check_strategies(
         operators: operator -> the axes of its inputs, one letter each.
         given: operator -> strategy (one tuple of cuts per input) or None for data parallel.
         sizes: letter -> the axis's width; a cut must divide it. The batch has none.
-        absent: operators the layer does not have (no bias, no activation); their strategies are ignored.
+        absent: operators the layer does not have (no bias, no activation); their strategies are
+            checked and ignored.
         activations: operator -> name of the activation there; LogSoftmax cannot be cut.
 
     Returns:
@@ -79,7 +80,7 @@ def check_strategies(
             raise ShardError(f"{layer}.shard: LogSoftmax is not supported in (semi-)automatic parallel: {operator}.")
     checked: dict[str, Strategy] = {}
     for operator, strategy in given.items():
-        if strategy is None or operator in absent:
+        if strategy is None:
             continue
         axes = operators[operator]
         where = f"{layer}.shard: strategy_{operator}"
@@ -98,7 +99,8 @@ def check_strategies(
                     raise ShardError(f"{where} must cut the axis its inputs share alike. Received: {strategy!r}")
                 if sizes.get(letter, number) % number:
                     raise ShardError(f"{where} must divide the axis of {sizes[letter]}. Received: {number}")
-        checked[operator] = strategy
+        if operator not in absent:
+            checked[operator] = strategy
     return checked
 
 

@@ -65,16 +65,27 @@ def resolve(reference: Factory | str, folder: Path, key: str) -> Callable[..., A
     place, _, function = text.partition(":")
     if not place or not function:
         raise ConfigError(f"{key}: must be file.py:function or package.module:function. Received: {text!r}")
-    try:
-        module = _load_file(folder / place) if place.endswith(".py") else importlib.import_module(place)
-    except SlimkitError as error:
-        raise ConfigError(f"{key}: {error}") from None
-    except Exception as error:  # whatever the user's module raises is the user's to read, with the key in front
-        raise ConfigError(f"{key}: importing {place} raised {type(error).__name__}: {error}") from error
+    module = load(place, folder, key)
     if not callable(found := getattr(module, function, None)):
         options = [n for n in dir(module) if not n.startswith("_")]
         raise ConfigError(f"{key}: {place} has no function {function!r}{check.near(function, options)}")
     return found
+
+
+def load(place: str, folder: Path, key: str) -> Any:
+    """Import a file beside the recipe, or a module; whatever it raises names the key.
+
+    Args:
+        place: ``file.py`` relative to `folder`, or ``package.module``.
+        folder: the recipe's folder.
+        key: for messages.
+    """
+    try:
+        return _load_file(folder / place) if place.endswith(".py") else importlib.import_module(place)
+    except SlimkitError as error:
+        raise ConfigError(f"{key}: {error}") from None
+    except Exception as error:  # whatever the user's module raises is the user's to read, with the key in front
+        raise ConfigError(f"{key}: importing {place} raised {type(error).__name__}: {error}") from error
 
 
 def _load_file(file: Path) -> Any:

@@ -316,6 +316,9 @@ class SparsifyOptions(JobOptions):
     ignore: Annotated[list[str] | None, Flag("--ignore", metavar="GLOB")] = Field(
         None, description="globs of layers left dense"
     )
+    options: Annotated[dict[str, Any] | None, Flag("--set", metavar="KEY=VALUE")] = Field(
+        None, description="options of a registered method of one's own"
+    )
     calibration_batches: Annotated[PositiveInt, RECIPE_ONLY] = Field(8, description="batches of calibration data")
 
     @property

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from slimkit.core import files
+from slimkit.core.delta.peft import KINDS as PEFT_KINDS
 from slimkit.core.errors import ConfigError, SlimkitError
 from slimkit.core.jobs import folders, work
 from slimkit.core.jobs.commands import CommandContext
@@ -121,8 +122,8 @@ def adapt(
     # Refused now, and not after hours of training.
     if merge and options.kind != "lora":
         raise ConfigError(f"--merge is for --kind lora: nothing else merges into weights. Received: {options.kind}")
-    if format == "peft" and options.kind not in ("lora", "prefix", "prompt"):
-        raise ConfigError(f"--format peft is for --kind lora, prefix or prompt. Received: {options.kind}")
+    if format == "peft" and options.kind not in (known := sorted(set(PEFT_KINDS.values()))):
+        raise ConfigError(f"--format peft is for --kind {', '.join(known)}. Received: {options.kind}")
     if face.learns_text(place, data):
         given = face.task(place, data, evaluation, task, options, run.seed)
     else:

@@ -63,6 +63,9 @@ Operators (``op``; inputs as value numbers, None for an absent optional one; sha
     channel_shuffle x                     ``groups`` over axis 1
     unfold          x                     ``kernel``: number of kernel positions; (B, C, *space) -> (B, C * kernel,
                                           L)
+    custom          any -> any            a user's operator or layer (``fn``): ``rule`` is its key in the table of
+                                          `custom`, ``arguments`` what is no tensor, ``parameters`` names of the last
+                                          inputs
     opaque          any -> any            everything else: ``fn`` names it, all axes of all its inputs and outputs
                                           stay whole
     =============== ===================== ===========================================================================
@@ -112,6 +115,7 @@ OPS = [
     "pixel_shuffle",
     "channel_shuffle",
     "unfold",
+    "custom",
     "opaque",
 ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from slimkit.core.prune import layer_rules, shape_rules
+from slimkit.core.prune.custom import custom
 from slimkit.core.prune.dims import fixed
 from slimkit.core.prune.graph import Graph, Node
 from slimkit.core.prune.relations import Dims, Relations, Rule
@@ -48,6 +49,7 @@ RULES: dict[str, Rule] = {
     "pixel_shuffle": layer_rules.pixel_shuffle,
     "channel_shuffle": layer_rules.channel_shuffle,
     "unfold": layer_rules.unfold,
+    "custom": custom,
     "opaque": _opaque,
 }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from slimkit.core.prune.dims import ONE, Dim, cut, divided, factor, fix, fixed, product, regroup, same, total
 from slimkit.core.prune.graph import Node
 from slimkit.core.prune.relations import Dims, Partial, Relations
@@ -10,7 +12,8 @@ from slimkit.core.prune.relations import Dims, Partial, Relations
 BY_INDEX = ("prod", "any", "all", "argmax", "argmin", "median", "count")
 
 
-def elementwise(r: Relations, node: Node, x: list[Dims]) -> list[Dims]:
+def broadcast(node: Node, x: Sequence[Dims | None]) -> list[Dims]:
+    """Axes broadcast as in NumPy."""
     rank = max(len(d) for d in x if d is not None)
     out: Dims = [ONE] * rank
     for dims in x:
@@ -21,13 +24,17 @@ def elementwise(r: Relations, node: Node, x: list[Dims]) -> list[Dims]:
                 out[place] = dim
             else:
                 same(out[place], dim)
+    return [out] * len(node.outputs)
+
+
+def elementwise(r: Relations, node: Node, x: list[Dims]) -> list[Dims]:
     given = [i for i in node.inputs if i is not None]
     if not any(r.live[i] for i in given):
         # A weight that is computed (weight normalisation, a mask over it) is the weight still.
         like = [i for i in given if r.weight(i) and r.graph.values[i].shape == r.shape(node)]
         if like:
             r.origin[node.outputs[0]] = r.origin[like[0]]
-    return [out] * len(node.outputs)
+    return broadcast(node, x)
 
 
 def identity(r: Relations, node: Node, x: list[Dims]) -> list[Dims]:

@@ -103,14 +103,14 @@ class RunFramework(Protocol):
 
 
 def run_recipe(
-    recipe: Recipe, folder: Path, wing: RunFramework, output: Path, *, restart: bool = False
+    recipe: Recipe, folder: Path, face: RunFramework, output: Path, *, restart: bool = False
 ) -> dict[str, Any]:
     """Run a recipe's stages, or what is left of them.
 
     Args:
         recipe: the checked recipe.
         folder: the recipe's folder.
-        wing: the framework that does the work.
+        face: the framework that does the work.
         output: the run's folder; stages/, report.html and report.json appear in it.
         restart: throw away an earlier run in that folder instead of resuming it.
 
@@ -120,14 +120,14 @@ def run_recipe(
     Raises:
         SlimkitError: something in the recipe or the folder is wrong; the message names the key or the file.
     """
-    return _Run(recipe, Path(folder), wing, Path(output), restart).go()
+    return _Run(recipe, Path(folder), face, Path(output), restart).go()
 
 
 class _Run:
     """One run in one folder."""
 
-    def __init__(self, recipe: Recipe, folder: Path, wing: RunFramework, output: Path, restart: bool) -> None:
-        self.recipe, self.folder, self.wing, self.output = recipe, folder, wing, output
+    def __init__(self, recipe: Recipe, folder: Path, face: RunFramework, output: Path, restart: bool) -> None:
+        self.recipe, self.folder, self.face, self.output = recipe, folder, face, output
         self.restart = restart
         self.kinds = ["load", *(kind for kind, _ in recipe.steps())]
         shrinks = [i for i, kind in enumerate(self.kinds) if kind in SHRINKING]
@@ -141,7 +141,7 @@ class _Run:
             check_stages(self.recipe, self.folder)
             self._open()
             # The same seed before each making, so that resuming meets the model and data the first run met.
-            self.wing.seed(self.recipe.seed)
+            self.face.seed(self.recipe.seed)
             self.data = factory.make(self.recipe.data, self.folder, "data")
             check_data(self.recipe, self.data)
             for at, kind in enumerate(self.kinds):
@@ -161,7 +161,7 @@ class _Run:
             "format": "slimkit-run",
             "version": 1,
             "recipe": self.recipe.model_dump(mode="json"),
-            "environment": environment(self.wing.versions()),
+            "environment": environment(self.face.versions()),
         }
         marker = self.output / "run.json"
         if self.restart:
@@ -193,20 +193,20 @@ class _Run:
     def _same_start(self, at: int) -> None:
         """A resumed run must start from the model that the first one started from."""
         if at == 0:
-            found = self.wing.digest(self._restore(0))
+            found = self.face.digest(self._restore(0))
             if found != self.records[0]["digest"]:
                 raise ConfigError("model: the factory gives other weights than when this run began; pass --restart")
 
     def _restore(self, at: int) -> Any:
         """The model as it was after stage `at`, from the files."""
-        self.wing.seed(self.recipe.seed)
+        self.face.seed(self.recipe.seed)
         if at == 0:
-            return self.wing.build(self.recipe, self.folder, [], self.data["example"])
+            return self.face.build(self.recipe, self.folder, [], self.data["example"])
         directory = self._directory(at)
         edits = read_json(directory / "structure.json", "structure")
-        model = self.wing.build(self.recipe, self.folder, edits, self.data["example"])
-        self.wing.load(model, directory / "model.safetensors")
-        if self.wing.digest(model) != self.records[at]["digest"]:
+        model = self.face.build(self.recipe, self.folder, edits, self.data["example"])
+        self.face.load(model, directory / "model.safetensors")
+        if self.face.digest(model) != self.records[at]["digest"]:
             raise FileFormatError(f"{directory / 'model.safetensors'} holds other weights than when the stage ended")
         return model
 
@@ -223,7 +223,7 @@ class _Run:
             self.model = self._restore(max(at - 1, 0))
         edits = read_json(self._directory(at - 1) / "structure.json", "structure") if at > 0 else []
         began = time.perf_counter()
-        self.wing.seed(self._seed(at))
+        self.face.seed(self._seed(at))
         with atomic_directory(directory) as temporary:
             result = JobResult(self.model)
             if at:
@@ -232,12 +232,12 @@ class _Run:
                 )
                 options = self.recipe.steps()[at - 1][1]
                 try:
-                    result = self.wing.run(kind, options, self.model, context)
+                    result = self.face.run(kind, options, self.model, context)
                 except ConfigError:
                     raise
                 except SlimkitError as error:
                     raise ConfigError(f"{key}: {error}") from error
-                self.wing.save(result.model, temporary / "model.safetensors")
+                self.face.save(result.model, temporary / "model.safetensors")
             seconds = time.perf_counter() - began
             edits = [*edits, result.edit] if result.edit is not None else edits
             metrics = self._metrics(result.model, at)
@@ -249,9 +249,9 @@ class _Run:
                 "seconds": round(seconds, 3),
                 "facts": result.facts,
                 "curves": result.curves,
-                "measurement": self.wing.measure(result.model, self.data["example"]).to_dict(),
+                "measurement": self.face.measure(result.model, self.data["example"]).to_dict(),
                 "metrics": metrics,
-                "digest": self.wing.digest(result.model),
+                "digest": self.face.digest(result.model),
                 "files": {
                     str(f.relative_to(temporary)): f.stat().st_size for f in sorted(temporary.rglob("*")) if f.is_file()
                 },

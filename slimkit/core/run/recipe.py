@@ -12,6 +12,7 @@ from pydantic import BaseModel, Discriminator, Field, Tag, ValidationError, crea
 from slimkit.core import check
 from slimkit.core.errors import ConfigError, FileFormatError
 from slimkit.core.files import readable_file
+from slimkit.core.jobs import factory
 from slimkit.core.jobs.factory import LossReference, Reference
 from slimkit.core.jobs.fields import Strict, explained
 from slimkit.core.jobs.options import JOBS, JobOptions
@@ -67,9 +68,12 @@ class Recipe(Strict):
     version: Literal[1] = Field(description="version of this format")
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")] = Field(description="names the report")
     title: str | None = Field(None, description="heading of the report")
-    framework: Literal["torch", "mindspore"] = Field("torch", description="which wing runs it")
+    framework: Literal["torch", "mindspore"] = Field("torch", description="which framework runs it")
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(0, description="every stage is seeded from it and its place")
     output: str | None = Field(None, description="folder of the run; runs/<name> by default")
+    imports: list[str] = Field(
+        default_factory=list, description="files beside the recipe or modules, loaded first; they may register rows"
+    )
     model: Reference = Field(description="makes the model: f(**arguments) -> model")
     data: Reference = Field(description="makes the data: f() -> mapping with train, example, calibration")
     loss: LossReference = Field("cross_entropy", description="cross_entropy, mse, or f(model, batch) -> scalar")
@@ -108,6 +112,10 @@ def load_recipe(path: Any, overrides: Mapping[str, Any] | None = None) -> Recipe
         raise ConfigError(f"{file}: its aliases make more than {_MOST_VALUES:,} values, or lead back to themselves")
     for key, value in (overrides or {}).items():
         _override(content, key, value)
+    # What they register, such as a method of sparsity, is a word that the stages may then take.
+    asked = content.get("imports")
+    for place in asked if isinstance(asked, list) else ():
+        factory.load(str(place), file.parent, "imports")
     return parse_recipe(content, source=str(file))
 
 

@@ -9,7 +9,7 @@ Costs grow about exponentially, c_l(r) = a_l exp(b_l (r - R)), with b_l and a_l 
 the measured points. At the optimum every layer loses as much by one weight more: b_l c_l(r_l) / n_l is one price, so
 r_l = R + log(price n_l / (a_l b_l)) / b_l within its bounds, and the price that meets the total is found by bisection.
 Whether the result is better than equal ratios is then measured on batches that chose nothing (`better`).
-Source: the method of Lagrange; sensitivities one layer at a time as in Frantar & Alistarh 2022 (OBC, section 6).
+Source: the method of Lagrange; sensitivities one layer at a time, as Frantar & Alistarh 2022 (OBC) take them.
 """
 
 from __future__ import annotations

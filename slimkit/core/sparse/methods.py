@@ -23,8 +23,8 @@ class SparseMethod:
     """Everything about a method.
 
     Args:
-        solver: makes one group of a layer sparse: takes a `SparseProblem`, gives the weight (out, n), its mask (the same,
-            True where it stays), and a dict of facts for the layer's row of the report. Written over the array API
+        solver: makes one group of a layer sparse: takes a `SparseProblem`, gives the weight (out, n), its mask (out,
+            n), True where it stays, and a dict of facts for the layer's row of the report. Written over the array API
             (`array_api_compat`), it serves both frameworks. A function, or "module:function".
         needs_data: whether it reads second moments of the layer's inputs.
         refits: whether it changes the weights that stay, and so may be fitted to the dense model's outputs.

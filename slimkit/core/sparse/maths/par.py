@@ -1,4 +1,18 @@
-"""par: alternating support search (ADMM) and refit, on the sweep's objective with well-estimated moments."""
+"""par: alternating support search (ADMM) and refit, on the sweep's objective with well-estimated moments.
+
+With columns scaled to unit variance, T (out, n) the target and C (n, n) their correlations, shrunk (`shrink`):
+
+    minimise tr((T - V) C (T - V)^T)  subject to  V = Z, Z sparse
+
+Two copies and what holds them together, U, take turns; p is the penalty (Boyd et al. 2011, sections 3.4.3 and 9):
+
+    V = T + p (Z - U - T) (C + p)^-1        (out, n)  fits the outputs
+    M = U + relax V + (1 - relax) Z         (out, n)
+    Z = M where kept, U = M elsewhere       keep: the largest |M|, fewer in each round until the ratio is reached
+
+Last, what stays is refitted on its support by conjugate gradients, row by row (Hestenes & Stiefel 1952). Sources:
+ADMM for pruning, Boza 2024; the rising ratio, Zhu & Gupta 2017. The name is another tool's; this definition is ours.
+"""
 
 from __future__ import annotations
 
@@ -83,24 +97,24 @@ def refine(
     """
     xp = namespace(target)
     scale = xp.sqrt(xp.linalg.diagonal(gram))  # (n,)
-    gram /= scale[:, None]
-    gram /= scale
+    gram /= scale[:, None]  # (n, n) / (n, 1)
+    gram /= scale  # (n, n): correlations
     known: Correlations = (Spectral if schedule.spectral else Mixed)(gram, count)
     del gram
-    target *= scale
+    target *= scale  # (out, n) * (n,)
     goal = target
     facts = {"shrinkage": round(known.share, 6), "power": known.sample_loss(goal)}
     allowed = None if dead is None else ~dead[None, :] & xp.ones(target.shape, dtype=xp.bool, device=device_of(target))
     for ratio in ratios:
         sparse, keep = _search(goal, known, ratio, nm, allowed, schedule)
         allowed = keep
-    correlation = known.matrix()
+    correlation = known.matrix()  # (n, n)
     losses = refit(goal, sparse, keep, correlation, schedule.refits)
     if schedule.swaps:
         losses = _swap(goal, sparse, keep, losses, correlation, nm, schedule)
     goal -= sparse
     facts["loss"] = known.sample_loss(goal, float(xp.sum(losses)))
-    sparse /= scale
+    sparse /= scale  # (out, n) / (n,): columns as they were
     erase(sparse, keep)
     return sparse, keep, facts
 
@@ -122,7 +136,7 @@ def _search(
     for k in range(s.rounds):
         if k:
             kept[...] = keep
-            kept *= m  # Z
+            kept *= m  # (out, n): Z
             if k % s.hold == 0:
                 penalty, solver = penalty * growth, None
                 m -= kept
@@ -132,12 +146,12 @@ def _search(
                 solver = known.inverse(penalty)
             lib.multiply(kept, 2, out=apart)
             apart -= m
-            apart -= goal
-            # M = U + relax V + (1 - relax) Z
+            apart -= goal  # (out, n): Z - U - T, since U = M - Z
+            # M = U + relax V + (1 - relax) Z = M - relax (Z - T) + relax p (Z - U - T) (C + p)^-1
             kept -= goal
             kept *= s.relax
             m -= kept
-            add_product(m, apart, solver, factor=s.relax * penalty)
+            add_product(m, apart, solver, factor=s.relax * penalty)  # (out, n) += (out, n) @ (n, n)
         rising = ratio * (1 - max(0.0, 1 - 2 * (k + 1) / s.rounds) ** 3)  # cubic, as Zhu & Gupta 2017
         scores = patterns.comparable(lib.abs(m, out=apart))
         if allowed is not None:
@@ -166,15 +180,16 @@ def refit(goal: Array, fitted: Array, keep: Array, correlation: Array, steps: in
     xp, lib = namespace(goal), library(goal)
     mask = xp.astype(keep, goal.dtype)
     fitted *= mask
-    direction = goal - fitted
-    residual, image = direction @ correlation, xp.empty_like(direction)
-    losses = row_products(direction, residual)
+    direction = goal - fitted  # (out, n)
+    residual, image = direction @ correlation, xp.empty_like(direction)  # (out, n) @ (n, n)
+    losses = row_products(direction, residual)  # (out, 1)
     residual *= mask
     direction[...] = residual
-    power = row_products(residual, residual)
+    power = row_products(residual, residual)  # (out, 1)
     for _ in range(steps):
-        product_into(image, direction, correlation)
+        product_into(image, direction, correlation)  # (out, n) = (out, n) @ (n, n)
         image *= mask
+        # (out, 1): how far each row goes
         length = power / xp.clip(row_products(direction, image), TINY, None)
         losses -= length * power
         image *= length
@@ -195,10 +210,10 @@ def _swap(
     A row that gains nothing steps shorter.
     """
     xp = namespace(goal)
-    n_zeros = xp.count_nonzero(~keep, axis=1)[:, None]
+    n_zeros = xp.count_nonzero(~keep, axis=1)[:, None]  # (out, 1)
     length = xp.ones_like(goal[:, :1])
     for _ in range(s.swaps):
-        fitted = (goal - sparse) @ correlation
+        fitted = (goal - sparse) @ correlation  # (out, n) @ (n, n): minus half the gradient
         fitted *= length
         fitted += sparse
         scores = patterns.comparable(xp.abs(fitted))

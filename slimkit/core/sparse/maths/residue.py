@@ -1,4 +1,14 @@
-"""What a layer should say: its trained weight, or what makes good what the layers before it have lost."""
+"""What a layer should say: its trained weight, or what makes good what the layers before it have lost.
+
+With dense inputs x, sparse inputs s and a trained W (out, n), the weights whose outputs come closest to W x are
+
+    argmin_T E |W x - T s|^2 = W E[x s^T] E[s s^T]^-1 = W + R E[s s^T]^-1,   R = W (E[x s^T] - E[s s^T])   (out, n)
+
+R is what outputs are missing: zero where nothing was lost. Its regression has a ridge, since few rows tell little of
+it: R (E[s s^T] + ridge diag)^-1. What the residual stream has lost already (the drift d) is one more thing to fit,
+R += E[d s^T]. With a bias all moments are taken about the means, and the bias carries the rest. Source: least squares;
+ridge, Hoerl & Kennard 1970; fitting to dense outputs as in Li et al. 2025 (GPTAQ's asymmetric calibration).
+"""
 
 from __future__ import annotations
 
@@ -35,10 +45,11 @@ class Means:
 def means_of(matrix: Array, moments: Moments | None, paired: bool, last: bool) -> Means:
     """Mean grams; and what outputs are missing and what the bias gains, when dense inputs are known.
 
-    With dense inputs x and sparse inputs s, the best dense-output weights are W E[x s^T] E[s s^T]^-1, which is W and
-    a regression of the outputs that are missing, W (E[x s^T] - E[s s^T]); what the layers before have already lost on
-    the residual stream (the drift) is one more output to fit. With a bias, all moments are taken about the means and
-    the bias carries the rest.
+    Args:
+        matrix: (groups, out, n) the trained weight.
+        moments: sums over the inputs, or None.
+        paired: whether the layer is to be fitted to the dense model's outputs.
+        last: whether the moments may be used up.
     """
     if moments is None or moments.gram is None:
         return Means(None)
@@ -49,6 +60,7 @@ def means_of(matrix: Array, moments: Moments | None, paired: bool, last: bool) -
     gain, own = None, last
     centred = moments.layer.has_bias
     if centred:
+        # (groups, out, n) @ (groups, n, 1) = (groups, out, 1), and (groups, n, 1)
         gain = (matrix @ moments.dense_total[..., None], moments.total[..., None])
         grams, own = grams if last else own_copy(grams), True
         _centre(grams, moments.total)
@@ -62,19 +74,21 @@ def means_of(matrix: Array, moments: Moments | None, paired: bool, last: bool) -
 
 def _missing(matrix: Array, moments: Moments, grams: Array, centred: bool, last: bool) -> Array:
     """Mean products (groups, out, n) of the outputs that are missing with the inputs, about the means if `centred`."""
-    means, cross = moments.total[:, None, :], moments.cross
+    means, cross = moments.total[:, None, :], moments.cross  # (groups, 1, n), (groups, n, n)
     if moments.missing is not None:
         missing = moments.missing if last else own_copy(moments.missing)
         if centred:
+            # (groups, out, 1) * (groups, 1, n)
             missing -= (matrix @ (moments.dense_total - moments.total)[..., None]) * means
     else:
         missing = own_copy(matrix)
         for start in range(0, matrix.shape[2], STRIP):
             some = slice(start, start + STRIP)
-            apart = cross[..., some] - grams[..., some]  # zero with equal inputs: the target is W then, exactly
+            # (groups, n, strip): zero with equal inputs, the target is W then, exactly
+            apart = cross[..., some] - grams[..., some]
             if centred:
                 apart -= moments.dense_total[:, :, None] * means[..., some]
-            missing[..., some] = matrix @ apart
+            missing[..., some] = matrix @ apart  # (groups, out, n) @ (groups, n, strip)
     if moments.drift_cross is not None:
         missing += moments.drift_cross
         if centred:
@@ -86,7 +100,7 @@ def _centre(grams: Array, means: Array) -> None:
     """Second moments become central ones; rounding may have left a column that never varies slightly below zero."""
     xp = namespace(grams)
     for gram, mean in zip(grams, means):
-        add_product(gram, mean[:, None], mean[None, :], factor=-1)
+        add_product(gram, mean[:, None], mean[None, :], factor=-1)  # (n, n) -= (n, 1) @ (1, n)
         line = gram.reshape(-1)[:: gram.shape[0] + 1]
         line[...] = xp.clip(line, 0.0, None)
 
@@ -105,4 +119,4 @@ def alive(gram: Array, own: bool) -> tuple[Array, Array | None]:
 def regress(missing: Array, gram: Array, count: int) -> Array:
     """Coefficients of a ridge regression of missing outputs on the inputs, from their mean products."""
     upper, _ = inverse_factor(gram, min(RIDGE, RIDGE_PER_ROW * gram.shape[0] / count), each=True)
-    return (missing @ upper.T) @ upper
+    return (missing @ upper.T) @ upper  # (out, n) @ (n, n) twice: U^T U is the inverse
