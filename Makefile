@@ -18,7 +18,7 @@ export HF_HUB_OFFLINE := 1
 export OMP_WAIT_POLICY := PASSIVE
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo demo-ms test test-fast lint types docs bench release-check audit clean help
+.PHONY: demo demo-ms hf-range test test-fast lint types docs bench release-check audit clean help
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -6
@@ -48,6 +48,14 @@ $(VENV)/.demo-ms: constraints.txt setup.cfg | $(VENV)/bin/python
 $(VENV)/.test: $(VENV)/.demo
 	$(PIP) --no-build-isolation -e '.[$(EXTRAS)]'
 	@touch $@
+
+# The oldest and the newest transformers that setup.cfg allows, each in a folder of its own beside the environment.
+hf-range: $(VENV)/.test
+	$(PIP) --no-deps --target $(VENV)/hf-4.56.0 transformers==4.56.0 tokenizers==0.22.0 huggingface_hub==0.34.4
+	$(PIP) --no-deps --target $(VENV)/hf-5.24.0 transformers==5.24.0
+	for v in 4.56.0 5.24.0; do PYTHONPATH=$(VENV)/hf-$$v $(VENV)/bin/python -c \
+		"import transformers as t; assert t.__version__ == '$$v'" && PYTHONPATH=$(VENV)/hf-$$v $(VENV)/bin/python -m pytest -q \
+		tests/only_torch/test_delta_front_hf.py || exit 1; done
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/python -m slimkit run tools/recipes/digits.yaml

@@ -8,7 +8,7 @@ import gc
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from slimkit.core import check
@@ -98,19 +98,65 @@ def data_parallel_around(model: torch.nn.Module) -> list[str]:
     return [type(o).__name__ for o in gc.get_objects() if issubclass(type(o), kind) and model in set(o.modules())]
 
 
+# What is put around a module to run it, and the child that is the module: its name is none of the model's.
+_WRAPPERS = {
+    "OptimizedModule": "_orig_mod",  # torch.compile, whole or of a region
+    "DistributedDataParallel": "module",
+    "DataParallel": "module",
+    "FullyShardedDataParallel": "_fsdp_wrapped_module",
+    "CheckpointWrapper": "_checkpoint_wrapped_module",
+}
+
+
+def _wrapped_child(module: torch.nn.Module) -> str | None:
+    """The child's name if a module only wraps another one, else None."""
+    found = (_WRAPPERS[k.__name__] for k in type(module).__mro__ if k.__name__ in _WRAPPERS)
+    return next((name for name in found if module._modules.get(name) is not None), None)
+
+
+def unwrapped(module: torch.nn.Module) -> torch.nn.Module:
+    """The user's own module inside compiled, data-parallel and checkpointing ones."""
+    while (name := _wrapped_child(module)) is not None:
+        module = module._modules[name]
+    return module
+
+
+def named_modules(model: torch.nn.Module, *, remove_duplicate: bool = True) -> Iterator[tuple[str, torch.nn.Module]]:
+    """Every module by its path in the plain model, as `nn.Module.named_modules`, without those that wrap one."""
+    seen: set[int] = set()
+
+    def walk(module: torch.nn.Module, path: str) -> Iterator[tuple[str, torch.nn.Module]]:
+        module = unwrapped(module)
+        if remove_duplicate and id(module) in seen:
+            return
+        seen.add(id(module))
+        yield path, module
+        for name, child in module._modules.items():
+            if child is not None:
+                yield from walk(child, f"{path}.{name}" if path else name)
+
+    return walk(model, "")
+
+
 def get_module(model: torch.nn.Module, path: str) -> torch.nn.Module:
-    """The module at a dotted path; ArgumentError offers the nearest path."""
-    try:
-        return model.get_submodule(path)
-    except AttributeError:
-        paths = [n for n, _ in model.named_modules()]
-        raise ArgumentError(f"the model has no module {path!r}{check.near(path, paths)}") from None
+    """The module at a dotted path of the plain model; ArgumentError offers the nearest path."""
+    module: torch.nn.Module | None = unwrapped(model)
+    for part in path.split(".") if path else ():
+        child = None if module is None else module._modules.get(part)
+        module = None if child is None else unwrapped(child)
+    if module is None:
+        paths = [n for n, _ in named_modules(model)]
+        raise ArgumentError(f"the model has no module {path!r}{check.near(path, paths)}")
+    return module
 
 
 def set_module(model: torch.nn.Module, path: str, module: torch.nn.Module) -> None:
-    """Put a module at a dotted path, in place."""
-    parent, _, child = path.rpartition(".")
-    setattr(get_module(model, parent), child, module)
+    """Put a module at a dotted path of the plain model, in place; what wraps the one there then wraps the new one."""
+    parent, _, name = path.rpartition(".")
+    holder = get_module(model, parent)
+    while (child := holder._modules.get(name)) is not None and (inner := _wrapped_child(child)) is not None:
+        holder, name = child, inner
+    setattr(holder, name, module)
 
 
 def device_of(model: torch.nn.Module) -> torch.device:
@@ -173,6 +219,14 @@ def record_zeros(module: torch.nn.Module) -> None:
     vars(module)[_ZEROS] = True
 
 
+def record_zeros_of(model: torch.nn.Module, names: Iterable[str]) -> None:
+    """Note on the layers of these names, in place, that their zeros were made; names that no layer has pass."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name in names:
+        if name in modules:
+            record_zeros(modules[name])
+
+
 def forget_zeros(module: torch.nn.Module) -> None:
     """Undo `record_zeros`, in place."""
     vars(module).pop(_ZEROS, None)
@@ -187,7 +241,7 @@ def parameters(model: torch.nn.Module) -> Parameters:
     """Every parameter with all its names; a shared parameter comes once."""
     found = Parameters([], [], {}, _readings)
     place: dict[int, int] = {}
-    for prefix, module in model.named_modules(remove_duplicate=False):
+    for prefix, module in named_modules(model, remove_duplicate=False):
         for key, parameter in module._parameters.items():
             if parameter is None:
                 continue

@@ -19,7 +19,8 @@ from slimkit.core.prune.plan import PrunePlan
 from slimkit.core.prune.pruner import PrunerBase
 from slimkit.replay import replaying, unchanged
 from slimkit.trace import trace
-from slimkit.trace.tracer import Recorder, Run, example, record
+from slimkit.trace.passes import Run, example, record
+from slimkit.trace.tracer import Recorder
 
 import torch
 from torch import nn

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -85,6 +85,14 @@ _ZEROS = "slimkit_made_zeros"
 def record_zeros(cell: nn.Cell) -> None:
     """Note on a layer, in place, that zeros in its weight were made on purpose and are meant to stay."""
     vars(cell)[_ZEROS] = True
+
+
+def record_zeros_of(model: nn.Cell, names: Iterable[str]) -> None:
+    """Note on the layers of these names, in place, that their zeros were made; names that no layer has pass."""
+    cells = dict(model.cells_and_names())
+    for name in names:
+        if name in cells:
+            record_zeros(cells[name])
 
 
 def forget_zeros(cell: nn.Cell) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -89,6 +89,9 @@ class MindSporeJobs(JobFramework):
 
         return put_back
 
+    def record_zeros(self, model: nn.Cell, names: Iterable[str]) -> None:
+        bridge.record_zeros_of(model, names)
+
     def call(self, model: nn.Cell, inputs: Any) -> Any:
         return bridge.run(model, inputs)
 
@@ -165,6 +168,8 @@ class MindSporeJobs(JobFramework):
         elif place.model is not None:
             own = place.model / _WEIGHTS
             self.slim.load_checkpoint(own if own.exists() else place.model, model, strict_load=True)
+        if place.model is not None:
+            bridge.record_zeros_of(model, folders.made_sparse(place.model))
         if delta is not None:
             self.slim.load_delta(model, delta)
         model.set_train(False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -270,9 +270,21 @@ class PruneMindSpore(PrunerBase):
             assert self._wing.traced is not None
             if self._adapter is None or self._adapter.coupling is not view.coupling:
                 self._adapter = SizeSearch(self._wing.model, self._wing.traced, view.coupling)
-            if not self._adapter.narrow(refused):
+            if not self._adapter.narrow(refused, view, lambda names: self._works(plan, view, names)):
                 raise GraphError(f"the pruned model would not run: {refused.why}") from None
             return False
+
+    def _works(self, plan: PrunePlan, view: View, names: Collection[str]) -> bool:
+        """Whether the code goes along with a plan that cuts only these variables."""
+        variables = {
+            name: dict(v) if name in names else {**v, "keep": list(range(v["size"]))}
+            for name, v in plan.desc["variables"].items()
+        }
+        try:
+            self._wing.prove(PrunePlan({**plan.desc, "variables": variables}), view.coupling.relations)
+        except RefusedError:
+            return False
+        return True
 
 
 Pruner = PruneMindSpore

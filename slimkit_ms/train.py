@@ -15,6 +15,7 @@ from slimkit.core import check, files
 from slimkit.core.batch import dataset as check_dataset
 from slimkit.core.errors import ConfigError, UnsupportedError
 from slimkit.core.lazy import door as _door
+from slimkit.core.log import logger
 from slimkit.core.train.loading import LoaderOptions, is_samples, plan_batches, split_batch
 from slimkit.core.train.loop import TrainerLoop
 from slimkit.core.train.packing import pack, unpack
@@ -100,6 +101,8 @@ class Trainer(TrainerLoop):
                 raise ConfigError("model: no parameter wants a gradient, so there is nothing to train")
             make = self.optimizer or _adamw
             self.optimizer = check.function(make, "optimizer")(wanted)
+        if any(getattr(cell, "delta_is_merged", False) for _, cell in self.model.cells_and_names()):
+            logger.warning("the deltas are merged and do not train: call unmerge_delta before training goes on")
         world = self._processes()[1]
         if world > 1:
             ms.set_auto_parallel_context(parallel_mode=ms.ParallelMode.DATA_PARALLEL, gradients_mean=True)

@@ -45,9 +45,11 @@ def run(
             if check:
                 from slimkit.core.run.checking import check_recipe
 
-                face = places.framework(options.Network(framework=checked.framework))
-                check_recipe(checked, recipe.parent, face.formats)
-            talk.line(f"{recipe}: {len(steps)} stages, nothing wrong")
+                check_recipe(
+                    checked, recipe.parent, places.framework(options.Network(framework=checked.framework)).formats
+                )
+            found = "nothing wrong" if check else "well formed; --check looks at functions and data as well"
+            talk.line(f"{recipe}: {len(steps)} stages, {found}")
             if asked.dry_run:
                 talk.line(f"would run {', '.join(steps)} into {folder}")
             talk.result({"stages": steps, "folder": folder, "framework": checked.framework}, dry_run=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -211,7 +212,9 @@ def atomic_directory(path: PathLike, *, keep: bool = False) -> Iterator[Path]:
             os.chmod(temporary, 0o777 & ~_umask())
             os.replace(temporary, target)
         elif place == target or _works_in(target) or not _swapped(temporary, target, keep):
-            _commit(temporary, target, keep)
+            if not keep:
+                (temporary / _REPLACES).touch()
+            commit(temporary, target)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -267,11 +270,14 @@ def _remove(entries: Sequence[Path]) -> None:
             entry.rmdir() if entry.is_dir() and not entry.is_symlink() else entry.unlink()
 
 
-def _commit(temporary: Path, target: Path, keep: bool) -> None:
-    """Make the new files a folder's by renaming them, all together, to FOLDER/.commit, and then each to its place."""
-    if not keep:
-        (temporary / _REPLACES).touch()
-    os.replace(temporary, target / _COMMIT)
+def commit(finished: Path, target: Path) -> None:
+    """Move new files into a folder that keeps what else it holds: one rename decides, and `settle` does the rest.
+
+    Args:
+        finished: a folder of whole files, on the same disk; it is gone afterwards.
+        target: the folder, which exists.
+    """
+    os.replace(finished, target / _COMMIT)
     settle(target)
 
 
@@ -321,6 +327,20 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def finite(value: Any) -> Any:
+    """A nested value for a report, with None for NaN and infinity, which JSON has no words for.
+
+    Example:
+        >>> finite({"loss": [0.5, float("nan")]})
+        {'loss': [0.5, None]}
+    """
+    if isinstance(value, Mapping):
+        return {key: finite(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_json(path: PathLike, value: Any) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from slimkit import bridge
 from slimkit.core.delta import shard as rules
-from slimkit.core.delta.layers import activation_name, size
+from slimkit.core.delta.layers import check_adapter, size
 from slimkit.delta import initial
 from slimkit.delta.layer import Adapted, AdapterBase
 from slimkit.delta.shard import ShardPlan, plan
@@ -17,14 +17,6 @@ from torch import nn
 from torch.nn import functional as F
 
 __all__ = ["AdapterDense", "AdapterLayer", "bridge"]
-
-_BLOCK = "mindpet_delta_adapter_block.mindpet_delta_adapter_"
-_SHARDED = {
-    f"{_BLOCK}down_sampler.weight": ("matmul_down_sampler", 1),
-    f"{_BLOCK}down_sampler.bias": ("bias_down_sampler", 1),
-    f"{_BLOCK}up_sampler.weight": ("matmul_up_sampler", 1),
-    f"{_BLOCK}up_sampler.bias": ("bias_up_sampler", 1),
-}
 
 
 class AdapterLayer(nn.Module):
@@ -57,9 +49,7 @@ class AdapterLayer(nn.Module):
         param_init_type: Any = torch.float32,
         compute_dtype: Any = None,
     ) -> None:
-        size(hidden_size, "hidden_size")
-        size(bottleneck_size, "bottleneck_size")
-        activation_name(non_linearity, "non_linearity")
+        check_adapter(hidden_size, bottleneck_size, non_linearity)
         initial.dtype(param_init_type, "param_init_type")
         initial.dtype(compute_dtype, "compute_dtype", optional=True)
         super().__init__()
@@ -110,17 +100,10 @@ class AdapterLayer(nn.Module):
         Raises:
             ShardError: a strategy does not fit its operator.
         """
-        strategies = {
-            "matmul_down_sampler": strategy_matmul_down_sampler,
-            "bias_down_sampler": strategy_bias_down_sampler,
-            "non_linearity": strategy_non_linearity,
-            "matmul_up_sampler": strategy_matmul_up_sampler,
-            "bias_up_sampler": strategy_bias_up_sampler,
-            "residual_add": strategy_residual_add,
-        }
+        strategies = rules.given(rules.ADAPTER, locals())
         sizes = {"h": self.hidden_size, "m": self.bottleneck_size}
         act = self.mindpet_delta_adapter_block[1]
-        return plan(self, rules.ADAPTER, strategies, sizes, _SHARDED, {"non_linearity": act})
+        return plan(self, rules.ADAPTER, strategies, sizes, rules.ADAPTER_PARAMETERS, {"non_linearity": act})
 
 
 class AdaptedLinear(Adapted):
@@ -216,17 +199,6 @@ class AdapterDense(AdapterBase):
         Raises:
             ShardError: a strategy does not fit its operator.
         """
-        own = {
-            "matmul_org": strategy_matmul_org,
-            "bias_org": strategy_bias_org,
-            "activation_org": strategy_activation_org,
-        }
-        inner = self.mindpet_delta_adapter.shard(
-            strategy_matmul_down_sampler,
-            strategy_bias_down_sampler,
-            strategy_non_linearity,
-            strategy_matmul_up_sampler,
-            strategy_bias_up_sampler,
-            strategy_residual_add,
-        )
+        own = rules.given(rules.DENSE, locals())
+        inner = self.mindpet_delta_adapter.shard(**rules.passed_on(rules.ADAPTER, locals()))
         return self.plan_with(own, inner)

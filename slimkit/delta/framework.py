@@ -9,11 +9,12 @@ from typing import Any
 
 from slimkit import bridge, kinds
 from slimkit.core.delta.framework import DeltaFramework
-from slimkit.core.delta.spec import PREFIX, Site
+from slimkit.core.delta.spec import HELD, PREFIX, Site
 from slimkit.core.freeze import Parameters
 from slimkit.delta.adapter import AdaptedLinear, adapter_for
 from slimkit.delta.attach import DeltaLayer, attach, device_for, layer_class
 from slimkit.delta.layer import Adapted
+from slimkit.delta.lora_held import LoraHeld, held_parameters, rank_limit
 from slimkit.delta.lora_layers import LoraConv1D, LoraConv2d, LoraEmbedding, LoraLinear
 from slimkit.delta.low_rank_adapter import LowRankAdaptedLinear, low_rank_adapter_for
 from slimkit.delta.multihead import call_layers, without_call_layers
@@ -30,6 +31,8 @@ _LORA: dict[str, type[LoraLayer]] = {
     "embedding": LoraEmbedding,
     "conv2d": LoraConv2d,
     "conv1d": LoraConv1D,
+    "multihead": LoraHeld,
+    "experts": LoraHeld,
 }
 _ADAPTERS: dict[str, tuple[type[Adapted], Any]] = {
     "adapter": (AdaptedLinear, adapter_for),
@@ -39,12 +42,16 @@ _ADAPTERS: dict[str, tuple[type[Adapted], Any]] = {
 
 def kind_of(module: nn.Module) -> str:
     """ "linear", "embedding", "conv2d" or "conv1d" for a layer whose mathematics is known, else ""."""
+    if isinstance(module, LoraHeld):
+        return held_parameters(module)[0]
     if isinstance(module, DeltaLayer):
         known = next((kind for kind, layer in _LORA.items() if isinstance(module, layer)), "")
         return known or ("linear" if isinstance(module, nn.Linear) else "")
     kind: Any = layer_class(module)
     family = kinds.kind_of(module)
-    if family is None or not kinds.computes_as_its_kind(module, kind):
+    if family is None:
+        return held_parameters(module)[0]
+    if not kinds.computes_as_its_kind(module, kind):
         return ""
     if family.word == "conv":
         return "conv2d" if kinds.is_ordinary_conv2d(module) else ""
@@ -57,6 +64,9 @@ def _site(module: nn.Module, parent: nn.Module) -> Site:
     if not kind:
         reason = "a linear layer whose forward is not torch's" if isinstance(module, nn.Linear) else ""
         return Site("", (), name, holds, reason and f"{name} is {reason}; what it computes is not known")
+    if kind in HELD:
+        parameters = held_parameters(module)[1]
+        return Site(kind, rank_limit(module, parameters), name, True, parameters=parameters)
     weight: Any = module.weight
     if isinstance(weight, nn.UninitializedParameter):
         return Site("", (), name, True, "it has no weight yet; run the model once")
@@ -79,20 +89,20 @@ class TorchDelta(DeltaFramework):
     """The torch wing's answers."""
 
     def sites(self, model: nn.Module) -> dict[str, Site]:
-        modules = dict(model.named_modules(remove_duplicate=False))
+        modules = dict(bridge.named_modules(model, remove_duplicate=False))
         heads = _heads(model)
         found: dict[str, Site] = {}
         layer = ""
         for path, module in modules.items():
             if not path or PREFIX in path or (layer and path.startswith(layer)):
                 continue  # what computes a layer's weight is part of the layer
-            layer = f"{path}." if kind_of(module) else layer
+            layer = f"{path}." if kind_of(module) not in ("", *HELD) else layer
             site = _site(module, modules[path.rpartition(".")[0]])
             found[path] = replace(site, head=True) if id(module) in heads else site
         return found
 
     def layers(self, model: nn.Module) -> dict[str, Any]:
-        return {p: m for p, m in model.named_modules(remove_duplicate=False) if isinstance(m, DeltaLayer)}
+        return {p: m for p, m in bridge.named_modules(model, remove_duplicate=False) if isinstance(m, DeltaLayer)}
 
     def module(self, model: nn.Module, path: str) -> nn.Module:
         return bridge.get_module(model, path)
@@ -138,7 +148,7 @@ class TorchDelta(DeltaFramework):
             return before
 
     def holders(self, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-        return ((path, module) for path, module in model.named_modules() if PREFIX not in path)
+        return ((path, module) for path, module in bridge.named_modules(model) if PREFIX not in path)
 
     def own_parameters(self, module: nn.Module) -> dict[str, Any]:
         return {k: p for k, p in module._parameters.items() if p is not None and PREFIX not in k}

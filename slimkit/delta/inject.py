@@ -11,6 +11,7 @@ from slimkit import bridge
 from slimkit.core import check
 from slimkit.core.delta import inject as steps
 from slimkit.core.delta.spec import KINDS, DeltaReport
+from slimkit.delta import merged
 from slimkit.delta.framework import access
 from slimkit.delta.prefix_model import put_prefix
 from slimkit.delta.prompt_model import put_prompt
@@ -70,7 +71,7 @@ def apply_delta(
         lora 'default' on 1 layers
         32 of 122 parameters train (26.2295%), in 2 tensors
     """
-    bridge.check_model(model)
+    model = bridge.unwrapped(bridge.check_model(model))
     kind = check.choice(kind.lower() if isinstance(kind, str) else kind, KINDS, "kind")
     if kind in ("prefix", "prompt"):
         put = functools.partial(put_prefix, model, targets, dtype=dtype, strict=strict)
@@ -115,7 +116,10 @@ def merge_delta(model: nn.Module, *, unload: bool = False) -> DeltaReport:
         >>> sorted(merge_delta(net, unload=True).layers)
         ['0']
     """
-    return steps.merge(access, bridge.check_model(model), unload=unload)
+    model = bridge.unwrapped(bridge.check_model(model))
+    report = steps.merge(access, model, unload=unload)
+    merged.watch(model)
+    return report
 
 
 def unmerge_delta(model: nn.Module) -> DeltaReport:
@@ -130,7 +134,10 @@ def unmerge_delta(model: nn.Module) -> DeltaReport:
     Raises:
         ArgumentError: nothing is merged.
     """
-    return steps.unmerge(access, bridge.check_model(model))
+    model = bridge.unwrapped(bridge.check_model(model))
+    report = steps.unmerge(access, model)
+    merged.forget(model)
+    return report
 
 
 def remove_delta(model: nn.Module, names: str | Sequence[str] | None = None) -> DeltaReport:
@@ -147,7 +154,10 @@ def remove_delta(model: nn.Module, names: str | Sequence[str] | None = None) -> 
         ArgumentError: no delta, or none of that name.
         UnsupportedError: a layer was built by hand as a delta layer, so that there is none to put back.
     """
-    return steps.remove(access, bridge.check_model(model), names)
+    model = bridge.unwrapped(bridge.check_model(model))
+    report = steps.remove(access, model, names)
+    merged.watch(model)
+    return report
 
 
 def set_delta(model: nn.Module, names: str | Sequence[str] | Mapping[str, float]) -> dict[str, float]:
@@ -172,7 +182,7 @@ def set_delta(model: nn.Module, names: str | Sequence[str] | Mapping[str, float]
         >>> set_delta(net, {"formal": 0.7, "brief": 0.3})
         {'formal': 0.7, 'brief': 0.3}
     """
-    return steps.activate(access, bridge.check_model(model), names)
+    return steps.activate(access, bridge.unwrapped(bridge.check_model(model)), names)
 
 
 @contextlib.contextmanager
@@ -188,7 +198,7 @@ def disable_delta(model: nn.Module) -> Iterator[None]:
     Raises:
         ArgumentError: no delta, or the deltas are merged.
     """
-    with steps.disabled(access, bridge.check_model(model)):
+    with steps.disabled(access, bridge.unwrapped(bridge.check_model(model))):
         yield
 
 

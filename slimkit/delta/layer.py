@@ -114,10 +114,9 @@ class AdapterBase(Adapted, DenseBase):
 
     def plan_with(self, own: dict[str, Any], inner: ShardPlan) -> ShardPlan:
         """The plan of the layer and the adapter's together."""
-        mine = {"weight": ("matmul_org", 1), "bias": ("bias_org", 1)}
         sizes = {"k": self.in_features, "n": self.out_features}
         optional = {"bias_org": self.bias, "activation_org": self.activation}
-        outer = plan(self, rules.DENSE, own, sizes, mine, optional)
+        outer = plan(self, rules.DENSE, own, sizes, rules.DENSE_PARAMETERS, optional)
         self.strategies = {**outer.strategies, **inner.strategies}
         prefix = f"mindpet_delta_{self.delta_kind}."
         cuts = {**outer.cuts, **{prefix + n: cut for n, cut in inner.cuts.items()}}

@@ -5,27 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from slimkit import bridge
-from slimkit.core.delta import shard as rules
-from slimkit.core.delta.layers import check_alpha, check_dropout, size
+from slimkit.core.delta.layers import check_lora_dense
 from slimkit.core.delta.spec import DEFAULT_NAME, LoraSpec
 from slimkit.delta import initial
 from slimkit.delta.layer import DenseBase
 from slimkit.delta.lora_layers import LoraLinear
-from slimkit.delta.shard import ShardPlan, plan
 
 import torch
 from torch.nn import functional as F
 
 __all__ = ["LoRADense", "bridge"]
-
-
-# parameter -> the operator that reads it, and which input it is there
-_SHARDED = {
-    "weight": ("org_dense_matmul", 1),
-    "bias": ("org_bias_add", 1),
-    "mindpet_delta_lora_a": ("lora_a_matmul", 1),
-    "mindpet_delta_lora_b": ("lora_b_matmul", 1),
-}
 
 
 class LoRADense(LoraLinear, DenseBase):
@@ -77,13 +66,8 @@ class LoRADense(LoraLinear, DenseBase):
         has_bias: bool = True,
         activation: Any = None,
     ) -> None:
-        size(in_channels, "in_channels")
-        size(out_channels, "out_channels")
-        size(lora_rank, "lora_rank")
-        check_alpha(lora_alpha)
-        check_dropout(lora_dropout)
+        a_shape, b_shape = check_lora_dense(in_channels, out_channels, lora_rank, lora_alpha, lora_dropout)
         a_init = initial.kaiming if isinstance(lora_a_init, str) and lora_a_init == "kaiming" else lora_a_init
-        a_shape, b_shape = (lora_rank, in_channels), (out_channels, lora_rank)
         initial.check_initial(a_init, "lora_a_init", a_shape, "(lora_rank, in_channels)")
         initial.check_initial(lora_b_init, "lora_b_init", b_shape, "(out_channels, lora_rank)")
         DenseBase.__init__(
@@ -114,46 +98,5 @@ class LoRADense(LoraLinear, DenseBase):
         given, weight = x.to(kind), self.weight.to(kind)
         return self._with_sides(F.linear(given, weight, bias), given, weight, bias, kind).to(x.dtype)
 
-    def shard(
-        self,
-        strategy_org_dense_matmul: Any = None,
-        strategy_org_bias_add: Any = None,
-        strategy_lora_dropout: Any = None,
-        strategy_lora_a_matmul: Any = None,
-        strategy_lora_b_matmul: Any = None,
-        strategy_lora_mul: Any = None,
-        strategy_lora_add: Any = None,
-        strategy_activation: Any = None,
-    ) -> ShardPlan:
-        """Record how the layer's operators are distributed and return the DTensor plan; see docs/delta.md.
-
-        Args:
-            strategy_org_dense_matmul: ((batch, in), (out, in)) cuts of the matmul's two inputs.
-            strategy_org_bias_add: ((batch, out), (out,)).
-            strategy_lora_dropout: ((batch, in),).
-            strategy_lora_a_matmul: ((batch, in), (rank, in)).
-            strategy_lora_b_matmul: ((batch, rank), (out, rank)).
-            strategy_lora_mul: ((batch, out), ()).
-            strategy_lora_add: ((batch, out), (batch, out)).
-            strategy_activation: ((batch, out),).
-
-        Returns:
-            The plan; `plan.apply(mesh)` distributes the parameters.
-
-        Raises:
-            ShardError: a strategy does not fit its operator.
-        """
-        strategies = {
-            "org_dense_matmul": strategy_org_dense_matmul,
-            "org_bias_add": strategy_org_bias_add,
-            "lora_dropout": strategy_lora_dropout,
-            "lora_a_matmul": strategy_lora_a_matmul,
-            "lora_b_matmul": strategy_lora_b_matmul,
-            "lora_mul": strategy_lora_mul,
-            "lora_add": strategy_lora_add,
-            "activation": strategy_activation,
-        }
-        sizes = {"k": self.in_features, "n": self.out_features, "r": self.lora_rank}
-        return plan(
-            self, rules.LORA, strategies, sizes, _SHARDED, {"org_bias_add": self.bias, "activation": self.activation}
-        )
+    def carried_activation(self) -> Any:
+        return self.activation

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from slimkit import bridge
+from slimkit.core.delta import shard as rules
 from slimkit.core.delta.named import Part
 from slimkit.core.delta.spec import LoraSpec, key
 from slimkit.delta.fused import lora_linear
 from slimkit.delta.named import LoraLayer
+from slimkit.delta.shard import ShardPlan, plan
 
 import torch
 from torch.nn import functional as F
@@ -59,7 +61,7 @@ class LoraLinear(LoraLayer):
             elif spec.keep_zeros:
                 side = F.linear(wide, part.scale * (b @ a) * (weight != 0))
             else:
-                side = F.linear(F.linear(wide, a), b) * part.scale
+                side = F.linear(F.linear(wide, a), b, self.own_bias(part, b)) * part.scale
             out = out + side.to(out.dtype)
         return out
 
@@ -80,6 +82,45 @@ class LoraLinear(LoraLayer):
             straight = out if bias is None else out - bias
         turned = F.linear(F.linear(x, a), b) * scale
         return self.active_deltas[part.name] * ((gain - 1) * straight.to(a.dtype) + gain * turned)
+
+    def carried_activation(self) -> Any:
+        """The activation that the layer itself applies behind the deltas; None for plain linear layers."""
+        return None
+
+    def shard(
+        self,
+        strategy_org_dense_matmul: Any = None,
+        strategy_org_bias_add: Any = None,
+        strategy_lora_dropout: Any = None,
+        strategy_lora_a_matmul: Any = None,
+        strategy_lora_b_matmul: Any = None,
+        strategy_lora_mul: Any = None,
+        strategy_lora_add: Any = None,
+        strategy_activation: Any = None,
+    ) -> ShardPlan:
+        """Record how the layer's operators are distributed and return the DTensor plan; see docs/delta.md.
+
+        Args:
+            strategy_org_dense_matmul: ((batch, in), (out, in)) cuts of the matmul's two inputs.
+            strategy_org_bias_add: ((batch, out), (out,)).
+            strategy_lora_dropout: ((batch, in),).
+            strategy_lora_a_matmul: ((batch, in), (rank, in)).
+            strategy_lora_b_matmul: ((batch, rank), (out, rank)).
+            strategy_lora_mul: ((batch, out), ()).
+            strategy_lora_add: ((batch, out), (batch, out)).
+            strategy_activation: ((batch, out),).
+
+        Returns:
+            The plan; `plan.apply(mesh)` distributes the parameters.
+
+        Raises:
+            ShardError: a strategy does not fit its operator.
+        """
+        strategies = rules.given(rules.LORA, locals())
+        name, spec = next(iter(self.specs.items()))
+        sizes = {"k": self.in_features, "n": self.out_features, "r": spec.rank}
+        optional = {"org_bias_add": self.bias, "activation": self.carried_activation()}
+        return plan(self, rules.LORA, strategies, sizes, rules.lora_parameters(name), optional)
 
 
 class LoraEmbedding(LoraLayer):
@@ -115,11 +156,28 @@ class LoraEmbedding(LoraLayer):
 
     def acted(self, out: torch.Tensor, x: Any = None, low: Any = None) -> torch.Tensor:
         """Any number of deltas, one after the other."""
+        plain = out
         for part in self._running:
             a, b = self._factors(part, x.device)
             side = F.embedding(x, a.t(), self.padding_idx) @ b.t() * part.scale
+            if self.specs[part.name].dora:
+                side = self._turned(part, plain, side, self._gain(part, a, b))
             out = out + side.to(out.dtype)
         return out
+
+    def _gain(self, part: Part, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """(width,): DoRA's magnitudes over the lengths of the columns, without building the table's change."""
+        scale, wide = self.specs[part.name].scaling, self.weight.detach().to(a.dtype)
+        a0, b0 = a.detach(), b.detach()
+        square = (wide * wide).sum(0) + 2 * scale * ((a0 @ wide) * b0.t()).sum(0)
+        square = square + scale * scale * ((b0 @ (a0 @ a0.t())) * b0).sum(1)
+        return getattr(self, key("lora", "magnitude", part.name)).to(a.device) / square.clamp_min(0).sqrt()
+
+    def _lengths(self, weight: torch.Tensor) -> torch.Tensor:
+        return torch.linalg.vector_norm(weight.detach(), dim=0)  # an embedding's outputs are its columns
+
+    def _per_output(self, values: torch.Tensor) -> torch.Tensor:
+        return values.unsqueeze(0)
 
 
 class LoraConv2d(LoraLayer):
@@ -129,6 +187,7 @@ class LoraConv2d(LoraLayer):
     in_channels: int
     out_channels: int
     kernel_size: tuple[int, ...]
+    bias: Any
 
     def shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Shapes of a and b."""
@@ -145,13 +204,32 @@ class LoraConv2d(LoraLayer):
 
     def acted(self, out: torch.Tensor, x: Any = None, low: Any = None) -> torch.Tensor:
         """Any number of deltas, one after the other."""
+        plain = out
         for part in self._running:
             a, b = self._factors(part, x.device)
             dropped = F.dropout(x, part.dropout, self.training) if part.dropout else x
-            dropped = dropped.to(a.dtype)
-            down = self._conv_forward(dropped, a, None) if low is None else low(dropped, a)
-            out = out + (F.conv2d(down, b) * part.scale).to(out.dtype)
+            wide = dropped.to(a.dtype)
+            side = F.conv2d(self._down(wide, a, low), b, self.own_bias(part, b)) * part.scale
+            if self.specs[part.name].dora:
+                straight = plain if self.bias is None else plain - self.bias.view(-1, 1, 1)
+                if dropped is not x:
+                    straight = self._down(wide, self.weight.to(a.dtype), low)
+                base = self.weight.detach().to(a.dtype)
+                length = self._lengths(base + self.specs[part.name].scaling * self.product(a.detach(), b.detach()))
+                gain = getattr(self, key("lora", "magnitude", part.name)).to(x.device) / length
+                side = self._turned(part, straight, side, gain.view(-1, 1, 1))
+            out = out + side.to(out.dtype)
         return out
+
+    def _down(self, x: torch.Tensor, weight: torch.Tensor, low: Any) -> torch.Tensor:
+        """What the layer's own convolution gives with another weight and no bias."""
+        return self._conv_forward(x, weight, None) if low is None else low(x, weight)
+
+    def _lengths(self, weight: torch.Tensor) -> torch.Tensor:
+        return torch.linalg.vector_norm(weight.detach().flatten(1), dim=1)
+
+    def _per_output(self, values: torch.Tensor) -> torch.Tensor:
+        return values.view(-1, 1, 1, 1)
 
     def without_bias(self, given: list[Any]) -> list[Any]:
         """The arguments of a convolution without its bias, the third."""
@@ -190,7 +268,7 @@ class LoraConv1D(LoraLayer):
                 change = self.change(part, self.weight.to(a.dtype))
                 side = F.linear(dropped.to(a.dtype), change.t())
             else:
-                side = F.linear(F.linear(dropped.to(a.dtype), a), b) * part.scale
+                side = F.linear(F.linear(dropped.to(a.dtype), a), b, self.own_bias(part, b)) * part.scale
             out = out + side.to(out.dtype)
         return out
 

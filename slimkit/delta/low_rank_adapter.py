@@ -18,16 +18,6 @@ from torch.nn import functional as F
 
 __all__ = ["LowRankAdapterDense", "LowRankAdapterLayer", "LowRankLinear", "bridge"]
 
-_SHARDED = {
-    f"mindpet_delta_low_rank_adapter_{side}_sampler.{name}": (operator, index)
-    for side in ("down", "up")
-    for name, operator, index in (
-        ("mindpet_delta_low_rank_adapter_weight_left", f"matmul_{side}_sampler_weight", 0),
-        ("mindpet_delta_low_rank_adapter_weight_right", f"matmul_{side}_sampler_weight", 1),
-        ("bias", f"bias_{side}_sampler", 1),
-    )
-}
-
 
 class LowRankLinear(nn.Module):
     """A linear layer whose weight is left @ right, (in, rank) by (rank, out)."""
@@ -137,19 +127,10 @@ class LowRankAdapterLayer(nn.Module):
         Raises:
             ShardError: a strategy does not fit its operator.
         """
-        strategies = {
-            "matmul_down_sampler_weight": strategy_matmul_down_sampler_weight,
-            "matmul_down_sampler_input": strategy_matmul_down_sampler_input,
-            "bias_down_sampler": strategy_bias_down_sampler,
-            "non_linearity": strategy_non_linearity,
-            "matmul_up_sampler_weight": strategy_matmul_up_sampler_weight,
-            "matmul_up_sampler_input": strategy_matmul_up_sampler_input,
-            "bias_up_sampler": strategy_bias_up_sampler,
-            "residual_add": strategy_residual_add,
-        }
+        strategies = rules.given(rules.LOW_RANK_ADAPTER, locals())
         sizes = {"h": self.hidden_size, "m": self.bottleneck_size, "r": self.low_rank_size}
         act = {"non_linearity": self.mindpet_delta_low_rank_adapter_non_linear}
-        return plan(self, rules.LOW_RANK_ADAPTER, strategies, sizes, _SHARDED, act)
+        return plan(self, rules.LOW_RANK_ADAPTER, strategies, sizes, rules.LOW_RANK_ADAPTER_PARAMETERS, act)
 
 
 class LowRankAdaptedLinear(Adapted):
@@ -271,19 +252,6 @@ class LowRankAdapterDense(AdapterBase):
         Raises:
             ShardError: a strategy does not fit its operator.
         """
-        own = {
-            "matmul_org": strategy_matmul_org,
-            "bias_org": strategy_bias_org,
-            "activation_org": strategy_activation_org,
-        }
-        inner = self.mindpet_delta_low_rank_adapter.shard(
-            strategy_matmul_down_sampler_weight,
-            strategy_matmul_down_sampler_input,
-            strategy_bias_down_sampler,
-            strategy_non_linearity,
-            strategy_matmul_up_sampler_weight,
-            strategy_matmul_up_sampler_input,
-            strategy_bias_up_sampler,
-            strategy_residual_add,
-        )
+        own = rules.given(rules.DENSE, locals())
+        inner = self.mindpet_delta_low_rank_adapter.shard(**rules.passed_on(rules.LOW_RANK_ADAPTER, locals()))
         return self.plan_with(own, inner)

@@ -57,6 +57,8 @@ class LoraLayer(NamedLoras, DeltaLayer):
         made: dict[str, Any] = {"a": nn.Parameter(a), "b": nn.Parameter(b)}
         if spec.dora:
             made["magnitude"] = nn.Parameter(self._lengths(whole(weight).float()).to(kind))
+        if spec.bias:
+            made["bias"] = nn.Parameter(torch.zeros(b_shape[0], dtype=kind, device=place))
         in_step(weight, made.values())
         for part, parameter in made.items():
             setattr(self, key("lora", part, name), parameter)
@@ -78,7 +80,7 @@ class LoraLayer(NamedLoras, DeltaLayer):
         """Take every delta off, in place."""
         for name in list(self.specs):
             self.drop_delta(name)
-        for attribute in ("specs", "active_deltas", "unmerged", "unmerged_sources", "_running", "_only"):
+        for attribute in ("specs", "active_deltas", "unmerged", "unmerged_sources", "_running", "_only", "strategies"):
             vars(self).pop(attribute, None)
 
     @torch.no_grad()
@@ -158,6 +160,17 @@ class LoraLayer(NamedLoras, DeltaLayer):
         turned = base + spec.scaling * delta
         length = beside(getattr(self, key("lora", "magnitude", part.name)).to(base.device, base.dtype), base)
         return weight * (self._per_output(length / self._lengths(turned)) * turned - base)
+
+    def own_bias(self, part: Part, like: torch.Tensor) -> torch.Tensor | None:
+        """(outputs,) that a LoRA's b adds by itself, where and as `like` is; None where it has none."""
+        if not self.specs[part.name].bias:
+            return None
+        return getattr(self, key("lora", "bias", part.name)).to(like)
+
+    def _turned(self, part: Part, plain: torch.Tensor, side: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
+        """What DoRA adds to a plain layer's output without bias: gain (plain + side) - plain, times the weight."""
+        weight = self.active_deltas[part.name]
+        return weight * ((gain - 1) * plain.to(gain.dtype) + gain * (side / weight))
 
     def _lengths(self, weight: torch.Tensor) -> torch.Tensor:
         # DoRA holds the length constant (Liu et al. 2024, sec. 4.3), so no gradient passes here.

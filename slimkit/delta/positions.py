@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from slimkit import bridge
 from slimkit.core.delta import positions as rules
 from slimkit.core.errors import ArgumentError
 from slimkit.delta import library
@@ -59,7 +60,7 @@ def _shift(module: Any) -> int:
 def _places(model: nn.Module, paths: Sequence[str] | None) -> Iterator[tuple[Any, Hook]]:
     """The modules to hook, each with its hook."""
     if paths is not None:
-        yield from ((model.get_submodule(path), _shift_whole_numbers) for path in paths)
+        yield from ((bridge.get_module(model, path), _shift_whole_numbers) for path in paths)
         return
     counting = [m for m in model.modules() if _counts_past(m)]
     if counting:

@@ -118,7 +118,7 @@ def self_attention(model: nn.Module, decoder: nn.Module, inputs: Any) -> dict[st
             handle.remove()
     if not found:
         raise UnsupportedError(f"no attention of {type(decoder).__name__} keeps its keys in the cache it was handed.")
-    return {path: found[id(m)] for path, m in model.named_modules() if id(m) in found}
+    return {path: found[id(m)] for path, m in bridge.named_modules(model) if id(m) in found}
 
 
 def put_cached(

@@ -142,7 +142,7 @@ def find_attention(model: nn.Module, inputs: Any) -> dict[str, rules.Seen]:
                 unfit,
             )
         )
-    return {path: found[id(m)].seen() for path, m in model.named_modules() if id(m) in found}
+    return {path: found[id(m)].seen() for path, m in bridge.named_modules(model) if id(m) in found}
 
 
 def _batch_of(inputs: Any) -> int:
@@ -261,13 +261,13 @@ def put_prefix(
     inputs = plan.inputs if plan.text_ids is None else {"input_ids": torch.tensor([plan.text_ids])}
     kernels = _attention_kernel(model)
     try:
-        seen = rules.given_sizes(plan, dict(model.named_modules())) or find_attention(model, inputs)
+        seen = rules.given_sizes(plan, dict(bridge.named_modules(model))) or find_attention(model, inputs)
         seen = rules.chosen(seen, targets, strict)
         modules: dict[str, Any] = {path: bridge.get_module(model, path) for path in seen}
         rules.refuse_taken([p for p, m in modules.items() if isinstance(m, DeltaLayer) or hasattr(m, ROWS)])
         made = {path: _rows(seen[path], plan, dtype or torch.float32) for path in seen}
         classes = {path: _prefixed_class(path, module) for path, module in modules.items()}
-        places = counting(model, plan.prefix_token_num, plan.counting(p for p, _ in model.named_modules()))
+        places = counting(model, plan.prefix_token_num, plan.counting(p for p, _ in bridge.named_modules(model)))
     except BaseException:
         for config, kernel in kernels:
             config._attn_implementation = kernel
@@ -297,7 +297,7 @@ def _cached(
         return None
     found = self_attention(model, decoder, plan.inputs)
     kinds = {type(bridge.get_module(model, path)) for path in found}
-    every = {p: rules.Seen(1, 1, 1) for p, m in model.named_modules() if type(m) in kinds}
+    every = {p: rules.Seen(1, 1, 1) for p, m in bridge.named_modules(model) if type(m) in kinds}
     chosen: Any = found if targets in (None, "all-linear") else rules.chosen(every, targets, strict)
     if not set(chosen) <= set(found):
         return None

@@ -80,7 +80,7 @@ def put_prompt(
     rules.refuse_taken(any(isinstance(m, PromptFront) for m in model.modules()))
     if owner is None:
         grows = rules.growth(list(inspect.signature(type(model).forward).parameters.values()), type(model).__name__)
-        tables: dict[str, Any] = {p: m for p, m in model.named_modules() if isinstance(m, nn.Embedding)}
+        tables: dict[str, Any] = {p: m for p, m in bridge.named_modules(model) if isinstance(m, nn.Embedding)}
         embedding = tables[rules.embedding_path({p: m.num_embeddings for p, m in tables.items()}, targets)]
     elif targets is not None and not all(t.endswith(FRONT) for t in targets):
         check.wrong_value("targets", "None for prompt on a Hugging Face model", targets)
@@ -110,7 +110,7 @@ def put_prompt(
         embedding.register_forward_hook(_answer)
         front.__dict__["_owner"] = (owner, embedding)
     setattr(owner, FRONT, front)
-    path = next(p for p, m in model.named_modules() if m is front)
+    path = next(p for p, m in bridge.named_modules(model) if m is front)
     return {path: {"num_virtual_tokens": tokens}}
 
 

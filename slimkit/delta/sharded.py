@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import os
 import sys
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 from slimkit import bridge
@@ -13,7 +17,17 @@ from slimkit.core.delta.spec import PREFIX
 import torch
 from torch import nn
 
-__all__ = ["at_rest", "beside", "bridge", "forget_deltas", "in_step", "sharded_class", "whole"]
+__all__ = [
+    "at_rest",
+    "beside",
+    "bridge",
+    "forget_deltas",
+    "in_step",
+    "like_parts_of",
+    "sharded_class",
+    "whole",
+    "written_once",
+]
 
 
 def sharded_class() -> Any:
@@ -83,3 +97,48 @@ def beside(value: torch.Tensor, base: Any) -> torch.Tensor:
     from torch.distributed.tensor import DTensor, Replicate
 
     return DTensor.from_local(value, base.device_mesh, [Replicate()] * base.device_mesh.ndim, run_check=False)
+
+
+def like_parts_of(tensor: Any, value: torch.Tensor) -> torch.Tensor:
+    """A whole value as the processes hold the tensor: in parts, or whole."""
+    if not _is_distributed(tensor):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value.to(tensor.device, tensor.dtype), tensor.device_mesh, tensor.placements)
+
+
+@contextlib.contextmanager
+def written_once(model: nn.Module, directory: str | os.PathLike[str]) -> Iterator[str | os.PathLike[str]]:
+    """Where a process writes what it saves: of those that share a model the first one alone writes for good.
+
+    The others put their shares of the tensors together with it, and write into a folder that is thrown away. They go on
+    when the files are there, and raise what went wrong.
+
+    Args:
+        model: as it was given, with what is wrapped around it.
+        directory: where the files shall be.
+    """
+    distributed = torch.distributed
+    split = any(map(_is_distributed, model.parameters()))
+    replicated = isinstance(model, nn.parallel.DistributedDataParallel)
+    if not (split or replicated) or not (distributed.is_available() and distributed.is_initialized()):
+        yield directory
+        return
+    first = distributed.get_rank() == 0
+    if replicated and not split:
+        # Every process holds all of it, and a script may well save in the first one alone: nobody waits.
+        with contextlib.nullcontext(directory) if first else tempfile.TemporaryDirectory() as place:
+            yield place
+        return
+    wrong: list[str | None] = [None]
+    with tempfile.TemporaryDirectory() as spare:
+        try:
+            yield directory if first else Path(spare, "delta")
+        except Exception as error:
+            wrong = [f"{type(error).__name__}: {error}"]
+            raise
+        finally:
+            distributed.broadcast_object_list(wrong, src=0)
+    if wrong[0] is not None:
+        raise OSError(f"the first process could not save the delta: {wrong[0]}")

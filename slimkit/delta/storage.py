@@ -23,6 +23,7 @@ from slimkit.delta.positions import is_counted_by_library
 from slimkit.delta.prefix import PrefixEncoder
 from slimkit.delta.prefix_cache import CachedPrefix, decoder_of, self_attention
 from slimkit.delta.prompt import PromptTuning
+from slimkit.delta.sharded import like_parts_of, whole, written_once
 
 import torch
 from torch import nn
@@ -34,8 +35,7 @@ class TorchStorage(TorchDelta, DeltaStorage):
     """What the wing does to a model on behalf of files."""
 
     def value(self, tensor: torch.Tensor) -> Any:
-        whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-        plain = whole.detach().cpu()
+        plain = whole(tensor).detach().cpu()
         name = str(plain.dtype).removeprefix("torch.")
         if name not in arrays.FURTHER:
             return plain.numpy()
@@ -44,7 +44,7 @@ class TorchStorage(TorchDelta, DeltaStorage):
 
     def fill(self, tensor: torch.Tensor, value: Any) -> None:
         with torch.no_grad():
-            tensor.copy_(_as_tensor(value))
+            tensor.copy_(like_parts_of(tensor, _as_tensor(value)))
 
     def take_dtype(self, tensor: torch.Tensor, value: Any) -> None:
         kind = _as_tensor(value).dtype
@@ -53,7 +53,7 @@ class TorchStorage(TorchDelta, DeltaStorage):
 
     def split(self, model: nn.Module, names: Sequence[str]) -> None:
         held: dict[int, int] = {}
-        for _, module in model.named_modules(remove_duplicate=False):
+        for _, module in bridge.named_modules(model, remove_duplicate=False):
             held[id(module)] = held.get(id(module), 0) + 1
         old = self.neutral(model)[names[0]]
         new = nn.Parameter(old.detach().clone(), requires_grad=old.requires_grad)
@@ -74,7 +74,7 @@ class TorchStorage(TorchDelta, DeltaStorage):
 
     def sample(self, tensor: torch.Tensor) -> Any:
         places = torch.from_numpy(sample_places(tensor.numel()))
-        return tensor.detach().reshape(-1)[places.to(tensor.device)].float().cpu().numpy()
+        return whole(tensor).detach().reshape(-1)[places.to(tensor.device)].float().cpu().numpy()
 
     def weight(self, model: nn.Module, path: str) -> Any:
         layer: Any = bridge.get_module(model, path)
@@ -85,8 +85,9 @@ class TorchStorage(TorchDelta, DeltaStorage):
         )
 
     def neutral(self, model: nn.Module) -> dict[str, Any]:
-        parameters = model.named_parameters(remove_duplicate=False)
-        return {**dict(parameters), **dict(model.named_buffers(remove_duplicate=False))}
+        modules = list(bridge.named_modules(model, remove_duplicate=False))
+        held = [(path, m._parameters) for path, m in modules] + [(path, m._buffers) for path, m in modules]
+        return {f"{p}.{k}" if p else k: t for p, tensors in held for k, t in tensors.items() if t is not None}
 
     def positions(self, model: nn.Module) -> list[str] | None:
         return None if is_counted_by_library(model) else super().positions(model)
@@ -182,10 +183,11 @@ def save_delta(
         >>> sorted(p.name for p in folder.iterdir())
         ['delta.safetensors', 'manifest.json']
     """
-    bridge.check_model(model)
-    if check.choice(format, FORMATS, "format") == "peft":
-        return storage.save_peft(_STORAGE, model, directory, names)
-    return storage.save(_STORAGE, model, directory, names)
+    plain = bridge.unwrapped(bridge.check_model(model))
+    peft = check.choice(format, FORMATS, "format") == "peft"
+    with written_once(model, directory) as place:
+        folder = (storage.save_peft if peft else storage.save)(_STORAGE, plain, place, names)
+    return folder if place is directory else Path(directory)
 
 
 def load_delta(
@@ -221,7 +223,7 @@ def load_delta(
         UnsupportedError: positions start behind the file's prefix, and nothing here is known to hold them.
         In every case the model is as it was.
     """
-    bridge.check_model(model)
+    model = bridge.unwrapped(bridge.check_model(model))
     return storage.load(
         _STORAGE,
         model,

@@ -99,7 +99,7 @@ def written_attention(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str,
     """Modules by path whose attention is written out, and what looks like one but cannot be extended, with why."""
     fit: dict[str, nn.Module] = {}
     unfit: dict[str, str] = {}
-    for path, module in model.named_modules():
+    for path, module in bridge.named_modules(model):
         if softmax_method(type(module), "torch") is None:
             continue
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -85,6 +85,9 @@ class TorchJobs(JobFramework):
         kept = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
         return lambda fresh: fresh.load_state_dict(kept)
 
+    def record_zeros(self, model: nn.Module, names: Iterable[str]) -> None:
+        bridge.record_zeros_of(model, names)
+
     def call(self, model: nn.Module, inputs: Any) -> Any:
         return bridge.run(model, inputs)
 
@@ -152,6 +155,8 @@ class TorchJobs(JobFramework):
             told = files.read_json(report)
             head = teach.head(told.get("labels") or {})
             opened = models.open_model(place, kind=TASKS.get(told.get("task")), fresh=teach.HEADS, **head)
+        if opened.directory is not None:
+            bridge.record_zeros_of(opened.model, folders.made_sparse(opened.directory))
         if delta is not None:
             self.slim.load_delta(opened.model, delta)
         opened.model.to(self.device)

@@ -41,7 +41,7 @@ def open_model(place: ModelPlace, *, kind: str | None = None, fresh: tuple[str, 
     if not directory.is_dir():
         raise ConfigError(f"--model {directory} is a file of weights: give --factory MODULE:FUNCTION for its network")
     if (directory / folders.PLAN).exists() and (directory / folders.BASE / "config.json").exists():
-        base, empty = _architecture(directory / folders.BASE, kind)
+        base, empty = architecture(directory / folders.BASE, kind)
         model = prune.load_pruned(directory, empty(base))
         return Opened(model.eval(), place, directory, files.read_json(directory / folders.PLAN))
     if not (directory / "config.json").exists():
@@ -49,7 +49,7 @@ def open_model(place: ModelPlace, *, kind: str | None = None, fresh: tuple[str, 
             "--model must be a Hugging Face directory (with config.json), or have a --factory. "
             f"Received: {str(directory)!r}"
         )
-    _, maker = _architecture(directory, kind)
+    _, maker = architecture(directory, kind)
     model, told = _quietly(directory, lambda: maker.from_pretrained(str(directory), output_loading_info=True, **config))
     drawn = tuple(n for n in sorted(told["missing_keys"]) if any(word in n for word in fresh))
     missing = [n for n in sorted(told["missing_keys"]) if n not in drawn]
@@ -81,8 +81,8 @@ def _quietly(directory: Path, load: Any) -> Any:
         raise ConfigError(f"{directory} cannot be opened by transformers: {reason}") from None
 
 
-def _architecture(directory: Path, kind: str | None = None) -> tuple[Any, Any]:
-    """A directory's configuration and the class of transformers that it was saved by."""
+def architecture(directory: Path, kind: str | None = None) -> tuple[Any, Any]:
+    """A directory's configuration and the class of transformers that it was saved by; no weights are read."""
     transformers = library("transformers", "hf")
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()  # a log file is no place for bars
@@ -93,11 +93,6 @@ def _architecture(directory: Path, kind: str | None = None) -> tuple[Any, Any]:
         if hasattr(transformers, name):
             return config, getattr(transformers, name)
     raise UnsupportedError(f"{directory / 'config.json'} names no class of transformers under 'architectures'")
-
-
-def architecture(directory: Path) -> tuple[Any, Any]:
-    """A Hugging Face directory's configuration and class, no weights read."""
-    return _architecture(directory)
 
 
 def own_example(model: nn.Module, length: int, seed: int) -> Any:

@@ -90,6 +90,7 @@ def _resume(
     """Begin a job in `target`, or go on with it; the caller holds its lock."""
     state = target / STATE
     same_job(state, job)
+    files.settle(target)
     for part in target.rglob(".*.part"):  # a killed writer cannot clean up after itself
         shutil.rmtree(part) if part.is_dir() else part.unlink()
     report_file = target / "sparse_report.json"
@@ -100,8 +101,12 @@ def _resume(
     for row in report["layers"].values():
         row.pop("seconds", None)  # the same job writes the same bytes
     report = {k: v for k, v in report.items() if k != "seconds"}
-    _finish(source, target, host.finished())
-    files.write_json(report_file, report)
+    finished = state / "finished"
+    shutil.rmtree(finished, ignore_errors=True)
+    finished.mkdir()
+    _finish(source, finished, host.finished())
+    files.write_json(finished / report_file.name, report)
+    files.commit(finished, target)
     _tidy(state)
     return report
 

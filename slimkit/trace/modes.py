@@ -73,7 +73,8 @@ def mode(model: nn.Module, training: bool) -> Iterator[None]:
     torch's own layers stay in eval mode: training changes which numbers they use, not which parameters, and a batch
     norm would refuse an example of one.
     """
-    counters = [(b, b.clone()) for b in model.buffers() if not b.is_floating_point() and b.device.type != "meta"]
+    held = [b for m in model.modules() for b in m._buffers.values() if b is not None]
+    counters = [(b, b.clone()) for b in held if not b.is_floating_point() and b.device.type != "meta"]
     chance = torch.get_rng_state(), np.random.get_state(), random.getstate()
     torch.random.default_generator.manual_seed(_SEED)
     np.random.seed(_SEED)

@@ -5,21 +5,16 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-from slimkit import bridge
-from slimkit.core import check
-from slimkit.core.batch import as_call
-from slimkit.core.errors import GraphError
-from slimkit.core.log import logger
 from slimkit.core.prune.custom import CUSTOM
-from slimkit.core.prune.graph import Graph
+from slimkit.core.prune.graph import Graph, Value
 from slimkit.trace.aten import POINTWISE, READERS, UNIFORM
-from slimkit.trace.modes import mode, reads_training
 from slimkit.trace.modules import ModuleRule, rule_of
 from slimkit.trace.shapes import SEVERAL, keeps_shape, max_pool, quick
-from slimkit.trace.watch import answers, named_tensors, unmarked, watched
+from slimkit.trace.watch import answers, named_tensors
 
 import torch
 from torch import nn
@@ -30,6 +25,9 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 def _name(func: Any) -> str:
     """An ATen operator's bare name, any other's with its library: another library's `add` is not torch's."""
     return str(func._opname if func.namespace == "aten" else f"{func.namespace}::{func._opname}")
+
+
+_LAYOUT = frozenset({"identity", "reshape", "transpose", "expand"})
 
 
 class _Unforeseeable(Exception):
@@ -185,12 +183,25 @@ class Recorder(TorchDispatchMode):
         return runs[-1] in runs[:-1]
 
     def _signature(self, start: int, stop: int) -> list[Any]:
-        values = self.graph.values
-        return [
-            (node.op, node.scope, [values[n].path for n in node.inputs if n is not None], values[node.outputs[0]].shape)
-            for node in self.graph.nodes[start:stop]
-            if node.op != "identity"
-        ]
+        """What a run's operators couple, in their order; layout, dropout and what else couples nothing left out."""
+        values, said = self.graph.values, []
+        plain: set[int] = set()  # made of uniform constants alone, such as a dropout's mask
+        for node in self.graph.nodes[start:stop]:
+            inputs = [n for n in node.inputs if n is not None]
+            open_ = [n for n in inputs if n not in plain and not self._couples_nothing(values[n])]
+            if node.op in _LAYOUT or (node.op == "elementwise" and len(open_) <= 1):
+                if not open_:
+                    plain.update(node.outputs)
+                if not any(values[n].path for n in inputs):
+                    continue
+            said.append((node.op, node.scope, [values[n].path for n in inputs], values[node.outputs[0]].shape))
+        return said
+
+    @staticmethod
+    def _couples_nothing(value: Value) -> bool:
+        """A uniform constant, or one with a number for each row (stochastic depth)."""
+        rows = value.kind == "constant" and math.prod(value.shape) == (value.shape[0] if value.shape else 1)
+        return value.kind == "uniform" or rows
 
     def finished(self, output: Any) -> None:
         """Called with what the model returned; for recorders that compute something with it."""
@@ -363,122 +374,3 @@ def _flat(value: Any) -> Iterator[torch.Tensor]:
     elif isinstance(value, (tuple, list, Mapping)):
         for part in value.values() if isinstance(value, Mapping) else value:
             yield from _flat(part)
-
-
-class Run(NamedTuple):
-    """One forward pass of a trace."""
-
-    example: Any
-    training: bool
-
-
-class Trace:
-    """A model's graph together with what it took to make it, so that it can be made again with other shapes.
-
-    Args:
-        graph: the neutral graph.
-        real: whether the model had to be computed for real.
-        runs: the forward passes that it is made of.
-    """
-
-    def __init__(self, graph: Graph, real: bool, runs: Sequence[Run]) -> None:
-        self.graph = graph
-        self.real = real
-        self.runs = list(runs)
-
-
-def example(model: nn.Module, inputs: Any) -> Any:
-    """The inputs given, or the example that a Hugging Face model carries."""
-    if inputs is None:
-        inputs = getattr(model, "dummy_inputs", None)
-    if inputs is None:
-        check.wrong_value(
-            "inputs",
-            "an example of what the model takes (a tensor, tuple, list or dict): this model carries none",
-            inputs,
-        )
-    return inputs
-
-
-def trace(model: nn.Module, examples: Sequence[Any], real: bool | None = None) -> Trace:
-    """Trace a model into the neutral graph: on each example, and in training mode where its code asks for the mode.
-
-    Args:
-        model: any torch module; it is not changed.
-        examples: one or more, each a tensor, a tuple or list of arguments, or a dict of keyword arguments. Only shapes
-            matter, and the values of whole-number tensors.
-        real: True computes activations, False never does; None computes them only where shapes are not enough.
-
-    Returns:
-        The trace; passes that only repeat an earlier one are left out.
-
-    Raises:
-        GraphError: the model does not run on an example.
-    """
-    if not real:
-        try:
-            return _trace(model, examples, False)
-        except Exception as error:
-            if real is False:
-                raise GraphError(
-                    f"the model does not run on the example given: {type(error).__name__}: {error}"
-                ) from error
-            logger.info("shapes alone do not carry the trace (%s); computing it for real", error)
-    try:
-        return _trace(model, examples, True)
-    except Exception as error:
-        raise GraphError(f"the model does not run on the example given: {type(error).__name__}: {error}") from error
-
-
-def _trace(model: nn.Module, examples: Sequence[Any], real: bool) -> Trace:
-    recorder = Recorder(model, real)
-    runs: list[Run] = []
-    modes = (False, True) if reads_training(model) else (False,)
-    for run in (Run(e, training) for e in examples for training in modes):
-        mark = recorder.mark()
-        try:
-            record(recorder, model, run)
-        except Exception as error:
-            if not run.training:
-                raise
-            recorder.rewind(mark)
-            note = f"traced in eval mode only: in training mode it does not run on the example ({error})"
-            recorder.graph.notes.append(note)
-            continue
-        if runs and recorder.repeats():
-            recorder.rewind(mark)
-            continue
-        runs.append(run)
-    return Trace(recorder.graph, real, runs)
-
-
-def record(recorder: Recorder, model: nn.Module, run: Run) -> None:
-    """Run the model once under a recorder; after an error its graph holds what ran before."""
-    args, kwargs = as_call(run.example)
-    device = bridge.device_of(model)
-
-    def prepare(value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            return recorder.input(value.to(device) if recorder.real else value)
-        if isinstance(value, Mapping):
-            return {k: prepare(v) for k, v in value.items()}
-        if type(value) in (tuple, list):
-            return type(value)(prepare(v) for v in value)
-        return value
-
-    args, kwargs = prepare(args), prepare(kwargs)
-    recorder.scopes[:] = [""]
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    watching = watched(model, recorder.scopes, recorder.crossed)
-    try:
-        with mode(model, run.training), unmarked(model), recorder.whole_modules(model), watching as layers, recorder:
-            output = model(*args, **kwargs)
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-    paths = {m: n for n, m in model.named_modules()}
-    graph = recorder.graph
-    (graph.further if graph.ends else graph.layers).extend(paths[m] for m in layers)
-    graph.outputs.extend(recorder.value(t) for t in answers(output))
-    graph.ends.append(len(graph.nodes))
-    recorder.finished(output)

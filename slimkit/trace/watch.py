@@ -81,7 +81,7 @@ def unmarked(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def watched(model: nn.Module, scopes: list[str], crossed: Callable[[str, Any], None]) -> Iterator[list[nn.Module]]:
+def watched(model: nn.Module, scopes: list[str], crossed: Callable[[str, Any], None]) -> Iterator[list[str]]:
     """Keep `scopes` the stack of running modules, and give the layers in the order they ran when the context closes.
 
     Args:
@@ -90,7 +90,7 @@ def watched(model: nn.Module, scopes: list[str], crossed: Callable[[str, Any], N
         crossed: told (path of the module around, output) whenever a module ends.
 
     Yields:
-        The layers, once the context has closed.
+        The paths of the layers, once the context has closed.
     """
     order: dict[nn.Module, None] = {}
     paths = {m: n for n, m in model.named_modules()}
@@ -113,10 +113,10 @@ def watched(model: nn.Module, scopes: list[str], crossed: Callable[[str, Any], N
         elif module._modules or module._parameters or type(module).__module__.partition(".")[0] != "torch":
             handles.append(module.register_forward_pre_hook(enter))
             handles.append(module.register_forward_hook(leave))
-    layers: list[nn.Module] = []
+    layers: list[str] = []
     try:
         yield layers
-        layers.extend(m for m in order if is_layer(m))
+        layers.extend(paths[m] for m in order if is_layer(m))
     finally:
         for handle in handles:
             handle.remove()

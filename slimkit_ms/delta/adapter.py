@@ -6,7 +6,7 @@ from collections import OrderedDict
 from typing import Any
 
 from slimkit.core.delta import shard as rules
-from slimkit.core.delta.layers import activation_name, size
+from slimkit.core.delta.layers import check_adapter, size
 from slimkit_ms import bridge
 from slimkit_ms.delta import initial
 from slimkit_ms.delta.layer import Adapted, AdapterBase
@@ -48,9 +48,7 @@ class AdapterLayer(nn.Cell):
         param_init_type: Any = mindspore.float32,
         compute_dtype: Any = mindspore.float16,
     ) -> None:
-        size(hidden_size, "hidden_size")
-        size(bottleneck_size, "bottleneck_size")
-        activation_name(non_linearity, "non_linearity")
+        check_adapter(hidden_size, bottleneck_size, non_linearity)
         initial.dtype(param_init_type, "param_init_type")
         initial.dtype(compute_dtype, "compute_dtype", optional=True)
         super().__init__()
@@ -101,14 +99,7 @@ class AdapterLayer(nn.Cell):
         Raises:
             ShardError: a strategy does not fit its operator.
         """
-        strategies = {
-            "matmul_down_sampler": strategy_matmul_down_sampler,
-            "bias_down_sampler": strategy_bias_down_sampler,
-            "non_linearity": strategy_non_linearity,
-            "matmul_up_sampler": strategy_matmul_up_sampler,
-            "bias_up_sampler": strategy_bias_up_sampler,
-            "residual_add": strategy_residual_add,
-        }
+        strategies = rules.given(rules.ADAPTER, locals())
         sizes = {"h": self.hidden_size, "m": self.bottleneck_size}
         down, act, up = self.mindpet_delta_adapter_block.cell_list
         operators = {
@@ -228,18 +219,7 @@ class AdapterDense(AdapterBase):
         Raises:
             ShardError: a strategy does not fit its operator.
         """
-        own = {
-            "matmul_org": strategy_matmul_org,
-            "bias_org": strategy_bias_org,
-            "activation_org": strategy_activation_org,
-        }
+        own = rules.given(rules.DENSE, locals())
         self.check_own(own)
-        self.mindpet_delta_adapter.shard(
-            strategy_matmul_down_sampler,
-            strategy_bias_down_sampler,
-            strategy_non_linearity,
-            strategy_matmul_up_sampler,
-            strategy_bias_up_sampler,
-            strategy_residual_add,
-        )
+        self.mindpet_delta_adapter.shard(**rules.passed_on(rules.ADAPTER, locals()))
         return self.record_own(own)

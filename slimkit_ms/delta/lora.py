@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from slimkit.core.delta import shard as rules
-from slimkit.core.delta.layers import check_alpha, check_dropout, size
+from slimkit.core.delta.layers import check_lora_dense
 from slimkit.core.delta.spec import DEFAULT_NAME, LoraSpec, key
 from slimkit_ms import bridge
 from slimkit_ms.delta import initial
 from slimkit_ms.delta.layer import DenseBase
 from slimkit_ms.delta.lora_layers import LoraDense
-from slimkit_ms.delta.shard import record
 
 import mindspore as ms
 
@@ -67,13 +65,8 @@ class LoRADense(LoraDense, DenseBase):
         has_bias: bool = True,
         activation: Any = None,
     ) -> None:
-        size(in_channels, "in_channels")
-        size(out_channels, "out_channels")
-        size(lora_rank, "lora_rank")
-        check_alpha(lora_alpha)
-        check_dropout(lora_dropout)
+        a_shape, b_shape = check_lora_dense(in_channels, out_channels, lora_rank, lora_alpha, lora_dropout)
         a_init = initial.kaiming() if isinstance(lora_a_init, str) and lora_a_init == "kaiming" else lora_a_init
-        a_shape, b_shape = (lora_rank, in_channels), (out_channels, lora_rank)
         initial.check_initial(a_init, "lora_a_init", a_shape, "(lora_rank, in_channels)")
         initial.check_initial(lora_b_init, "lora_b_init", b_shape, "(out_channels, lora_rank)")
         DenseBase.__init__(
@@ -92,56 +85,3 @@ class LoRADense(LoraDense, DenseBase):
         self.mindpet_delta_lora_a = initial.parameter(a_init, a_shape, param_init_type, key("lora", "a"))
         self.mindpet_delta_lora_b = initial.parameter(lora_b_init, b_shape, param_init_type, key("lora", "b"))
         self.take(DEFAULT_NAME, LoraSpec(lora_rank, float(lora_alpha), lora_dropout))
-
-    def shard(
-        self,
-        strategy_org_dense_matmul: Any = None,
-        strategy_org_bias_add: Any = None,
-        strategy_lora_dropout: Any = None,
-        strategy_lora_a_matmul: Any = None,
-        strategy_lora_b_matmul: Any = None,
-        strategy_lora_mul: Any = None,
-        strategy_lora_add: Any = None,
-        strategy_activation: Any = None,
-    ) -> LoRADense:
-        """Record how the layer's operators are distributed; it takes effect in (semi-)automatic parallel mode.
-
-        Args:
-            strategy_org_dense_matmul: ((batch, in), (out, in)) cuts of the matmul's two inputs (transpose_b).
-            strategy_org_bias_add: ((batch, out), (out,)).
-            strategy_lora_dropout: ((batch, in),).
-            strategy_lora_a_matmul: ((batch, in), (rank, in)).
-            strategy_lora_b_matmul: ((batch, rank), (out, rank)).
-            strategy_lora_mul: ((batch, out), ()).
-            strategy_lora_add: ((batch, out), (batch, out)).
-            strategy_activation: ((batch, out),).
-
-        Returns:
-            The layer; `layer.strategies` holds what was recorded.
-
-        Raises:
-            ShardError: a strategy does not fit its operator, or the activation is LogSoftmax.
-        """
-        strategies = {
-            "org_dense_matmul": strategy_org_dense_matmul,
-            "org_bias_add": strategy_org_bias_add,
-            "lora_dropout": strategy_lora_dropout,
-            "lora_a_matmul": strategy_lora_a_matmul,
-            "lora_b_matmul": strategy_lora_b_matmul,
-            "lora_mul": strategy_lora_mul,
-            "lora_add": strategy_lora_add,
-            "activation": strategy_activation,
-        }
-        operators = {
-            "org_dense_matmul": self.matmul,
-            "org_bias_add": self.bias_add if self.has_bias else None,
-            "lora_dropout": self.lora_dropout,
-            "lora_a_matmul": self.lora_a_matmul,
-            "lora_b_matmul": self.lora_b_matmul,
-            "lora_mul": self.lora_mul,
-            "lora_add": self.lora_add,
-            "activation": self.activation,
-        }
-        sizes = {"k": self.in_channels, "n": self.out_channels}
-        record(self, rules.LORA, strategies, sizes, operators)
-        return self

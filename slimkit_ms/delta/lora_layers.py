@@ -6,10 +6,12 @@ from typing import Any
 
 import numpy as np
 
+from slimkit.core.delta import shard as rules
 from slimkit.core.delta.spec import LoraSpec
 from slimkit_ms import bridge
 from slimkit_ms.delta import initial
 from slimkit_ms.delta.named import LoraLayer
+from slimkit_ms.delta.shard import record
 
 import mindspore as ms
 from mindspore import mint, nn, ops
@@ -94,8 +96,10 @@ class LoraLinear(LoraLayer):
             return ops.matmul(dropped, (self.part_scales[i] * ops.matmul(b, a) * mask).swapaxes(0, 1))
         if self.part_kinds[i] == "dora":
             return self.dora(i, dropped, a, b, getattr(self, "mindpet_delta_lora_magnitude" + suffix), kind)
-        low = self.lora_a_matmul(dropped, a)
-        return self.lora_mul(self.lora_b_matmul(low, b), self.part_scales[i])
+        high = self.lora_b_matmul(self.lora_a_matmul(dropped, a), b)
+        if self.part_biases[i] != "":
+            high = high + ops.cast(getattr(self, self.part_biases[i]), kind)
+        return self.lora_mul(high, self.part_scales[i])
 
     def dora(self, i: int, x: Any, a: Any, b: Any, magnitude: Any, kind: Any) -> Any:
         """What DoRA adds: m / |W + sBA| (W + sBA) x - W x, the length held constant (Liu et al. 2024, sec. 4.3)."""
@@ -125,6 +129,50 @@ class LoraDense(LoraLinear):
         if self.activation_flag:
             out = self.activation(out)
         return ops.cast(self.reshape(out, shape[:-1] + (out.shape[-1],)), x.dtype)
+
+    def shard(
+        self,
+        strategy_org_dense_matmul: Any = None,
+        strategy_org_bias_add: Any = None,
+        strategy_lora_dropout: Any = None,
+        strategy_lora_a_matmul: Any = None,
+        strategy_lora_b_matmul: Any = None,
+        strategy_lora_mul: Any = None,
+        strategy_lora_add: Any = None,
+        strategy_activation: Any = None,
+    ) -> Any:
+        """Record how the layer's operators are distributed; it takes effect in (semi-)automatic parallel mode.
+
+        Args:
+            strategy_org_dense_matmul: ((batch, in), (out, in)) cuts of the matmul's two inputs (transpose_b).
+            strategy_org_bias_add: ((batch, out), (out,)).
+            strategy_lora_dropout: ((batch, in),).
+            strategy_lora_a_matmul: ((batch, in), (rank, in)).
+            strategy_lora_b_matmul: ((batch, rank), (out, rank)).
+            strategy_lora_mul: ((batch, out), ()).
+            strategy_lora_add: ((batch, out), (batch, out)).
+            strategy_activation: ((batch, out),).
+
+        Returns:
+            The layer; `layer.strategies` holds what was recorded.
+
+        Raises:
+            ShardError: a strategy does not fit its operator, or the activation is LogSoftmax.
+        """
+        strategies = rules.given(rules.LORA, locals())
+        operators = {
+            "org_dense_matmul": self.matmul,
+            "org_bias_add": self.bias_add if self.has_bias else None,
+            "lora_dropout": self.lora_dropout,
+            "lora_a_matmul": self.lora_a_matmul,
+            "lora_b_matmul": self.lora_b_matmul,
+            "lora_mul": self.lora_mul,
+            "lora_add": self.lora_add,
+            "activation": self.activation,
+        }
+        sizes = {"k": self.in_channels, "n": self.out_channels}
+        record(self, rules.LORA, strategies, sizes, operators)
+        return self
 
 
 class LoraTable(LoraLayer):
@@ -162,14 +210,32 @@ class LoraTable(LoraLayer):
 
     def construct(self, ids: Any) -> Any:
         out = self.plain_construct(ids)
+        plain = out
         for i in range(self.n_active):
             a, b = getattr(self, self.part_a[i]), getattr(self, self.part_b[i])
             low = ops.gather(ops.transpose(a, (1, 0)), ids, 0)  # (..., r)
             if self.padded >= 0:
                 silent = ops.expand_dims(ids == self.padded, -1)
                 low = ops.where(silent, ops.stop_gradient(low), low)
-            out = out + ops.cast(ops.matmul(low, ops.transpose(b, (1, 0))) * self.part_scales[i], out.dtype)
+            side = ops.matmul(low, ops.transpose(b, (1, 0))) * self.part_scales[i]
+            if self.part_turns[i] != 0.0:
+                side = self.turned(i, plain, side, ops.transpose(ops.matmul(b, a), (1, 0)))
+            out = out + ops.cast(side, out.dtype)
         return out
+
+    def turned(self, i: int, plain: Any, side: Any, product: Any) -> Any:
+        """What DoRA adds to a row: gain (plain + side) - plain; an embedding's outputs are its columns."""
+        share = self.part_turns[i]
+        whole = ops.cast(self.weight, product.dtype) + self.part_scales[i] / share * product
+        length = ops.stop_gradient(ops.sqrt(ops.reduce_sum(whole * whole, 0)))
+        gain = getattr(self, self.part_lengths[i]) / length
+        return share * ((gain - 1) * ops.cast(plain, side.dtype) + gain * (side / share))
+
+    def _lengths(self, weight: Any) -> Any:
+        return np.linalg.norm(weight, axis=0)
+
+    def _per_output(self, values: Any) -> Any:
+        return values[None]
 
 
 class LoraEmbedding(LoraTable):
@@ -191,6 +257,30 @@ class LoraConv(LoraLayer):
     def product(self, a: Any, b: Any) -> Any:
         """b @ a in the layout of the weight."""
         return np.tensordot(b[:, :, 0, 0], a, axes=1)
+
+    def with_bias(self, i: int, high: Any) -> Any:
+        """What b gives, with the bias that it may have of its own."""
+        if self.part_biases[i] != "":
+            high = high + getattr(self, self.part_biases[i]).reshape((1, -1, 1, 1))
+        return high
+
+    def turned(self, i: int, plain: Any, side: Any, a: Any, b: Any) -> Any:
+        """What DoRA adds to the output `plain`: gain (plain - bias + side) - (plain - bias)."""
+        share = self.part_turns[i]
+        product = ops.matmul(b.reshape((b.shape[0], -1)), a.reshape((a.shape[0], -1)))  # (out, in * height * width)
+        whole = ops.cast(self.weight, a.dtype).reshape(product.shape) + self.part_scales[i] / share * product
+        length = ops.stop_gradient(ops.sqrt(ops.reduce_sum(whole * whole, 1)))
+        gain = (getattr(self, self.part_lengths[i]) / length).reshape((1, -1, 1, 1))
+        straight = plain
+        if self.bias is not None:
+            straight = plain - self.bias.reshape((1, -1, 1, 1))
+        return share * ((gain - 1) * ops.cast(straight, side.dtype) + gain * (side / share))
+
+    def _lengths(self, weight: Any) -> Any:
+        return np.linalg.norm(weight.reshape(weight.shape[0], -1), axis=1)
+
+    def _per_output(self, values: Any) -> Any:
+        return values[:, None, None, None]
 
 
 class LoraConv2d(LoraConv):
@@ -214,10 +304,14 @@ class LoraConv2d(LoraConv):
 
     def construct(self, x: Any) -> Any:
         out = self.plain_construct(x)
+        plain = out
         for i in range(self.n_active):
             a, b = getattr(self, self.part_a[i]), getattr(self, self.part_b[i])
             low = self.low_convs[i](self.dropped(i, x), a)
-            out = out + self.high_conv(low, b) * self.part_scales[i]
+            side = self.with_bias(i, self.high_conv(low, b)) * self.part_scales[i]
+            if self.part_turns[i] != 0.0:
+                side = self.turned(i, plain, side, a, b)
+            out = out + side
         return out
 
 
@@ -226,8 +320,12 @@ class LoraMintConv2d(LoraConv):
 
     def construct(self, x: Any) -> Any:
         out = self.plain_construct(x)
+        plain = out
         for i in range(self.n_active):
             a, b = getattr(self, self.part_a[i]), getattr(self, self.part_b[i])
             low = mint.nn.functional.conv2d(self.dropped(i, x), a, None, self.stride, self.padding, self.dilation)
-            out = out + mint.nn.functional.conv2d(low, b) * self.part_scales[i]
+            side = self.with_bias(i, mint.nn.functional.conv2d(low, b)) * self.part_scales[i]
+            if self.part_turns[i] != 0.0:
+                side = self.turned(i, plain, side, a, b)
+            out = out + side
         return out

@@ -130,16 +130,7 @@ class LowRankAdapterLayer(nn.Cell):
         Raises:
             ShardError: a strategy does not fit its operator.
         """
-        strategies = {
-            "matmul_down_sampler_weight": strategy_matmul_down_sampler_weight,
-            "matmul_down_sampler_input": strategy_matmul_down_sampler_input,
-            "bias_down_sampler": strategy_bias_down_sampler,
-            "non_linearity": strategy_non_linearity,
-            "matmul_up_sampler_weight": strategy_matmul_up_sampler_weight,
-            "matmul_up_sampler_input": strategy_matmul_up_sampler_input,
-            "bias_up_sampler": strategy_bias_up_sampler,
-            "residual_add": strategy_residual_add,
-        }
+        strategies = rules.given(rules.LOW_RANK_ADAPTER, locals())
         sizes = {"h": self.hidden_size, "m": self.bottleneck_size, "r": self.low_rank_size}
         down, up = self.mindpet_delta_low_rank_adapter_down_sampler, self.mindpet_delta_low_rank_adapter_up_sampler
         operators = {
@@ -287,20 +278,7 @@ class LowRankAdapterDense(AdapterBase):
         Raises:
             ShardError: a strategy does not fit its operator.
         """
-        own = {
-            "matmul_org": strategy_matmul_org,
-            "bias_org": strategy_bias_org,
-            "activation_org": strategy_activation_org,
-        }
+        own = rules.given(rules.DENSE, locals())
         self.check_own(own)
-        self.mindpet_delta_low_rank_adapter.shard(
-            strategy_matmul_down_sampler_weight,
-            strategy_matmul_down_sampler_input,
-            strategy_bias_down_sampler,
-            strategy_non_linearity,
-            strategy_matmul_up_sampler_weight,
-            strategy_matmul_up_sampler_input,
-            strategy_bias_up_sampler,
-            strategy_residual_add,
-        )
+        self.mindpet_delta_low_rank_adapter.shard(**rules.passed_on(rules.LOW_RANK_ADAPTER, locals()))
         return self.record_own(own)

@@ -23,7 +23,15 @@ class LoraLayer(NamedLoras, DeltaLayer):
 
     word = "LoRA"
     # What `refresh` works out for the construct, beside the parameters.
-    worked_out: tuple[str, ...] = ("n_active", "part_a", "part_b", "part_scales", "part_rates")
+    worked_out: tuple[str, ...] = (
+        "n_active",
+        "part_a",
+        "part_b",
+        "part_scales",
+        "part_rates",
+        "part_turns",
+        "part_lengths",
+    )
 
     def refresh(self) -> None:
         """Work out once what the construct would otherwise ask on every call."""
@@ -33,12 +41,16 @@ class LoraLayer(NamedLoras, DeltaLayer):
         self.n_active = len(parts)
         self.part_a, self.part_b = [p.a for p in parts], [p.b for p in parts]
         self.part_scales, self.part_rates = [p.scale for p in parts], [p.dropout for p in parts]
+        # DoRA's weight beside others, where a delta is one: 0 says that it is plain.
+        self.part_turns = [self.active_deltas[p.name] if self.specs[p.name].dora else 0.0 for p in parts]
+        self.part_lengths = [key("lora", "magnitude", p.name) for p in parts]
+        self.part_biases = [key("lora", "bias", p.name) if self.specs[p.name].bias else "" for p in parts]
 
     def leave(self) -> None:
         """Take every delta off, in place."""
         for name in list(self.specs):
             self.drop_delta(name)
-        book = ("specs", "active_deltas", "unmerged", "unmerged_sources", "_running", "_only")
+        book = ("specs", "active_deltas", "unmerged", "unmerged_sources", "_running", "_only", "strategies")
         forget(self, *book, *self.worked_out)
 
     def dropped(self, i: int, x: Any) -> Any:
@@ -73,6 +85,9 @@ class LoraLayer(NamedLoras, DeltaLayer):
             length = self._lengths(bridge.as_numpy(self.weight).astype(np.float32))
             m_key = key("lora", "magnitude", name)
             self.insert_param_to_cell(m_key, ms.Parameter(ms.Tensor(length, kind), name=m_key))
+        if spec.bias:
+            s_key = key("lora", "bias", name)
+            self.insert_param_to_cell(s_key, initial.parameter("zeros", b_shape[:1], kind, s_key))
         self.take(name, spec)
 
     def start_of(self, spec: LoraSpec) -> tuple[Any, Any]:
@@ -122,10 +137,13 @@ class LoraLayer(NamedLoras, DeltaLayer):
             return part.scale * delta
         turned = base + spec.scaling * delta
         length = bridge.as_numpy(getattr(self, key("lora", "magnitude", part.name))).astype(np.float32)
-        return weight * ((length / self._lengths(turned))[:, None] * turned - base)
+        return weight * (self._per_output(length / self._lengths(turned)) * turned - base)
 
     def _lengths(self, weight: Any) -> Any:
         return np.linalg.norm(weight, axis=1)
+
+    def _per_output(self, values: Any) -> Any:
+        return values[:, None]
 
     def _factors(self, part: Part) -> tuple[Any, Any]:
         a, b = getattr(self, part.a), getattr(self, part.b)

@@ -229,6 +229,16 @@ def test_zeros_that_nobody_recorded_are_data(kit, net, x):
     assert not kit.array(kit.params(net)["body.query.weight"]).any()  # asked for
 
 
+def test_the_report_beside_the_weights_is_a_record_too(kit, net, tmp_path):
+    from slimkit.core.jobs.folders import made_sparse
+
+    assert made_sparse(tmp_path) == []
+    (tmp_path / "sparse_report.json").write_text('{"layers": {"body.query": {}, "gone": {}}}', encoding="utf-8")
+    kit.room("bridge").record_zeros_of(net, made_sparse(tmp_path))
+    report = kit.slim.apply_delta(net, "lora", ["*query", "*value"], rank=1)
+    assert [report.layers[p]["keep_zeros"] for p in ("body.query", "body.value")] == [True, False]
+
+
 def test_frozen_zeros_count_as_made_while_they_are_frozen(kit, net):
     weight = kit.params(net)["body.query.weight"]
     kit.assign(weight, kit.array(weight) * (np.arange(64).reshape(8, 8) % 2))

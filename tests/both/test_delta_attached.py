@@ -276,3 +276,16 @@ def test_the_output_embedding_is_found_inside_a_holder(kit):
         report = kit.slim.apply_delta(model, "lora", rank=1)
         assert list(report.layers) == [path + "body"]
         assert "output embedding" in report.skipped[path + "lm_head"]
+
+
+def test_a_layer_with_a_lora_takes_strategies(kit, net, x):
+    kit.slim.apply_delta(net, "lora", ["body"], rank=2, name="other")
+    y = out(kit, net, x)
+    layer_of(net).shard(
+        strategy_org_dense_matmul=((1, 1), (2, 1)), strategy_org_bias_add=((1, 2), (2,)),
+        strategy_lora_b_matmul=((1, 1), (2, 1)),
+    )  # fmt: skip
+    assert layer_of(net).strategies["lora_b_matmul"] == ((1, 1), (2, 1))
+    np.testing.assert_array_equal(out(kit, net, x), y)  # recorded, and nothing else
+    with pytest.raises(ValueError, match="divide"):
+        layer_of(net).shard(strategy_org_dense_matmul=((1, 1), (3, 1)))

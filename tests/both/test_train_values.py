@@ -246,3 +246,19 @@ def test_arrays_come_back_with_shape_type_and_every_bit(array):
 def test_what_would_not_come_back_is_refused(value):
     with pytest.raises(UnsupportedError, match="cannot hold"):
         pack([value], lambda _: None)
+
+
+def test_training_while_deltas_are_merged_says_so(kit, caplog):
+    trainer = made(kit)
+    layer = next(iter(kit.slim.apply_delta(trainer.model, "lora", rank=2, also_train=["*"]).layers))
+    kit.slim.merge_delta(trainer.model)
+    trainer.train(Pairs(8), 1)
+    assert caplog.text.count("merged and do not train") == 1, layer
+    caplog.clear()
+    kit.slim.unmerge_delta(trainer.model)
+    again = made(kit)
+    kit.slim.apply_delta(again.model, "lora", rank=2, also_train=["*"])
+    again.train(Pairs(8), 1)
+    kit.slim.merge_delta(again.model)
+    again.evaluate(Pairs(8))  # no training
+    assert "merged" not in caplog.text

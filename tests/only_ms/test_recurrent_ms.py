@@ -90,3 +90,35 @@ def test_a_plan_that_is_only_looked_at_changes_nothing():
     assert [id(p) for p in net.recurrent.w_hh_list] == held
     assert (type(net.recurrent), net.recurrent.hidden_size) == (nn.LSTM, 8)
     np.testing.assert_array_equal(net(x).asnumpy(), before)
+
+
+class Steps(nn.Cell):
+    """A cell that is called step by step, its state begun with a size written in the code."""
+
+    def __init__(self, cell):
+        super().__init__()
+        self.into, self.cell, self.head = nn.Dense(6, 12), cell, nn.Dense(8, 3)
+        self.lstm = isinstance(cell, nn.LSTMCell)
+
+    def construct(self, x):
+        state = ops.zeros((2, 8), ms.float32)
+        memory, y = state, self.into(x)
+        for t in range(2):
+            if self.lstm:
+                state, memory = self.cell(y[:, t], (state, memory))
+            else:
+                state = self.cell(y[:, t], state)
+        return self.head(state)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTMCell, nn.GRUCell, nn.RNNCell])
+def test_what_the_code_holds_fast_keeps_nothing_else_whole(kind):
+    net, x = zoo_ms.randomise(Steps(kind(12, 8))), zoo_ms.images(2, 2, 6)
+    pruner = slimkit_ms.PruneMindSpore(net, x).set_alignment(1)
+    pruner.prune(0.6, [])
+    assert net.into.out_channels == net.cell.input_size == net.cell.weight_ih.shape[1] < 12
+    assert net.cell.hidden_size == net.head.in_channels == 8
+    held = next(places for why, places in pruner.report()["whole"].items() if "code of Steps" in why)
+    assert "head.weight:1" in held
+    assert "into.weight:0" not in held
+    assert net(x).shape == (2, 3)

@@ -560,3 +560,20 @@ def test_tracing_in_training_mode_leaves_chance_counters_and_modes_alone():
     torch.set_rng_state(state)
     PruneTorch(net, torch.ones(1, 8)).analysis(0.5, [])
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_pass_in_training_that_says_nothing_new_is_left_out():
+    class Dropping(nn.Module):
+        def __init__(self, more):
+            super().__init__()
+            self.a, self.b, self.aux = nn.Linear(8, 32), nn.Linear(32, 4), nn.Linear(32, 4) if more else None
+
+        def forward(self, x):
+            y = F.dropout(self.a(x), 0.1, self.training)
+            if self.training:
+                y = y / 0.9 * (torch.rand(len(x), 1) > 0.1)  # stochastic depth
+            return (self.b(y), self.aux(y)) if self.training and self.aux is not None else self.b(y)
+
+    for more in (False, True):
+        job = PruneTorch(Dropping(more).eval(), torch.randn(3, 8))
+        assert len(job._solved().graph.ends) == 1 + more

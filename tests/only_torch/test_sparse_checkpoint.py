@@ -264,3 +264,36 @@ def test_names_of_another_layout_are_mapped(source, tmp_path):
         other, tmp_path / "out", SparseConfig(), None, names=lambda name: name.replace("mlp", "ffn")
     )
     assert report["ratio"] == 0.5
+
+
+def test_a_sharded_model_in_the_hugging_face_cache_is_read(tmp_path):
+    from slimkit import sparsify_checkpoint
+    from tests.both.test_hub_cache import cached
+
+    build("llama").save_pretrained(tmp_path / "plain", max_shard_size="20KB")
+    config = SparseConfig(method="magnitude")
+    made = {}
+    for name, src in (("plain", tmp_path / "plain"), ("cached", cached(tmp_path / "plain", tmp_path / "hub"))):
+        sparsify_checkpoint(src, tmp_path / f"out_{name}", config, [])
+        made[name] = {f.name: f.read_bytes() for f in (tmp_path / f"out_{name}").glob("*.safetensors")}
+    assert len(made["plain"]) > 1
+    assert made["cached"] == made["plain"]
+
+
+def test_the_result_appears_whole_or_not_at_all(source, tmp_path, monkeypatch):
+    from slimkit import sparsify_checkpoint
+    from slimkit.core import files
+
+    src = source("llama")
+    config, target = SparseConfig(method="magnitude"), tmp_path / "out"
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files, "commit", full)
+    with pytest.raises(OSError, match="space"):
+        sparsify_checkpoint(src, target, config, [])
+    assert {f.name for f in target.iterdir()} == {".slimkit-sparse"}
+    monkeypatch.undo()
+    sparsify_checkpoint(src, target, config, [])
+    assert {f.name for f in src.glob("*.safetensors")} == {f.name for f in target.glob("*.safetensors")}

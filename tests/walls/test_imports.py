@@ -26,6 +26,7 @@ CORE_TOP_FILES = {
     "factory.py": {"pydantic"},
     "fields.py": {"pydantic", "pydantic_core"},
     "options.py": {"pydantic", "pydantic_core"},
+    "training_options.py": {"pydantic", "pydantic_core"},
 }
 
 

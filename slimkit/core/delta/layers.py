@@ -127,3 +127,22 @@ def check_reduction(hidden_size: int, reduction_factor: int, argument: str = "hi
     if reduction_factor > hidden_size:
         check.wrong_value("reduction_factor", f"at most {argument} = {hidden_size}", reduction_factor)
     return hidden_size // reduction_factor
+
+
+def check_lora_dense(
+    in_channels: Any, out_channels: Any, lora_rank: Any, lora_alpha: Any, lora_dropout: Any
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The shapes of a and b of LoRADense, its arguments checked."""
+    size(in_channels, "in_channels")
+    size(out_channels, "out_channels")
+    size(lora_rank, "lora_rank")
+    check_alpha(lora_alpha)
+    check_dropout(lora_dropout)
+    return (lora_rank, in_channels), (out_channels, lora_rank)
+
+
+def check_adapter(hidden_size: Any, bottleneck_size: Any, non_linearity: Any) -> None:
+    """The arguments of AdapterLayer that mean the same in both frameworks."""
+    size(hidden_size, "hidden_size")
+    size(bottleneck_size, "bottleneck_size")
+    activation_name(non_linearity, "non_linearity")

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from slimkit.core.delta.face import DeltaFace
 from slimkit.core.delta.spec import DEFAULT_NAME, LoraSpec, key
-from slimkit.core.errors import ArgumentError
+from slimkit.core.errors import ArgumentError, UnsupportedError
 
 
 def part_names(spec: LoraSpec) -> tuple[str, ...]:
@@ -17,7 +17,8 @@ def part_names(spec: LoraSpec) -> tuple[str, ...]:
         >>> part_names(LoraSpec(dora=True))
         ('a', 'b', 'magnitude')
     """
-    return ("a", "b", *(("magnitude",) if spec.dora else ()), *(("a0", "b0") if spec.init == "pissa" else ()))
+    rare = {"magnitude": spec.dora, "bias": spec.bias, "a0": spec.init == "pissa", "b0": spec.init == "pissa"}
+    return ("a", "b", *(part for part, there in rare.items() if there))
 
 
 class Part(NamedTuple):
@@ -116,7 +117,9 @@ class NamedLoras(DeltaFace):
         self.refresh()
 
     def refuse_merging_deltas(self) -> None:
-        """Nothing stands in the way of adding a LoRA to a weight that is there; see `write_weight` for the others."""
+        """Refuse a LoRA whose b has a bias, which no weight can hold; see `write_weight` for what else may stop it."""
+        if any(spec.bias for spec in self.specs.values()):
+            raise UnsupportedError("a LoRA with a bias of its own cannot be added to the weight")
 
     def merge_deltas(self) -> None:
         """Add the active deltas to the weight, in place; a copy of the weight is kept for `unmerge_deltas`."""
@@ -162,7 +165,7 @@ class NamedLoras(DeltaFace):
         """Work out once what the forward pass would otherwise ask on every call."""
         running = () if self.delta_is_merged else self.active_parts()
         specs = [self.specs[part.name] for part in running]
-        plain = all(not (s.dora or s.keep_zeros or s.init == "pissa") for s in specs)
+        plain = all(not (s.dora or s.keep_zeros or s.bias or s.init == "pissa") for s in specs)
         self._running = running
         self._only = running[0] if len(running) == 1 and plain else None
 

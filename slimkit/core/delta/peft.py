@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -129,23 +129,36 @@ def cached_pairs(pairs: Sequence[tuple[Array, Array]]) -> list[tuple[Array, Arra
 
 def rename_paths(values: Mapping[str, Any], rename: Any) -> dict[str, Any]:
     """Keys of a mapping under the names of another model: {beginning: beginning}, or a function of a path."""
-    if rename is None:
-        return dict(values)
-    if not callable(rename):
+    if rename is not None and not callable(rename):
         check.instance(rename, Mapping, "rename", "a mapping of beginnings or a function")
-        pairs = dict(rename)
-        for old in pairs:
+        for old in rename:
             if values and not any(key.startswith(old) for key in values):
                 raise PatternError(f"rename must name beginnings of paths in the file. Received: {old!r}")
-
-        def rename(key: str) -> str:
-            old = max((o for o in pairs if key.startswith(o)), key=len, default=None)
-            return key if old is None else pairs[old] + key[len(old) :]
-
-    renamed = {rename(key): value for key, value in values.items()}
+    to = renamer(rename)
+    renamed = {to(key): value for key, value in values.items()}
     if len(renamed) != len(values):
         raise PatternError("rename must keep different paths apart; two of them became one.")
     return renamed
+
+
+def renamer(rename: Any) -> Callable[[str], str]:
+    """How a path in the file is called here.
+
+    Example:
+        >>> renamer({"model.": ""})("model.layers.0")
+        'layers.0'
+    """
+    if rename is None:
+        return lambda key: key
+    if callable(rename):
+        return rename
+    pairs = dict(rename)
+
+    def to(key: str) -> str:
+        old = max((o for o in pairs if key.startswith(o)), key=len, default=None)
+        return key if old is None else str(pairs[old]) + key[len(old) :]
+
+    return to
 
 
 def task_type(class_name: str) -> str | None:

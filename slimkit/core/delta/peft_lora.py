@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,11 +11,11 @@ import numpy as np
 from slimkit.core import check
 from slimkit.core.delta.base import BaseValue
 from slimkit.core.delta.bundle import compare_keys
+from slimkit.core.delta.peft_held import gather_held, pattern_value, spec_of_held
 from slimkit.core.delta.peft_targets import in_modules
-from slimkit.core.delta.spec import LoraSpec, key
+from slimkit.core.delta.spec import LoraSpec, Site, key
 from slimkit.core.delta.tensors import wide
 from slimkit.core.errors import FileFormatError, UnsupportedError
-from slimkit.core.match import bounded_regex
 
 Array = np.ndarray[Any, Any]
 
@@ -38,7 +38,7 @@ FAMILY = tuple(_PARTS)
 _ROWS = (".token_adapter.trainable_tokens_delta", ".trainable_tokens_delta")
 # Options under which the numbers in the file mean something that slimkit has no layer for.
 _FOREIGN = (
-    "layer_replication", "target_parameters", "lora_bias", "use_qalora", "use_bdlora", "alora_invocation_tokens",
+    "layer_replication", "use_qalora", "use_bdlora", "alora_invocation_tokens",
     "velora_config", "kasa_config", "monteclora_config", "arrow_config", "megatron_config",
 )  # fmt: skip
 # Starts that take something out of the base: what slimkit can work out again, and what it cannot.
@@ -80,12 +80,15 @@ class Adapter:
         }
 
 
-def read_lora(config: Mapping[str, Any], tensors: Mapping[str, Array]) -> Adapter:
+def read_lora(
+    config: Mapping[str, Any], tensors: Mapping[str, Array], site_of: Callable[[str], Site | None] = lambda path: None
+) -> Adapter:
     """What a file says.
 
     Args:
         config: `adapter_config.json`.
         tensors: `adapter_model.safetensors`.
+        site_of: what the model has at a path of the file.
 
     Raises:
         UnsupportedError: an option that gives the numbers another meaning.
@@ -113,8 +116,7 @@ def read_lora(config: Mapping[str, Any], tensors: Mapping[str, Array]) -> Adapte
         if stem == full:
             raise FileFormatError(f"the key {full!r} does not begin with {ROOT!r}.")
         if suffix is not None:
-            path = stem.removesuffix(suffix).replace(".base_layer", "")
-            found.setdefault(path, {})[suffixes[suffix]] = value
+            found.setdefault(stem.removesuffix(suffix), {})[suffixes[suffix]] = value
         elif row is not None:
             path = stem.removesuffix(row)
             adapter.rows[path] = (_indices(config, path, len(value)), value)
@@ -122,11 +124,15 @@ def read_lora(config: Mapping[str, Any], tensors: Mapping[str, Array]) -> Adapte
             raise FileFormatError(f"the key {full!r} is none that slimkit knows{check.near(stem, list(suffixes))}.")
         else:
             adapter.base[stem.replace(".base_layer.", ".")] = _base_value(config, stem, value)
+    held = gather_held(config, found, site_of)
     if kind == "ADALORA":
         _singular_values(config, found, adapter)
     if kind == "VERA":
         _projections(config, tensors, found)
     embeddings = {k.removeprefix(ROOT).partition(".lora_embedding_")[0] for k in tensors if ".lora_embedding_" in k}
+    for path, (parameters, parts) in held.items():
+        adapter.layers[path] = spec_of_held(config, path, parameters)
+        adapter.parts[path] = parts
     for path, parts in found.items():
         adapter.layers[path] = spec = _spec(config, path, parts, embedded=path in embeddings)
         adapter.parts[path] = {p: v.reshape(-1) if p in ("magnitude", "bias") else v for p, v in parts.items()}
@@ -135,7 +141,7 @@ def read_lora(config: Mapping[str, Any], tensors: Mapping[str, Array]) -> Adapte
             adapter.layers[path] = LoraSpec(**{**spec.to_dict(), "init": "pissa"})
     if init.startswith("pissa_niter"):
         adapter.notes.append(f"the base was taken apart by {init}, a random method; slimkit takes the exact one.")
-    if not (found or adapter.rows or adapter.notes):
+    if not (found or held or adapter.rows or adapter.notes):
         raise FileFormatError("the adapter's file holds no LoRA factor.")
     return adapter
 
@@ -152,8 +158,10 @@ def _base_value(config: Mapping[str, Any], stem: str, value: Array) -> BaseValue
 def _spec(config: Mapping[str, Any], path: str, parts: Mapping[str, Array], *, embedded: bool) -> LoraSpec:
     """One layer's LoRA, its parts checked against the configuration."""
     vera = config["peft_type"] == "VERA"
-    dora = bool(config.get("use_dora"))
-    wanted = {"a", "b"} | ({"magnitude"} if dora else set())
+    dora, bias = bool(config.get("use_dora")), bool(config.get("lora_bias"))
+    if bias and (embedded or dora):
+        raise UnsupportedError(f"lora_bias on an embedding or with use_dora is not read: {path}.")
+    wanted = {"a", "b"} | ({"magnitude"} if dora else set()) | ({"bias"} if bias else set())
     compare_keys({f"{path} {p}": 0 for p in parts}, {f"{path} {p}": 0 for p in wanted}, "the adapter's file")
     rank = int(parts["a"].shape[0])
     if config["peft_type"] == "LORA":
@@ -173,6 +181,7 @@ def _spec(config: Mapping[str, Any], path: str, parts: Mapping[str, Array], *, e
         dropout=0.0 if embedded else float(config.get("lora_dropout") or config.get("vera_dropout") or 0.0),
         rslora=bool(config.get("use_rslora")),
         dora=dora,
+        bias=bias,
     )
 
 
@@ -233,19 +242,3 @@ def taken_out(start: str, weight: Array, spec: LoraSpec) -> tuple[Array, Array]:
     u, s, vt = np.linalg.svd(matrix, full_matrices=False)
     root = np.sqrt(s[: spec.rank] / spec.scaling)
     return root[:, None] * vt[: spec.rank], u[:, : spec.rank] * root
-
-
-def pattern_value(patterns: Any, path: str, default: Any) -> Any:
-    """PEFT's rank_pattern and alpha_pattern: a regular expression over the end of a path, from a dot on.
-
-    Example:
-        >>> pattern_value({"layers.1.q": 4}, "model.layers.1.q", 8), pattern_value({}, "k", 8)
-        (4, 8)
-    """
-    for pattern, value in (patterns or {}).items():
-        test = bounded_regex(str(pattern).removeprefix("^"))
-        parts = path.split(".")
-        ends = [path] if str(pattern).startswith("^") else [".".join(parts[i:]) for i in range(len(parts))]
-        if any(test.fullmatch(end) for end in ends):
-            return value
-    return default

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from slimkit.core.delta.peft_held import lacking_held
 from slimkit.core.delta.spec import Site
 from slimkit.core.errors import FileFormatError, PatternError
 from slimkit.core.match import bounded_regex
@@ -102,6 +103,7 @@ def refuse_lacking(
         for path, site in sites.items()
         if site.kind and not site.reason and path not in there and any(choose(p, site) for p in _spelled(path, rename))
     ]
+    lacking += lacking_held(config, sites, there) if rename is None else []
     if lacking:
         shown = ", ".join(lacking[:5])
         raise FileFormatError(

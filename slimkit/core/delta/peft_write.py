@@ -12,6 +12,7 @@ import numpy as np
 
 from slimkit.core import files
 from slimkit.core.delta.peft import write_files
+from slimkit.core.delta.peft_held import spell_held
 from slimkit.core.delta.peft_lora import ROOT
 from slimkit.core.delta.spec import LoraSpec, Site
 from slimkit.core.errors import UnsupportedError
@@ -59,8 +60,9 @@ def spell_base(
         root: what stands in front of a key.
     """
     below = {n for n in facts.names if n.rpartition(".")[0] in taken}
+    below |= {n for n in facts.names if n.rpartition(".out_proj.")[0] in taken}
     trained = {*facts.trained, *(m for n in facts.trained for m in facts.shared.get(n, ()))}
-    biases = {n for n in facts.parameters if n.rpartition(".")[2] == "bias"}
+    biases = {n for n in facts.parameters if n.rpartition(".")[2].endswith("bias")}
     mode, plain = "none", set(facts.held) | {m for n in facts.held for m in facts.shared.get(n, ())}
     if biases & trained and biases <= trained:
         mode, plain = "all", plain | biases
@@ -80,7 +82,14 @@ def spell_base(
     spelled = {}
     for name in stems:
         path, _, last = name.rpartition(".")
-        spelled[f"{root}{path}.base_layer.{last}" if path in taken else f"{root}{name}"] = facts.value(name)
+        above = path.rpartition(".")[0]
+        if path in taken:
+            spelled[f"{root}{path}.base_layer.{last}"] = facts.value(name)
+        elif above in taken and path.endswith(".out_proj"):
+            # PEFT wraps the output projection of a multi-head attention inside the attention.
+            spelled[f"{root}{above}.base_layer.out_proj.base_layer.{last}"] = facts.value(name)
+        else:
+            spelled[f"{root}{name}"] = facts.value(name)
     config: dict[str, Any] = {"modules_to_save": named or None}
     if root == ROOT:
         config |= {"bias": mode, **({"ensure_weight_tying": True} if tied else {})}
@@ -115,12 +124,17 @@ def write_lora(
     if any(s.keep_zeros for s in specs.values()):
         raise UnsupportedError("PEFT has no delta that keeps zeros; save this one with format='slimkit'.")
     first = next(iter(specs.values()))
-    for option in ("dora", "rslora"):
+    for option in ("dora", "rslora", "bias"):
         if len({getattr(s, option) for s in specs.values()}) > 1:
             raise UnsupportedError(f"PEFT takes {option} for all layers or for none.")
     ranks, alphas, arrays = {}, {}, {}
     for path, spec in specs.items():
         parts = tensors[path]
+        if spec.parameters:
+            ranks[path], alphas[path] = spec.rank, spec.alpha
+            spelled_held = spell_held(path, sites[path], spec, parts)
+            arrays.update({f"{ROOT}{name}": value for name, value in spelled_held.items()})
+            continue
         a, b, rank, alpha = parts["a"], parts["b"], spec.rank, spec.alpha
         if spec.init == "pissa":
             if spec.dora:
@@ -134,6 +148,8 @@ def write_lora(
         embedding = sites[path].kind == "embedding"
         arrays[f"{ROOT}{path}.lora_embedding_A" if embedding else f"{ROOT}{path}.lora_A.weight"] = a
         arrays[f"{ROOT}{path}.lora_embedding_B" if embedding else f"{ROOT}{path}.lora_B.weight"] = b
+        if spec.bias:
+            arrays[f"{ROOT}{path}.lora_B.bias"] = parts["bias"]
         if spec.dora:
             length = parts["magnitude"]
             arrays[f"{ROOT}{path}.lora_magnitude_vector"] = (
@@ -150,8 +166,11 @@ def write_lora(
         "fan_in_fan_out": any(sites[p].kind == "conv1d" for p in specs),
         "use_rslora": first.rslora,
         "use_dora": first.dora,
+        **({"lora_bias": True} if first.bias else {}),
         "init_lora_weights": True,
-        "target_modules": _targets(list(specs), list(sites)),
+        "target_modules": _targets([p for p in specs if sites[p].kind != "experts"], list(sites)) or None,
+        "target_parameters": [f"{p}.{n}" for p in specs if sites[p].kind == "experts" for n in specs[p].parameters]
+        or None,
         "rank_pattern": {f"^{re.escape(p)}": r for p, r in ranks.items() if r != next(iter(ranks.values()))},
         "alpha_pattern": {f"^{re.escape(p)}": a for p, a in alphas.items() if a != next(iter(alphas.values()))},
         **of_base,

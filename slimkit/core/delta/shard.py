@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from slimkit.core import check
+from slimkit.core.delta.spec import key
 from slimkit.core.errors import ArgumentError
 
 # Axes: b batch, k input, n output, r rank, m bottleneck, h hidden; one operator cuts the same letter alike.
@@ -40,6 +41,54 @@ LOW_RANK_ADAPTER = {
 }
 
 Strategy = tuple[tuple[int, ...], ...]
+
+
+# The parameters of each layer: path -> the operator that reads it, and which of that operator's inputs it is.
+DENSE_PARAMETERS = {"weight": ("matmul_org", 1), "bias": ("bias_org", 1)}
+ADAPTER_PARAMETERS = {
+    f"mindpet_delta_adapter_block.mindpet_delta_adapter_{side}_sampler.{name}": (f"{operator}_{side}_sampler", 1)
+    for side in ("down", "up")
+    for name, operator in (("weight", "matmul"), ("bias", "bias"))
+}
+LOW_RANK_ADAPTER_PARAMETERS = {
+    f"mindpet_delta_low_rank_adapter_{side}_sampler.{name}": (operator, index)
+    for side in ("down", "up")
+    for name, operator, index in (
+        ("mindpet_delta_low_rank_adapter_weight_left", f"matmul_{side}_sampler_weight", 0),
+        ("mindpet_delta_low_rank_adapter_weight_right", f"matmul_{side}_sampler_weight", 1),
+        ("bias", f"bias_{side}_sampler", 1),
+    )
+}
+
+
+def lora_parameters(name: str) -> dict[str, tuple[str, int]]:
+    """The parameters of a linear layer with the LoRA of that name, as above.
+
+    Example:
+        >>> lora_parameters("default")["mindpet_delta_lora_a"]
+        ('lora_a_matmul', 1)
+    """
+    return {
+        "weight": ("org_dense_matmul", 1),
+        "bias": ("org_bias_add", 1),
+        key("lora", "a", name): ("lora_a_matmul", 1),
+        key("lora", "b", name): ("lora_b_matmul", 1),
+    }
+
+
+def given(operators: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Operator -> strategy, from the arguments of a layer's `shard`, which are called `strategy_<operator>`.
+
+    Example:
+        >>> given({"matmul": ("bk", "nk")}, {"self": None, "strategy_matmul": ((1, 1), (2, 1))})
+        {'matmul': ((1, 1), (2, 1))}
+    """
+    return {operator: arguments[f"strategy_{operator}"] for operator in operators}
+
+
+def passed_on(operators: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a layer's `shard` that its inner layer takes, by their own names."""
+    return {f"strategy_{operator}": strategy for operator, strategy in given(operators, arguments).items()}
 
 
 class ShardError(ArgumentError):

@@ -17,7 +17,7 @@ DEFAULT_NAME = "default"
 
 # delta kind -> the kinds of layer it can be put on; prefix and prompt act on a whole model instead
 KINDS: dict[str, tuple[str, ...]] = {
-    "lora": ("linear", "conv1d", "embedding", "conv2d"),
+    "lora": ("linear", "conv1d", "embedding", "conv2d", "multihead", "experts"),
     "adapter": ("linear",),
     "low_rank_adapter": ("linear",),
     "prefix": (),
@@ -31,6 +31,8 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "prompt": ("num_virtual_tokens", "init", "text_ids"),
 }
 _HEAD = "it is the output embedding; name it to adapt it"
+_RARE = ("parameters", "bias")  # fields of LoraSpec that only some layers have
+HELD = ("multihead", "experts")  # layers that read their parameters themselves
 LORA_INITS = ("kaiming", "gaussian", "pissa")
 
 
@@ -65,6 +67,8 @@ class LoraSpec:
         init: "kaiming" (a Kaiming-uniform, b zero), "gaussian" (a normal with deviation 1/rank, b zero), or "pissa":
             a and b from the largest singular vectors, which are taken out of the base (Meng et al. 2024).
         keep_zeros: the delta is zero wherever the base weight is, so that a sparse base stays sparse when merged.
+        parameters: of a module that reads them itself (multi-head attention, experts): those the LoRA is on.
+        bias: b has a bias of its own, which the scale multiplies as well (PEFT's lora_bias).
     """
 
     rank: int = 8
@@ -74,14 +78,17 @@ class LoraSpec:
     dora: bool = False
     init: str = "kaiming"
     keep_zeros: bool = False
+    parameters: tuple[str, ...] = ()
+    bias: bool = False
 
     def __post_init__(self) -> None:
         check.positive(self.rank, "rank")
         check_alpha(self.alpha, "alpha")
         check_dropout(self.dropout, "dropout")
-        for name in ("rslora", "dora", "keep_zeros"):
+        for name in ("rslora", "dora", "keep_zeros", "bias"):
             check.boolean(getattr(self, name), name)
         check.choice(self.init, LORA_INITS, "init")
+        check.strings(self.parameters, "parameters") if self.parameters else None
 
     @property
     def scaling(self) -> float:
@@ -89,8 +96,9 @@ class LoraSpec:
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as plain JSON values."""
-        return dict(vars(self))
+        """The fields as plain JSON values; what only some layers have is left out elsewhere."""
+        plain = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(self).items()}
+        return {k: v for k, v in plain.items() if k not in _RARE or v}
 
 
 def spec_from_dict(value: Any) -> LoraSpec:
@@ -99,7 +107,8 @@ def spec_from_dict(value: Any) -> LoraSpec:
     known = [f.name for f in fields(LoraSpec)]
     for name in value:
         check.choice(name, known, "LoRA option")
-    return LoraSpec(**value)
+    listed: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in value.items()}
+    return LoraSpec(**listed)
 
 
 @dataclass(frozen=True)
@@ -114,6 +123,7 @@ class Site:
         reason: why a layer of a good kind, or of a class derived from one, cannot take a delta, or "".
         zeros: whether it was made sparse, and that was recorded.
         head: whether it is the output embedding, which "all-linear" leaves alone.
+        parameters: those of a module that reads them itself and that LoRA goes on.
     """
 
     kind: str
@@ -123,6 +133,7 @@ class Site:
     reason: str = ""
     zeros: bool = False
     head: bool = False
+    parameters: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -215,6 +226,8 @@ def choose(
                 paths.append(path)
             elif site.kind or site.holds:
                 skipped[path] = site.reason or f"a {site.type_name} cannot take {kind}"
+        # The output projection of a multi-head attention goes with it.
+        skipped = {p: why for p, why in skipped.items() if p.rpartition(".")[0] not in _whole(paths, sites)}
     if exclude is not None:
         left_out = match([*paths, *skipped, *passed], check.strings(exclude, "exclude"), whole_modules=True)
         if strict and left_out.unmatched:
@@ -232,6 +245,10 @@ def choose(
     if not paths:
         raise PatternError(f"targets leave no layer that {kind} can go on.")
     return paths, skipped | passed, unmatched
+
+
+def _whole(paths: Collection[str], sites: Mapping[str, Site]) -> set[str]:
+    return {p for p in paths if sites[p].kind == "multihead"}
 
 
 def _hint(pattern: str, sites: Collection[str]) -> str:
@@ -303,11 +320,21 @@ def lora_specs(
             raise UnsupportedError(f"keep_zeros works on linear layers; {path} is a {site.type_name}.")
         if zeros and dora:
             raise UnsupportedError(f"dora and keep_zeros exclude each other; {path} has a sparse weight.")
-        specs[path] = replace(base, rank=layer_rank, alpha=float(layer_alpha), keep_zeros=bool(zeros))
-        if site.kind == "embedding" and (dora or init == "pissa" or specs[path].dropout):
-            raise UnsupportedError(f"dora, pissa and dropout are not offered for embeddings: {path}.")
-        if site.kind == "conv2d" and (dora or init == "pissa"):
-            raise UnsupportedError(f"dora and pissa are not offered for convolutions: {path}.")
+        specs[path] = replace(
+            base,
+            rank=layer_rank,
+            alpha=float(layer_alpha),
+            keep_zeros=bool(zeros),
+            parameters=site.parameters,
+        )
+        if site.kind in HELD and (dora or init == "pissa" or specs[path].dropout):
+            raise UnsupportedError(
+                f"dora, pissa and dropout are not offered on {path}, a {site.type_name}: it reads its weights itself."
+            )
+        if site.kind == "embedding" and (init == "pissa" or specs[path].dropout):
+            raise UnsupportedError(f"pissa and dropout are not offered for embeddings: {path}.")
+        if site.kind == "conv2d" and init == "pissa":
+            raise UnsupportedError(f"pissa is not offered for convolutions: {path}.")
     return specs
 
 

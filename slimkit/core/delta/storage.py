@@ -94,6 +94,7 @@ def _base_of(access: DeltaStorage, model: Any, paths: Mapping[str, str]) -> dict
 def save_peft(access: DeltaStorage, model: Any, directory: Any, names: Any = None) -> Path:
     """Write one delta as Hugging Face PEFT's files; see `save_delta` of the wings."""
     folder = files.as_path(directory, "directory")
+    access.at_rest(model)
     storage_peft.write(access, model, folder, collect(access, model, names))
     return folder
 
@@ -101,6 +102,7 @@ def save_peft(access: DeltaStorage, model: Any, directory: Any, names: Any = Non
 def save(access: DeltaStorage, model: Any, directory: Any, names: Any = None) -> Path:
     """Write a model's deltas, and what else trains, as a slimkit bundle; see `save_delta` of the wings."""
     folder = files.as_path(directory, "directory")
+    access.at_rest(model)
     deltas, tensors, extra, base = collect(access, model, names)
     return write_bundle(folder, deltas, tensors, extra, base)
 
@@ -125,6 +127,7 @@ def load(
     check.boolean(freeze, "freeze")
     check.boolean(same_base, "same_base")
     files.settle(folder)
+    access.at_rest(model)
     if not (folder / MANIFEST).exists() and peft.is_adapter(folder):
         return storage_peft.load(access, model, folder, name or "default", freeze, rename, positions)
     manifest, tensors = read_bundle(folder)

@@ -15,6 +15,7 @@ from slimkit.core.delta.base import BaseValue
 from slimkit.core.delta.bundle import compare_keys
 from slimkit.core.delta.framework import DeltaStorage
 from slimkit.core.delta.named import part_names
+from slimkit.core.delta.peft_held import slug
 from slimkit.core.delta.peft_lora import FAMILY, Adapter, read_lora, taken_out
 from slimkit.core.delta.peft_write import BaseFacts
 from slimkit.core.delta.positions import positions_for
@@ -65,8 +66,8 @@ def _load_peft_lora(
     where: str,
 ) -> DeltaReport:
     """Put an adapter of the LoRA family on a model, in place."""
-    adapter = read_lora(config, tensors)
-    layers, base = access.sites(model), access.neutral(model)
+    layers, base, here = access.sites(model), access.neutral(model), peft.renamer(rename)
+    adapter = read_lora(config, tensors, lambda path: layers.get(here(path)))
     new = dict(zip(adapter.layers, peft.rename_paths(adapter.layers, rename)))
     adapter.layers = {new[p]: spec for p, spec in adapter.layers.items()}
     adapter.parts = {new[p]: parts for p, parts in adapter.parts.items()}
@@ -244,7 +245,8 @@ def write(access: DeltaStorage, model: Any, folder: Path, collected: Collected) 
     specs = {p: spec_from_dict(r) for p, r in delta["layers"].items()}
     by_path: dict[str, dict[str, Array]] = {p: {} for p in specs}
     for path, spelled in by_path.items():
-        for part in part_names(specs[path]):
+        halves = [f"{half}_{slug(p)}" for p in specs[path].parameters for half in "ab"]
+        for part in halves or part_names(specs[path]):
             found = tensors.get(f"{path}.{key('lora', part, delta['name'])}")
             if found is not None:
                 spelled[part] = found

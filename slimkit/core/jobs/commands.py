@@ -166,7 +166,7 @@ def sparsify(
     report = work.sparsify(opened.model, options, context).facts["report"]
     with files.atomic_directory(out) as folder:
         written = face.write_model(opened, folder)
-        files.write_json(folder / "sparse_report.json", report)
+        files.write_json(folder / folders.SPARSE_REPORT, report)
     return {**report, "written": written, "resumable": False}
 
 

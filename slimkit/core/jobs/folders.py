@@ -12,6 +12,9 @@ from slimkit.core.errors import ConfigError
 # What a folder of a pruned model holds beside its weights: the plan, and the configuration before the cut.
 PLAN, BASE = "plan.json", "base"
 
+# What a folder of a sparse model says of its layers.
+SPARSE_REPORT = "sparse_report.json"
+
 # Where a training command keeps its checkpoints until the result is there.
 STATE = ".slimkit-train"
 
@@ -42,6 +45,14 @@ def unused(out: Path, *, state: str | None = None, option: str = "--out") -> Pat
     return out.absolute()
 
 
+def made_sparse(directory: Path) -> list[str]:
+    """The layers that the report of `slimkit sparsify` or `sparsify_checkpoint` beside a model's weights names."""
+    report = directory / SPARSE_REPORT
+    found = files.read_json(report) if report.exists() else {}
+    layers = found.get("layers") if isinstance(found, dict) else None
+    return list(layers) if isinstance(layers, dict) else []
+
+
 def copy_companions(source: Path, target: Path) -> list[str]:
     """Copy what belongs to a model beside its weights (tokenizer, generation settings); what is there already stays.
 
@@ -61,4 +72,5 @@ def copy_companions(source: Path, target: Path) -> list[str]:
 
 def write_report(folder: Path, command: str, facts: dict[str, Any]) -> None:
     """Write COMMAND_report.json: what a command did, for people and programs that come later."""
-    files.write_json(folder / f"{command}_report.json", {"format": f"slimkit-{command}", "version": 1, **facts})
+    report = {"format": f"slimkit-{command}", "version": 1, **files.finite(facts)}
+    files.write_json(folder / f"{command}_report.json", report)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -238,6 +238,10 @@ class JobFramework(Protocol):
         how: Mapping[str, Any],
     ) -> Any:
         """Train what wants a gradient, in place; `how` is what `Trainer.train` takes; returns the trainer."""
+
+    @abstractmethod
+    def record_zeros(self, model: Any, names: Iterable[str]) -> None:
+        """Note on these layers, in place, that their zeros were made: a delta keeps them. Unknown names pass."""
 
     @abstractmethod
     def statistics_held(self, model: Any) -> contextlib.AbstractContextManager[None]:

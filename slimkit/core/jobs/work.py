@@ -173,7 +173,8 @@ def sparsify(model: Any, options: SparsifyOptions, context: JobContext) -> JobRe
     config = options.build()
     batches = context.calibration(options.calibration_batches) if config.needs_data else None
     report = _plain(context.face.slim.Compressor(model, config).compress(batches))
-    return JobResult(model, facts={"headline": sparse_headline(report), "report": report})
+    facts = {"headline": sparse_headline(report), "report": report}
+    return JobResult(model, edit={"sparse": list(report["layers"])}, facts=facts)
 
 
 def _plain(report: Any) -> Mapping[str, Any]:

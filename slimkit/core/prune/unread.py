@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 
 from slimkit.core.log import logger
-from slimkit.core.prune.dims import FREE, ONE, Dim, find, fix, leaves, unify
+from slimkit.core.prune.dims import FREE, ONE, Dim, find, fix, fixed, leaves, unify
 from slimkit.core.prune.relations import Relations
 
 _NUMBERS = re.compile(r"\d+")
@@ -56,6 +56,11 @@ def _by_shape(r: Relations, unread: list[str]) -> None:
             continue
         if scope not in around:
             around[scope] = _widths(r, scope)
+        sibling = _sibling(r, path)
+        if sibling is not None:
+            r.params[path] = sibling
+            tied.append(path)
+            continue
         dims = [Dim(n) if n != 1 else ONE for n in r.graph.shapes[path]]
         found = False
         for dim in dims:
@@ -80,6 +85,16 @@ def _by_shape(r: Relations, unread: list[str]) -> None:
     for note in notes:
         r.graph.notes.append(note)
         logger.warning("%s; give an example that reads it to set_examples", note)
+
+
+def _sibling(r: Relations, path: str) -> list[Dim] | None:
+    """The axes that parameters of the same module and the same last axes have, where those that ran agree on them."""
+    module, shape = path.rpartition(".")[0], r.graph.shapes[path]
+    for lead in range(max(0, len(shape) - 1)):
+        alike = [d for p, d in r.params.items() if p.rpartition(".")[0] == module and r.graph.shapes[p] == shape[lead:]]
+        if len({tuple(map(find, dims)) for dims in alike}) == 1:
+            return [*(fixed(n, "not used when the model ran") for n in shape[:lead]), *alike[0]]
+    return None
 
 
 def _outwards(path: str) -> Iterator[str]:

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from slimkit.core import check
 from slimkit.core.errors import ConfigError, FileFormatError, SlimkitError
-from slimkit.core.files import atomic_directory, read_json, write_json
+from slimkit.core.files import atomic_directory, finite, read_json, write_json
 from slimkit.core.jobs import factory
 from slimkit.core.jobs.framework import JobResult
 from slimkit.core.jobs.measurement import Measurement
@@ -256,6 +256,7 @@ class _Run:
                     str(f.relative_to(temporary)): f.stat().st_size for f in sorted(temporary.rglob("*")) if f.is_file()
                 },
             }
+            record = finite(record)  # one loss that is NaN does not end the run
             write_json(temporary / "structure.json", edits)
             write_json(temporary / "stage.json", record)
         self.model = result.model

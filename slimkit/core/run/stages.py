@@ -86,14 +86,16 @@ class Stages:
     def build(self, made: Recipe, folder: Path, edits: list[dict[str, Any]], example: Any) -> Any:
         """A fresh model with the structural edits of earlier stages replayed on it, weights not yet loaded."""
         for edit in edits if isinstance(edits, list) else [edits]:
-            if not isinstance(edit, dict) or len(edit) != 1 or not {"cut", "prune", "adapt"} >= set(edit):
-                raise FileFormatError("structure.json must be a list of edits, each a cut, prune or adapt")
+            if not isinstance(edit, dict) or len(edit) != 1 or not {"cut", "prune", "sparse", "adapt"} >= set(edit):
+                raise FileFormatError("structure.json must be a list of edits, each a cut, prune, sparse or adapt")
         cuts = [i for i, edit in enumerate(edits) if "cut" in edit]
         arguments = edits[cuts[-1]]["cut"] if cuts else {}
         model = self.face.check_model(factory.make(made.model, folder, "model", **arguments))
         for edit in edits[cuts[-1] + 1 :] if cuts else edits:
             if "prune" in edit:
                 self.face.slim.Pruner(model, example).prune_by_desc(edit["prune"])
+            elif "sparse" in edit:
+                self.face.record_zeros(model, edit["sparse"])
             else:
                 work.put_on(self.face, model, edit["adapt"], example)
         return model

@@ -47,13 +47,14 @@ def other_matrices(
     found: dict[str, str] = {}
     for path, module, shapes in modules:
         kind = type(module).__name__
-        matrices = [key for key, shape in shapes.items() if len(shape) > 1 and min(shape) > 1]
+        matrices = [key for key, shape in shapes.items() if len(shape) > 1]
         if not matrices or path in known or "norm" in kind.lower():
             continue
         if is_own(type(module)):
-            found[path] = f"a {kind} is no Linear, Conv1D or Conv2d"
+            found[path] = f"{kind} is not among the layers that can be sparse"
             continue
-        for key in matrices:
+        # A table of positions, (1, tokens, width), multiplies nothing.
+        for key in (key for key in matrices if min(shapes[key]) > 1):
             name = f"{path}.{key}" if path else key
             if name not in known:
                 found[name] = f"a parameter of {kind} itself, not of a layer"
