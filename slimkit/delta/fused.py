@@ -10,7 +10,7 @@ import torch
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-__all__ = ["bridge", "lora_linear", "lora_linear_plain"]
+__all__ = ["bridge", "computing", "lora_linear", "lora_linear_plain"]
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -54,8 +54,21 @@ class _LoraLinear(torch.autograd.Function):
 def lora_linear_plain(x: Any, weight: Any, bias: Any, a: Any, b: Any, scale: float) -> torch.Tensor:
     """The same in plain calls: for tracing, torch.func, autocast, mixed dtypes and distributed tensors."""
     out = F.linear(x, weight, bias)
-    side = F.linear(F.linear(x.to(a.dtype), a), b) * scale
+    kind = computing(x.dtype, a.dtype)
+    side = F.linear(F.linear(x.to(kind), a.to(kind)), b.to(kind)) * scale
     return out + side.to(out.dtype)
+
+
+def computing(one: torch.dtype, delta: torch.dtype) -> torch.dtype:
+    """What a delta is computed in: the wider of its own type and the other's; float8 holds values and computes nothing.
+
+    Example:
+        >>> computing(torch.float32, torch.bfloat16)
+        torch.float32
+    """
+    if delta.itemsize == 1 or not one.is_floating_point:
+        return one if one.is_floating_point else delta
+    return torch.promote_types(one, delta)
 
 
 def lora_linear(x: Any, weight: Any, bias: Any, a: Any, b: Any, scale: float) -> torch.Tensor:

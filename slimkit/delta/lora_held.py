@@ -12,6 +12,7 @@ from slimkit.core.delta.peft_held import slug
 from slimkit.core.delta.spec import LoraSpec, key
 from slimkit.core.errors import UnsupportedError
 from slimkit.delta import initial
+from slimkit.delta.fused import computing
 from slimkit.delta.named import LoraLayer
 
 import torch
@@ -98,7 +99,8 @@ class LoraHeld(LoraLayer):
             for parameter in self.specs[part.name].parameters:
                 held = self._held(parameter)
                 a, b = (getattr(self, key("lora", f"{half}_{slug(parameter)}", part.name)) for half in "ab")
-                a, b = a.to(held.device), b.to(held.device)
+                kind = computing(held.dtype, a.dtype)
+                a, b = a.to(held.device, kind), b.to(held.device, kind)
                 change = (b @ a if held.ndim == 2 else self.product(a, b)) * part.scale
                 found[parameter] = change if parameter not in found else found[parameter] + change
         return found

@@ -10,6 +10,7 @@ from slimkit.core.delta.spec import LoraSpec, key
 from slimkit.core.errors import UnsupportedError
 from slimkit.delta import initial
 from slimkit.delta.attach import DeltaLayer, device_for
+from slimkit.delta.fused import computing
 from slimkit.delta.sharded import beside, in_step, whole
 
 import torch
@@ -181,10 +182,12 @@ class LoraLayer(NamedLoras, DeltaLayer):
 
     def _factors(self, part: Part, device: torch.device | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         a, b = getattr(self, part.a), getattr(self, part.b)
+        kind = computing(self.weight.dtype, a.dtype)
+        a, b = a.to(kind), b.to(kind)
         if self.specs[part.name].init == "pissa":
             # What PiSSA took out of the base is subtracted here, so the base itself is never touched.
-            a = torch.cat((a, getattr(self, key("lora", "a0", part.name))), 0)
-            b = torch.cat((b, -getattr(self, key("lora", "b0", part.name))), 1)
+            a = torch.cat((a, getattr(self, key("lora", "a0", part.name)).to(kind)), 0)
+            b = torch.cat((b, -getattr(self, key("lora", "b0", part.name)).to(kind)), 1)
         return (a, b) if device is None else (a.to(device), b.to(device))
 
     def _principal(self, a: torch.Tensor, b: torch.Tensor, spec: LoraSpec) -> None:

@@ -49,7 +49,8 @@ class MindSporeStorage(MindSporeDelta, DeltaStorage):
         return values if name is None else values.view(arrays.further(name))
 
     def take_dtype(self, tensor: Any, value: Any) -> None:
-        if isinstance(tensor, ms.Parameter):
+        # MindSpore makes no float8 tensor on a CPU: such values are kept in the parameter's own, wider type.
+        if isinstance(tensor, ms.Parameter) and not value.dtype.name.startswith("float8"):
             kind = ms.Tensor(value).dtype
             if tensor.dtype != kind:
                 tensor.set_dtype(kind)

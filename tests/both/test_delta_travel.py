@@ -261,3 +261,49 @@ def test_peft_prefix_and_prompt_files_fill_what_a_model_was_built_with(kit, tmp_
     if kind == "prefix":
         other = kit.named(prefix=kit.slim.PrefixEncoder(3, num_layers=2, num_heads=2, kv_channels=5))
         refuse(kit, tmp_path / "d", other, FileFormatError, "shape")
+
+
+@pytest.mark.parametrize("form", ["peft", "slimkit"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_element_types_survive(kit, x, tmp_path, form, dtype):
+    """What a file holds in half precision stays so, bit for bit, on the way through a model and out again."""
+    import ml_dtypes
+    from safetensors.numpy import save_file
+
+    from slimkit.core.delta import tensors
+
+    net = build(kit)
+    kit.slim.apply_delta(net, "lora", ["*query"], rank=2)
+    stir(kit, net)
+    kit.slim.save_delta(net, tmp_path / "a", format="peft")
+    file = tmp_path / "a" / "adapter_model.safetensors"
+    kind = np.dtype(getattr(ml_dtypes, dtype) if dtype == "bfloat16" else dtype)
+    want = {k: v.astype(kind) for k, v in tensors.read(file, "file").items()}
+    save_file(want, file, {"format": "pt"})
+    fresh = build(kit)
+    kit.slim.load_delta(fresh, tmp_path / "a")
+    if form == "slimkit":
+        kit.slim.save_delta(fresh, tmp_path / "bundle")
+        fresh = build(kit)
+        kit.slim.load_delta(fresh, tmp_path / "bundle")
+    kit.slim.save_delta(fresh, tmp_path / "again", format="peft")
+    got = tensors.read(tmp_path / "again" / "adapter_model.safetensors", "file")
+    assert got.keys() == want.keys()
+    for name, value in want.items():
+        assert got[name].dtype == kind
+        np.testing.assert_array_equal(tensors.bits(got[name]), tensors.bits(value))
+    # Computed in float32: what the halves hold is all that is lost.
+    np.testing.assert_allclose(out(kit, fresh, x), out(kit, net, x), rtol=0.02, atol=0.02)
+
+
+def test_a_file_without_a_layer_is_refused(kit, tmp_path):
+    from safetensors.numpy import save_file
+
+    from slimkit.core.delta import tensors
+
+    net = build(kit)
+    kit.slim.apply_delta(net, "lora", ["*query", "*value"], rank=2)
+    kit.slim.save_delta(net, tmp_path / "a", format="peft")
+    file = tmp_path / "a" / "adapter_model.safetensors"
+    save_file({k: v for k, v in tensors.read(file, "file").items() if "value" not in k}, file, {"format": "pt"})
+    refuse(kit, tmp_path / "a", build(kit), FileFormatError, r"missing: body\.value")

@@ -208,6 +208,14 @@ def test_the_dtype_of_a_file_survives(kind, tmp_path):
             assert (folder / "adapter_model.safetensors").read_bytes()[-32:] == raw[-32:]  # the values stand last
     last = torch.nn.Sequential(torch.nn.Linear(8, 8))
     slimkit.load_delta(last, folder)
+    # It is computed in the wider type: nothing but the values' own rounding is lost.
+    wide = torch.nn.Sequential(torch.nn.Linear(8, 8))
+    wide[0].load_state_dict({n: p.float() for n, p in last[0].state_dict().items() if "delta" not in n})
+    slimkit.apply_delta(wide, "lora", ["0"], rank=2)
+    for name, parameter in wide.named_parameters():
+        parameter.data = last.get_parameter(name).data.float()
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(last(x), wide(x), rtol=1e-5, atol=1e-5)
     for one, other in zip(last.parameters(), fresh.parameters()):
         if one.dtype == kind:
             assert np.array_equal(one.detach().float().numpy(), other.detach().float().numpy())
