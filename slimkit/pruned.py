@@ -133,7 +133,7 @@ def _read(folder: Path, desc: Mapping[str, Any], own: Mapping[str, Any]) -> dict
         for name, first in desc.get("tied", {}).items():
             state[name] = state[first]
         state.update(desc.get("extra", {}))
-        # Folders without versions were written by the same classes, as far as anybody can tell.
+        # Folders without versions were written by the same classes, as far as is known.
         metadata = {path: dict(entry) for path, entry in _metadata(own).items()}
         for path, version in desc.get("versions", {}).items():
             metadata.setdefault(path, {})["version"] = version

@@ -57,7 +57,7 @@ def _number(value: Any) -> int:
 
 
 def settled(path: str, module: nn.Module, shapes: Shapes, groups: Mapping[str, tuple[str, int]]) -> dict[str, Any]:
-    """Attributes of a known layer as its weights' shapes tell them.
+    """Attributes of a known layer as its weights' shapes give them.
 
     Args:
         path: the module's path.
@@ -146,7 +146,7 @@ class Changes:
 
 
 def rewrite(model: nn.Module, plan: PrunePlan, shapes: Shapes, names: Mapping[str, str], changes: Changes) -> None:
-    """Make every attribute tell the widths after the cut, in place; `changes` can take it back.
+    """Make every attribute say the widths after the cut, in place; `changes` can take it back.
 
     Args:
         model: the model.
