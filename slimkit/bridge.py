@@ -55,6 +55,13 @@ def check_model(model: Any, name: str = "model") -> torch.nn.Module:
     return model
 
 
+def uncompiled(model: torch.nn.Module) -> torch.nn.Module:
+    """The user's own module inside those that `torch.compile` returned, so that names are its own."""
+    while type(model).__name__ == "OptimizedModule":
+        model = model._orig_mod
+    return model
+
+
 def refuse_offloaded(model: torch.nn.Module, name: str = "model") -> torch.nn.Module:
     """Refuse a model whose weights accelerate keeps elsewhere and brings in for each call only."""
     for path, module in model.named_modules():

@@ -50,7 +50,7 @@ def migrate_optimizer(
     """
     check.instance(optimizer, torch.optim.Optimizer, "optimizer", "a torch.optim.Optimizer")
     plan = PrunePlan(desc)
-    found = surgery.tensors(bridge.check_model(model))
+    found = surgery.tensors(bridge.uncompiled(bridge.check_model(model)))
     names = plan.match_cut({path: tuple(t.shape) for path, t in found.items()})
     paths = {id(tensor): path for path, tensor in found.items()}
     held = [p for group in optimizer.param_groups for p in group["params"]]

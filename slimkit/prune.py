@@ -41,9 +41,8 @@ class TorchPrune:
     framework = "torch"
 
     def __init__(self, model: nn.Module, inputs: Any) -> None:
-        self.model = bridge.refuse_sharded(
-            bridge.refuse_offloaded(bridge.check_model(model, "network"), "network"), "network"
-        )
+        model = bridge.uncompiled(bridge.check_model(model, "network"))
+        self.model = bridge.refuse_sharded(bridge.refuse_offloaded(model, "network"), "network")
         self.examples = [inputs]
         self._runs: list[Run] = []
         self._real: bool | None = None

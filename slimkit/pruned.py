@@ -37,9 +37,9 @@ def save_pruned(directory: Any, model: nn.Module, desc: dict[str, Any]) -> None:
     from safetensors.torch import save_file
 
     folder = files.save_directory(directory)
-    plan = PrunePlan(desc)
+    plan, model = PrunePlan(desc), bridge.uncompiled(bridge.check_model(model))
     try:
-        plan.match_cut({p: tuple(t.shape) for p, t in surgery.tensors(bridge.check_model(model)).items()})
+        plan.match_cut({p: tuple(t.shape) for p, t in surgery.tensors(model).items()})
     except PlanError as error:
         raise FileFormatError(str(error)) from None
     check_begins(model, plan)
@@ -100,7 +100,8 @@ def load_pruned(directory: Any, model: nn.Module) -> nn.Module:
     folder = files.as_path(directory, "directory")
     desc = files.read_json(folder / "plan.json", "directory/plan.json")
     plan = PrunePlan(desc)
-    own = bridge.check_model(model).state_dict()
+    given, model = model, bridge.uncompiled(bridge.check_model(model))
+    own = model.state_dict()
     state = _read(folder, desc, own)
     found = surgery.tensors(model)
     names = plan.match({p: tuple(t.shape) for p, t in found.items()})
@@ -113,7 +114,7 @@ def load_pruned(directory: Any, model: nn.Module) -> nn.Module:
             raise FileFormatError(f"{folder} does not fit the model that its plan leaves: {error}") from error
         kept = {k: desc[k] for k in desc if k not in ("tied", "versions", "extra")}
         record_plan(model, kept)
-    return model
+    return given
 
 
 def _read(folder: Path, desc: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
@@ -132,7 +133,7 @@ def _read(folder: Path, desc: Mapping[str, Any], own: Mapping[str, Any]) -> dict
         for name, first in desc.get("tied", {}).items():
             state[name] = state[first]
         state.update(desc.get("extra", {}))
-        # Folders without versions were written by the same classes, as far as anybody can tell.
+        # Folders without versions were written by the same classes, as far as is known.
         metadata = {path: dict(entry) for path, entry in _metadata(own).items()}
         for path, version in desc.get("versions", {}).items():
             metadata.setdefault(path, {})["version"] = version

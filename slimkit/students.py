@@ -46,7 +46,7 @@ def make_student(
 
     Raises:
         ConfigError: no size, or sizes that do not go together.
-        UnsupportedError: the model does not tell its sizes or its blocks.
+        UnsupportedError: the model does not say its sizes or its blocks.
     """
     bridge.check_model(teacher, "teacher")
     wanted = {"layers": layers, "ffn": ffn, "heads": heads, "hidden": hidden}

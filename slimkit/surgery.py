@@ -57,7 +57,7 @@ def _number(value: Any) -> int:
 
 
 def settled(path: str, module: nn.Module, shapes: Shapes, groups: Mapping[str, tuple[str, int]]) -> dict[str, Any]:
-    """Attributes of a known layer as its weights' shapes tell them.
+    """Attributes of a known layer as its weights' shapes give them.
 
     Args:
         path: the module's path.
@@ -146,7 +146,7 @@ class Changes:
 
 
 def rewrite(model: nn.Module, plan: PrunePlan, shapes: Shapes, names: Mapping[str, str], changes: Changes) -> None:
-    """Make every attribute tell the widths after the cut, in place; `changes` can take it back.
+    """Make every attribute say the widths after the cut, in place; `changes` can take it back.
 
     Args:
         model: the model.
@@ -299,7 +299,8 @@ def _resize(tensor: torch.Tensor, axes: Axes) -> Callable[[], None]:
     fresh = select(data, axes)
     fresh_grad = None if grad is None else select(grad, axes)
     handle = None
-    if tensor.requires_grad:
+    tracked = tensor.requires_grad and not tensor.is_inference()
+    if tracked:
         # Nothing but graphs from before the cut holds this node; it dies at once where there is none.
         node = torch.autograd.graph.get_gradient_edge(tensor).node
         handle = node.register_prehook(_outdated)
@@ -310,7 +311,7 @@ def _resize(tensor: torch.Tensor, axes: Axes) -> Callable[[], None]:
             handle.remove()
         _set_data(tensor, data, grad)
 
-    if tensor.requires_grad and not tensor.is_inference():
+    if tracked:
         # A graph that saved the old values must not go on with the new ones.
         torch.autograd.graph.increment_version(tensor)
     return take_back

@@ -44,7 +44,7 @@ def prune_model_weight(
         ArgumentTypeError: an argument of the wrong type.
         ConfigError, PatternError: steps and blocks do not fit each other, the file or the model.
         PlanError: names or shapes do not fit; the model is as it was.
-        UnsupportedError: "importance" cannot tell the attention heads.
+        UnsupportedError: "importance" cannot find the attention heads.
         FileFormatError, LinkPathError: the file is damaged, missing or a link.
 
     Example:

@@ -56,6 +56,10 @@ class MindSporePrune:
     def has_example(self) -> bool:
         return self.inputs is not None
 
+    @property
+    def branches(self) -> bool:
+        return False  # a compiled graph has no branch that a value chose outside of it
+
     def trace(self) -> Graph:
         self.traced = trace_marked(self.model, self.inputs)
         self.knife = Knife(self.model, self.inputs, self.traced)

@@ -48,7 +48,7 @@ def state_of(model: nn.Cell) -> replay.State:
     """What a forward in eval mode may change of a cell: plain attributes, and parameters that are state.
 
     MindSpore has no buffers: caches, counters and positions are parameters that do not train. Where nothing trains
-    that tells nothing, and only what is no matrix of numbers counts as state.
+    that says nothing, and only what is no matrix of numbers counts as state.
     """
     holders: list[tuple[dict[str, Any], frozenset[str]]] = []
     held: list[ms.Parameter] = []

@@ -52,7 +52,7 @@ def state_of(scheduler: Any) -> Any:
     """A scheduler's state as plain values and arrays, without what `parameters_of` names; None for no scheduler.
 
     Raises:
-        UnsupportedError: it tells no state that could be put back.
+        UnsupportedError: it has no state that could be put back.
     """
     if scheduler is None or not hasattr(scheduler, "step"):
         return None

@@ -1,4 +1,4 @@
-"""What slimkit tells a person while it works: the logger's level, and progress over long loops."""
+"""What slimkit says to a person while it works: the logger's level, and progress over long loops."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def progress(items: Iterable[T], what: str, total: int | None = None) -> Iterato
     Args:
         items: what to iterate over.
         what: a word for one item, for example "layers".
-        total: their number, when `items` cannot tell.
+        total: their number, when `items` has no length.
 
     Yields:
         The items, unchanged.

@@ -65,7 +65,7 @@ def put_prompt(
 
     Args:
         model: a Hugging Face model, one that holds one, or any model whose first input is token ids.
-        targets: the token embedding of a model that is not Hugging Face's, where its name does not tell it.
+        targets: the token embedding of a model that is not Hugging Face's, where its name does not say it.
         name: the delta's name.
         dtype: of the parameters; None means float32.
         num_virtual_tokens: length of the prompt; 20 unless a text says otherwise.

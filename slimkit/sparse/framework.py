@@ -34,7 +34,7 @@ class TorchSparse:
         """Every layer that can be sparse by name, and those that cannot with the reason.
 
         Args:
-            dataset: batches; one is sent through where only a product tells how experts are laid out.
+            dataset: batches; one is sent through where only a product shows how experts are laid out.
         """
         found, self._slots, skipped = described(self.model, with_meta=not self.keeps_masks)
         learn_layouts(found, self._slots, dataset, self._watch_products)

@@ -26,7 +26,7 @@ class Reads(TorchDispatchMode):
     """Calls ``seen(paths, rows)`` before each product with a watched weight, whatever Python code asks for it.
 
     All of torch's ways to apply a weight end in a few products of matrices, and an operand that is a view of a
-    parameter tells by its address which part of it is meant.
+    parameter shows by its address which part of it is meant.
 
     Args:
         model: the model.

@@ -26,8 +26,8 @@ class WeightSlot:
         index: None for the whole parameter, a number for one expert of it, a slice for some of its rows.
         bias_key: the bias's name in that module, None without bias.
         bias_index: the same for the bias.
-        read: the weight is read without a call of the module, so only products with it tell its inputs.
-        learn: the layout was guessed; inputs would tell.
+        read: the weight is read without a call of the module, so only products with it show its inputs.
+        learn: the layout was guessed; inputs would show.
     """
 
     module: str
@@ -71,7 +71,7 @@ class WeightSlot:
         return replace(self, module=self.module[len(path) + 1 :])
 
     def layer(self, name: str, model: torch.nn.Module) -> SparseLayer:
-        """What the core is told of it."""
+        """What the core knows of it."""
         module, shape = self.owner(model), tuple(self.weight(model).shape)
         has_bias = self.bias(model) is not None
         if self.kind == "conv2d":

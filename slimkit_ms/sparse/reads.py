@@ -29,7 +29,7 @@ SAMPLE = 16
 class Reads(ms.MsDispatchMode):
     """Calls ``seen(name, rows, tokens)`` at each product with a watched weight, whatever Python code asks for it.
 
-    An operator is handed copies of what was sliced, turned or cast, so that neither identity nor address tells where a
+    An operator is handed copies of what was sliced, turned or cast, so that neither identity nor address shows where a
     factor comes from; its values do.
 
     Args:

@@ -88,7 +88,7 @@ def chained(model: nn.Cell, run: Callable[[], None], blocks: Sequence[str]) -> b
 
 
 def _same(one: ms.Tensor, other: ms.Tensor | None) -> bool:
-    # Hooks may be handed another object for the same tensor, so its values tell.
+    # Hooks may be handed another object for the same tensor, so its values decide.
     return other is not None and one.shape == other.shape and bool((one == other).all())
 
 

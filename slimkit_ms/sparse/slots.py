@@ -33,7 +33,7 @@ class WeightSlot:
         bias_key: the bias's name, None without bias.
         bias_index: the same for the bias.
         part: "" for a cell that is called; else what attention multiplies it with: "query", "key", "value" or "out".
-        learn: the layout was guessed; inputs would tell.
+        learn: the layout was guessed; inputs would show.
     """
 
     cell: str
@@ -52,7 +52,7 @@ class WeightSlot:
 
     @property
     def read(self) -> bool:
-        """Whether the weight is read without a call that tells its inputs: only products with it do."""
+        """Whether the weight is read without a call that shows its inputs: only products with it do."""
         return isinstance(self.index, int)
 
     @property
@@ -80,7 +80,7 @@ class WeightSlot:
             _put(bias, self.bias_index, _values(bias, self.bias_index) + bias_shift)
 
     def layer(self, name: str, model: nn.Cell) -> SparseLayer:
-        """What the core is told of it."""
+        """What the core knows of it."""
         cell, shape = bridge.get_module(model, self.cell), tuple(self.parameter(model).shape)
         if self.kind == "conv2d":
             stride, dilation = kinds.steps_of(cell, "stride"), kinds.steps_of(cell, "dilation")

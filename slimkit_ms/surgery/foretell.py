@@ -1,4 +1,4 @@
-"""The shapes that all values of a traced cell must have after a cut, told from the kept indices of its parameters."""
+"""The shapes that all values of a traced cell has after a cut, computed from the kept indices of its parameters."""
 
 from __future__ import annotations
 

@@ -176,7 +176,7 @@ def _sliced(parameter: ms.Parameter, path: str, index: Sequence[Any]) -> ms.Para
 
 
 def cut_layers(model: nn.Cell, groups: Mapping[str, int], undo: Undo) -> None:
-    """Make the attributes and primitives of MindSpore's own layers tell their parameters' new shapes, in place.
+    """Make the attributes and primitives of MindSpore's own layers say their parameters' new shapes, in place.
 
     Args:
         model: the cell, its parameters already cut.

@@ -170,7 +170,7 @@ def _evidence(model: nn.Cell, traced: Traced, foretold: Foretold, undo: Undo) ->
         parent = seen[path.rpartition(".")[0]]
         for now in cell._params.values():
             if now is not None:
-                # Parameters that were not cut count too: they tell which numbers stay.
+                # Parameters that were not cut count too: they show which numbers stay.
                 pairs = list(zip(uncut.get(id(now), now).shape, now.shape, strict=True))
                 seen[path].own.extend(pairs)
                 parent.made.extend(pairs[:1])

@@ -187,7 +187,44 @@ def test_a_failed_prune_leaves_old_graphs_alive():
     assert loss is not None
 
 
-def test_ema_copies_schedulers_and_compiled_steps_follow():
+def test_compiled_networks_train_on_and_plans_speak_of_the_plain_one(tmp_path):
+    from slimkit import load_pruned, save_pruned
+
+    model = network()
+    compiled = torch.compile(model, backend="eager")
+    optimizer = torch.optim.Adam(model.parameters())
+    train(compiled, 1, optimizer)
+    desc = prune(compiled)
+    assert set(desc["shapes"]) <= set(network().state_dict())
+    migrate_optimizer(optimizer, compiled, desc)
+    train(compiled, 1, optimizer)
+    torch.testing.assert_close(compiled.eval()(X), model(X))  # the same graph, compiled or not
+    save_pruned(tmp_path / "small", compiled, desc)
+    assert torch.equal(load_pruned(tmp_path / "small", network()).eval()(X), model(X))
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_optimizers_that_step_inside_the_backward_pass_go_on(kind):
+    model = network()
+    optimizers = {p: kind([p], lr=0.01) for p in model.parameters()}
+
+    def step(parameter):
+        optimizers[parameter].step()
+        optimizers[parameter].zero_grad()
+
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(step)
+    held = model(X).sum()
+    held.backward()
+    desc = prune(model)
+    for optimizer in optimizers.values():
+        migrate_optimizer(optimizer, model, desc)
+    before = model[3].weight.clone()
+    model(X).sum().backward()
+    assert not torch.equal(before, model[3].weight)
+
+
+def test_ema_copies_and_schedulers_follow():
     model = network()
     ema = torch.optim.swa_utils.AveragedModel(model)
     optimizer = torch.optim.AdamW(model.parameters(), 0.01)

@@ -104,7 +104,7 @@ def lint_dtypes(graph: OnnxGraph, device: AscendTarget, precision: str) -> Itera
             yield Finding("warning", "dtype", names[0], f"{held}; the cube unit takes no float64", "use float32", "")
         elif dtype == "float32" and precision == "fp16":
             yield Finding(
-                "info", "precision", "", f"{held}: atc computes them in float16 unless told otherwise",
+                "info", "precision", "", f"{held}: atc computes them in float16 unless asked otherwise",
                 "precision='origin' (--precision origin) keeps float32", precision_url,
             )  # fmt: skip
     for value in graph.inputs:

@@ -52,7 +52,7 @@ class Weight:
     _external: tuple[Path, int] | None = field(default=None, repr=False, compare=False)
 
     def nonzero(self) -> Array | None:
-        """Where its values differ from zero, bool of its shape; None for a type whose zeros are not told here."""
+        """Where its values differ from zero, bool of its shape; None for a type whose zeros are not counted here."""
         if self.missing or self.dtype not in ("float16", "bfloat16", "float32", "float64", "int8", "uint8"):
             return None
         if self._external is not None:

@@ -87,7 +87,7 @@ _SHARED = {
         f"{_DOCS}/en/canncommercial/850/API/appdevgapi/aclcppdevg_03_1348.html",
     ),
     "precision": Source(
-        "atc computes in float16 unless told otherwise, wherever an operator offers both",
+        "atc computes in float16 unless asked otherwise, wherever an operator offers both",
         "https://www.hiascend.com/doc_center/source/zh/CANNCommunityEdition/80RC1alpha002/devaids/auxiliarydevtool/atlasatc_16_0098.html",
     ),
     "inputs": Source(
@@ -115,7 +115,7 @@ _ROWS = Source(
     f"{_DOCS}/en/canncommercial/850/opdevg/Ascendcopdevg/atlas_ascendc_best_practices_10_0014.html",
 )
 _SOC = Source(
-    "npu-smi info tells the name of the chip for --soc_version",
+    "npu-smi info shows the name of the chip for --soc_version",
     f"{_DOCS}/zh/CANNCommunityEdition/900beta2/appdevg/acldevg/aclpythondevg_0030.html",
 )
 

@@ -93,7 +93,7 @@ class TorchFile(Weights):
 
     def _check_zip(self, size: int) -> bool:
         with open(self.path, "rb") as handle:
-            # torch.load tells a zip by its first bytes, so whatever it would open as one is looked into here.
+            # torch.load knows a zip by its first bytes, so whatever it would open as one is looked into here.
             if handle.read(2) != b"PK":
                 return False
         try:

@@ -127,7 +127,7 @@ def _by_rules(
 
 
 def _told_moves(source: Weights, told: Told) -> dict[str, Move]:
-    """What the user's map splits and joins, where no network tells the layers."""
+    """What the user's map splits and joins, where no network names the layers."""
     moves: dict[str, Move] = {}
     for name, wanted in told.splits.items():
         shape = source.entries[name].shape

@@ -1,4 +1,4 @@
-"""What a network's tensors are to its layers, told by its classes for both frameworks; neither is imported."""
+"""What a network's tensors are to its layers, known by its classes for both frameworks; neither is imported."""
 
 from __future__ import annotations
 

@@ -117,7 +117,7 @@ def _write_torch(
 
 
 def direction_of(source: Weights, path: Path, to: str | None, source_net: Any, result_net: Any) -> str:
-    """'torch' or 'mindspore': what is said, what the networks are, what the files' endings and contents tell."""
+    """'torch' or 'mindspore': what is said, what the networks are, what the files' endings and contents say."""
     if (source_net is None) != (result_net is None):
         raise ArgumentError("source_net and result_net must be given together, or neither.")
     told = None if to is None else check.choice(to, ("torch", "mindspore"), "to")

@@ -119,7 +119,7 @@ def growth(parameters: Sequence[inspect.Parameter], class_name: str) -> dict[str
         how = next((h for h in _INPUTS if h[0] in word), None)
         if how is None:
             raise UnsupportedError(
-                f"prompt cannot tell how the input {parameter.name!r} of {class_name} grows: a name with "
+                f"prompt cannot know how the input {parameter.name!r} of {class_name} grows: a name with "
                 f"{', '.join(word for word, _, _ in _INPUTS)} in it says so."
             )
         grows[parameter.name] = how[1:]

@@ -63,7 +63,7 @@ class SoftLabel:
         t_side, s_side: "output", or "input" for what the module was called with.
         mask: the forward argument (name or position) that is 1 on real positions and 0 on padding.
         pool: "mean" over axis 1 (the masked positions left out) or "first" position, before the losses.
-        widths: (student's, teacher's) last axis, when they differ and no example batch can tell.
+        widths: (student's, teacher's) last axis, when they differ and no example batch can show.
         shape: the teacher tensor's shape without the batch; checked when given.
         label: how messages and logs call it.
     """

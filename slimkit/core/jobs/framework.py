@@ -144,7 +144,7 @@ class Task:
         loss: the loss.
         options: the job's, with what the task adds to them.
         labels: label -> class, where the data has words for classes.
-        classes: whether the labels are classes, so that accuracy can be told.
+        classes: whether the labels are classes, so that accuracy can be reported.
     """
 
     opened: Opened

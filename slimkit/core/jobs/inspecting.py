@@ -1,4 +1,4 @@
-"""What a file or folder holds, told from the file itself: weights, plans, deltas, W16A16S folders, ONNX, reports."""
+"""What a file or folder holds, read from the file itself: weights, plans, deltas, W16A16S folders, ONNX, reports."""
 
 from __future__ import annotations
 

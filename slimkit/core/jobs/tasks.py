@@ -13,7 +13,7 @@ TASKS = {"classification": "AutoModelForSequenceClassification", "causal-lm": "A
 
 
 def task_of(task: str, architecture: str, rows: Sequence[Mapping[str, Any]]) -> str:
-    """The task of a data file: what was asked for, or what its labels and the model's head tell.
+    """The task of a data file: what was asked for, or what its labels and the model's head say.
 
     Example:
         >>> task_of("auto", "BertModel", [{"text": "a", "label": 1}])

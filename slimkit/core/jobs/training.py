@@ -202,7 +202,7 @@ def _task(
 
 
 def _called(face: JobFramework, opened: Opened, inputs: Any) -> list[Any]:
-    """The arrays that a network answers with; whatever it raises is told with the network's name."""
+    """The arrays that a network answers with; whatever it raises is reported with the network's name."""
     where = opened.place.factory or opened.place.model
     try:
         found: list[Any] = face.outputs(opened.model, inputs)

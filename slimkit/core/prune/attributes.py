@@ -82,7 +82,7 @@ def new_values(name: str, old: int, sizes: Sizes) -> list[int]:
         sizes: what the module's code saw.
 
     Returns:
-        One value where it is certain; several where only trying can tell.
+        One value where it is certain; several where only trying can show.
 
     Example:
         >>> new_values("num_heads", 8, {8: {"heads": {4}, "whole": {8}}})

@@ -26,6 +26,11 @@ class PruneFramework(Protocol):
     def has_example(self) -> bool:
         """Whether an example of what the model takes was given, so that it can be run."""
 
+    @property
+    @abstractmethod
+    def branches(self) -> bool:
+        """Whether the model's own code chose by values when it was traced; a cut may then take another way."""
+
     @abstractmethod
     def trace(self) -> Graph:
         """The model's graph."""

@@ -4,7 +4,7 @@ A tracer lists *values* (tensors, each with its shape) and *nodes* (operators) i
 numbers in weights and nothing of a framework. Axes are counted from 0, in the order of the shape, never negative.
 
 Values
-    ``kind`` tells where a value comes from:
+    ``kind`` says where a value comes from:
 
     ========== ===========================================================================================
     input      an argument of the model; its axes are never pruned

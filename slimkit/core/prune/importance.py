@@ -38,7 +38,7 @@ def scores(view: View, criterion: Criterion, evidence: Evidence, seed: int = 0) 
     for variable in view.variables:
         for path, axis, role in variable.places:
             places.setdefault(path, []).append((variable.name, axis, role))
-    # Sums over the weights tell of NaN and infinity by themselves; where nothing is summed, the weights are looked at.
+    # Sums over the weights show NaN and infinity by themselves; where nothing is summed, the weights are looked at.
     told = not criterion.needs and not criterion.whole_rows and bool(criterion.roles)
     for path in () if told else places:
         _demand_finite(path, view, places, evidence)

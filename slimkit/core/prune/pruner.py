@@ -272,7 +272,7 @@ class PrunerBase(PrunerSettings):
         return allocate(account, full.tolist(), *limits, chunks, _alike(view), level=self._level), account
 
     def _forget_old_scores(self) -> None:
-        """Weights may have been trained since the last analysis; what data told of the same weights is kept."""
+        """Weights may have been trained since the last analysis; what data said of the same weights is kept."""
         seen: Any = object()
         if self._criterion.needs:
             values = {p: self._wing.read(p) for p in self._solved().graph.shapes}
@@ -343,7 +343,7 @@ class PrunerBase(PrunerSettings):
             plain = differences(view, other, counts, LAYOUT, error, remade)
             if plain is None or found[1] == ANOTHER or len(other.nodes) > len(view.coupling.graph.nodes):
                 found = plain
-        if found and found[1] == ANOTHER and getattr(self._wing, "branches", False) and not error:
+        if found and found[1] == ANOTHER and self._wing.branches and not error:
             # The cut changed the values that the model's own code branches on: it ran, and that must do.
             return True
         return found is None or self._pin(view, counts, *found)

@@ -55,7 +55,7 @@ class Coupling:
         self.pinned: dict[Dim, str] = {}
 
     def tie(self, place: int) -> bool:
-        """Demand that a split's parts stay equal, since the code divides by their number; tells whether that was
+        """Demand that a split's parts stay equal, since the code divides by their number; returns whether that was
         new."""
         node = self.graph.nodes[place]
         if place in self.tied or node.op != "split" or len(set(node.attrs["sizes"])) > 1:
@@ -94,7 +94,7 @@ class Coupling:
         return any(x.kind == FREE and x not in self.pinned for x in map(find, leaves(dim)))
 
     def pin(self, dim: Dim, reason: str) -> bool:
-        """Exclude every variable of an axis for good; tells whether that changed anything."""
+        """Exclude every variable of an axis for good; returns whether that changed anything."""
         fresh = [d for d in map(find, leaves(dim)) if d.kind == FREE and d not in self.pinned]
         self.pinned.update(dict.fromkeys(fresh, reason))
         return bool(fresh)

@@ -70,7 +70,7 @@ def _calls(reference: Any, folder: Path, key: str, *positional: str, **more: Any
     text, arguments = factory.parts(reference)
     try:
         signature = inspect.signature(function)
-    except (ValueError, TypeError):  # a built-in tells no signature
+    except (ValueError, TypeError):  # a built-in has no signature
         return
     try:
         signature.bind(*positional, **{**arguments, **more})

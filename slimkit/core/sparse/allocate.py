@@ -73,14 +73,14 @@ def spread(
         return found
 
     total = ratio * sum(sizes.values())
-    cheap, dear = 1e-30, 1e30
+    low, high = 1e-30, 1e30
     for _ in range(200):
-        price = (cheap * dear) ** 0.5
+        price = (low * high) ** 0.5
         if sum(sizes[n] * r for n, r in at(price).items()) < total:
-            cheap = price
+            low = price
         else:
-            dear = price
-    return at((cheap * dear) ** 0.5)
+            high = price
+    return at((low * high) ** 0.5)
 
 
 def _exponentials(

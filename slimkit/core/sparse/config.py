@@ -37,7 +37,7 @@ class SparseConfig:
         sequential: calibrate each layer on the inputs that the already sparsified layers before it produce.
         asymmetric: fit those inputs to the *dense* model's outputs and correct the bias; None does so for par and
             par_v2. Needs `sequential`.
-        residual: let layers whose output joins the residual stream also make good what the stream has lost before
+        residual: let layers whose output joins the residual stream also make up for what the stream has lost before
             them. Models that are a chain of blocks only; needs the dense outputs (`asymmetric`).
         min_tokens: a layer that saw fewer calibration rows falls back to magnitude, and the report says so.
         progressive_steps: how many steps `progressive` takes.

@@ -82,7 +82,7 @@ def learn_layouts(
 
     Args:
         layers: the layers by name.
-        slots: where their weights lie; a slot tells by `learn` whether its kind is a guess, and by `place` which
+        slots: where their weights lie; a slot says by `learn` whether its kind is a guess, and by `place` which
             parameter it is in, since the experts of one lie alike.
         dataset: batches, of which one is sent through; None when none may be.
         watch: sends a batch through and calls its last argument with each of these slots' layers that is read turned.

@@ -57,7 +57,7 @@ class SparseFramework(Protocol):
         """Learn that a layer is done, and its row of the report."""
 
     def layers(self, dataset: Iterable[Any] | None = None) -> tuple[dict[str, SparseLayer], dict[str, str]]:
-        """Every layer that can be sparse by name, and those that cannot with the reason; batches may help to tell."""
+        """Every layer that can be sparse by name, and those that cannot with the reason; batches may help."""
 
     def weight(self, name: str) -> Array:
         """The layer's weight as an array."""

@@ -62,7 +62,7 @@ def add_up(host: SparseFramework, moments: Moments, weight: Array) -> None:
     Args:
         host: the model.
         moments: this process's sums.
-        weight: the layer's weight, which tells where to calculate.
+        weight: the layer's weight, which says where to calculate.
     """
     if host.processes() < 2:
         return
@@ -95,7 +95,7 @@ def add_up(host: SparseFramework, moments: Moments, weight: Array) -> None:
 def owners(layers: Sequence[SparseLayer], method: str, processes: int) -> dict[str, int]:
     """Which process solves which of some layers that do not wait for each other; empty where each had better do all.
 
-    The dearest layer goes first, each to the process that has least to do.
+    The most expensive layer goes first, each to the process that has least to do.
 
     Args:
         layers: the layers.

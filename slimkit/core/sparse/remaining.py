@@ -1,4 +1,4 @@
-"""How much of a long run is left: learned from the layers that are done, and told before by what layers cost."""
+"""How much of a long run is left: learned from the layers that are done, and before that from what layers cost."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class _Latest:
 
 
 def _blend(before: float | None, now: float) -> float:
-    # A single block may meet a busy machine; three in a row tell that it became busy.
+    # A single block may meet a busy machine; three in a row show that it became busy.
     return now if before is None else (before + 2 * now) / 3
 
 
@@ -70,7 +70,7 @@ class Estimate:
 
     A walk waits for a layer's inputs, solves it, and between two parts of the model sends all data through the part.
     What was measured at the same place of an earlier block, or at the same shape, stands for itself. Before that, the
-    forward that found the order of the layers tells the waiting by when it reached each of them, and the table of
+    forward that found the order of the layers gives the waiting by when it reached each of them, and the table of
     methods how long solving takes beside what was solved already.
 
     Args:
@@ -246,7 +246,7 @@ def _start(part: Collection[str], reached: Mapping[str, float]) -> float:
     before = [s for n, s in reached.items() if n not in part and s < reached[first]]
     if before:
         return max(before)
-    # What comes before the first block, such as embeddings, is told by how soon the other blocks reach the same layer.
+    # What comes before the first block, such as embeddings, takes what the other blocks need to reach the same layer.
     gaps = []
     for other, seconds in reached.items():
         if other not in part and _place(other) == _place(first):

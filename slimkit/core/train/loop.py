@@ -329,7 +329,7 @@ class TrainerLoop(Resumable):
         """One update and what follows it; returns its loss, not waited for."""
         loss = self._update(group)
         self._losses.append(loss)
-        # A distillation model tells the value of each term of its loss.
+        # A distillation model knows the value of each term of its loss.
         parts = getattr(self.model, "losses", None)
         if isinstance(parts, Mapping):
             for name, value in parts.items():

@@ -32,7 +32,7 @@ class Resumable(ABC):
     _first: int
     _losses: list[Any]  # of updates since the last flush, still on the device
     _pending: list[float]  # of the epoch being run
-    _terms: dict[str, list[Any]]  # the parts of those losses, if the model tells them
+    _terms: dict[str, list[Any]]  # the parts of those losses, if the model has them
     _term_values: dict[str, list[float]]
 
     @abstractmethod

@@ -49,7 +49,7 @@ class UpdateOptions:
         kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
         try:
             parameters = list(inspect.signature(make).parameters.values())
-        except ValueError:  # a built-in tells no signature
+        except ValueError:  # a built-in has no signature
             parameters = []
         required = [p for p in parameters if p.kind in kinds and p.default is inspect.Parameter.empty]
         if len(required) < 2:

@@ -126,7 +126,7 @@ class PruneConfig:
         return self._with(selection=selection, activations=None if activations is None else checked(activations))
 
     def set_head_size(self, size: int | None) -> PruneConfig:
-        """Say how wide one attention head of the file is, where neither its config.json nor the model tells.
+        """Say how wide one attention head of the file is, where neither its config.json nor the model says.
 
         Args:
             size: rows of the query matrix that one head owns; None asks the file's config.json, then the model.

@@ -48,7 +48,7 @@ class SmallTensor:
 
 @dataclass(frozen=True)
 class Structure:
-    """What a wing tells of the small model.
+    """What a wing knows of the small model.
 
     Args:
         targets: name -> tensor, for all parameters and saved buffers.

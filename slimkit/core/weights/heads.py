@@ -36,7 +36,7 @@ class Attention:
 
 
 def heads_told_by(owner: Any) -> Heads | None:
-    """The heads that a layer or a configuration object tells by its attributes, under any of their usual names."""
+    """The heads that a layer or a configuration object names in its attributes, under any of their usual names."""
 
     def first(*names: str) -> int | None:
         found = (getattr(owner, n, None) for n in names)
@@ -76,7 +76,7 @@ def measure(
         )
 
     if told is None and head_size is None:
-        raise refuse("the model does not tell its number of heads")
+        raise refuse("the model does not say its number of heads")
     queries = told.queries if told else None
     if layout == "separate":
         q, k = rows.get("query"), rows.get("key", rows.get("value"))

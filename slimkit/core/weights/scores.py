@@ -59,7 +59,7 @@ class Scores:
     def _add_seen(self, name: str, use: AxisUse, energy: Array, activation: Array) -> None:
         if len(activation) != len(energy):
             raise PlanError(
-                f"{name}: the activations tell of {len(activation)} input channels, the file has {len(energy)}. "
+                f"{name}: the activations are of {len(activation)} input channels, the file has {len(energy)}. "
                 "Measure them on the file's own model."
             )
         seen = energy * activation
@@ -97,7 +97,7 @@ class Scores:
     def attention(self, path: str) -> dict[str, Array]:
         """Scores per query head and channel of the head.
 
-        "value" for value-output, "query" for query-key, and where activations tell, "seen" for the output alone.
+        "value" for value-output, "query" for query-key, and where activations are given, "seen" for the output alone.
         """
         attention = self._coupling.attentions[path]
         n_q, n_k, size = attention.source.queries, attention.source.keys or 1, attention.source.size or 1

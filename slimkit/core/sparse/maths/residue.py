@@ -1,4 +1,4 @@
-"""What a layer should say: its trained weight, or what makes good what the layers before it have lost.
+"""What a layer should say: its trained weight, or what makes up for what the layers before it have lost.
 
 With dense inputs x, sparse inputs s and a trained W (out, n), the weights whose outputs come closest to W x are
 
@@ -18,8 +18,8 @@ from slimkit.core.sparse.maths.backend import Array, add_product, namespace, own
 from slimkit.core.sparse.maths.factor import STRIP, inverse_factor
 from slimkit.core.sparse.maths.moments import Moments
 
-# The regression that makes good what earlier layers lost has a ridge of RIDGE_PER_ROW * channels / calibration rows, at
-# most RIDGE, as a share of a channel's variance. Little of the loss is predictable, and tokens of one text resemble
+# The regression that makes up for what earlier layers lost has a ridge of RIDGE_PER_ROW * channels / calibration rows,
+# at most RIDGE, as a share of a channel's variance. Little of the loss is predictable, and tokens of one text resemble
 # each other: with less, the calibration texts gain and others lose.
 RIDGE_PER_ROW = 4.0
 RIDGE = 0.3
