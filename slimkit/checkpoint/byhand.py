@@ -8,13 +8,12 @@ from typing import Any
 
 from slimkit import bridge
 from slimkit.checkpoint.optimizer import plan_optimizer, whole
-from slimkit.core import check, files
+from slimkit.core import check
 from slimkit.core.checkpoint import loading, saving
 from slimkit.core.checkpoint.loading import LoadReport
 from slimkit.core.checkpoint.openweights import open_weights
 from slimkit.core.checkpoint.saving import Items, Saving
 from slimkit.core.checkpoint.weightfile import Array, Entry, Weights
-from slimkit.core.errors import ArgumentError
 from slimkit.torchfile import TorchWeightFile, described, restored, write_torch
 from slimkit.torchfile import tag_of as torch_tag_of
 
@@ -60,7 +59,7 @@ def save_checkpoint(
         >>> load_checkpoint(path)["epoch_size"]
         10
     """
-    path = _path_to_save(ckpt_file_name)
+    path = saving.path_to_save(ckpt_file_name, ENDINGS, f"{', '.join(ENDINGS)}; convert_checkpoint writes .ckpt")
     items = items_of(save_obj, append_dict).chosen(choice_func)
     return write(path, items, async_save=async_save, manifest=manifest)
 
@@ -71,17 +70,6 @@ def write(
     """Write items in the format of the path's ending; `after` is called when they are on the disk."""
     writer = None if path.suffix == ".safetensors" else _write_torch
     return saving.save(path, items, async_save=async_save, with_manifest=manifest, writer=writer, after=after)
-
-
-def _path_to_save(name: Any) -> Path:
-    path = files.as_path(name, "ckpt_file_name")
-    if not path.suffix:
-        path = path.with_name(path.name + ENDINGS[0])
-    if path.suffix not in ENDINGS:
-        raise ArgumentError(
-            f"ckpt_file_name must end in {', '.join(ENDINGS)}; convert_checkpoint writes .ckpt. Received: {str(path)!r}"
-        )
-    return path
 
 
 def _write_torch(

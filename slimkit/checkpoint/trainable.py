@@ -8,7 +8,7 @@ from typing import Any
 
 from slimkit.checkpoint.byhand import write
 from slimkit.checkpoint.optimizer import add_optimizer, unwrapped, whole
-from slimkit.core import check, files
+from slimkit.core import check
 from slimkit.core.checkpoint.savepolicy import CheckpointConfig, SavePolicy, appended
 from slimkit.core.checkpoint.saving import Items, Saving
 from slimkit.torchfile import described
@@ -59,22 +59,10 @@ class TrainableParamsCheckPoint:
         if config is not None:
             check.instance(config, CheckpointConfig, "config")
         self.config = config or CheckpointConfig()
-        self.directory = files.save_directory(directory)
-        if "/" in check.text(prefix, "prefix"):
-            check.wrong_value("prefix", "a name without '/'", prefix)
         self.batch_norm_statistics = check.boolean(batch_norm_statistics, "batch_norm_statistics")
         self.optimizer_state = check.boolean(optimizer_state, "optimizer_state")
-        self.directory.mkdir(parents=True, exist_ok=True)
-        c = self.config
-        self._policy = SavePolicy(
-            self.directory,
-            prefix,
-            f".{c.format}",
-            c.save_checkpoint_steps,
-            c.save_checkpoint_seconds,
-            c.keep_checkpoint_max,
-            c.keep_checkpoint_per_n_minutes,
-        )
+        self._policy = SavePolicy.of(directory, prefix, self.config)
+        self.directory = self._policy.folder
         self._saving: Saving | None = None
         self._latest = ""
         self._step = self._epoch = self._before_epoch = 0

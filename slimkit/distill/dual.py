@@ -8,9 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from slimkit import bridge
-from slimkit.core import check
 from slimkit.core.batch import as_call
-from slimkit.core.distill.config import DistillSpec, KnowledgeDistillConfig, SoftLabel
+from slimkit.core.distill.config import DistillSpec, KnowledgeDistillConfig, SoftLabel, check_pair
 from slimkit.core.distill.masks import IGNORED, holds_labels
 from slimkit.core.distill.shapes import check_mask, check_shapes, pick, projection_values
 from slimkit.core.errors import ConfigError
@@ -308,15 +307,7 @@ def get_distill_model(
         >>> soft.requires_grad, teacher_out.requires_grad
         (True, False)
     """
-    if not hasattr(teacher, "lookup"):
-        bridge.check_model(teacher, "teacher")
-    bridge.check_model(student, "student")
-    check.instance(config, KnowledgeDistillConfig, "config")
-    if teacher is student:
-        check.wrong_value("teacher", "another module than the student", teacher)
-    custom = config.custom_losses
-    for name, instance in custom.items():
-        bridge.check_model(instance, f"custom loss {name!r}")
+    custom = check_pair(teacher, student, config, bridge.check_model, "module")
     modes = {m: m.training for m in teacher.modules()} if isinstance(teacher, nn.Module) else {}
     dual = None
     try:

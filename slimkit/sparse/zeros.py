@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from slimkit import bridge
-from slimkit.core.sparse.masks import demand_masks
+from slimkit.core.sparse.masks import kept_masks
 from slimkit.core.sparse.skipped import adapter_parts
 from slimkit.sparse.slots import WeightSlot, slots_of
 
@@ -163,12 +163,7 @@ def freeze_zeros(
             places.add(place)
             slots[name] = slot
     shapes = {name: tuple(slot.weight(model).shape) for name, slot in slots.items()}
-    if masks is None:
-        names = demand_masks(shapes, None, targets)
-        found = {n: slots[n].weight(model) != 0 for n in names}
-        found = {n: m for n, m in found.items() if not bool(m.all())}
-        demand_masks(shapes, found, None)
-    else:
-        names = demand_masks(shapes, masks, targets)
-        found = {n: torch.as_tensor(masks[n], device=slots[n].weight(model).device).bool() for n in names}
+    nonzero = lambda n: slots[n].weight(model) != 0
+    given = lambda n, mask: torch.as_tensor(mask, device=slots[n].weight(model).device).bool()
+    found = kept_masks(shapes, masks, targets, nonzero, given)
     return FrozenZeros(model, slots, found)

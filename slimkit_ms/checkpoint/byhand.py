@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from slimkit.core import check, files
+from slimkit.core import check
 from slimkit.core.checkpoint import loading, saving
 from slimkit.core.checkpoint.ckpt import TAGS, TYPES
 from slimkit.core.checkpoint.loading import LoadReport
 from slimkit.core.checkpoint.openweights import open_weights, refuse_torch
 from slimkit.core.checkpoint.saving import Items, Saving
 from slimkit.core.checkpoint.weightfile import Array, Entry, Weights, decode
-from slimkit.core.errors import ArgumentError, UnsupportedError
+from slimkit.core.errors import UnsupportedError
 from slimkit_ms import bridge
 
 import mindspore as ms
@@ -62,18 +61,9 @@ def save_checkpoint(
         >>> load_checkpoint(path)["epoch_size"]
         10
     """
-    path = _path_to_save(ckpt_file_name)
+    path = saving.path_to_save(ckpt_file_name, ENDINGS, " or ".join(ENDINGS))
     items = items_of(save_obj, append_dict).chosen(choice_func)
     return saving.save(path, items, async_save=async_save, with_manifest=manifest, crc=not manifest)
-
-
-def _path_to_save(name: Any) -> Path:
-    path = files.as_path(name, "ckpt_file_name")
-    if not path.suffix:
-        path = path.with_name(path.name + ENDINGS[0])
-    if path.suffix not in ENDINGS:
-        raise ArgumentError(f"ckpt_file_name must end in {' or '.join(ENDINGS)}. Received: {str(path)!r}")
-    return path
 
 
 def items_of(save_obj: Any, append_dict: Mapping[str, Any] | None = None) -> Items:

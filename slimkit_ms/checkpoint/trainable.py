@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from slimkit.core import check, files
+from slimkit.core import check
 from slimkit.core.checkpoint import saving
 from slimkit.core.checkpoint.savepolicy import SavePolicy
 from slimkit.core.checkpoint.saving import Items, Saving
@@ -56,24 +56,12 @@ class TrainableParamsCheckPoint(ModelCheckpoint):
     ) -> None:
         if config is not None:
             check.instance(config, CheckpointConfig, "config")
-        folder = files.save_directory(directory)
-        if "/" in check.text(prefix, "prefix"):
-            check.wrong_value("prefix", "a name without '/'", prefix)
         self.batch_norm_statistics = check.boolean(batch_norm_statistics, "batch_norm_statistics")
         self.optimizer_state = check.boolean(optimizer_state, "optimizer_state")
-        folder.mkdir(parents=True, exist_ok=True)
         self.config = config or CheckpointConfig()
-        super().__init__(prefix=prefix, directory=str(folder), config=self.config)
-        c = self.config
-        self._policy = SavePolicy(
-            folder,
-            prefix,
-            f".{c.format}",
-            c.save_checkpoint_steps,
-            c.save_checkpoint_seconds,
-            c.keep_checkpoint_max,
-            c.keep_checkpoint_per_n_minutes,
-        )
+        policy = SavePolicy.of(directory, prefix, self.config)
+        super().__init__(prefix=prefix, directory=str(policy.folder), config=self.config)
+        self._policy = policy
         self._saving: Saving | None = None
 
     def step_end(self, run_context: Any) -> None:

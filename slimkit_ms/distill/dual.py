@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from slimkit.core import check
-from slimkit.core.distill.config import DistillSpec, KnowledgeDistillConfig
+from slimkit.core.distill.config import DistillSpec, KnowledgeDistillConfig, check_pair
 from slimkit.core.distill.masks import holds_labels
 from slimkit.core.distill.shapes import check_mask, check_shapes, pick, projection_values
 from slimkit.core.errors import ConfigError
@@ -408,15 +408,7 @@ def get_distill_model(
         >>> get_distill_model(teacher, student, config)(ops.ones((2, 4))).shape
         ()
     """
-    if not hasattr(teacher, "lookup"):
-        bridge.check_model(teacher, "teacher")
-    bridge.check_model(student, "student")
-    check.instance(config, KnowledgeDistillConfig, "config")
-    if teacher is student:
-        check.wrong_value("teacher", "another cell than the student", teacher)
-    custom = config.custom_losses
-    for name, instance in custom.items():
-        bridge.check_model(instance, f"custom loss {name!r}")
+    custom = check_pair(teacher, student, config, bridge.check_model, "cell")
     spec = config.spec()
     if hasattr(teacher, "lookup"):
         teacher.check(spec)

@@ -10,7 +10,7 @@ import numpy as np
 
 from slimkit.core.errors import UnsupportedError
 from slimkit.core.source.masked_reads import masked_methods
-from slimkit.core.sparse.masks import demand_masks
+from slimkit.core.sparse.masks import kept_masks
 from slimkit.core.sparse.skipped import adapter_parts
 from slimkit_ms import bridge, kinds
 from slimkit_ms.attention import PrunedMultiheadAttention
@@ -208,13 +208,8 @@ def freeze_zeros(
     adapters = adapter_parts(dict(model.cells_and_names()))  # whose zeros are how they begin
     layers = {name: slot for name, slot in slots_of(model) if slot.cell not in adapters}
     shapes = {name: slot.layer(name, model).shape for name, slot in layers.items()}
-    names = demand_masks(shapes, masks, targets)
-    if masks is None:
-        found = {n: layers[n].weight(model) != 0 for n in names}
-        found = {n: m for n, m in found.items() if not m.all()}
-        demand_masks(shapes, found, None)
-    else:
-        found = {n: np.asarray(masks[n], dtype=bool) for n in names}
+    nonzero = lambda n: layers[n].weight(model) != 0
+    found = kept_masks(shapes, masks, targets, nonzero, lambda _, mask: np.asarray(mask, dtype=bool))
     for name in found:
         cell = bridge.get_module(model, layers[name].caller)
         if layers[name].part and type(cell) not in (nn.MultiheadAttention, PrunedMultiheadAttention, MaskedAttention):

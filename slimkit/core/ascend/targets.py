@@ -118,6 +118,16 @@ _SOC = Source(
     "npu-smi info shows the name of the chip for --soc_version",
     f"{_DOCS}/zh/CANNCommunityEdition/900beta2/appdevg/acldevg/aclpythondevg_0030.html",
 )
+# What is known of the targets that drop two of four weights.
+_SOURCES_42 = MappingProxyType(
+    {
+        **_SHARED,
+        "rows": _ROWS,
+        "sparsity": _SPARSITY_42,
+        "sparsity-rule": _SPARSITY_RULE,
+        "soc_version": _SOC,
+    }
+)
 
 TARGETS: Mapping[str, AscendTarget] = MappingProxyType(
     {
@@ -148,15 +158,7 @@ TARGETS: Mapping[str, AscendTarget] = MappingProxyType(
             sparsity="4:2",
             row_bytes=512,
             refused_dtypes=MappingProxyType({}),
-            sources=MappingProxyType(
-                {
-                    **_SHARED,
-                    "rows": _ROWS,
-                    "sparsity": _SPARSITY_42,
-                    "sparsity-rule": _SPARSITY_RULE,
-                    "soc_version": _SOC,
-                }
-            ),
+            sources=_SOURCES_42,
         ),
         "A3": AscendTarget(
             name="A3",
@@ -166,15 +168,7 @@ TARGETS: Mapping[str, AscendTarget] = MappingProxyType(
             # The document speaks of A2; A3 is treated alike, and the findings are hints only.
             row_bytes=512,
             refused_dtypes=MappingProxyType({}),
-            sources=MappingProxyType(
-                {
-                    **_SHARED,
-                    "rows": _ROWS,
-                    "sparsity": _SPARSITY_42,
-                    "sparsity-rule": _SPARSITY_RULE,
-                    "soc_version": _SOC,
-                }
-            ),
+            sources=_SOURCES_42,
         ),
     }
 )

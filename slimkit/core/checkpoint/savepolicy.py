@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slimkit.core import check
+from slimkit.core import check, files
 from slimkit.core.checkpoint import manifest
 from slimkit.core.errors import ArgumentError
 
@@ -87,6 +87,17 @@ class SavePolicy:
         self._gone: list[Path] = []
         self._last_time = self._last_kept = time.time()
         self.prefix = self._free(prefix)
+
+    @classmethod
+    def of(cls, directory: Any, prefix: Any, config: Any) -> SavePolicy:
+        """The policy of a `CheckpointConfig` of slimkit or MindSpore, once directory and prefix are checked."""
+        folder = files.save_directory(directory)
+        if "/" in check.text(prefix, "prefix"):
+            check.wrong_value("prefix", "a name without '/'", prefix)
+        folder.mkdir(parents=True, exist_ok=True)
+        steps, seconds = config.save_checkpoint_steps, config.save_checkpoint_seconds
+        keep, minutes = config.keep_checkpoint_max, config.keep_checkpoint_per_n_minutes
+        return cls(folder, prefix, f".{config.format}", steps, seconds, keep, minutes)
 
     def _free(self, prefix: str) -> str:
         """The prefix, or prefix_1, prefix_2 ... when files of an earlier run lie in the folder."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -102,6 +102,16 @@ def listed(save_obj: Any) -> list[tuple[str, Any]]:
             raise ArgumentTypeError(f'save_obj must be a list of {{"name": ..., "data": ...}}. Received: {item!r:.80}')
         pairs.append((item["name"], item["data"]))
     return pairs
+
+
+def path_to_save(name: Any, endings: Sequence[str], words: str) -> Path:
+    """The file to write, with the first ending where the name has none; ArgumentError for one that is not known."""
+    path = files.as_path(name, "ckpt_file_name")
+    if not path.suffix:
+        path = path.with_name(path.name + endings[0])
+    if path.suffix not in endings:
+        raise ArgumentError(f"ckpt_file_name must end in {words}. Received: {str(path)!r}")
+    return path
 
 
 def gather(save_obj: Any, described: Described) -> Items:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -196,6 +196,26 @@ class KnowledgeDistillConfig:
             labels.append(label if count == 1 else _renamed(label, f"{label.label}#{count}"))
         weight, index = self._hard or (None, 0)
         return DistillSpec(tuple(labels), weight, index, self._teacher_trains)
+
+
+def check_pair(
+    teacher: Any, student: Any, config: Any, check_model: Callable[[Any, str], Any], word: str
+) -> dict[str, Any]:
+    """Check what `get_distill_model` is given, by the framework's `check_model` and word for a model.
+
+    Returns:
+        The custom losses by name.
+    """
+    if not hasattr(teacher, "lookup"):
+        check_model(teacher, "teacher")
+    check_model(student, "student")
+    check.instance(config, KnowledgeDistillConfig, "config")
+    if teacher is student:
+        check.wrong_value("teacher", f"another {word} than the student", teacher)
+    custom: dict[str, Any] = config.custom_losses
+    for name, instance in custom.items():
+        check_model(instance, f"custom loss {name!r}")
+    return custom
 
 
 def _renamed(label: SoftLabel, name: str) -> SoftLabel:

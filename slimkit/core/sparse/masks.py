@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from slimkit.core import check, match
@@ -45,3 +45,25 @@ def demand_masks(
     if not names:
         raise ArgumentError("model must have a layer with zeros to keep. Received: a model without any")
     return names
+
+
+def kept_masks(
+    shapes: Mapping[str, tuple[int, ...]],
+    masks: Mapping[str, Any] | None,
+    targets: Sequence[str] | None,
+    nonzero: Callable[[str], Any],
+    given: Callable[[str, Any], Any],
+) -> dict[str, Any]:
+    """Layer -> mask of what may change: those given, or else every layer's that has zeros now.
+
+    Args:
+        shapes, masks, targets: as for `demand_masks`.
+        nonzero: layer -> where its weight is not zero.
+        given: (layer, mask of the caller) -> the mask as the framework holds it.
+    """
+    names = demand_masks(shapes, masks, targets)
+    if masks is not None:
+        return {n: given(n, masks[n]) for n in names}
+    found = {n: m for n in names if not bool((m := nonzero(n)).all())}
+    demand_masks(shapes, found, None)
+    return found
