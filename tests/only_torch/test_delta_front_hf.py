@@ -245,3 +245,31 @@ def test_arguments_are_bound_by_place_and_by_name():
     assert torch.equal(by_place, by_name)
     with pytest.raises(UnsupportedError, match="shape"):
         model(input_ids=IDS, attention_mask=torch.ones(2, 1, 7, 7))
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_positions_that_are_counted_from_the_mask_are_counted_so_behind_a_prefix(cached, tmp_path):
+    peft = pytest.importorskip("peft")
+
+    def opt():
+        torch.manual_seed(0)
+        config = transformers.OPTConfig(
+            vocab_size=64, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, init_std=0.3,
+            max_position_embeddings=64, word_embed_proj_dim=32,
+        )  # fmt: skip
+        return transformers.OPTForCausalLM(config).eval()
+
+    net = opt()
+    slimkit.apply_delta(net, "prefix", prefix_token_num=3)
+    theirs = peft.PeftModel.from_pretrained(opt(), slimkit.save_delta(net, tmp_path, format="peft")).eval()
+    mask = MASK.flip(1)  # padded on the left
+    with torch.no_grad():
+        want = theirs(input_ids=IDS, attention_mask=mask).logits
+        if cached:
+            first = net(input_ids=IDS[:, :6], attention_mask=mask[:, :6], use_cache=True)
+            held = {library.named(net, library.CACHE): first[1] if isinstance(first, tuple) else first.past_key_values}
+            got = net(input_ids=IDS[:, 6:], attention_mask=mask, **held).logits
+            want, mask = want[:, 6:], mask[:, 6:]
+        else:
+            got = net(input_ids=IDS, attention_mask=mask).logits
+    assert torch.allclose(got[mask.bool()], want[mask.bool()], atol=1e-5)

@@ -7,6 +7,7 @@ import socket
 import pytest
 
 import slimkit
+from slimkit.core.errors import UnsupportedError
 from slimkit.delta.fused import _LoraLinear, lora_linear, lora_linear_plain
 
 import torch
@@ -376,3 +377,12 @@ def test_a_delta_is_merged_for_good_under_fsdp(two, when):
         assert found.keys() == plain.keys()
         for name, grad in plain.items():  # both processes have the same batch, so the average is one's own
             torch.testing.assert_close(found[name], grad, rtol=1e-4, atol=1e-4)
+
+
+def test_a_weight_that_is_a_view_of_anothers_values_is_not_merged():
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    net[1].weight = torch.nn.Parameter(net[0].weight.data)  # as a tie is after accelerate's hooks were taken off
+    slimkit.apply_delta(net, "lora", ["0"], rank=2)
+    with pytest.raises(UnsupportedError, match="shared"):
+        slimkit.merge_delta(net)
