@@ -54,6 +54,8 @@ class _LoraLinear(torch.autograd.Function):
 def lora_linear_plain(x: Any, weight: Any, bias: Any, a: Any, b: Any, scale: float) -> torch.Tensor:
     """The same in plain calls: for tracing, torch.func, autocast, mixed dtypes and distributed tensors."""
     out = F.linear(x, weight, bias)
+    if a.dtype.itemsize == 1:  # float8 holds values; nothing is computed in it
+        a, b = a.to(x.dtype), b.to(x.dtype)
     side = F.linear(F.linear(x.to(a.dtype), a), b) * scale
     return out + side.to(out.dtype)
 

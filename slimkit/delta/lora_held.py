@@ -98,7 +98,8 @@ class LoraHeld(LoraLayer):
             for parameter in self.specs[part.name].parameters:
                 held = self._held(parameter)
                 a, b = (getattr(self, key("lora", f"{half}_{slug(parameter)}", part.name)) for half in "ab")
-                a, b = a.to(held.device), b.to(held.device)
+                kind = held.dtype if a.dtype.itemsize == 1 else a.dtype  # float8 holds values; nothing computes in it
+                a, b = a.to(held.device, kind), b.to(held.device, kind)
                 change = (b @ a if held.ndim == 2 else self.product(a, b)) * part.scale
                 found[parameter] = change if parameter not in found else found[parameter] + change
         return found

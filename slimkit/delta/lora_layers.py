@@ -75,7 +75,7 @@ class LoraLinear(LoraLayer):
         square = (wide * wide).sum(1) + 2 * scale * ((wide @ a0.t()) * b0).sum(1)  # (out,)
         square = square + scale * scale * ((b0 @ (a0 @ a0.t())) * b0).sum(1)
         length = square.clamp_min(0).sqrt()
-        gain = getattr(self, key("lora", "magnitude", part.name)).to(x.device) / length  # (out,)
+        gain = getattr(self, key("lora", "magnitude", part.name)).to(length) / length  # (out,)
         if out is None:
             straight = F.linear(dropped, weight)
         else:
@@ -171,7 +171,8 @@ class LoraEmbedding(LoraLayer):
         a0, b0 = a.detach(), b.detach()
         square = (wide * wide).sum(0) + 2 * scale * ((a0 @ wide) * b0.t()).sum(0)
         square = square + scale * scale * ((b0 @ (a0 @ a0.t())) * b0).sum(1)
-        return getattr(self, key("lora", "magnitude", part.name)).to(a.device) / square.clamp_min(0).sqrt()
+        length = square.clamp_min(0).sqrt()
+        return getattr(self, key("lora", "magnitude", part.name)).to(length) / length
 
     def _lengths(self, weight: torch.Tensor) -> torch.Tensor:
         return torch.linalg.vector_norm(weight.detach(), dim=0)  # an embedding's outputs are its columns
@@ -216,7 +217,7 @@ class LoraConv2d(LoraLayer):
                     straight = self._down(wide, self.weight.to(a.dtype), low)
                 base = self.weight.detach().to(a.dtype)
                 length = self._lengths(base + self.specs[part.name].scaling * self.product(a.detach(), b.detach()))
-                gain = getattr(self, key("lora", "magnitude", part.name)).to(x.device) / length
+                gain = getattr(self, key("lora", "magnitude", part.name)).to(length) / length
                 side = self._turned(part, straight, side, gain.view(-1, 1, 1))
             out = out + side.to(out.dtype)
         return out

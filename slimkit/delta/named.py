@@ -181,6 +181,9 @@ class LoraLayer(NamedLoras, DeltaLayer):
 
     def _factors(self, part: Part, device: torch.device | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         a, b = getattr(self, part.a), getattr(self, part.b)
+        if a.dtype.itemsize == 1:  # float8 holds values; nothing is computed in it
+            kind = torch.float32 if self.weight.dtype.itemsize == 1 else self.weight.dtype
+            a, b = a.to(kind), b.to(kind)
         if self.specs[part.name].init == "pissa":
             # What PiSSA took out of the base is subtracted here, so the base itself is never touched.
             a = torch.cat((a, getattr(self, key("lora", "a0", part.name))), 0)

@@ -386,3 +386,29 @@ def test_a_weight_that_is_a_view_of_anothers_values_is_not_merged():
     slimkit.apply_delta(net, "lora", ["0"], rank=2)
     with pytest.raises(UnsupportedError, match="shared"):
         slimkit.merge_delta(net)
+
+
+@pytest.mark.parametrize("options", [{}, {"dora": True}, {"dropout": 0.1}], ids=str)
+@pytest.mark.parametrize("kind", ["linear", "embedding", "conv2d", "heads"])
+def test_a_delta_held_in_float8_is_computed_in_a_wider_type(kind, options):
+    if options and (kind == "heads" or (kind == "embedding" and "dropout" in options)):
+        pytest.skip("not offered there")
+    torch.manual_seed(0)
+    layer, x = {
+        "linear": (nn.Linear(8, 8), torch.randn(3, 8)),
+        "embedding": (nn.Embedding(8, 4), torch.arange(8)),
+        "conv2d": (nn.Conv2d(2, 4, 3), torch.randn(1, 2, 5, 5)),
+        "heads": (nn.MultiheadAttention(8, 2), torch.randn(3, 1, 8)),
+    }[kind]
+    net = nn.ModuleDict({"layer": layer}).eval()
+    slimkit.apply_delta(net, "lora", ["layer"], rank=2, **options)
+    wide = copy.deepcopy(net)
+    for parameter, twin in zip(net.parameters(), wide.parameters()):
+        if parameter.requires_grad:
+            parameter.data = torch.randn(parameter.shape).to(torch.float8_e4m3fn)
+            twin.data = parameter.data.float()
+    call = (x, x, x) if kind == "heads" else (x,)
+    got, want = net["layer"](*call), wide["layer"](*call)
+    assert torch.equal(got[0], want[0])
+    slimkit.merge_delta(net, unload=True)
+    assert torch.allclose(net["layer"](*call)[0], got[0], atol=1e-4)
