@@ -31,6 +31,7 @@ class LoraLayer(NamedLoras, DeltaLayer):
         "part_rates",
         "part_turns",
         "part_lengths",
+        "part_biases",
     )
 
     def refresh(self) -> None:

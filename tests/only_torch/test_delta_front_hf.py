@@ -273,3 +273,25 @@ def test_positions_that_are_counted_from_the_mask_are_counted_so_behind_a_prefix
         else:
             got = net(input_ids=IDS, attention_mask=mask).logits
     assert torch.allclose(got[mask.bool()], want[mask.bool()], atol=1e-5)
+
+
+@pytest.mark.parametrize("caches", [False, True])
+def test_a_padded_batch_generates_behind_a_prompt_as_in_peft(caches, tmp_path):
+    peft = pytest.importorskip("peft")
+
+    def llama():
+        torch.manual_seed(0)
+        config = transformers.LlamaConfig(
+            vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, initializer_range=0.3,
+        )  # fmt: skip
+        return transformers.LlamaForCausalLM(config).eval()
+
+    net = llama()
+    slimkit.apply_delta(net, "prompt", num_virtual_tokens=3)
+    theirs = peft.PeftModel.from_pretrained(llama(), slimkit.save_delta(net, tmp_path, format="peft")).eval()
+    call = {"input_ids": IDS, "attention_mask": MASK.flip(1), "max_new_tokens": 5, "do_sample": False}
+    call |= {"output_logits": True, "return_dict_in_generate": True, "pad_token_id": 0, "eos_token_id": None}
+    want, got = theirs.generate(**call), net.generate(**call, use_cache=caches)
+    assert torch.equal(got.sequences, want.sequences)
+    assert torch.allclose(torch.stack(got.logits), torch.stack(want.logits), atol=1e-4)
