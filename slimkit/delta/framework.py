@@ -157,13 +157,22 @@ class TorchDelta(DeltaFramework):
         return bridge.parameters(model)
 
     def owners(self, model: nn.Module, parameter: Any) -> int:
-        return sum(any(p is parameter for p in m._parameters.values()) for m in model.modules())
+        return sum(any(_same_memory(p, parameter) for p in m._parameters.values()) for m in model.modules())
 
     def settle(self, model: nn.Module) -> None:
         without_call_layers(model)
 
     def without_prefix(self, model: nn.Module) -> None:
         forget_prefixes(model)
+
+
+def _same_memory(one: Any, other: Any) -> bool:
+    """Whether two parameters are one, or two views of the same values (ties that went through a hook of accelerate)."""
+    if one is other:
+        return True
+    if type(one) is not nn.Parameter or type(other) is not nn.Parameter or one.is_meta or other.is_meta:
+        return False
+    return one.numel() > 0 and one.data_ptr() == other.data_ptr()
 
 
 def _heads(model: nn.Module) -> set[int]:

@@ -127,8 +127,21 @@ def _shift_positions(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[An
         if tokens is None:
             return args, kwargs
         start = library.cached_tokens(given)
+        mask = given.get("attention_mask")
+        if isinstance(mask, torch.Tensor) and mask.ndim == 2 and _counts_mask(module):
+            counted = torch.cumsum(mask.long(), 1) * mask.long() - 1
+            positions = torch.where(counted < 0, counted, counted + _shift(module))
+            return (), {**given, "position_ids": positions[:, start:]}
         positions = torch.arange(start, start + tokens.shape[1], device=tokens.device).unsqueeze(0)
     return (), {**given, "position_ids": positions + _shift(module)}
+
+
+def _counts_mask(module: nn.Module) -> bool:
+    """Whether positions count the tokens that the mask lets through: OPT's and BioGPT's tables are given the mask."""
+    return any(
+        isinstance(m, nn.Embedding) and {"attention_mask", "position_ids"} <= set(library.parameters(type(m)))
+        for m in module.modules()
+    )
 
 
 _HOOKS = (_shift_whole_numbers, _shift_past, _shift_positions)

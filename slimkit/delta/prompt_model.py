@@ -190,12 +190,10 @@ def _prepend(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[
     given = {**given, "input_ids": None, "inputs_embeds": embeds}
     if given.get("attention_mask") is not None:
         given["attention_mask"] = _longer(given["attention_mask"], tokens)
+    for name in ("position_ids", "cache_position"):
+        given.pop(name, None)  # the model counts from the prompt's first token, in every step alike
     if library.cached_tokens(given) > 0:
-        # The prompt stands in the cache already: later steps only move behind it.
-        for name in ("position_ids", "cache_position"):
-            if given.get(name) is not None:
-                given[name] = given[name] + tokens
-        return (), given
+        return (), given  # the prompt stands in the cache already
     prompt = front.mindpet_delta_prompttuning_embedding.weight.to(embeds.dtype)
     prompt = prompt.unsqueeze(0).expand(embeds.shape[0], -1, -1)
     labels, kinds = given.get("labels"), given.get("token_type_ids")
@@ -203,8 +201,6 @@ def _prepend(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[
         given["labels"] = torch.cat((labels.new_full((labels.shape[0], tokens), -100), labels), 1)
     if kinds is not None:
         given["token_type_ids"] = torch.cat((kinds.new_zeros(kinds.shape[0], tokens), kinds), 1)
-    for name in ("position_ids", "cache_position"):
-        given.pop(name, None)  # the model counts from the prompt's first token
     return (), {**given, "inputs_embeds": torch.cat((prompt, embeds), 1)}
 
 

@@ -245,3 +245,53 @@ def test_arguments_are_bound_by_place_and_by_name():
     assert torch.equal(by_place, by_name)
     with pytest.raises(UnsupportedError, match="shape"):
         model(input_ids=IDS, attention_mask=torch.ones(2, 1, 7, 7))
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_positions_that_are_counted_from_the_mask_are_counted_so_behind_a_prefix(cached, tmp_path):
+    peft = pytest.importorskip("peft")
+
+    def opt():
+        torch.manual_seed(0)
+        config = transformers.OPTConfig(
+            vocab_size=64, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, init_std=0.3,
+            max_position_embeddings=64, word_embed_proj_dim=32,
+        )  # fmt: skip
+        return transformers.OPTForCausalLM(config).eval()
+
+    net = opt()
+    slimkit.apply_delta(net, "prefix", prefix_token_num=3)
+    theirs = peft.PeftModel.from_pretrained(opt(), slimkit.save_delta(net, tmp_path, format="peft")).eval()
+    mask = MASK.flip(1)  # padded on the left
+    with torch.no_grad():
+        want = theirs(input_ids=IDS, attention_mask=mask).logits
+        if cached:
+            first = net(input_ids=IDS[:, :6], attention_mask=mask[:, :6], use_cache=True)
+            held = {library.named(net, library.CACHE): first[1] if isinstance(first, tuple) else first.past_key_values}
+            got = net(input_ids=IDS[:, 6:], attention_mask=mask, **held).logits
+            want, mask = want[:, 6:], mask[:, 6:]
+        else:
+            got = net(input_ids=IDS, attention_mask=mask).logits
+    assert torch.allclose(got[mask.bool()], want[mask.bool()], atol=1e-5)
+
+
+@pytest.mark.parametrize("caches", [False, True])
+def test_a_padded_batch_generates_behind_a_prompt_as_in_peft(caches, tmp_path):
+    peft = pytest.importorskip("peft")
+
+    def llama():
+        torch.manual_seed(0)
+        config = transformers.LlamaConfig(
+            vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, initializer_range=0.3,
+        )  # fmt: skip
+        return transformers.LlamaForCausalLM(config).eval()
+
+    net = llama()
+    slimkit.apply_delta(net, "prompt", num_virtual_tokens=3)
+    theirs = peft.PeftModel.from_pretrained(llama(), slimkit.save_delta(net, tmp_path, format="peft")).eval()
+    call = {"input_ids": IDS, "attention_mask": MASK.flip(1), "max_new_tokens": 5, "do_sample": False}
+    call |= {"output_logits": True, "return_dict_in_generate": True, "pad_token_id": 0, "eos_token_id": None}
+    want, got = theirs.generate(**call), net.generate(**call, use_cache=caches)
+    assert torch.equal(got.sequences, want.sequences)
+    assert torch.allclose(torch.stack(got.logits), torch.stack(want.logits), atol=1e-4)

@@ -219,3 +219,35 @@ def test_the_dtype_of_a_file_survives(kind, tmp_path):
     for one, other in zip(last.parameters(), fresh.parameters()):
         if one.dtype == kind:
             assert np.array_equal(one.detach().float().numpy(), other.detach().float().numpy())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_trained_token_rows_are_the_adapters_own(tied, tmp_path):
+    base, want = logits(llama(tied)), []
+    for number, tokens in enumerate(([3, 5], [4, 7])):
+        config = peft.LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=tokens)
+        theirs = peft.get_peft_model(llama(tied), config).eval()
+        torch.manual_seed(number)
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter.data.normal_(0, 0.3)
+        theirs.save_pretrained(tmp_path / str(number))
+        want.append(logits(theirs))
+    net = llama(tied)
+    for number in (0, 1):
+        slimkit.load_delta(net, tmp_path / str(number), name=f"n{number}")
+    for number in (1, 0, 1):
+        slimkit.set_delta(net, f"n{number}")
+        assert torch.allclose(logits(net), want[number], atol=1e-5)
+    with slimkit.disable_delta(net):
+        assert torch.equal(logits(net), base)
+    again = llama(tied)
+    slimkit.load_delta(again, slimkit.save_delta(net, tmp_path / "bundle", names="n0"), name="other")
+    assert torch.allclose(logits(again), want[0], atol=1e-5)
+    with slimkit.disable_delta(again):
+        assert torch.equal(logits(again), base)
+    slimkit.save_delta(net, tmp_path / "peft", names="n0", format="peft")
+    assert torch.allclose(logits(peft.PeftModel.from_pretrained(llama(tied), tmp_path / "peft")), want[0], atol=1e-5)
+    for left in (net, again):
+        slimkit.remove_delta(left)
+        assert torch.equal(logits(left), base)

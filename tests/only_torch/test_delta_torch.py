@@ -7,6 +7,7 @@ import socket
 import pytest
 
 import slimkit
+from slimkit.core.errors import UnsupportedError
 from slimkit.delta.fused import _LoraLinear, lora_linear, lora_linear_plain
 
 import torch
@@ -376,3 +377,38 @@ def test_a_delta_is_merged_for_good_under_fsdp(two, when):
         assert found.keys() == plain.keys()
         for name, grad in plain.items():  # both processes have the same batch, so the average is one's own
             torch.testing.assert_close(found[name], grad, rtol=1e-4, atol=1e-4)
+
+
+def test_a_weight_that_is_a_view_of_anothers_values_is_not_merged():
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    net[1].weight = torch.nn.Parameter(net[0].weight.data)  # as a tie is after accelerate's hooks were taken off
+    slimkit.apply_delta(net, "lora", ["0"], rank=2)
+    with pytest.raises(UnsupportedError, match="shared"):
+        slimkit.merge_delta(net)
+
+
+@pytest.mark.parametrize("options", [{}, {"dora": True}, {"dropout": 0.1}], ids=str)
+@pytest.mark.parametrize("kind", ["linear", "embedding", "conv2d", "heads"])
+def test_a_delta_held_in_float8_is_computed_in_a_wider_type(kind, options):
+    if options and (kind == "heads" or (kind == "embedding" and "dropout" in options)):
+        pytest.skip("not offered there")
+    torch.manual_seed(0)
+    layer, x = {
+        "linear": (nn.Linear(8, 8), torch.randn(3, 8)),
+        "embedding": (nn.Embedding(8, 4), torch.arange(8)),
+        "conv2d": (nn.Conv2d(2, 4, 3), torch.randn(1, 2, 5, 5)),
+        "heads": (nn.MultiheadAttention(8, 2), torch.randn(3, 1, 8)),
+    }[kind]
+    net = nn.ModuleDict({"layer": layer}).eval()
+    slimkit.apply_delta(net, "lora", ["layer"], rank=2, **options)
+    wide = copy.deepcopy(net)
+    for parameter, twin in zip(net.parameters(), wide.parameters()):
+        if parameter.requires_grad:
+            parameter.data = torch.randn(parameter.shape).to(torch.float8_e4m3fn)
+            twin.data = parameter.data.float()
+    call = (x, x, x) if kind == "heads" else (x,)
+    got, want = net["layer"](*call), wide["layer"](*call)
+    assert torch.equal(got[0], want[0])
+    slimkit.merge_delta(net, unload=True)
+    assert torch.allclose(net["layer"](*call)[0], got[0], atol=1e-4)

@@ -79,9 +79,9 @@ def fill_base(
     base, paths = access.neutral(model), paths_of(access, model)
     known = list(dict.fromkeys(str(d["name"]) for d in deltas))
     for name in known:
-        theirs = [
-            base[p.names[0]] for p in places if p.trains and (p.owner == name or (not p.owner and len(known) == 1))
-        ]
+        # What trains is a delta's; what does not train is one's where the file says whose.
+        alone = len(known) == 1
+        theirs = [base[p.names[0]] for p in places if p.owner == name or (alone and (p.trains or bool(p.owner)))]
         own = [paths[id(t)] for t in theirs if id(t) in paths and access.may_train(t)]
         notes += owned.take(access, model, name, own, freeze=freeze)
     for place in places:

@@ -59,7 +59,8 @@ def _extra(access: DeltaStorage, model: Any, names: Sequence[str]) -> tuple[dict
     every = access.neutral(model)
     held = set(getattr(model, HELD, ()))
     paths = filling.paths_of(access, model)
-    theirs = {one.path: [n for n in one.owners if n != owned.BASE] for one in owned.owned(access, model)}
+    records = {one.path: one for one in owned.owned(access, model)}
+    theirs = {one.path: [n for n in one.owners if n != owned.BASE] for one in records.values()}
     own = {n: owned.values_of(access, model, n) for n in names}
     extra: dict[str, Array] = {}
     still, owners = [], {}
@@ -73,12 +74,16 @@ def _extra(access: DeltaStorage, model: Any, names: Sequence[str]) -> tuple[dict
         trains = getattr(every[first], "requires_grad", False)
         if here:
             extra[first], owners[first] = access.value(own[here[0]][path]), here[0]
+            one = records[path]
+            aside = one.record["aside"].get(here[0])
+            still += [first] if held & set(group) and not (trains if aside is None else aside[1]) else []
         elif (trains and path not in theirs) or held & set(group):
             extra[first] = access.value(every[first])
             still += [] if trains else [first]
     said: dict[str, Any] = {"shared": base_values.shared(every, extra)}
     said |= {"still": sorted(still)} if still else {}
-    return extra, said | ({"owners": owners} if len(names) > 1 and owners else {})
+    owners = {n: o for n, o in owners.items() if len(names) > 1 or n in still}
+    return extra, said | ({"owners": owners} if owners else {})
 
 
 def _base_of(access: DeltaStorage, model: Any, paths: Mapping[str, str]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from slimkit.core.delta import base as base_values
-from slimkit.core.delta import filling, inject, peft, peft_targets, peft_write
+from slimkit.core.delta import filling, inject, owned, peft, peft_targets, peft_write
 from slimkit.core.delta.base import BaseValue
 from slimkit.core.delta.bundle import compare_keys
 from slimkit.core.delta.framework import DeltaStorage
@@ -91,26 +91,32 @@ def _load_peft_lora(
     if config["peft_type"] == "VERA":
         for path, parts in adapter.parts.items():
             parts["a"] = np.ascontiguousarray(parts["a"][:, : layers[path].shape[1]])
-    values = {**adapter.base, **_rows(access, base, adapter, where)}
+    values = {**adapter.base, **_rows(access, model, base, adapter, name, where)}
     deltas = [adapter.record(name)] if adapter.layers else []
     return filling.finish(access, model, deltas, adapter.tensors(name), values, freeze, where, tuple(adapter.notes))
 
 
-def _rows(access: DeltaStorage, base: Mapping[str, Any], adapter: Adapter, where: str) -> dict[str, BaseValue]:
-    """Trained token rows as whole tables; the first holder of a shared table writes into what all hold."""
+def _rows(
+    access: DeltaStorage, model: Any, base: Mapping[str, Any], adapter: Adapter, name: str, where: str
+) -> dict[str, BaseValue]:
+    """Trained token rows as whole tables of the delta; the first holder of a shared one writes into what all hold."""
     values = {}
+    paths, owner = filling.paths_of(access, model), name if adapter.layers else ""
+    # Another delta's rows may be live in a table: this one's go onto the base's.
+    aside = {one.path: one.record["aside"].get(owned.BASE) for one in owned.owned(access, model)}
     first = {n: names[0] for names in base_values.common(base) for n in names}
     for path, (indices, rows) in adapter.rows.items():
         name = f"{path}.weight"
         compare_keys({n: 0 for n in (name,) if n in base}, {name: 0}, "the base model")
-        table = access.value(base[name]).copy()
+        standing = aside.get(paths.get(id(base[name]), ""))
+        table = access.value(base[name] if standing is None else standing[0]).copy()
         if table.ndim != 2 or rows.shape[1:] != table.shape[1:] or max(indices, default=0) >= len(table):
             raise FileFormatError(
                 f"{where}: rows {tuple(rows.shape)} for tokens up to {max(indices, default=0)} do not fit {name}, "
                 f"which has shape {tuple(table.shape)}."
             )
         table[indices] = rows.astype(table.dtype)
-        values[name] = BaseValue(table, trains=False, own=first[name] != name)
+        values[name] = BaseValue(table, trains=False, own=first[name] != name, owner=owner)
     named = [v for n, v in values.items() if first[n] == n]
     if named:  # tied tables are trained together: each file key repeats the same rows
         values = {n: replace(v, own=False) for n, v in values.items()} if len(values) > 1 else values
@@ -223,7 +229,11 @@ def write(access: DeltaStorage, model: Any, folder: Path, collected: Collected) 
     about = access.about(model)
     still = set(base.get("still", ()))
 
+    # The values of a tied table are the delta's in each of its places, also while another delta's are live.
+    tied = {m: n for n, others in base["shared"].items() if n in tensors for m in others}
+
     def value(name: str) -> Array:
+        name = tied.get(name, name)
         path, _, last = name.rpartition(".")
         if name in tensors:
             return tensors[name]
