@@ -100,3 +100,42 @@ def test_noise_in_training_keeps_nothing_whole(kind):
     assert not pruner.report()["without_rule"]
     assert net.a.out_features < 48
     net.train()(x).sum().backward()
+
+
+class Folded(nn.Module):
+    """Attention that reads its width from the input, as ViTs are published."""
+
+    def __init__(self, width, heads, form):
+        super().__init__()
+        self.form, self.num_heads, self.scale = form, heads, (width // heads) ** -0.5
+        self.norm, self.qkv, self.proj = nn.LayerNorm(width), nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mlp = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
+
+    def forward(self, x):
+        rows, length, width = x.shape
+        h, made = self.num_heads, self.qkv(self.norm(x))
+        if self.form == "parts first":
+            q, k, v = made.reshape(rows, length, 3, h, width // h).permute(2, 0, 3, 1, 4)
+        elif self.form == "heads first":
+            q, k, v = made.reshape(rows, length, h, 3, width // h).permute(3, 0, 2, 1, 4)
+        elif self.form == "chunk":
+            q, k, v = (t.reshape(rows, length, h, -1).transpose(1, 2) for t in made.chunk(3, -1))
+        else:
+            q, k, v = (t.reshape(rows, length, h, width // h).transpose(1, 2) for t in made.split(width, -1))
+        y = ((q @ k.mT * self.scale).softmax(-1) @ v).transpose(1, 2).reshape(rows, length, width)
+        x = x + self.proj(y)
+        return x + self.mlp(x)
+
+
+@pytest.mark.parametrize(("width", "heads"), [(64, 8), (96, 4), (96, 6)])
+@pytest.mark.parametrize("form", ["parts first", "heads first", "chunk", "split"])
+def test_a_width_read_from_the_input_is_tied_to_its_heads(form, width, heads):
+    torch.manual_seed(0)
+    blocks = [Folded(width, heads, form) for _ in range(2)]
+    net = nn.Sequential(nn.Linear(12, width), *blocks, nn.Linear(width, 5)).double().eval()
+    x = torch.randn(2, 7, 12, dtype=torch.float64)
+    left, desc = PruneTorch(net, x).set_alignment(8).analysis(0.5, [-1])
+    assert abs(left / sum(p.numel() for p in net.parameters()) - 0.5) < 0.02
+    assert check_pruning(net, x, desc, tolerance=1e-10).holds

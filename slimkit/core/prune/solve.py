@@ -72,23 +72,29 @@ class Coupling:
         """Demand that what a reshape folds or unfolds equals the axes of its size in the same module, as its code takes
         for granted: `reshape(b, n, 3, heads, width // heads)` ties the width that comes in to its heads."""
         node, dims = self.graph.nodes[place], self.relations.dims
-        if node.op != "reshape" or -1 - place in self.tied:
+        if node.op not in ("reshape", "split") or -1 - place in self.tied:
             return False
         self.tied.add(-1 - place)
         near = [n for other in self.graph.nodes if other.scope == node.scope for n in (*other.inputs, *other.outputs)]
         before = dims[node.inputs[0]] if node.inputs[0] is not None else []
         folded = [d for d in before if self._open(d)]
+        if node.op == "split":
+            folded += [dims[n][node.attrs["axis"]] for n in node.outputs]
         for side in (dims[node.outputs[0]], before):
             lead = next((k for k, (a, b) in enumerate(zip(before, dims[node.outputs[0]])) if a.size != b.size), 0)
             last = len(side)
-            folded += [product(side[i:j]) for i in range(lead, last) for j in range(last, i + 1, -1)]
+            runs = [(i, j) for i in range(lead, last) for j in range(last, i + 1, -1)]
+            folded += [product(side[i:j]) for i, j in runs]
+            # heads * 3 * size, of which heads * size is the width
+            folded += [product([*side[i:k], *side[k + 1 : j]]) for i, j in runs for k in range(i + 1, j - 1)]
         done = False
         for dim in folded:
             for other in (d for n in near if n is not None for d in dims[n] if d.size == dim.size > 1):
-                if self._open(dim) and self._open(other) and find(other) is not find(dim):
-                    before_tie = repr(other), repr(dim)
+                ends = find(dim), find(other)
+                if ends[0] is not ends[1] and all(map(self._open, ends)) and not any(x.inner for x in ends):
+                    before_tie = [*map(find, leaves(other)), *map(find, leaves(dim))]
                     unify(other, dim)
-                    done = done or (repr(other), repr(dim)) != before_tie
+                    done = done or [*map(find, leaves(other)), *map(find, leaves(dim))] != before_tie
         self._history.append(("widths", place, ""))
         return done
 
