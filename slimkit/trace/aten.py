@@ -8,7 +8,8 @@ from slimkit.trace.readers import Reader
 _VIEWS = "view _unsafe_view reshape unsqueeze squeeze flatten unflatten _reshape_alias squeeze_ unsqueeze_"
 _SAME = (
     "clone detach alias contiguous _to_copy lift_fresh lift_fresh_copy lift dropout native_dropout alias_copy "
-    "fill_ zero_ detach_ _conj resolve_conj fill zero bernoulli_ _fw_primal view_of"
+    "fill_ zero_ detach_ _conj resolve_conj fill zero bernoulli_ _fw_primal view_of "
+    "normal_ uniform_ exponential_"
 )
 _POOLS = {
     1: "avg_pool1d max_pool1d adaptive_avg_pool1d adaptive_max_pool1d upsample_nearest1d upsample_linear1d "
@@ -146,7 +147,8 @@ READERS: dict[str, Reader] = {
 
 # Factories: all elements equal, whatever tensor they took their shape from.
 _UNIFORM = (
-    "zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty new_empty_strided empty_strided"
+    "zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty new_empty_strided empty_strided "
+    "rand_like randn_like"
 )
 UNIFORM = frozenset(_UNIFORM.split())
 

@@ -89,6 +89,8 @@ def new_values(name: str, old: int, sizes: Sizes) -> list[int]:
         [4]
         >>> new_values("split_size", 64, {64: {"width": {48}, "whole": {64}}})
         [64, 48]
+        >>> new_values("h", 8, {8: {"heads": {4}}})
+        [8, 4]
     """
     if _OTHER.search(name) or old not in sizes:
         return [old]
@@ -99,6 +101,11 @@ def new_values(name: str, old: int, sizes: Sizes) -> list[int]:
         return [old]  # head_dim, attention_head_size: the size of a head never changes
     order = ["hidden", "whole", "width"] if _HIDDEN.search(name) else ["whole", "width", "hidden"]
     values = [new for label in order for new in sorted(labels.get(label, ()))]
+    if "heads" in labels:
+        values += [
+            old,
+            *sorted(labels["heads"]),
+        ]  # `self.h = 8` may be the number of heads: tried where nothing else runs
     return list(dict.fromkeys(values)) or [old]
 
 

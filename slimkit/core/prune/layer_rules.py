@@ -46,8 +46,8 @@ def matmul(r: Relations, node: Node, x: list[Dims]) -> list[Dims]:
         # A softmax may follow: learned queries, keys from parameters alone, memory slots.
         rows = next((d for d, i in ((a[-2], node.inputs[0]), (b[-1], node.inputs[1])) if r.weight(i)), None)
         r.scores[node.outputs[0]] = [Score(a[-1], rows)]
-    r.attends(node.inputs[0], b[-1])
-    r.attends(node.inputs[1], a[-2])
+    r.attends(node.inputs[0], b[-1], bare=r.weight(node.inputs[1]))
+    r.attends(node.inputs[1], a[-2], bare=r.weight(node.inputs[0]))
     for side, plain in ((1, node.attrs.get("transpose_b")), (0, node.attrs.get("transpose_a"))):
         rank = len(x[side])
         inner = rank - 2 if (side == 1) != bool(plain) else rank - 1

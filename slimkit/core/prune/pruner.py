@@ -127,7 +127,7 @@ class PrunerBase(PrunerSettings):
         self._forget_old_scores()
         # Each round ties or pins something, or tries another of a few numbers; after many, the rest is not worth it.
         for rounds in count():
-            view = coupling.view(whole)
+            view = self._solved().view(whole)
             allocation, account = self._allocate(view, reserved_ratio)
             desc = self._describe(view, allocation, reserved_ratio, whole)
             if self._rehearse(view, PrunePlan(desc), allocation.keep):
@@ -358,6 +358,10 @@ class PrunerBase(PrunerSettings):
             return False
         if not self._level and _uneven(view, counts):
             self._level = True
+            return False
+        untied = coupling.untied(place)
+        if untied:
+            self._coupling = untied
             return False
         # Where nothing is left at the operator itself: everything its module touches, then the modules around it.
         if any(coupling.pin(dim, reason) for dim in _touched(view, [node])):

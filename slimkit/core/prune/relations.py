@@ -196,9 +196,16 @@ class Relations:
             for number in node.outputs if found else ():
                 to.setdefault(number, []).extend(found)
 
-    def attends(self, number: int | None, values: Dim) -> None:
-        """Shares of attention meet `values`: the products behind them were scores, whose inner size stays whole."""
-        for score in self.shares.get(number, ()) if number is not None else ():
+    def attends(self, number: int | None, values: Dim, bare: bool = True) -> None:
+        """Shares of attention meet `values`: the products behind them were scores, whose inner size stays whole.
+
+        A softmax written by hand, a sigmoid or nothing makes shares as well where no operand, `values` among them, is a
+        bare parameter (else relu(x @ w) @ v would be attention).
+        """
+        if number is None:
+            return
+        written = [] if bare else [s for s in self.scores.get(number, ()) if s.rows is None]
+        for score in (*self.shares.get(number, ()), *written):
             self.scales.append(score.inner)
             if score.rows is not None:
                 fix(score.rows, "learned queries or memory slots of attention")

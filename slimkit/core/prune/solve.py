@@ -53,6 +53,7 @@ class Coupling:
         self.tied: set[int] = set()
         self.relations = relate(graph)
         self.pinned: dict[Dim, str] = {}
+        self._history: list[tuple[str, Any, str]] = []
 
     def tie(self, place: int) -> bool:
         """Demand that a split's parts stay equal, since the code divides by their number; returns whether that was
@@ -61,6 +62,7 @@ class Coupling:
         if place in self.tied or node.op != "split" or len(set(node.attrs["sizes"])) > 1:
             return False
         self.tied.add(place)
+        self._history.append(("tie", place, ""))
         parts = [self.relations.dims[n][node.attrs["axis"]] for n in node.outputs]
         for part in parts[1:]:
             unify(parts[0], part)
@@ -70,24 +72,49 @@ class Coupling:
         """Demand that what a reshape folds or unfolds equals the axes of its size in the same module, as its code takes
         for granted: `reshape(b, n, 3, heads, width // heads)` ties the width that comes in to its heads."""
         node, dims = self.graph.nodes[place], self.relations.dims
-        if node.op != "reshape" or -1 - place in self.tied:
+        if node.op not in ("reshape", "split") or -1 - place in self.tied:
             return False
         self.tied.add(-1 - place)
         near = [n for other in self.graph.nodes if other.scope == node.scope for n in (*other.inputs, *other.outputs)]
         before = dims[node.inputs[0]] if node.inputs[0] is not None else []
         folded = [d for d in before if self._open(d)]
+        if node.op == "split":
+            folded += [dims[n][node.attrs["axis"]] for n in node.outputs]
         for side in (dims[node.outputs[0]], before):
             lead = next((k for k, (a, b) in enumerate(zip(before, dims[node.outputs[0]])) if a.size != b.size), 0)
             last = len(side)
-            folded += [product(side[i:j]) for i in range(lead, last) for j in range(last, i + 1, -1)]
+            runs = [(i, j) for i in range(lead, last) for j in range(last, i + 1, -1)]
+            folded += [product(side[i:j]) for i, j in runs]
+            # heads * 3 * size, of which heads * size is the width
+            folded += [product([*side[i:k], *side[k + 1 : j]]) for i, j in runs for k in range(i + 1, j - 1)]
         done = False
         for dim in folded:
             for other in (d for n in near if n is not None for d in dims[n] if d.size == dim.size > 1):
-                if self._open(dim) and find(other) is not find(dim):
-                    before_tie = repr(other), repr(dim)
+                ends = find(dim), find(other)
+                if ends[0] is not ends[1] and all(map(self._open, ends)) and not any(x.inner for x in ends):
+                    before_tie = [*map(find, leaves(other)), *map(find, leaves(dim))]
                     unify(other, dim)
-                    done = done or (repr(other), repr(dim)) != before_tie
+                    done = done or [*map(find, leaves(other)), *map(find, leaves(dim))] != before_tie
+        self._history.append(("widths", place, ""))
         return done
+
+    def untied(self, place: int) -> Coupling | None:
+        """The same coupling without the last `tie_widths`, where that was the last that happened and was at this place:
+        the operator fails as it did before, so that its size is a number in the code."""
+        if not self._history or self._history[-1][:2] != ("widths", place):
+            return None
+        fresh = Coupling(self.graph)
+        here = {id(d): (n, k) for n, dims in enumerate(self.relations.dims) for k, d in enumerate(dims)}
+        if any(what == "pin" and id(which) not in here for what, which, _ in self._history):
+            return None
+        for what, which, reason in self._history[:-1]:
+            if what == "pin":
+                number, axis = here[id(which)]
+                fresh.pin(fresh.relations.dims[number][axis], reason)
+            else:
+                (fresh.tie if what == "tie" else fresh.tie_widths)(which)
+        fresh.tied |= self.tied
+        return fresh
 
     def _open(self, dim: Dim) -> bool:
         """Whether something of an axis can still be pruned."""
@@ -97,6 +124,8 @@ class Coupling:
         """Exclude every variable of an axis for good; returns whether that changed anything."""
         fresh = [d for d in map(find, leaves(dim)) if d.kind == FREE and d not in self.pinned]
         self.pinned.update(dict.fromkeys(fresh, reason))
+        if fresh:
+            self._history.append(("pin", dim, reason))
         return bool(fresh)
 
     def view(self, un_prune: Iterable[str] = ()) -> View:
