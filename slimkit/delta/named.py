@@ -81,7 +81,16 @@ class LoraLayer(NamedLoras, DeltaLayer):
         """Take every delta off, in place."""
         for name in list(self.specs):
             self.drop_delta(name)
-        for attribute in ("specs", "active_deltas", "unmerged", "unmerged_sources", "_running", "_only", "strategies"):
+        for attribute in (
+            "specs",
+            "active_deltas",
+            "unmerged",
+            "unmerged_sources",
+            "merged_samples",
+            "_running",
+            "_only",
+            "strategies",
+        ):
             vars(self).pop(attribute, None)
 
     @torch.no_grad()
@@ -103,6 +112,14 @@ class LoraLayer(NamedLoras, DeltaLayer):
     def copy_of(self, tensor: torch.Tensor) -> torch.Tensor:
         """A copy of a tensor that shares nothing with it."""
         return tensor.detach().clone()
+
+    def sample_of(self, tensor: torch.Tensor) -> list[float]:
+        """Some 64 of a tensor's values; none of a distributed one, of which this process holds a part."""
+        if hasattr(tensor, "full_tensor"):
+            return []
+        flat = tensor.detach().reshape(-1)
+        found: list[float] = flat[:: max(1, len(flat) // 64)].float().cpu().tolist()
+        return found
 
     def write(self, tensor: torch.Tensor, value: torch.Tensor) -> None:
         """Overwrite a tensor's values, in place."""

@@ -51,7 +51,16 @@ class LoraLayer(NamedLoras, DeltaLayer):
         """Take every delta off, in place."""
         for name in list(self.specs):
             self.drop_delta(name)
-        book = ("specs", "active_deltas", "unmerged", "unmerged_sources", "_running", "_only", "strategies")
+        book = (
+            "specs",
+            "active_deltas",
+            "unmerged",
+            "unmerged_sources",
+            "merged_samples",
+            "_running",
+            "_only",
+            "strategies",
+        )
         forget(self, *book, *self.worked_out)
 
     def dropped(self, i: int, x: Any) -> Any:
@@ -118,6 +127,12 @@ class LoraLayer(NamedLoras, DeltaLayer):
     def copy_of(self, tensor: Any) -> Any:
         """A copy of a tensor that shares nothing with it."""
         return bridge.as_numpy(tensor)
+
+    def sample_of(self, tensor: Any) -> list[float]:
+        """Some 64 of a tensor's values."""
+        flat = bridge.as_numpy(tensor).reshape(-1)
+        found: list[float] = flat[:: max(1, len(flat) // 64)].astype("float32").tolist()
+        return found
 
     def write(self, tensor: Any, value: Any) -> None:
         """Overwrite a tensor's values, in place."""

@@ -442,3 +442,21 @@ def test_pissa_starts_from_the_principal_part(kit, net):
     p = kit.params(net)
     a, b = (kit.array(p[f"body.query.mindpet_delta_lora_{s}"]) for s in "ab")
     np.testing.assert_allclose(b @ a, kit.array(p["body.query.weight"]), atol=1e-5)  # full rank: the whole weight
+
+
+def test_a_weight_that_came_after_merging_is_not_thrown_away(kit):
+    """Putting back the weight from before merging would be silently wrong: the new one is nowhere else."""
+    net = kit.fill(kit.sequential(kit.linear(4, 3), kit.linear(3, 2)), 0)
+    kit.slim.apply_delta(net, "lora", ["0", "1"], rank=2)
+    for name, parameter in kit.params(net).items():
+        if "lora" in name:
+            kit.assign(parameter, np.full(tuple(parameter.shape), 0.5, np.float32))
+    kit.slim.merge_delta(net)
+    path = next(n for n in kit.params(net) if n == "1.weight")
+    kit.assign(kit.params(net)[path], np.ones((2, 3), np.float32))
+    before = kit.values(net)
+    with pytest.raises(ValueError, match=r"1: the weight was replaced, loaded or trained"):
+        kit.slim.unmerge_delta(net)
+    assert all((before[n] == v).all() for n, v in kit.values(net).items())
+    kit.slim.merge_delta(net, unload=True)
+    assert (kit.values(net)["1.weight"] == 1).all()

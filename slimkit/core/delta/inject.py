@@ -248,10 +248,19 @@ def unmerge(access: DeltaFramework, model: Any) -> DeltaReport:
     layers = {p: x for p, x in _layers(access, model).items() if x.delta_is_merged}
     if not layers:
         raise ArgumentError("the deltas of this model are not merged.")
+    _refuse_unmerging(layers)
     for layer in {id(x): x for x in layers.values()}.values():
         layer.unmerge_deltas()
     access.changed(model)
     return DeltaReport("lora", "unmerged", {p: {"deltas": list(x.specs)} for p, x in layers.items()})
+
+
+def _refuse_unmerging(layers: Mapping[str, Any]) -> None:
+    for path, layer in layers.items():
+        try:
+            layer.refuse_unmerging_deltas()
+        except ArgumentError as error:
+            raise ArgumentError(f"{path}: {error}") from None
 
 
 def remove(access: DeltaFramework, model: Any, names: Any = None) -> DeltaReport:
@@ -265,6 +274,7 @@ def remove(access: DeltaFramework, model: Any, names: Any = None) -> DeltaReport
     empty = {p: x for p, x in layers.items() if all(n in gone for n in x.specs)}
     _refuse_built(empty)
     access.at_rest(model)
+    _refuse_unmerging({p: x for p, x in layers.items() if x.delta_is_merged})
     owned.drop(access, model, gone, list(active_weights(access, model)))
     for layer in {id(x): x for x in layers.values()}.values():
         if layer.delta_is_merged:

@@ -45,6 +45,7 @@ class NamedLoras(DeltaFace):
         # while merged: the weight as it was, and the tensors it is made of
         self.unmerged: Any = None
         self.unmerged_sources: dict[str, Any] = {}
+        self.merged_samples: dict[str, list[float]] = {}
         self.refresh()
 
     @property
@@ -75,6 +76,10 @@ class NamedLoras(DeltaFace):
     @abstractmethod
     def copy_of(self, tensor: Any) -> Any:
         """A copy of a tensor that shares nothing with it."""
+
+    @abstractmethod
+    def sample_of(self, tensor: Any) -> list[float]:
+        """A few of a tensor's values, the same ones whenever it is asked."""
 
     @abstractmethod
     def write(self, tensor: Any, value: Any) -> None:
@@ -134,7 +139,16 @@ class NamedLoras(DeltaFace):
             self._write_sources(sources)
             raise
         self.unmerged, self.unmerged_sources = before, sources
+        self.merged_samples = self._samples()
         self.refresh()
+
+    def refuse_unmerging_deltas(self) -> None:
+        """Refuse to put an old weight back over one that came after merging."""
+        if self._samples() != self.merged_samples:
+            raise ArgumentError(
+                "the weight was replaced, loaded or trained since the deltas were merged into it; putting back the old "
+                "one would throw that away. merge_delta(model, unload=True) keeps the weight as it is now"
+            )
 
     def unmerge_deltas(self) -> None:
         """Put back the weight as it was, bit for bit, in place."""
@@ -147,6 +161,10 @@ class NamedLoras(DeltaFace):
         """Let the weight be what it is now, in place: the deltas are not merged."""
         self.unmerged, self.unmerged_sources = None, {}
         self.refresh()
+
+    def _samples(self) -> dict[str, list[float]]:
+        """A few values of what the weight is made of, to see that it is still what merging left."""
+        return {name: self.sample_of(tensor) for name, tensor in self.sources().items()}
 
     def _write_sources(self, values: dict[str, Any]) -> None:
         here = self.sources()
