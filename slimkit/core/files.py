@@ -208,6 +208,8 @@ def atomic_directory(path: PathLike, *, keep: bool = False) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=place))
     try:
         yield temporary
+        if keep and (linked := [e.name for e in temporary.iterdir() if (target / e.name).is_symlink()]):
+            raise LinkPathError(f"refusing to replace the symbolic link {str(target / linked[0])!r}")
         if not exists:
             os.chmod(temporary, 0o777 & ~_umask())
             os.replace(temporary, target)

@@ -252,7 +252,9 @@ def test_the_order_of_training_data_follows_the_runs_seed(kit, task, tmp_path):
         recipe(kit, task, tmp_path, train, data="rows", out=f"s{n}", seed=seed)["stages"][1]["curves"]["loss_by_step"]
         for n, seed in enumerate((1, 2, 1))
     ]
-    assert losses[0] == losses[2] != losses[1]
+    # MindSpore's threads may add up in another order: float32, some 100 terms
+    assert np.allclose(losses[0], losses[2], rtol=1e-5)
+    assert not np.allclose(losses[0], losses[1], rtol=1e-3)
 
 
 # Clipping. -----------------------------------------------------------------------------------------------------------

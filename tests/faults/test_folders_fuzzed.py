@@ -13,6 +13,7 @@ import pytest
 
 from slimkit.core import files
 from slimkit.core.delta import peft
+from slimkit.core.delta.peft_lora import read_lora
 from slimkit.core.distill.config import KnowledgeDistillConfig
 from slimkit.core.distill.teacher_cache import TeacherFiles
 from slimkit.core.errors import FileFormatError, LinkPathError, SlimkitError
@@ -39,8 +40,9 @@ def peft_folder(folder):
     (folder / peft.CONFIG).write_text(json.dumps(config))
 
     def load():
-        record, tensors, extra = peft.read_lora(*peft.read_files(folder))
-        return {**{k.rpartition("_")[2]: v for k, v in tensors.items()}, **extra, "rank": record["layers"]["q"]["rank"]}
+        made = read_lora(*peft.read_files(folder))
+        assert not made.base
+        return {**made.parts["q"], "rank": made.layers["q"].rank}
 
     return load, (peft.CONFIG, peft.TENSORS)
 

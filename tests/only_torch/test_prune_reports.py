@@ -23,7 +23,8 @@ for name in reports.NETS:
     load_pruned(f"{sys.argv[1]}/{name}", net)
     held = torch.load(f"{sys.argv[1]}/{name}.pt", weights_only=True)
     with torch.no_grad():
-        torch.testing.assert_close(oracle.call(net.eval(), held["inputs"]), held["output"], atol=0, rtol=0)
+        found = oracle.call(net.eval(), held["inputs"])
+        torch.testing.assert_close(found, held["output"], atol=1e-6, rtol=1e-5)  # float32, other threads
     print(name)
 """
 

@@ -93,7 +93,7 @@ def test_a_file_of_something_else_is_refused(tmp_path):
     torch.save([torch.zeros(1)], tmp_path / "list.pt")
     with pytest.raises(FileFormatError, match="not a dict"):
         TorchWeightFile(tmp_path / "list.pt")
-    torch.save({"epoch": 1}, tmp_path / "none.pt")
+    torch.save({"epoch": None}, tmp_path / "none.pt")  # numbers alone are a checkpoint; this holds nothing
     with pytest.raises(FileFormatError, match="no tensor"):
         TorchWeightFile(tmp_path / "none.pt")
     torch.save({"w": torch.zeros(3).to_sparse()}, tmp_path / "sparse.pt")
@@ -133,10 +133,10 @@ def test_fuzzed_torch_files_end_in_an_error_or_in_the_very_values(tmp_path, zipp
 def test_a_torch_that_reads_pickles_unsafely_is_refused(tmp_path):
     from types import SimpleNamespace
 
-    from slimkit.core.checkpoint.torchfile import TorchWeightFile
+    from slimkit.core.checkpoint.torchfile import TorchFile
     from slimkit.core.errors import UnsupportedError
 
     torch.save({"a": torch.ones(2)}, tmp_path / "net.pt")
     for version in ("2.9.1+cpu", "1.13.0"):
         with pytest.raises(UnsupportedError, match=r"from 2\.10 on"):
-            TorchWeightFile(tmp_path / "net.pt", SimpleNamespace(__version__=version))
+            TorchFile(tmp_path / "net.pt", SimpleNamespace(__version__=version))

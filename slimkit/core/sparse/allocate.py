@@ -73,14 +73,14 @@ def spread(
         return found
 
     total = ratio * sum(sizes.values())
-    low, high = 1e-30, 1e30
+    cheap, costly = 1e-30, 1e30
     for _ in range(200):
-        price = (low * high) ** 0.5
+        price = (cheap * costly) ** 0.5
         if sum(sizes[n] * r for n, r in at(price).items()) < total:
-            low = price
+            cheap = price
         else:
-            high = price
-    return at((low * high) ** 0.5)
+            costly = price
+    return at((cheap * costly) ** 0.5)
 
 
 def _exponentials(
