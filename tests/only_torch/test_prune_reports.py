@@ -24,7 +24,7 @@ for name in reports.NETS:
     held = torch.load(f"{sys.argv[1]}/{name}.pt", weights_only=True)
     with torch.no_grad():
         found = oracle.call(net.eval(), held["inputs"])
-        torch.testing.assert_close(found, held["output"], atol=1e-6, rtol=1e-5)  # float32, other threads
+        torch.testing.assert_close(found, held["output"], atol=5e-5, rtol=1e-4)  # float32, other threads
     print(name)
 """
 
