@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from slimkit.core import check
-from slimkit.core.compare import TASKS, memory
+from slimkit.core.compare import DENSE, TASKS, memory
 from slimkit.core.compare.comparison import FIGURES, Comparison, ModelResult
 from slimkit.core.compare.framework import CompareFramework
 from slimkit.core.compare.intervals import draws, figures_of
@@ -27,7 +27,6 @@ from slimkit.core.log import progress
 Array = np.ndarray[Any, Any]
 # The dense model's likeliest tokens that are kept where models are opened one after the other.
 TOP_K = 256
-DENSE = "dense"
 # What is kept of the dense model for one window: log-probabilities, its likeliest tokens, the size of its vocabulary.
 _Answer = tuple[DenseAnswer, Array, int]
 

@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 
 from slimkit.core.batch import dataset as check_dataset
+from slimkit.core.compare import DENSE
 from slimkit.core.compare.framework import CompareFramework
 from slimkit.core.compare.intervals import figures_of
 from slimkit.core.compare.scores import log_softmax
 from slimkit.core.errors import ArgumentError
 
 Array = np.ndarray[Any, Any]
-DENSE = "dense"
 BINS = 15
 # Samples whose pairs are compared: 1,000 have half a million pairs.
 PAIRED = 1000

@@ -7,11 +7,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from slimkit.core.compare import DENSE
 from slimkit.core.compare.comparison import Comparison, ModelResult
-from slimkit.core.compare.judge import DENSE, judge, named_metrics, names_of
+from slimkit.core.compare.judge import judge, named_metrics, names_of
 from slimkit.core.errors import ConfigError
 from slimkit.core.jobs import sources
-from slimkit.core.jobs.framework import JobFramework, Opened
+from slimkit.core.jobs.framework import JobFramework
 from slimkit.core.jobs.options import CompareOptions
 from slimkit.core.jobs.sources import DataPlace, ModelPlace
 
@@ -96,10 +97,8 @@ def compare(
     if len(set(names)) < len(names):
         raise ConfigError(f"two models have one name: {names[1:]}")
     metrics = named_metrics({name: sources.found(name, "--metric") for name in options.metrics or ()})
-    opened = face.open(models[0].place, models[0].delta)
-    dataset, tokenizer = _dataset(face, opened, options, text, data)
+    dataset, tokenizer = _dataset(face, models[0], options, text, data)
     openers: dict[str, Any] = {name: model.opener(face) for name, model in zip(names, models)}
-    del opened
     found = judge(
         face.judging(),
         openers.pop(DENSE),
@@ -115,16 +114,17 @@ def compare(
 
 
 def _dataset(
-    face: JobFramework, opened: Opened, options: CompareOptions, text: DataPlace | None, data: str | None
+    face: JobFramework, dense: JudgedModel, options: CompareOptions, text: DataPlace | None, data: str | None
 ) -> tuple[Any, Any]:
     if data is not None:
         return sources.found(data, "--data")(), None
     assert text is not None
+    if options.task == "classifier":
+        raise ConfigError("--task classifier needs --data MODULE:FUNCTION, which returns (batch, labels) pairs")
+    opened = face.open(dense.place, dense.delta)  # for its tokenizer alone: it is let go before the judging begins
     if options.task == "language":
         return [row["text"] for row in text.rows()], face.tokenizer(opened)
-    if options.task == "encoder":
-        return face.text(opened, text), None
-    raise ConfigError("--task classifier needs --data MODULE:FUNCTION, which returns (batch, labels) pairs")
+    return face.text(opened, text), None
 
 
 def _with_bytes(result: ModelResult, n_bytes: float | None) -> ModelResult:
