@@ -12,14 +12,15 @@ from slimkit.core.convert import stream as convert
 from slimkit.core.convert.gguffile import GgufReport
 from slimkit.core.convert.stream import ConvertReport
 from slimkit.core.errors import UnsupportedError
+from slimkit.core.files import PathLike
 from slimkit.core.lazy import library
 
 import torch
 
 
 def convert_checkpoint(
-    src: Any,
-    dst: Any,
+    src: PathLike,
+    dst: PathLike,
     source_net: Any = None,
     result_net: Any = None,
     name_map: Mapping[Any, Any] | None = None,
@@ -81,7 +82,7 @@ def convert_checkpoint(
     )
 
 
-def convert_gguf(src: Any, dst: Any, *, dtype: str = "float32") -> GgufReport:
+def convert_gguf(src: PathLike, dst: PathLike, *, dtype: str = "float32") -> GgufReport:
     """Turn a GGUF file into a Hugging Face folder that `from_pretrained` reads.
 
     Values are dequantised by the library `gguf`, a few megabytes at a time, so that memory does not grow with the
