@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from pydantic_core import PydanticCustomError
 
 from slimkit.core.jobs.factory import Factory, Reference
@@ -92,9 +92,19 @@ class CutOptions(JobOptions):
     selection: Annotated[str, OneOf(("first", "importance"))] = Field(
         "first", description="which rows and columns to keep"
     )
+    calibration_batches: NonNegativeInt = Field(
+        0,
+        description="for importance: batches whose activations choose; 0: the weights do (bad for language models)",
+    )
+
+    @property
+    def needs_data(self) -> bool:
+        return self.calibration_batches > 0
 
     @model_validator(mode="after")
     def _together(self) -> CutOptions:
+        if self.calibration_batches and self.selection != "importance":
+            raise PydanticCustomError("together", "calibration_batches goes with selection: importance", {"near": ""})
         if (self.pattern is None) != (self.layers is None):
             raise PydanticCustomError("together", "pattern and layers must be given together", {"near": ""})
         return self

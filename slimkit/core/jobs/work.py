@@ -161,9 +161,14 @@ def prune(model: Any, options: PruneOptions, context: JobContext, *, plan_only: 
     return JobResult(model, edit=None if desc is None else {"prune": desc}, facts=facts)
 
 
-def cut(small: Any, weights: Path, options: CutOptions, face: JobFramework, before: int) -> JobResult:
-    """Cut the weights of a smaller instance of a model out of a file, in place."""
-    report = face.slim.prune_model_weight(small, options.build(), str(weights))
+def cut(
+    small: Any, weights: Path, options: CutOptions, face: JobFramework, before: int, activations: Any = None
+) -> JobResult:
+    """Cut the weights of a smaller instance of a model out of a file, in place, by activations where there are some."""
+    config = options.build()
+    if activations is not None:
+        config.set_selection(options.selection, activations)
+    report = face.slim.prune_model_weight(small, config, str(weights))
     said = f"{show(before, 'count')} to {show(count(face, small), 'count')} parameters"
     return JobResult(small, facts={"headline": said, "report": _plain(report)})
 

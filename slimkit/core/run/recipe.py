@@ -78,6 +78,7 @@ class Recipe(Strict):
     data: Reference = Field(description="makes the data: f() -> mapping with train, example, calibration")
     loss: LossReference = Field("cross_entropy", description="cross_entropy, mse, or f(model, batch) -> scalar")
     metrics: Reference | None = Field(None, description="f(model, data, dense) -> {name: number}")
+    samples: Reference | None = Field(None, description="f(model, data) -> {prompt: answer}, shown in the report")
     stages: Annotated[list[Stage], Field(min_length=1)] = Field(description="run in this order")
 
     def steps(self) -> list[tuple[str, JobOptions]]:

@@ -58,7 +58,9 @@ class RecipeContext(work.JobContext):
         return name, lambda model, batch: function(model, batch, **arguments)
 
     def fit(self, model: Any, options: FitOptions, loss: ComputeLoss) -> dict[str, Any]:
-        return fitting.fit(self.face, model, options, self.stage.data["train"], loss, seed=self.seed, spell=self.spell)
+        data = self.stage.data
+        samples = data.get(self.stage.key.rpartition(".")[2], data["train"])
+        return fitting.fit(self.face, model, options, samples, loss, seed=self.seed, spell=self.spell)
 
 
 class Stages:
@@ -122,7 +124,7 @@ class Stages:
         if kind == "distill":
             return work.distill(stage.dense(), model, options, context)
         if kind == "cut":
-            return self._cut(options, model, stage)
+            return self._cut(options, model, context)
         if kind == "adapt":
             return self._adapt(options, model, context)
         if kind == "export":
@@ -132,7 +134,11 @@ class Stages:
         }  # fmt: skip
         return jobs[kind](model, options, context)
 
-    def _cut(self, options: CutOptions, model: Any, stage: StageContext) -> JobResult:
+    def _cut(self, options: CutOptions, model: Any, context: RecipeContext) -> JobResult:
+        stage = context.stage
+        activations = None
+        if options.calibration_batches:
+            activations = self.face.slim.measure_activations(model, context.calibration(options.calibration_batches))
         arguments = {**factory.parts(stage.recipe.model)[1], **options.arguments}
         small = self.build(stage.recipe, stage.folder, [{"cut": arguments}], stage.data["example"])
         if options.weights is None:
@@ -140,7 +146,7 @@ class Stages:
             self.save(model, source)
         else:
             source = Path(factory.make(options.weights, stage.folder, f"{stage.key}.weights"))
-        done = work.cut(small, source, options, self.face, work.count(self.face, model))
+        done = work.cut(small, source, options, self.face, work.count(self.face, model), activations)
         for leftover in stage.directory.glob("before.safetensors*"):
             leftover.unlink()
         done.edit = {"cut": arguments}
