@@ -27,6 +27,7 @@ from slimkit.core.prune.record import record_plan, whole_desc
 from slimkit.core.prune.rehearsal import ANOTHER, COPIES, LAYOUT, differences
 from slimkit.core.prune.settings import PrunerSettings
 from slimkit.core.prune.solve import WRITTEN, Coupling, Index, View
+from slimkit.core.showing import Report
 
 _ROUNDS = 200
 if TYPE_CHECKING:
@@ -108,8 +109,7 @@ class PrunerBase(PrunerSettings):
         Args:
             reserved_ratio: share of the parameters (or multiplications) to keep, in (0, 1].
             un_prune_list: layers whose outputs stay whole: numbers (Conv and Linear layers in the order they run,
-            negatives
-                from the end) or names; [0, -1] unless given.
+                negatives from the end) or names; [0, -1] unless given.
 
         Returns:
             (parameters left, exactly; the plan as plain data for `prune_by_desc`).
@@ -137,7 +137,7 @@ class PrunerBase(PrunerSettings):
         left = Account(view).count(np.array([allocation.keep[n] for n in view.counts], dtype=np.int64))
         self._fill_report(view, allocation, account, left, reserved_ratio)
         desc["made"]["left_params"] = left
-        return left, desc
+        return left, Report("plan", desc)
 
     def prune(self, reserved_ratio: float = 0.75, un_prune_list: Sequence[int | str] | None = None) -> dict[str, Any]:
         """Plan a cut and make it, in place; arguments as in `analysis`.
@@ -199,7 +199,7 @@ class PrunerBase(PrunerSettings):
         """
         return whole_desc(self._wing.model)
 
-    def report(self) -> dict[str, Any]:
+    def report(self) -> Report:
         """What the last analysis or cut found: sizes, what stays whole and why, operators without a rule, notes.
 
         Of a cut model that carries a configuration, `from_config` says whether a model built from it has the cut
@@ -213,7 +213,7 @@ class PrunerBase(PrunerSettings):
             mismatch = self._wing.config_mismatch()
             if mismatch is not None:
                 self._report["from_config"] = {"loads": not mismatch, "because": mismatch}
-        return dict(self._report)
+        return Report("pruning", self._report)
 
     def draw(self, path: PathLike | None = None) -> str:
         """Draw the coupling: one row a group, its width before and after the last analysis, and the layers it ties.
