@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,8 @@ import torch
 from torch import nn
 
 Array = np.ndarray[Any, Any]
+
+_SAME = 1e-2  # a disturbance that arrives changed by less than this share was only added to something
 
 
 def compensate(
@@ -135,6 +138,7 @@ class ChainPair:
         self.chains = BlockChain(dense, blocks), BlockChain(pruned, blocks)
         self.hidden: list[list[torch.Tensor | None]] = [[None] * len(data), [None] * len(data)]
         self._done = 0
+        self._joins: bool | None = None
 
     def stage(self, number: int, layers: Sequence[str]) -> BlockPair:
         """A block, once the one before it is done with."""
@@ -148,9 +152,30 @@ class ChainPair:
         for index, batch in enumerate(self.data):
             self.hidden[which][index] = self.chains[which].run(batch, number, self.hidden[which][index])
 
+    def joins(self, number: int, path: str) -> bool:
+        """Whether a layer's output is added to what else leaves its block, found out on the first block that asks."""
+        if self._joins is None:
+            layer, batch, hidden = bridge.get_module(self.pruned, path), self.data[0], self.hidden[1][0]
+            calm = self.chains[1].run(batch, number, hidden)
+            assert calm is not None
+            noise = torch.randn(calm.shape, generator=torch.Generator().manual_seed(0)).to(calm) * calm.std()
+            hook = layer.register_forward_hook(
+                lambda _m, _a, output: output + noise if output.shape == noise.shape else output
+            )
+            try:
+                moved = self.chains[1].run(batch, number, hidden)
+            finally:
+                hook.remove()
+            assert moved is not None
+            self._joins = bool((moved - calm - noise).norm() < _SAME * noise.norm())
+        return self._joins
+
 
 class BlockPair:
     """One block before and after the cut: the dense one runs once, the cut one as far as each layer in turn.
+
+    The last layer, where its output joins the residual stream, is asked to make up as well for what the stream has lost
+    before it: that costs nothing, and without it the losses of all blocks would add up.
 
     Args:
         pair: both models.
@@ -168,12 +193,22 @@ class BlockPair:
                 self._wanted[path, index] = rows
 
     def calls(self, path: str) -> Iterator[tuple[Array, Array]]:
-        pair = self._pair
-        last = bridge.get_module(pair.pruned, path)
+        pair, number = self._pair, self._number
+        layer = bridge.get_module(pair.pruned, path)
+        whole = path == self.layers[-1] and pair.joins(number, path)
         for index, batch in enumerate(pair.data):
-            with _watching(pair.pruned, [path], batch, True) as seen:
-                pair.chains[1].run(batch, self._number, pair.hidden[1][index], last)
-            yield from zip(seen.get(path, []), self._wanted.pop((path, index), []))
+            hidden, said = pair.hidden[1][index], contextlib.nullcontext(dict[str, list[Array]]())
+            with (
+                _watching(pair.pruned, [path], batch, True) as seen,
+                _watching(pair.pruned, [path], batch, False) if whole else said as own,
+            ):
+                left = pair.chains[1].run(batch, number, hidden, None if whole else layer)
+            wanted = self._wanted.pop((path, index), [])
+            before = pair.hidden[0][index]
+            # Not where the stream itself was cut: its lost features are wanted nowhere.
+            if left is not None and before is not None and left.shape == before.shape and len(own.get(path, [])) == 1:
+                wanted = [_rows_of(batch, before) - _rows_of(batch, left) + own[path][0]]
+            yield from zip(seen.get(path, []), wanted)
 
 
 def _whole(model: nn.Module, path: str, batch: Any, given: bool) -> list[Array]:
@@ -207,6 +242,14 @@ class _watching:
         # A copy: what follows, such as an activation, may work in the memory of it.
         rows = rows if rows.dtype == torch.float64 else rows.float()
         self._seen.setdefault(path, []).append(np.array(rows.cpu().numpy()))
+
+
+def _rows_of(batch: Any, hidden: torch.Tensor) -> Array:
+    """Hidden states without those of padding, (n, width)."""
+    valid = valid_rows(batch, hidden)
+    rows = (hidden if valid is None else hidden[valid]).reshape(-1, hidden.shape[-1])
+    found: Array = (rows if rows.dtype == torch.float64 else rows.float()).cpu().numpy()
+    return found
 
 
 def _float64(tensor: torch.Tensor) -> Array:

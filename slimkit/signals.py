@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from slimkit import bridge, kinds
 from slimkit.core.batch import without_labels
 from slimkit.core.prune.elimination import LayerSignal
@@ -92,7 +90,7 @@ def layer_signals(
         for parameter, _ in needed:
             parameter.requires_grad_(False)
         with replaying(model) as run, bridge.hooked(modules, seen):
-            for batch in data:  # noqa: B007  (the hooks read it)
+            for batch in data:
                 with torch.enable_grad():
                     output = run(batch if loss is None else without_labels(batch, model.forward))
                     if loss is not None:

@@ -29,7 +29,9 @@ def fitted_loss(x, reader, gone):
     return 0.5 * float((np.square(y).mean(axis=0) * reader.signal.slope).sum())
 
 
-@pytest.mark.parametrize("owner", [list(range(12)), np.repeat(np.arange(4), 3), [-1, 0, 1, 2, -1, 0, 1, 2, -1, 0, 1, 2]])
+@pytest.mark.parametrize(
+    "owner", [list(range(12)), np.repeat(np.arange(4), 3), [-1, 0, 1, 2, -1, 0, 1, 2, -1, 0, 1, 2]]
+)
 def test_foretold_losses_are_those_of_a_fresh_fit(rng, owner):
     x, one = reader(rng, 12, 5, owner)
     size = max(owner) + 1
@@ -51,7 +53,9 @@ def test_what_another_input_says_too_costs_nothing(rng):
     x, one = reader(rng, 6, 3, range(6))
     copied = np.concatenate([x, x[:, :1]], axis=1)
     signal = LayerSignal(copied.T @ copied / len(copied), one.signal.slope, len(copied))
-    losses = eliminate([Reader(np.concatenate([one.weight, one.weight[:, :1]], axis=1), signal, np.arange(7))], 7, rounds=7)
+    losses = eliminate(
+        [Reader(np.concatenate([one.weight, one.weight[:, :1]], axis=1), signal, np.arange(7))], 7, rounds=7
+    )
     assert int(np.argmin(losses)) in (0, 6)
     assert losses.min() < 2e-2 * np.sort(losses)[1]  # the damping
 

@@ -42,8 +42,8 @@ class Criterion:
     Attributes:
         name: for the plan and its report.
         needs: what `calibration=` must yield: "" nothing, "gradient" the mean gradient, "square" its mean square,
-            "activation" the mean absolute outputs of layers, "signal" what layers are given and how much the loss depends
-            on what they say.
+            "activation" the mean absolute outputs of layers, "signal" what layers are given and how much the loss
+            depends on what they say.
         roles: which uses of a parameter's axis count: "out" (makes the channel), "in" (reads it), "norm", "layer_norm".
         comparable: whether scores of different layers compare as they are; otherwise a global allocation divides each
             layer's by their mean.

@@ -1,7 +1,8 @@
 """Which inputs of some layers can go, and what that costs the model: backward elimination with exact refit.
 
 A layer that reads x says W x. Without some of its inputs, and with the rest of its weights refitted, it says something
-else; the model's loss rises by about half of the error's square, each output weighed by how much the loss depends on it:
+else; the model's loss rises by about half of the error's square, each output weighed by how much the loss depends on
+it:
 
     L(S) = 1/2 sum_o s_o min_w E (W_o x - w x_kept)^2,      s_o = E (d loss / d y_o)^2
 

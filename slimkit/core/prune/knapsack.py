@@ -47,9 +47,7 @@ def measured(
         counts = cheapest(account, full, floors, account.steps(alignment, full), target, losses, together)
     held = [n for n, k, f in zip(account.names, counts, floors) if k == f]
     total = account.count(counts)
-    return Allocation(
-        dict(zip(account.names, counts.tolist())), total, target, held if total > target * 1.005 else []
-    )
+    return Allocation(dict(zip(account.names, counts.tolist())), total, target, held if total > target * 1.005 else [])
 
 
 def cheapest(
@@ -84,10 +82,10 @@ def cheapest(
         return floors
     groups = [g[known[g]] for g in together if known[g].any()]
     choices = [_choices(int(full[g[0]]), int(floors[g[0]]), int(steps[g[0]])) for g in groups]
-    prices = []
+    prices: list[Array] = []
     for group, numbers in zip(groups, choices):
         rising = [np.concatenate([[0.0], np.sort(losses[account.names[k]])]) for k in group]
-        prices.append(sum(np.array([r[full[group[0]] - n] for n in numbers]) for r in rising))
+        prices.append(np.sum([[r[full[group[0]] - n] for n in numbers] for r in rising], axis=0))
     around, asked = full, target
     best: Array | None = None
     for _ in range(_ROUNDS):

@@ -10,7 +10,7 @@ import numpy as np
 
 from slimkit.core import check
 from slimkit.core.errors import ArgumentError, PlanError
-from slimkit.core.files import as_path, atomic_file
+from slimkit.core.files import PathLike, as_path, atomic_file
 from slimkit.core.log import logger
 from slimkit.core.match import demand, match
 from slimkit.core.prune.allocate import Account, Allocation, allocate
@@ -18,6 +18,7 @@ from slimkit.core.prune.attributes import config_changes, new_values, scope_size
 from slimkit.core.prune.criteria import CRITERIA, Criterion, Evidence
 from slimkit.core.prune.dims import Dim
 from slimkit.core.prune.draw import picture
+from slimkit.core.prune.elimination import LayerSignal
 from slimkit.core.prune.framework import PruneFramework, RepairFramework
 from slimkit.core.prune.graph import Node
 from slimkit.core.prune.importance import best, scores
@@ -29,6 +30,7 @@ from slimkit.core.prune.record import record_plan, whole_desc
 from slimkit.core.prune.rehearsal import ANOTHER, COPIES, LAYOUT, differences
 from slimkit.core.prune.settings import PrunerSettings
 from slimkit.core.prune.solve import WRITTEN, Coupling, Index, Variable, View
+from slimkit.core.showing import Report
 
 _ROUNDS = 200
 _LEAST, _LEAST_MEASURED = 0.5, 0.1
@@ -110,6 +112,11 @@ class PrunerBase(PrunerSettings):
         self._coupling, self._scored, self._report = None, None, {}
         return self
 
+    @property
+    def is_language_model(self) -> bool:
+        """Whether the model has a table of embeddings and attention, so that only data tells what it can lose."""
+        return self._solved().is_language_model
+
     def analysis(
         self, reserved_ratio: float = 0.75, un_prune_list: Sequence[int | str] | None = None
     ) -> tuple[int, dict[str, Any]]:
@@ -118,8 +125,7 @@ class PrunerBase(PrunerSettings):
         Args:
             reserved_ratio: share of the parameters (or multiplications) to keep, in (0, 1].
             un_prune_list: layers whose outputs stay whole: numbers (Conv and Linear layers in the order they run,
-            negatives
-                from the end) or names; [0, -1] unless given.
+                negatives from the end) or names; [0, -1] unless given.
 
         Returns:
             (parameters left, exactly; the plan as plain data for `prune_by_desc`).
@@ -147,7 +153,7 @@ class PrunerBase(PrunerSettings):
         left = Account(view).count(np.array([allocation.keep[n] for n in view.counts], dtype=np.int64))
         self._fill_report(view, allocation, account, left, reserved_ratio)
         desc["made"]["left_params"] = left
-        return left, desc
+        return left, Report("plan", desc)
 
     def prune(self, reserved_ratio: float = 0.75, un_prune_list: Sequence[int | str] | None = None) -> dict[str, Any]:
         """Plan a cut and make it, in place; arguments as in `analysis`.
@@ -212,7 +218,7 @@ class PrunerBase(PrunerSettings):
         """
         return whole_desc(self._wing.model)
 
-    def report(self) -> dict[str, Any]:
+    def report(self) -> Report:
         """What the last analysis or cut found: sizes, what stays whole and why, operators without a rule, notes.
 
         Of a cut model that carries a configuration, `from_config` says whether a model built from it has the cut
@@ -226,9 +232,9 @@ class PrunerBase(PrunerSettings):
             mismatch = self._wing.config_mismatch()
             if mismatch is not None:
                 self._report["from_config"] = {"loads": not mismatch, "because": mismatch}
-        return dict(self._report)
+        return Report("pruning", self._report)
 
-    def draw(self, path: Any = None) -> str:
+    def draw(self, path: PathLike | None = None) -> str:
         """Draw the coupling: one row a group, its width before and after the last analysis, and the layers it ties.
 
         Args:
@@ -287,18 +293,20 @@ class PrunerBase(PrunerSettings):
         limits = target, least, self._alignment
         if allocation == "measured":
             self._scores = self._score(view, criterion, self._open(view, account, *limits))
-            return measured(account, full.tolist(), *limits, self._losses, _alike(view) if self._level else None), account
+            alike = _alike(view) if self._level else None
+            return measured(account, full.tolist(), *limits, self._losses, alike), account
         self._scores = self._score(view, criterion, view.variables)
         chunks = None
         if allocation == "global":
-            chunks = {n: np.sort(s if criterion.comparable else s / max(s.mean(), 1e-30)) for n, s in self._scores.items()}
+            comparable = criterion.comparable
+            chunks = {n: np.sort(s if comparable else s / max(s.mean(), 1e-30)) for n, s in self._scores.items()}
         return allocate(account, full.tolist(), *limits, chunks, _alike(view), level=self._level), account
 
     def _criterion_for(self, view: View) -> Criterion:
         """The criterion that was asked for, or the one that suits the model and what is known of it."""
         if self._criterion is not CRITERIA["auto"]:
             return self._criterion
-        if not view.coupling.is_language_model:
+        if not self.is_language_model:
             return CRITERIA["l1"]
         if self._calibration is None:
             if not self._warned:
@@ -345,9 +353,11 @@ class PrunerBase(PrunerSettings):
         if all(self._wing.read(v.places[0][0]) is None for v in view.variables[:1]):
             made = {v.name: np.ones(v.size) for v in view.variables}  # a model without values: counts only
         elif need == "signal":
-            self._losses = output_losses(
-                view, variables, lambda layers: self._wing.signals(self._calibration, layers, self._loss, self._seed), read
-            )
+
+            def signals(layers: Sequence[str]) -> dict[str, LayerSignal]:
+                return self._wing.signals(self._calibration, layers, self._loss, self._seed)
+
+            self._losses = output_losses(view, variables, signals, read)
             made = {v.name: self._losses.get(v.name, np.ones(v.size)) for v in view.variables}
         else:
             evidence = Evidence(read, self._wing.rows, gradients, activations)

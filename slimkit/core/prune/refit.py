@@ -30,7 +30,7 @@ class RepairStage(Protocol):
 
     @abstractmethod
     def calls(self, path: str) -> Iterable[tuple[Array, Array]]:
-        """For each call of a layer on each batch: the inputs after the cut (n, n_in), the outputs before it (n, all)."""
+        """For each call of a layer on each batch: its inputs after the cut (n, n_in), its outputs before (n, all)."""
 
 
 class Repair(Protocol):
@@ -93,15 +93,15 @@ def repair(models: Repair, layers: Sequence[str], plan: PrunePlan, damping: floa
             next(bar, None)
             weight, bias = models.values(path)
             kept = plan.indices.get(f"{path}.weight", [None, None])[models.made_axis(path)]
-            moments = [RefitMoments(weight.shape[1], weight.shape[0], bias is not None) for _ in range(2)]
+            some, held_out = (RefitMoments(weight.shape[1], weight.shape[0], bias is not None) for _ in range(2))
             for given, wanted in stage.calls(path):
                 wanted = wanted if kept is None else wanted[:, kept]
                 # The last rows of each batch are held out where the damping is to be chosen.
                 held = len(given) // HELD_OUT if damping is None else 0
-                moments[0].add(given[: len(given) - held], wanted[: len(given) - held])
-                moments[1].add(given[len(given) - held :], wanted[len(given) - held :])
-            models.write(path, *_fitted(*moments, weight, bias, damping))
-            report["refitted"][path] = moments[0].number + moments[1].number
+                some.add(given[: len(given) - held], wanted[: len(given) - held])
+                held_out.add(given[len(given) - held :], wanted[len(given) - held :])
+            models.write(path, *_fitted(some, held_out, weight, bias, damping))
+            report["refitted"][path] = some.number + held_out.number
     next(bar, None)
     return report
 
@@ -122,7 +122,9 @@ def _fitted(
     """
     if damping is not None or not held.number:
         return refit(some, weight, bias, 0.01 if damping is None else damping)
-    chosen = min((None, *DAMPINGS), key=lambda d: held.miss(*((weight, bias) if d is None else refit(some, weight, bias, d))))
+    chosen = min(
+        (None, *DAMPINGS), key=lambda d: held.miss(*((weight, bias) if d is None else refit(some, weight, bias, d)))
+    )
     return (weight, bias) if chosen is None else refit(some + held, weight, bias, chosen)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from slimkit.core import check
@@ -10,6 +10,7 @@ from slimkit.core.batch import dataset
 from slimkit.core.errors import UnsupportedError
 from slimkit.core.prune.criteria import CRITERIA, NEEDS, Criterion, OfRows
 from slimkit.core.prune.framework import PruneFramework
+from slimkit.core.showing import Shown
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 ALLOCATIONS = ("uniform", "global", "measured")
 
 
-class PrunerSettings:
+class PrunerSettings(Shown):
     """The setters of a pruner; each checks its argument and returns the pruner.
 
     Args:
@@ -40,6 +41,17 @@ class PrunerSettings:
         self._repair_set = False
         self._damping: float | None = None
 
+    def _rows(self) -> Iterator[tuple[str, Any]]:
+        yield "model", type(self._wing.model).__name__
+        yield "importance", self._criterion.name
+        yield "budget", self._budget
+        yield "allocation", self._allocation
+        yield "smallest share of a layer", self._node_ratio
+        yield "widths in steps of", self._alignment
+        yield "compensation", self._repair is not None
+
+    __repr__ = Shown.__str__
+
     def set_importance_evaluation_function(
         self,
         function: str | Criterion | type[Criterion] | Callable[[Any], Any] = "auto",
@@ -51,10 +63,10 @@ class PrunerSettings:
         """Choose how channels are scored.
 
         Args:
-            function: auto, output, l1, l2, bn_scale, taylor, hessian, activation, lamp or random; or a function that maps
-                one output channel's weights (a tensor of the framework without the output axis, a copy) to a number; or
-                a `Criterion` of your own. "auto", as unset, is "output" for a language model with calibration, whose
-                cut is then repaired on the same data, and mean |w| for anything else.
+            function: auto, output, l1, l2, bn_scale, taylor, hessian, activation, lamp or random; or a function that
+                maps one output channel's weights (a tensor of the framework without the output axis, a copy) to a
+                number; or a `Criterion` of your own. "auto", as unset, is "output" for a language model with
+                calibration, whose cut is then repaired on the same data, and mean |w| for anything else.
             calibration: batches, for criteria that look at data; output wants several thousand tokens.
             loss: for taylor and hessian: (model outputs, batch) -> scalar loss; unset, the outputs' own `.loss`, or the
                 mean squared output. With a loss, batches may be (inputs, labels): the model gets as many values of a
@@ -82,8 +94,8 @@ class PrunerSettings:
         """Set the least share of its channels that each node keeps.
 
         Args:
-            ratio: strictly between 0 and 1. Unset 0.5, since a layer cut further seldom recovers; where the loss of each
-                cut is known (allocation "measured") 0.1.
+            ratio: strictly between 0 and 1. Unset 0.5, since a layer cut further seldom recovers; where the loss of
+                each cut is known (allocation "measured") 0.1.
 
         Returns:
             This pruner.
