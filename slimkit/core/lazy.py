@@ -39,14 +39,14 @@ def require(framework: str) -> None:
     )
 
 
-class Later:
+class LateModule:
     """A module that is imported when something of it is first asked for.
 
     Args:
         module: dotted module name.
 
     Example:
-        >>> Later("json").dumps(1)
+        >>> LateModule("json").dumps(1)
         '1'
     """
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from slimkit.core.errors import ArgumentError
-from slimkit.core.lazy import Later
+from slimkit.core.lazy import LateModule
 from slimkit.core.log import logger
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     Array = np.ndarray[Any, Any]
 else:
-    np = Later("numpy")  # the help of `slimkit prune` lists the criteria, and needs no numbers
+    np = LateModule("numpy")  # the help of `slimkit prune` lists the criteria, and needs no numbers
 
 # What a criterion may ask of calibration data.
 NEEDS = ("", "gradient", "square", "activation")
