@@ -9,7 +9,8 @@ import numpy as np
 
 from slimkit.core.log import progress
 from slimkit.core.prune.elimination import LayerSignal, Reader, eliminate
-from slimkit.core.prune.solve import Variable, View, owners
+from slimkit.core.prune.expressions import owners
+from slimkit.core.prune.solve import Variable, View
 
 Array = np.ndarray[Any, Any]
 
