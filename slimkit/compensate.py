@@ -86,13 +86,13 @@ class TorchRepair:
         inside = [k for k, path in enumerate(layers) if place[path] is not None]
         first, last = (inside[0], inside[-1]) if inside else (len(layers), len(layers))
         if layers[:first]:
-            yield WholeModel(self._dense, self._pruned, layers[:first], self._data)
+            yield WholePair(self._dense, self._pruned, layers[:first], self._data)
         if inside:
             pair = ChainPair(self._dense, self._pruned, blocks, list(self._data))
             for number in range(len(blocks)):
                 yield pair.stage(number, [p for p in layers if place[p] == number and p in behind])
         if layers[last + 1 :]:
-            yield WholeModel(self._dense, self._pruned, layers[last + 1 :], self._data)
+            yield WholePair(self._dense, self._pruned, layers[last + 1 :], self._data)
 
     def write(self, path: str, weight: Array, bias: Array | None) -> None:
         module = bridge.get_module(self._pruned, path)
@@ -103,7 +103,7 @@ class TorchRepair:
                 module.bias.copy_(torch.from_numpy(bias).to(module.bias))
 
 
-class WholeModel:
+class WholePair:
     """Both models whole: every layer costs a forward of each.
 
     Args:

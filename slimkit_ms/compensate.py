@@ -66,7 +66,7 @@ class MindSporeRepair:
         return _numbers(weight).reshape(len(weight), -1), None if bias is None else _numbers(bias)
 
     def stages(self, layers: Sequence[str], behind: Collection[str]) -> Iterator[RepairStage]:
-        yield WholeModel(self._dense, self._pruned, layers, self._data)
+        yield WholePair(self._dense, self._pruned, layers, self._data)
 
     def write(self, path: str, weight: Array, bias: Array | None) -> None:
         cell = bridge.get_module(self._pruned, path)
@@ -77,7 +77,7 @@ class MindSporeRepair:
             _put(held, bias)
 
 
-class WholeModel:
+class WholePair:
     """Both cells whole: every layer costs a forward of each.
 
     Args:

@@ -9,7 +9,7 @@ import pytest
 
 from slimkit.core.prune import knapsack
 from slimkit.core.prune.allocate import Account
-from slimkit.core.prune.elimination import LayerSignal, Reader, eliminate
+from slimkit.core.prune.elimination import LayerSignal, ChannelReader, eliminate
 from slimkit.core.prune.signals import sent_back
 
 
@@ -17,7 +17,7 @@ def reader(rng, n_in, n_out, owner, rows=200):
     mix = rng.standard_normal((n_in, n_in)) / n_in**0.5
     x = rng.standard_normal((rows, n_in)) @ (np.eye(n_in) + mix)
     signal = LayerSignal(x.T @ x / rows, rng.random(n_out) + 0.1, rows)
-    return x, Reader(rng.standard_normal((n_out, n_in)), signal, np.asarray(owner))
+    return x, ChannelReader(rng.standard_normal((n_out, n_in)), signal, np.asarray(owner))
 
 
 def fitted_loss(x, reader, gone):
@@ -54,7 +54,7 @@ def test_what_another_input_says_too_costs_nothing(rng):
     copied = np.concatenate([x, x[:, :1]], axis=1)
     signal = LayerSignal(copied.T @ copied / len(copied), one.signal.slope, len(copied))
     losses = eliminate(
-        [Reader(np.concatenate([one.weight, one.weight[:, :1]], axis=1), signal, np.arange(7))], 7, rounds=7
+        [ChannelReader(np.concatenate([one.weight, one.weight[:, :1]], axis=1), signal, np.arange(7))], 7, rounds=7
     )
     assert int(np.argmin(losses)) in (0, 6)
     assert losses.min() < 2e-2 * np.sort(losses)[1]  # the damping

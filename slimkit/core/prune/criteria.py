@@ -166,7 +166,7 @@ class Activation(Criterion):
         return None if found is None else dict.fromkeys(axes, found)
 
 
-class Output(Criterion):
+class OutputLoss(Criterion):
     """The loss that the model takes as the layers that read an index lose it (`elimination`).
 
     Scores are that loss, in the order in which the indices go; so one order serves all budgets, and what one layer
@@ -255,7 +255,7 @@ def _number(value: Any) -> float | None:
 # One row a criterion: a subclass of Criterion above, and its name here.
 CRITERIA: dict[str, Criterion] = {
     "auto": Auto(),
-    "output": Output(),
+    "output": OutputLoss(),
     "l1": L1(),
     "l2": L2(),
     "bn_scale": BatchNormScale(),

@@ -42,7 +42,7 @@ class LayerSignal:
 
 
 @dataclass
-class Reader:
+class ChannelReader:
     """A layer that reads a variable.
 
     Args:
@@ -56,7 +56,7 @@ class Reader:
     owner: Array
 
 
-def eliminate(readers: Sequence[Reader], size: int, rounds: int = ROUNDS, damping: float = DAMPING) -> Array:
+def eliminate(readers: Sequence[ChannelReader], size: int, rounds: int = ROUNDS, damping: float = DAMPING) -> Array:
     """The loss that the model has taken when each index has gone, all those before it gone too.
 
     Args:
@@ -70,7 +70,7 @@ def eliminate(readers: Sequence[Reader], size: int, rounds: int = ROUNDS, dampin
 
     Example:
         >>> signal = LayerSignal(np.diag([4.0, 1.0, 1.0]), np.ones(1), 8)
-        >>> eliminate([Reader(np.array([[1.0, 1.0, 3.0]]), signal, np.arange(3))], 3).round(1).tolist()
+        >>> eliminate([ChannelReader(np.array([[1.0, 1.0, 3.0]]), signal, np.arange(3))], 3).round(1).tolist()
         [2.5, 0.5, 7.0]
     """
     states = [_Reading(reader, size, damping) for reader in readers]
@@ -93,7 +93,7 @@ def eliminate(readers: Sequence[Reader], size: int, rounds: int = ROUNDS, dampin
 class _Reading:
     """A reader as far as the elimination has come."""
 
-    def __init__(self, reader: Reader, size: int, damping: float) -> None:
+    def __init__(self, reader: ChannelReader, size: int, damping: float) -> None:
         gram = np.asarray(reader.signal.gram, dtype=np.float64)
         ridge = damping * max(float(np.trace(gram)) / max(1, len(gram)), 1e-300)
         self.inverse = np.linalg.inv(gram + ridge * np.eye(len(gram)))

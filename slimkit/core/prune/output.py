@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from slimkit.core.log import progress
-from slimkit.core.prune.elimination import LayerSignal, Reader, eliminate
+from slimkit.core.prune.elimination import LayerSignal, ChannelReader, eliminate
 from slimkit.core.prune.expressions import owners
 from slimkit.core.prune.solve import Variable, View
 
@@ -79,7 +79,7 @@ def _passes(view: View, readers: dict[str, list[str]]) -> Iterator[list[str]]:
 
 def _reader(
     view: View, variable: Variable, path: str, axis: int, signals: dict[str, LayerSignal], read: Callable[[str], Array]
-) -> Reader | None:
+) -> ChannelReader | None:
     signal = signals.get(path.rpartition(".")[0])
     owner = owners(view.axes[path][axis], view.counts, variable.name)
     if signal is None or owner is None:
@@ -88,4 +88,4 @@ def _reader(
     matrix = weight.reshape(len(weight), -1) if axis == 1 else weight.T
     if signal.gram.shape != (matrix.shape[1],) * 2:  # grouped, or used in another way than its layer's
         return None
-    return Reader(matrix, signal, np.repeat(owner, matrix.shape[1] // len(owner)))
+    return ChannelReader(matrix, signal, np.repeat(owner, matrix.shape[1] // len(owner)))
