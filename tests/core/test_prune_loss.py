@@ -9,7 +9,7 @@ import pytest
 
 from slimkit.core.prune import knapsack
 from slimkit.core.prune.allocate import Account
-from slimkit.core.prune.elimination import LayerSignal, ChannelReader, eliminate
+from slimkit.core.prune.elimination import ChannelReader, LayerSignal, eliminate
 from slimkit.core.prune.signals import sent_back
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from slimkit.core.log import progress
-from slimkit.core.prune.elimination import LayerSignal, ChannelReader, eliminate
+from slimkit.core.prune.elimination import ChannelReader, LayerSignal, eliminate
 from slimkit.core.prune.expressions import owners
 from slimkit.core.prune.solve import Variable, View
 
