@@ -14,10 +14,14 @@ from slimkit.core.batch import without_labels
 from slimkit.core.lazy import door, library
 from slimkit.core.log import logger
 from slimkit.core.prune.attributes import Field, widths_of
+from slimkit.core.prune.elimination import LayerSignal
 from slimkit.core.prune.graph import Graph
 from slimkit.core.prune.plan import PrunePlan
 from slimkit.core.prune.pruner import PrunerBase
+from slimkit.core.prune.rehearsal import Rehearsal, compare
+from slimkit.core.prune.solve import View
 from slimkit.replay import replaying, unchanged
+from slimkit.signals import layer_signals
 from slimkit.trace import trace
 from slimkit.trace.passes import Run, example, record
 from slimkit.trace.tracer import Recorder
@@ -53,9 +57,8 @@ class TorchPrune:
         return any(e is not None for e in self.examples)
 
     @property
-    def branches(self) -> bool:
-        """Whether the model's code looks at activations, so that another run may take another way."""
-        return bool(self._real)
+    def one_head_size(self) -> bool:
+        return False
 
     def trace(self) -> Graph:
         self._found = surgery.tensors(self.model)
@@ -63,7 +66,16 @@ class TorchPrune:
         self._real, self._runs = found.real, found.runs
         return found.graph
 
-    def rehearse(self, plan: PrunePlan) -> tuple[Graph, str | None, set[str]]:
+    def rehearse(self, plan: PrunePlan, view: View) -> Rehearsal:
+        graph, error, remade = self._run_cut(plan)
+        # Where activations were looked at, another run may take another way.
+        return Rehearsal(compare(view, plan, graph, error, remade, branches=bool(self._real)))
+
+    def error_of(self, plan: PrunePlan) -> str | None:
+        return self._run_cut(plan)[1]
+
+    def _run_cut(self, plan: PrunePlan) -> tuple[Graph, str | None, set[str]]:
+        """The cut model's graph as far as it ran, the error that stopped it, and the modules that surgery remakes."""
         names = {p: p for p in plan.shapes}
         with surgery.rehearsing(self.model, plan, names, bool(self._real)) as remade:
             recorder = Recorder(self.model, real=bool(self._real))
@@ -148,6 +160,11 @@ class TorchPrune:
                 run(batch)
         return {name: totals[name] / number[name] for name in totals}
 
+    def signals(
+        self, data: Iterable[Any], layers: Sequence[str], loss: Callable[..., Any] | None, seed: int
+    ) -> dict[str, LayerSignal]:
+        return layer_signals(self.model, data, layers, loss, seed)
+
     def cut(self, plan: PrunePlan, names: Mapping[str, str]) -> Callable[[], None]:
         undo = surgery.cut(self.model, plan, names)
         for kind in bridge.data_parallel_around(self.model):
@@ -160,7 +177,7 @@ class TorchPrune:
         return copy.deepcopy(self.model)
 
     def compensate(
-        self, dense: Any, plan: PrunePlan, layers: Sequence[str], data: Iterable[Any], damping: float
+        self, dense: Any, plan: PrunePlan, layers: Sequence[str], data: Iterable[Any], damping: float | None
     ) -> dict[str, Any]:
         return compensate(dense, self.model, plan, layers, data, damping)
 
@@ -212,8 +229,7 @@ class PruneTorch(PrunerBase):
     Args:
         network: the model; any architecture.
         inputs: an example of what it takes: a tensor, a tuple or list of arguments, or a dict of keyword arguments.
-        Only
-            shapes matter. None tries the example that a Hugging Face model carries.
+            Only shapes matter. None tries the example that a Hugging Face model carries.
 
     Raises:
         ArgumentTypeError: `network` is no nn.Module.
