@@ -39,6 +39,7 @@ def folder(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow  # six stages in a process of its own
 def test_the_twin_runs_to_its_report(folder):
     done = subprocess.run(
         [
