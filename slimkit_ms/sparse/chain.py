@@ -144,7 +144,7 @@ class ModelBlock(WholeModel):
         last: bool,
     ) -> None:
         start = path + "."
-        own = {n: replace(s, cell=s.cell[len(start) :]) for n, s in slots.items() if s.cell.startswith(start)}
+        own = {n: replace(s, cell=s.cell[len(start) :]) for n, s in slots.items() if n.startswith(start)}
         super().__init__(block, dense, (), own, feeds, traced)
         self._path, self._inputs, self._is_last = path, inputs, last
         self._trained = False

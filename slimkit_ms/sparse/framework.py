@@ -121,7 +121,7 @@ class MindSporeSparse:
             del inputs
             yield WholeModel(self.model, dense, dataset, slots, every, calls)
             return
-        where = {name: next((b for b in blocks if self._slots[name].cell.startswith(b + ".")), "") for name in names}
+        where = {name: next((b for b in blocks if name.startswith(b + ".")), "") for name in names}
         first = next(i for i, feed in enumerate(every) if where[feed[0]])
         before = [f for f in every[:first] if not where[f[0]]]
         after = [f for f in every[first:] if not where[f[0]]]

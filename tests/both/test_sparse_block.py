@@ -63,7 +63,7 @@ def error(kit, model, data, dense):
     return sum(np.square(kit.array(model(x)) - d).sum() for x, d in zip(data, dense)) ** 0.5
 
 
-@pytest.mark.parametrize("kw", [{}, {"pattern": "2:4", "sparse_ratio": 0.5}, {"residual": True}])
+@pytest.mark.parametrize("kw", [{}, {"pattern": "2:4", "sparse_ratio": 0.5}])
 def test_blocks_come_closer_to_the_dense_ones_and_keep_pars_masks(kit, kw):
     data, other = batches(kit), batches(kit, seed=3)
     model, par = chain(kit), chain(kit)
@@ -204,6 +204,8 @@ def test_the_dense_outputs_are_needed(kit):
     for kw in ({"asymmetric": False}, {"sequential": False}):
         with pytest.raises(ConfigError, match="dense outputs"):
             SparseConfig(method="block", **kw)
+    with pytest.raises(ConfigError, match="residual"):
+        SparseConfig(method="block", residual=True)
     with pytest.raises(ArgumentError, match="passes"):
         SparseConfig(method="block", options={"rounds": 3})
 

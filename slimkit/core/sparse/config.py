@@ -133,6 +133,10 @@ class SparseConfig(Shown):
             raise ConfigError(
                 f"SparseConfig.method {self.method!r} needs the dense outputs, so sequential=True and asymmetric=None."
             )
+        if self.row.reconstructs and self.residual:
+            raise ConfigError(
+                f"SparseConfig.residual must be False with method {self.method!r}: whole blocks make up for the stream."
+            )
         if self.residual and not self.paired:
             raise ConfigError("SparseConfig.residual needs the dense outputs: par, par_v2, or asymmetric=True.")
 

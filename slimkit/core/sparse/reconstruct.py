@@ -5,10 +5,10 @@ dense model gives it, and t over tokens that are no padding:
 
     minimise  sum_t |f(x)_t - y_t|^2 / (|y_t|^2 + FLOOR mean |y|^2)   over kept weights, biases and norm scales
 
-by Adam (Kingma & Ba 2015, algorithm 1), an update a batch. The error is relative token by token, because the norm before
-the next block makes it so; a few tokens with huge activations would be all of it otherwise. One of HOLD_OUT samples is
-kept apart to judge by: a pass that makes it worse is taken back, and the next goes on from the best values at a FALL of
-the rate. With few calibration rows a block learns their noise within a pass or two, so only what helps other rows stays.
+by Adam (Kingma & Ba 2015, algorithm 1), an update a batch. The error is relative token by token, because the norm
+before the next block makes it so; a few tokens with huge activations would be all of it otherwise. One of HOLD_OUT
+samples is kept apart to judge by: a pass that makes it worse is taken back, and the next goes on from the best values at a FALL of
+the rate. With few calibration rows a block learns their noise within a pass or two: only what helps other rows stays.
 Sources: reconstruction of blocks after pruning, Guo et al. 2024 (EBFT); this loss is ours.
 """
 
@@ -84,7 +84,8 @@ def _split(block: TrainedBlock) -> tuple[list[tuple[int, Array, int]], list[tupl
     sizes = block.sizes()
     total, first = sum(sizes), 0
     apart = {s for s in range(total) if s % HOLD_OUT == HOLD_OUT - 1} or ({total - 1} if total >= LEAST else set())
-    judges, learners = [], []
+    judges: list[tuple[int, Array, int]] = []
+    learners: list[tuple[int, Array, int]] = []
     for index, size in enumerate(sizes):
         weights, counts = token_weights(*block.target(index))
         xp = namespace(weights)
