@@ -28,7 +28,7 @@ class CallOrder:
         >>> calls, x = CallOrder(), [[1.0], [2.0]]
         >>> calls.batch()
         >>> for name, value in (("q", x[0]), ("k", x[0]), ("up", x[1])):
-        ...     calls.note(name, value)
+        ...     _ = calls.note(name, value)
         >>> calls.feeds
         [('q', 'k'), ('up',)]
         >>> calls.following(["q", "k"], ["q", "k", "up"])

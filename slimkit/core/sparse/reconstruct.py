@@ -79,13 +79,13 @@ def reconstruct(host: SparseFramework, block: TrainedBlock, options: Mapping[str
     return {"block_error": best**0.5, "block_error_before": before**0.5, "passes": found}
 
 
-def _split(block: TrainedBlock) -> tuple[list[tuple[int, Array, int]], list[tuple[int, Array, int]]]:
+def _split(block: TrainedBlock) -> tuple[list[tuple[int, Array, float]], list[tuple[int, Array, float]]]:
     """For each batch its number, weights and tokens: of the samples that judge, and of those that train."""
     sizes = block.sizes()
     total, first = sum(sizes), 0
     apart = {s for s in range(total) if s % HOLD_OUT == HOLD_OUT - 1} or ({total - 1} if total >= LEAST else set())
-    judges: list[tuple[int, Array, int]] = []
-    learners: list[tuple[int, Array, int]] = []
+    judges: list[tuple[int, Array, float]] = []
+    learners: list[tuple[int, Array, float]] = []
     for index, size in enumerate(sizes):
         weights, counts = token_weights(*block.target(index))
         xp = namespace(weights)
@@ -124,7 +124,7 @@ def token_weights(target: Array, valid: Array | None) -> tuple[Array, Array]:
 
 
 def _judged(
-    host: SparseFramework, block: TrainedBlock, values: Mapping[str, Array], judges: Sequence[tuple[int, Array, int]]
+    host: SparseFramework, block: TrainedBlock, values: Mapping[str, Array], judges: Sequence[tuple[int, Array, float]]
 ) -> float:
     """The mean loss of a token, over all processes."""
     sums = host.gather([sum(block.loss(values, i, w) for i, w, _ in judges), sum(n for _, _, n in judges)])
@@ -135,7 +135,7 @@ def _slopes(
     host: SparseFramework,
     block: TrainedBlock,
     values: Mapping[str, Array],
-    learner: tuple[int, Array, int] | None,
+    learner: tuple[int, Array, float] | None,
 ) -> dict[str, Array] | None:
     """The gradient of a token's mean loss, over the batches of all processes; None where no one has a token."""
     n = sum(host.gather(learner[2] if learner else 0))
