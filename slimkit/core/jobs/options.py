@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, model_validator
 from pydantic_core import PydanticCustomError
 
 from slimkit.core.jobs.factory import Factory, Reference
@@ -24,6 +24,37 @@ if TYPE_CHECKING:
     from slimkit.core.weights.blocks import PruneConfig
 
 Ratio = Annotated[float, Field(gt=0, lt=1)]
+
+
+# No model has a block beyond this; a longer range is a slip of the keyboard.
+_HIGHEST_BLOCK = 9999
+
+
+def numbers_of(text: str) -> tuple[int, ...]:
+    """Numbers and ranges as a tuple, in the order in which they were written.
+
+    Example:
+        >>> numbers_of("0-2,5")
+        (0, 1, 2, 5)
+    """
+    found: list[int] = []
+    for part in text.split(","):
+        first, ranged, last = part.strip().partition("-")
+        last = last if ranged else first
+        if int(last) > _HIGHEST_BLOCK:
+            raise ValueError(part)
+        found += range(int(first), int(last) + 1)
+    return tuple(found)
+
+
+def _blocks(text: str) -> str:
+    try:
+        found = numbers_of(text)
+    except ValueError:
+        found = ()
+    if not found or len(set(found)) < len(found):
+        raise PydanticCustomError("blocks", "must be block numbers, each once, such as 0-9,12,20-29")
+    return text
 
 
 # More batches than any data has.
@@ -110,6 +141,32 @@ class CutOptions(JobOptions):
         if self.pattern is not None and self.layers is not None:
             made.add_blocks_params(self.pattern, self.layers)
         return made
+
+
+class StudentOptions(JobOptions):
+    """What of a Hugging Face model a smaller one keeps (``make_student``)."""
+
+    layers: PositiveInt | None = Field(
+        None, description="how many blocks stay: those that the data needs most (block influence)"
+    )
+    layer_map: Annotated[Annotated[str, AfterValidator(_blocks)] | None, Flag("--layer-map", metavar="BLOCKS")] = Field(
+        None, description="the blocks that stay, by number, such as 0-9,12,20-29; unset: by the data"
+    )
+    ffn: PositiveInt | None = Field(None, description="width of the feed-forward")
+    heads: PositiveInt | None = Field(None, description="attention heads")
+    hidden: PositiveInt | None = Field(None, description="hidden width")
+    selection: Annotated[str, OneOf(("importance", "first"))] = Field(
+        "importance", description="which rows and columns stay: importance (by the data's activations) or first"
+    )
+
+    def sizes(self) -> dict[str, int]:
+        """The sizes that change."""
+        named = {"layers": self.layers, "ffn": self.ffn, "heads": self.heads, "hidden": self.hidden}
+        return {key: value for key, value in named.items() if value is not None}
+
+    def blocks(self) -> tuple[int, ...] | None:
+        """The blocks of `layer_map`."""
+        return None if self.layer_map is None else numbers_of(self.layer_map)
 
 
 class SparsifyOptions(JobOptions):
@@ -214,7 +271,7 @@ class CompareOptions(JobOptions):
 
 __all__ = [
     "COMMAND_JOBS", "JOBS", "AdaptOptions", "CompareOptions", "CutOptions", "DistillOptions", "DistillTerm",
-    "ExportOptions", "FitOptions", "JobOptions", "PruneOptions", "SparsifyOptions", "TrainOptions",
+    "ExportOptions", "FitOptions", "JobOptions", "PruneOptions", "SparsifyOptions", "StudentOptions", "TrainOptions",
 ]  # fmt: skip
 
 # job -> its options; a recipe's stage has the job's name, and finetune is train under another one
@@ -228,5 +285,5 @@ JOBS: dict[str, type[JobOptions]] = {
     "adapt": AdaptOptions,
     "export": ExportOptions,
 }
-# Jobs that change no model, and so are commands and no stages.
-COMMAND_JOBS: dict[str, type[JobOptions]] = {"compare": CompareOptions}
+# What commands alone take: jobs that change no model, and the sizes of a student.
+COMMAND_JOBS: dict[str, type[JobOptions]] = {"compare": CompareOptions, "student": StudentOptions}

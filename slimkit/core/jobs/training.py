@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -56,15 +57,17 @@ def distill(
     )
     config = given.config
     if config is None:
-        answers = [_called(face, which, context.example) for which in (teacher, learner)]
+        for which in (teacher, learner):
+            _called(face, which, context.example)
         if read.labelled:
             _prove(face, learner, *context.loss(options.loss), batch)
-        config = options.comparison(lambda: answers[0][0].shape)
+        config = work.compared(face, teacher.model, options, context.example)
     facts: dict[str, Any] = {
         "teacher_parameters": work.count(face, teacher.model),
         "parameters": work.count(face, learner.model),
         "layers": dict(given.layers),
         "samples": read.count,
+        **read.facts,
         "terms": work.terms(config),
     }
     if out is None:
@@ -132,7 +135,7 @@ def adapt(
     inputs = read.first(options.batch_size)[0]
     context = CommandContext(face, run.seed, inputs, options, read=read, named_loss=(given.name, given.loss))
     facts: dict[str, Any] = {
-        "task": given.name, "labels": given.labels, "fresh": list(opened.fresh), "samples": read.count
+        "task": given.name, "labels": given.labels, "fresh": list(opened.fresh), "samples": read.count, **read.facts
     }  # fmt: skip
     if out is None:
         return facts | work.place_delta(opened.model, options, context)
@@ -167,10 +170,10 @@ def _lesson(
     label_key: str,
 ) -> Lesson:
     """A teacher and a student of one's own, and arrays."""
-    if student.sizes or student.place is None:
+    if student.sizes or student.layer_map is not None or student.place is None:
         raise ConfigError(
             "a factory's teacher needs a student: --student-factory MODULE:FUNCTION, or --student-arg KEY=VALUE for "
-            "the teacher's own factory; --layers, --ffn, --heads and --hidden are for Hugging Face directories"
+            "the teacher's own factory; --layers, --layer-map, --ffn, --heads, --hidden are for Hugging Face directories"
         )
     read = supervised(data, label_key, face, labels=bool(options.hard_weight))
     teacher = face.open(place)
@@ -230,15 +233,21 @@ def _prove(face: JobFramework, opened: Opened, name: str, loss: ComputeLoss, bat
 
 
 def _evaluate(face: JobFramework, model: Any, given: Task, batch_size: int) -> dict[str, float]:
-    """Mean loss over held-out samples, with the accuracy of a classifier."""
-    total = right = 0.0
-    seen = counted = 0
+    """Mean loss over held-out samples (of text: tokens), with a classifier's accuracy or the perplexity of text."""
+    total = right = seen = 0.0
+    counted = 0
     assert given.held is not None
     with face.evaluating(model):
         for batch in given.held.batches(batch_size):
             labels = face.arrays(batch[1])[0]
-            total, seen = total + float(given.loss(model, batch)) * len(labels), seen + len(labels)
+            weight = len(labels) if given.held.tokens is None else given.held.tokens(batch)
+            if not weight:
+                continue
+            total, seen = total + float(given.loss(model, batch)) * weight, seen + weight
             if given.classes:
                 right += float((face.outputs(model, batch[0])[0].argmax(1) == labels).sum())
                 counted += labels.size
-    return {"loss": total / seen, **({"accuracy": right / counted} if counted else {})}
+    found = {"loss": total / seen, **({"accuracy": right / counted} if counted else {})}
+    if given.held.tokens is not None:
+        found["perplexity"] = math.exp(min(found["loss"], 700.0))
+    return found

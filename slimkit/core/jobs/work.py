@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from slimkit.core.distill.config import KnowledgeDistillConfig
+from slimkit.core.distill.config import LOSSES, KnowledgeDistillConfig
+from slimkit.core.distill.shapes import pick
 from slimkit.core.errors import ConfigError
 from slimkit.core.files import digest_array
 from slimkit.core.jobs import fitting
@@ -210,7 +211,7 @@ def distill(
     """Train a student to answer as its teacher does, in place; `config` says what is compared, or the options do."""
     face = context.face
     if config is None:
-        config = options.comparison(lambda: face.outputs(teacher, context.example)[0].shape)
+        config = compared(face, teacher, options, context.example)
     hard = context.loss(options.loss)[1] if options.hard_weight else None
     with face.seeded(context.seed):
         dual = face.slim.get_distill_model(teacher, student, config, inputs=context.example)
@@ -224,6 +225,24 @@ def distill(
     facts = {"headline": f"against the dense model {_trained(fitted)}", "terms": terms(config), **fitted}
     facts.pop("loss_by_step")
     return JobResult(dual.get_student_model(), facts=facts, curves=curves(fitted))
+
+
+def compared(face: JobFramework, teacher: Any, options: DistillOptions, example: Any) -> KnowledgeDistillConfig:
+    """What the options compare; where the batch has an attention_mask, padding counts in no term that it fits."""
+    mask = example.get("attention_mask") if isinstance(example, Mapping) else None
+    paths = [term.teacher for term in options.hidden if isinstance(term.teacher, str)] or [
+        t for t, _ in options.pairs()
+    ]
+    known = {} if mask is None else face.inside(teacher, example, list(dict.fromkeys(paths)))
+
+    def mask_of(path: Any, index: Any, loss: str) -> str | None:
+        if mask is None or (path or "") not in known:
+            return None
+        shape = tuple(pick(known[path or ""], index, path or "output").shape)
+        rows = (shape[0], shape[-1]) if LOSSES[loss][0] == "attention" else shape[:-1]
+        return "attention_mask" if rows == tuple(mask.shape) else None
+
+    return options.comparison(lambda: face.outputs(teacher, example)[0].shape, mask_of)
 
 
 def terms(config: KnowledgeDistillConfig) -> list[str]:
