@@ -173,7 +173,7 @@ def _lesson(
     if student.sizes or student.layer_map is not None or student.place is None:
         raise ConfigError(
             "a factory's teacher needs a student: --student-factory MODULE:FUNCTION, or --student-arg KEY=VALUE for "
-            "the teacher's own factory; --layers, --layer-map, --ffn, --heads, --hidden are for Hugging Face directories"
+            "the teacher's own factory; the sizes (--layers, --ffn, ...) are for Hugging Face directories"
         )
     read = supervised(data, label_key, face, labels=bool(options.hard_weight))
     teacher = face.open(place)
