@@ -57,7 +57,7 @@ def student(
     place = None
     if weights is not None or factory is not None or arguments:
         place = ModelPlace(weights, factory or network.factory, settings(arguments or [], "--student-arg"))
-    return StudentPlace(cut.sizes(), cut.selection, cut.blocks(), place)
+    return StudentPlace(cut.sizes(), cut.selection, cut.blocks(), cut.teacher, place)
 
 
 def data(reference: str | None, text_key: str, samples: int, max_length: int, batch_size: int) -> DataPlace | None:

@@ -128,3 +128,59 @@ def test_held_out_loss_is_per_token(folder, tmp_path):
         count += int(told.sum())
     assert found["loss"] == pytest.approx(total / count, abs=1e-5)  # float32
     assert found["perplexity"] == pytest.approx(np.exp(total / count), rel=1e-4)
+
+
+# Asking a teacher once. -----------------------------------------------------------------------------------------------
+
+
+def distilled(folder, out, caplog, *, restart=False, **asked):
+    """Loss by epoch, and what the log says of the teacher."""
+    import logging
+
+    cut = StudentPlace({"layers": 2}, teacher=asked.pop("teacher", "auto"))
+    options = DistillOptions(**{"epochs": 2, "batch_size": 4, "learning_rate": 1e-3, **asked})
+    data = DataPlace(str(folder / "plain.jsonl"), max_length=16)
+    caplog.clear()
+    with caplog.at_level(logging.INFO, "slimkit"):
+        found = training.distill(
+            TorchJobs("cpu"), ModelPlace(folder / "llama"), data, out, options, cut, FitRun(restart=restart)
+        )
+    return found, " ".join(r.message for r in caplog.records if r.message.startswith("the teacher runs"))
+
+
+def test_a_teacher_is_asked_once_where_that_is_cheaper(folder, tmp_path, caplog):
+    cached, said = distilled(folder, tmp_path / "a", caplog)
+    assert cached["teacher"] == "cached"
+    assert "runs once" in said
+    online, said = distilled(folder, tmp_path / "b", caplog, teacher="online")
+    assert (online["teacher"], "as asked for" in said) == ("online", True)
+    # fewer classes than are kept: the same float32 numbers, read back
+    assert cached["loss_by_epoch"] == pytest.approx(online["loss_by_epoch"], rel=1e-5)
+    assert not list((tmp_path / "a").rglob("*shard-*"))
+    for more, words in (({"epochs": 1}, "seen 1 times"), ({"hidden_weight": 1.0}, "hidden states")):
+        found, said = distilled(folder, tmp_path / f"c{len(more)}{words[:4]}", caplog, **more)
+        assert found["teacher"] == "online"
+        assert words in said
+
+
+def test_a_run_goes_on_with_the_answers_that_it_kept(folder, tmp_path, caplog, monkeypatch):
+    whole, _ = distilled(folder, tmp_path / "whole", caplog)
+    from slimkit.core.jobs import work
+
+    def stopped(*args, **more):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(work, "distill", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            distilled(folder, tmp_path / "a", caplog)
+    kept = [f.name for f in (tmp_path / "a" / ".slimkit-train" / "teacher").iterdir()]
+    assert "cache.json" in kept
+    # a full disk would now speak against it; what was begun goes on
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": 0}))
+    found, said = distilled(folder, tmp_path / "a", caplog)
+    assert "runs once" in said
+    assert found["loss_by_epoch"] == whole["loss_by_epoch"]
+    online, said = distilled(folder, tmp_path / "b", caplog)
+    assert online["teacher"] == "online"
+    assert "that are free" in said

@@ -89,6 +89,25 @@ def fit(
     }
 
 
+def begin(options: FitOptions, out: Path, run: FitRun, job: Mapping[str, Any]) -> Path:
+    """Begin a run's state in its folder, or make sure that the one there is of the same job.
+
+    Args:
+        options, out, run, job: as for `fit_resumably`, which does this too.
+
+    Returns:
+        The state's folder.
+    """
+    state = out / folders.STATE
+    if run.restart and state.is_dir():
+        shutil.rmtree(out)
+    folders.unused(out, state=folders.STATE)
+    plan = {key: getattr(options, key) for key in FitOptions.model_fields} | {"seed": run.seed}
+    # As JSON gives it back, so that tuples compare like the lists that were read.
+    same_job(state, json.loads(json.dumps({**job, "plan": plan})))
+    return state
+
+
 def fit_resumably(
     face: JobFramework,
     model: Any,
@@ -118,13 +137,7 @@ def fit_resumably(
         ConfigError: `out` holds something else, or the loss became no number.
         UnsupportedError: `out` holds an unfinished run with other inputs.
     """
-    state = out / folders.STATE
-    if run.restart and state.is_dir():
-        shutil.rmtree(out)
-    folders.unused(out, state=folders.STATE)
-    plan = {key: getattr(options, key) for key in FitOptions.model_fields} | {"seed": run.seed}
-    # As JSON gives it back, so that tuples compare like the lists that were read.
-    same_job(state, json.loads(json.dumps({**job, "plan": plan})))
+    state = begin(options, out, run, job)
     stop = SaveOnInterrupt(state / "last")
     keep = Checkpoints(state, metric=None, every_n_steps=run.save_every)
     callbacks = [ProgressBar(), keep, stop]

@@ -313,7 +313,11 @@ class JobFramework(Protocol):
     def judging(self) -> CompareFramework:
         """The framework as `core/compare` sees it."""
 
-    # What a framework may do in its own way; by default it does not.
+    # What a framework may do in its own way.
+
+    def keeps_answers(self) -> bool:
+        """Whether a teacher's answers can be read from files while a student trains."""
+        return True
 
     def tokenizer(self, opened: Opened) -> Any:
         """The tokenizer that came with a model; ConfigError where it has none."""

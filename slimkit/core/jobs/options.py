@@ -144,7 +144,7 @@ class CutOptions(JobOptions):
 
 
 class StudentOptions(JobOptions):
-    """What of a Hugging Face model a smaller one keeps (``make_student``)."""
+    """What the command `distill` alone takes: a student's sizes (``make_student``) and how its teacher is asked."""
 
     layers: PositiveInt | None = Field(
         None, description="how many blocks stay: those that the data needs most (block influence)"
@@ -157,6 +157,12 @@ class StudentOptions(JobOptions):
     hidden: PositiveInt | None = Field(None, description="hidden width")
     selection: Annotated[str, OneOf(("importance", "first"))] = Field(
         "importance", description="which rows and columns stay: importance (by the data's activations) or first"
+    )
+
+    teacher: Annotated[str, OneOf(("auto", "online", "cached"))] = Field(
+        "auto",
+        description="online: the teacher runs at every step; cached: once, and its 64 largest logits a row are kept; "
+        "auto: cached where only logits are compared and samples are seen twice or more",
     )
 
     def sizes(self) -> dict[str, int]:

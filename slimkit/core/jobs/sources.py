@@ -74,12 +74,14 @@ class StudentPlace:
         sizes: layers, ffn, heads, hidden of a student cut out of a Hugging Face teacher, those that change.
         selection: "importance" or "first": which rows and columns of that teacher stay.
         layer_map: blocks of that teacher that stay, by number; None: those that the data needs most.
+        teacher: "online": asked at every step; "cached": once; "auto": what is cheaper.
         place: the student of a factory's teacher; None for Hugging Face directories.
     """
 
     sizes: Mapping[str, int] = field(default_factory=dict)
     selection: str = "importance"
     layer_map: tuple[int, ...] | None = None
+    teacher: str = "auto"
     place: ModelPlace | None = None
 
     def __post_init__(self) -> None:
@@ -89,7 +91,13 @@ class StudentPlace:
         """What a resumed run must agree in, the student's weights apart."""
         made = None if self.place is None else [self.place.factory, dict(self.place.arguments)]
         kept = None if self.layer_map is None else list(self.layer_map)
-        return {"sizes": dict(self.sizes), "selection": self.selection, "layer_map": kept, "student": made}
+        return {
+            "sizes": dict(self.sizes),
+            "selection": self.selection,
+            "layer_map": kept,
+            "student": made,
+            "asked": self.teacher,
+        }
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from slimkit.core import files
 from slimkit.core.delta.peft import KINDS as PEFT_KINDS
 from slimkit.core.errors import ConfigError, SlimkitError
-from slimkit.core.jobs import folders, work
+from slimkit.core.jobs import fitting, folders, teaching, work
 from slimkit.core.jobs.commands import CommandContext
 from slimkit.core.jobs.framework import ComputeLoss, FitRun, JobFramework, Lesson, Opened, Task
 from slimkit.core.jobs.options import AdaptOptions, DistillOptions, FitOptions
@@ -76,8 +77,14 @@ def distill(
         return facts
     job = {"command": "distill", **_identity(options), **student.identity(), "label_key": label_key}
     job |= {"data": read.identity, "teacher": work.digest(face, teacher.model)}
-    context.keeps = out, run, job | {"start": work.digest(face, learner.model)}
-    done = work.distill(teacher.model, learner.model, options, context, config)
+    job |= {"start": work.digest(face, learner.model)}
+    state = fitting.begin(options, out, run, job)
+    context.keeps = out, replace(run, restart=False), job
+    knows = teaching.taught(face, given, config, options, student.teacher, state)
+    if knows is not teacher.model:
+        teacher.model = None  # its answers are on disk, and its memory is the student's
+    facts["teacher"] = "online" if teacher.model is not None else "cached"
+    done = work.distill(knows, learner.model, options, context, config)
     learner.model = done.model
     facts |= {key: done.facts[key] for key in ("steps", "loss_by_epoch")}
     with files.atomic_directory(out) as folder:
