@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -120,26 +121,41 @@ class CutOptions(JobOptions):
     )
     pattern: str | None = Field(None, description="regular expression of a block's name; group 1 is its number")
     layers: dict[int, int] | None = Field(None, description="new block number: old block number")
-    selection: Annotated[str, OneOf(("first", "importance"))] = Field(
-        "first", description="which rows and columns to keep"
+    keep_blocks: PositiveInt | None = Field(
+        None, description="instead of layers: how many blocks stay, those that the calibration data needs most"
     )
+    selection: Annotated[str, OneOf(("first", "importance"))] = Field(
+        "first",
+        description="which rows and columns to keep; importance: by activations, where there is calibration data",
+    )
+    calibration_batches: PositiveInt = Field(8, description="batches of calibration data")
+
+    @property
+    def needs_data(self) -> bool:
+        return self.keep_blocks is not None
 
     @model_validator(mode="after")
     def _together(self) -> CutOptions:
         if (self.pattern is None) != (self.layers is None):
             raise PydanticCustomError("together", "pattern and layers must be given together", {"near": ""})
+        if self.keep_blocks is not None and self.layers is not None:
+            raise PydanticCustomError("either", "keep_blocks and layers are two ways to say one thing", {"near": ""})
         return self
 
     def functions(self) -> dict[str, tuple[Factory | str, tuple[str, ...]]]:
         return {} if self.weights is None else {"weights": (self.weights, ())}
 
     def build(self) -> PruneConfig:
-        """The configuration of `prune_model_weight`."""
+        """The configuration of `prune_model_weight`, as far as no model is needed."""
+        return self.chosen(self.pattern, self.layers, None)
+
+    def chosen(self, pattern: str | None, layers: Mapping[int, int] | None, activations: Any) -> PruneConfig:
+        """The same with the blocks and activations that were measured."""
         from slimkit.core.weights.blocks import PruneConfig
 
-        made = PruneConfig().set_steps(self.steps).set_selection(self.selection)
-        if self.pattern is not None and self.layers is not None:
-            made.add_blocks_params(self.pattern, self.layers)
+        made = PruneConfig().set_steps(self.steps).set_selection(self.selection, activations)
+        if pattern is not None and layers is not None:
+            made.add_blocks_params(pattern, layers)
         return made
 
 

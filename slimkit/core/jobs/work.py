@@ -14,6 +14,7 @@ import numpy as np
 
 from slimkit.core.distill.config import LOSSES, KnowledgeDistillConfig
 from slimkit.core.distill.shapes import pick
+from slimkit.core.distill.students import warn_unmeasured
 from slimkit.core.errors import ConfigError
 from slimkit.core.files import digest_array
 from slimkit.core.jobs import fitting
@@ -54,6 +55,11 @@ class JobContext(ABC):
     @abstractmethod
     def calibration(self, count: int | None = None) -> list[Any]:
         """Calibration batches, at most so many; ConfigError where there are none."""
+
+    @property
+    def has_data(self) -> bool:
+        """Whether there are calibration batches."""
+        return False
 
     @abstractmethod
     def loss(self, asked: Any) -> tuple[str, ComputeLoss]:
@@ -162,11 +168,23 @@ def prune(model: Any, options: PruneOptions, context: JobContext, *, plan_only: 
     return JobResult(model, edit=None if desc is None else {"prune": desc}, facts=facts)
 
 
-def cut(small: Any, weights: Path, options: CutOptions, face: JobFramework, before: int) -> JobResult:
-    """Cut the weights of a smaller instance of a model out of a file, in place."""
-    report = face.slim.prune_model_weight(small, options.build(), str(weights))
-    said = f"{show(before, 'count')} to {show(count(face, small), 'count')} parameters"
-    return JobResult(small, facts={"headline": said, "report": _plain(report)})
+def cut(small: Any, weights: Path, options: CutOptions, context: JobContext, large: Any) -> JobResult:
+    """Cut the weights of a smaller instance of a model out of a file, in place; `large` is what may be measured."""
+    face = context.face
+    config, kept = options.build(), options.layers
+    measures = options.selection == "importance" and "prune_bert_intra_block" in options.steps and context.has_data
+    if options.keep_blocks is not None or measures:
+        batches = context.calibration(options.calibration_batches)
+        pattern = options.pattern
+        if options.keep_blocks is not None:
+            found = face.slim.suggest_layer_map(large, batches, options.keep_blocks)
+            pattern, kept = pattern or found.pattern, found.layer_id_map
+        config = options.chosen(pattern, kept, face.slim.measure_activations(large, batches) if measures else None)
+    warn_unmeasured({"hidden": 1} if "prune_bert_intra_block" in options.steps else {}, options.selection, measures)
+    report = face.slim.prune_model_weight(small, config, str(weights))
+    said = f"{show(count(face, large), 'count')} to {show(count(face, small), 'count')} parameters"
+    blocks = {} if kept is None else {"layers": {str(new): old for new, old in kept.items()}}
+    return JobResult(small, facts={"headline": said, "report": _plain(report), **blocks})
 
 
 def sparsify(model: Any, options: SparsifyOptions, context: JobContext) -> JobResult:
