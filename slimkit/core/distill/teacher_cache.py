@@ -168,9 +168,10 @@ class TeacherFiles(ABC):
         spec = config.spec()
         if spec.teacher_trains:
             raise ConfigError("a teacher that trains cannot be cached")
-        identity = {"teacher": cls._digest(teacher), "targets": targets(spec), "top_k": top_k, "dtype": dtype}
+        wanted = targets(spec)
+        identity = {"teacher": cls._digest(teacher), "targets": wanted, "top_k": top_k, "dtype": dtype}
         if sampled is not None:
-            heats = temperatures(spec, [target["logits"] for target in identity["targets"]])
+            heats = temperatures(spec, [target["logits"] for target in wanted])
             identity |= {"sampled": sampled, "seed": seed, "temperatures": heats}
         facts: dict[str, Any] = {"version": VERSION, **identity, "complete": False, "widths": [], "shards": []}
         if (folder / "cache.json").exists():
