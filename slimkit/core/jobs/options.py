@@ -177,8 +177,8 @@ class StudentOptions(JobOptions):
 
     teacher: Annotated[str, OneOf(("auto", "online", "cached"))] = Field(
         "auto",
-        description="online: the teacher runs at every step; cached: once, and its 64 largest logits a row are kept; "
-        "auto: cached where only logits are compared and samples are seen twice or more",
+        description="online: the teacher runs at every step; cached: once, and 64 classes of each row are kept, "
+        "drawn without bias; auto: cached where only logits are compared and samples are seen twice or more",
     )
 
     def sizes(self) -> dict[str, int]:
