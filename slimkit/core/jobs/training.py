@@ -71,9 +71,10 @@ def distill(
         **read.facts,
         "terms": work.terms(config),
     }
+    # What cannot be compared is refused before anything is written.
+    with face.seeded(run.seed):
+        face.slim.get_distill_model(teacher.model, learner.model, config, inputs=context.example).get_student_model()
     if out is None:
-        with face.seeded(run.seed):
-            face.slim.get_distill_model(teacher.model, learner.model, config, inputs=context.example)
         return facts
     job = {"command": "distill", **_identity(options), **student.identity(), "label_key": label_key}
     job |= {"data": read.identity, "teacher": work.digest(face, teacher.model)}
