@@ -61,7 +61,7 @@ def keep_layers(
         kept = dict(given) if isinstance(given, Mapping) else dict(enumerate(given))
         for old in kept.values():
             check.integer(old, "layer_map", minimum=0, maximum=count - 1)
-        if sorted(kept) != list(range(len(kept))) or layers not in (None, len(kept)):
+        if not kept or sorted(kept) != list(range(len(kept))) or layers not in (None, len(kept)):
             most = "one or more" if layers is None else str(layers)
             raise ConfigError(f"layer_map must name {most} of the teacher's layers, for 0, 1, ... Received: {given}")
         return {new: kept[new] for new in sorted(kept)}
