@@ -49,6 +49,10 @@ class RecipeContext(work.JobContext):
             )
         return list(batches)[:count]
 
+    @property
+    def has_data(self) -> bool:
+        return bool(self.stage.data.get("calibration"))
+
     def loss(self, asked: Any) -> tuple[str, ComputeLoss]:
         reference: factory.Factory | str = self.stage.recipe.loss if asked is None else asked
         if isinstance(reference, str) and reference in self.face.losses:
@@ -136,9 +140,6 @@ class Stages:
 
     def _cut(self, options: CutOptions, model: Any, context: RecipeContext) -> JobResult:
         stage = context.stage
-        activations = None
-        if options.calibration_batches:
-            activations = self.face.slim.measure_activations(model, context.calibration(options.calibration_batches))
         arguments = {**factory.parts(stage.recipe.model)[1], **options.arguments}
         small = self.build(stage.recipe, stage.folder, [{"cut": arguments}], stage.data["example"])
         if options.weights is None:
@@ -146,7 +147,7 @@ class Stages:
             self.save(model, source)
         else:
             source = Path(factory.make(options.weights, stage.folder, f"{stage.key}.weights"))
-        done = work.cut(small, source, options, self.face, work.count(self.face, model), activations)
+        done = work.cut(small, source, options, context, model)
         for leftover in stage.directory.glob("before.safetensors*"):
             leftover.unlink()
         done.edit = {"cut": arguments}
