@@ -58,7 +58,7 @@ class Trainer(TrainerLoop):
     framework = "torch"
 
     def __init__(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
-        super().__init__(bridge.check_model(model), *args, **kwargs)
+        super().__init__(bridge.check_model(model, lazy=True), *args, **kwargs)
         self._accelerator: Any = None
         self._run_model: torch.nn.Module = model
         self._run_optimizer: Any = None
@@ -106,6 +106,10 @@ class Trainer(TrainerLoop):
                 raise ConfigError("model: no parameter wants a gradient, so there is nothing to train")
             make = self.optimizer or (lambda parameters: torch.optim.AdamW(parameters, lr=1e-3))
             self.optimizer = check.function(make, "optimizer")(wanted)
+        asked = inspect.signature(self.optimizer.step).parameters.values()
+        if any(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in asked):
+            name = type(self.optimizer).__name__
+            raise ConfigError(f"optimizer: {name}.step needs a closure that runs the model again; Trainer gives none")
         self._run_model, self._run_optimizer = run.prepare(self.model, self.optimizer)
         # The scheduler is left outside accelerate, which would step it once per process.
         self._scheduler = options.scheduler(self.optimizer)
