@@ -84,6 +84,8 @@ ROOMS: dict[str, dict[str, str]] = {
         "LoadReport": "core.checkpoint.loading",
         "convert_checkpoint": "convert",
         "ConvertReport": "core.convert.stream",
+        "convert_gguf": "convert",
+        "GgufReport": "core.convert.gguffile",
         "save_delta": "delta",
         "load_delta": "delta",
     },
@@ -142,6 +144,7 @@ ONLY: dict[str, tuple[str, str]] = {
     "CheckpointConfig": ("slimkit", "MindSpore has its own class of that name, and slimkit_ms takes it"),
     "PruneTorch": ("slimkit", "named after its framework; Pruner is the name that both share"),
     "PruneMindSpore": ("slimkit_ms", "named after its framework; Pruner is the name that both share"),
+    "convert_gguf": ("slimkit", "transformers reads a GGUF file's tokenizer with PyTorch alone; both read the folder"),
     "export_mindir": ("slimkit_ms", "MINDIR is MindSpore's own format"),
     "sparsify_checkpoint": ("slimkit", "walks models of transformers, which MindSpore cannot build"),
 }
@@ -165,3 +168,32 @@ def homes(package: str, room: str | None = None) -> dict[str, str]:
     return {
         name: home for table in tables for name, home in table.items() if name not in ONLY or ONLY[name][0] == package
     }
+
+
+def stub(package: str) -> str:
+    """Text of the package's `__init__.pyi`: what type checkers and editors read, since they do not run the doors.
+
+    Args:
+        package: "slimkit" or "slimkit_ms".
+
+    Returns:
+        one re-export a public name, sorted by module and name.
+
+    Example:
+        >>> "from slimkit.prune import PruneTorch as PruneTorch" in stub("slimkit")
+        True
+    """
+    found = sorted(
+        (f"slimkit.{home}" if home.startswith("core.") else f"{package}.{home}", name)
+        for name, home in homes(package).items()
+    )
+    return "\n".join(
+        [
+            "# Written by `python tools/stubs.py` from slimkit/core/public.py; a test holds it current.",
+            "",
+            *(f"from {module} import {name} as {name}" for module, name in found),
+            "",
+            "__version__: str",
+            "",
+        ]
+    )

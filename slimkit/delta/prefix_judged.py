@@ -73,7 +73,8 @@ def agrees_with_cache(model: nn.Module, decoder: Any, layers: Sequence[Any]) -> 
             if set(modules) != set(map(id, layers)):
                 return None
             rows = {
-                modules[id(x)]: [x.front(r, r.new_empty(3, x.prefix_heads, 1, 1)) for r in x.rows()] for x in layers
+                modules[id(x)]: [x.prefix_for(r, r.new_empty(3, x.prefix_heads, 1, 1)) for r in x.keys_and_values()]
+                for x in layers
             }
             with lending(decoder, _like(decoder, rows), length):
                 there = run()
