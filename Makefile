@@ -17,6 +17,8 @@ PIP := $(VENV)/bin/pip --disable-pip-version-check install -q --no-compile -c co
 export HF_HUB_OFFLINE := 1
 export OMP_WAIT_POLICY := PASSIVE
 export TOKENIZERS_PARALLELISM := false
+# Without bytecode every process of the tests would compile the frameworks again; many tests start one.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo demo-llm demo-ms hf-range test test-fast lint types docs bench release-check audit clean help
 
