@@ -11,6 +11,7 @@ import numpy as np
 
 from slimkit import bridge
 from slimkit.core.batch import as_call
+from slimkit.core.calibration.record import records_of
 from slimkit.core.compare.comparison import Comparison
 from slimkit.core.compare.framework import CompareFramework
 from slimkit.core.compare.judge import JudgeOptions, judge, named_metrics
@@ -35,6 +36,7 @@ def compare_models(
     bos: bool = False,
     top_k: int | str | None = "auto",
     speed: bool = True,
+    calibrated: Any = None,
 ) -> Comparison:
     """Compare smaller models with a dense one on held-out data; the models are left as they were.
 
@@ -57,13 +59,15 @@ def compare_models(
         top_k: take the KL divergence over so many of the dense model's likeliest tokens, and hold one model at a time;
             None is exact and holds all; "auto" is exact where all are models already, and 256 otherwise.
         speed: also measure prefill and decode speed, all models in turn.
+        calibrated: what the smaller models were calibrated on: a set of `calibration`, its record, or a list of them.
+            Held-out text that windows were drawn from is refused.
 
     Returns:
         The comparison: prints as a table, ``comparison["name"].figures["perplexity"]``, ``.save(file)``,
         ``.broken(["perplexity > 1.05x"])``.
 
     Raises:
-        ArgumentTypeError, ArgumentError: a model is none, or the data does not fit the task.
+        ArgumentTypeError, ArgumentError: a model is none, the data does not fit the task, or it was calibrated on.
 
     Example:
         >>> dense = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 9))
@@ -72,7 +76,8 @@ def compare_models(
         (0.0, 1.0)
     """
     options = JudgeOptions(task=task, length=length, bos=bos, top_k=top_k, speed=speed, seed=seed)
-    return judge(TorchCompare(), dense, candidates, dataset, options, tokenizer, named_metrics(metrics))
+    known = [("calibrated", record) for record in records_of(calibrated)]
+    return judge(TorchCompare(), dense, candidates, dataset, options, tokenizer, named_metrics(metrics), known)
 
 
 class TorchCompare(CompareFramework):

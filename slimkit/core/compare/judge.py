@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from slimkit.core import check
+from slimkit.core.calibration.record import keep_apart
 from slimkit.core.compare import DENSE, TASKS, memory
 from slimkit.core.compare.comparison import FIGURES, Comparison, ModelResult
 from slimkit.core.compare.framework import CompareFramework
@@ -71,6 +72,7 @@ def judge(
     options: JudgeOptions,
     tokenizer: Any = None,
     metrics: Mapping[str, Callable[[Any, Any], float]] | None = None,
+    calibrated: Sequence[tuple[str, Mapping[str, Any]]] = (),
 ) -> Comparison:
     """Compare smaller models with a dense one.
 
@@ -82,6 +84,7 @@ def judge(
         options: how.
         tokenizer: turns documents that are texts into tokens.
         metrics: name -> function of (model, dataset) that gives a number, beside the task's own figures.
+        calibrated: (whose, record of a calibration set) of what models were fitted to, which must not judge them.
     """
     if not isinstance(candidates, Mapping) or not candidates:
         raise ArgumentError(f"candidates must be a mapping from names to models. Received: {candidates!r}")
@@ -93,6 +96,8 @@ def judge(
         held = all(framework.held(source) for source in sources.values())
         keep = (0 if held else TOP_K) if options.top_k == "auto" else int(options.top_k or 0)
         job = LanguageJudge(framework, dataset, options, keep, tokenizer)
+        if calibrated:
+            job.data["calibrated on"] = keep_apart(calibrated, job.documents())
     else:
         job = SampleJudge(framework, dataset, options.task)
     figures: dict[str, dict[str, float | None]] = {}
@@ -186,6 +191,13 @@ class LanguageJudge:
         }
         self._answers: list[_Answer] = []
         self._kl: dict[str, list[Array]] = {}
+
+    def documents(self) -> list[Array]:
+        """The tokens of each document."""
+        parts: dict[int, list[Array]] = {}
+        for window in self.windows:
+            parts.setdefault(window.document, []).append(window.ids[int(self.options.bos) :])
+        return [np.concatenate(ids) for ids in parts.values()]
 
     def done(self, name: str) -> bool:
         """Whether a model has been judged."""

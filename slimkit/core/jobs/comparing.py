@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from slimkit.core.calibration.record import read_record
 from slimkit.core.compare import DENSE
 from slimkit.core.compare.comparison import Comparison, ModelResult
 from slimkit.core.compare.judge import judge, named_metrics, names_of
@@ -62,6 +63,11 @@ class JudgedModel:
         files = [f for p in places for f in ([p] if p.is_file() else sorted(p.iterdir()))]
         return float(sum(f.stat().st_size for f in files if f.suffix in WEIGHTS)) if places else None
 
+    def calibrations(self) -> list[tuple[str, dict[str, Any]]]:
+        """What the model's folders say that it was calibrated on, each with the name of the model."""
+        folders = [p for p in (self.place.model, self.delta) if p is not None and p.is_dir()]
+        return [(self.text, record) for folder in folders for record in read_record(folder)]
+
     def opener(self, face: JobFramework) -> Callable[[], Any]:
         """A function that opens the model whenever it is called."""
         return lambda: face.open(self.place, self.delta).model
@@ -107,6 +113,7 @@ def compare(
         replace(options.build(), seed=seed),
         tokenizer,
         metrics,
+        [known for model in models for known in model.calibrations()],
     )
     # What is compared is what is shipped: the files, not the memory that they take.
     results = [_with_bytes(result, model.on_disk()) for result, model in zip(found.results, models)]
