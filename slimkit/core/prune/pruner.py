@@ -10,7 +10,7 @@ import numpy as np
 
 from slimkit.core import check
 from slimkit.core.errors import PlanError
-from slimkit.core.files import as_path, atomic_file
+from slimkit.core.files import PathLike, as_path, atomic_file
 from slimkit.core.log import logger
 from slimkit.core.match import demand, match
 from slimkit.core.prune.allocate import Account, Allocation, allocate
@@ -215,7 +215,7 @@ class PrunerBase(PrunerSettings):
                 self._report["from_config"] = {"loads": not mismatch, "because": mismatch}
         return dict(self._report)
 
-    def draw(self, path: Any = None) -> str:
+    def draw(self, path: PathLike | None = None) -> str:
         """Draw the coupling: one row a group, its width before and after the last analysis, and the layers it ties.
 
         Args:
