@@ -45,8 +45,9 @@ def compare_models(
     difference with its paired bootstrap interval over documents.
 
     Args:
-        dense: the cell that was there before, or a function without arguments that makes it.
-        candidates: name -> smaller cell, or a function that makes it. With functions one cell is held at a time.
+        dense: the cell that was there before, a function without arguments that makes it, or an ONNX file's path.
+        candidates: name -> smaller cell, function or path (judged in onnxruntime). One cell is held at a time where
+            none is a cell already.
         dataset: a language model's documents: texts (with `tokenizer`) or rows of token numbers; batches for an
             encoder; (batch, labels) pairs for a classifier.
         metrics: further figures: ``"package.module:function"`` names, or name -> function, of (model, dataset).

@@ -74,35 +74,10 @@ def data(reference: str | None, text_key: str, samples: int, max_length: int, ba
 def calibration(
     references: list[str] | None, text_key: str, samples: int, max_length: int, batch_size: int, seed: int
 ) -> DataPlace | None:
-    """The data that --calib names, once or several times; None where none was given.
+    """The data that --calib names, once or several times; None where none was given."""
+    from slimkit.core.jobs.calibrating import weighted
 
-    Raises:
-        ConfigError: no such data, a weight that is none, or several sources of which one is no text.
-    """
-    from dataclasses import replace
-    from pathlib import Path
-
-    from slimkit.core.calibration import OWN
-    from slimkit.core.errors import ConfigError
-
-    found = []
-    for text in references or ():
-        name, sign, share = text.rpartition("=")
-        weight = 1.0
-        if sign and not Path(text).exists():
-            try:
-                weight = float(share)
-            except ValueError:
-                weight = 0.0
-            if not 0 < weight < float("inf"):
-                raise ConfigError(f"--calib FILE=WEIGHT: the weight must be a number above 0. Received: {text!r}")
-            text = name
-        place = data(text, text_key, samples, max_length, batch_size)
-        assert place is not None
-        found.append(replace(place, weight=weight, seed=seed))
-    if len(found) > 1 and any(p.kind not in ("text", OWN) for p in found):
-        raise ConfigError("--calib takes several sources only of text: arrays and functions stand alone")
-    return replace(found[0], more=tuple(found[1:])) if found else None
+    return weighted(references, text_key, samples, max_length, batch_size, seed)
 
 
 @contextlib.contextmanager

@@ -13,12 +13,12 @@ import numpy as np
 import slimkit
 from slimkit import bridge, compare, export, train
 from slimkit.core import files
+from slimkit.core.calibration.reading import TextReader
 from slimkit.core.calibration.record import write_record
 from slimkit.core.checkpoint import shards
 from slimkit.core.errors import ConfigError
 from slimkit.core.jobs import calibrating, commands, folders
 from slimkit.core.jobs.bar import LayerBar
-from slimkit.core.jobs.calibrating import TextReader
 from slimkit.core.jobs.framework import ComputeLoss, JobFramework, Lesson, Opened, Task
 from slimkit.core.jobs.measurement import Measurement
 from slimkit.core.jobs.options import AdaptOptions, DistillOptions, FitOptions
@@ -207,6 +207,9 @@ class TorchJobs(JobFramework):
     def reader(self, opened: Opened) -> TextReader:
         if not opened.is_hf or opened.directory is None:
             return super().reader(opened)
+        if opened.model is None:
+            config, kind = models.architecture(opened.directory)
+            return texts.reader(opened.directory, kind, config, self.device)
         return texts.reader(opened.directory, type(opened.model), opened.model.config, self.device)
 
     def learns_text(self, place: ModelPlace, data: DataPlace) -> bool:

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from slimkit import bridge  # noqa: F401 - says in one line that torch is missing
-from slimkit.core.calibration.halves import halves
+from slimkit.core.calibration.halves import decoder_start, halves
+from slimkit.core.calibration.reading import TextReader
 from slimkit.core.errors import ConfigError
-from slimkit.core.jobs.calibrating import TextReader
 from slimkit.core.lazy import library
 
 import torch
@@ -95,7 +95,7 @@ def reader(directory: Path, kind: type, config: Any, device: torch.device) -> Te
     def make(ids: np.ndarray[Any, Any], mask: np.ndarray[Any, Any]) -> dict[str, torch.Tensor]:
         found = {"input_ids": ids, "attention_mask": mask}
         if both:
-            found = halves(ids, mask, config.decoder_start_token_id)
+            found = halves(ids, mask, decoder_start(config))
         return {k: torch.from_numpy(np.ascontiguousarray(v)).to(device) for k, v in found.items() if k in read.taken}
 
     return TextReader(read.tokenizer, read.max_length, causal, make)

@@ -9,6 +9,12 @@ import numpy as np
 Array = np.ndarray[Any, Any]
 
 
+def decoder_start(config: Any) -> int:
+    """The token that a decoder begins with; where the configuration has none, padding, as in T5."""
+    found = getattr(config, "decoder_start_token_id", None)
+    return int((getattr(config, "pad_token_id", None) or 0) if found is None else found)
+
+
 def halves(ids: Array, mask: Array, start: int) -> dict[str, Array]:
     """What an encoder and a decoder get of windows.
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from slimkit.core.calibration import OWN
 from slimkit.core.calibration.documents import TextSource
 from slimkit.core.calibration.drawing import shares
+from slimkit.core.calibration.reading import TextReader
 from slimkit.core.calibration.sets import CalibrationSet, drawn_set, window_form
 from slimkit.core.errors import ConfigError
 from slimkit.core.jobs.sources import DataPlace, read_documents
@@ -19,26 +18,8 @@ from slimkit.core.jobs.sources import DataPlace, read_documents
 if TYPE_CHECKING:
     from slimkit.core.jobs.framework import JobFramework, Opened
 
-Array = np.ndarray[Any, Any]
 # f(rows, tokens a row, start token) -> rows of tokens that the dense model wrote
 Writes = Callable[[int, int, int | None], Sequence[Any]]
-
-
-@dataclass(frozen=True)
-class TextReader:
-    """How a model reads text.
-
-    Args:
-        tokenizer: its own.
-        max_length: tokens that it takes at most.
-        causal: whether it is a language model that reads from left to right, which may see packed documents.
-        make: (tokens, mask), both (batch, length) -> a batch of what it takes.
-    """
-
-    tokenizer: Any
-    max_length: int
-    causal: bool
-    make: Callable[[Array, Array], Any]
 
 
 def calibration_of(
@@ -61,6 +42,40 @@ def calibration_of(
     return text_set(
         face.reader(opened), place, lambda n, length, start: written(face, opened, place, out, n, length, start)
     )
+
+
+def weighted(
+    references: Sequence[str] | None,
+    text_key: str,
+    samples: int,
+    max_length: int,
+    batch_size: int,
+    seed: int,
+    option: str = "--calib",
+) -> DataPlace | None:
+    """The data that --calib names, once or several times, FILE=WEIGHT; None where none was given.
+
+    Raises:
+        ConfigError: no such data, a weight that is none, or several sources of which one is no text.
+    """
+    found = []
+    for reference in references or ():
+        name, sign, share = reference.rpartition("=")
+        text, weight = reference, 1.0
+        if sign and not Path(reference).exists():
+            text = name
+            try:
+                weight = float(share)
+            except ValueError:
+                weight = 0.0
+            if not 0 < weight < float("inf"):
+                raise ConfigError(f"{option} FILE=WEIGHT: the weight must be a number above 0. Received: {reference!r}")
+        place = DataPlace(text, text_key, samples, max_length, batch_size, weight, seed=seed)
+        _ = place.kind  # refused now, and not after a model was loaded
+        found.append(place)
+    if len(found) > 1 and any(p.kind not in ("text", OWN) for p in found):
+        raise ConfigError(f"{option} takes several sources only of text: arrays and functions stand alone")
+    return replace(found[0], more=tuple(found[1:])) if found else None
 
 
 def written(

@@ -16,9 +16,9 @@ from slimkit.core.jobs.measurement import Measurement
 from slimkit.core.jobs.sources import DataPlace, ModelPlace, StudentPlace
 
 if TYPE_CHECKING:
+    from slimkit.core.calibration.reading import TextReader
     from slimkit.core.compare.framework import CompareFramework
     from slimkit.core.distill.config import KnowledgeDistillConfig
-    from slimkit.core.jobs.calibrating import TextReader
     from slimkit.core.jobs.options import AdaptOptions, DistillOptions, FitOptions
     from slimkit.core.sparse import SparseConfig
 
