@@ -8,6 +8,7 @@ from slimkit.core.calibration.own import OwnText as OwnText
 from slimkit.core.calibration.sets import CalibrationSet as CalibrationSet
 from slimkit.core.checkpoint.loading import LoadReport as LoadReport
 from slimkit.core.compare.comparison import Comparison as Comparison
+from slimkit.core.convert.gguffile import GgufReport as GgufReport
 from slimkit.core.convert.stream import ConvertReport as ConvertReport
 from slimkit.core.delta.shard import ShardError as ShardError
 from slimkit.core.delta.spec import DeltaReport as DeltaReport
