@@ -34,14 +34,14 @@ class CachedPrefix(OneAdapter, DeltaLayer):
         """Path below the layer -> tensor of everything the prefix consists of."""
         return {f"{ROWS}.{n}": p for n, p in getattr(self, ROWS).named_parameters()}
 
-    def prefix_rows(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def keys_and_values(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values (tokens, heads * width), as they are now."""
         return getattr(self, ROWS)()
 
     def in_cache(self, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values (batch, heads, tokens, width) in the layer's dtype."""
         like: Any = next(p for n, p in self.named_parameters() if not n.startswith(ROWS))
-        key, value = (r.view(r.shape[0], self.prefix_heads, -1).transpose(0, 1).to(like) for r in self.prefix_rows())
+        key, value = (r.view(len(r), self.prefix_heads, -1).transpose(0, 1).to(like) for r in self.keys_and_values())
         return key.expand(batch, -1, -1, -1), value.expand(batch, -1, -1, -1)
 
     def take_off_deltas(self) -> None:

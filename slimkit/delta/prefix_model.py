@@ -174,7 +174,7 @@ class _Extend(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         call = inspect_call(args, kwargs or {})
         query, key, value, mask = call.pop("query"), call.pop("key"), call.pop("value"), call.pop("attn_mask", None)
-        front = [self.owner.prefix_for(rows, key) for rows in self.owner.prefix_rows()]
+        front = [self.owner.prefix_for(rows, key) for rows in self.owner.keys_and_values()]
         tokens, n_query, n_key = front[0].shape[2], query.shape[2], key.shape[2]
         if call.pop("is_causal", False):
             mask = torch.ones(n_query, n_key, dtype=torch.bool, device=key.device).tril()
@@ -209,7 +209,7 @@ class Prefixed(OneAdapter, DeltaLayer):
         """Path below the layer -> tensor of everything the prefix consists of."""
         return {f"{ROWS}.{n}": p for n, p in getattr(self, ROWS).named_parameters()}
 
-    def prefix_rows(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def keys_and_values(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values (tokens, heads * width), as they are now."""
         return getattr(self, ROWS)()
 

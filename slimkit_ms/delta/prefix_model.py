@@ -100,7 +100,7 @@ class Prefixed(OneAdapter, DeltaLayer, ExtendingCell):
         rows = self._cells[ROWS]
         return {f"{ROWS}.{rules.torch_name(n)}": p for n, p in rows.parameters_and_names()}
 
-    def prefix_rows(self) -> tuple[Any, Any]:
+    def keys_and_values(self) -> tuple[Any, Any]:
         """Keys and values (tokens, heads * width), as they are now."""
         return self._cells[ROWS]()
 

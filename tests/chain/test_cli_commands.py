@@ -63,10 +63,11 @@ def _inside(here, monkeypatch):
 def test_a_pruned_llama_loads_with_transformers(here, tmp_path):
     import transformers
 
-    planned = run("prune", "-m", "llama", "-r", 0.7, "--align", 8, "-o", tmp_path / "p", "--dry-run", "--json")
+    how = ("-m", "llama", "--importance", "l1", "-r", 0.7, "--align", 8, "-o", tmp_path / "p", "--json")
+    planned = run("prune", *how, "--dry-run")
     assert planned["dry_run"] is True
     assert not (tmp_path / "p").exists()
-    done = run("prune", "-m", "llama", "-r", 0.7, "--align", 8, "-o", tmp_path / "p", "--json")
+    done = run("prune", *how)
     assert done["parameters"] == planned["parameters"] < done["parameters_before"]
     assert done["written"] == "transformers"
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "p")
@@ -79,7 +80,7 @@ def test_a_pruned_llama_loads_with_transformers(here, tmp_path):
 
 def test_a_pruned_bert_that_no_config_describes_goes_on_through_the_commands(here, tmp_path):
     pruned, sparse = tmp_path / "p", tmp_path / "s"
-    done = run("prune", "-m", "bert", "-r", 0.8, "--align", 1, "-o", pruned, "--json")
+    done = run("prune", "-m", "bert", "--importance", "l1", "-r", 0.8, "--align", 1, "-o", pruned, "--json")
     assert done["written"] == "slimkit"  # two blocks lose a head, the first none
     again = run(
         "sparsify", "-m", pruned, "--method", "wanda", "--calib", "plain.jsonl", "-o", sparse, "--samples", 8, "--json"
@@ -285,7 +286,7 @@ def test_mistakes_are_one_line_and_leave_nothing(here, tmp_path):
 
 def test_nothing_of_the_users_is_overwritten(here, tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
-    for command in (("prune", "-m", "llama"), ("sparsify", "-m", "llama", "--method", "magnitude")):
+    for command in (("prune", "-m", "llama", "--importance=l1"), ("sparsify", "-m", "llama", "--method", "magnitude")):
         assert "does not exist yet or is empty" in str(refused(*command, "-o", tmp_path))
     assert [f.name for f in tmp_path.iterdir()] == ["mine.txt"]
 

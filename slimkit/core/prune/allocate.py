@@ -88,6 +88,13 @@ class Account:
                 steps[variable] = math.lcm(int(steps[variable]), common // math.gcd(common, slope))
         return steps
 
+    def floors(self, sizes: Sequence[int], floor_ratio: float, alignment: int) -> Array:
+        """The least that each variable keeps: its share, rounded up to a step."""
+        full = np.asarray(sizes, dtype=np.int64)
+        steps = self.steps(alignment, full)
+        least = -(-np.ceil(full * floor_ratio - 1e-9).astype(np.int64) // steps) * steps
+        return np.minimum(full, np.maximum(least, steps))
+
 
 @dataclass
 class Allocation:
@@ -136,9 +143,7 @@ def allocate(
     """
     full = np.asarray(sizes, dtype=np.int64)
     steps = account.steps(alignment, full)
-    floors = np.minimum(
-        full, np.maximum(-(-np.ceil(full * floor_ratio - 1e-9).astype(np.int64) // steps) * steps, steps)
-    )
+    floors = account.floors(sizes, floor_ratio, alignment)
     if not len(full) or account.count(full) <= target:
         return Allocation(dict(zip(account.names, full.tolist())), account.count(full), target, [])
     if account.count(floors) >= target:
