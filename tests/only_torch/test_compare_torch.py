@@ -177,8 +177,9 @@ def exported(tmp_path_factory):
     model = causal("Llama").eval()
     model.config.use_cache = False
     ids = torch.ones(1, 12, dtype=torch.long)
-    export_onnx(model, {"input_ids": ids}, folder / "open.onnx", opset=17, dynamic={"input_ids": {1: "sequence"}})
-    export_onnx(model, {"input_ids": ids}, folder / "fixed.onnx", opset=17)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    export_onnx(model, inputs, folder / "open.onnx", opset=17, dynamic={1: "sequence"})
+    export_onnx(model, inputs, folder / "fixed.onnx", opset=17)
     return model, folder
 
 
