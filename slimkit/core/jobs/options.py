@@ -140,7 +140,7 @@ class SparsifyOptions(JobOptions):
         None, description="globs of layers left dense"
     )
     options: Annotated[dict[str, Any] | None, Flag("--set", metavar="KEY=VALUE")] = Field(
-        None, description="options of a registered method of one's own"
+        None, description="options of the method: those of block, or of a registered one of one's own"
     )
     calibration_batches: Annotated[PositiveInt, RECIPE_ONLY] = Field(8, description="batches of calibration data")
 

@@ -333,7 +333,7 @@ class TrainerLoop(Shown, Resumable):
         return self.epoch <= self._epochs.last and self.stop_reason is None and not self._spent()
 
     def _groups(self) -> Iterator[list[Any]]:
-        """Begin an epoch, or go on with a resumed one: the batches of each update, until the run is told to stop."""
+        """Begin an epoch, or go on with a resumed one: the batches of each update, until something stops the run."""
         if self.step_in_epoch == 0:
             self._fire("on_epoch_begin")
         size = self._epochs.options.accumulation
