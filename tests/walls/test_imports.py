@@ -34,7 +34,7 @@ LOWER = {"trace", "surgery", "freeze", "bridge", "measurement", "kinds", "attent
 # Base requirements that only some core files need, each imported at the top of files nobody imports for less.
 CORE_TOP = {"numpy", "slimkit"}
 CORE_TOP_FILES = {
-    "recipe.py": {"pydantic"},
+    "recipe.py": {"pydantic", "pydantic_core"},
     "factory.py": {"pydantic"},
     "fields.py": {"pydantic", "pydantic_core"},
     "options.py": {"pydantic", "pydantic_core"},
