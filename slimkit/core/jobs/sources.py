@@ -20,6 +20,7 @@ from slimkit.core import check
 from slimkit.core.calibration import OWN
 from slimkit.core.errors import ConfigError, FileFormatError
 from slimkit.core.files import read_tensors, readable_file
+from slimkit.core.jobs.documents import is_chat
 from slimkit.core.lazy import library
 from slimkit.core.yamltext import parse_yaml
 
@@ -74,11 +75,15 @@ class StudentPlace:
     Args:
         sizes: layers, ffn, heads, hidden of a student cut out of a Hugging Face teacher, those that change.
         selection: "importance" or "first": which rows and columns of that teacher stay.
+        layer_map: blocks of that teacher that stay, by number; None: those that the data needs most.
+        teacher: "online": asked at every step; "cached": once; "auto": what is cheaper.
         place: the student of a factory's teacher; None for Hugging Face directories.
     """
 
     sizes: Mapping[str, int] = field(default_factory=dict)
     selection: str = "importance"
+    layer_map: tuple[int, ...] | None = None
+    teacher: str = "auto"
     place: ModelPlace | None = None
 
     def __post_init__(self) -> None:
@@ -87,7 +92,14 @@ class StudentPlace:
     def identity(self) -> dict[str, Any]:
         """What a resumed run must agree in, the student's weights apart."""
         made = None if self.place is None else [self.place.factory, dict(self.place.arguments)]
-        return {"sizes": dict(self.sizes), "selection": self.selection, "student": made}
+        kept = None if self.layer_map is None else list(self.layer_map)
+        return {
+            "sizes": dict(self.sizes),
+            "selection": self.selection,
+            "layer_map": kept,
+            "student": made,
+            "asked": self.teacher,
+        }
 
 
 @dataclass(frozen=True)
@@ -132,9 +144,9 @@ class DataPlace:
             f"MODULE:FUNCTION. Received: {self.reference!r}"
         )
 
-    def rows(self) -> list[dict[str, Any]]:
-        """The samples of a text file."""
-        return read_rows(Path(self.reference), self.text_key, self.samples)
+    def rows(self, *, chats: bool = False) -> list[dict[str, Any]]:
+        """The samples of a text file; with `chats` also conversations, and prompts with completions."""
+        return read_rows(Path(self.reference), self.text_key, self.samples, chats=chats)
 
     def array_batches(self) -> list[Any]:
         """The batches of a file of arrays."""
@@ -191,7 +203,9 @@ def settings(pairs: Sequence[str], option: str) -> dict[str, Any]:
     return values
 
 
-def read_rows(path: Path, text_key: str = "text", limit: int | None = None) -> list[dict[str, Any]]:
+def read_rows(
+    path: Path, text_key: str = "text", limit: int | None = None, *, chats: bool = False
+) -> list[dict[str, Any]]:
     """The samples of a text file: a JSON object (or string) a line, rows of a table, or plain text, a sample a line.
 
     Args:
@@ -199,6 +213,7 @@ def read_rows(path: Path, text_key: str = "text", limit: int | None = None) -> l
             lines are left out.
         text_key: the key under which an object holds its text.
         limit: read no more samples than this.
+        chats: also take objects without a text that hold "messages", or a "prompt" with its "completion".
 
     Returns:
         A mapping for each sample, its text under "text", other keys as they are.
@@ -211,7 +226,7 @@ def read_rows(path: Path, text_key: str = "text", limit: int | None = None) -> l
     for where, row in _text_rows(readable_file(path, "the data file")):
         if limit is not None and len(rows) >= limit:
             break
-        rows.append({"text": row} if isinstance(row, str) else {**row, "text": _text_of(row, text_key, where)})
+        rows.append(_sample(row, text_key, where, chats))
     if not rows:
         raise FileFormatError(f"{path} holds no text.")
     return rows
@@ -285,6 +300,14 @@ def _json_row(line: str, where: str) -> Any:
     except (json.JSONDecodeError, RecursionError) as error:
         raise FileFormatError(f"{where} is not JSON: {error}") from None
     return value if isinstance(value, str | dict) else {}
+
+
+def _sample(row: Any, text_key: str, where: str, chats: bool) -> dict[str, Any]:
+    if isinstance(row, str):
+        return {"text": row}
+    if chats and text_key not in row and is_chat(row):
+        return dict(row)
+    return {**row, "text": _text_of(row, text_key, where)}
 
 
 def _text_of(row: dict[str, Any], text_key: str, where: str) -> str:
