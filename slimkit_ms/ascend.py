@@ -50,4 +50,5 @@ def save_w16a16s(
         return save_arrays(directory, model, config_told_by(None, config), targets=targets)
     held = bridge.parameter_paths(bridge.check_model(model))
     arrays = {torch_name(path): bridge.as_numpy(parameter) for parameter, paths in held for path in paths}
-    return save_arrays(directory, arrays, config_told_by(model, config), targets=targets)
+    tied = {torch_name(path): torch_name(paths[0]) for _, paths in held for path in paths[1:]}
+    return save_arrays(directory, arrays, config_told_by(model, config), targets=targets, tied=tied)

@@ -172,7 +172,7 @@ def _from_gguf(talk: Session, src: Path, dst: Path, dtype: str, others: dict[str
     size = "" if dry_run else f" ({show(report.bytes_written, 'bytes')})"
     talk.line(
         f"{'would write' if dry_run else 'Written:'} {report.path}{size}: {report.architecture} in {report.dtype}, "
-        f"{show(report.parameters, 'parameters')} out of {types}"
+        f"{show(report.parameters, 'parameters')} parameters out of {types}"
     )
     with_template = " with its chat template" if report.chat_template else " without a chat template"
     talk.line(

@@ -17,6 +17,7 @@ import numpy as np
 from slimkit.core.errors import FileFormatError, UnsupportedError
 from slimkit.core.files import atomic_file, place_file
 from slimkit.core.lazy import library
+from slimkit.core.onnxshared import store_once
 from slimkit.core.showing import Shown
 
 Array = np.ndarray[Any, Any]
@@ -112,6 +113,7 @@ def publish(
     written = next((o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")), None)
     if written != opset:
         raise UnsupportedError(f"the exporter wrote opset {written}, not the {opset} asked for. Ask for {written}.")
+    store_once(proto)
     # Told before the weights leave the model: afterwards their entries only say where they went.
     weights = [onnx.numpy_helper.to_array(t) for t in proto.graph.initializer if len(t.dims) >= 2]
     zeros, entries = sum(int((w == 0).sum()) for w in weights), sum(int(w.size) for w in weights)

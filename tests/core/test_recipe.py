@@ -9,6 +9,7 @@ import pytest
 
 from slimkit.core.errors import ConfigError, FileFormatError
 from slimkit.core.jobs import factory
+from slimkit.core.run import checking
 from slimkit.core.run.recipe import Recipe, load_recipe, parse_recipe
 
 GOOD = {
@@ -122,6 +123,15 @@ def test_factories_are_found_called_and_blamed(tmp_path):
         with pytest.raises(ConfigError) as caught:
             factory.make(reference, tmp_path, "model")
         assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["reference", "folder", "key", "positional", "args"])
+def test_a_factorys_argument_may_have_any_name(name, tmp_path):
+    (tmp_path / "named.py").write_text(f"def f({name}):\n    return {name}\n")
+    reference = factory.Factory(factory="named.py:f", arguments={name: 3})
+    assert factory.make(reference, tmp_path, "model") == 3
+    assert factory.make(reference, tmp_path, "model", **{name: 4}) == 4
+    checking._calls(reference, tmp_path, "model", **{name: 4})
 
 
 def test_the_schema_can_be_exported():

@@ -90,3 +90,30 @@ def test_bfloat16_and_tied_models_become_float16(tmp_path):
     np.testing.assert_array_equal(read.tensors["head.weight"], read.tensors["embed.weight"])
     np.testing.assert_array_equal(read.tensors["fc.weight"], model["fc"].weight.detach().to(torch.float16).numpy())
     assert model["fc"].weight.dtype == torch.bfloat16
+    assert report.tied == {}
+
+
+@pytest.mark.parametrize("zeros", [0.0, 0.5])
+def test_a_table_that_the_config_ties_is_written_once(zeros, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        tie_word_embeddings=True, pad_token_id=None,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[:, ::3] = 0
+        model.lm_head.weight[: int(40 * zeros)] = 0
+    report = save_w16a16s(tmp_path, model)
+    assert report.tied == {"lm_head.weight": "model.embed_tokens.weight"}
+    assert ("model.embed_tokens.weight" in report.sparse) == (zeros > 0)
+    read = load_w16a16s(tmp_path)
+    assert set(read.tensors) == set(model.state_dict()) - {"lm_head.weight"}
+    assert read.config["tie_word_embeddings"] is True
+    again = transformers.LlamaForCausalLM(transformers.LlamaConfig(**read.config))
+    state = {n: torch.from_numpy(a.astype(np.float32)) for n, a in read.tensors.items()}
+    missing = again.load_state_dict(state, strict=False)
+    assert missing.missing_keys == ["lm_head.weight"]
+    assert missing.unexpected_keys == []
+    for name, tensor in model.half().state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor.float()), name

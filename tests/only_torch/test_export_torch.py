@@ -114,3 +114,22 @@ def test_weights_beyond_one_file_go_beside_it_or_are_refused(tmp_path, monkeypat
     with pytest.raises(ValueError, match="do not fit in one ONNX file"):
         export_onnx(net, x, tmp_path / "other.onnx", external_data=False)
     assert sorted(f.name for f in tmp_path.iterdir()) == ["net.onnx", "net.onnx.data", "small.onnx"]
+
+
+@pytest.mark.parametrize("opset", [18, 20])
+def test_a_tied_table_is_stored_once(opset, tmp_path):
+    onnx, transformers = pytest.importorskip("onnx"), pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=500, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, tie_word_embeddings=True, pad_token_id=None, use_cache=False,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).eval()
+    ids = {"input_ids": torch.arange(12)[None]}
+    report = export_onnx(model, ids, tmp_path / "m.onnx", opset=opset, dynamic={"input_ids": {1: "sequence"}})
+    assert report.max_difference < 1e-4
+    proto = onnx.load(tmp_path / "m.onnx")
+    tables = [t.name for t in proto.graph.initializer if sorted(t.dims) == [32, 500]]
+    assert len(tables) == 1
+    held = onnx.numpy_helper.to_array(next(t for t in proto.graph.initializer if t.name == tables[0]))
+    table = model.lm_head.weight.detach().numpy()
+    np.testing.assert_array_equal(held if held.shape == table.shape else held.T, table)

@@ -168,5 +168,9 @@ def _prose(text: str) -> str:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", help="Gets calibration.jsonl, training.jsonl, held_out.jsonl and other.jsonl.")
-    print(json.dumps(write_texts(parser.parse_args().folder), indent=2))
+    parser.add_argument("folder", nargs="?", help="Gets calibration, training, held_out and other.jsonl.")
+    parser.add_argument("--model-file", action="store_true", help="Say where the GGUF file lies, and do nothing.")
+    asked = parser.parse_args()
+    if asked.model_file == (asked.folder is not None):
+        parser.error("give a folder, or --model-file")
+    print(model_file() if asked.model_file else json.dumps(write_texts(asked.folder), indent=2))

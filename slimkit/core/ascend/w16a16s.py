@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ class W16A16SReport:
         weight_bytes: bytes of all tensors.
         copied: files copied beside them.
         advice: what to consider; may be empty.
+        tied: tensor that is not written -> the one that it is: an output layer that config.json ties to the table.
     """
 
     directory: str
@@ -60,6 +61,7 @@ class W16A16SReport:
     weight_bytes: int
     copied: list[str]
     advice: list[str]
+    tied: dict[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -87,6 +89,7 @@ def save_arrays(
     config: Mapping[str, Any] | files.PathLike,
     *,
     targets: Sequence[str] | None = None,
+    tied: Mapping[str, str] | None = None,
 ) -> W16A16SReport:
     """Write weights as a W16A16S folder; floats become float16.
 
@@ -97,6 +100,8 @@ def save_arrays(
         config: what config.json shall say, or a Hugging Face folder whose config.json and tokenizer files are taken.
         targets: globs over tensor names that are marked W16A16S. None: every matrix called "*.weight" of which at least
             5 % are zeros.
+        tied: name -> the name of the same tensor, which stands before it; written once where the config says
+            tie_word_embeddings, by which every reader puts it back.
 
     Returns:
         What was written, with advice on the ratio.
@@ -111,6 +116,12 @@ def save_arrays(
     halves, underflowed = _halves(weights)
     sparse = _sparse(halves, targets)
     settings, companions = _config(config)
+    once = dict(tied or {}) if settings.get("tie_word_embeddings") is True else {}
+    for name, first in once.items():
+        del halves[name]
+        if name in sparse:
+            share = sparse.pop(name)
+            sparse[first] = share
     kinds = {name: KIND if name in sparse else DENSE for name in halves}
     description = {"model_quant_type": KIND, "version": VERSION, **kinds}
     # float16 is the only float on the 310P; the words differ between releases of transformers.
@@ -138,6 +149,7 @@ def save_arrays(
         weight_bytes=sum(v.nbytes for v in halves.values()),
         copied=copied,
         advice=_advice(ratio, sparse, underflowed),
+        tied=once,
     )
 
 

@@ -24,6 +24,7 @@ from slimkit.core.convert.ggufwords import (
 )
 from slimkit.core.errors import ArgumentError, FileFormatError, UnsupportedError
 from slimkit.core.lazy import library
+from slimkit.core.showing import Shown
 
 # What a user writes -> what safetensors writes.
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -34,7 +35,7 @@ WriteTokenizer = Callable[[Path, Path], None]
 
 
 @dataclass(frozen=True)
-class GgufReport:
+class GgufReport(Shown):
     """What a GGUF file became.
 
     Args:

@@ -113,7 +113,7 @@ def _load_file(file: Path) -> Any:
     return module
 
 
-def make(reference: Factory | str, folder: Path, key: str, *args: Any, **extra: Any) -> Any:
+def make(reference: Factory | str, folder: Path, key: str, /, *args: Any, **extra: Any) -> Any:
     """Call a factory with its own arguments and `extra`; whatever it raises names the key."""
     function = resolve(reference, folder, key)
     text, arguments = parts(reference)

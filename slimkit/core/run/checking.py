@@ -33,6 +33,8 @@ def check_recipe(recipe: Recipe, folder: Path, formats: Sequence[str]) -> None:
         _calls(recipe.data, folder, "data")
     if recipe.metrics is not None:
         _calls(recipe.metrics, folder, "metrics", "model", "data", "dense")
+    if recipe.samples is not None:
+        _calls(recipe.samples, folder, "samples", "model", "data")
     for key, options in _stages(recipe):
         if isinstance(options, CutOptions) and made:
             _calls(recipe.model, folder, f"{key}.arguments", **options.arguments)
@@ -52,8 +54,8 @@ def check_recipe(recipe: Recipe, folder: Path, formats: Sequence[str]) -> None:
 def check_stages(recipe: Recipe, folder: Path) -> None:
     """Build the configuration of every stage, and find every function that the recipe names; nothing is called."""
     made = model_folder(recipe, folder) is None
-    for name, found in (("model", recipe.model), ("data", recipe.data), ("metrics", recipe.metrics)):
-        if found is not None and (made or name != "model"):
+    for name in ("model", "data", "metrics", "samples"):
+        if (found := getattr(recipe, name)) is not None and (made or name != "model"):
             factory.resolve(found, folder, name)
     if recipe.loss not in factory.LOSS_NAMES:
         factory.resolve(recipe.loss, folder, "loss")
@@ -72,7 +74,7 @@ def _stages(recipe: Recipe) -> list[tuple[str, Any]]:
     return [(f"stages[{at}].{kind}", options) for at, (kind, options) in enumerate(recipe.steps())]
 
 
-def _calls(reference: Any, folder: Path, key: str, *positional: str, **more: Any) -> None:
+def _calls(reference: Any, folder: Path, key: str, /, *positional: str, **more: Any) -> None:
     """Refuse a function that cannot be called with what it will get."""
     function = factory.resolve(reference, folder, key)
     text, arguments = factory.parts(reference)
@@ -105,10 +107,14 @@ def _read_one(recipe: Recipe, data: Mapping[str, Any]) -> None:
     for key, options in _stages(recipe):
         if not isinstance(options, FitOptions):
             continue
-        one = _first(data["train"], "train")
+        kind = key.rpartition(".")[2]
+        source = kind if kind in data else "train"
+        one = _first(data[source], source)
         loss = recipe.loss if options.loss is None else options.loss
         if options.labelled and loss in factory.LOSS_NAMES and not (isinstance(one, tuple | list) and len(one) == 2):
-            raise ConfigError(f"{key}: the loss reads (inputs, labels), and data['train'] gives a {type(one).__name__}")
+            raise ConfigError(
+                f"{key}: the loss reads (inputs, labels), and data[{source!r}] gives a {type(one).__name__}"
+            )
     if data.get("calibration"):
         _first(data["calibration"], "calibration")
 

@@ -73,6 +73,7 @@ class StageRecord:
         metrics: the recipe's metrics afterwards.
         digest: SHA-256 over the model's weights afterwards.
         files: file -> bytes, in the stage's folder.
+        samples: what the recipe's function of that name gave: prompt -> the model's answer.
     """
 
     name: str
@@ -86,6 +87,7 @@ class StageRecord:
     metrics: dict[str, float]
     digest: str
     files: dict[str, int]
+    samples: dict[str, str] = field(default_factory=dict)
 
 
 class RunFramework(Protocol):
@@ -262,6 +264,7 @@ class _Run:
             seconds = time.perf_counter() - began
             edits = [*edits, result.edit] if result.edit is not None else edits
             metrics = self._metrics(result.model, at)
+            samples = self._samples(result.model)
             record = {
                 "name": directory.name,
                 "kind": kind,
@@ -272,6 +275,7 @@ class _Run:
                 "curves": result.curves,
                 "measurement": self.face.measure(result.model, self.data["example"]).to_dict(),
                 "metrics": metrics,
+                "samples": samples,
                 "digest": self.face.digest(result.model),
                 "files": {
                     str(f.relative_to(temporary)): f.stat().st_size for f in sorted(temporary.rglob("*")) if f.is_file()
@@ -296,6 +300,14 @@ class _Run:
         if not isinstance(found, Mapping):
             raise ConfigError(f"metrics: must return a mapping of numbers. Received: {type(found).__name__}")
         return {**told, **{str(k): check.number(v, f"metrics[{k!r}]") for k, v in found.items()}}
+
+    def _samples(self, model: Any) -> dict[str, str]:
+        if self.recipe.samples is None:
+            return {}
+        found = factory.make(self.recipe.samples, self.folder, "samples", model, self.data)
+        if not isinstance(found, Mapping) or not all(isinstance(v, str) for v in found.values()):
+            raise ConfigError("samples: must return a mapping of prompts to the texts that the model answers")
+        return {str(k): v for k, v in found.items()}
 
     def _report(self) -> dict[str, Any]:
         report = {

@@ -84,6 +84,7 @@ class Recipe(Strict):
     evaluate: EvaluateOptions | None = Field(None, description="held-out text that judges each stage")
     loss: LossReference = Field("cross_entropy", description="cross_entropy, mse, or f(model, batch) -> scalar")
     metrics: Reference | None = Field(None, description="f(model, data, dense) -> {name: number}")
+    samples: Reference | None = Field(None, description="f(model, data) -> {prompt: answer}, shown in the report")
     stages: Annotated[list[Stage], Field(min_length=1)] = Field(description="run in this order")
 
     @model_validator(mode="after")

@@ -63,7 +63,9 @@ class RecipeContext(work.JobContext):
         return name, lambda model, batch: function(model, batch, **arguments)
 
     def fit(self, model: Any, options: FitOptions, loss: ComputeLoss) -> dict[str, Any]:
-        return fitting.fit(self.face, model, options, self.stage.data["train"], loss, seed=self.seed, spell=self.spell)
+        data = self.stage.data
+        samples = data.get(self.stage.key.rpartition(".")[2], data["train"])
+        return fitting.fit(self.face, model, options, samples, loss, seed=self.seed, spell=self.spell)
 
 
 class Stages:
