@@ -1,6 +1,8 @@
 # Written by `python tools/stubs.py` from slimkit/core/public.py; a test holds it current.
 
 from slimkit.ascend import save_w16a16s as save_w16a16s
+from slimkit.calib import calibration as calibration
+from slimkit.calib import own_text as own_text
 from slimkit.checkpoint import CheckpointConfig as CheckpointConfig
 from slimkit.checkpoint import TrainableParamsCheckPoint as TrainableParamsCheckPoint
 from slimkit.checkpoint import load_checkpoint as load_checkpoint
@@ -13,6 +15,8 @@ from slimkit.core.ascend import OnnxCheck as OnnxCheck
 from slimkit.core.ascend import check_onnx as check_onnx
 from slimkit.core.ascend import load_w16a16s as load_w16a16s
 from slimkit.core.ascend import padded_waste as padded_waste
+from slimkit.core.calibration.own import OwnText as OwnText
+from slimkit.core.calibration.sets import CalibrationSet as CalibrationSet
 from slimkit.core.checkpoint.loading import LoadReport as LoadReport
 from slimkit.core.compare.comparison import Comparison as Comparison
 from slimkit.core.convert.gguffile import GgufReport as GgufReport

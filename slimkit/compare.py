@@ -11,6 +11,8 @@ import numpy as np
 
 from slimkit import bridge
 from slimkit.core.batch import as_call
+from slimkit.core.calibration.halves import decoder_start, halves
+from slimkit.core.calibration.record import records_of
 from slimkit.core.compare.comparison import Comparison
 from slimkit.core.compare.framework import CompareFramework
 from slimkit.core.compare.judge import JudgeOptions, judge, named_metrics
@@ -35,6 +37,7 @@ def compare_models(
     bos: bool = False,
     top_k: int | str | None = "auto",
     speed: bool = True,
+    calibrated: Any = None,
 ) -> Comparison:
     """Compare smaller models with a dense one on held-out data; the models are left as they were.
 
@@ -44,8 +47,9 @@ def compare_models(
     difference with its paired bootstrap interval over documents.
 
     Args:
-        dense: the model that was there before, or a function without arguments that makes it.
-        candidates: name -> smaller model, or a function that makes it. With functions one model is held at a time.
+        dense: the model that was there before, a function without arguments that makes it, or an ONNX file's path.
+        candidates: name -> smaller model, function or path (judged in onnxruntime). One model is held at a time where
+            none is a model already.
         dataset: a language model's documents: texts (with `tokenizer`) or rows of token numbers; batches for an
             encoder; (batch, labels) pairs for a classifier.
         metrics: further figures: ``"package.module:function"`` names, or name -> function, of (model, dataset).
@@ -57,13 +61,15 @@ def compare_models(
         top_k: take the KL divergence over so many of the dense model's likeliest tokens, and hold one model at a time;
             None is exact and holds all; "auto" is exact where all are models already, and 256 otherwise.
         speed: also measure prefill and decode speed, all models in turn.
+        calibrated: what the smaller models were calibrated on: a set of `calibration`, its record, or a list of them.
+            Held-out text that windows were drawn from is refused.
 
     Returns:
         The comparison: prints as a table, ``comparison["name"].figures["perplexity"]``, ``.save(file)``,
         ``.broken(["perplexity > 1.05x"])``.
 
     Raises:
-        ArgumentTypeError, ArgumentError: a model is none, or the data does not fit the task.
+        ArgumentTypeError, ArgumentError: a model is none, the data does not fit the task, or it was calibrated on.
 
     Example:
         >>> dense = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 9))
@@ -72,7 +78,8 @@ def compare_models(
         (0.0, 1.0)
     """
     options = JudgeOptions(task=task, length=length, bos=bos, top_k=top_k, speed=speed, seed=seed)
-    return judge(TorchCompare(), dense, candidates, dataset, options, tokenizer, named_metrics(metrics))
+    known = [("calibrated", record) for record in records_of(calibrated)]
+    return judge(TorchCompare(), dense, candidates, dataset, options, tokenizer, named_metrics(metrics), known)
 
 
 class TorchCompare(CompareFramework):
@@ -113,7 +120,7 @@ class TorchCompare(CompareFramework):
         _wait(model)
 
     def decode(self, model: nn.Module, ids: np.ndarray[Any, Any], n_tokens: int) -> bool:
-        if not _caches(type(model)):
+        if not _caches(type(model)) or _has_encoder(model):
             return False
         token, past = self.window(ids).to(bridge.device_of(model)), None
         for _ in range(n_tokens):
@@ -125,6 +132,9 @@ class TorchCompare(CompareFramework):
         _wait(model)
         return True
 
+    def read(self, model: nn.Module, n: int) -> int:
+        return n // 2 if _has_encoder(model) else 1
+
     def called(self, model: nn.Module, example: Any) -> Any:
         return bridge.run(model, self._keywords(model, example))
 
@@ -132,6 +142,10 @@ class TorchCompare(CompareFramework):
         """A window of tokens by the name that a model of transformers knows it by, without a cache to fill."""
         if isinstance(example, torch.Tensor) and "input_ids" in _takes(type(model)):
             found: dict[str, Any] = {"input_ids": example}
+            if _has_encoder(model):
+                ids = example.numpy()
+                parts = halves(ids, np.ones_like(ids), decoder_start(model.config))
+                found = {name: torch.from_numpy(np.ascontiguousarray(part)) for name, part in parts.items()}
             if "use_cache" in _takes(type(model)):
                 found["use_cache"] = False
             return found
@@ -144,6 +158,10 @@ def _takes(kind: Any) -> frozenset[str]:
 
 def _caches(kind: Any) -> bool:
     return {"input_ids", "past_key_values", "use_cache"} <= _takes(kind)
+
+
+def _has_encoder(model: nn.Module) -> bool:
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 def _wait(model: nn.Module) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from slimkit.core.calibration.record import records_of
 from slimkit.core.compare.comparison import Comparison
 from slimkit.core.compare.framework import CompareFramework
 from slimkit.core.compare.judge import JudgeOptions, judge, named_metrics
@@ -34,6 +35,7 @@ def compare_models(
     bos: bool = False,
     top_k: int | str | None = "auto",
     speed: bool = True,
+    calibrated: Any = None,
 ) -> Comparison:
     """Compare smaller cells with a dense one on held-out data; the cells are left as they were.
 
@@ -43,8 +45,9 @@ def compare_models(
     difference with its paired bootstrap interval over documents.
 
     Args:
-        dense: the cell that was there before, or a function without arguments that makes it.
-        candidates: name -> smaller cell, or a function that makes it. With functions one cell is held at a time.
+        dense: the cell that was there before, a function without arguments that makes it, or an ONNX file's path.
+        candidates: name -> smaller cell, function or path (judged in onnxruntime). One cell is held at a time where
+            none is a cell already.
         dataset: a language model's documents: texts (with `tokenizer`) or rows of token numbers; batches for an
             encoder; (batch, labels) pairs for a classifier.
         metrics: further figures: ``"package.module:function"`` names, or name -> function, of (model, dataset).
@@ -56,13 +59,15 @@ def compare_models(
         top_k: take the KL divergence over so many of the dense model's likeliest tokens, and hold one model at a time;
             None is exact and holds all; "auto" is exact where all are cells already, and 256 otherwise.
         speed: also measure how many tokens or samples a second pass, all models in turn.
+        calibrated: what the smaller models were calibrated on: a set of `calibration`, its record, or a list of them.
+            Held-out text that windows were drawn from is refused.
 
     Returns:
         The comparison: prints as a table, ``comparison["name"].figures["perplexity"]``, ``.save(file)``,
         ``.broken(["perplexity > 1.05x"])``.
 
     Raises:
-        ArgumentTypeError, ArgumentError: a model is none, or the data does not fit the task.
+        ArgumentTypeError, ArgumentError: a model is none, the data does not fit the task, or it was calibrated on.
 
     Example:
         >>> dense = nn.SequentialCell(nn.Embedding(9, 4), nn.Dense(4, 9))
@@ -71,7 +76,8 @@ def compare_models(
         (0.0, 1.0)
     """
     options = JudgeOptions(task=task, length=length, bos=bos, top_k=top_k, speed=speed, seed=seed)
-    return judge(MindSporeCompare(), dense, candidates, dataset, options, tokenizer, named_metrics(metrics))
+    known = [("calibrated", record) for record in records_of(calibrated)]
+    return judge(MindSporeCompare(), dense, candidates, dataset, options, tokenizer, named_metrics(metrics), known)
 
 
 class MindSporeCompare(CompareFramework):

@@ -19,6 +19,7 @@ from slimkit.core import public  # noqa: E402
 _TITLES = {
     "prune": "Pruning", "sparse": "Sparsity", "distill": "Distillation", "delta": "Delta layers", "freeze": "Freezing",
     "checkpoint": "Checkpoints", "train": "Training", "export": "Export", "ascend": "Ascend",
+    "calib": "Calibration",
 }  # fmt: skip
 
 

@@ -34,6 +34,7 @@ BENCHES = {
     "delta": ["tools/bench/delta.py"],
     "delta_train": ["tools/bench/delta_train.py"],
     "delta_train_ms": ["tools/bench/delta_train_ms.py"],
+    "compare": ["tools/bench/compare.py"],
     "checkpoint": ["tools/bench/checkpoint.py"],
 }
 

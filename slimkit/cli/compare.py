@@ -18,14 +18,16 @@ def compare(
     small: Annotated[
         list[str],
         typer.Argument(
-            help="Smaller models: FOLDER, FOLDER+DELTA, MODULE:FUNCTION or MODULE:FUNCTION=WEIGHTS.",
+            help="Smaller models: FOLDER, FOLDER+DELTA, FILE.onnx, MODULE:FUNCTION or MODULE:FUNCTION=WEIGHTS.",
             show_default=False,
         ),
     ],
     asked: CompareOptions,
     text: Annotated[
         Path | None,
-        typer.Option("--text", help="Held-out texts: .jsonl or .txt.", show_default=False, rich_help_panel="Data"),
+        typer.Option(
+            "--text", help="Held-out texts: .jsonl, .txt or .parquet.", show_default=False, rich_help_panel="Data"
+        ),
     ] = None,
     data: Annotated[
         str | None,
@@ -53,6 +55,9 @@ def compare(
     save: Annotated[
         Path | None, typer.Option("--save", help="Also write the comparison as JSON.", show_default=False)
     ] = None,
+    html: Annotated[
+        Path | None, typer.Option("--html", help="Also write it as a page with charts.", show_default=False)
+    ] = None,
     framework: options.Framework = "torch",
     device: options.Device = None,
     seed: options.Seed = 0,
@@ -68,6 +73,8 @@ def compare(
     Exit codes: 0 done, 1 a condition of --fail-if is met, 2 something given is wrong.
 
     Example: slimkit compare llama llama-80 llama-24 --text held_out.jsonl --fail-if "perplexity > 1.2x"
+
+    Example: slimkit compare llama llama.onnx --text held_out.jsonl --html lost.html
     """
     with session("compare", options.Output(as_json=as_json, quiet=quiet)) as talk:
         from slimkit.core.compare.conditions import Condition
@@ -85,6 +92,8 @@ def compare(
         broken = found.broken(fail_if or ())
         if save is not None:
             found.save(save)
+        if html is not None:
+            found.save_html(html)
         head, *rows = found.rows()
         talk.table("Comparison", head, rows)
         talk.line(found.sentence())

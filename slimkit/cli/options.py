@@ -79,12 +79,13 @@ Example = Annotated[
     ),
 ]
 Calibration = Annotated[
-    str | None,
+    list[str] | None,
     typer.Option(
         "--calib",
-        metavar="FILE|MODULE:FUNCTION",
-        help="Calibration data: .jsonl or .txt (with the directory's tokenizer), .npy, .npz, or a function that "
-        "returns batches.",
+        metavar="FILE[=WEIGHT]|self|MODULE:FUNCTION",
+        help="Calibration data: text (.jsonl, .txt, .parquet; with the directory's tokenizer), drawn from the whole "
+        "file; may be given again, with weights; self: text that the dense model writes itself; .npy, .npz, or a "
+        "function that returns batches.",
         show_default=False,
         rich_help_panel="Data",
     ),

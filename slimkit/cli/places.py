@@ -71,6 +71,15 @@ def data(reference: str | None, text_key: str, samples: int, max_length: int, ba
     return place
 
 
+def calibration(
+    references: list[str] | None, text_key: str, samples: int, max_length: int, batch_size: int, seed: int
+) -> DataPlace | None:
+    """The data that --calib names, once or several times; None where none was given."""
+    from slimkit.core.jobs.calibrating import weighted
+
+    return weighted(references, text_key, samples, max_length, batch_size, seed)
+
+
 @contextlib.contextmanager
 def alone(out: Path, dry_run: bool = False) -> Iterator[Path | None]:
     """The folder of a resumable command, absolute and held against a second run; None for one that writes nothing."""

@@ -50,7 +50,7 @@ def prune(
             None if output.dry_run else folder,
             asked,
             example=example,
-            calib=places.data(calib, text_key, samples, max_length, batch_size),
+            calib=places.calibration(calib, text_key, samples, max_length, batch_size, seed),
             seed=seed,
         )
         before, after = found["parameters_before"], found["parameters"]

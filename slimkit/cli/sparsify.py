@@ -23,6 +23,7 @@ def sparsify(
     samples: options.Samples = 128,
     max_length: options.MaxLength = 512,
     batch_size: options.BatchSize = 4,
+    seed: options.Seed = 0,
     restart: Annotated[bool, typer.Option("--restart", help="Throw an unfinished run in --out away.")] = False,
 ) -> None:
     """Make a model sparse: set the weights that matter least to zero and refit the others.
@@ -40,7 +41,7 @@ def sparsify(
 
         place = places.model(network)
         face = places.framework(network)
-        data = places.data(calib, text_key, samples, max_length, batch_size)
+        data = places.calibration(calib, text_key, samples, max_length, batch_size, seed)
         if output.dry_run:
             _plan(talk, commands.sparsify(face, place, out.absolute(), asked, calib=data, plan=True), asked, out)
             return

@@ -45,6 +45,12 @@ ROOMS: dict[str, dict[str, str]] = {
         "compare_models": "compare",
         "Comparison": "core.compare.comparison",
     },
+    "calib": {
+        "calibration": "calib",
+        "CalibrationSet": "core.calibration.sets",
+        "own_text": "calib",
+        "OwnText": "core.calibration.own",
+    },
     "delta": {
         "LoRADense": "delta",
         "AdapterDense": "delta",

@@ -13,9 +13,11 @@ import numpy as np
 import slimkit
 from slimkit import bridge, compare, export, train
 from slimkit.core import files
+from slimkit.core.calibration.reading import TextReader
+from slimkit.core.calibration.record import write_record
 from slimkit.core.checkpoint import shards
 from slimkit.core.errors import ConfigError
-from slimkit.core.jobs import commands, folders
+from slimkit.core.jobs import calibrating, commands, folders
 from slimkit.core.jobs.bar import LayerBar
 from slimkit.core.jobs.framework import ComputeLoss, JobFramework, Lesson, Opened, Task
 from slimkit.core.jobs.measurement import Measurement
@@ -209,6 +211,14 @@ class TorchJobs(JobFramework):
 
     # Text, and folders block by block.
 
+    def reader(self, opened: Opened) -> TextReader:
+        if not opened.is_hf or opened.directory is None:
+            return super().reader(opened)
+        if opened.model is None:
+            config, kind = models.architecture(opened.directory)
+            return texts.reader(opened.directory, kind, config, self.device)
+        return texts.reader(opened.directory, type(opened.model), opened.model.config, self.device)
+
     def learns_text(self, place: ModelPlace, data: DataPlace) -> bool:
         return place.factory is None and place.model is not None and place.model.is_dir() and data.kind == "text"
 
@@ -238,19 +248,26 @@ class TorchJobs(JobFramework):
         # A folder without a run of sparsify_checkpoint in it must be unused; one with a run is that function's care.
         if not (out / blocks.STATE / "job.json").exists():
             folders.unused(out, state=blocks.STATE)
-        if calib is None or calib.kind != "text":
-            opened = Opened(None, ModelPlace(source))
-            data = commands.needed(commands.calibration_of(self, opened, calib), cfg)
-        else:  # without the model, which is never whole in memory
-            config, kind = models.architecture(source)
-            data = _text(source, kind, config, calib)
+        data = commands.needed(self._calibration(place, source, out, calib), cfg)
         if plan:
             found = CheckpointSparse(source, out / blocks.STATE, shards.locate(source), None).layers()
             done = len(list((out / blocks.STATE).glob("block-*.json")))
             return {**commands.sparse_plan(*found, cfg, data), "blocks_done": done, "resumable": True}
         with LayerBar() as bar:
             report = self.slim.sparsify_checkpoint(source, out, cfg, data, on_progress=bar)
+        write_record(out, "sparsify", calibrating.record_of(data), source)
         return {**report, "written": "transformers", "resumable": True}
+
+    def _calibration(self, place: ModelPlace, source: Path, out: Path, calib: DataPlace | None) -> Any:
+        """Calibration batches without the model, which is in memory whole only while it writes text itself."""
+        if calib is None or calib.kind in ("arrays", "function"):
+            return calibrating.calibration_of(self, Opened(None, ModelPlace(source)), calib)
+        config, kind = models.architecture(source)
+        return calibrating.text_set(
+            texts.reader(source, kind, config, self.device),
+            calib,
+            lambda n, length, start: calibrating.written(self, self.open(place), calib, out, n, length, start),
+        )
 
 
 def _text(directory: Path, kind: type, config: Any, place: DataPlace) -> list[Any]:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from slimkit import bridge  # noqa: F401 - says in one line that torch is missing
+from slimkit.core.calibration.halves import decoder_start, halves
+from slimkit.core.calibration.reading import TextReader
 from slimkit.core.distill.masks import IGNORED
 from slimkit.core.errors import ConfigError
 from slimkit.core.jobs.documents import Sample, answered, is_chat, packed
@@ -55,7 +60,7 @@ class Reader:
         bounds = [max_length, self.tokenizer.model_max_length]
         bounds += [getattr(inner, n) for n in ("max_position_embeddings", "n_positions") if hasattr(inner, n)]
         self.max_length = int(min(bounds))
-        self._taken = set(inspect.signature(kind.forward).parameters)  # type: ignore[attr-defined]
+        self.taken = set(inspect.signature(kind.forward).parameters)  # type: ignore[attr-defined]
 
     def encode(self, texts: list[str]) -> list[dict[str, list[int]]]:
         """One mapping of token numbers a text, cut to length and not padded; how many were cut is said."""
@@ -99,7 +104,7 @@ class Reader:
         """A batch of tensors, padded to the longest sample, or to `length`."""
         how: dict[str, Any] = {"padding": True} if length is None else {"padding": "max_length", "max_length": length}
         padded = self.tokenizer.pad(samples, return_tensors="pt", **how)
-        return {k: v for k, v in padded.items() if k in self._taken}
+        return {k: v for k, v in padded.items() if k in self.taken}
 
     def labelled(self, samples: list[Sample], length: int | None = None) -> tuple[dict[str, Any], torch.Tensor]:
         """A batch of tensors and its labels: -100 on padding, on what is not learned and on each first token."""
@@ -109,7 +114,7 @@ class Reader:
         # The mask, not the token, says what is padding: a padding token may well be the end-of-text token.
         labels = torch.full_like(padded["input_ids"], IGNORED)
         labels[padded["attention_mask"] == 1] = torch.tensor([label for s in samples for label in s.labels])
-        return {k: v for k, v in padded.items() if k in self._taken}, labels
+        return {k: v for k, v in padded.items() if k in self.taken}, labels
 
     def batches(self, texts: list[str], batch_size: int) -> list[dict[str, Any]]:
         """All texts in order, as padded batches."""
@@ -117,5 +122,30 @@ class Reader:
         return [self.pad(samples[i : i + batch_size]) for i in range(0, len(samples), batch_size)]
 
     def _samples(self, encoded: Any) -> list[dict[str, list[int]]]:
-        keys = [k for k in encoded if k in self._taken]
+        keys = [k for k in encoded if k in self.taken]
         return [{k: encoded[k][i] for k in keys} for i in range(len(encoded["input_ids"]))]
+
+
+def reader(directory: Path, kind: type, config: Any, device: torch.device) -> TextReader:
+    """How the model of a Hugging Face directory reads calibration text; no weights are read.
+
+    Args:
+        directory: with a tokenizer.
+        kind: the model's class.
+        config: its configuration.
+        device: where batches are wanted.
+
+    Raises:
+        ConfigError: the directory holds no tokenizer that transformers can read.
+    """
+    read = Reader(directory, kind, config, sys.maxsize)
+    both = bool(getattr(config, "is_encoder_decoder", False))
+    causal = kind.__name__.endswith(("ForCausalLM", "LMHeadModel")) and not both
+
+    def make(ids: np.ndarray[Any, Any], mask: np.ndarray[Any, Any]) -> dict[str, torch.Tensor]:
+        found = {"input_ids": ids, "attention_mask": mask}
+        if both:
+            found = halves(ids, mask, decoder_start(config))
+        return {k: torch.from_numpy(np.ascontiguousarray(v)).to(device) for k, v in found.items() if k in read.taken}
+
+    return TextReader(read.tokenizer, read.max_length, causal, make)

@@ -17,12 +17,24 @@ ROOT = Path(__file__).parents[2]
 CORE = sorted((ROOT / "slimkit" / "core").rglob("*.py"))
 TORCH = sorted(f for f in (ROOT / "slimkit").rglob("*.py") if "core" not in f.relative_to(ROOT / "slimkit").parts)
 MS = sorted((ROOT / "slimkit_ms").rglob("*.py"))
-FEATURES = {"prune", "weights", "sparse", "distill", "delta", "checkpoint", "train", "export", "convert", "compare"}
+FEATURES = {
+    "prune",
+    "weights",
+    "sparse",
+    "distill",
+    "delta",
+    "checkpoint",
+    "train",
+    "export",
+    "convert",
+    "compare",
+    "calib",
+}
 LOWER = {"trace", "surgery", "freeze", "bridge", "measurement", "kinds", "attention"}
 # Base requirements that only some core files need, each imported at the top of files nobody imports for less.
 CORE_TOP = {"numpy", "slimkit"}
 CORE_TOP_FILES = {
-    "recipe.py": {"pydantic"},
+    "recipe.py": {"pydantic", "pydantic_core"},
     "factory.py": {"pydantic"},
     "fields.py": {"pydantic", "pydantic_core"},
     "options.py": {"pydantic", "pydantic_core"},

@@ -11,46 +11,11 @@ from typing import Any
 
 from slimkit.core import files
 from slimkit.core.compare.conditions import Condition
+from slimkit.core.compare.figures import FIGURES, Figure
+from slimkit.core.compare.page import render_page
 from slimkit.core.errors import FileFormatError
 
 FORMAT, VERSION = "slimkit-comparison", 1
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One figure that a comparison may hold.
-
-    Args:
-        label: as people read it.
-        form: of a number, for `format`; "" for counts.
-        difference: what an interval is of: "ratio" (small / dense), "gap" (small - dense) or "own" (the figure itself).
-        better: "low" or "high".
-    """
-
-    label: str
-    form: str
-    difference: str = "gap"
-    better: str = "low"
-
-
-FIGURES: dict[str, Figure] = {
-    "perplexity": Figure("perplexity", ".3f", "ratio"),
-    "bits_per_byte": Figure("bits per byte", ".4f"),
-    "kl": Figure("KL(dense || model), nats", ".4f", "own"),
-    "kl_p99": Figure("KL, 99th percentile", ".3f", "own"),
-    "agreement": Figure("top-1 agreement with dense", ".4f", "own", "high"),
-    "accuracy": Figure("accuracy", ".4f", "gap", "high"),
-    "calibration_error": Figure("expected calibration error", ".4f"),
-    "cosine": Figure("cosine to dense", ".4f", "own", "high"),
-    "spearman": Figure("Spearman of similarities", ".4f", "own", "high"),
-    "parameters": Figure("parameters", ""),
-    "nonzero": Figure("non-zero parameters", ""),
-    "bytes": Figure("bytes", ""),
-    "macs": Figure("MACs a token or sample", ""),
-    "prefill_per_s": Figure("prefill tokens or samples/s", ".1f", "gap", "high"),
-    "decode_per_s": Figure("decode tokens/s", ".1f", "gap", "high"),
-    "peak_bytes": Figure("peak memory of the process", ""),
-}
 
 
 @dataclass(frozen=True)
@@ -151,6 +116,20 @@ class Comparison:
         ]
         return "\n".join([*(line.rstrip() for line in lines), "", self.sentence()])
 
+    def headline(self, name: str) -> str:
+        """What one model lost, in a sentence, by the figures of the task."""
+        own, base = self[name], self.dense
+        said = []
+        for key, figure in FIGURES.items():
+            value, was = own.figures.get(key), base.figures.get(key)
+            if key not in own.intervals or value is None:
+                continue
+            low, high = own.intervals[key]
+            unit = "x" if figure.difference == "ratio" else ""
+            before = "" if was is None else f" (dense {was:{figure.form}})"
+            said.append(f"{figure.label} {value:{figure.form}}{before} [{low:.4g}{unit}, {high:.4g}{unit}]")
+        return f"{name}: {'; '.join(said)}" if said else f"{name}: no intervals from {self.data}"
+
     def sentence(self) -> str:
         """The data and the protocol in one line."""
         data = ", ".join(f"{v:,} {k}" for k, v in self.data.items() if isinstance(v, int))
@@ -194,6 +173,14 @@ class Comparison:
         """Write the comparison as JSON; the file appears whole."""
         target = files.as_path(path, "path")
         files.write_json(target, self.to_dict())
+        return target
+
+    def save_html(self, path: files.PathLike, title: str = "What the smaller models lost") -> Path:
+        """Write the comparison as one HTML page with charts, which needs nothing else; the file appears whole."""
+        target = files.as_path(path, "path")
+        page = render_page(self, title)
+        with files.atomic_file(target, "w") as handle:
+            handle.write(page)
         return target
 
     @classmethod

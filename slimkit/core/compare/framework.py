@@ -41,7 +41,8 @@ class CompareFramework(Protocol):
         """Evaluation mode without gradients; modes are as before afterwards."""
 
     def logits(self, model: Any, ids: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """Logits (length, vocabulary) of one window of tokens (length,), float32 or float64."""
+        """Logits (length, vocabulary) of one window of tokens (length,), float32 or float64; a decoder's are of what it
+        predicts alone."""
         found = self.first(self.called(model, self.window(ids)))
         if found.ndim != 3 or len(found) != 1:
             raise UnsupportedError(
@@ -49,6 +50,10 @@ class CompareFramework(Protocol):
                 f"Received: {tuple(found.shape)} from {type(model).__name__}"
             )
         return self.numbers(found)[0]
+
+    def read(self, model: Any, n: int) -> int:
+        """How many tokens of a window of n are read and not predicted: half of them by an encoder, else the first."""
+        return 1
 
     def called(self, model: Any, example: Any) -> Any:
         """What a model makes of a window or a batch."""
@@ -70,7 +75,7 @@ class CompareFramework(Protocol):
     def outputs(self, model: Any, batch: Any) -> np.ndarray[Any, Any]:
         """The first output for a batch, (samples, ...), without the rows of padding averaged in."""
 
-    def figures(self, model: Any, example: Any) -> dict[str, float]:
+    def figures(self, model: Any, example: Any) -> dict[str, Any]:
         """parameters, nonzero, bytes and macs of a model for one example."""
         measured = self.measured(model, example)
         return {

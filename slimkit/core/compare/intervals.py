@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from slimkit.core.compare.comparison import FIGURES
+from slimkit.core.compare.figures import FIGURES
 
 Array = np.ndarray[Any, Any]
 DRAWS = 2000

@@ -12,10 +12,13 @@ from typing import Any
 import numpy as np
 
 from slimkit.core import check
+from slimkit.core.calibration.record import keep_apart
 from slimkit.core.compare import DENSE, TASKS, memory
-from slimkit.core.compare.comparison import FIGURES, Comparison, ModelResult
+from slimkit.core.compare.comparison import Comparison, ModelResult
+from slimkit.core.compare.figures import FIGURES
 from slimkit.core.compare.framework import CompareFramework
 from slimkit.core.compare.intervals import draws, figures_of
+from slimkit.core.compare.onnxruns import BesideFiles, OnnxSource, is_onnx
 from slimkit.core.compare.samples import SampleJudge
 from slimkit.core.compare.scores import DenseAnswer, TokenScores, score
 from slimkit.core.compare.speed import measure_speed
@@ -71,21 +74,26 @@ def judge(
     options: JudgeOptions,
     tokenizer: Any = None,
     metrics: Mapping[str, Callable[[Any, Any], float]] | None = None,
+    calibrated: Sequence[tuple[str, Mapping[str, Any]]] = (),
 ) -> Comparison:
     """Compare smaller models with a dense one.
 
     Args:
         framework: the framework the models live in.
-        dense: a model, or a function without arguments that makes one.
-        candidates: name -> model or function.
+        dense: a model, a function without arguments that makes one, or the path of an ONNX file.
+        candidates: name -> model, function or path.
         dataset: documents for a language model, batches for an encoder, (batch, labels) pairs for a classifier.
         options: how.
         tokenizer: turns documents that are texts into tokens.
         metrics: name -> function of (model, dataset) that gives a number, beside the task's own figures.
+        calibrated: (whose, record of a calibration set) of what models were fitted to, which must not judge them.
     """
     if not isinstance(candidates, Mapping) or not candidates:
         raise ArgumentError(f"candidates must be a mapping from names to models. Received: {candidates!r}")
     sources = {DENSE: dense, **{check.text(n, "a candidate's name"): c for n, c in candidates.items()}}
+    sources = {name: OnnxSource(Path(s)) if is_onnx(s) else s for name, s in sources.items()}
+    if any(isinstance(s, OnnxSource) for s in sources.values()):
+        framework = BesideFiles(framework)
     if DENSE in candidates:
         raise ArgumentError(f"{DENSE!r} is the name of the model that the candidates are compared with")
     job: LanguageJudge | SampleJudge
@@ -93,6 +101,8 @@ def judge(
         held = all(framework.held(source) for source in sources.values())
         keep = (0 if held else TOP_K) if options.top_k == "auto" else int(options.top_k or 0)
         job = LanguageJudge(framework, dataset, options, keep, tokenizer)
+        if calibrated:
+            job.data["calibrated on"] = keep_apart(calibrated, job.documents())
     else:
         job = SampleJudge(framework, dataset, options.task)
     figures: dict[str, dict[str, float | None]] = {}
@@ -105,6 +115,8 @@ def judge(
         sources = models
     for name in list(sources):
         model, judged = framework.open(sources[name], name), job.done(name)
+        if name == DENSE and isinstance(job, LanguageJudge):
+            job.settle(model)
         with memory.Peak() as peak, framework.evaluating(model):
             if not judged:
                 job.run(name, model)
@@ -113,7 +125,7 @@ def judge(
         figures[name] = {
             **own,
             **weights,
-            "macs": weights["macs"] / job.positions,
+            "macs": None if weights["macs"] is None else weights["macs"] / job.positions,
             "peak_bytes": None if judged else peak.n_bytes,
         }
         del model
@@ -181,11 +193,18 @@ class LanguageJudge:
         self.data = {
             "documents": self.n_documents,
             "windows": len(self.windows),
-            "predicted tokens": sum(w.predicted for w in self.windows),
+            "predicted tokens": sum(len(w.ids) - 1 for w in self.windows),
             "sha256": digest.hexdigest(),
         }
         self._answers: list[_Answer] = []
         self._kl: dict[str, list[Array]] = {}
+
+    def documents(self) -> list[Array]:
+        """The tokens of each document."""
+        parts: dict[int, list[Array]] = {}
+        for window in self.windows:
+            parts.setdefault(window.document, []).append(window.ids[int(self.options.bos) :])
+        return [np.concatenate(ids) for ids in parts.values()]
 
     def done(self, name: str) -> bool:
         """Whether a model has been judged."""
@@ -209,14 +228,16 @@ class LanguageJudge:
 
     def _judged(self, name: str, number: int, model: Any, dense: _Answer | None) -> _Answer:
         row, window = self._rows[number], self.windows[number]
-        logits = self.framework.logits(model, window.ids)
-        if logits.ndim != 2 or len(logits) != len(window.ids):
+        logits, read = self.framework.logits(model, window.ids), self.framework.read(model, len(window.ids))
+        expected = len(window.ids) if read == 1 else len(window.ids) - read
+        if logits.ndim != 2 or len(logits) != expected:
             raise ArgumentError(
-                f"{name} must give logits (1, {len(window.ids)}, vocabulary) for {len(window.ids)} tokens. "
+                f"{name} must give logits (1, {expected}, vocabulary) for {len(window.ids)} tokens. "
                 f"Received, without the first axis: {logits.shape}"
             )
+        ids = window.ids[read - 1 :]
         if dense is None:
-            scores, answer = score(logits, window.ids, keep=self.keep)
+            scores, answer = score(logits, ids, keep=self.keep)
             assert answer is not None
             found = (answer, scores.likeliest, logits.shape[-1])
         else:
@@ -225,19 +246,28 @@ class LanguageJudge:
                     f"{name} predicts {logits.shape[-1]} tokens and the dense model {dense[2]}: how far they are apart "
                     "is not defined"
                 )
-            scores, _ = score(logits, window.ids, dense[0])
+            if len(dense[1]) != len(ids) - 1:
+                raise ArgumentError(f"{name} and the dense model must both have an encoder, or neither")
+            scores, _ = score(logits, ids, dense[0])
             found = dense
             assert scores.kl is not None
             self._kl.setdefault(name, []).append(scores.kl)
         sums = self.sums.setdefault(name, np.zeros((self.n_documents, 6)))
-        sums[row] += self._sums(window, scores, found[1])
+        sums[row] += self._sums(window.n_bytes(read), scores, found[1])
         return found
 
-    def _sums(self, window: Window, scores: TokenScores, likeliest: Array) -> list[float]:
+    def _sums(self, known: int | None, scores: TokenScores, likeliest: Array) -> list[float]:
         kl = 0.0 if scores.kl is None else float(scores.kl.sum())
-        n_bytes = float("nan") if window.n_bytes is None else float(window.n_bytes)
+        n_bytes = float("nan") if known is None else float(known)
         agree = float((scores.likeliest == likeliest).sum())
-        return [float(window.predicted), float(scores.loss.sum()), float(scores.correct.sum()), n_bytes, kl, agree]
+        return [float(len(scores.loss)), float(scores.loss.sum()), float(scores.correct.sum()), n_bytes, kl, agree]
+
+    def settle(self, model: Any) -> None:
+        """Say how the dense model reads a window."""
+        reads = [self.framework.read(model, len(w.ids)) for w in self.windows]
+        self.data["predicted tokens"] = sum(len(w.ids) - read for w, read in zip(self.windows, reads))
+        if any(read > 1 for read in reads):
+            self.protocol += ", the encoder reads a window's first half and the decoder goes on"
 
     def result(self, name: str, counts: Array) -> tuple[dict[str, float | None], dict[str, tuple[float, float]]]:
         """Figures of a model, and intervals of their differences from the dense model's."""

@@ -19,17 +19,17 @@ class Window:
     Args:
         document: number of the document it is cut from.
         ids: its tokens, (length,) int64; the first one is not predicted.
-        n_bytes: UTF-8 bytes of the text that the predicted tokens stand for; None when only tokens are known.
+        starts: the byte at which each token begins in the text, and where the last one ends, (length + 1,); a token in
+            front that stands for no text has no bytes. None when only tokens are known.
     """
 
     document: int
     ids: np.ndarray[Any, Any]
-    n_bytes: int | None = None
+    starts: tuple[int, ...] | None = None
 
-    @property
-    def predicted(self) -> int:
-        """How many tokens count."""
-        return len(self.ids) - 1
+    def n_bytes(self, read: int) -> int | None:
+        """UTF-8 bytes of the text behind the first `read` tokens; None when only tokens are known."""
+        return None if self.starts is None else self.starts[-1] - self.starts[read]
 
 
 @dataclass(frozen=True)
@@ -89,12 +89,10 @@ def cut(documents: Iterable[Any], protocol: Protocol, tokenizer: Any = None) -> 
             part = [*first, *ids[begin : begin + step]]
             if len(part) < 2:
                 continue
-            n_bytes = None
+            told = None
             if starts is not None:
-                told = begin + 1 - len(first)
-                stop = min(begin + step, len(ids))
-                n_bytes = starts[stop] - starts[told]
-            found.append(Window(number, np.asarray(part, np.int64), n_bytes))
+                told = (*(starts[begin] for _ in first), *starts[begin : min(begin + step, len(ids)) + 1])
+            found.append(Window(number, np.asarray(part, np.int64), told))
     if not found:
         raise ArgumentError("dataset must hold a document of two tokens or more. Received: none")
     return found

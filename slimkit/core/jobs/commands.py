@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from slimkit.core import files
+from slimkit.core.calibration.record import write_record
 from slimkit.core.errors import ConfigError, UnsupportedError
 from slimkit.core.jobs import fitting, folders, sources, work
+from slimkit.core.jobs.calibrating import calibration_of, record_of
 from slimkit.core.jobs.fields import Strict, flag_of
 from slimkit.core.jobs.framework import ComputeLoss, FitRun, JobFramework, Opened, Supervised
 from slimkit.core.jobs.measurement import Measurement
@@ -44,7 +46,7 @@ class CommandContext(work.JobContext):
         example: Any,
         options: Strict,
         *,
-        batches: list[Any] | None = None,
+        batches: Sequence[Any] | None = None,
         read: Supervised | None = None,
         is_hf: bool = False,
         named_loss: tuple[str, ComputeLoss] | None = None,
@@ -61,7 +63,7 @@ class CommandContext(work.JobContext):
     def function(self, reference: str, key: str) -> Callable[..., Any]:
         return sources.found(reference, self.spell(key))
 
-    def calibration(self, count: int | None = None) -> list[Any]:
+    def calibration(self, count: int | None = None) -> Sequence[Any]:
         if not self._batches:
             raise ConfigError("--calib DATA is needed: calibration batches, which nothing else gives")
         return self._batches
@@ -116,7 +118,7 @@ def prune(
     opened = face.open(place)
     if opened.desc is not None:
         raise ConfigError("--model is a pruned model already; prune the original to the ratio wanted")
-    batches = calibration_of(face, opened, calib)
+    batches = calibration_of(face, opened, calib, out)
     context = CommandContext(face, seed, example_of(face, opened, example, seed=seed), options, batches=batches)
     done = work.prune(opened.model, options, context, plan_only=out is None)
     facts = {key: value for key, value in done.facts.items() if key != "headline"}
@@ -126,6 +128,7 @@ def prune(
     with files.atomic_directory(out) as folder:
         facts["written"] = face.write_model(opened, folder)
         folders.write_report(folder, "prune", {"asked": options.reserved_ratio, **facts})
+        write_record(folder, "prune", record_of(batches), place.model)
     return facts
 
 
@@ -159,7 +162,7 @@ def sparsify(
         return found
     folders.unused(out)
     opened = face.open(place)
-    batches = needed(calibration_of(face, opened, calib), config)
+    batches = needed(calibration_of(face, opened, calib, out), config)
     if plan:
         return sparse_plan(*face.sparse_layers(opened.model), config, batches)
     context = CommandContext(face, 0, None, options, batches=batches)
@@ -167,10 +170,11 @@ def sparsify(
     with files.atomic_directory(out) as folder:
         written = face.write_model(opened, folder)
         files.write_json(folder / folders.SPARSE_REPORT, report)
+        write_record(folder, "sparsify", record_of(batches), place.model)
     return {**report, "written": written, "resumable": False}
 
 
-def needed(batches: list[Any] | None, config: SparseConfig) -> list[Any] | None:
+def needed(batches: Sequence[Any] | None, config: SparseConfig) -> Sequence[Any] | None:
     """Refuse to go on without data that the method reads."""
     if config.needs_data and not batches:
         raise ConfigError(f"--method {config.method} needs --calib DATA; only magnitude with equal ratios needs none")
@@ -178,7 +182,7 @@ def needed(batches: list[Any] | None, config: SparseConfig) -> list[Any] | None:
 
 
 def sparse_plan(
-    layers: Mapping[str, Any], skipped: Mapping[str, str], config: SparseConfig, batches: list[Any] | None
+    layers: Mapping[str, Any], skipped: Mapping[str, str], config: SparseConfig, batches: Sequence[Any] | None
 ) -> dict[str, Any]:
     """What a sparsity run would do, as plain values."""
     left_out = dict(skipped)
@@ -277,14 +281,3 @@ def example_of(face: JobFramework, opened: Opened, given: str | None, *, length:
         made = sources.found(given, "--example")()
         return made["example"] if isinstance(made, dict) and "example" in made else made
     return face.tensors(sources.parse_example(given, seed))
-
-
-def calibration_of(face: JobFramework, opened: Opened, place: DataPlace | None) -> list[Any] | None:
-    """The calibration batches that were named, or None."""
-    if place is None:
-        return None
-    if place.kind == "function":
-        return place.made_batches("--calib")
-    if place.kind == "arrays":
-        return [face.tensors(batch) for batch in place.array_batches()]
-    return face.text(opened, place)

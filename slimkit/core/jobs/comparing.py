@@ -7,9 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from slimkit.core.calibration.record import read_record
 from slimkit.core.compare import DENSE
 from slimkit.core.compare.comparison import Comparison, ModelResult
 from slimkit.core.compare.judge import judge, named_metrics, names_of
+from slimkit.core.compare.onnxruns import is_onnx
 from slimkit.core.errors import ConfigError
 from slimkit.core.jobs import sources
 from slimkit.core.jobs.framework import JobFramework
@@ -25,7 +27,7 @@ class JudgedModel:
     """A model that `compare` is given.
 
     Args:
-        text: as it was written: FOLDER, FOLDER+DELTA, MODULE:FUNCTION or MODULE:FUNCTION=WEIGHTS.
+        text: as it was written: FOLDER, FOLDER+DELTA, FILE.onnx, MODULE:FUNCTION or MODULE:FUNCTION=WEIGHTS.
         place: the model.
         delta: the folder of a delta to put on first.
     """
@@ -52,19 +54,26 @@ class JudgedModel:
         if ":" in factory:
             return cls(text, ModelPlace(Path(weights) if equals else None, factory))
         raise ConfigError(
-            "a model must be a folder, FOLDER+DELTA, MODULE:FUNCTION or MODULE:FUNCTION=WEIGHTS. "
+            "a model must be a folder, FOLDER+DELTA, FILE.onnx, MODULE:FUNCTION or MODULE:FUNCTION=WEIGHTS. "
             f"Received: {text!r}, which does not exist"
         )
 
     def on_disk(self) -> float | None:
-        """Bytes of the weight files; None for a factory's fresh network."""
+        """Bytes of the weight files; None for a factory's fresh network and for ONNX files, which tell their own."""
+        if is_onnx(self.place.model):
+            return None
         places = [p for p in (self.place.model, self.delta) if p is not None]
         files = [f for p in places for f in ([p] if p.is_file() else sorted(p.iterdir()))]
         return float(sum(f.stat().st_size for f in files if f.suffix in WEIGHTS)) if places else None
 
-    def opener(self, face: JobFramework) -> Callable[[], Any]:
-        """A function that opens the model whenever it is called."""
-        return lambda: face.open(self.place, self.delta).model
+    def calibrations(self) -> list[tuple[str, dict[str, Any]]]:
+        """What the model's folders say that it was calibrated on, each with the name of the model."""
+        folders = [p for p in (self.place.model, self.delta) if p is not None and p.is_dir()]
+        return [(self.text, record) for folder in folders for record in read_record(folder)]
+
+    def opener(self, face: JobFramework) -> Callable[[], Any] | str:
+        """A function that opens the model whenever it is called; of an ONNX file its path."""
+        return str(self.place.model) if is_onnx(self.place.model) else lambda: face.open(self.place, self.delta).model
 
 
 def compare(
@@ -107,6 +116,7 @@ def compare(
         replace(options.build(), seed=seed),
         tokenizer,
         metrics,
+        [known for model in models for known in model.calibrations()],
     )
     # What is compared is what is shipped: the files, not the memory that they take.
     results = [_with_bytes(result, model.on_disk()) for result, model in zip(found.results, models)]
@@ -121,6 +131,8 @@ def _dataset(
     assert text is not None
     if options.task == "classifier":
         raise ConfigError("--task classifier needs --data MODULE:FUNCTION, which returns (batch, labels) pairs")
+    if is_onnx(dense.place.model):
+        raise ConfigError("--text needs the tokenizer of a folder: give the dense model as a folder, or --data")
     opened = face.open(dense.place, dense.delta)  # for its tokenizer alone: it is let go before the judging begins
     if options.task == "language":
         return [row["text"] for row in text.rows()], face.tokenizer(opened)

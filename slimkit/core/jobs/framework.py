@@ -16,6 +16,7 @@ from slimkit.core.jobs.measurement import Measurement
 from slimkit.core.jobs.sources import DataPlace, ModelPlace, StudentPlace
 
 if TYPE_CHECKING:
+    from slimkit.core.calibration.reading import TextReader
     from slimkit.core.compare.framework import CompareFramework
     from slimkit.core.distill.config import KnowledgeDistillConfig
     from slimkit.core.jobs.options import AdaptOptions, DistillOptions, FitOptions
@@ -322,6 +323,10 @@ class JobFramework(Protocol):
     def tokenizer(self, opened: Opened) -> Any:
         """The tokenizer that came with a model; ConfigError where it has none."""
         raise ConfigError("--text needs the tokenizer of a Hugging Face directory; give --data with token numbers")
+
+    def reader(self, opened: Opened) -> TextReader:
+        """How a model reads text; ConfigError where it has no tokenizer."""
+        raise ConfigError("--calib: text needs the tokenizer of a Hugging Face directory; give arrays or a function")
 
     def learns_text(self, place: ModelPlace, data: DataPlace) -> bool:
         """Whether the model has a tokenizer and learns from this text."""

@@ -10,7 +10,7 @@ from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, model_va
 from pydantic_core import PydanticCustomError
 
 from slimkit.core.jobs.factory import Factory, Reference
-from slimkit.core.jobs.fields import RECIPE_ONLY, Flag, OneOf
+from slimkit.core.jobs.fields import RECIPE_ONLY, Flag, OneOf, Strict
 from slimkit.core.jobs.training_options import (
     AdaptOptions,
     DistillOptions,
@@ -297,9 +297,58 @@ class CompareOptions(JobOptions):
         return {f"metrics[{n}]": (name, ("model", "dataset")) for n, name in enumerate(self.metrics or ())}
 
 
+class CalibrateOptions(Strict):
+    """Calibration windows of text, by the tokenizer of the recipe (``calibration``)."""
+
+    text: str | list[str] = Field(
+        description="a file or several: .jsonl, .txt, .parquet; FILE=WEIGHT shares windows out"
+    )
+    samples: PositiveInt = Field(128, description="windows")
+    length: PositiveInt = Field(512, description="tokens a window")
+    batch_size: PositiveInt = Field(4, description="windows in a batch")
+    text_key: str = Field("text", description="key or column of the text")
+
+    @property
+    def files(self) -> list[str]:
+        """The files, each with its weight behind it where it has one."""
+        return [self.text] if isinstance(self.text, str) else self.text
+
+
+class EvaluateOptions(Strict):
+    """Held-out text that a language model is judged on after each stage (``compare_models``)."""
+
+    text: str | None = Field(None, description="a file: .jsonl, .txt, .parquet, read by the recipe's tokenizer")
+    data: str | None = Field(None, description="instead of text: a key of the data, rows of token numbers")
+    documents: PositiveInt = Field(32, description="at most so many of them, from all over the file")
+    length: PositiveInt = Field(512, description="tokens a window; the stride is the same")
+    windows: PositiveInt | None = Field(None, description="of each document at most so many windows; unset: all")
+    bos: bool = Field(False, description="begin each window with the tokenizer's beginning-of-sequence token")
+    text_key: str = Field("text", description="key or column of the text")
+
+    @model_validator(mode="after")
+    def _one(self) -> EvaluateOptions:
+        if (self.text is None) == (self.data is None):
+            raise PydanticCustomError("one", "give text or data, and not both", {"near": ""})
+        return self
+
+
 __all__ = [
-    "COMMAND_JOBS", "JOBS", "AdaptOptions", "CompareOptions", "CutOptions", "DistillOptions", "DistillTerm",
-    "ExportOptions", "FitOptions", "JobOptions", "PruneOptions", "SparsifyOptions", "StudentOptions", "TrainOptions",
+    "COMMAND_JOBS",
+    "JOBS",
+    "AdaptOptions",
+    "CalibrateOptions",
+    "CompareOptions",
+    "CutOptions",
+    "DistillOptions",
+    "DistillTerm",
+    "EvaluateOptions",
+    "ExportOptions",
+    "FitOptions",
+    "JobOptions",
+    "PruneOptions",
+    "SparsifyOptions",
+    "StudentOptions",
+    "TrainOptions",
 ]  # fmt: skip
 
 # job -> its options; a recipe's stage has the job's name, and finetune is train under another one
@@ -312,6 +361,7 @@ JOBS: dict[str, type[JobOptions]] = {
     "sparsify": SparsifyOptions,
     "adapt": AdaptOptions,
     "export": ExportOptions,
+    "compare": CompareOptions,
 }
-# What commands alone take: jobs that change no model, and the sizes of a student.
-COMMAND_JOBS: dict[str, type[JobOptions]] = {"compare": CompareOptions, "student": StudentOptions}
+# What commands alone take: the sizes of a student.
+COMMAND_JOBS: dict[str, type[JobOptions]] = {"student": StudentOptions}

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from slimkit.core.jobs.fields import Strict, flag_of, words_of
-from slimkit.core.jobs.options import COMMAND_JOBS, JOBS, FitOptions
+from slimkit.core.jobs.options import COMMAND_JOBS, JOBS, CalibrateOptions, EvaluateOptions, FitOptions
 
+# What a recipe says of text, beside its jobs.
+_TEXT: dict[str, type[Strict]] = {"calibrate": CalibrateOptions, "evaluate": EvaluateOptions}
 # <!-- options JOB recipe|command --> ... <!-- end -->; JOB "fit" is what all jobs that train share.
 _BLOCK = re.compile(r"(<!-- options (\w+) (recipe|command) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -28,7 +30,7 @@ def table(job: str, door: str) -> str:
         >>> table("cut", "recipe").splitlines()[2]
         '| `arguments` | required | keyword arguments of the model factory that make it smaller |'
     """
-    options: type[Strict] = FitOptions if job == "fit" else (JOBS | COMMAND_JOBS)[job]
+    options: type[Strict] = FitOptions if job == "fit" else (JOBS | COMMAND_JOBS | _TEXT)[job]
     lines = [f"| {'Key' if door == 'recipe' else 'Option'} | Default | Meaning |", "|---|---|---|"]
     for key, field in options.model_fields.items():
         shared = FitOptions.model_fields.get(key) if job != "fit" and issubclass(options, FitOptions) else None

@@ -17,14 +17,16 @@ from typing import Any
 import numpy as np
 
 from slimkit.core import check
+from slimkit.core.calibration import OWN
 from slimkit.core.errors import ConfigError, FileFormatError
 from slimkit.core.files import read_tensors, readable_file
 from slimkit.core.jobs.documents import is_chat
+from slimkit.core.lazy import library
 from slimkit.core.yamltext import parse_yaml
 
 Array = np.ndarray[Any, Any]
 
-TEXT_ENDINGS = (".jsonl", ".json", ".txt", ".md")
+TEXT_ENDINGS = (".jsonl", ".json", ".txt", ".md", ".parquet")
 ARRAY_ENDINGS = (".npy", ".npz", ".safetensors")
 
 # What NumPy's readers raise on damaged or dishonest files; a header may claim more numbers than any memory holds.
@@ -110,6 +112,9 @@ class DataPlace:
         samples: at most so many are read.
         max_length: texts are cut to so many tokens.
         batch_size: samples in a batch.
+        weight: share of the windows beside other sources of calibration text.
+        more: the other sources.
+        seed: of what is drawn from text.
     """
 
     reference: str
@@ -117,11 +122,16 @@ class DataPlace:
     samples: int = 128
     max_length: int = 128
     batch_size: int = 8
+    weight: float = 1.0
+    more: tuple[DataPlace, ...] = ()
+    seed: int = 0
 
     @property
     def kind(self) -> str:
-        """ "text", "arrays" or "function"; ConfigError for anything else."""
+        """ "text", "arrays", "function" or, to calibrate on, "self"; ConfigError for anything else."""
         path = Path(self.reference)
+        if self.reference == OWN:
+            return OWN
         if path.exists():
             if path.suffix in TEXT_ENDINGS:
                 return "text"
@@ -196,10 +206,11 @@ def settings(pairs: Sequence[str], option: str) -> dict[str, Any]:
 def read_rows(
     path: Path, text_key: str = "text", limit: int | None = None, *, chats: bool = False
 ) -> list[dict[str, Any]]:
-    """The samples of a text file: a JSON object (or string) a line, or plain text with a sample a line.
+    """The samples of a text file: a JSON object (or string) a line, rows of a table, or plain text, a sample a line.
 
     Args:
-        path: .jsonl or .json (a value a line), anything else is plain text; blank lines are left out.
+        path: .jsonl or .json (a value a line), .parquet (a row each; needs pyarrow), anything else is plain text; blank
+            lines are left out.
         text_key: the key under which an object holds its text.
         limit: read no more samples than this.
         chats: also take objects without a text that hold "messages", or a "prompt" with its "completion".
@@ -209,17 +220,65 @@ def read_rows(
 
     Raises:
         FileFormatError: the file is damaged, or a line has no text; the message gives the line's number.
+        MissingFrameworkError: a .parquet file, and pyarrow is not installed.
     """
     rows: list[dict[str, Any]] = []
-    for number, line in _lines(readable_file(path, "the data file")):
+    for where, row in _text_rows(readable_file(path, "the data file")):
         if limit is not None and len(rows) >= limit:
             break
-        if not line.strip():
-            continue
-        rows.append(_row(path, number, line, text_key, chats) if path.suffix in (".jsonl", ".json") else {"text": line})
+        rows.append(_sample(row, text_key, where, chats))
     if not rows:
         raise FileFormatError(f"{path} holds no text.")
     return rows
+
+
+def read_documents(path: Path, text_key: str = "text") -> list[Any]:
+    """The documents of a text file: a text each, or the messages of a conversation where a row has them.
+
+    Args:
+        path: .jsonl, .json, .parquet or plain text, as for `read_rows`.
+        text_key: the key under which a row holds its text; a row without it may have "messages".
+
+    Raises:
+        FileFormatError: the file is damaged, or a row has neither; the message says which.
+        MissingFrameworkError: a .parquet file, and pyarrow is not installed.
+    """
+    found: list[Any] = []
+    for where, row in _text_rows(readable_file(path, "the data file")):
+        told = row if isinstance(row, str) or isinstance(row.get(text_key), str) else row.get("messages")
+        if isinstance(told, list) and told and all(isinstance(m, dict) for m in told):
+            found.append(told)
+        else:
+            found.append(row if isinstance(row, str) else _text_of(row, text_key, where))
+    if not found:
+        raise FileFormatError(f"{path} holds no text.")
+    return found
+
+
+def _text_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """Every sample of a text file, a mapping or a text, with the place that messages name; blank lines are left out."""
+    if path.suffix == ".parquet":
+        yield from _parquet_rows(path)
+        return
+    for number, line in _lines(path):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        yield where, _json_row(line, where) if path.suffix in (".jsonl", ".json") else line
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    pyarrow = library("pyarrow", "parquet")
+    parquet = library("pyarrow.parquet", "parquet")
+    try:
+        with parquet.ParquetFile(path) as file:
+            number = 0
+            for part in file.iter_batches():
+                for row in part.to_pylist():
+                    number += 1
+                    yield f"{path}, row {number}", row
+    except (pyarrow.ArrowException, OSError) as error:
+        raise FileFormatError(f"{path} is not a readable .parquet file: {' '.join(str(error).split())[:200]}") from None
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -235,22 +294,29 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
         raise FileFormatError(f"{path} is not UTF-8 text: {error}") from None
 
 
-def _row(path: Path, number: int, line: str, text_key: str, chats: bool) -> dict[str, Any]:
+def _json_row(line: str, where: str) -> Any:
     try:
         value = json.loads(line)
     except (json.JSONDecodeError, RecursionError) as error:
-        raise FileFormatError(f"{path}, line {number} is not JSON: {error}") from None
-    if isinstance(value, str):
-        return {"text": value}
-    if chats and isinstance(value, dict) and text_key not in value and is_chat(value):
-        return value
-    if not isinstance(value, dict) or not isinstance(value.get(text_key), str):
-        keys = list(value) if isinstance(value, dict) else []
-        raise FileFormatError(
-            f"{path}, line {number} must be an object with a text under {text_key!r}{check.near(text_key, keys)}. "
-            f"Its keys: {keys}"
-        )
-    return {**value, "text": value[text_key]}
+        raise FileFormatError(f"{where} is not JSON: {error}") from None
+    return value if isinstance(value, str | dict) else {}
+
+
+def _sample(row: Any, text_key: str, where: str, chats: bool) -> dict[str, Any]:
+    if isinstance(row, str):
+        return {"text": row}
+    if chats and text_key not in row and is_chat(row):
+        return dict(row)
+    return {**row, "text": _text_of(row, text_key, where)}
+
+
+def _text_of(row: dict[str, Any], text_key: str, where: str) -> str:
+    if isinstance(row.get(text_key), str):
+        return str(row[text_key])
+    raise FileFormatError(
+        f"{where} must be an object with a text under {text_key!r}{check.near(text_key, list(row))}. "
+        f"Its keys: {list(row)}"
+    )
 
 
 def read_arrays(path: Path) -> Any:

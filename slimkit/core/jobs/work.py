@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,7 @@ class JobContext(ABC):
         """The user's function that an option names."""
 
     @abstractmethod
-    def calibration(self, count: int | None = None) -> list[Any]:
+    def calibration(self, count: int | None = None) -> Sequence[Any]:
         """Calibration batches, at most so many; ConfigError where there are none."""
 
     @property

@@ -10,6 +10,7 @@ from typing import Any
 from slimkit.core.errors import ConfigError, SlimkitError
 from slimkit.core.jobs import factory
 from slimkit.core.jobs.options import CutOptions, ExportOptions, FitOptions
+from slimkit.core.run.language import model_folder
 from slimkit.core.run.recipe import Recipe
 
 
@@ -25,14 +26,17 @@ def check_recipe(recipe: Recipe, folder: Path, formats: Sequence[str]) -> None:
         ConfigError: an option, a function, its arguments or the data; the message begins with the key's path.
     """
     check_stages(recipe, folder)
-    _calls(recipe.model, folder, "model")
-    _calls(recipe.data, folder, "data")
+    made = model_folder(recipe, folder) is None
+    if made:
+        _calls(recipe.model, folder, "model")
+    if recipe.data is not None:
+        _calls(recipe.data, folder, "data")
     if recipe.metrics is not None:
         _calls(recipe.metrics, folder, "metrics", "model", "data", "dense")
     if recipe.samples is not None:
         _calls(recipe.samples, folder, "samples", "model", "data")
     for key, options in _stages(recipe):
-        if isinstance(options, CutOptions):
+        if isinstance(options, CutOptions) and made:
             _calls(recipe.model, folder, f"{key}.arguments", **options.arguments)
         if isinstance(options, ExportOptions) and (odd := set(options.formats or ()) - set(formats)):
             raise ConfigError(f"{key}.formats: {', '.join(sorted(odd))} is not written by this framework")
@@ -41,19 +45,23 @@ def check_recipe(recipe: Recipe, folder: Path, formats: Sequence[str]) -> None:
                 _calls(reference, folder, f"{key}.{name}", *positional)
         if isinstance(options, FitOptions) and options.labelled and recipe.loss not in factory.LOSS_NAMES:
             _calls(recipe.loss, folder, "loss", "model", "batch")
-    data = factory.make(recipe.data, folder, "data")
-    check_data(recipe, data)
+    data = {} if recipe.data is None else factory.make(recipe.data, folder, "data")
+    if recipe.data is not None:
+        check_data(recipe, data)
     _read_one(recipe, data)
 
 
 def check_stages(recipe: Recipe, folder: Path) -> None:
     """Build the configuration of every stage, and find every function that the recipe names; nothing is called."""
+    made = model_folder(recipe, folder) is None
     for name in ("model", "data", "metrics", "samples"):
-        if (found := getattr(recipe, name)) is not None:
+        if (found := getattr(recipe, name)) is not None and (made or name != "model"):
             factory.resolve(found, folder, name)
     if recipe.loss not in factory.LOSS_NAMES:
         factory.resolve(recipe.loss, folder, "loss")
     for key, options in _stages(recipe):
+        if isinstance(options, CutOptions) and not made:
+            raise ConfigError(f"{key}: needs a model factory, whose arguments make the smaller instance")
         try:
             options.build()
         except SlimkitError as error:
@@ -82,11 +90,16 @@ def _calls(reference: Any, folder: Path, key: str, /, *positional: str, **more: 
 
 def check_data(recipe: Recipe, data: Any) -> None:
     """Refuse data without what the stages read."""
-    if not isinstance(data, Mapping) or not {"train", "example"} <= set(data):
+    needed = {"train", "example"} if recipe.data is not None or _trains(recipe) else {"example"}
+    if not isinstance(data, Mapping) or not needed <= set(data):
         raise ConfigError("data: the factory must return a mapping with at least the keys train and example")
     for key, options in _stages(recipe):
-        if options.needs_data and not data.get("calibration"):
+        if options.needs_data and recipe.calibrate is None and not data.get("calibration"):
             raise ConfigError(f"{key}: needs calibration batches; the data factory returned no key 'calibration'")
+
+
+def _trains(recipe: Recipe) -> bool:
+    return any(isinstance(options, FitOptions) for _, options in _stages(recipe))
 
 
 def _read_one(recipe: Recipe, data: Mapping[str, Any]) -> None:

@@ -10,6 +10,7 @@ from slimkit.core import check
 from slimkit.core.errors import FileFormatError
 from slimkit.core.files import as_path, atomic_file, read_json
 from slimkit.core.jobs.measurement import FIGURES, figures, show
+from slimkit.core.page import rendered
 from slimkit.core.run import plots
 
 
@@ -105,13 +106,9 @@ def render_comparison(reports: Sequence[Mapping[str, Any]], labels: Sequence[str
         reports: as `read_report` gives them.
         labels: what to call each.
     """
-    from importlib.resources import files
-
-    from jinja2 import Environment, StrictUndefined
-
-    template = files("slimkit.core.run").joinpath("compare.html.j2").read_text(encoding="utf-8")
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(template).render(
+    return rendered(
+        "slimkit.core.run",
+        "compare.html.j2",
         labels=labels,
         titles=[report["title"] for report in reports],
         incomplete=[not report["complete"] for report in reports],

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,10 +21,13 @@ from slimkit.core.jobs.measurement import Measurement
 from slimkit.core.locks import locked
 from slimkit.core.log import logger
 from slimkit.core.run.checking import check_data, check_stages
+from slimkit.core.run.language import Evaluation
 from slimkit.core.run.recipe import Recipe
 from slimkit.core.run.report import write_report
 
 SHRINKING = ("prune", "cut", "sparsify")
+# Stages that leave the model as it is.
+LOOKING = ("export", "compare")
 
 
 @dataclass
@@ -39,6 +43,7 @@ class StageContext:
         key: the stage's place in the recipe, for messages ("stages[2].prune").
         dense: makes the dense model: the one before the first stage that shrinks it.
         seed: of everything the stage draws.
+        earlier: stage -> function that makes the model as it was after it, for each stage that changed it since.
     """
 
     recipe: Recipe
@@ -49,6 +54,7 @@ class StageContext:
     key: str
     dense: Any
     seed: int = 0
+    earlier: Mapping[str, Callable[[], Any]] = field(default_factory=dict)
 
 
 @dataclass
@@ -103,6 +109,10 @@ class RunFramework(Protocol):
 
     def digest(self, model: Any) -> str: ...
 
+    def prepare(self, recipe: Recipe, folder: Path, data: Mapping[str, Any]) -> Mapping[str, Any]: ...
+
+    def evaluation(self, recipe: Recipe, folder: Path, data: Mapping[str, Any]) -> Evaluation | None: ...
+
 
 def run_recipe(
     recipe: Recipe, folder: Path, face: RunFramework, output: Path, *, restart: bool = False
@@ -137,6 +147,7 @@ class _Run:
         self.records: list[dict[str, Any]] = []
         self.model: Any = None
         self._dense: Any = None
+        self.evaluation: Evaluation | None = None
 
     def go(self) -> dict[str, Any]:
         with locked(self.output, "output", inside=True):
@@ -144,8 +155,12 @@ class _Run:
             self._open()
             # The same seed before each making, so that resuming meets the model and data the first run met.
             self.face.seed(self.recipe.seed)
-            self.data = factory.make(self.recipe.data, self.folder, "data")
+            self.data = {} if self.recipe.data is None else factory.make(self.recipe.data, self.folder, "data")
+            if self.recipe.data is None or self.recipe.calibrate or self.recipe.evaluate:
+                self.data = self.face.prepare(self.recipe, self.folder, self.data)
             check_data(self.recipe, self.data)
+            if self.recipe.evaluate:
+                self.evaluation = self.face.evaluation(self.recipe, self.folder, self.data)
             for at, kind in enumerate(self.kinds):
                 directory = self._directory(at)
                 if (directory / "stage.json").exists():
@@ -218,6 +233,11 @@ class _Run:
             self._dense = self._restore(self.dense_at)
         return self._dense
 
+    def _earlier(self, at: int) -> dict[str, Callable[[], Any]]:
+        """What makes the models between the dense one and stage `at`, for stages that changed it."""
+        changed = [i for i in range(self.dense_at + 1, at) if self.kinds[i] not in LOOKING]
+        return {self._directory(i).name: functools.partial(self._restore, i) for i in changed}
+
     def _stage(self, at: int, kind: str, directory: Path) -> None:
         key = f"stages[{at - 1}].{kind}" if at else "model"
         logger.info("%s: begins", directory.name)
@@ -230,8 +250,9 @@ class _Run:
             result = JobResult(self.model)
             if at:
                 context = StageContext(
-                    self.recipe, self.folder, self.data, list(edits), temporary, key, self.dense, self._seed(at)
-                )
+                    self.recipe, self.folder, self.data, list(edits), temporary, key, self.dense, self._seed(at),
+                    self._earlier(at),
+                )  # fmt: skip
                 options = self.recipe.steps()[at - 1][1]
                 try:
                     result = self.face.run(kind, options, self.model, context)
@@ -268,14 +289,17 @@ class _Run:
         logger.info("%s: done in %.1f s %s", directory.name, seconds, _short(metrics))
 
     def _metrics(self, model: Any, at: int) -> dict[str, float]:
+        told = {}
+        if self.evaluation is not None:
+            told = self.evaluation.figures(model, None if at <= self.dense_at else self.dense)
         if self.recipe.metrics is None:
-            return {}
+            return told
         # Up to the dense stage the model is its own yardstick.
         dense = model if at <= self.dense_at else self.dense()
         found = factory.make(self.recipe.metrics, self.folder, "metrics", model, self.data, dense)
         if not isinstance(found, Mapping):
             raise ConfigError(f"metrics: must return a mapping of numbers. Received: {type(found).__name__}")
-        return {str(k): check.number(v, f"metrics[{k!r}]") for k, v in found.items()}
+        return {**told, **{str(k): check.number(v, f"metrics[{k!r}]") for k, v in found.items()}}
 
     def _samples(self, model: Any) -> dict[str, str]:
         if self.recipe.samples is None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from slimkit.core.jobs.measurement import FIGURES, figures
+from slimkit.core.page import BLUE, GREEN, GREY, RED, svg
 
-GREY, BLUE, RED, GREEN = "#aab4c3", "#2f6fde", "#d9542b", "#2a9d6f"
 MAX_LAYERS = 60
 
 
@@ -24,38 +22,6 @@ def all_plots(report: Mapping[str, Any]) -> dict[str, str]:
         "sparsity": sparsity(final),
         "curves": curves(stages),
     }
-
-
-def _svg(width: float, height: float, draw: Callable[[Any], None], label: str) -> str:
-    """Draw on one figure and return its SVG, without XML head, dates or random identifiers."""
-    import matplotlib
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    style: Any = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": f"slimkit {label}",
-        "font.family": "sans-serif",
-        "font.size": 9,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.edgecolor": "#8893a4",
-        "axes.labelcolor": "#445",
-        "xtick.color": "#556",
-        "ytick.color": "#556",
-        "axes.titlesize": 10,
-    }
-    with matplotlib.rc_context(style):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        FigureCanvasSVG(figure)
-        draw(figure)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
-    text = buffer.getvalue()
-    text = re.sub(r"\s*<metadata>.*?</metadata>", "", text[text.index("<svg") :], count=1, flags=re.DOTALL)
-    # The page scales the picture to its column; the viewBox keeps the proportions.
-    text = re.sub(r'<svg ([^>]*?)height="[^"]*" ?', r"<svg \1", text, count=1)
-    return re.sub(r'width="[\d.]+pt"', f'role="img" aria-label="{label}" width="100%"', text, count=1)
 
 
 def shares(stages: Sequence[Mapping[str, Any]], dense_at: int) -> str:
@@ -76,7 +42,7 @@ def shares(stages: Sequence[Mapping[str, Any]], dense_at: int) -> str:
         axes.set_ylabel("share of the dense model")
         axes.legend(frameon=False, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0), fontsize=8)
 
-    return _svg(8.4, 3.1, draw, "share of the dense model after each stage")
+    return svg(8.4, 3.1, draw, "share of the dense model after each stage")
 
 
 def metrics(stages: Sequence[Mapping[str, Any]]) -> str:
@@ -95,7 +61,7 @@ def metrics(stages: Sequence[Mapping[str, Any]]) -> str:
         axes.margins(x=0.08)
         axes.legend(frameon=False, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0), fontsize=8)
 
-    return _svg(8.4, 2.9, draw, "metrics after each stage")
+    return svg(8.4, 2.9, draw, "metrics after each stage")
 
 
 def _layer_figure(count: int) -> tuple[float, float]:
@@ -120,7 +86,7 @@ def widths(dense: Mapping[str, Any], final: Mapping[str, Any]) -> str:
         axes.set_xlabel("output width")
         axes.legend(frameon=False, ncols=2, loc="lower right", fontsize=8)
 
-    return _svg(*_layer_figure(len(names)), draw, "width of each layer before and after")
+    return svg(*_layer_figure(len(names)), draw, "width of each layer before and after")
 
 
 def sparsity(final: Mapping[str, Any]) -> str:
@@ -138,7 +104,7 @@ def sparsity(final: Mapping[str, Any]) -> str:
         axes.set_xlim(0, 1)
         axes.set_xlabel("share of zero weights")
 
-    return _svg(*_layer_figure(len(layers)), draw, "sparsity of each layer")
+    return svg(*_layer_figure(len(layers)), draw, "sparsity of each layer")
 
 
 def curves(stages: Sequence[Mapping[str, Any]]) -> str:
@@ -161,4 +127,4 @@ def curves(stages: Sequence[Mapping[str, Any]]) -> str:
             axes.set_xlabel("step" if by_step else "epoch")
         grid[0].set_ylabel("loss")
 
-    return _svg(8.4, 2.2, draw, "training loss of each stage")
+    return svg(8.4, 2.2, draw, "training loss of each stage")

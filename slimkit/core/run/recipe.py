@@ -7,7 +7,8 @@ import operator
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, Discriminator, Field, Tag, ValidationError, create_model
+from pydantic import BaseModel, Discriminator, Field, Tag, ValidationError, create_model, model_validator
+from pydantic_core import PydanticCustomError
 
 from slimkit.core import check
 from slimkit.core.errors import ConfigError, FileFormatError
@@ -15,7 +16,7 @@ from slimkit.core.files import readable_file
 from slimkit.core.jobs import factory
 from slimkit.core.jobs.factory import LossReference, Reference
 from slimkit.core.jobs.fields import Strict, explained
-from slimkit.core.jobs.options import JOBS, JobOptions
+from slimkit.core.jobs.options import JOBS, CalibrateOptions, EvaluateOptions, JobOptions
 from slimkit.core.yamltext import parse_yaml
 
 # A recipe is written by hand; a few lines of YAML aliases can stand for more values than fit into memory.
@@ -74,12 +75,23 @@ class Recipe(Strict):
     imports: list[str] = Field(
         default_factory=list, description="files beside the recipe or modules, loaded first; they may register rows"
     )
-    model: Reference = Field(description="makes the model: f(**arguments) -> model")
-    data: Reference = Field(description="makes the data: f() -> mapping with train, example, calibration")
+    model: Reference = Field(description="makes the model: f(**arguments) -> model; or a Hugging Face folder")
+    data: Reference | None = Field(
+        None, description="makes the data: f() -> mapping with train, example, calibration; a folder's model needs none"
+    )
+    tokenizer: str | None = Field(None, description="folder of the tokenizer, where a factory makes the model")
+    calibrate: CalibrateOptions | None = Field(None, description="calibration windows of text")
+    evaluate: EvaluateOptions | None = Field(None, description="held-out text that judges each stage")
     loss: LossReference = Field("cross_entropy", description="cross_entropy, mse, or f(model, batch) -> scalar")
     metrics: Reference | None = Field(None, description="f(model, data, dense) -> {name: number}")
     samples: Reference | None = Field(None, description="f(model, data) -> {prompt: answer}, shown in the report")
     stages: Annotated[list[Stage], Field(min_length=1)] = Field(description="run in this order")
+
+    @model_validator(mode="after")
+    def _data_or_folder(self) -> Recipe:
+        if self.data is None and (not isinstance(self.model, str) or ":" in self.model):
+            raise PydanticCustomError("missing_data", "data: this key is required, where a factory makes the model")
+        return self
 
     def steps(self) -> list[tuple[str, JobOptions]]:
         """The stages as (kind, options)."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,10 @@ from slimkit.core.errors import ConfigError, FileFormatError
 from slimkit.core.jobs import factory, fitting, work
 from slimkit.core.jobs.framework import ComputeLoss, JobFramework, JobResult, Opened
 from slimkit.core.jobs.measurement import Measurement, show
-from slimkit.core.jobs.options import AdaptOptions, CutOptions, ExportOptions, FitOptions
+from slimkit.core.jobs.options import AdaptOptions, CompareOptions, CutOptions, ExportOptions, FitOptions
 from slimkit.core.jobs.sources import ModelPlace
 from slimkit.core.onnxfile import onnx_latency
+from slimkit.core.run import language
 from slimkit.core.run.pipeline import StageContext
 from slimkit.core.run.recipe import Recipe
 
@@ -96,7 +97,11 @@ class Stages:
                 raise FileFormatError("structure.json must be a list of edits, each a cut, prune, sparse or adapt")
         cuts = [i for i, edit in enumerate(edits) if "cut" in edit]
         arguments = edits[cuts[-1]]["cut"] if cuts else {}
-        model = self.face.check_model(factory.make(made.model, folder, "model", **arguments))
+        place = language.model_folder(made, folder)
+        if place is not None:
+            model = self.face.open(ModelPlace(place)).model
+        else:
+            model = self.face.check_model(factory.make(made.model, folder, "model", **arguments))
         for edit in edits[cuts[-1] + 1 :] if cuts else edits:
             if "prune" in edit:
                 self.face.slim.Pruner(model, example).prune_by_desc(edit["prune"])
@@ -133,10 +138,34 @@ class Stages:
             return self._adapt(options, model, context)
         if kind == "export":
             return self._export(options, model, stage)
+        if kind == "compare":
+            return self._compare(options, model, stage)
         jobs: dict[str, Callable[..., JobResult]] = {
             "train": work.train, "finetune": work.train, "prune": work.prune, "sparsify": work.sparsify,
         }  # fmt: skip
         return jobs[kind](model, options, context)
+
+    def prepare(self, recipe: Recipe, folder: Path, data: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The data with what the recipe's text adds."""
+        return language.prepared(recipe, folder, self.face, data)
+
+    def evaluation(self, recipe: Recipe, folder: Path, data: Mapping[str, Any]) -> language.Evaluation | None:
+        """What judges the stages on held-out text."""
+        return language.evaluation(recipe, folder, self.face, data)
+
+    def _compare(self, options: CompareOptions, model: Any, stage: StageContext) -> JobResult:
+        """The models of the run since the dense one, the present one last, as JSON and as a page."""
+        if not stage.earlier:
+            raise ConfigError(f"{stage.key}: no stage before it changed the dense model")
+        *_, last = stage.earlier
+        candidates = {**stage.earlier, last: model}
+        found = language.compared(
+            self.face, stage.dense, candidates, options, stage.recipe, stage.data, stage.key, stage.seed
+        )
+        found.save(stage.directory / "comparison.json")
+        found.save_html(stage.directory / "comparison.html", stage.recipe.title or stage.recipe.name)
+        facts = {"headline": found.headline(last), "comparison": found.to_dict()}
+        return JobResult(model, facts=facts)
 
     def _cut(self, options: CutOptions, model: Any, context: RecipeContext) -> JobResult:
         stage = context.stage
