@@ -112,8 +112,11 @@ class MindSporePrune:
         config = getattr(self.model, "config", None)
         return widths_of(vars(config)) if hasattr(config, "__dict__") else {}
 
-    def config_mismatch(self) -> str | None:
+    def configured(self, changes: Mapping[str, Field]) -> dict[str, tuple[int, ...]] | None:
         return None  # cells carry no configuration that builds them
+
+    def config_mismatch(self) -> str | None:
+        return None  # as in `configured`
 
     def gradients(self, data: Iterable[Any], loss: Callable[..., Any] | None, square: bool) -> dict[str, Array]:
         weights = {paths[0]: p for p, paths in bridge.parameter_paths(self.model) if bridge.is_weight(p, paths[0])}
@@ -196,8 +199,8 @@ class MindSporePrune:
 
     def _write_config(self, plan: PrunePlan) -> None:
         config = getattr(self.model, "config", None)
-        for name, new in rewritten(config, plan.config).items():
-            setattr(config, name, new)
+        for owner, name, new in rewritten(config, plan.config):
+            setattr(owner, name, new)
 
 
 def _by_path(model: nn.Cell) -> dict[str, ms.Parameter]:

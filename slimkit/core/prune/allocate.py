@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,10 @@ import numpy as np
 from slimkit.core.prune.solve import Expr, View, linear_form
 
 Array = np.ndarray[Any, Any]
+
+
+# A node seldom recovers from losing more: the limit where nobody set one, and the ratio asked for allows it.
+DEFAULT_FLOOR = 0.5
 
 
 class Account:
@@ -67,6 +72,14 @@ class Account:
             for variable, slope in pairs:
                 self._slopes[place, variable] = slope
 
+    def joined(self, names: Sequence[str], offsets: Array, matrix: Array) -> Account:
+        """The same number as a function of levers: counts = offsets + matrix @ steps (`lever_matrix`)."""
+        new = copy(self)
+        new.names = list(names)
+        new._offsets = self._offsets + self._slopes @ offsets
+        new._slopes = self._slopes @ matrix
+        return new
+
     def count(self, counts: Array) -> int:
         """The number for these counts, exactly."""
         sizes = self._offsets + self._slopes @ counts
@@ -109,12 +122,13 @@ def allocate(
     account: Account,
     sizes: Sequence[int],
     target: float,
-    floor_ratio: float,
+    floor_ratio: float | None,
     alignment: int,
     chunks: Mapping[str, Array] | None = None,
     alike: Sequence[Any] | None = None,
     tolerance: float = 0.005,
     level: bool = False,
+    multiples: Sequence[int] | None = None,
 ) -> Allocation:
     """Choose kept counts so that the account comes as near to the target as the steps allow.
 
@@ -122,22 +136,25 @@ def allocate(
         account: what is counted.
         sizes: indices of each variable, in the account's order.
         target: the number to reach.
-        floor_ratio: least share of its indices that a variable keeps.
+        floor_ratio: least share of its indices that a variable keeps; None: half, or as much less as the target needs.
         alignment: kept widths are multiples of it.
         chunks: variable -> scores of its indices, ascending: drop the globally least instead of the same share
         everywhere.
         alike: a label each; equally labelled variables change together where that reaches the target.
         tolerance: relative distance from the target at which to stop improving.
         level: equally labelled variables keep equal numbers, whatever that costs.
+        multiples: a number each that kept counts must be a multiple of, whatever the variable keeps today.
 
     Returns:
         The counts.
     """
     full = np.asarray(sizes, dtype=np.int64)
     steps = account.steps(alignment, full)
-    floors = np.minimum(
-        full, np.maximum(-(-np.ceil(full * floor_ratio - 1e-9).astype(np.int64) // steps) * steps, steps)
-    )
+    if multiples is not None and len(full):
+        must = np.asarray(multiples, dtype=np.int64)
+        full = full // must * must
+        steps = np.array([_step(int(s), int(m), int(n)) for s, m, n in zip(steps, must, full)], dtype=np.int64)
+    floors = _floors(account, full, steps, target, floor_ratio)
     if not len(full) or account.count(full) <= target:
         return Allocation(dict(zip(account.names, full.tolist())), account.count(full), target, [])
     if account.count(floors) >= target:
@@ -151,6 +168,27 @@ def allocate(
     return Allocation(
         dict(zip(account.names, counts.tolist())), total, target, held if total > target * (1 + tolerance) else []
     )
+
+
+def _step(step: int, must: int, size: int) -> int:
+    """A step that is a multiple of both where the width has room for that, else of what it must be."""
+    both = math.lcm(step, must)
+    return both if size % both == 0 else must * max(1, math.gcd(both, size) // must)
+
+
+def _floors(account: Account, full: Array, steps: Array, target: float, ratio: float | None) -> Array:
+    def at(share: float) -> Array:
+        least: Array = np.ceil(full * share - 1e-9).astype(np.int64)
+        floors: Array = np.minimum(full, np.maximum(-(-least // steps) * steps, steps))
+        return floors
+
+    if ratio is not None or not len(full) or account.count(at(DEFAULT_FLOOR)) <= target:
+        return at(DEFAULT_FLOOR if ratio is None else ratio)
+    low, high = 0.0, DEFAULT_FLOOR
+    for _ in range(24):
+        middle = (low + high) / 2
+        low, high = (middle, high) if account.count(at(middle)) <= target else (low, middle)
+    return at(low)
 
 
 def _by_share(full: Array, steps: Array) -> Any:

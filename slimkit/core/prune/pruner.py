@@ -18,9 +18,11 @@ from slimkit.core.prune.attributes import config_changes, new_values, scope_size
 from slimkit.core.prune.criteria import Evidence
 from slimkit.core.prune.dims import Dim
 from slimkit.core.prune.draw import picture
+from slimkit.core.prune.forms import CutForm, parallel_steps
 from slimkit.core.prune.framework import PruneFramework, RepairFramework
 from slimkit.core.prune.graph import Node
 from slimkit.core.prune.importance import best, scores
+from slimkit.core.prune.levers import Lever, free_levers, joined_scores, lever_matrix
 from slimkit.core.prune.masks import desc_of_masks, is_masks
 from slimkit.core.prune.plan import PrunePlan, make_desc
 from slimkit.core.prune.record import record_plan, whole_desc
@@ -36,14 +38,16 @@ Changes = dict[str, dict[str, tuple[int, int]]]
 Array = np.ndarray[Any, Any]
 
 
-def _alike(view: View) -> list[tuple[int, str, int]]:
-    """A label for each variable, the same for those of repeated blocks."""
-    return [(v.size, v.kind, len(v.places)) for v in view.variables]
+def _alike(view: View, levers: Sequence[Lever]) -> list[tuple[int, str, int, int]]:
+    """A label for each lever, the same for those of repeated blocks."""
+    known = {v.name: v for v in view.variables}
+    return [(x.size, known[x.name].kind, len(known[x.name].places), len(x.members)) for x in levers]
 
 
 def _uneven(view: View, counts: Mapping[str, int]) -> bool:
     """Whether alike variables keep unequal numbers."""
-    kept = {(label, counts[v.name]) for label, v in zip(_alike(view), view.variables)}
+    alike = _alike(view, free_levers(view))
+    kept = {(label, counts[v.name]) for label, v in zip(alike, view.variables)}
     return len(kept) > len({label for label, _ in kept})
 
 
@@ -76,6 +80,10 @@ class PrunerBase(PrunerSettings):
         self._tried: dict[str, int] = {}
         # Whether alike blocks must keep equal widths, since one number of a configuration speaks of them all.
         self._level = False
+        self._cut_form: CutForm | None = None
+        self._cut_form_of: str | None = None
+        self._levers: list[Lever] = []
+        self._steps: dict[str, int] = {}
 
     def set_examples(self, inputs: Sequence[Any]) -> Self:
         """Trace further examples, so that what only they read is coupled as well: optional arguments, labels, lengths.
@@ -97,7 +105,7 @@ class PrunerBase(PrunerSettings):
         if not inputs:
             check.wrong_value("inputs", "a list of at least one example", inputs)
         self._wing.show(inputs)
-        self._coupling, self._scored, self._report = None, None, {}
+        self._coupling, self._scored, self._report, self._cut_form = None, None, {}, None
         return self
 
     def analysis(
@@ -121,8 +129,11 @@ class PrunerBase(PrunerSettings):
         check.ratio(reserved_ratio, "reserved_ratio", one=True)
         coupling = self._solved()
         self._choices, self._tried, self._level = {}, {}, False
+        if self._cut_form is None or self._cut_form_of != self._form:
+            self._cut_form, self._cut_form_of = CutForm(self._form, self._wing, coupling), self._form
         if un_prune_list is None:
-            un_prune_list = [0, -1] if coupling.graph.layers else []
+            # One number of a configuration speaks of the first layer too; inputs and outputs stay whole in any case.
+            un_prune_list = [0, -1] if coupling.graph.layers and self._cut_form.name == "any" else []
         whole = self._layers(un_prune_list)
         self._forget_old_scores()
         # Each round ties or pins something, or tries another of a few numbers; after many, the rest is not worth it.
@@ -130,7 +141,8 @@ class PrunerBase(PrunerSettings):
             view = self._solved().view(whole)
             allocation, account = self._allocate(view, reserved_ratio)
             desc = self._describe(view, allocation, reserved_ratio, whole)
-            if self._rehearse(view, PrunePlan(desc), allocation.keep):
+            plan = PrunePlan(desc)
+            if not self._cut_form.contradicts(view, plan) and self._rehearse(view, plan, allocation.keep):
                 break
             if rounds == _ROUNDS:
                 self._keep_everything(view, f"its code contradicted {rounds} plans")
@@ -258,18 +270,31 @@ class PrunerBase(PrunerSettings):
         return out
 
     def _allocate(self, view: View, ratio: float) -> tuple[Allocation, Account]:
+        assert self._cut_form is not None
         account = Account(view, self._budget)
         full = np.array(list(view.counts.values()), dtype=np.int64)
         target = ratio * account.count(full)
         self._scores = self._score(view)
+        self._levers = self._cut_form.levers(view)
         chunks = None
         if self._allocation == "global":
-            chunks = {
-                n: np.sort(s if self._criterion.comparable else s / max(s.mean(), 1e-30))
-                for n, s in self._scores.items()
+            comparable = {
+                n: s if self._criterion.comparable else s / max(s.mean(), 1e-30) for n, s in self._scores.items()
             }
-        limits = target, self._node_ratio, self._alignment
-        return allocate(account, full.tolist(), *limits, chunks, _alike(view), level=self._level), account
+            chunks = {x.name: joined_scores(x, comparable) for x in self._levers}
+        names = [x.name for x in self._levers]
+        offsets, matrix = lever_matrix(account.names, view.counts, self._levers)
+        found = allocate(
+            account.joined(names, offsets, matrix), [x.size for x in self._levers], target, self._node_ratio,
+            self._alignment, chunks, _alike(view, self._levers), level=self._level,
+            multiples=parallel_steps(view, self._levers, self._parallel),
+        )  # fmt: skip
+        self._steps = found.keep
+        counts = offsets + matrix @ np.array([found.keep[n] for n in names], dtype=np.int64)
+        held = {v for x in self._levers if x.name in found.held_back for v in x.members}
+        found.keep = dict(zip(account.names, counts.tolist()))
+        found.held_back = [n for n in account.names if n in held]
+        return found, account
 
     def _forget_old_scores(self) -> None:
         """Weights may have been trained since the last analysis; what data said of the same weights is kept."""
@@ -319,13 +344,18 @@ class PrunerBase(PrunerSettings):
                 new = choices[self._choices.get((module, name), 0) % len(choices)]
                 if new != old:
                     attributes.setdefault(module, {})[name] = (old, new)
-        config = config_changes(fields, view, allocation.keep, sizes)
+        assert self._cut_form is not None
+        config = self._cut_form.fields(view, self._levers, self._steps)
+        if config is None:
+            config = config_changes(fields, view, allocation.keep, sizes)
         made = {
             "framework": self._wing.framework,
             "reserved_ratio": ratio,
             "budget": self._budget,
             "importance": self._criterion.name,
             "allocation": self._allocation,
+            "form": self._cut_form.name,
+            "parallel": self._parallel,
             "alignment": self._alignment,
             "node_reserved_ratio": self._node_ratio,
             "un_prune": whole,
@@ -409,7 +439,7 @@ class PrunerBase(PrunerSettings):
         take_back = self._wing.cut(plan, names)
         forget = record_plan(self._wing.model, dict(plan.desc))
         # Everything known about the model was about the uncut one.
-        self._coupling, self._scored = None, None
+        self._coupling, self._scored, self._cut_form = None, None, None
         shapes, buffers = self._wing.shapes(), self._wing.buffers()
         left = sum(int(np.prod(s)) for p, s in shapes.items() if p not in buffers)
         self._report = {**self._report, "left_params": left}

@@ -9,6 +9,7 @@ from slimkit.core import check
 from slimkit.core.batch import dataset
 from slimkit.core.errors import UnsupportedError
 from slimkit.core.prune.criteria import CRITERIA, NEEDS, Criterion, OfRows
+from slimkit.core.prune.forms import FORMS
 from slimkit.core.prune.framework import PruneFramework
 
 if TYPE_CHECKING:
@@ -29,7 +30,9 @@ class PrunerSettings:
         self._calibration: Any = None
         self._loss: Callable[..., Any] | None = None
         self._seed = 0
-        self._node_ratio = 0.5
+        self._node_ratio: float | None = None
+        self._form: str | None = None
+        self._parallel = 1
         self._alignment = 16
         self._budget = "params"
         self._allocation = "uniform"
@@ -77,7 +80,8 @@ class PrunerSettings:
         """Set the least share of its channels that each node keeps.
 
         Args:
-            ratio: strictly between 0 and 1; 0.5 unless set, since a layer cut further seldom recovers.
+            ratio: strictly between 0 and 1, and held to, whatever the ratio asked for. Unset it is 0.5, since a layer
+                cut further seldom recovers, and gives way where the ratio asked for cannot be reached with it.
 
         Returns:
             This pruner.
@@ -95,6 +99,33 @@ class PrunerSettings:
             This pruner.
         """
         self._alignment = check.positive(alignment, "alignment")
+        return self
+
+    def set_form(self, form: str) -> Self:
+        """Choose which shapes may come out.
+
+        Args:
+            form: "config": only what the model's Hugging Face configuration can say, so that `from_pretrained` loads
+                the result without slimkit; "padded": any shape, zero-padded to widths that the configuration can say;
+                "any": any shape. Unset: "config" for a model with such a configuration, "any" for others.
+
+        Returns:
+            This pruner.
+        """
+        self._form = check.choice(form, FORMS, "form")
+        return self
+
+    def set_parallel(self, number: int) -> Self:
+        """Keep numbers that so many devices divide among themselves (tensor parallelism).
+
+        Args:
+            number: devices; heads, key and value heads and inner widths keep multiples of it. Fewer key and value heads
+                than devices stay whole, since devices then share them.
+
+        Returns:
+            This pruner.
+        """
+        self._parallel = check.positive(number, "number")
         return self
 
     def set_budget(self, budget: str) -> Self:

@@ -1,0 +1,146 @@
+"""The form of a cut: which shapes may come out, so that something else than slimkit can load the model.
+
+"config": only what the model's own configuration can say, so that its own `from_pretrained` loads it. "padded": any
+shape, with zeros up to the next one that the configuration can say. "any": any shape.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from slimkit.core import check
+from slimkit.core.errors import UnsupportedError
+from slimkit.core.log import logger
+from slimkit.core.prune.attributes import Field
+from slimkit.core.prune.configured import Said, ask, levers_said
+from slimkit.core.prune.framework import PruneFramework
+from slimkit.core.prune.levers import Lever, free_levers
+from slimkit.core.prune.plan import PrunePlan
+from slimkit.core.prune.solve import Coupling, View
+
+# form -> what it means, for help and messages
+FORMS = {
+    "config": "only cuts that the model's configuration can say: from_pretrained loads the result",
+    "padded": "cuts of any shape, with zeros up to widths that the configuration can say",
+    "any": "cuts of any shape: slimkit's own commands and load_pruned load the result",
+}
+# Forms whose cuts the configuration says.
+BY_CONFIG = ("config", "padded")
+
+
+class CutForm:
+    """The form that is asked of one model's cuts.
+
+    Args:
+        wanted: "config", "padded", "any", or None for "config" where the model has a configuration that can say
+            something.
+        wing: the framework's side.
+        coupling: the model.
+
+    Attributes:
+        name: the form in force.
+        because: why it is not the one a model with a configuration has, in one line; "" where it is.
+
+    Raises:
+        UnsupportedError: the configuration can say no cut of this model, and a form that needs one was asked for.
+    """
+
+    def __init__(self, wanted: str | None, wing: PruneFramework, coupling: Coupling) -> None:
+        self._wing, self.because = wing, ""
+        self._said: Said | None = None
+        self._held: set[str] = set()
+        self.name = wanted or "config"
+        if self.name == "any":
+            return
+        view, fields = coupling.view(), wing.config()
+        if not fields and wanted is None:
+            self.name = "any"
+            return
+        found: Said | str = "it has no configuration of Hugging Face's"
+        if fields:
+            found = ask(view, fields, wing.configured)
+        if isinstance(found, Said) and view.variables and not levers_said(view, found):
+            found = f"no field of {type(wing.model).__name__}'s configuration speaks of a width that can be cut"
+        if isinstance(found, Said):
+            self._said = found
+            return
+        self.because = found
+        if wanted is not None:
+            raise UnsupportedError(f"form {wanted!r} is not possible for this model: {found}. Only form 'any' is")
+        logger.warning("only form 'any' is possible, which from_pretrained will not load: %s", found)
+        self.name = "any"
+
+    def levers(self, view: View) -> list[Lever]:
+        """What the allocation may turn."""
+        if self._said is None or self.name != "config":
+            return free_levers(view)
+        return [x for x in levers_said(view, self._said) if not self._held & x.members.keys()]
+
+    def fields(self, view: View, levers: list[Lever], steps: Mapping[str, int]) -> dict[str, tuple[Field, Field]] | None:
+        """Fields of the configuration to rewrite, as (before, after); None in a form that promises nothing of them."""
+        if self._said is None or self.name != "config":
+            return None
+        return self._said.changes(view, levers, steps)
+
+    def contradicts(self, view: View, plan: PrunePlan) -> bool:
+        """Whether the configuration, rewritten, builds other shapes than the plan leaves; what it then cannot say stays
+        whole from now on."""
+        if self._said is None or self.name != "config" or not plan.keep:
+            return False
+        built = self._wing.configured({name: new for name, (_, new) in plan.config.items()})
+        levers, moved = self.levers(view), set(plan.keep)
+        fields: set[str] = set()
+        for path, shape in {**plan.shapes, **plan.sizes()}.items() if built is not None else ():
+            for axis, (here, there) in enumerate(zip(shape, built[path])):
+                if here != there:
+                    logger.debug("%s:%d is %d, the configuration says %d", path, axis, here, there)
+                    fields |= self._said.speakers((path, axis))
+        if built is not None and not fields:
+            return False
+        held = {v for x in levers if fields & x.says.keys() for v in x.members} & moved
+        # Where nothing tells which of them is to blame, nothing that moved can be said.
+        self._held |= held or moved
+        return True
+
+
+def parallel_steps(view: View, levers: Sequence[Lever], number: int) -> list[int]:
+    """The multiples of each lever's steps that so many devices divide among themselves.
+
+    Heads, key and value heads and inner widths divide; the hidden width is held by every device. Where there are fewer
+    key and value heads than devices, each is held by several, and none of them is cut.
+
+    Args:
+        view: the coupling.
+        levers: what may be turned.
+        number: devices.
+
+    Returns:
+        One number a lever.
+
+    Raises:
+        ArgumentError: a width holds fewer indices than devices; the layers are named.
+    """
+    known = {v.name: v for v in view.variables}
+    out = []
+    for lever in levers:
+        step = 1
+        for name, each in lever.members.items():
+            variable = known[name]
+            if number == 1 or variable.kind == "hidden":
+                continue
+            if variable.kind == "heads" and variable.size < number and number % variable.size == 0:
+                step = lever.size
+            elif variable.size < number:
+                what = "heads" if variable.kind == "heads" else "channels"
+                check.wrong_value(
+                    "parallel", f"at most {variable.size}: {', '.join(variable.layers[:3])} has no more {what}", number
+                )
+            else:
+                step = math.lcm(step, number // math.gcd(number, each))
+        if step > lever.size:
+            check.wrong_value(
+                "parallel", f"a number that divides what {', '.join(known[lever.name].layers[:3])} is tied to", number
+            )
+        out.append(step)
+    return out
