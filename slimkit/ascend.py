@@ -7,13 +7,14 @@ from typing import Any
 
 from slimkit import bridge
 from slimkit.core.ascend.w16a16s import W16A16SReport, config_told_by, save_arrays
+from slimkit.core.files import PathLike
 from slimkit.core.lazy import door as _door
 
 __getattr__, __dir__ = _door("slimkit", "ascend")
 
 
 def save_w16a16s(
-    directory: Any, model: Any, config: Any = None, *, targets: Sequence[str] | None = None
+    directory: PathLike, model: Any, config: Any = None, *, targets: Sequence[str] | None = None
 ) -> W16A16SReport:
     """Write a sparse model as a W16A16S folder, from which MindIE's tools make compressed weights for the 310P.
 

@@ -8,13 +8,14 @@ from typing import Any
 from slimkit import bridge  # noqa: F401 - says in one line that torch is missing
 from slimkit.core.convert import stream as convert
 from slimkit.core.convert.stream import ConvertReport
+from slimkit.core.files import PathLike
 
 import torch
 
 
 def convert_checkpoint(
-    src: Any,
-    dst: Any,
+    src: PathLike,
+    dst: PathLike,
     source_net: Any = None,
     result_net: Any = None,
     name_map: Mapping[Any, Any] | None = None,

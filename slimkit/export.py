@@ -18,7 +18,7 @@ from slimkit import bridge
 from slimkit.core import check, onnxaxes
 from slimkit.core.batch import as_call
 from slimkit.core.errors import UnsupportedError
-from slimkit.core.files import as_path
+from slimkit.core.files import PathLike, as_path
 from slimkit.core.onnxfile import OnnxReport, Proof, publish, unique
 
 import torch
@@ -91,7 +91,7 @@ def named_tensors(output: Any, name: str = "output") -> list[tuple[str, torch.Te
 def export_onnx(
     model: nn.Module,
     inputs: Any,
-    path: Any,
+    path: PathLike,
     *,
     opset: int = 13,
     dynamic_batch: bool = False,

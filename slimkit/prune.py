@@ -20,6 +20,8 @@ from slimkit.core.prune.forms import BY_CONFIG
 from slimkit.core.prune.graph import Graph
 from slimkit.core.prune.plan import PrunePlan
 from slimkit.core.prune.pruner import PrunerBase
+from slimkit.core.prune.rehearsal import Rehearsal, compare
+from slimkit.core.prune.solve import View
 from slimkit.replay import replaying, unchanged
 from slimkit.trace import trace
 from slimkit.trace.passes import Run, example, record
@@ -57,9 +59,8 @@ class TorchPrune:
         return any(e is not None for e in self.examples)
 
     @property
-    def branches(self) -> bool:
-        """Whether the model's code looks at activations, so that another run may take another way."""
-        return bool(self._real)
+    def one_head_size(self) -> bool:
+        return False
 
     def trace(self) -> Graph:
         self._found = surgery.tensors(self.model)
@@ -67,7 +68,16 @@ class TorchPrune:
         self._real, self._runs = found.real, found.runs
         return found.graph
 
-    def rehearse(self, plan: PrunePlan) -> tuple[Graph, str | None, set[str]]:
+    def rehearse(self, plan: PrunePlan, view: View) -> Rehearsal:
+        graph, error, remade = self._run_cut(plan)
+        # Where activations were looked at, another run may take another way.
+        return Rehearsal(compare(view, plan, graph, error, remade, branches=bool(self._real)))
+
+    def error_of(self, plan: PrunePlan) -> str | None:
+        return self._run_cut(plan)[1]
+
+    def _run_cut(self, plan: PrunePlan) -> tuple[Graph, str | None, set[str]]:
+        """The cut model's graph as far as it ran, the error that stopped it, and the modules that surgery remakes."""
         names = {p: p for p in plan.shapes}
         with surgery.rehearsing(self.model, plan, names, bool(self._real)) as remade:
             recorder = Recorder(self.model, real=bool(self._real))
@@ -275,8 +285,7 @@ class PruneTorch(PrunerBase):
     Args:
         network: the model; any architecture.
         inputs: an example of what it takes: a tensor, a tuple or list of arguments, or a dict of keyword arguments.
-        Only
-            shapes matter. None tries the example that a Hugging Face model carries.
+            Only shapes matter. None tries the example that a Hugging Face model carries.
 
     Raises:
         ArgumentTypeError: `network` is no nn.Module.

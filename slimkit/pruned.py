@@ -10,6 +10,7 @@ from typing import Any
 from slimkit import bridge, surgery
 from slimkit.core import files
 from slimkit.core.errors import FileFormatError, PlanError, UnsupportedError
+from slimkit.core.files import PathLike
 from slimkit.core.lazy import door
 from slimkit.core.prune.plan import PrunePlan
 from slimkit.core.prune.record import check_begins, record_plan
@@ -20,7 +21,7 @@ from torch import nn
 __getattr__, __dir__ = door("slimkit", room="prune")
 
 
-def save_pruned(directory: Any, model: nn.Module, desc: dict[str, Any]) -> None:
+def save_pruned(directory: PathLike, model: nn.Module, desc: dict[str, Any]) -> None:
     """Write a pruned model: `plan.json` and `model.safetensors`, no pickle; the folder appears whole or not at all.
 
     Args:
@@ -83,7 +84,7 @@ def _metadata(state: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return dict(getattr(state, "_metadata", {}))  # torch hangs it on the dict it returns; a user's own may lack it
 
 
-def load_pruned(directory: Any, model: nn.Module) -> nn.Module:
+def load_pruned(directory: PathLike, model: nn.Module) -> nn.Module:
     """Cut a fresh, unpruned model by a saved plan and load the saved weights, in place; on an error it is as it was.
 
     Args:

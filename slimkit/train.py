@@ -57,10 +57,12 @@ class Trainer(TrainerLoop):
 
     framework = "torch"
 
-    def __init__(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
-        super().__init__(bridge.check_model(model), *args, **kwargs)
+    def _checked(self, model: Any) -> torch.nn.Module:
+        return bridge.check_model(model)
+
+    def _begin(self) -> None:
         self._accelerator: Any = None
-        self._run_model: torch.nn.Module = model
+        self._run_model: torch.nn.Module = self.model
         self._run_optimizer: Any = None
         self._scheduler: Any = None
         self._clip: tuple[float | None, float | None] = (None, None)

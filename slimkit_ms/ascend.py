@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from slimkit.core.ascend.w16a16s import W16A16SReport, config_told_by, save_arrays
+from slimkit.core.files import PathLike
 from slimkit.core.lazy import door as _door
 from slimkit.core.naming import torch_name
 from slimkit_ms import bridge
@@ -14,7 +15,7 @@ __getattr__, __dir__ = _door("slimkit_ms", "ascend")
 
 
 def save_w16a16s(
-    directory: Any, model: Any, config: Any = None, *, targets: Sequence[str] | None = None
+    directory: PathLike, model: Any, config: Any = None, *, targets: Sequence[str] | None = None
 ) -> W16A16SReport:
     """Write a sparse cell as a W16A16S folder, from which MindIE's tools make compressed weights for the 310P.
 

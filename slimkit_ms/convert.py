@@ -7,13 +7,14 @@ from typing import Any
 
 from slimkit.core.convert import stream as convert
 from slimkit.core.convert.stream import ConvertReport
+from slimkit.core.files import PathLike
 from slimkit.core.lazy import require
 from slimkit_ms import bridge  # noqa: F401 - says in one line that MindSpore is missing
 
 
 def convert_checkpoint(
-    src: Any,
-    dst: Any,
+    src: PathLike,
+    dst: PathLike,
     source_net: Any = None,
     result_net: Any = None,
     name_map: Mapping[Any, Any] | None = None,

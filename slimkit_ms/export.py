@@ -17,7 +17,7 @@ import numpy as np
 import slimkit_ms
 from slimkit.core import check, onnxaxes
 from slimkit.core.errors import UnsupportedError
-from slimkit.core.files import as_path, atomic_directory, atomic_file, link_or_copy, place_file
+from slimkit.core.files import PathLike, as_path, atomic_directory, atomic_file, link_or_copy, place_file
 from slimkit.core.lazy import library
 from slimkit.core.onnxfile import OnnxReport, Proof, publish, unique
 from slimkit_ms import bridge
@@ -60,7 +60,7 @@ class MindirReport:
 def export_onnx(
     model: nn.Cell,
     inputs: Any,
-    path: Any,
+    path: PathLike,
     *,
     opset: int = 13,
     dynamic_batch: bool = False,
@@ -198,7 +198,7 @@ def _name_axes(proto: Any, axes: onnxaxes.Axes) -> None:
 
 
 def export_mindir(
-    model: nn.Cell, inputs: Any, path: Any, *, tolerance: float = 1e-4, merge_delta: bool = False
+    model: nn.Cell, inputs: Any, path: PathLike, *, tolerance: float = 1e-4, merge_delta: bool = False
 ) -> MindirReport:
     """Write a cell as MINDIR and prove the file by loading and running it.
 

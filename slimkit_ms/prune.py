@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,18 +12,17 @@ from slimkit.core.batch import without_labels
 from slimkit.core.errors import GraphError, UnsupportedError
 from slimkit.core.lazy import door
 from slimkit.core.prune.attributes import Field, rewritten, widths_of
-from slimkit.core.prune.dims import find, leaves
+from slimkit.core.prune.cut_shapes import CutShapes
 from slimkit.core.prune.graph import Graph
 from slimkit.core.prune.plan import PrunePlan
 from slimkit.core.prune.pruner import PrunerBase
-from slimkit.core.prune.relations import SCALE, Relations
+from slimkit.core.prune.rehearsal import Rehearsal
 from slimkit.core.prune.rules import relate
-from slimkit.core.prune.solve import Coupling, View
+from slimkit.core.prune.solve import View
 from slimkit_ms import bridge, kinds
 from slimkit_ms.compensate import compensate
 from slimkit_ms.replay import replaying, unchanged
-from slimkit_ms.surgery import Attributes, Foretold, Keep, Knife, RefusedError, Undo, cut_by_attributes
-from slimkit_ms.surgery.adapt import SizeSearch
+from slimkit_ms.surgery import Keep, Knife, RefusedError, Undo, cut_by_attributes
 from slimkit_ms.surgery.layers import aligned
 from slimkit_ms.trace import Traced, trace_marked
 
@@ -57,8 +56,8 @@ class MindSporePrune:
         return self.inputs is not None
 
     @property
-    def branches(self) -> bool:
-        return False  # a compiled graph has no branch that a value chose outside of it
+    def one_head_size(self) -> bool:
+        return True  # known beforehand, it need not be found out by compiling
 
     def trace(self) -> Graph:
         self.traced = trace_marked(self.model, self.inputs)
@@ -68,25 +67,25 @@ class MindSporePrune:
     def show(self, examples: Sequence[Any]) -> None:
         raise UnsupportedError("set_examples is not offered for MindSpore, which compiles a cell for one example")
 
-    def prove(self, plan: PrunePlan, relations: Relations) -> Attributes:
-        """Cut the cell, compile it, put everything back; returns the sizes that its code had to be told.
-
-        Raises:
-            RefusedError: the code of some class does not go along.
-        """
+    def rehearse(self, plan: PrunePlan, view: View) -> Rehearsal:
+        """Cut the cell, compile it, put everything back."""
         assert self.knife is not None
         keep = self._keep(plan, {p: p for p in plan.shapes})
         groups = {path: count for path, (_, count) in plan.groups.items()}
-        self.knife.cut(keep, groups, Foretold(relations, keep), {}).take_back()
+        try:
+            self.knife.cut(keep, groups, CutShapes(view.coupling.relations, keep), {}).take_back()
+        except RefusedError as refused:
+            return Rehearsal(self.knife.contradiction(refused))
         self._proven = (plan.desc["variables"], plan.desc["axes"])
-        return self.knife.written
+        return Rehearsal(attributes=self.knife.written)
 
-    def rehearse(self, plan: PrunePlan) -> tuple[Graph, str | None, set[str]]:
+    def error_of(self, plan: PrunePlan) -> str | None:
         undo = self._cut_blind(plan, {p: p for p in plan.shapes})
         try:
-            return trace_marked(self.model, self.inputs).graph, None, set()
+            trace_marked(self.model, self.inputs)
+            return None
         except GraphError as error:
-            return Graph(), str(error), set()
+            return str(error)
         finally:
             undo.take_back()
 
@@ -106,7 +105,7 @@ class MindSporePrune:
         return (ms.Tensor(np.array(row)) for row in np.moveaxis(values, axis, 0))
 
     def integers(self) -> dict[str, dict[str, int]]:
-        return {}  # which numbers a cell's code builds shapes from is found by trying, in `prove`
+        return {}  # which numbers a cell's code builds shapes from is found by trying, in `rehearse`
 
     def config(self) -> dict[str, Field]:
         config = getattr(self.model, "config", None)
@@ -171,9 +170,9 @@ class MindSporePrune:
             assert self.knife is not None
             keep = self._keep(plan, names)
             groups = {path: count for path, (_, count) in plan.groups.items()}
-            foretold = Foretold(relate(self.traced.graph), keep)
+            planned = CutShapes(relate(self.traced.graph), keep)
             try:
-                undo = self.knife.cut(keep, groups, foretold, plan.attributes)
+                undo = self.knife.cut(keep, groups, planned, plan.attributes)
             except RefusedError as error:
                 raise GraphError(f"the pruned model would not run: {error.why}") from None
         undo.settle()
@@ -236,62 +235,8 @@ class PruneMindSpore(PrunerBase):
         32
     """
 
-    _wing: MindSporePrune
-
     def __init__(self, network: nn.Cell, inputs: Any = None) -> None:
         super().__init__(MindSporePrune(network, inputs))
-        self._adapter: SizeSearch | None = None
-        self._attributes: Attributes = {}
-
-    def analysis(
-        self, reserved_ratio: float = 0.75, un_prune_list: Sequence[int | str] | None = None
-    ) -> tuple[int, dict[str, Any]]:
-        self._attributes = {}
-        left, desc = super().analysis(reserved_ratio, un_prune_list)
-        desc["attributes"] = {path: {n: list(v) for n, v in found.items()} for path, found in self._attributes.items()}
-        return left, desc
-
-    analysis.__doc__ = PrunerBase.analysis.__doc__
-
-    def _solved(self) -> Coupling:
-        fresh = self._coupling is None
-        coupling = super()._solved()
-        if fresh:
-            # A cell has one number for the size of its heads, so that values cannot be cut without queries and keys,
-            # whose size the attention's scale depends on. Known beforehand, it need not be found out by compiling.
-            inner = {
-                leaf for dims in coupling.relations.dims for d in dims for leaf in map(find, leaves(d)) if leaf.inner
-            }
-            for leaf in inner:
-                coupling.pin(leaf, SCALE)
-        return coupling
-
-    def _rehearse(self, view: View, plan: PrunePlan, counts: Mapping[str, int]) -> bool:
-        """Cut, compile and put back; where the code contradicts the plan, narrow what the next plan may do."""
-        if not plan.keep:
-            return True
-        try:
-            self._attributes = self._wing.prove(plan, view.coupling.relations)
-            return True
-        except RefusedError as refused:
-            assert self._wing.traced is not None
-            if self._adapter is None or self._adapter.coupling is not view.coupling:
-                self._adapter = SizeSearch(self._wing.model, self._wing.traced, view.coupling)
-            if not self._adapter.narrow(refused, view, lambda names: self._works(plan, view, names)):
-                raise GraphError(f"the pruned model would not run: {refused.why}") from None
-            return False
-
-    def _works(self, plan: PrunePlan, view: View, names: Collection[str]) -> bool:
-        """Whether the code goes along with a plan that cuts only these variables."""
-        variables = {
-            name: dict(v) if name in names else {**v, "keep": list(range(v["size"]))}
-            for name, v in plan.desc["variables"].items()
-        }
-        try:
-            self._wing.prove(PrunePlan({**plan.desc, "variables": variables}), view.coupling.relations)
-        except RefusedError:
-            return False
-        return True
 
 
 Pruner = PruneMindSpore

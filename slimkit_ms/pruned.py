@@ -6,6 +6,7 @@ from typing import Any
 
 from slimkit.core import files
 from slimkit.core.errors import FileFormatError, PlanError
+from slimkit.core.files import PathLike
 from slimkit.core.lazy import door
 from slimkit.core.prune.plan import PrunePlan
 from slimkit.core.prune.record import check_begins, record_plan
@@ -19,7 +20,7 @@ from mindspore import nn
 __getattr__, __dir__ = door("slimkit_ms", room="prune")
 
 
-def save_pruned(directory: Any, model: nn.Cell, desc: dict[str, Any]) -> None:
+def save_pruned(directory: PathLike, model: nn.Cell, desc: dict[str, Any]) -> None:
     """Write a pruned cell: `plan.json` and `model.safetensors`, no pickle; the folder appears whole or not at all.
 
     Args:
@@ -47,7 +48,7 @@ def save_pruned(directory: Any, model: nn.Cell, desc: dict[str, Any]) -> None:
         )
 
 
-def load_pruned(directory: Any, model: nn.Cell) -> nn.Cell:
+def load_pruned(directory: PathLike, model: nn.Cell) -> nn.Cell:
     """Cut a fresh, unpruned cell by a saved plan and load the saved weights, in place; on an error it is as it was.
 
     Args:

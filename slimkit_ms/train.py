@@ -60,8 +60,10 @@ class Trainer(TrainerLoop):
 
     framework = "mindspore"
 
-    def __init__(self, model: nn.Cell, *args: Any, **kwargs: Any) -> None:
-        super().__init__(bridge.check_model(model), *args, **kwargs)
+    def _checked(self, model: Any) -> nn.Cell:
+        return bridge.check_model(model)
+
+    def _begin(self) -> None:
         self._model_callbacks = [c for c in self.callbacks if isinstance(c, ms.train.Callback)]
         self.callbacks = [c for c in self.callbacks if not isinstance(c, ms.train.Callback)]
         self._objective: nn.Cell | None = None

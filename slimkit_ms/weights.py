@@ -11,6 +11,7 @@ from slimkit.core import check
 from slimkit.core.batch import dataset
 from slimkit.core.checkpoint.openweights import open_weights, refuse_torch, source_config
 from slimkit.core.checkpoint.weightfile import Array
+from slimkit.core.files import PathLike
 from slimkit.core.log import progress
 from slimkit.core.weights.activations import Energies
 from slimkit.core.weights.blocks import PruneConfig
@@ -24,7 +25,7 @@ from mindspore import nn
 
 
 def prune_model_weight(
-    model: nn.Cell, config: PruneConfig, weight_file_path: Any, *, strict: bool = True
+    model: nn.Cell, config: PruneConfig, weight_file_path: PathLike, *, strict: bool = True
 ) -> dict[str, Any]:
     """Cut the weights of a large transformer out of its file and load them into a smaller instance, in place.
 

@@ -14,6 +14,7 @@ from slimkit.core.checkpoint.loading import LoadReport
 from slimkit.core.checkpoint.openweights import open_weights
 from slimkit.core.checkpoint.saving import Items, Saving
 from slimkit.core.checkpoint.weightfile import Array, Entry, Weights
+from slimkit.core.files import PathLike
 from slimkit.torchfile import TorchWeightFile, described, restored, write_torch
 from slimkit.torchfile import tag_of as torch_tag_of
 
@@ -24,7 +25,7 @@ ENDINGS = (".safetensors", ".pt", ".pth", ".bin")
 
 def save_checkpoint(
     save_obj: Any,
-    ckpt_file_name: Any,
+    ckpt_file_name: PathLike,
     choice_func: Callable[[str], bool] | None = None,
     append_dict: Mapping[str, Any] | None = None,
     async_save: bool = False,
@@ -98,7 +99,7 @@ def _described_or_none(name: str, value: Any) -> tuple[Entry, Callable[[], Array
 
 
 def load_checkpoint(
-    ckpt_file_name: Any,
+    ckpt_file_name: PathLike,
     net: torch.nn.Module | None = None,
     strict_load: bool = False,
     filter_prefix: str | Sequence[str] | None = None,

@@ -11,6 +11,7 @@ from slimkit.checkpoint.optimizer import add_optimizer, unwrapped, whole
 from slimkit.core import check
 from slimkit.core.checkpoint.savepolicy import CheckpointConfig, SavePolicy, appended
 from slimkit.core.checkpoint.saving import Items, Saving
+from slimkit.core.files import PathLike
 from slimkit.torchfile import described
 
 import torch
@@ -49,7 +50,7 @@ class TrainableParamsCheckPoint:
 
     def __init__(
         self,
-        directory: Any,
+        directory: PathLike,
         prefix: str = "DELTA_CKP",
         config: CheckpointConfig | None = None,
         *,

@@ -165,3 +165,32 @@ def homes(package: str, room: str | None = None) -> dict[str, str]:
     return {
         name: home for table in tables for name, home in table.items() if name not in ONLY or ONLY[name][0] == package
     }
+
+
+def stub(package: str) -> str:
+    """Text of the package's `__init__.pyi`: what type checkers and editors read, since they do not run the doors.
+
+    Args:
+        package: "slimkit" or "slimkit_ms".
+
+    Returns:
+        one re-export a public name, sorted by module and name.
+
+    Example:
+        >>> "from slimkit.prune import PruneTorch as PruneTorch" in stub("slimkit")
+        True
+    """
+    found = sorted(
+        (f"slimkit.{home}" if home.startswith("core.") else f"{package}.{home}", name)
+        for name, home in homes(package).items()
+    )
+    return "\n".join(
+        [
+            "# Written by `python tools/stubs.py` from slimkit/core/public.py; a test holds it current.",
+            "",
+            *(f"from {module} import {name} as {name}" for module, name in found),
+            "",
+            "__version__: str",
+            "",
+        ]
+    )

@@ -12,6 +12,7 @@ from slimkit.core import batch as batches
 from slimkit.core import check, files
 from slimkit.core.checkpoint import shards
 from slimkit.core.errors import UnsupportedError
+from slimkit.core.files import PathLike
 from slimkit.core.locks import locked, same_job
 from slimkit.core.sparse import SparseConfig
 from slimkit.core.sparse.compress import compress
@@ -26,8 +27,8 @@ STATE = ".slimkit-sparse"
 
 @memory.returned_at_once()
 def sparsify_checkpoint(
-    src: Any,
-    dst: Any,
+    src: PathLike,
+    dst: PathLike,
     cfg: SparseConfig,
     dataset: Any,
     *,

@@ -16,6 +16,7 @@ from slimkit.core.checkpoint.openweights import open_weights, refuse_torch
 from slimkit.core.checkpoint.saving import Items, Saving
 from slimkit.core.checkpoint.weightfile import Array, Entry, Weights, decode
 from slimkit.core.errors import UnsupportedError
+from slimkit.core.files import PathLike
 from slimkit_ms import bridge
 
 import mindspore as ms
@@ -26,7 +27,7 @@ ENDINGS = (".ckpt", ".safetensors")
 
 def save_checkpoint(
     save_obj: Any,
-    ckpt_file_name: Any,
+    ckpt_file_name: PathLike,
     choice_func: Callable[[str], bool] | None = None,
     append_dict: Mapping[str, Any] | None = None,
     async_save: bool = False,
@@ -117,7 +118,7 @@ def _described_or_none(name: str, value: Any) -> tuple[Entry, Callable[[], Array
 
 
 def load_checkpoint(
-    ckpt_file_name: Any,
+    ckpt_file_name: PathLike,
     net: nn.Cell | None = None,
     strict_load: bool = False,
     filter_prefix: str | Sequence[str] | None = None,

@@ -9,6 +9,7 @@ from slimkit.core import check
 from slimkit.core.checkpoint import saving
 from slimkit.core.checkpoint.savepolicy import SavePolicy
 from slimkit.core.checkpoint.saving import Items, Saving
+from slimkit.core.files import PathLike
 from slimkit_ms import kinds
 from slimkit_ms.checkpoint.byhand import described, parameter_items
 
@@ -47,7 +48,7 @@ class TrainableParamsCheckPoint(ModelCheckpoint):
 
     def __init__(
         self,
-        directory: Any,
+        directory: PathLike,
         prefix: str = "DELTA_CKP",
         config: CheckpointConfig | None = None,
         *,

@@ -11,19 +11,19 @@ from itertools import islice
 from typing import Any
 
 from slimkit.core.errors import GraphError
+from slimkit.core.prune.cut_shapes import CutShapes
+from slimkit.core.prune.rehearsal import Axes, Contradiction
 from slimkit_ms import bridge
-from slimkit_ms.surgery.foretell import Foretold
 from slimkit_ms.surgery.layers import Keep, Undo, cut_layers, cut_parameters
 from slimkit_ms.surgery.sizes import Attributes, SizeAttribute, Sizes, find_sizes, write_attributes
 from slimkit_ms.trace import Mark, Traced, trace_marked
 
 from mindspore import nn
 
-__all__ = ["Attributes", "Foretold", "Keep", "Knife", "RefusedError", "Undo", "cut_by_attributes"]
+__all__ = ["Attributes", "Keep", "Knife", "RefusedError", "Undo", "cut_by_attributes"]
 
 # Choices of sizes tried for one class before its code counts as contradicting the cut.
 _TRIES = 12
-Axes = tuple[tuple[int, int], ...]
 
 
 class RefusedError(Exception):
@@ -86,13 +86,13 @@ class Knife:
         self._orders: dict[type, dict[SizeAttribute, int]] = {}
         self.written: Attributes = {}
 
-    def cut(self, keep: Keep, groups: Mapping[str, int], foretold: Foretold, attributes: Attributes) -> Undo:
+    def cut(self, keep: Keep, groups: Mapping[str, int], planned: CutShapes, attributes: Attributes) -> Undo:
         """Cut the cell, in place, and prove the result by compiling it; on an error the cell is as it was.
 
         Args:
             keep: path of a parameter -> for each axis the kept indices, or None where all stay.
             groups: path of a grouped layer -> its number of groups after the cut.
-            foretold: the shapes of all traced values after the cut.
+            planned: the shapes of all traced values after the cut.
             attributes: sizes to try first: path of a cell -> attribute -> (before, after).
 
         Returns:
@@ -104,15 +104,15 @@ class Knife:
         """
         if attributes:
             undo = cut_by_attributes(self._model, keep, groups, attributes)
-            if self._wrong(foretold) is None:
+            if self._wrong(planned) is None:
                 self.written = attributes
                 return undo
             undo.take_back()
         undo = Undo(self._model)
         try:
             cut_parameters(self._model, keep, undo)
-            sizes = find_sizes(self._model, self._traced, foretold, undo)
-            self._fit(sizes, groups, foretold, undo)
+            sizes = find_sizes(self._model, self._traced, planned, undo)
+            self._fit(sizes, groups, planned, undo)
             self.written = sizes.written(self._model)
         except BaseException:
             undo.take_back()
@@ -120,7 +120,32 @@ class Knife:
         bridge.forget_graphs(self._model)
         return undo
 
-    def _fit(self, sizes: Sizes, groups: Mapping[str, int], foretold: Foretold, undo: Undo) -> None:
+    def contradiction(self, refused: RefusedError) -> Contradiction:
+        """The same in the words of the core: which operators of the traced graph the class ran."""
+        paths = [path for path, cell in self._model.cells_and_names() if type(cell) is refused.kind]
+        called = [f"{path}.{refused.child}".lstrip(".") for path in paths if refused.child]
+        reads = (n.inputs[0] for n in self._traced.graph.nodes if n.scope in called and n.op in ("linear", "conv"))
+        return Contradiction(
+            refused.why,
+            refused.kind.__name__ if refused.kind else type(self._model).__name__,
+            scopes=tuple(paths) or ("",),
+            instances=tuple(map(self._operators, paths)),
+            reads=tuple(dict.fromkeys(n for n in reads if n is not None)),
+            axes=refused.axes,
+            near=refused.near,
+        )
+
+    def _operators(self, path: str) -> tuple[int, ...]:
+        """What the cell's own code ran, and the layers it called."""
+        inside = path + "." if path else ""
+        mine = {
+            scope
+            for scope, cell in self._model.cells_and_names()
+            if scope != path and scope.startswith(inside) and bridge.is_plain_layer(cell)
+        }
+        return tuple(k for k, n in enumerate(self._traced.graph.nodes) if n.scope == path or n.scope in mine)
+
+    def _fit(self, sizes: Sizes, groups: Mapping[str, int], planned: CutShapes, undo: Undo) -> None:
         """Set the sizes that cells compute with until the compiled graph has the shapes it must have, in place."""
         tried: dict[type, int] = defaultdict(int)
         first: dict[type | None, RefusedError] = {}
@@ -129,7 +154,7 @@ class Knife:
             undo.take_back_attributes()
             cut_layers(self._model, groups, undo)
             sizes.write(self._model, chosen, undo)
-            wrong = self._wrong(foretold)
+            wrong = self._wrong(planned)
             if wrong is None:
                 self._orders = chosen
                 return
@@ -143,13 +168,13 @@ class Knife:
                 raise first[kind]
             chosen[kind] = orders[tried[kind]]
 
-    def _wrong(self, foretold: Foretold) -> RefusedError | None:
+    def _wrong(self, planned: CutShapes) -> RefusedError | None:
         """The first class whose code makes another shape than it must, and what it made."""
         try:
             after = trace_marked(self._model, self._inputs).marks
         except GraphError as error:
             kind, child = self._blame(error)
-            return RefusedError(kind, str(error), child=child, near=self._near(error, foretold))
+            return RefusedError(kind, str(error), child=child, near=self._near(error, planned))
         made = _by_place(after)
         for place, marks in _by_place(self._traced.marks).items():
             others = made.get(place, [])
@@ -157,7 +182,7 @@ class Knife:
                 continue  # operators that do nothing to sizes of one are left out by the compiler
             for mark, other in zip(marks, others):
                 for number, shape in zip(mark.values, other.shapes):
-                    expected = foretold.shape(number)
+                    expected = planned.shape(number)
                     axes = tuple(
                         (number, axis)
                         for axis, (want, have) in enumerate(zip(expected, shape))
@@ -168,7 +193,7 @@ class Knife:
                         return RefusedError(self._owner(mark.scope), why, axes)
         return None
 
-    def _near(self, error: GraphError, foretold: Foretold) -> Axes:
+    def _near(self, error: GraphError, planned: CutShapes) -> Axes:
         """The changed axes of all values that have the shape that a reshape could not take."""
         told = re.search(r"x_shape: [^{]*\{([\d, ]+)\}", str(error))
         if not told:
@@ -178,7 +203,7 @@ class Knife:
             (number, axis)
             for mark in self._traced.marks
             for number, before in zip(mark.values, mark.shapes)
-            if foretold.shape(number) == shape
+            if planned.shape(number) == shape
             for axis, (old, new) in enumerate(zip(before, shape))
             if old != new
         )

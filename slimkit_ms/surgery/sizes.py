@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from slimkit.core.prune.cut_shapes import CutShapes
 from slimkit_ms import bridge
-from slimkit_ms.surgery.foretell import Foretold
 from slimkit_ms.surgery.layers import Undo
 from slimkit_ms.trace import Traced
 
@@ -100,19 +100,19 @@ class Sizes:
         return changes
 
 
-def find_sizes(model: nn.Cell, traced: Traced, foretold: Foretold, undo: Undo) -> Sizes:
+def find_sizes(model: nn.Cell, traced: Traced, planned: CutShapes, undo: Undo) -> Sizes:
     """Look through the cells for numbers that may speak of a size that has changed.
 
     Args:
         model: the cell, its parameters already cut.
         traced: its trace before the cut.
-        foretold: the shapes of all traced values after the cut.
+        planned: the shapes of all traced values after the cut.
         undo: the cut parameters, old and new.
 
     Returns:
         The slots and their possible values; slots that cannot change are left out.
     """
-    seen = _evidence(model, traced, foretold, undo)
+    seen = _evidence(model, traced, planned, undo)
     everywhere = Counter(pair for here in seen.values() for pair in here.own)
     options: dict[str, dict[SizeAttribute, list[int]]] = {}
     kinds: dict[str, type] = {}
@@ -159,11 +159,11 @@ class _Evidence:
     read: list[tuple[int, int]] = field(default_factory=list)
 
 
-def _evidence(model: nn.Cell, traced: Traced, foretold: Foretold, undo: Undo) -> dict[str, _Evidence]:
+def _evidence(model: nn.Cell, traced: Traced, planned: CutShapes, undo: Undo) -> dict[str, _Evidence]:
     seen: dict[str, _Evidence] = defaultdict(_Evidence)
     for mark in traced.marks:
         for number, before in zip(mark.values, mark.shapes):
-            pairs = [(old, new) for old, new in zip(before, foretold.shape(number)) if new is not None]
+            pairs = [(old, new) for old, new in zip(before, planned.shape(number)) if new is not None]
             seen[mark.scope].own.extend(pairs)
     uncut = {id(now): old for _, _, old, now in undo.parameters}
     for path, cell in model.cells_and_names():

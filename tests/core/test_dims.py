@@ -11,7 +11,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slimkit.core.errors import GraphError
-from slimkit.core.prune import allocate, attributes, dims, graph, importance, refit, solve
+from slimkit.core.prune import (
+    allocate,
+    attributes,
+    dims,
+    expressions,
+    graph,
+    importance,
+    narrowing,
+    refit,
+)
+from slimkit.core.prune import (
+    regroup as regrouping,
+)
 from slimkit.core.prune.dims import (
     FIXED,
     FREE,
@@ -23,11 +35,11 @@ from slimkit.core.prune.dims import (
     fixed,
     leaves,
     product,
-    regroup,
     total,
     unify,
 )
 from slimkit.core.prune.graph import Graph
+from slimkit.core.prune.regroup import regroup
 
 sizes = st.lists(st.integers(1, 6), min_size=1, max_size=4)
 quick = settings(max_examples=60, deadline=None)
@@ -37,7 +49,9 @@ def fresh(shape):
     return [Dim(n) for n in shape]
 
 
-@pytest.mark.parametrize("module", [dims, graph, solve, allocate, importance, attributes, refit])
+@pytest.mark.parametrize(
+    "module", [dims, regrouping, graph, expressions, allocate, importance, attributes, refit, narrowing]
+)
 def test_examples_in_docstrings_run(module):
     assert doctest.testmod(module).failed == 0
 
@@ -131,10 +145,10 @@ def test_kept_indices_are_those_of_an_array_that_is_really_sliced(shape, data):
     grid = np.arange(math.prod(shape)).reshape(shape)
     want = grid[np.ix_(*keep.values())].reshape(-1)
     expr = ["*", *names] if len(names) > 1 else names[0]
-    assert solve.kept(expr, full, keep).tolist() == want.tolist()
+    assert expressions.kept(expr, full, keep).tolist() == want.tolist()
     doubled = ["+", 3, expr]
-    assert solve.kept(doubled, full, keep).tolist() == [0, 1, 2, *(want + 3)]
-    owner = solve.owners(expr, full, names[0])
+    assert expressions.kept(doubled, full, keep).tolist() == [0, 1, 2, *(want + 3)]
+    owner = expressions.owners(expr, full, names[0])
     assert owner.tolist() == np.repeat(np.arange(shape[0]), math.prod(shape[1:])).tolist()
 
 
@@ -147,7 +161,7 @@ def test_allocation_is_aligned_above_the_floor_and_counts_exactly(number, alignm
     account = allocate.Account.of_terms(chain, full)
     before = account.count(np.array(list(full.values())))
     got = allocate.allocate(account, list(full.values()), ratio * before, 0.25, alignment)
-    assert got.total == sum(math.prod(solve.size_of(e, got.keep) for e in term) for term in chain)
+    assert got.total == sum(math.prod(expressions.size_of(e, got.keep) for e in term) for term in chain)
     for name, kept in got.keep.items():
         step = math.gcd(alignment, full[name])
         assert kept % step == 0

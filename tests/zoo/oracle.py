@@ -60,7 +60,7 @@ def check(model, inputs, ratio=0.6, hidden=False, alignment=4, atol=2e-4, un_pru
         for variable in job._solved().view().variables:
             if variable.kind == "hidden":
                 path, axis, _ = variable.places[0]
-                job._coupling.pin(job._coupling.relations.params[path][axis], "test")
+                job._solved().pin(job._solved().relations.params[path][axis], "test")
     left, planned = job.analysis(ratio, list(un_prune))
     desc = job.prune(ratio, list(un_prune))
     assert desc == planned

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from slimkit.core.prune.solve import Expr, View, linear_form
+from slimkit.core.prune.expressions import Expr, linear_form
+from slimkit.core.prune.solve import View
 
 Array = np.ndarray[Any, Any]
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 
-from slimkit.core.prune.solve import Expr, View, size_of
+from slimkit.core.prune.expressions import Expr, size_of
+from slimkit.core.prune.solve import View
 
 # What a field of a configuration may hold.
 Field = int | float | list[int] | None

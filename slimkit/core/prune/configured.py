@@ -19,7 +19,8 @@ from fractions import Fraction
 
 from slimkit.core.prune.attributes import HEADS, HIDDEN, OTHER, RATIOS, WIDTHS, Field, parts_of
 from slimkit.core.prune.levers import Lever, Row, solve_levers
-from slimkit.core.prune.solve import Expr, View, linear_form, size_of
+from slimkit.core.prune.expressions import Expr, linear_form, size_of
+from slimkit.core.prune.solve import View
 
 Shapes = Mapping[str, tuple[int, ...]]
 # field -> new value in, shapes of the model that the configuration then builds out; None: it builds none

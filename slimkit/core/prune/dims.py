@@ -1,18 +1,15 @@
 """The dimension algebra: axes as expressions over dimension variables, and what it means that two axes are equal.
 
 A `Dim` is one of four things. FREE is a variable of n indices that nothing has split yet. FIXED is an axis that is
-never
-pruned, with the reason. PRODUCT is a flattened axis (heads by head size), its first part outermost. SUM is an axis
-put together
-end to end (a concatenation, a fused qkv). Equal axes are *unified*: union-find over the nodes, where a variable is
-split
-only when another expression demands it. All structure is shared by reference, so a split is seen wherever the
-variable occurs.
+never pruned, with the reason. PRODUCT is a flattened axis (heads by head size), its first part outermost. SUM is an
+axis put together end to end (a concatenation, a fused qkv). Equal axes are *unified*: union-find over the nodes, where
+a variable is split only when another expression demands it. All structure is shared by reference, so a split is seen
+wherever the variable occurs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 from slimkit.core.errors import GraphError
 
@@ -347,63 +344,6 @@ def _pair(left: list[Dim], right: list[Dim], divide: object) -> bool:
         unify(halves[0], y)
         left.append(halves[1])
     return True
-
-
-def regroup(dims: Sequence[Dim], shape: Sequence[int], why: str = "reshape") -> list[Dim]:
-    """The axes after a row-major change of shape.
-
-    Args:
-        dims: the axes before.
-        shape: the sizes after.
-        why: what to name where the regrouping cannot be said and the axes concerned become fixed.
-
-    Returns:
-        One axis for each size.
-
-    Example:
-        >>> regroup([fixed(2, "batch"), Dim(6)], (2, 3, 2))
-        [2, 3?, 2?]
-    """
-    out: list[Dim] = []
-    before = [find(d) for d in dims if d.size != 1]
-    after = [s for s in shape if s != 1]
-    if 0 in after:
-        for dim in before:
-            fix(dim, why)
-        return [fixed(s, why) for s in shape]
-    i = j = 0
-    while i < len(before) or j < len(after):
-        # The shortest stretch of both sides with the same number of elements is regrouped on its own.
-        group, sizes = [before[i]], [after[j]]
-        i, j = i + 1, j + 1
-        had, want = group[0].size, sizes[0]
-        while had != want:
-            if had < want:
-                group.append(before[i])
-                had *= before[i].size
-                i += 1
-            else:
-                sizes.append(after[j])
-                want *= after[j]
-                j += 1
-        out.extend(_regroup_stretch(group, sizes, why))
-    filled = iter(out)
-    return [ONE if s == 1 else next(filled) for s in shape]
-
-
-def _regroup_stretch(group: list[Dim], sizes: list[int], why: str) -> list[Dim]:
-    if len(sizes) == 1:
-        return [product(group)]
-    left, out = product(group), []
-    for size in sizes[:-1]:
-        pair = factor(left, size)
-        if pair is None:
-            for dim in group:
-                fix(dim, f"{why} that mixes it with its neighbours")
-            return [fixed(s, why) for s in sizes]
-        out.append(pair[0])
-        left = pair[1]
-    return [*out, left]
 
 
 def same(a: Dim, b: Dim, why: str = "axes of unequal size") -> Dim:

@@ -39,6 +39,7 @@ class CutForm:
         coupling: the model.
 
     Attributes:
+        wanted: what was asked for.
         name: the form in force.
         because: why it is not the one a model with a configuration has, in one line; "" where it is.
 
@@ -47,7 +48,7 @@ class CutForm:
     """
 
     def __init__(self, wanted: str | None, wing: PruneFramework, coupling: Coupling) -> None:
-        self._wing, self.because = wing, ""
+        self.wanted, self._wing, self.because = wanted, wing, ""
         self._said: Said | None = None
         self._held: set[str] = set()
         self.name = wanted or "config"

@@ -11,6 +11,8 @@ import numpy as np
 from slimkit.core.prune.attributes import Field
 from slimkit.core.prune.graph import Graph
 from slimkit.core.prune.plan import PrunePlan
+from slimkit.core.prune.rehearsal import Rehearsal
+from slimkit.core.prune.solve import View
 
 Array = np.ndarray[Any, Any]
 
@@ -28,8 +30,8 @@ class PruneFramework(Protocol):
 
     @property
     @abstractmethod
-    def branches(self) -> bool:
-        """Whether the model's own code chose by values when it was traced; a cut may then take another way."""
+    def one_head_size(self) -> bool:
+        """Whether code has one number for the size of queries, keys and values alike."""
 
     @abstractmethod
     def trace(self) -> Graph:
@@ -40,9 +42,15 @@ class PruneFramework(Protocol):
         """Trace these examples too, beside the one that the pruner was made with."""
 
     @abstractmethod
-    def rehearse(self, plan: PrunePlan) -> tuple[Graph, str | None, set[str]]:
-        """The graph of the cut model as far as it ran, the error that stopped it, and the modules that surgery
-        remakes."""
+    def rehearse(self, plan: PrunePlan, view: View) -> Rehearsal:
+        """Run or compile the cut model, leave the model as it was, and say where its code contradicts the plan.
+
+        `view` is the coupling that the plan was made from; `trace` made its graph.
+        """
+
+    @abstractmethod
+    def error_of(self, plan: PrunePlan) -> str | None:
+        """The error that stops the model when it is cut so; None where it runs. The model is left as it was."""
 
     @abstractmethod
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -88,10 +96,6 @@ class PruneFramework(Protocol):
     @abstractmethod
     def cut(self, plan: PrunePlan, names: Mapping[str, str]) -> Callable[[], None]:
         """Cut the model in place and return a call that takes it back; on an error the model is as it was."""
-
-
-class RepairFramework(PruneFramework, Protocol):
-    """A wing that can also repair what it cut."""
 
     @abstractmethod
     def snapshot(self) -> Any:

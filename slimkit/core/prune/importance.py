@@ -8,7 +8,8 @@ import numpy as np
 
 from slimkit.core.errors import ArgumentError, UnsupportedError
 from slimkit.core.prune.criteria import CRITERIA, Criterion, Evidence
-from slimkit.core.prune.solve import View, owners
+from slimkit.core.prune.expressions import owners
+from slimkit.core.prune.solve import View
 
 Array = np.ndarray[Any, Any]
 

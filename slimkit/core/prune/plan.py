@@ -10,7 +10,8 @@ import numpy as np
 from slimkit.core import check, naming
 from slimkit.core.errors import PlanError
 from slimkit.core.prune.attributes import Field
-from slimkit.core.prune.solve import Expr, Index, View, kept, size_of
+from slimkit.core.prune.expressions import Expr, Index, kept, size_of
+from slimkit.core.prune.solve import View
 
 FORMAT, VERSION = "slimkit.prune", 1
 
@@ -114,6 +115,11 @@ class PrunePlan:
             raise
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             raise PlanError(f"desc is damaged: {type(error).__name__}: {error}") from None
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many indices each variable keeps that loses some."""
+        return {name: len(index) for name, index in self.keep.items()}
 
     def sizes(self) -> dict[str, tuple[int, ...]]:
         """Shapes after the cut of the parameters that change."""

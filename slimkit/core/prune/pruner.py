@@ -2,62 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from itertools import count
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from slimkit.core import check
 from slimkit.core.errors import PlanError
-from slimkit.core.files import as_path, atomic_file
-from slimkit.core.log import logger
+from slimkit.core.files import PathLike, as_path, atomic_file
 from slimkit.core.match import demand, match
 from slimkit.core.prune.allocate import Account, Allocation, allocate
 from slimkit.core.prune.attributes import config_changes, new_values, scope_sizes
 from slimkit.core.prune.criteria import Evidence
-from slimkit.core.prune.dims import Dim
 from slimkit.core.prune.draw import picture
+from slimkit.core.prune.expressions import Index
 from slimkit.core.prune.forms import CutForm, parallel_steps
-from slimkit.core.prune.framework import PruneFramework, RepairFramework
-from slimkit.core.prune.graph import Node
+from slimkit.core.prune.framework import PruneFramework
 from slimkit.core.prune.importance import best, scores
-from slimkit.core.prune.levers import Lever, free_levers, joined_scores, lever_matrix
+from slimkit.core.prune.levers import Lever, joined_scores, lever_matrix
 from slimkit.core.prune.masks import desc_of_masks, is_masks
+from slimkit.core.prune.narrowing import Narrowing, alike_levers
 from slimkit.core.prune.plan import PrunePlan, make_desc
 from slimkit.core.prune.record import record_plan, whole_desc
-from slimkit.core.prune.rehearsal import ANOTHER, COPIES, LAYOUT, differences
+from slimkit.core.prune.reporting import allocated, coupled
 from slimkit.core.prune.settings import PrunerSettings
-from slimkit.core.prune.solve import WRITTEN, Coupling, Index, View
+from slimkit.core.prune.solve import Coupling, View
 
 _ROUNDS = 200
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-Changes = dict[str, dict[str, tuple[int, int]]]
 Array = np.ndarray[Any, Any]
-
-
-def _alike(view: View, levers: Sequence[Lever]) -> list[tuple[int, str, int, int]]:
-    """A label for each lever, the same for those of repeated blocks."""
-    known = {v.name: v for v in view.variables}
-    return [(x.size, known[x.name].kind, len(known[x.name].places), len(x.members)) for x in levers]
-
-
-def _uneven(view: View, counts: Mapping[str, int]) -> bool:
-    """Whether alike variables keep unequal numbers."""
-    alike = _alike(view, free_levers(view))
-    kept = {(label, counts[v.name]) for label, v in zip(alike, view.variables)}
-    return len(kept) > len({label for label, _ in kept})
-
-
-def _touched(view: View, nodes: Sequence[Node]) -> Iterator[Dim]:
-    """The axes of some operators of which something is pruned."""
-    for node in nodes:
-        for number in (*node.outputs, *node.inputs):
-            for dim in view.coupling.relations.dims[number] if number is not None else ():
-                if not isinstance(view.expression(dim), int):
-                    yield dim
 
 
 class PrunerBase(PrunerSettings):
@@ -69,19 +45,12 @@ class PrunerBase(PrunerSettings):
 
     def __init__(self, wing: PruneFramework) -> None:
         super().__init__(wing)
-        self._coupling: Coupling | None = None
+        self._narrowing: Narrowing | None = None
         self._scores: dict[str, Array] = {}
         self._weights_seen: Any = None
         self._report: dict[str, Any] = {}
         self._was_cut = False
-        # Attributes that may say one of several numbers: how many, which one is tried, how often a module was retried.
-        self._doubts: dict[str, dict[str, int]] = {}
-        self._choices: dict[tuple[str, str], int] = {}
-        self._tried: dict[str, int] = {}
-        # Whether alike blocks must keep equal widths, since one number of a configuration speaks of them all.
-        self._level = False
         self._cut_form: CutForm | None = None
-        self._cut_form_of: str | None = None
         self._levers: list[Lever] = []
         self._steps: dict[str, int] = {}
 
@@ -105,7 +74,7 @@ class PrunerBase(PrunerSettings):
         if not inputs:
             check.wrong_value("inputs", "a list of at least one example", inputs)
         self._wing.show(inputs)
-        self._coupling, self._scored, self._report, self._cut_form = None, None, {}, None
+        self._narrowing, self._scored, self._report, self._cut_form = None, None, {}, None
         return self
 
     def analysis(
@@ -116,8 +85,8 @@ class PrunerBase(PrunerSettings):
         Args:
             reserved_ratio: share of the parameters (or multiplications) to keep, in (0, 1].
             un_prune_list: layers whose outputs stay whole: numbers (Conv and Linear layers in the order they run,
-            negatives
-                from the end) or names; [0, -1] unless given.
+                negatives from the end) or names; [0, -1] unless given, and none in the form "config", whose numbers
+                speak of all layers. The model's inputs and outputs stay whole in any case.
 
         Returns:
             (parameters left, exactly; the plan as plain data for `prune_by_desc`).
@@ -127,27 +96,24 @@ class PrunerBase(PrunerSettings):
             GraphError: the model could not be traced.
         """
         check.ratio(reserved_ratio, "reserved_ratio", one=True)
-        coupling = self._solved()
-        self._choices, self._tried, self._level = {}, {}, False
-        if self._cut_form is None or self._cut_form_of != self._form:
-            self._cut_form, self._cut_form_of = CutForm(self._form, self._wing, coupling), self._form
+        narrowing = self._begun()
+        narrowing.begin()
+        form = self._form_begun()
         if un_prune_list is None:
-            # One number of a configuration speaks of the first layer too; inputs and outputs stay whole in any case.
-            un_prune_list = [0, -1] if coupling.graph.layers and self._cut_form.name == "any" else []
+            un_prune_list = [0, -1] if narrowing.coupling.graph.layers and form.name == "any" else []
         whole = self._layers(un_prune_list)
         self._forget_old_scores()
         # Each round ties or pins something, or tries another of a few numbers; after many, the rest is not worth it.
         for rounds in count():
-            view = self._solved().view(whole)
+            view = narrowing.coupling.view(whole)
             allocation, account = self._allocate(view, reserved_ratio)
             desc = self._describe(view, allocation, reserved_ratio, whole)
-            plan = PrunePlan(desc)
-            if not self._cut_form.contradicts(view, plan) and self._rehearse(view, plan, allocation.keep):
+            if not form.contradicts(view, PrunePlan(desc)) and self._rehearse(view, desc):
                 break
             if rounds == _ROUNDS:
-                self._keep_everything(view, f"its code contradicted {rounds} plans")
+                narrowing.keep_everything(f"its code contradicted {rounds} plans")
         left = Account(view).count(np.array([allocation.keep[n] for n in view.counts], dtype=np.int64))
-        self._fill_report(view, allocation, account, left, reserved_ratio)
+        self._report = allocated(view, allocation, account, left, reserved_ratio, self._budget)
         desc["made"]["left_params"] = left
         return left, desc
 
@@ -166,11 +132,11 @@ class PrunerBase(PrunerSettings):
         if self._repair is None:
             self._cut(PrunePlan(desc))
             return desc
-        wing, plan = cast(RepairFramework, self._wing), PrunePlan(desc)
-        dense = wing.snapshot()
+        plan = PrunePlan(desc)
+        dense = self._wing.snapshot()
         undo = self._cut(plan)
         try:
-            self._report["compensation"] = wing.compensate(dense, plan, layers, self._repair, self._damping)
+            self._report["compensation"] = self._wing.compensate(dense, plan, layers, self._repair, self._damping)
         except BaseException:
             undo()
             raise
@@ -194,7 +160,7 @@ class PrunerBase(PrunerSettings):
             if self._wing.has_example:
                 # Masks say nothing of what belongs together: whether they do is found out before anything is cut.
                 self._solved()
-                _, error, _ = self._wing.rehearse(PrunePlan(desc))
+                error = self._wing.error_of(PrunePlan(desc))
                 if error:
                     raise PlanError(f"the masks of desc do not fit one another in this model: {error}")
         self._cut(PrunePlan(desc))
@@ -218,16 +184,14 @@ class PrunerBase(PrunerSettings):
         shapes, so that its own `from_pretrained` loads it: {"loads": bool, "because": the first difference}.
         """
         if not self._report:
-            coupling = self._solved()
-            view = coupling.view()
-            self._report = self._common(view)
+            self._report = coupled(self._solved().view())
         if self._was_cut and "from_config" not in self._report:
             mismatch = self._wing.config_mismatch()
             if mismatch is not None:
                 self._report["from_config"] = {"loads": not mismatch, "because": mismatch}
         return dict(self._report)
 
-    def draw(self, path: Any = None) -> str:
+    def draw(self, path: PathLike | None = None) -> str:
         """Draw the coupling: one row a group, its width before and after the last analysis, and the layers it ties.
 
         Args:
@@ -246,10 +210,16 @@ class PrunerBase(PrunerSettings):
 
     # Inside ----------------------------------------------------------------------------------------------------
 
+    def _begun(self) -> Narrowing:
+        if self._narrowing is None:
+            coupling = Coupling(self._wing.trace())
+            if self._wing.one_head_size:
+                coupling.keep_head_sizes()
+            self._narrowing = Narrowing(coupling)
+        return self._narrowing
+
     def _solved(self) -> Coupling:
-        if self._coupling is None:
-            self._coupling = Coupling(self._wing.trace())
-        return self._coupling
+        return self._begun().coupling
 
     def _layers(self, wanted: Sequence[int | str]) -> list[str]:
         layers = self._solved().graph.layers
@@ -269,29 +239,32 @@ class PrunerBase(PrunerSettings):
             out.append(layers[item])
         return out
 
+    def _form_begun(self) -> CutForm:
+        if self._cut_form is None or self._cut_form.wanted != self._form:
+            self._cut_form = CutForm(self._form, self._wing, self._solved())
+        return self._cut_form
+
     def _allocate(self, view: View, ratio: float) -> tuple[Allocation, Account]:
-        assert self._cut_form is not None
         account = Account(view, self._budget)
         full = np.array(list(view.counts.values()), dtype=np.int64)
         target = ratio * account.count(full)
         self._scores = self._score(view)
-        self._levers = self._cut_form.levers(view)
+        self._levers = levers = self._form_begun().levers(view)
         chunks = None
         if self._allocation == "global":
             comparable = {
                 n: s if self._criterion.comparable else s / max(s.mean(), 1e-30) for n, s in self._scores.items()
             }
-            chunks = {x.name: joined_scores(x, comparable) for x in self._levers}
-        names = [x.name for x in self._levers]
-        offsets, matrix = lever_matrix(account.names, view.counts, self._levers)
+            chunks = {x.name: joined_scores(x, comparable) for x in levers}
+        offsets, matrix = lever_matrix(account.names, view.counts, levers)
+        joined = account.joined([x.name for x in levers], offsets, matrix)
         found = allocate(
-            account.joined(names, offsets, matrix), [x.size for x in self._levers], target, self._node_ratio,
-            self._alignment, chunks, _alike(view, self._levers), level=self._level,
-            multiples=parallel_steps(view, self._levers, self._parallel),
+            joined, [x.size for x in levers], target, self._node_ratio, self._alignment, chunks,
+            alike_levers(view, levers), level=self._begun().level, multiples=parallel_steps(view, levers, self._parallel),
         )  # fmt: skip
         self._steps = found.keep
-        counts = offsets + matrix @ np.array([found.keep[n] for n in names], dtype=np.int64)
-        held = {v for x in self._levers if x.name in found.held_back for v in x.members}
+        counts = offsets + matrix @ np.array([found.keep[x.name] for x in levers], dtype=np.int64)
+        held = {v for x in levers if x.name in found.held_back for v in x.members}
         found.keep = dict(zip(account.names, counts.tolist()))
         found.held_back = [n for n in account.names if n in held]
         return found, account
@@ -334,18 +307,18 @@ class PrunerBase(PrunerSettings):
         keep: dict[str, Index] = {n: best(self._scores[n], k) for n, k in allocation.keep.items()}
         integers, fields = self._wing.integers(), self._wing.config()
         sizes = scope_sizes(view, allocation.keep) if integers or fields else {}
-        self._doubts = {}
-        attributes: Changes = {}
-        for module, numbers in integers.items():
-            for name, old in numbers.items():
-                choices = new_values(name, old, sizes.get(module, {}))
-                if len(choices) > 1:
-                    self._doubts.setdefault(module, {})[name] = len(choices)
-                new = choices[self._choices.get((module, name), 0) % len(choices)]
-                if new != old:
-                    attributes.setdefault(module, {})[name] = (old, new)
-        assert self._cut_form is not None
-        config = self._cut_form.fields(view, self._levers, self._steps)
+        candidates = {
+            module: {name: new_values(name, old, sizes.get(module, {})) for name, old in numbers.items()}
+            for module, numbers in integers.items()
+        }
+        chosen = self._begun().choose(candidates)
+        attributes = {
+            module: changed
+            for module, numbers in integers.items()
+            if (changed := {n: (old, new) for n, old in numbers.items() if (new := chosen[module][n]) != old})
+        }
+        form = self._form_begun()
+        config = form.fields(view, self._levers, self._steps)
         if config is None:
             config = config_changes(fields, view, allocation.keep, sizes)
         made = {
@@ -354,7 +327,7 @@ class PrunerBase(PrunerSettings):
             "budget": self._budget,
             "importance": self._criterion.name,
             "allocation": self._allocation,
-            "form": self._cut_form.name,
+            "form": form.name,
             "parallel": self._parallel,
             "alignment": self._alignment,
             "node_reserved_ratio": self._node_ratio,
@@ -362,84 +335,34 @@ class PrunerBase(PrunerSettings):
         }
         return make_desc(view, keep, attributes, config, made)
 
-    def _rehearse(self, view: View, plan: PrunePlan, counts: Mapping[str, int]) -> bool:
-        """Run the cut model on shapes alone and compare; pin what the model's code contradicts."""
+    def _rehearse(self, view: View, desc: dict[str, Any]) -> bool:
+        """Try the plan on the framework's side; where the model's code contradicts it, narrow what the next may do."""
+        plan = PrunePlan(desc)
         if not plan.keep:
             return True
-        other, error, remade = self._wing.rehearse(plan)
-        found = differences(view, other, counts, COPIES, error, remade)
-        if found:
-            # How a tensor lies in memory decides whether torch copies or views it; only the mathematics must agree.
-            plain = differences(view, other, counts, LAYOUT, error, remade)
-            if plain is None or found[1] == ANOTHER or len(other.nodes) > len(view.coupling.graph.nodes):
-                found = plain
-        if found and found[1] == ANOTHER and self._wing.branches and not error:
-            # The cut changed the values that the model's own code branches on: it ran, and that must do.
+        found = self._wing.rehearse(plan, view)
+        if found.contradiction is None:
+            for module, changes in found.attributes.items():
+                desc["attributes"].setdefault(module, {}).update({name: list(pair) for name, pair in changes.items()})
             return True
-        return found is None or self._pin(view, counts, *found)
 
-    def _pin(self, view: View, counts: Mapping[str, int], place: int, what: str) -> bool:
-        """Give in to the model's code: tie, try another attribute, or keep whole what an operator touches."""
-        coupling = view.coupling
-        node = coupling.graph.nodes[place]
-        reason = f"{WRITTEN} {node.scope or 'the model'}"
-        logger.debug("%s (%s at %s)", reason, what, node.op)
-        if coupling.tie(place) or self._try_another(node.scope) or coupling.tie_widths(place):
-            return False
-        if not self._level and _uneven(view, counts):
-            self._level = True
-            return False
-        untied = coupling.untied(place)
-        if untied:
-            self._coupling = untied
-            return False
-        # Where nothing is left at the operator itself: everything its module touches, then the modules around it.
-        if any(coupling.pin(dim, reason) for dim in _touched(view, [node])):
-            return False
-        parts = node.scope.split(".") if node.scope else []
-        for scope in (".".join(parts[:k]) for k in range(len(parts), -1, -1)):
-            inside = [
-                n for n in coupling.graph.nodes if not scope or n.scope == scope or n.scope.startswith(scope + ".")
-            ]
-            if sum(coupling.pin(dim, reason) for dim in _touched(view, inside)):
-                self._keep_whole(f"all that {scope or 'the model'} touches stays whole: {what} in {node.op}")
-                return False
-        return self._keep_everything(view, f"{what} in {node.op} of {node.scope or 'the model'}")
+        def works(names: Collection[str]) -> bool:
+            variables = {
+                name: v if name in names else {**v, "keep": list(range(v["size"]))}
+                for name, v in desc["variables"].items()
+            }
+            part = PrunePlan({**desc, "variables": variables})
+            return self._wing.rehearse(part, view).contradiction is None
 
-    def _keep_everything(self, view: View, what: str) -> bool:
-        """The last resort: pin every variable, so that the next plan cuts nothing."""
-        relations = view.coupling.relations
-        for dims in relations.params.values():
-            for dim in dims:
-                view.coupling.pin(dim, f"{WRITTEN} the model")
-        self._keep_whole(f"nothing is pruned, since no plan runs: {what}")
+        self._begun().narrow(found.contradiction, view, view.counts | plan.counts, works)
         return False
-
-    def _keep_whole(self, note: str) -> None:
-        logger.warning("%s", note)
-        self._solved().graph.notes.append(note)
-
-    def _try_another(self, scope: str) -> bool:
-        """Let the doubtful attributes of a module say the next combination of what they may; False when all were
-        tried."""
-        doubts = self._doubts.get(scope, {})
-        combination = self._tried.get(scope, 0) + 1
-        if not doubts or combination >= min(64, int(np.prod(list(doubts.values())))):
-            for name in doubts:
-                self._choices.pop((scope, name), None)
-            return False
-        self._tried[scope] = combination
-        for name, number in doubts.items():
-            self._choices[scope, name] = combination % number
-            combination //= number
-        return True
 
     def _cut(self, plan: PrunePlan) -> Callable[[], None]:
         names = plan.match(self._wing.shapes())
         take_back = self._wing.cut(plan, names)
         forget = record_plan(self._wing.model, dict(plan.desc))
         # Everything known about the model was about the uncut one.
-        self._coupling, self._scored, self._cut_form = None, None, None
+        self._narrowing, self._scored, self._cut_form = None, None, None
         shapes, buffers = self._wing.shapes(), self._wing.buffers()
         left = sum(int(np.prod(s)) for p, s in shapes.items() if p not in buffers)
         self._report = {**self._report, "left_params": left}
@@ -452,53 +375,3 @@ class PrunerBase(PrunerSettings):
             self._report, self._was_cut = {}, False
 
         return undo
-
-    def _common(self, view: View) -> dict[str, Any]:
-        graph = view.coupling.graph
-        return {
-            "params": sum(int(np.prod(s)) for p, s in graph.shapes.items() if p not in graph.buffers),
-            "variables": {
-                v.name: {
-                    "size": v.size,
-                    "kind": v.kind,
-                    "layers": list(v.layers),
-                    "axes": [f"{p}:{a}" for p, a, _ in v.places],
-                }
-                for v in view.variables
-            },
-            "whole": {reason: list(places) for reason, places in view.whole.items()},
-            "without_rule": [f"{name} in {scope or 'the model'}" for name, scope in view.coupling.relations.opaque],
-            "notes": list(dict.fromkeys(graph.notes)),
-        }
-
-    def _fill_report(self, view: View, allocation: Allocation, account: Account, left: int, ratio: float) -> None:
-        self._report = self._common(view)
-        before = account.count(np.array(list(view.counts.values()), dtype=np.int64))
-        for name, entry in self._report["variables"].items():
-            entry["keep"] = allocation.keep[name]
-        self._report.update(
-            asked=ratio,
-            budget=self._budget,
-            reached=allocation.total / before if before else 1.0,
-            left_params=left,
-            held_back=[
-                {"variable": n, "layers": self._report["variables"][n]["layers"], "keeps": allocation.keep[n]}
-                for n in allocation.held_back
-            ],
-        )
-        missed = allocation.total > allocation.target * 1.02
-        if allocation.total < allocation.target * 0.98:
-            wide = "the widths that alignment and heads allow lie too far apart to come nearer"
-            self._report["notes"].append(f"asked to keep {ratio:.3f}, keeps {self._report['reached']:.3f}: {wide}")
-            logger.warning(
-                "asked to keep %.3f of the %s, keeps %.3f: %s", ratio, self._budget, self._report["reached"], wide
-            )
-        if missed and not allocation.held_back:
-            self._report["notes"].append("nothing more can be pruned: every other axis stays whole")
-        if missed:
-            logger.warning(
-                "asked to keep %.3f of the %s, reached %.3f; report() says what holds it back",
-                ratio,
-                self._budget,
-                self._report["reached"],
-            )

@@ -1,17 +1,88 @@
-"""Where the graph of a rehearsed cut departs from the planned one."""
+"""Where a rehearsed cut departs from the planned one."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from slimkit.core.prune.dims import FREE, Dim, find, leaves
+from slimkit.core.prune.expressions import size_of
 from slimkit.core.prune.graph import Graph
-from slimkit.core.prune.solve import View, size_of
+from slimkit.core.prune.plan import PrunePlan
+from slimkit.core.prune.solve import View
 
 COPIES = frozenset({"identity"})
 LAYOUT = frozenset({"identity", "reshape", "transpose", "expand"})
 ANOTHER = "another operator ran after the cut"
+Axes = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Contradiction:
+    """What a model's code makes otherwise than a plan says, as far as a framework can tell.
+
+    Values and operators are numbers of the traced graph.
+
+    Args:
+        what: what came, or the error that stopped the model.
+        where: whose code it is: the path of a module, or a class.
+        scopes: the modules whose code it is; several where a class is told.
+        operator: the first operator that departs; None where only the code is known.
+        instances: for each module of the class, the operators of its own code and of the layers it calls.
+        reads: what the layer reads at which the code stopped.
+        axes: (value, axis) that came out with another size.
+        near: (value, axis) of every value that has the shape that could not be taken.
+    """
+
+    what: str
+    where: str
+    scopes: tuple[str, ...] = ("",)
+    operator: int | None = None
+    instances: tuple[tuple[int, ...], ...] = ()
+    reads: tuple[int, ...] = ()
+    axes: Axes = ()
+    near: Axes = ()
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What a cut model's trial run found.
+
+    Args:
+        contradiction: None where the code goes along with the plan.
+        attributes: module -> attribute -> (before, after) that had to be written for that, beyond the plan's own.
+    """
+
+    contradiction: Contradiction | None = None
+    attributes: Mapping[str, Mapping[str, tuple[int, int]]] = field(default_factory=dict)
+
+
+def compare(
+    view: View, plan: PrunePlan, other: Graph, error: str | None, remade: set[str], branches: bool
+) -> Contradiction | None:
+    """Compare what the cut model ran with what was planned, operator by operator.
+
+    Args:
+        view: the coupling that the plan was made from.
+        plan: what was planned.
+        other: the cut model's graph, as far as it ran.
+        error: what stopped the cut model.
+        remade: modules that the cut remakes, whose operators are theirs.
+        branches: whether the model's code chose by values, so that another way through it is no contradiction.
+    """
+    counts = view.counts | plan.counts
+    found = differences(view, other, counts, COPIES, error, remade)
+    if found:
+        # How a tensor lies in memory decides whether torch copies or views it; only the mathematics must agree.
+        plain = differences(view, other, counts, LAYOUT, error, remade)
+        if plain is None or found[1] == ANOTHER or len(other.nodes) > len(view.coupling.graph.nodes):
+            found = plain
+    if found is None or (found[1] == ANOTHER and branches and not error):
+        return None
+    place, what = found
+    node = view.coupling.graph.nodes[place]
+    return Contradiction(f"{what} in {node.op}", node.scope or "the model", (node.scope,), operator=place)
 
 
 def differences(

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from slimkit.core import check
 from slimkit.core.batch import dataset
-from slimkit.core.errors import UnsupportedError
 from slimkit.core.prune.criteria import CRITERIA, NEEDS, Criterion, OfRows
 from slimkit.core.prune.forms import FORMS
 from slimkit.core.prune.framework import PruneFramework
@@ -168,8 +167,6 @@ class PrunerSettings:
         """
         if calibration is not None:
             calibration = dataset(calibration, "calibration")
-        if not hasattr(self._wing, "compensate"):
-            raise UnsupportedError(f"compensation is not offered for {self._wing.framework} models")
         self._repair = calibration
         self._damping = check.number(damping, "damping", minimum=0)
         return self

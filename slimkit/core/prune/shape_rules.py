@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from slimkit.core.prune.dims import ONE, Dim, cut, divided, factor, fix, fixed, product, regroup, same, total
+from slimkit.core.prune.dims import ONE, Dim, cut, divided, factor, fix, fixed, product, same, total
 from slimkit.core.prune.graph import Node
+from slimkit.core.prune.regroup import regroup
 from slimkit.core.prune.relations import Dims, Partial, Relations
 
 # Reductions whose result depends on which index held what, not only on the values.

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
-from slimkit.core.prune.dims import FREE, PRODUCT, Dim, find, leaves, product, unify
-from slimkit.core.prune.graph import Graph
+from slimkit.core.prune.dims import FIXED, FREE, PRODUCT, Dim, find, leaves, product, unify
+from slimkit.core.prune.expressions import Expr, simplify
+from slimkit.core.prune.graph import Graph, Node
 from slimkit.core.prune.relations import SCALE, Relations, layer_of
 from slimkit.core.prune.rules import relate
 
-# An axis in plain data: a number (stays whole), a variable's name, or ["*" or "+", part, part, ...].
-Expr = int | str | list[Any]
-Index = np.ndarray[Any, np.dtype[np.int64]]
 WRITTEN = "its size is written in the code of"
 UNMADE = "no layer makes it"
 RIVAL = "another factor of the same axis is pruned (heads, not their size)"
@@ -51,6 +46,7 @@ class Coupling:
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
         self.tied: set[int] = set()
+        self._given: set[str] = set()
         self.relations = relate(graph)
         self.pinned: dict[Dim, str] = {}
         self._history: list[tuple[str, Any, str]] = []
@@ -98,6 +94,44 @@ class Coupling:
         self._history.append(("widths", place, ""))
         return done
 
+    def tie_given(self, name: str, instances: Sequence[Sequence[int]]) -> bool:
+        """Demand that the width which a class of modules is given equals what its own code hands on at the same width,
+        index by index, as code takes for granted that folds heads back: `reshape(b, n, c)`.
+
+        Args:
+            name: of the class, which is asked once.
+            instances: for each module the operators of its own code and of the layers it calls.
+
+        Returns:
+            Whether that was new.
+        """
+        if name in self._given:
+            return False
+        self._given.add(name)
+        return sum(self._tie_given([self.graph.nodes[k] for k in places]) for places in instances) > 0
+
+    def _tie_given(self, nodes: Sequence[Node]) -> bool:
+        dims = self.relations.dims
+        own = {number for node in nodes for number in node.outputs}
+        given = {
+            number: find(dims[number][-1])
+            for node in nodes
+            for number in node.inputs
+            if number is not None and number not in own and self.graph.values[number].kind == "result" and dims[number]
+        }
+        changed = False
+        for width in given.values():
+            if width.kind == FIXED:
+                continue
+            for node in nodes:
+                # Folding heads back is a reshape of its own, or merged into that of the layer that follows.
+                number = node.inputs[0] if node.op == "linear" else node.outputs[0] if node.op == "reshape" else None
+                other = find(dims[number][-1]) if number is not None and dims[number] else width
+                if other.size == width.size and find(width) is not other and other.kind != FIXED:
+                    unify(width, other)
+                    changed = True
+        return changed
+
     def untied(self, place: int) -> Coupling | None:
         """The same coupling without the last `tie_widths`, where that was the last that happened and was at this place:
         the operator fails as it did before, so that its size is a number in the code."""
@@ -115,6 +149,12 @@ class Coupling:
                 (fresh.tie if what == "tie" else fresh.tie_widths)(which)
         fresh.tied |= self.tied
         return fresh
+
+    def keep_head_sizes(self) -> None:
+        """Keep the size of attention heads whole: values could not be cut without queries and keys, whose size the
+        scale depends on, where code has one number for both."""
+        for leaf in {x for dims in self.relations.dims for d in dims for x in map(find, leaves(d)) if x.inner}:
+            self.pin(leaf, SCALE)
 
     def _open(self, dim: Dim) -> bool:
         """Whether something of an axis can still be pruned."""
@@ -257,7 +297,7 @@ class View:
         if found is None:
             if dim.parts:
                 parts = [self.expression(p) for p in dim.parts]
-                found = _simplify("*" if dim.kind == PRODUCT else "+", parts)
+                found = simplify("*" if dim.kind == PRODUCT else "+", parts)
             else:
                 found = self._names.get(dim, dim.size)
             self._compiled[dim] = found
@@ -302,117 +342,7 @@ class View:
         for part in dim.parts:
             self._collect_heads(part)
 
-    def sizes(self, counts: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
-        """Shapes of all parameters when each variable keeps so many indices."""
-        return {path: tuple(size_of(e, counts) for e in axes) for path, axes in self.axes.items()}
-
     @property
     def counts(self) -> dict[str, int]:
         """Indices of each variable before pruning."""
         return {v.name: v.size for v in self.variables}
-
-
-def _simplify(op: str, parts: list[Expr]) -> Expr:
-    flat: list[Expr] = []
-    for part in parts:
-        nested = isinstance(part, list) and part[0] == op
-        for item in part[1:] if nested else [part]:  # type: ignore[index]
-            if op == "+" and isinstance(item, int) and flat and isinstance(flat[-1], int):
-                flat[-1] += item
-            else:
-                flat.append(item)
-    if op == "*":
-        flat = [p for p in flat if p != 1] or [1]
-    return flat[0] if len(flat) == 1 else [op, *flat]
-
-
-def size_of(expr: Expr, counts: Mapping[str, int]) -> int:
-    """Indices of an axis when each variable has so many.
-
-    Example:
-        >>> size_of(["*", "d0", 4], {"d0": 3})
-        12
-    """
-    if isinstance(expr, int):
-        return expr
-    if isinstance(expr, str):
-        return counts[expr]
-    sizes = [size_of(part, counts) for part in expr[1:]]
-    return math.prod(sizes) if expr[0] == "*" else sum(sizes)
-
-
-def kept(expr: Expr, full: Mapping[str, int], keep: Mapping[str, Index]) -> Index:
-    """The indices of an axis that stay.
-
-    Args:
-        expr: the axis.
-        full: size of each variable before pruning.
-        keep: the indices of each variable that stay, ascending; one that is missing keeps all.
-
-    Returns:
-        Ascending indices.
-
-    Example:
-        >>> kept(["*", "d0", 2], {"d0": 3}, {"d0": np.array([0, 2])}).tolist()
-        [0, 1, 4, 5]
-    """
-    if isinstance(expr, int):
-        return np.arange(expr)
-    if isinstance(expr, str):
-        return keep[expr] if expr in keep else np.arange(full[expr])
-    parts = [(kept(p, full, keep), size_of(p, full)) for p in expr[1:]]
-    if expr[0] == "+":
-        offsets = np.cumsum([0] + [n for _, n in parts[:-1]])
-        return np.concatenate([index + offset for (index, _), offset in zip(parts, offsets)])
-    index = parts[0][0]
-    for inner, size in parts[1:]:
-        index = (index[:, None] * size + inner[None, :]).reshape(-1)
-    return index
-
-
-def owners(expr: Expr, full: Mapping[str, int], name: str) -> Index | None:
-    """For each index of an axis, the index of a variable that it belongs to, or -1; None where it is not mentioned.
-
-    Example:
-        >>> owners(["+", 1, ["*", "d0", 2]], {"d0": 2}, "d0").tolist()
-        [-1, 0, 0, 1, 1]
-    """
-    if isinstance(expr, int):
-        return None
-    if isinstance(expr, str):
-        return np.arange(full[expr]) if expr == name else None
-    parts = [(owners(p, full, name), size_of(p, full)) for p in expr[1:]]
-    if all(index is None for index, _ in parts):
-        return None
-    if expr[0] == "+":
-        return np.concatenate([np.full(n, -1) if index is None else index for index, n in parts])
-    result: Index | None = None
-    before = 1
-    for index, size in parts:
-        if result is not None:
-            result = np.repeat(result, size)
-        elif index is not None:
-            result = np.tile(index, before)
-        before *= size
-    return result
-
-
-def linear_form(expr: Expr, order: Mapping[str, int]) -> tuple[int, dict[int, int]]:
-    """An axis's size as constant + coefficient times count for each variable (a product holds one variable factor)."""
-    if isinstance(expr, int):
-        return expr, {}
-    if isinstance(expr, str):
-        return 0, {order[expr]: 1}
-    constant, slopes = linear_form(expr[1], order)
-    for part in expr[2:]:
-        other, more = linear_form(part, order)
-        if expr[0] == "+":
-            constant += other
-            for key, value in more.items():
-                slopes[key] = slopes.get(key, 0) + value
-        elif slopes and more:
-            raise ArithmeticError(f"two variable factors in {expr}")
-        else:
-            slopes = {k: v * other for k, v in slopes.items()} | {k: v * constant for k, v in more.items()}
-            constant *= other
-    return constant, slopes

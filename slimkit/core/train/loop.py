@@ -65,7 +65,7 @@ class TrainerLoop(Resumable):
         self.metrics = {
             check.text(k, "metrics"): check.function(f, f"metrics[{k!r}]") for k, f in (metrics or {}).items()
         }
-        self.model = model
+        self.model = self._checked(model)
         self.loss_func = loss_func
         self.optimizer = optimizer
         self.compute_loss = compute_loss
@@ -80,8 +80,17 @@ class TrainerLoop(Resumable):
         self.stop_reason: str | None = None
         self._losses, self._pending, self._terms, self._term_values = [], [], {}, {}
         self._epochs: _Epochs
+        self._begin()
 
     # What a wing adds.
+
+    @abstractmethod
+    def _checked(self, model: Any) -> Any:
+        """The model, or ArgumentTypeError when it is none of this framework."""
+
+    @abstractmethod
+    def _begin(self) -> None:
+        """The end of the constructor: what the wing itself holds."""
 
     @abstractmethod
     def _prepare(self, options: UpdateOptions) -> None:

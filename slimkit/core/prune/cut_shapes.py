@@ -1,24 +1,22 @@
-"""The shapes that all values of a traced cell has after a cut, computed from the kept indices of its parameters."""
+"""The shapes that all values of a traced model have after a cut, computed from what its parameters keep."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
 from slimkit.core.prune.dims import FREE, PRODUCT, SUM, Dim, find, leaves
+from slimkit.core.prune.expressions import Index
 from slimkit.core.prune.relations import Relations
 
-Index = np.ndarray[Any, np.dtype[np.int64]]
 
-
-class Foretold:
+class CutShapes:
     """Sizes after a cut.
 
     Args:
-        relations: the axes of a traced cell.
+        relations: the axes of a traced model.
         keep: path of a parameter -> for each axis the kept indices, or None where all stay.
     """
 
@@ -31,7 +29,7 @@ class Foretold:
                     self._read(dim, np.asarray(kept))
 
     def _read(self, dim: Dim, kept: Index) -> None:
-        """Tell how much each variable of an axis keeps."""
+        """Read off how much each variable of an axis keeps."""
         dim = find(dim)
         if dim.kind == SUM:
             start = 0

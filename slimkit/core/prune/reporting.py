@@ -1,0 +1,66 @@
+"""What a pruner reports of a model: its coupling, and what an allocation made of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from slimkit.core.log import logger
+from slimkit.core.prune.allocate import Account, Allocation
+from slimkit.core.prune.solve import View
+
+
+def coupled(view: View) -> dict[str, Any]:
+    """What a coupling says: sizes, variables, what stays whole and why, operators without a rule."""
+    graph = view.coupling.graph
+    return {
+        "params": sum(int(np.prod(s)) for p, s in graph.shapes.items() if p not in graph.buffers),
+        "variables": {
+            v.name: {
+                "size": v.size,
+                "kind": v.kind,
+                "layers": list(v.layers),
+                "axes": [f"{p}:{a}" for p, a, _ in v.places],
+            }
+            for v in view.variables
+        },
+        "whole": {reason: list(places) for reason, places in view.whole.items()},
+        "without_rule": [f"{name} in {scope or 'the model'}" for name, scope in view.coupling.relations.opaque],
+        "notes": list(dict.fromkeys(graph.notes)),
+    }
+
+
+def allocated(
+    view: View, allocation: Allocation, account: Account, left: int, ratio: float, budget: str
+) -> dict[str, Any]:
+    """The same, with what each variable keeps and how near that comes to what was asked."""
+    report = coupled(view)
+    before = account.count(np.array(list(view.counts.values()), dtype=np.int64))
+    for name, entry in report["variables"].items():
+        entry["keep"] = allocation.keep[name]
+    report.update(
+        asked=ratio,
+        budget=budget,
+        reached=allocation.total / before if before else 1.0,
+        left_params=left,
+        held_back=[
+            {"variable": n, "layers": report["variables"][n]["layers"], "keeps": allocation.keep[n]}
+            for n in allocation.held_back
+        ],
+    )
+    missed = allocation.total > allocation.target * 1.02
+    if allocation.total < allocation.target * 0.98:
+        wide = "the widths that alignment and heads allow lie too far apart to come nearer"
+        report["notes"].append(f"asked to keep {ratio:.3f}, keeps {report['reached']:.3f}: {wide}")
+        logger.warning("asked to keep %.3f of the %s, keeps %.3f: %s", ratio, budget, report["reached"], wide)
+    if missed and not allocation.held_back:
+        report["notes"].append("nothing more can be pruned: every other axis stays whole")
+    if missed:
+        logger.warning(
+            "asked to keep %.3f of the %s, reached %.3f; report() says what holds it back",
+            ratio,
+            budget,
+            report["reached"],
+        )
+    return report
