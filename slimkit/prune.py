@@ -16,7 +16,6 @@ from slimkit.core.batch import without_labels
 from slimkit.core.lazy import door, library
 from slimkit.core.log import logger
 from slimkit.core.prune.attributes import HEADS, Field, widths_of
-from slimkit.core.prune.forms import BY_CONFIG
 from slimkit.core.prune.graph import Graph
 from slimkit.core.prune.plan import PrunePlan
 from slimkit.core.prune.pruner import PrunerBase
@@ -178,7 +177,7 @@ class TorchPrune:
 
     def cut(self, plan: PrunePlan, names: Mapping[str, str]) -> Callable[[], None]:
         undo = surgery.cut(self.model, plan, names)
-        if plan.config and plan.desc.get("made", {}).get("form") in BY_CONFIG:
+        if plan.config and plan.desc.get("made", {}).get("form") == "config":
             undo = _follow(self.model, undo)
         for kind in bridge.data_parallel_around(self.model):
             logger.warning(

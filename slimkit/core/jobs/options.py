@@ -48,8 +48,18 @@ class PruneOptions(JobOptions):
     alignment: Annotated[PositiveInt, Flag("--align")] = Field(
         16, description="kept widths are multiples of it; 16 suits Ascend"
     )
-    node_reserved_ratio: Annotated[Ratio, Flag("--node-ratio")] = Field(
-        0.5, description="least share of its channels each node keeps"
+    node_reserved_ratio: Annotated[Ratio | None, Flag("--node-ratio")] = Field(
+        None,
+        description="least share of its channels each node keeps, whatever is asked for; unset: half, or as much less "
+        "as the ratio asked for needs",
+    )
+    form: Annotated[str | None, OneOf(("config", "any"))] = Field(
+        None,
+        description="config: only what a Hugging Face configuration can say, so that from_pretrained loads the result; "
+        "any: cuts of any shape, for slimkit's own loaders; unset: config where the model has such a configuration",
+    )
+    parallel: PositiveInt = Field(
+        1, description="devices that heads, key and value heads and inner widths must divide among"
     )
     un_prune_list: Annotated[list[int | str] | None, Flag("--keep", metavar="LAYER")] = Field(
         None, description="layers left whole, by number or name; unset: the first and the last"

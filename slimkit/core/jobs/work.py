@@ -134,11 +134,15 @@ def prune(model: Any, options: PruneOptions, context: JobContext, *, plan_only: 
     pruner = (
         face.slim.Pruner(model, context.example)
         .set_importance_evaluation_function(importance, calibration=measured, seed=context.seed)
-        .set_node_reserved_ratio(options.node_reserved_ratio)
+        .set_parallel(options.parallel)
         .set_alignment(options.alignment)
         .set_budget(options.budget)
         .set_allocation(options.allocation)
     )
+    if options.form is not None:
+        pruner.set_form(options.form)
+    if options.node_reserved_ratio is not None:
+        pruner.set_node_reserved_ratio(options.node_reserved_ratio)
     if options.compensation_batches:
         pruner.set_compensation(context.calibration(options.compensation_batches))
     desc = None

@@ -125,9 +125,7 @@ def widths_of(fields: Mapping[str, object]) -> dict[str, Field]:
     for name, value in fields.items():
         if name.startswith("_"):
             continue
-        if value is None or (type(value) is int and value > 1):
-            out[name] = value
-        elif isinstance(value, float) and RATIOS.search(name):
+        if value is None or (type(value) is int and value > 1) or (isinstance(value, float) and RATIOS.search(name)):
             out[name] = value
         elif isinstance(value, (list, tuple)) and value and all(type(v) is int for v in value):
             out[name] = list(value)

@@ -5,8 +5,8 @@ the axes that changed are the axes it speaks of. Their widths and the fields mak
 head size must be the hidden size that the field says), and what may still be cut are the levers of `levers`.
 
 Three kinds of field need a word of their own. The number of heads leaves no trace in shapes where code divides the
-hidden size by it; it is told by the axes that hold heads. The size of a head never changes. A ratio (`mlp_ratio`) speaks
-of a width relative to another one, and frees it.
+hidden size by it; it is told by the axes that hold heads. The size of a head never changes. A ratio (`mlp_ratio`)
+speaks of a width relative to another one, and frees it.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 
 from slimkit.core.prune.attributes import HEADS, HIDDEN, OTHER, RATIOS, WIDTHS, Field, parts_of
-from slimkit.core.prune.levers import Lever, Row, solve_levers
 from slimkit.core.prune.expressions import Expr, linear_form, size_of
+from slimkit.core.prune.levers import Lever, Row, solve_levers
 from slimkit.core.prune.solve import View
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -151,9 +151,7 @@ def ask(view: View, fields: Mapping[str, Field], build: Build) -> Said | str:
         if doubled is not None and _changed(view, base, doubled) and build({name: value}) == base:
             said.explicit[name] = value
             said.fields[name] = value
-    cuttable = {
-        size_of(e, view.counts) for exprs in view.axes.values() for e in exprs if not isinstance(e, int)
-    }
+    cuttable = {size_of(e, view.counts) for exprs in view.axes.values() for e in exprs if not isinstance(e, int)}
     alone: dict[tuple[str, int], list[str]] = {}
     for name, value in _numbers(said):
         if value > 1 and any(size % value == 0 for size in cuttable):

@@ -1,7 +1,7 @@
 """The form of a cut: which shapes may come out, so that something else than slimkit can load the model.
 
-"config": only what the model's own configuration can say, so that its own `from_pretrained` loads it. "padded": any
-shape, with zeros up to the next one that the configuration can say. "any": any shape.
+"config": only what the model's own configuration can say, so that its own `from_pretrained` loads it. "any": any
+shape.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from slimkit.core import check
 from slimkit.core.errors import UnsupportedError
 from slimkit.core.log import logger
-from slimkit.core.prune.attributes import Field
+from slimkit.core.prune.attributes import HEADS, HIDDEN, Field
 from slimkit.core.prune.configured import Said, ask, levers_said
 from slimkit.core.prune.framework import PruneFramework
 from slimkit.core.prune.levers import Lever, free_levers
@@ -22,18 +22,15 @@ from slimkit.core.prune.solve import Coupling, View
 # form -> what it means, for help and messages
 FORMS = {
     "config": "only cuts that the model's configuration can say: from_pretrained loads the result",
-    "padded": "cuts of any shape, with zeros up to widths that the configuration can say",
     "any": "cuts of any shape: slimkit's own commands and load_pruned load the result",
 }
-# Forms whose cuts the configuration says.
-BY_CONFIG = ("config", "padded")
 
 
 class CutForm:
     """The form that is asked of one model's cuts.
 
     Args:
-        wanted: "config", "padded", "any", or None for "config" where the model has a configuration that can say
+        wanted: "config", "any", or None for "config" where the model has a configuration that can say
             something.
         wing: the framework's side.
         coupling: the model.
@@ -78,11 +75,57 @@ class CutForm:
             return free_levers(view)
         return [x for x in levers_said(view, self._said) if not self._held & x.members.keys()]
 
-    def fields(self, view: View, levers: list[Lever], steps: Mapping[str, int]) -> dict[str, tuple[Field, Field]] | None:
+    def fields(
+        self, view: View, levers: list[Lever], steps: Mapping[str, int]
+    ) -> dict[str, tuple[Field, Field]] | None:
         """Fields of the configuration to rewrite, as (before, after); None in a form that promises nothing of them."""
         if self._said is None or self.name != "config":
             return None
         return self._said.changes(view, levers, steps)
+
+    def settled(self, levers: Sequence[Lever], steps: Mapping[str, int], least: Mapping[str, int]) -> dict[str, int]:
+        """Levers that must stand elsewhere, with those they must fit: a hidden size that its number of heads divides
+        today is divided by it afterwards, as configurations are checked for.
+
+        Args:
+            levers: what was turned.
+            steps: where each stands.
+            least: the smallest step of each.
+
+        Returns:
+            Lever -> where it is to stand; empty where all is well.
+        """
+        if self._said is None or self.name != "config":
+            return {}
+        numbers, by_field = self._said.numbers, {name: x for x in levers for name in x.says}
+        fixed: dict[str, int] = {}
+
+        def after(name: str, stands: int | None = None) -> int:
+            lever = by_field.get(name)
+            if lever is None:
+                return numbers[name]
+            gone = lever.size - (steps[lever.name] if stands is None else stands)
+            return numbers[name] - int(lever.says[name] * gone)
+
+        for hidden in [n for n in numbers if HIDDEN.search(n.rpartition(".")[2]) and n in by_field]:
+            lever, inside = by_field[hidden], hidden.rpartition(".")[0]
+            heads = [
+                n for n in numbers
+                if HEADS.search(n.rpartition(".")[2]) and n.rpartition(".")[0] == inside
+                and numbers[hidden] % numbers[n] == 0 and n not in lever.says
+            ]  # fmt: skip
+            common = math.lcm(1, *map(after, heads))
+            if after(hidden) % common == 0:
+                continue
+            places = range(least[lever.name], lever.size + 1, least[lever.name])
+            fits = [k for k in places if after(hidden, k) % common == 0]
+            others = {by_field[n].name: by_field[n] for n in heads if n in by_field}
+            if fits:
+                fixed[lever.name] = min(fits, key=lambda k: abs(k - steps[lever.name]))
+                fixed.update({name: steps[name] for name in others})
+            else:
+                fixed.update({x.name: x.size for x in (lever, *others.values())})
+        return fixed
 
     def contradicts(self, view: View, plan: PrunePlan) -> bool:
         """Whether the configuration, rewritten, builds other shapes than the plan leaves; what it then cannot say stays
@@ -92,8 +135,8 @@ class CutForm:
         built = self._wing.configured({name: new for name, (_, new) in plan.config.items()})
         levers, moved = self.levers(view), set(plan.keep)
         fields: set[str] = set()
-        for path, shape in {**plan.shapes, **plan.sizes()}.items() if built is not None else ():
-            for axis, (here, there) in enumerate(zip(shape, built[path])):
+        for path, shape in {**plan.shapes, **plan.sizes()}.items():
+            for axis, (here, there) in enumerate(zip(shape, (built or {}).get(path, ()))):
                 if here != there:
                     logger.debug("%s:%d is %d, the configuration says %d", path, axis, here, there)
                     fields |= self._said.speakers((path, axis))

@@ -54,12 +54,20 @@ def joined_scores(lever: Lever, scores: Mapping[str, Array]) -> Array:
     return mean
 
 
-def lever_matrix(names: Sequence[str], full: Mapping[str, int], levers: Sequence[Lever]) -> tuple[Array, Array]:
-    """Counts of all variables as offsets + matrix @ steps; a variable of no lever keeps all."""
-    offsets = np.array([full[n] for n in names], dtype=np.int64)
-    matrix = np.zeros((len(names), len(levers)), dtype=np.int64)
+def lever_matrix(
+    names: Sequence[str], full: Mapping[str, int], levers: Sequence[Lever], fixed: Mapping[str, int]
+) -> tuple[Array, Array]:
+    """Counts of all variables as offsets + matrix @ steps of the levers that are not fixed; a variable of no lever
+    keeps all."""
+    counts = {**full}
+    for lever in levers:
+        if lever.name in fixed:
+            counts.update(lever.counts(fixed[lever.name]))
+    offsets = np.array([counts[n] for n in names], dtype=np.int64)
+    free = [lever for lever in levers if lever.name not in fixed]
+    matrix = np.zeros((len(names), len(free)), dtype=np.int64)
     place = {name: k for k, name in enumerate(names)}
-    for column, lever in enumerate(levers):
+    for column, lever in enumerate(free):
         for name, each in lever.members.items():
             offsets[place[name]], matrix[place[name], column] = 0, each
     return offsets, matrix
@@ -79,7 +87,8 @@ def solve_levers(rows: Iterable[Row], variables: Mapping[str, int], numbers: Seq
 
     Example:
         >>> one = Fraction(1)
-        >>> found = solve_levers([{"d0": 8 * one, "hidden": -one}, {"d1": one, "hidden": -one}], {"d0": 8, "d1": 64}, ["hidden"])
+        >>> rows = [{"d0": 8 * one, "hidden": -one}, {"d1": one, "hidden": -one}]
+        >>> found = solve_levers(rows, {"d0": 8, "d1": 64}, ["hidden"])
         >>> [(x.size, dict(x.members)) for x in found]
         [(8, {'d0': 1, 'd1': 8})]
     """
@@ -145,5 +154,3 @@ def _subtract(row: Row, other: Row, times: Fraction) -> None:
             row[name] = left
         else:
             row.pop(name, None)
-
-

@@ -26,6 +26,7 @@ from slimkit.core.prune.narrowing import Narrowing, alike_levers
 from slimkit.core.prune.plan import PrunePlan, make_desc
 from slimkit.core.prune.record import record_plan, whole_desc
 from slimkit.core.prune.reporting import allocated, coupled
+from slimkit.core.prune.serving import serves
 from slimkit.core.prune.settings import PrunerSettings
 from slimkit.core.prune.solve import Coupling, View
 
@@ -114,6 +115,7 @@ class PrunerBase(PrunerSettings):
                 narrowing.keep_everything(f"its code contradicted {rounds} plans")
         left = Account(view).count(np.array([allocation.keep[n] for n in view.counts], dtype=np.int64))
         self._report = allocated(view, allocation, account, left, reserved_ratio, self._budget)
+        self._report["form"] = {"name": form.name, "because": form.because}
         desc["made"]["left_params"] = left
         return left, desc
 
@@ -181,7 +183,9 @@ class PrunerBase(PrunerSettings):
         """What the last analysis or cut found: sizes, what stays whole and why, operators without a rule, notes.
 
         Of a cut model that carries a configuration, `from_config` says whether a model built from it has the cut
-        shapes, so that its own `from_pretrained` loads it: {"loads": bool, "because": the first difference}.
+        shapes, so that its own `from_pretrained` loads it: {"loads": bool, "because": the first difference}. `serves`
+        holds the limits that transformers, vLLM and vLLM-Ascend state against it, each with its source. `form` says
+        which form the cut has, and why a model with a configuration has not the form "config".
         """
         if not self._report:
             self._report = coupled(self._solved().view())
@@ -189,6 +193,8 @@ class PrunerBase(PrunerSettings):
             mismatch = self._wing.config_mismatch()
             if mismatch is not None:
                 self._report["from_config"] = {"loads": not mismatch, "because": mismatch}
+                kind = type(self._wing.model).__name__
+                self._report["serves"] = serves(kind, self._wing.config(), mismatch, self._parallel)
         return dict(self._report)
 
     def draw(self, path: PathLike | None = None) -> str:
@@ -256,14 +262,27 @@ class PrunerBase(PrunerSettings):
                 n: s if self._criterion.comparable else s / max(s.mean(), 1e-30) for n, s in self._scores.items()
             }
             chunks = {x.name: joined_scores(x, comparable) for x in levers}
-        offsets, matrix = lever_matrix(account.names, view.counts, levers)
-        joined = account.joined([x.name for x in levers], offsets, matrix)
-        found = allocate(
-            joined, [x.size for x in levers], target, self._node_ratio, self._alignment, chunks,
-            alike_levers(view, levers), level=self._begun().level, multiples=parallel_steps(view, levers, self._parallel),
-        )  # fmt: skip
-        self._steps = found.keep
-        counts = offsets + matrix @ np.array([found.keep[x.name] for x in levers], dtype=np.int64)
+        multiples = parallel_steps(view, levers, self._parallel)
+        fixed: dict[str, int] = {}
+        for _ in range(2):
+            # Levers that had to be put elsewhere stay there, and the others make up for it.
+            free = [x for x in levers if x.name not in fixed]
+            offsets, matrix = lever_matrix(account.names, view.counts, levers, fixed)
+            joined = account.joined([x.name for x in free], offsets, matrix)
+            musts = [m for x, m in zip(levers, multiples) if x.name not in fixed]
+            sizes = [x.size for x in free]
+            found = allocate(
+                joined, sizes, target, self._node_ratio, self._alignment, chunks, alike_levers(view, free),
+                level=self._begun().level, multiples=musts,
+            )  # fmt: skip
+            counts = offsets + matrix @ np.array([found.keep[x.name] for x in free], dtype=np.int64)
+            if fixed:
+                break
+            least = dict(zip(found.keep, joined.steps(self._alignment, np.array(sizes, dtype=np.int64)).tolist()))
+            fixed = self._form_begun().settled(levers, found.keep, least)
+            if not fixed:
+                break
+        self._steps = {**found.keep, **fixed}
         held = {v for x in levers if x.name in found.held_back for v in x.members}
         found.keep = dict(zip(account.names, counts.tolist()))
         found.held_back = [n for n in account.names if n in held]
@@ -366,7 +385,8 @@ class PrunerBase(PrunerSettings):
         shapes, buffers = self._wing.shapes(), self._wing.buffers()
         left = sum(int(np.prod(s)) for p, s in shapes.items() if p not in buffers)
         self._report = {**self._report, "left_params": left}
-        self._report.pop("from_config", None)
+        for told in ("from_config", "serves"):
+            self._report.pop(told, None)
         self._was_cut = True
 
         def undo() -> None:

@@ -105,8 +105,8 @@ class PrunerSettings:
 
         Args:
             form: "config": only what the model's Hugging Face configuration can say, so that `from_pretrained` loads
-                the result without slimkit; "padded": any shape, zero-padded to widths that the configuration can say;
-                "any": any shape. Unset: "config" for a model with such a configuration, "any" for others.
+                the result without slimkit; "any": any shape. Unset: "config" for a model with such a
+                configuration, "any" for others.
 
         Returns:
             This pruner.
