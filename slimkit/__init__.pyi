@@ -8,12 +8,14 @@ from slimkit.checkpoint import load_param_into_net as load_param_into_net
 from slimkit.checkpoint import save_checkpoint as save_checkpoint
 from slimkit.compare import compare_models as compare_models
 from slimkit.convert import convert_checkpoint as convert_checkpoint
+from slimkit.convert import convert_gguf as convert_gguf
 from slimkit.core.ascend import OnnxCheck as OnnxCheck
 from slimkit.core.ascend import check_onnx as check_onnx
 from slimkit.core.ascend import load_w16a16s as load_w16a16s
 from slimkit.core.ascend import padded_waste as padded_waste
 from slimkit.core.checkpoint.loading import LoadReport as LoadReport
 from slimkit.core.compare.comparison import Comparison as Comparison
+from slimkit.core.convert.gguffile import GgufReport as GgufReport
 from slimkit.core.convert.stream import ConvertReport as ConvertReport
 from slimkit.core.delta.shard import ShardError as ShardError
 from slimkit.core.delta.spec import DeltaReport as DeltaReport

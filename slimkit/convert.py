@@ -1,14 +1,19 @@
-"""Conversion of checkpoints between PyTorch and MindSpore, from the PyTorch side."""
+"""Conversion of checkpoints: between PyTorch and MindSpore, from the PyTorch side, and out of GGUF files."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from slimkit import bridge  # noqa: F401 - says in one line that torch is missing
+from slimkit.core.convert import gguffile
 from slimkit.core.convert import stream as convert
+from slimkit.core.convert.gguffile import GgufReport
 from slimkit.core.convert.stream import ConvertReport
+from slimkit.core.errors import UnsupportedError
 from slimkit.core.files import PathLike
+from slimkit.core.lazy import library
 
 import torch
 
@@ -75,3 +80,41 @@ def convert_checkpoint(
         strict=strict,
         torch=lambda: torch,
     )
+
+
+def convert_gguf(src: PathLike, dst: PathLike, *, dtype: str = "float32") -> GgufReport:
+    """Turn a GGUF file into a Hugging Face folder that `from_pretrained` reads.
+
+    Values are dequantised by the library `gguf`, a few megabytes at a time, so that memory does not grow with the
+    model. Names, the layout of queries and keys, the epsilon of norms and scaled positions become those of
+    transformers; the tokenizer is written by transformers, with the chat template where the file has one.
+
+    Args:
+        src: the .gguf file, of the architecture llama, qwen2 or qwen3, in any type that `gguf` dequantises.
+        dst: the folder to make; it must not exist yet, or be empty.
+        dtype: "float32", "float16" or "bfloat16". Only float32 holds every number of a quantised file exactly.
+
+    Returns:
+        A `GgufReport`.
+
+    Raises:
+        ArgumentError: `dst` is in use, or `dtype` is none of the three.
+        FileFormatError: the file is damaged, or a tensor is missing or of another shape.
+        UnsupportedError: an architecture, a key, a tensor or a type that slimkit does not know, or a number that
+            float16 cannot hold. Nothing is written after an error.
+        MissingFrameworkError: `gguf` is not installed: pip install 'slimkit[gguf]'.
+
+    Example:
+        >>> convert_gguf("SmolLM2-135M-Instruct.Q4_1.gguf", "smollm2").types  # doctest: +SKIP
+        {'Q8_0': 1, 'F32': 61, 'Q4_1': 210}
+    """
+    return gguffile.convert_gguf(src, dst, dtype, _write_tokenizer)
+
+
+def _write_tokenizer(src: Path, folder: Path) -> None:
+    transformers = library("transformers", "hf")
+    try:
+        found = transformers.AutoTokenizer.from_pretrained(str(src.parent), gguf_file=src.name)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, NotImplementedError, OSError) as error:
+        raise UnsupportedError(f"transformers cannot read the tokenizer of {src}: {str(error)[:200]}") from None
+    found.save_pretrained(str(folder))

@@ -14,6 +14,7 @@ from slimkit.core.checkpoint.weightfile import Array
 from slimkit.core.files import PathLike
 from slimkit.core.lazy import library
 from slimkit.core.log import progress
+from slimkit.core.showing import Report
 from slimkit.core.weights.activations import Energies
 from slimkit.core.weights.blocks import PruneConfig
 from slimkit.core.weights.cut import plan_weights
@@ -26,7 +27,7 @@ import torch
 
 def prune_model_weight(
     model: torch.nn.Module, config: PruneConfig, weight_file_path: PathLike, *, strict: bool = True
-) -> dict[str, Any]:
+) -> Report:
     """Cut the weights of a large transformer out of its file and load them into a smaller instance, in place.
 
     Args:
@@ -68,7 +69,7 @@ def prune_model_weight(
         with torch.no_grad():
             for name, values in plan.tensors(source):
                 tensors[name].copy_(torch.from_numpy(values))
-    return plan.report
+    return Report("weights", plan.report)
 
 
 def suggest_layer_map(model_or_file: Any, calibration: Any, keep: int, blocks: str | None = None) -> LayerSuggestion:

@@ -6,6 +6,7 @@ from slimkit.core.ascend import load_w16a16s as load_w16a16s
 from slimkit.core.ascend import padded_waste as padded_waste
 from slimkit.core.checkpoint.loading import LoadReport as LoadReport
 from slimkit.core.compare.comparison import Comparison as Comparison
+from slimkit.core.convert.gguffile import GgufReport as GgufReport
 from slimkit.core.convert.stream import ConvertReport as ConvertReport
 from slimkit.core.delta.shard import ShardError as ShardError
 from slimkit.core.delta.spec import DeltaReport as DeltaReport

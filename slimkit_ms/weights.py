@@ -13,6 +13,7 @@ from slimkit.core.checkpoint.openweights import open_weights, refuse_torch, sour
 from slimkit.core.checkpoint.weightfile import Array
 from slimkit.core.files import PathLike
 from slimkit.core.log import progress
+from slimkit.core.showing import Report
 from slimkit.core.weights.activations import Energies
 from slimkit.core.weights.blocks import PruneConfig
 from slimkit.core.weights.cut import plan_weights
@@ -26,7 +27,7 @@ from mindspore import nn
 
 def prune_model_weight(
     model: nn.Cell, config: PruneConfig, weight_file_path: PathLike, *, strict: bool = True
-) -> dict[str, Any]:
+) -> Report:
     """Cut the weights of a large transformer out of its file and load them into a smaller instance, in place.
 
     Args:
@@ -67,7 +68,7 @@ def prune_model_weight(
         parameters = {p.name: p for p in model.get_parameters()}
         for name, values in plan.tensors(source):
             parameters[name].set_data(_owned(values, parameters[name].dtype))
-    return plan.report
+    return Report("weights", plan.report)
 
 
 def _owned(values: Array, dtype: Any) -> ms.Tensor:

@@ -1,4 +1,4 @@
-"""`slimkit convert`: checkpoints between PyTorch and MindSpore."""
+"""`slimkit convert`: checkpoints between PyTorch and MindSpore, and GGUF files into Hugging Face folders."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from slimkit.cli.session import session
 from slimkit.core.errors import ConfigError
 
 if TYPE_CHECKING:
+    from slimkit.cli.session import Session
     from slimkit.core.convert.stream import ConvertReport
 
 # Between the names of a --name-map that become one tensor.
@@ -24,13 +25,15 @@ def convert(
     src: Annotated[
         Path,
         typer.Argument(
-            help="safetensors, .ckpt, .pt/.pth/.bin, a sharded index or a Hugging Face directory.", show_default=False
+            help="safetensors, .ckpt, .pt/.pth/.bin, a sharded index, a Hugging Face directory, or .gguf.",
+            show_default=False,
         ),
     ],
     dst: Annotated[
         Path,
         typer.Argument(
-            help=".ckpt or .safetensors (MindSpore); .safetensors, .pt, .pth or .bin (torch).", show_default=False
+            help=".ckpt or .safetensors (MindSpore); .safetensors, .pt, .pth or .bin (torch); a new folder for .gguf.",
+            show_default=False,
         ),
     ],
     to: Annotated[
@@ -80,21 +83,41 @@ def convert(
         bool, typer.Option("--loose", help="Report tensors without a place instead of refusing them.")
     ] = False,
     no_manifest: Annotated[bool, typer.Option("--no-manifest", help="Do not write FILE.manifest.json.")] = False,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            "--dtype",
+            autocompletion=options.words("float32", "float16", "bfloat16"),
+            help="Of the folder that a .gguf file becomes: float32 (all of a quantised number), float16, bfloat16.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Convert a checkpoint from PyTorch to MindSpore or back: names, layouts, and every value bit by bit.
 
     With both networks given, tensors are matched layer by layer; with --example the two networks are run and compared.
-    safetensors and .ckpt files need neither framework.
+    safetensors and .ckpt files need neither framework. A .gguf file becomes a Hugging Face folder with its tokenizer.
 
     Example: slimkit convert model.safetensors model.ckpt
 
     Example: slimkit convert net.pt net.ckpt --source-factory nets.py:net --result-factory nets_ms.py:net
     --example 1,3,32,32
+
+    Example: slimkit convert model.gguf FOLDER --dtype bfloat16
     """
     with session("convert", output) as talk:
         from slimkit.core.jobs.measurement import show
 
         talk.go_on = "nothing was written; give the same command again"
+        if src.suffix == ".gguf":
+            others = {
+                "--to": to, "--name-map": name_map, "--source-factory": source_factory, "--example": example,
+                "--result-factory": result_factory, "--only": only, "--loose": loose, "--no-manifest": no_manifest,
+            }  # fmt: skip
+            _from_gguf(talk, src, dst, dtype or "float32", others, output.dry_run)
+            return
+        if dtype is not None:
+            raise ConfigError("--dtype goes with a .gguf file; other checkpoints keep their types")
         if (source_factory is None) != (result_factory is None):
             raise ConfigError("--source-factory and --result-factory must be given together: each names a network")
         if example is not None and source_factory is None:
@@ -130,6 +153,32 @@ def convert(
         if output.verbose:
             talk.table("Names", ("in the source", "in the result"), list(found["renamed"].items()))
         talk.result({"src": src, "dst": dst, **found}, dry_run=output.dry_run)
+
+
+def _from_gguf(talk: Session, src: Path, dst: Path, dtype: str, others: dict[str, Any], dry_run: bool) -> None:
+    """The command for a GGUF file, which becomes a folder."""
+    from slimkit.core.convert import gguffile
+    from slimkit.core.jobs.measurement import show
+
+    if given := [option for option, value in others.items() if value]:
+        raise ConfigError(f"{given[0]} does not go with a .gguf file, which becomes a Hugging Face folder")
+    if dry_run:
+        report = gguffile.planned(src, dst, dtype)[1]
+    else:
+        from slimkit.convert import convert_gguf
+
+        report = convert_gguf(src, dst, dtype=dtype)
+    types = ", ".join(f"{count} {kind}" for kind, count in report.types.items())
+    size = "" if dry_run else f" ({show(report.bytes_written, 'bytes')})"
+    talk.line(
+        f"{'would write' if dry_run else 'Written:'} {report.path}{size}: {report.architecture} in {report.dtype}, "
+        f"{show(report.parameters, 'parameters')} out of {types}"
+    )
+    with_template = " with its chat template" if report.chat_template else " without a chat template"
+    talk.line(
+        "  tokenizer" + with_template if report.tokenizer else "  the file holds no tokenizer, so the folder has none"
+    )
+    talk.result({"src": src, "dst": dst, **report.as_dict()}, dry_run=dry_run)
 
 
 def _networks(source: str | None, result: str | None) -> tuple[Any, Any]:

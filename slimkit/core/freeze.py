@@ -18,6 +18,7 @@ from slimkit.core.errors import (
 )
 from slimkit.core.files import readable_file
 from slimkit.core.match import demand, match, matcher
+from slimkit.core.showing import Shown
 from slimkit.core.yamltext import parse_yaml
 
 # A bias by the last part of its name: "bias", "in_proj_bias", "bias_ih_l0", and "beta", a norm's bias in MindSpore.
@@ -94,7 +95,7 @@ class Parameters:
 
 
 @dataclass(frozen=True)
-class FreezeReport:
+class FreezeReport(Shown):
     """What a freezing call did, and what trains now; printing it gives a summary.
 
     Args:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from slimkit.core import check
 from slimkit.core.errors import ArgumentError
+from slimkit.core.showing import Shown
 
 
 class FreezerLayer(NamedTuple):
@@ -26,7 +28,7 @@ class FreezerLayer(NamedTuple):
 LayerGroup = FreezerLayer
 
 
-class Freezer(ABC):
+class Freezer(Shown, ABC):
     """The half of ModelFreezer that both wings share: indices, groups and what a call returns."""
 
     def __init__(self, model: Any, freeze_batch_norms: bool = False) -> None:
@@ -37,6 +39,14 @@ class Freezer(ABC):
             raise ArgumentError("model must have at least one child module: its children are the layer groups.")
         for parameter in self._parameters(model):
             parameter.requires_grad = True
+
+    def _rows(self) -> Iterator[tuple[str, Any]]:
+        yield "model", type(self.model).__name__
+        for layer in self.get_layer_groups():
+            state = "frozen" if layer.is_frozen else "trains"
+            yield f"group {layer.layer_group_idx[0]}", f"{type(layer.module).__name__}, {state}"
+
+    __repr__ = Shown.__str__
 
     @abstractmethod
     def _children(self, module: Any) -> list[Any]:

@@ -39,6 +39,24 @@ def require(framework: str) -> None:
     )
 
 
+class LateModule:
+    """A module that is imported when something of it is first asked for.
+
+    Args:
+        module: dotted module name.
+
+    Example:
+        >>> LateModule("json").dumps(1)
+        '1'
+    """
+
+    def __init__(self, module: str) -> None:
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(importlib.import_module(self._module), name)
+
+
 def library(module: str, extra: str) -> Any:
     """Import an optional library, or say in one line how to get it.
 

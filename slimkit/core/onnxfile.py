@@ -17,6 +17,7 @@ import numpy as np
 from slimkit.core.errors import FileFormatError, UnsupportedError
 from slimkit.core.files import atomic_file, place_file
 from slimkit.core.lazy import library
+from slimkit.core.showing import Shown
 
 Array = np.ndarray[Any, Any]
 
@@ -25,7 +26,7 @@ _LARGEST_BYTES = 2**31 - 2**24
 
 
 @dataclass(frozen=True)
-class OnnxReport:
+class OnnxReport(Shown):
     """What was written and how well it agrees with the model.
 
     Args:

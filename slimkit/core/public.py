@@ -84,6 +84,8 @@ ROOMS: dict[str, dict[str, str]] = {
         "LoadReport": "core.checkpoint.loading",
         "convert_checkpoint": "convert",
         "ConvertReport": "core.convert.stream",
+        "convert_gguf": "convert",
+        "GgufReport": "core.convert.gguffile",
         "save_delta": "delta",
         "load_delta": "delta",
     },
@@ -142,6 +144,7 @@ ONLY: dict[str, tuple[str, str]] = {
     "CheckpointConfig": ("slimkit", "MindSpore has its own class of that name, and slimkit_ms takes it"),
     "PruneTorch": ("slimkit", "named after its framework; Pruner is the name that both share"),
     "PruneMindSpore": ("slimkit_ms", "named after its framework; Pruner is the name that both share"),
+    "convert_gguf": ("slimkit", "transformers reads a GGUF file's tokenizer with PyTorch alone; both read the folder"),
     "export_mindir": ("slimkit_ms", "MINDIR is MindSpore's own format"),
     "sparsify_checkpoint": ("slimkit", "walks models of transformers, which MindSpore cannot build"),
 }

@@ -116,7 +116,7 @@ class TorchDelta(DeltaFramework):
         in_step(module.weight, adapter.parameters())
         layer = attach(module, mixin)
         setattr(layer, f"{PREFIX}{kind}", adapter.train(module.training))
-        layer.begin(dict(options), name)
+        layer.carry_delta(dict(options), name)
 
     def taken_off(self, model: nn.Module) -> None:
         forget_deltas(model)

@@ -82,14 +82,14 @@ class Adapted(OneAdapter, DeltaLayer):
         held: nn.Module = getattr(self, f"mindpet_delta_{self.delta_kind}")
         return held
 
-    def parts(self, name: str, spelled: str | None = None) -> dict[str, torch.Tensor]:
+    def delta_tensors(self, name: str, spelled: str | None = None) -> dict[str, torch.Tensor]:
         """Path below the layer -> tensor of everything the adapter consists of."""
         return {f"mindpet_delta_{self.delta_kind}.{n}": p for n, p in self.adapter.named_parameters()}
 
     def leave(self) -> None:
         """Take the adapter off, in place."""
         delattr(self, f"mindpet_delta_{self.delta_kind}")
-        for attribute in ("specs", "active_deltas", "delta_acts"):
+        for attribute in ("delta_specs", "active_deltas", "delta_acts"):
             del vars(self)[attribute]
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:

@@ -85,7 +85,7 @@ class LoRADense(LoraLinear, DenseBase):
         self.start()
         self.mindpet_delta_lora_a = initial.parameter(a_init, a_shape, param_init_type)
         self.mindpet_delta_lora_b = initial.parameter(lora_b_init, b_shape, param_init_type)
-        self.specs[DEFAULT_NAME] = LoraSpec(lora_rank, float(lora_alpha), lora_dropout)
+        self.delta_specs[DEFAULT_NAME] = LoraSpec(lora_rank, float(lora_alpha), lora_dropout)
         self.set_active_deltas({DEFAULT_NAME: 1.0})
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:

@@ -87,16 +87,16 @@ class LoraHeld(LoraLayer):
             setattr(self, key("lora", f"b_{slug(parameter)}", name), nn.Parameter(b))
         self.take(name, spec)
 
-    def parts(self, name: str, spelled: str | None = None) -> dict[str, Any]:
+    def delta_tensors(self, name: str, spelled: str | None = None) -> dict[str, Any]:
         """Attribute -> tensor of everything one delta consists of, the attributes as for a delta named `spelled`."""
-        parts = [f"{half}_{slug(p)}" for p in self.specs[name].parameters for half in "ab"]
+        parts = [f"{half}_{slug(p)}" for p in self.delta_specs[name].parameters for half in "ab"]
         return {key("lora", p, spelled or name): getattr(self, key("lora", p, name)) for p in parts}
 
     def _changes(self) -> dict[str, torch.Tensor]:
         """Parameter -> what the active deltas add to it."""
         found: dict[str, torch.Tensor] = {}
         for part in self.active_parts():
-            for parameter in self.specs[part.name].parameters:
+            for parameter in self.delta_specs[part.name].parameters:
                 held = self._held(parameter)
                 a, b = (getattr(self, key("lora", f"{half}_{slug(parameter)}", part.name)) for half in "ab")
                 kind = computing(held.dtype, a.dtype)
@@ -129,7 +129,7 @@ class LoraHeld(LoraLayer):
 
     def sources(self) -> dict[str, Any]:
         """Name -> parameter, of what the deltas are added to."""
-        return {p: self._held(p) for spec in self.specs.values() for p in spec.parameters}
+        return {p: self._held(p) for spec in self.delta_specs.values() for p in spec.parameters}
 
     @torch.no_grad()
     def merged_weight(self) -> Any:

@@ -52,7 +52,7 @@ class LoraLinear(LoraLayer):
     ) -> torch.Tensor:
         plain = out
         for part in self._running:
-            spec = self.specs[part.name]
+            spec = self.delta_specs[part.name]
             dropped = F.dropout(x, part.dropout, self.training) if part.dropout else x
             a, b = (t.to(kind or t.dtype) for t in self._factors(part, x.device))
             wide = dropped.to(a.dtype)
@@ -69,7 +69,7 @@ class LoraLinear(LoraLayer):
         self, part: Part, x: Any, dropped: Any, a: Any, b: Any, out: Any, weight: torch.Tensor, bias: Any
     ) -> torch.Tensor:
         """What DoRA adds: m / |W + sBA| (W + sBA) x - W x, the length held constant (Liu et al. 2024, sec. 4.3)."""
-        scale = self.specs[part.name].scaling
+        scale = self.delta_specs[part.name].scaling
         # |W + sBA|^2 by rows without building B A: |W|^2 + 2s <W A', B> + s^2 <B A A', B>
         wide, a0, b0 = weight.detach().to(a.dtype), a.detach(), b.detach()
         square = (wide * wide).sum(1) + 2 * scale * ((wide @ a0.t()) * b0).sum(1)  # (out,)
@@ -117,7 +117,7 @@ class LoraLinear(LoraLayer):
             ShardError: a strategy does not fit its operator.
         """
         strategies = rules.given(rules.LORA, locals())
-        name, spec = next(iter(self.specs.items()))
+        name, spec = next(iter(self.delta_specs.items()))
         sizes = {"k": self.in_features, "n": self.out_features, "r": spec.rank}
         optional = {"org_bias_add": self.bias, "activation": self.carried_activation()}
         return plan(self, rules.LORA, strategies, sizes, rules.lora_parameters(name), optional)
@@ -160,14 +160,14 @@ class LoraEmbedding(LoraLayer):
         for part in self._running:
             a, b = self._factors(part, x.device)
             side = F.embedding(x, a.t(), self.padding_idx) @ b.t() * part.scale
-            if self.specs[part.name].dora:
+            if self.delta_specs[part.name].dora:
                 side = self._turned(part, plain, side, self._gain(part, a, b))
             out = out + side.to(out.dtype)
         return out
 
     def _gain(self, part: Part, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """(width,): DoRA's magnitudes over the lengths of the columns, without building the table's change."""
-        scale, wide = self.specs[part.name].scaling, self.weight.detach().to(a.dtype)
+        scale, wide = self.delta_specs[part.name].scaling, self.weight.detach().to(a.dtype)
         a0, b0 = a.detach(), b.detach()
         square = (wide * wide).sum(0) + 2 * scale * ((a0 @ wide) * b0.t()).sum(0)
         square = square + scale * scale * ((b0 @ (a0 @ a0.t())) * b0).sum(1)
@@ -210,12 +210,14 @@ class LoraConv2d(LoraLayer):
             dropped = F.dropout(x, part.dropout, self.training) if part.dropout else x
             wide = dropped.to(a.dtype)
             side = F.conv2d(self._down(wide, a, low), b, self.own_bias(part, b)) * part.scale
-            if self.specs[part.name].dora:
+            if self.delta_specs[part.name].dora:
                 straight = plain if self.bias is None else plain - self.bias.view(-1, 1, 1)
                 if dropped is not x:
                     straight = self._down(wide, self.weight.to(a.dtype), low)
                 base = self.weight.detach().to(a.dtype)
-                length = self._lengths(base + self.specs[part.name].scaling * self.product(a.detach(), b.detach()))
+                length = self._lengths(
+                    base + self.delta_specs[part.name].scaling * self.product(a.detach(), b.detach())
+                )
                 gain = getattr(self, key("lora", "magnitude", part.name)).to(length) / length
                 side = self._turned(part, straight, side, gain.view(-1, 1, 1))
             out = out + side.to(out.dtype)
@@ -264,7 +266,7 @@ class LoraConv1D(LoraLayer):
         for part in self._running:
             a, b = self._factors(part, x.device)
             dropped = F.dropout(x, part.dropout, self.training) if part.dropout else x
-            if self.specs[part.name].dora:
+            if self.delta_specs[part.name].dora:
                 change = self.change(part, self.weight.to(a.dtype))
                 side = F.linear(dropped.to(a.dtype), change.t())
             else:

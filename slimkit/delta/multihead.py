@@ -28,9 +28,9 @@ class _Extended(PrunedMultiheadAttention):
         prefixed: Any = self
         if not prefixed.delta_acts:
             return k, v, mask
-        keys, values = prefixed.rows()
-        k = torch.cat((prefixed.front(keys, k), k), 2)
-        v = torch.cat((prefixed.front(values, v), v), 2)
+        keys, values = prefixed.keys_and_values()
+        k = torch.cat((prefixed.prefix_for(keys, k), k), 2)
+        v = torch.cat((prefixed.prefix_for(values, v), v), 2)
         return k, v, None if mask is None else F.pad(mask, (keys.shape[0], 0))
 
 

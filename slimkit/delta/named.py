@@ -79,10 +79,10 @@ class LoraLayer(NamedLoras, DeltaLayer):
 
     def leave(self) -> None:
         """Take every delta off, in place."""
-        for name in list(self.specs):
+        for name in list(self.delta_specs):
             self.drop_delta(name)
         for attribute in (
-            "specs",
+            "delta_specs",
             "active_deltas",
             "unmerged",
             "unmerged_sources",
@@ -167,7 +167,7 @@ class LoraLayer(NamedLoras, DeltaLayer):
 
     def change(self, part: Part, base: torch.Tensor) -> torch.Tensor:
         """What one delta adds to the base weight, in the weight's layout."""
-        spec, weight = self.specs[part.name], self.active_deltas[part.name]
+        spec, weight = self.delta_specs[part.name], self.active_deltas[part.name]
         a, b = self._factors(part)
         a, b = (beside(t.to(base.device, base.dtype), base) for t in (a, b))
         delta = self.product(a, b)
@@ -181,7 +181,7 @@ class LoraLayer(NamedLoras, DeltaLayer):
 
     def own_bias(self, part: Part, like: torch.Tensor) -> torch.Tensor | None:
         """(outputs,) that a LoRA's b adds by itself, where and as `like` is; None where it has none."""
-        if not self.specs[part.name].bias:
+        if not self.delta_specs[part.name].bias:
             return None
         return getattr(self, key("lora", "bias", part.name)).to(like)
 
@@ -201,7 +201,7 @@ class LoraLayer(NamedLoras, DeltaLayer):
         a, b = getattr(self, part.a), getattr(self, part.b)
         kind = computing(self.weight.dtype, a.dtype)
         a, b = a.to(kind), b.to(kind)
-        if self.specs[part.name].init == "pissa":
+        if self.delta_specs[part.name].init == "pissa":
             # What PiSSA took out of the base is subtracted here, so the base itself is never touched.
             a = torch.cat((a, getattr(self, key("lora", "a0", part.name)).to(kind)), 0)
             b = torch.cat((b, -getattr(self, key("lora", "b0", part.name)).to(kind)), 1)

@@ -30,18 +30,18 @@ class CachedPrefix(OneAdapter, DeltaLayer):
     prefix_tokens: int
     prefix_place: int  # of the layer in the cache
 
-    def parts(self, name: str, spelled: str | None = None) -> dict[str, torch.Tensor]:
+    def delta_tensors(self, name: str, spelled: str | None = None) -> dict[str, torch.Tensor]:
         """Path below the layer -> tensor of everything the prefix consists of."""
         return {f"{ROWS}.{n}": p for n, p in getattr(self, ROWS).named_parameters()}
 
-    def rows(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def keys_and_values(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values (tokens, heads * width), as they are now."""
         return getattr(self, ROWS)()
 
     def in_cache(self, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values (batch, heads, tokens, width) in the layer's dtype."""
         like: Any = next(p for n, p in self.named_parameters() if not n.startswith(ROWS))
-        key, value = (r.view(r.shape[0], self.prefix_heads, -1).transpose(0, 1).to(like) for r in self.rows())
+        key, value = (r.view(len(r), self.prefix_heads, -1).transpose(0, 1).to(like) for r in self.keys_and_values())
         return key.expand(batch, -1, -1, -1), value.expand(batch, -1, -1, -1)
 
     def take_off_deltas(self) -> None:
@@ -56,7 +56,14 @@ class CachedPrefix(OneAdapter, DeltaLayer):
                     del decoder._forward_pre_hooks[handle]
                     decoder._forward_pre_hooks_with_kwargs.pop(handle, None)
         delattr(self, ROWS)
-        for attribute in ("specs", "active_deltas", "delta_acts", "prefix_heads", "prefix_tokens", "prefix_place"):
+        for attribute in (
+            "delta_specs",
+            "active_deltas",
+            "delta_acts",
+            "prefix_heads",
+            "prefix_tokens",
+            "prefix_place",
+        ):
             self.__dict__.pop(attribute, None)
         assert self.plain_class is not None
         self.__class__ = self.plain_class
@@ -151,7 +158,7 @@ def put_cached(
         module.prefix_heads, module.prefix_tokens, module.prefix_place = seen.heads, plan.prefix_token_num, place
         module.__dict__["_decoder"] = (decoder,)
         described[path] = plan.record(seen, True)
-        module.begin(described[path], name)
+        module.carry_delta(described[path], name)
     vars(decoder)[LAYERS] = tuple(bridge.get_module(model, path) for path in layers)
     decoder.register_forward_pre_hook(_fill, with_kwargs=True)
     return described

@@ -174,7 +174,7 @@ class _Extend(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         call = inspect_call(args, kwargs or {})
         query, key, value, mask = call.pop("query"), call.pop("key"), call.pop("value"), call.pop("attn_mask", None)
-        front = [self.owner.front(rows, key) for rows in self.owner.rows()]
+        front = [self.owner.prefix_for(rows, key) for rows in self.owner.keys_and_values()]
         tokens, n_query, n_key = front[0].shape[2], query.shape[2], key.shape[2]
         if call.pop("is_causal", False):
             mask = torch.ones(n_query, n_key, dtype=torch.bool, device=key.device).tril()
@@ -205,15 +205,15 @@ class Prefixed(OneAdapter, DeltaLayer):
         with _Extend(self):
             return super().forward(*args, **kwargs)  # type: ignore[misc]
 
-    def parts(self, name: str, spelled: str | None = None) -> dict[str, torch.Tensor]:
+    def delta_tensors(self, name: str, spelled: str | None = None) -> dict[str, torch.Tensor]:
         """Path below the layer -> tensor of everything the prefix consists of."""
         return {f"{ROWS}.{n}": p for n, p in getattr(self, ROWS).named_parameters()}
 
-    def rows(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def keys_and_values(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values (tokens, heads * width), as they are now."""
         return getattr(self, ROWS)()
 
-    def front(self, rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    def prefix_for(self, rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         """(tokens, heads * width) to (batch, heads of `like`, tokens, width), in its dtype."""
         heads = rows.view(rows.shape[0], self.prefix_heads, -1).transpose(0, 1).to(like.dtype)
         heads = heads.repeat_interleave(like.shape[1] // self.prefix_heads, 0)
@@ -227,7 +227,14 @@ class Prefixed(OneAdapter, DeltaLayer):
     def take_off_deltas(self) -> None:
         """Take the prefix off again, in place."""
         delattr(self, ROWS)
-        del self.specs, self.active_deltas, self.delta_acts, self.prefix_heads, self.query_heads, self.prefix_tokens
+        del (
+            self.delta_specs,
+            self.active_deltas,
+            self.delta_acts,
+            self.prefix_heads,
+            self.query_heads,
+            self.prefix_tokens,
+        )
         self.__class__ = type(self).plain_class
 
 
@@ -280,7 +287,7 @@ def put_prefix(
         module.prefix_heads, module.query_heads = seen[path].heads, seen[path].query_heads
         module.prefix_tokens = plan.prefix_token_num
         described[path] = plan.record(seen[path], bool(places))
-        module.begin(described[path], name)
+        module.carry_delta(described[path], name)
     for config, kernel in kernels:
         config.attention_before_prefix = kernel
     call_layers(model, modules)

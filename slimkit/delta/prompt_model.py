@@ -27,7 +27,7 @@ class PromptFront(OneAdapter, DeltaLayer, PromptTuning):
 
     delta_kind = "prompt"
 
-    def parts(self, name: str, spelled: str | None = None) -> dict[str, torch.Tensor]:
+    def delta_tensors(self, name: str, spelled: str | None = None) -> dict[str, torch.Tensor]:
         """Path below the layer -> tensor of everything the prompt consists of."""
         return dict(self.named_parameters())
 
@@ -95,7 +95,7 @@ def put_prompt(
         elif init == "vocabulary":
             rows.copy_(table[torch.randint(table.shape[0], (tokens,), device=table.device)])
     front.to(device=table.device, dtype=dtype or torch.float32)
-    front.begin({"num_virtual_tokens": tokens}, name)
+    front.carry_delta({"num_virtual_tokens": tokens}, name)
     if owner is not None:
         hooked = _hooks(owner)
         for module, hook in hooked:

@@ -113,7 +113,7 @@ class TorchStorage(TorchDelta, DeltaStorage):
 
     def prefix_rows(self, model: nn.Module, layers: Sequence[Any]) -> list[tuple[Any, Any]]:
         with bridge.evaluating(model), torch.no_grad():
-            return [tuple(map(self.value, layer.rows())) for layer in layers]
+            return [tuple(map(self.value, layer.keys_and_values())) for layer in layers]
 
     def tables(self, model: nn.Module, kind: str) -> list[Any]:
         found: list[Any] = []

@@ -22,7 +22,7 @@ class Extending:
     def prefix_rows(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Keys and values (tokens, heads * width) of the prefix; None while it does not act."""
         holder: Any = self
-        return holder.rows() if holder.delta_acts else None
+        return holder.keys_and_values() if holder.delta_acts else None
 
     def prefix_keys(self, keys: torch.Tensor, transposed: bool, rows: Any) -> torch.Tensor:
         """Keys with the prefix in front: (..., width, tokens), or (..., tokens, width) where `transposed`."""

@@ -14,6 +14,7 @@ from slimkit.core.checkpoint import shards
 from slimkit.core.errors import UnsupportedError
 from slimkit.core.files import PathLike
 from slimkit.core.locks import locked, same_job
+from slimkit.core.showing import Report
 from slimkit.core.sparse import SparseConfig
 from slimkit.core.sparse.compress import compress
 from slimkit.core.sparse.remaining import Progress
@@ -34,7 +35,7 @@ def sparsify_checkpoint(
     *,
     names: Callable[[str], str] | None = None,
     on_progress: Callable[[Progress], None] | None = None,
-) -> dict[str, Any]:
+) -> Report:
     """Make a Hugging Face checkpoint directory sparse, holding one block of it in memory at a time.
 
     Each finished block is written to `dst` with the activations that leave it; a run that is killed goes on from the
@@ -87,7 +88,7 @@ def _resume(
     target: Path,
     job: Mapping[str, Any],
     on_progress: Callable[[Progress], None] | None,
-) -> dict[str, Any]:
+) -> Report:
     """Begin a job in `target`, or go on with it; the caller holds its lock."""
     state = target / STATE
     same_job(state, job)
@@ -97,7 +98,7 @@ def _resume(
     report_file = target / "sparse_report.json"
     if report_file.exists():
         _tidy(state)  # the kill may have come while tidying
-        return files.read_json(report_file)
+        return Report("sparsity", files.read_json(report_file))
     report, _ = compress(host, cfg, data, on_progress)
     for row in report["layers"].values():
         row.pop("seconds", None)  # the same job writes the same bytes
@@ -109,7 +110,7 @@ def _resume(
     files.write_json(finished / report_file.name, report)
     files.commit(finished, target)
     _tidy(state)
-    return report
+    return Report("sparsity", report)
 
 
 def _tidy(state: Path) -> None:

@@ -180,7 +180,7 @@ class AdapterDense(AdapterBase):
             in_channels, out_channels, weight_init, bias_init, has_bias, activation, param_init_type, compute_dtype
         )
         self.mindpet_delta_adapter = adapter
-        self.begin({"bottleneck_size": bottleneck_size, "non_linearity": non_linearity})
+        self.carry_delta({"bottleneck_size": bottleneck_size, "non_linearity": non_linearity})
 
     def construct(self, x: Any) -> Any:
         out = self.dense(x)

@@ -106,7 +106,7 @@ class MindSporeDelta(DeltaFramework):
         adapter = make(kinds.width_of(module), dtype or ms.float32, **options).set_train(module.training)
         layer = attach(module, mixin)
         layer.insert_child_to_cell(f"{PREFIX}{kind}", adapter)
-        layer.begin(dict(options), name)
+        layer.carry_delta(dict(options), name)
 
     def attached(self, model: nn.Cell, paths: Sequence[str]) -> None:
         for path in paths:

@@ -85,13 +85,13 @@ class Adapted(OneAdapter, DeltaLayer):
         """The adapter."""
         return self._cells[f"mindpet_delta_{self.delta_kind}"]
 
-    def parts(self, name: str, spelled: str | None = None) -> dict[str, Any]:
+    def delta_tensors(self, name: str, spelled: str | None = None) -> dict[str, Any]:
         """Path below the layer -> tensor of everything the adapter consists of."""
         return {f"mindpet_delta_{self.delta_kind}.{n}": p for n, p in self.adapter.parameters_and_names()}
 
     def leave(self) -> None:
         """Take the adapter off, in place."""
-        forget(self, f"mindpet_delta_{self.delta_kind}", "specs", "active_deltas", "delta_acts")
+        forget(self, f"mindpet_delta_{self.delta_kind}", "delta_specs", "active_deltas", "delta_acts")
 
 
 class AdapterBase(Adapted, DenseBase):

@@ -38,7 +38,7 @@ class LoraLinear(LoraLayer):
         """Work out once what the construct would otherwise ask on every call."""
         super().refresh()
         parts = self._running
-        specs = [self.specs[p.name] for p in parts]
+        specs = [self.delta_specs[p.name] for p in parts]
         self.part_names = [p.name for p in parts]
         self.part_kinds = ["dora" if s.dora else "keep" if s.keep_zeros else "plain" for s in specs]
         self.part_pissa = [s.init == "pissa" for s in specs]
@@ -298,7 +298,7 @@ class LoraConv2d(LoraConv):
             "stride": self.stride,
             "dilation": self.dilation,
         }
-        ranks = [self.specs[p.name].rank for p in self._running]
+        ranks = [self.delta_specs[p.name].rank for p in self._running]
         self.low_convs = [ops.Conv2D(out_channel=r, kernel_size=self.kernel_size, **same) for r in ranks]
         self.high_conv = ops.Conv2D(out_channel=self.out_channels, kernel_size=1)
 

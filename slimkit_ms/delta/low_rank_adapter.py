@@ -232,7 +232,7 @@ class LowRankAdapterDense(AdapterBase):
         )
         self.mindpet_delta_low_rank_adapter = adapter
         options = {"reduction_factor": reduction_factor, "low_rank_size": low_rank_size, "non_linearity": non_linearity}
-        self.begin(options)
+        self.carry_delta(options)
 
     def construct(self, x: Any) -> Any:
         out = self.dense(x)

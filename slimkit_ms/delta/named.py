@@ -43,16 +43,16 @@ class LoraLayer(NamedLoras, DeltaLayer):
         self.part_a, self.part_b = [p.a for p in parts], [p.b for p in parts]
         self.part_scales, self.part_rates = [p.scale for p in parts], [p.dropout for p in parts]
         # DoRA's weight beside others, where a delta is one: 0 says that it is plain.
-        self.part_turns = [self.active_deltas[p.name] if self.specs[p.name].dora else 0.0 for p in parts]
+        self.part_turns = [self.active_deltas[p.name] if self.delta_specs[p.name].dora else 0.0 for p in parts]
         self.part_lengths = [key("lora", "magnitude", p.name) for p in parts]
-        self.part_biases = [key("lora", "bias", p.name) if self.specs[p.name].bias else "" for p in parts]
+        self.part_biases = [key("lora", "bias", p.name) if self.delta_specs[p.name].bias else "" for p in parts]
 
     def leave(self) -> None:
         """Take every delta off, in place."""
-        for name in list(self.specs):
+        for name in list(self.delta_specs):
             self.drop_delta(name)
         book = (
-            "specs",
+            "delta_specs",
             "active_deltas",
             "unmerged",
             "unmerged_sources",
@@ -144,7 +144,7 @@ class LoraLayer(NamedLoras, DeltaLayer):
 
     def change(self, part: Part, base: Any) -> Any:
         """What one delta adds to the base weight, in the weight's layout, as NumPy."""
-        spec, weight = self.specs[part.name], self.active_deltas[part.name]
+        spec, weight = self.delta_specs[part.name], self.active_deltas[part.name]
         a, b = (bridge.as_numpy(x).astype(np.float32) for x in self._factors(part))
         delta = self.product(a, b)
         if spec.keep_zeros:
@@ -163,7 +163,7 @@ class LoraLayer(NamedLoras, DeltaLayer):
 
     def _factors(self, part: Part) -> tuple[Any, Any]:
         a, b = getattr(self, part.a), getattr(self, part.b)
-        if self.specs[part.name].init == "pissa":
+        if self.delta_specs[part.name].init == "pissa":
             # What PiSSA took out of the base is subtracted here, so the base itself is never touched.
             a = ops.concat((a, getattr(self, key("lora", "a0", part.name))), 0)
             b = ops.concat((b, -getattr(self, key("lora", "b0", part.name))), 1)

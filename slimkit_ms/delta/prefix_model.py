@@ -95,12 +95,12 @@ class Prefixed(OneAdapter, DeltaLayer, ExtendingCell):
 
     delta_kind = "prefix"
 
-    def parts(self, name: str, spelled: str | None = None) -> dict[str, Any]:
+    def delta_tensors(self, name: str, spelled: str | None = None) -> dict[str, Any]:
         """Path below the layer -> tensor of everything the prefix consists of."""
         rows = self._cells[ROWS]
         return {f"{ROWS}.{rules.torch_name(n)}": p for n, p in rows.parameters_and_names()}
 
-    def rows(self) -> tuple[Any, Any]:
+    def keys_and_values(self) -> tuple[Any, Any]:
         """Keys and values (tokens, heads * width), as they are now."""
         return self._cells[ROWS]()
 
@@ -112,7 +112,7 @@ class Prefixed(OneAdapter, DeltaLayer, ExtendingCell):
     def take_off_deltas(self) -> None:
         """Take the prefix off again, in place."""
         del self._cells[ROWS]
-        for name in ("specs", "active_deltas", "delta_acts", "prefix_heads", "query_heads", "prefix_tokens"):
+        for name in ("delta_specs", "active_deltas", "delta_acts", "prefix_heads", "query_heads", "prefix_tokens"):
             del self.__dict__[name]
         self.__class__ = type(self).__bases__[1]
 
@@ -246,7 +246,7 @@ def put_prefix(model: nn.Cell, targets: Any, *, name: str, dtype: Any, strict: b
         cell.prefix_heads, cell.query_heads = seen[path].heads, seen[path].query_heads
         cell.prefix_tokens = plan.prefix_token_num
         described[path] = plan.record(seen[path], bool(counting))
-        cell.begin(described[path], name)
+        cell.carry_delta(described[path], name)
     start_behind(model, plan.prefix_token_num, counting)
     bridge.forget_graphs(model)
     return described

@@ -28,7 +28,7 @@ class PromptFront(OneAdapter, DeltaLayer, PromptTuning):
 
     delta_kind = "prompt"
 
-    def parts(self, name: str, spelled: str | None = None) -> dict[str, Any]:
+    def delta_tensors(self, name: str, spelled: str | None = None) -> dict[str, Any]:
         """Path below the layer -> tensor of everything the prompt consists of."""
         return {torch_name(n): p for n, p in self.parameters_and_names()}
 
@@ -121,7 +121,7 @@ def put_prompt(
     construct = method_from(source, type(model).__name__, _outer(model))
     path = next(p for p, c in model.cells_and_names() if c is embedding)
     prefix = f"{path}.{FRONT}" if path else FRONT
-    front.begin({"num_virtual_tokens": tokens}, name)
+    front.carry_delta({"num_virtual_tokens": tokens}, name)
     front.__dict__["_owners"] = (model, embedding)
     embedding.insert_child_to_cell(FRONT, front)
     for key, parameter in front.parameters_and_names():

@@ -94,7 +94,7 @@ class MindSporeStorage(MindSporeDelta, DeltaStorage):
 
     def prefix_rows(self, model: nn.Cell, layers: Sequence[Any]) -> list[tuple[Any, Any]]:
         with bridge.evaluating(model), bridge.pynative():
-            return [tuple(map(self.value, layer.rows())) for layer in layers]
+            return [tuple(map(self.value, layer.keys_and_values())) for layer in layers]
 
     def tables(self, model: nn.Cell, kind: str) -> list[Any]:
         found: list[Any] = []

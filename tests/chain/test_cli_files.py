@@ -99,16 +99,21 @@ def test_a_program_that_calls_a_command_keeps_its_logging(tmp_path):
 
 
 def test_help_loads_no_framework_and_no_numpy():
+    """Of the whole and of every command, one after the other in one process."""
     code = (
-        "import sys; sys.argv = ['slimkit', 'sparsify', '--help']\n"
-        "from slimkit.cli import app\n"
-        "try: app()\n"
-        "except SystemExit: pass\n"
-        "loaded = {'torch', 'mindspore', 'numpy', 'transformers', 'scipy'} & set(sys.modules)\n"
-        "print('LOADED', sorted(loaded))"
+        "import contextlib, io, sys\n"
+        "from slimkit.cli import _COMMANDS, app\n"
+        "for command in ('', *_COMMANDS):\n"
+        "    sys.argv = ['slimkit', *filter(None, [command]), '--help']\n"
+        "    said = io.StringIO()\n"
+        "    with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit): app()\n"
+        "    loaded = {'torch', 'mindspore', 'numpy', 'transformers', 'scipy', 'yaml', 'onnx'} & set(sys.modules)\n"
+        "    print(command, 'Usage' in said.getvalue(), sorted(loaded))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT, cwd=ROOT)
-    assert "LOADED []" in done.stdout, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) > 10, done.stderr
+    assert [line for line in lines if not line.endswith("True []")] == []
 
 
 def test_completion_offers_the_words_of_an_option():

@@ -8,6 +8,7 @@ from typing import Any
 
 from slimkit.core import check
 from slimkit.core.ascend.padding import LayerWaste, totals
+from slimkit.core.showing import Shown
 
 FORMAT = "slimkit-ascend-check"
 VERSION = 1
@@ -40,7 +41,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class OnnxCheck:
+class OnnxCheck(Shown):
     """What `check_onnx` found.
 
     Args:

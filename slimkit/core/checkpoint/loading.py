@@ -13,13 +13,14 @@ from slimkit.core.checkpoint.saving import VALUES
 from slimkit.core.checkpoint.weightfile import Array, Entry, Weights
 from slimkit.core.errors import FileFormatError, PatternError, PlanError
 from slimkit.core.log import logger
+from slimkit.core.showing import Shown
 
 # What an optimizer owns lies under names that begin so.
 OPTIMIZER = "optimizer."
 
 
 @dataclass(frozen=True)
-class LoadReport:
+class LoadReport(Shown):
     """What a load did.
 
     Args:

@@ -14,10 +14,11 @@ from typing import Any
 from slimkit.core import check, files
 from slimkit.core.checkpoint import manifest
 from slimkit.core.errors import ArgumentError
+from slimkit.core.showing import Shown
 
 
 @dataclass(frozen=True)
-class CheckpointConfig:
+class CheckpointConfig(Shown):
     """When a checkpoint is saved, and which stay; the words and defaults of MindSpore's class of that name.
 
     Args:

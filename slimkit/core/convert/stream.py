@@ -19,10 +19,11 @@ from slimkit.core.checkpoint.weightfile import Array, Weights, decode
 from slimkit.core.convert.moves import Job, plan_conversion
 from slimkit.core.convert.slots import assign, difference, framework
 from slimkit.core.errors import ArgumentError
+from slimkit.core.showing import Shown
 
 
 @dataclass(frozen=True)
-class ConvertReport:
+class ConvertReport(Shown):
     """What a conversion did.
 
     Args:

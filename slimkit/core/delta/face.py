@@ -19,7 +19,7 @@ class DeltaFace:
     # The class of the layer before a delta was put on it; None for a layer built by hand as a delta layer.
     plain_class: ClassVar[type | None] = None
     # name of each delta on the layer -> its options
-    specs: dict[str, Any]
+    delta_specs: dict[str, Any]
     # name -> weight, of those that act
     active_deltas: dict[str, float]
 
@@ -34,11 +34,11 @@ class DeltaFace:
         return False
 
     @abstractmethod
-    def describe(self, name: str) -> dict[str, Any]:
+    def delta_options(self, name: str) -> dict[str, Any]:
         """One delta's options as plain values."""
 
     @abstractmethod
-    def parts(self, name: str, spelled: str | None = None) -> dict[str, Any]:
+    def delta_tensors(self, name: str, spelled: str | None = None) -> dict[str, Any]:
         """Path below the layer -> tensor of everything one delta consists of, as for a delta named `spelled`."""
 
     @abstractmethod

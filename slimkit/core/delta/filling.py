@@ -131,8 +131,8 @@ def put_on(
             prompt = next(iter(delta["layers"]), None) if delta["kind"] == "prompt" else None
             for here, layer in access.layers(model).items():
                 path = here if prompt is None else prompt
-                if path in delta["layers"] and layer.delta_kind == delta["kind"] and delta["name"] in layer.specs:
-                    for part, tensor in layer.parts(delta["name"], delta["file_name"]).items():
+                if path in delta["layers"] and layer.delta_kind == delta["kind"] and delta["name"] in layer.delta_specs:
+                    for part, tensor in layer.delta_tensors(delta["name"], delta["file_name"]).items():
                         wanted[f"{path}.{part}" if path else part] = tensor
         compare_keys(tensors, wanted, where)
         compare_shapes(tensors, {k: tuple(t.shape) for k, t in wanted.items()}, where)
@@ -152,11 +152,11 @@ def _built_in(access: DeltaStorage, model: Any, delta: Mapping[str, Any]) -> dic
     found = {}
     for path, record in delta["layers"].items():
         layer = layers.get(path)
-        if layer is None or not layer.built_as_delta or delta["name"] not in layer.specs:
+        if layer is None or not layer.built_as_delta or delta["name"] not in layer.delta_specs:
             continue
         if layer.delta_kind != delta["kind"]:
             raise ArgumentError(f"{path} was built as {layer.delta_kind!r}; the file holds {delta['kind']!r}.")
-        own = layer.describe(delta["name"])
+        own = layer.delta_options(delta["name"])
         differs = [k for k, v in record.items() if k in own and k not in ("init", "dropout") and own[k] != v]
         if differs:
             raise ArgumentError(

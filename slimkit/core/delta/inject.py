@@ -78,7 +78,7 @@ def apply_layers(
             if site.kind not in rules.KINDS[kind] or site.reason:
                 why = site.reason or f"a {site.type_name} cannot take {kind}"
                 raise UnsupportedError(f"{path}: {why}.")
-    taken = [p for p in paths if p in standing and name in standing[p].specs]
+    taken = [p for p in paths if p in standing and name in standing[p].delta_specs]
     if taken:
         raise ArgumentError(f"{taken[0]} carries a delta named {name!r} already; choose another name or remove it.")
     merged = [p for p in paths if p in standing and standing[p].delta_is_merged]
@@ -118,7 +118,7 @@ def apply_layers(
         for layer in put.values():
             if id(layer) not in before:
                 access.detach(layer)
-            elif name in layer.specs:
+            elif name in layer.delta_specs:
                 layer.drop_delta(name)
         raise
     access.attached(model, paths)
@@ -222,7 +222,7 @@ def merge(access: DeltaFramework, model: Any, *, unload: bool = False) -> DeltaR
             )
     if unload:
         _refuse_built(layers)
-    described = {p: {n: s.to_dict() for n, s in layer.specs.items()} for p, layer in layers.items()}
+    described = {p: {n: s.to_dict() for n, s in layer.delta_specs.items()} for p, layer in layers.items()}
     here: list[Any] = []
     try:
         for layer in {id(x): x for x in layers.values()}.values():
@@ -252,7 +252,7 @@ def unmerge(access: DeltaFramework, model: Any) -> DeltaReport:
     for layer in {id(x): x for x in layers.values()}.values():
         layer.unmerge_deltas()
     access.changed(model)
-    return DeltaReport("lora", "unmerged", {p: {"deltas": list(x.specs)} for p, x in layers.items()})
+    return DeltaReport("lora", "unmerged", {p: {"deltas": list(x.delta_specs)} for p, x in layers.items()})
 
 
 def _refuse_unmerging(layers: Mapping[str, Any]) -> None:
@@ -266,12 +266,12 @@ def _refuse_unmerging(layers: Mapping[str, Any]) -> None:
 def remove(access: DeltaFramework, model: Any, names: Any = None) -> DeltaReport:
     """Take deltas off a model, in place; see `remove_delta` of the wings."""
     layers = _layers(access, model)
-    known = sorted({n for layer in layers.values() for n in layer.specs})
+    known = sorted({n for layer in layers.values() for n in layer.delta_specs})
     gone = known if names is None else check.strings([names] if isinstance(names, str) else names, "names")
     for name in gone:
         check.choice(name, known, "names")
-    described = {p: {"removed": [n for n in x.specs if n in gone]} for p, x in layers.items()}
-    empty = {p: x for p, x in layers.items() if all(n in gone for n in x.specs)}
+    described = {p: {"removed": [n for n in x.delta_specs if n in gone]} for p, x in layers.items()}
+    empty = {p: x for p, x in layers.items() if all(n in gone for n in x.delta_specs)}
     _refuse_built(empty)
     access.at_rest(model)
     _refuse_unmerging({p: x for p, x in layers.items() if x.delta_is_merged})
@@ -279,8 +279,8 @@ def remove(access: DeltaFramework, model: Any, names: Any = None) -> DeltaReport
     for layer in {id(x): x for x in layers.values()}.values():
         if layer.delta_is_merged:
             layer.unmerge_deltas()
-        if any(n not in gone for n in layer.specs):
-            for name in [n for n in gone if n in layer.specs]:
+        if any(n not in gone for n in layer.delta_specs):
+            for name in [n for n in gone if n in layer.delta_specs]:
                 layer.drop_delta(name)
     _detach(access, model, empty)
     access.activated(model)
@@ -311,14 +311,14 @@ def _detach(access: DeltaFramework, model: Any, layers: Mapping[str, Any]) -> No
 def activate(access: DeltaFramework, model: Any, names: Any) -> dict[str, float]:
     """Choose which named deltas act and with which weight, in place; see `set_delta` of the wings."""
     layers = _layers(access, model)
-    known = sorted({n for layer in layers.values() for n in layer.specs})
+    known = sorted({n for layer in layers.values() for n in layer.delta_specs})
     if names is None or (isinstance(names, (Mapping, Sequence)) and not names):
         weights: dict[str, float] = {}
     else:
         weights = rules.weights_of(names, known)
     _refuse_merged(layers)
     for path, layer in layers.items():
-        parts = [n for n, w in weights.items() if n in layer.specs and w not in (0.0, 1.0)]
+        parts = [n for n, w in weights.items() if n in layer.delta_specs and w not in (0.0, 1.0)]
         if parts and layer.delta_kind != "lora":
             raise UnsupportedError(
                 f"{path} carries {layer.delta_kind} {parts[0]!r}, which acts or does not: its weight must be 0 or 1. "

@@ -36,11 +36,11 @@ class NamedLoras(DeltaFace):
 
     delta_kind = "lora"
     weight: Any
-    specs: dict[str, LoraSpec]
+    delta_specs: dict[str, LoraSpec]
 
     def start(self) -> None:
         """Begin without any delta."""
-        self.specs = {}
+        self.delta_specs = {}
         self.active_deltas = {}
         # while merged: the weight as it was, and the tensors it is made of
         self.unmerged: Any = None
@@ -95,35 +95,35 @@ class NamedLoras(DeltaFace):
 
     def take(self, name: str, spec: LoraSpec) -> None:
         """Note a delta whose tensors are in place, and make it active."""
-        self.specs[name] = spec
+        self.delta_specs[name] = spec
         self.active_deltas[name] = 1.0
         self.refresh()
 
     def drop_delta(self, name: str) -> None:
         """Take a delta away, in place."""
-        for part in self.parts(name):
+        for part in self.delta_tensors(name):
             delattr(self, part)
-        del self.specs[name]
+        del self.delta_specs[name]
         self.active_deltas.pop(name, None)
         self.refresh()
 
-    def parts(self, name: str, spelled: str | None = None) -> dict[str, Any]:
+    def delta_tensors(self, name: str, spelled: str | None = None) -> dict[str, Any]:
         """Attribute -> tensor of everything one delta consists of, the attributes as for a delta named `spelled`."""
-        parts = part_names(self.specs[name])
+        parts = part_names(self.delta_specs[name])
         return {key("lora", p, spelled or name): getattr(self, key("lora", p, name)) for p in parts}
 
-    def describe(self, name: str) -> dict[str, Any]:
+    def delta_options(self, name: str) -> dict[str, Any]:
         """One delta's options as plain values."""
-        return self.specs[name].to_dict()
+        return self.delta_specs[name].to_dict()
 
     def set_active_deltas(self, weights: dict[str, float]) -> None:
         """Make these deltas active, each times its weight, and no other, in place."""
-        self.active_deltas = {n: w for n, w in weights.items() if n in self.specs}
+        self.active_deltas = {n: w for n, w in weights.items() if n in self.delta_specs}
         self.refresh()
 
     def refuse_merging_deltas(self) -> None:
         """Refuse a LoRA whose b has a bias, which no weight can hold; see `write_weight` for what else may stop it."""
-        if any(spec.bias for spec in self.specs.values()):
+        if any(spec.bias for spec in self.delta_specs.values()):
             raise UnsupportedError("a LoRA with a bias of its own cannot be added to the weight")
 
     def merge_deltas(self) -> None:
@@ -174,7 +174,13 @@ class NamedLoras(DeltaFace):
     def active_parts(self) -> tuple[Part, ...]:
         """The deltas that count, merged or not."""
         return tuple(
-            Part(n, key("lora", "a", n), key("lora", "b", n), self.specs[n].scaling * w, self.specs[n].dropout)
+            Part(
+                n,
+                key("lora", "a", n),
+                key("lora", "b", n),
+                self.delta_specs[n].scaling * w,
+                self.delta_specs[n].dropout,
+            )
             for n, w in self.active_deltas.items()
             if w != 0
         )
@@ -182,14 +188,14 @@ class NamedLoras(DeltaFace):
     def refresh(self) -> None:
         """Work out once what the forward pass would otherwise ask on every call."""
         running = () if self.delta_is_merged else self.active_parts()
-        specs = [self.specs[part.name] for part in running]
+        specs = [self.delta_specs[part.name] for part in running]
         plain = all(not (s.dora or s.keep_zeros or s.bias or s.init == "pissa") for s in specs)
         self._running = running
         self._only = running[0] if len(running) == 1 and plain else None
 
     def words(self) -> str:
         """The deltas, for a printed model."""
-        deltas = ", ".join(f"{n}: rank {s.rank}" for n, s in self.specs.items())
+        deltas = ", ".join(f"{n}: rank {s.rank}" for n, s in self.delta_specs.items())
         return f"lora=({deltas})" + (", merged" if self.delta_is_merged else "")
 
 
@@ -198,17 +204,17 @@ class OneAdapter(DeltaFace):
 
     delta_acts: bool
 
-    def begin(self, options: dict[str, Any], name: str = DEFAULT_NAME) -> None:
+    def carry_delta(self, options: dict[str, Any], name: str = DEFAULT_NAME) -> None:
         """Note the delta's name and options; it acts."""
-        self.specs, self.active_deltas, self.delta_acts = {name: options}, {name: 1.0}, True
+        self.delta_specs, self.active_deltas, self.delta_acts = {name: options}, {name: 1.0}, True
 
-    def describe(self, name: str) -> dict[str, Any]:
+    def delta_options(self, name: str) -> dict[str, Any]:
         """The delta's options as plain values."""
-        return dict(self.specs[name])
+        return dict(self.delta_specs[name])
 
     def set_active_deltas(self, weights: dict[str, float]) -> None:
         """Let the delta act if it is among these, in place."""
-        self.active_deltas = {n: w for n, w in weights.items() if n in self.specs}
+        self.active_deltas = {n: w for n, w in weights.items() if n in self.delta_specs}
         self.delta_acts = any(self.active_deltas.values())
 
     def drop_delta(self, name: str) -> None:

@@ -11,6 +11,7 @@ from slimkit.core import check
 from slimkit.core.delta.layers import check_alpha, check_dropout
 from slimkit.core.errors import ArgumentError, PatternError, UnsupportedError
 from slimkit.core.match import match
+from slimkit.core.showing import Shown
 
 PREFIX = "mindpet_delta_"
 DEFAULT_NAME = "default"
@@ -137,7 +138,7 @@ class Site:
 
 
 @dataclass(frozen=True)
-class DeltaReport:
+class DeltaReport(Shown):
     """What a call did to a model's deltas; printing it gives a summary.
 
     Args:

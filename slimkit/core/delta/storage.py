@@ -27,7 +27,7 @@ def collect(
 ) -> tuple[list[dict[str, Any]], dict[str, Array], list[str], dict[str, Any]]:
     """Everything a bundle holds of a model: records of the deltas, tensors, names of trained base tensors, the base."""
     layers = access.layers(model)
-    known = sorted({n for layer in layers.values() for n in layer.specs})
+    known = sorted({n for layer in layers.values() for n in layer.delta_specs})
     wanted = known if names is None else check.strings([names] if isinstance(names, str) else names, "names")
     for name in wanted:
         check.choice(name, known, "names")
@@ -35,13 +35,13 @@ def collect(
     deltas = []
     for name in wanted:
         for kind in KINDS:
-            chosen = {p: x for p, x in layers.items() if x.delta_kind == kind and name in x.specs}
+            chosen = {p: x for p, x in layers.items() if x.delta_kind == kind and name in x.delta_specs}
             if not chosen:
                 continue
             records = {}
             for path, layer in chosen.items():
-                records[path] = layer.describe(name)
-                for part, tensor in layer.parts(name).items():
+                records[path] = layer.delta_options(name)
+                for part, tensor in layer.delta_tensors(name).items():
                     tensors[f"{path}.{part}" if path else part] = access.value(tensor)
             deltas.append({"name": name, "kind": kind, "layers": records})
     extra, said = _extra(access, model, wanted)
@@ -55,7 +55,9 @@ def _extra(access: DeltaStorage, model: Any, names: Sequence[str]) -> tuple[dict
     """Values of the base that travel with these deltas, and what the manifest says of them."""
     layers = access.layers(model)
     # A delta layer built into the model by hand may hold parameters that no record speaks of: they travel by name.
-    spoken = {f"{p}.{part}" if p else part for p, x in layers.items() for n in x.specs for part in x.parts(n)}
+    spoken = {
+        f"{p}.{part}" if p else part for p, x in layers.items() for n in x.delta_specs for part in x.delta_tensors(n)
+    }
     every = access.neutral(model)
     held = set(getattr(model, HELD, ()))
     paths = filling.paths_of(access, model)

@@ -140,7 +140,7 @@ def _load_prompt(
         sizes = access.prefix_sizes(model, config)
         report = access.apply_kind(model, kind, None, prefix_token_num=tokens, sizes=sizes, **options)
     try:
-        parts = [list(x.parts("").values()) for p, x in access.layers(model).items() if p in report.layers]
+        parts = [list(x.delta_tensors("").values()) for p, x in access.layers(model).items() if p in report.layers]
         layers = [x for p, x in access.layers(model).items() if p in report.layers]
         form = 1 if kind == "prompt" else access.prefix_form(model, layers)
         if kind == "prompt":
@@ -165,7 +165,7 @@ def _prompt_rows(access: DeltaStorage, model: Any, delta: Mapping[str, Any]) -> 
     layers = [x for p, x in access.layers(model).items() if p in delta["layers"]]
     config = getattr(model, "config", None)
     if delta["kind"] == "prompt":
-        (table,) = layers[0].parts("").values()
+        (table,) = layers[0].delta_tensors("").values()
         rows, form = access.value(table), 1
         about = {
             "peft_type": "PROMPT_TUNING",

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from slimkit.core import check
 from slimkit.core.errors import ConfigError
+from slimkit.core.showing import Shown
 
 Index = int | str | tuple[int | str, ...] | None
 
@@ -96,7 +97,7 @@ class DistillSpec:
         return asdict(self)
 
 
-class KnowledgeDistillConfig:
+class KnowledgeDistillConfig(Shown):
     """Say which tensors of teacher and student to compare, and how; every setter checks and returns the configuration.
 
     Example:
@@ -112,6 +113,15 @@ class KnowledgeDistillConfig:
         self._hard: tuple[float, int | str] | None = None
         self._teacher_trains = False
         self._custom: dict[str, Any] = {}
+
+    def _rows(self) -> Iterator[tuple[str, Any]]:
+        for label in self._labels:
+            where = f"{label.t_module} and {label.s_module}" if label.t_module else "outputs"
+            yield where, ", ".join(f"{term.func_weight:g} {term.func_name}" for term in label.losses)
+        yield "hard label", f"{self._hard[0]:g}" if self._hard else None
+        yield "teacher trains", self._teacher_trains
+
+    __repr__ = Shown.__str__
 
     def set_teacher_train(self) -> KnowledgeDistillConfig:
         """Let the teacher train too: it keeps its mode and its gradients, and moves with the distillation model."""

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from slimkit.core.errors import ArgumentError
+from slimkit.core.lazy import LateModule
 from slimkit.core.log import logger
 
-Array = np.ndarray[Any, Any]
+if TYPE_CHECKING:
+    import numpy as np
+
+    Array = np.ndarray[Any, Any]
+else:
+    np = LateModule("numpy")  # the help of `slimkit prune` lists the criteria, and needs no numbers
+
 # What a criterion may ask of calibration data.
 NEEDS = ("", "gradient", "square", "activation")
 

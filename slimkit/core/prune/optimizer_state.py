@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 
 from slimkit.core.errors import PlanError
+from slimkit.core.showing import Shown
 
 Index = np.ndarray[Any, np.dtype[np.int64]]
 Axes = list["Index | None"]
 
 
 @dataclass
-class OptimizerReport:
+class OptimizerReport(Shown):
     """What `migrate_optimizer` did.
 
     Args:

@@ -15,12 +15,13 @@ import numpy as np
 from slimkit.core.errors import GraphError
 from slimkit.core.prune.dims import PRODUCT, SUM, Dim, find
 from slimkit.core.prune.relations import Relations
+from slimkit.core.showing import Shown
 
 Index = np.ndarray[Any, Any]
 
 
 @dataclass
-class PruningCheck:
+class PruningCheck(Shown):
     """What `check_pruning` found.
 
     Args:

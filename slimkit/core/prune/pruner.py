@@ -29,6 +29,7 @@ from slimkit.core.prune.reporting import allocated, coupled
 from slimkit.core.prune.serving import serves
 from slimkit.core.prune.settings import PrunerSettings
 from slimkit.core.prune.solve import Coupling, View
+from slimkit.core.showing import Report
 
 _ROUNDS = 200
 if TYPE_CHECKING:
@@ -117,7 +118,7 @@ class PrunerBase(PrunerSettings):
         self._report = allocated(view, allocation, account, left, reserved_ratio, self._budget)
         self._report["form"] = {"name": form.name, "because": form.because}
         desc["made"]["left_params"] = left
-        return left, desc
+        return left, Report("plan", desc)
 
     def prune(self, reserved_ratio: float = 0.75, un_prune_list: Sequence[int | str] | None = None) -> dict[str, Any]:
         """Plan a cut and make it, in place; arguments as in `analysis`.
@@ -179,7 +180,7 @@ class PrunerBase(PrunerSettings):
         """
         return whole_desc(self._wing.model)
 
-    def report(self) -> dict[str, Any]:
+    def report(self) -> Report:
         """What the last analysis or cut found: sizes, what stays whole and why, operators without a rule, notes.
 
         Of a cut model that carries a configuration, `from_config` says whether a model built from it has the cut
@@ -195,7 +196,7 @@ class PrunerBase(PrunerSettings):
                 self._report["from_config"] = {"loads": not mismatch, "because": mismatch}
                 kind = type(self._wing.model).__name__
                 self._report["serves"] = serves(kind, self._wing.config(), mismatch, self._parallel)
-        return dict(self._report)
+        return Report("pruning", self._report)
 
     def draw(self, path: PathLike | None = None) -> str:
         """Draw the coupling: one row a group, its width before and after the last analysis, and the layers it ties.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from slimkit.core import check
@@ -10,12 +10,13 @@ from slimkit.core.batch import dataset
 from slimkit.core.prune.criteria import CRITERIA, NEEDS, Criterion, OfRows
 from slimkit.core.prune.forms import FORMS
 from slimkit.core.prune.framework import PruneFramework
+from slimkit.core.showing import Shown
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class PrunerSettings:
+class PrunerSettings(Shown):
     """The setters of a pruner; each checks its argument and returns the pruner.
 
     Args:
@@ -37,6 +38,17 @@ class PrunerSettings:
         self._allocation = "uniform"
         self._repair: Any = None
         self._damping = 0.01
+
+    def _rows(self) -> Iterator[tuple[str, Any]]:
+        yield "model", type(self._wing.model).__name__
+        yield "importance", self._criterion.name
+        yield "budget", self._budget
+        yield "allocation", self._allocation
+        yield "smallest share of a layer", self._node_ratio
+        yield "widths in steps of", self._alignment
+        yield "compensation", self._repair is not None
+
+    __repr__ = Shown.__str__
 
     def set_importance_evaluation_function(
         self,

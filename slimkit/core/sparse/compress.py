@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from slimkit.core import batch as batches
 from slimkit.core import check
 from slimkit.core.errors import ArgumentError
 from slimkit.core.log import logger
+from slimkit.core.showing import Report, Shown
 from slimkit.core.sparse.allocate import better
 from slimkit.core.sparse.config import SparseConfig
 from slimkit.core.sparse.framework import SparseFramework
@@ -100,7 +102,7 @@ def _report(
     }
 
 
-class BaseCompressor:
+class BaseCompressor(Shown):
     """Makes a model sparse, in place; each wing says how it asks its models.
 
     Args:
@@ -119,10 +121,20 @@ class BaseCompressor:
         self.compressed_model: Any = None
         self.masks: dict[str, Any] = {}
 
+    def _rows(self) -> Iterable[tuple[str, Any]]:
+        yield "model", type(self._model).__name__
+        yield "method", self._config.method
+        yield "pattern", self._config.pattern or f"{self._config.sparse_ratio:g} of each layer"
+        kept = sum(int(mask.sum()) for mask in self.masks.values())
+        weights = sum(math.prod(mask.shape) for mask in self.masks.values())
+        yield "done", f"{len(self.masks)} layers, {1 - kept / weights:.1%} zeros" if weights else "not yet"
+
+    __repr__ = Shown.__str__
+
     def _ask(self, model: Any) -> SparseFramework:
         raise NotImplementedError
 
-    def compress(self, dataset: Any = None, *, on_progress: Callable[[Progress], None] | None = None) -> dict[str, Any]:
+    def compress(self, dataset: Any = None, *, on_progress: Callable[[Progress], None] | None = None) -> Report:
         """Make the model sparse, in place.
 
         Args:
@@ -143,4 +155,4 @@ class BaseCompressor:
         """
         report, self.masks = compress(self._host, self._config, dataset, on_progress)
         self.compressed_model = self._model
-        return report
+        return Report("sparsity", report)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from slimkit.core import check
 from slimkit.core.errors import ArgumentTypeError, ConfigError
+from slimkit.core.showing import Shown
 from slimkit.core.sparse.methods import METHODS, SparseMethod
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ DEFAULT_RATIO = 0.5
 
 
 @dataclass(frozen=True)
-class SparseConfig:
+class SparseConfig(Shown):
     """What to make zero, how much of it and how.
 
     Args:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from slimkit.core.showing import Shown, brief
 
 
 class RunHistory(ABC):
@@ -41,7 +43,7 @@ class RunHistory(ABC):
         """Forget everything: epoch 1, no metrics."""
 
 
-class InMemoryRunHistory(RunHistory):
+class InMemoryRunHistory(Shown, RunHistory):
     """A run history held in memory.
 
     Example:
@@ -54,6 +56,13 @@ class InMemoryRunHistory(RunHistory):
     def __init__(self) -> None:
         self._current_epoch = 1
         self._metrics: dict[str, list[Any]] = {}
+
+    def _rows(self) -> Iterator[tuple[str, Any]]:
+        yield "epoch", self._current_epoch
+        for name, values in self._metrics.items():
+            yield name, f"{brief(values[-1])} (last of {len(values)})" if values else None
+
+    __repr__ = Shown.__str__
 
     @property
     def current_epoch(self) -> int:
@@ -93,7 +102,7 @@ class InMemoryRunHistory(RunHistory):
 
 
 @dataclass(frozen=True)
-class TrainerRunConfig:
+class TrainerRunConfig(Shown):
     """How a run is being trained; a trainer makes it, and nobody changes it.
 
     Args:

@@ -13,6 +13,7 @@ from typing import Any
 from slimkit.core import check
 from slimkit.core.errors import ConfigError, UnsupportedError
 from slimkit.core.log import logger
+from slimkit.core.showing import Shown
 from slimkit.core.train.callbacks import TrainerCallback
 from slimkit.core.train.history import InMemoryRunHistory, RunHistory, TrainerRunConfig
 from slimkit.core.train.loading import LoaderOptions
@@ -32,7 +33,7 @@ class _Epochs:
     held_out: Callable[[], Iterable[Any]] | None
 
 
-class TrainerLoop(Resumable):
+class TrainerLoop(Shown, Resumable):
     """A trainer without a framework: the wings add what touches a tensor, a device or a file of weights."""
 
     def __init__(
@@ -81,6 +82,17 @@ class TrainerLoop(Resumable):
         self._losses, self._pending, self._terms, self._term_values = [], [], {}, {}
         self._epochs: _Epochs
         self._begin()
+
+    def _rows(self) -> Iterator[tuple[str, Any]]:
+        yield "model", type(self.model).__name__
+        yield "loss", self.compute_loss or self.loss_func or "the model's own"
+        yield "optimizer", type(self.optimizer).__name__ if hasattr(self.optimizer, "step") else self.optimizer
+        yield "metrics", self.metrics
+        yield "callbacks", ", ".join(type(callback).__name__ for callback in self.callbacks) or None
+        yield "updates so far", self.global_step
+        yield "stopped because", self.stop_reason
+
+    __repr__ = Shown.__str__
 
     # What a wing adds.
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from slimkit.core import check
 from slimkit.core.errors import ArgumentError, ConfigError, PatternError
 from slimkit.core.match import bounded_regex
+from slimkit.core.showing import Shown
 from slimkit.core.weights.activations import checked
 
 STEPS = ("prune_blocks", "prune_bert_intra_block")
@@ -45,7 +46,7 @@ class PruneSpec:
 
 
 @dataclass
-class PruneConfig:
+class PruneConfig(Shown):
     """How the weights of a large transformer become those of a smaller one; every setter returns the config.
 
     Example:
@@ -56,6 +57,9 @@ class PruneConfig:
     """
 
     _spec: PruneSpec = field(default_factory=PruneSpec, init=False)
+
+    def _rows(self) -> Iterator[tuple[str, Any]]:
+        yield from vars(self._spec).items()
 
     def set_steps(self, steps: Sequence[str]) -> PruneConfig:
         """Say what is done, in which order.

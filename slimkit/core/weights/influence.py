@@ -11,11 +11,12 @@ import numpy as np
 from slimkit.core import check
 from slimkit.core.checkpoint.weightfile import Array
 from slimkit.core.errors import ArgumentError
+from slimkit.core.showing import Shown
 from slimkit.core.weights.heads import best
 
 
 @dataclass(frozen=True)
-class LayerSuggestion:
+class LayerSuggestion(Shown):
     """Blocks worth keeping.
 
     Args:
