@@ -28,9 +28,9 @@ def prune(
 ) -> None:
     """Prune a model: drop whole channels, heads and features, coupled layers together.
 
-    Writes the pruned model, its plan (plan.json) and prune_report.json. Where the configuration of a Hugging Face
-    model can say the new sizes, the folder loads with from_pretrained; otherwise the commands here and load_pruned
-    read it.
+    Writes the pruned model, its plan (plan.json), a model card and prune_report.json. A Hugging Face model loses only
+    what its configuration can say, and the folder loads with from_pretrained; with --form any the commands here and
+    load_pruned read it. Exit code 1: the ratio was not reached.
 
     Example: slimkit prune --model bert --ratio 0.7 --out bert-70
 

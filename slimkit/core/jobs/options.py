@@ -62,7 +62,7 @@ class PruneOptions(JobOptions):
         1, description="devices that heads, key and value heads and inner widths must divide among"
     )
     un_prune_list: Annotated[list[int | str] | None, Flag("--keep", metavar="LAYER")] = Field(
-        None, description="layers left whole, by number or name; unset: the first and the last"
+        None, description="layers left whole, by number or name; unset: the first and the last, in the form config none"
     )
     calibration_batches: Annotated[PositiveInt | None, RECIPE_ONLY] = Field(
         None, description="batches for data-driven importance; unset: all there are"
