@@ -112,10 +112,10 @@ class MindSporePrune:
         return widths_of(vars(config)) if hasattr(config, "__dict__") else {}
 
     def configured(self, changes: Mapping[str, Field]) -> dict[str, tuple[int, ...]] | None:
-        return None  # cells carry no configuration that builds them
+        return {}  # cells carry no configuration that builds them
 
     def config_mismatch(self) -> str | None:
-        return None  # as in `configured`
+        return None  # cells carry no configuration that builds them
 
     def gradients(self, data: Iterable[Any], loss: Callable[..., Any] | None, square: bool) -> dict[str, Array]:
         weights = {paths[0]: p for p, paths in bridge.parameter_paths(self.model) if bridge.is_weight(p, paths[0])}

@@ -10,6 +10,9 @@ import pytest
 
 from slimkit import PruneTorch
 from slimkit.core.errors import ArgumentError, UnsupportedError
+from slimkit.core.jobs.fields import words_of
+from slimkit.core.jobs.options import PruneOptions
+from slimkit.core.prune.forms import FORMS
 from tests.zoo import language, oracle
 
 import torch
@@ -144,6 +147,10 @@ def test_one_that_no_configuration_can_say_is_refused_by_name_and_cut_by_default
     with pytest.raises(ArgumentError, match="form"):
         plain.set_form("round")
     assert plain.set_form("any").analysis(0.6)[1]["made"]["form"] == "any"
+
+
+def test_the_command_knows_the_forms():
+    assert words_of(PruneOptions, "form").words == tuple(FORMS)
 
 
 def test_devices_divide_what_is_left():

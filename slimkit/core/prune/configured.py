@@ -134,9 +134,11 @@ def ask(view: View, fields: Mapping[str, Field], build: Build) -> Said | str:
         build: builds a model of other values, without weights.
 
     Returns:
-        What it says, or in one line why it can say nothing of this model.
+        What it says, or in one line why it can say nothing of this model; "" where it builds no models at all.
     """
     base = build({})
+    if base is not None and not base:
+        return ""
     if base is None:
         return "the configuration builds no model of this class"
     for path, exprs in view.axes.items():

@@ -52,12 +52,11 @@ class CutForm:
         if self.name == "any":
             return
         view, fields = coupling.view(), wing.config()
-        if not fields and wanted is None:
+        found: Said | str = ask(view, fields, wing.configured) if fields else ""
+        if found == "" and wanted is None:
             self.name = "any"
             return
-        found: Said | str = "it has no configuration of Hugging Face's"
-        if fields:
-            found = ask(view, fields, wing.configured)
+        found = found or "it has no configuration of Hugging Face's"
         if isinstance(found, Said) and view.variables and not levers_said(view, found):
             found = f"no field of {type(wing.model).__name__}'s configuration speaks of a width that can be cut"
         if isinstance(found, Said):

@@ -79,7 +79,7 @@ class PruneFramework(Protocol):
     @abstractmethod
     def configured(self, changes: Mapping[str, Field]) -> dict[str, tuple[int, ...]] | None:
         """Shapes of the model that the configuration builds with other values in some fields, by every path; None where
-        it builds none, or there is none."""
+        it builds none, empty where a framework has no such configurations."""
 
     @abstractmethod
     def config_mismatch(self) -> str | None:
