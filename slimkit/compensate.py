@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import contextlib
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from slimkit import bridge, kinds
+from slimkit.chain import BlockChain, find_blocks
 from slimkit.core.prune.plan import PrunePlan
-from slimkit.core.prune.refit import repair
+from slimkit.core.prune.refit import RepairStage, repair
 from slimkit.replay import replaying
+from slimkit.signals import input_rows, output_rows, unsuited, valid_rows
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 Array = np.ndarray[Any, Any]
 
+_SAME = 1e-2  # a disturbance that arrives changed by less than this share was only added to something
+
 
 def compensate(
-    dense: nn.Module, pruned: nn.Module, plan: PrunePlan, layers: Sequence[str], data: Iterable[Any], damping: float
+    dense: nn.Module,
+    pruned: nn.Module,
+    plan: PrunePlan,
+    layers: Sequence[str],
+    data: Iterable[Any],
+    damping: float | None,
 ) -> dict[str, Any]:
-    """Refit every ordinary Conv2d and Linear layer of a pruned model to its original's outputs, in place.
+    """Refit ordinary Conv2d and Linear layers of a pruned model to their originals' outputs, in place.
 
     Args:
         dense: the model before the cut.
@@ -30,12 +39,12 @@ def compensate(
         plan: the cut.
         layers: paths in the order they run.
         data: calibration batches.
-        damping: see `slimkit.core.prune.refit.refit`.
+        damping: see `slimkit.core.prune.refit.repair`.
 
     Returns:
         What `slimkit.core.prune.refit.repair` reports.
     """
-    return repair(TorchRepair(dense, pruned), layers, plan, data, damping)
+    return repair(TorchRepair(dense, pruned, data), layers, plan, damping)
 
 
 class TorchRepair:
@@ -44,23 +53,22 @@ class TorchRepair:
     Args:
         dense: the model before the cut.
         pruned: the model after it.
+        data: calibration batches.
     """
 
-    def __init__(self, dense: nn.Module, pruned: nn.Module) -> None:
-        self._dense, self._pruned = dense, pruned
+    def __init__(self, dense: nn.Module, pruned: nn.Module, data: Iterable[Any]) -> None:
+        self._dense, self._pruned, self._data = dense, pruned, data
+        known = bridge.parameters(pruned)
+        self._tied: dict[str, str] = {}
+        for place, further in known.further.items():
+            self._tied.update(dict.fromkeys(further, known.names[place]))
+            self._tied[known.names[place]] = further[0]
 
     def unsuited(self, path: str) -> str | None:
-        module = bridge.get_module(self._pruned, path)
-        if kinds.is_kind(module, "conv"):
-            if module.transposed or module.groups != 1:
-                return "grouped or transposed"
-            if (
-                not kinds.is_ordinary_conv2d(module)
-                or module.padding_mode != "zeros"
-                or isinstance(module.padding, str)
-            ):
-                return "not a plain Conv2d"
-        return None
+        if f"{path}.weight" in self._tied:
+            # Fitted as a layer it would change what it is elsewhere.
+            return f"its weight is {self._tied[f'{path}.weight']} too"
+        return unsuited(bridge.get_module(self._pruned, path))
 
     def made_axis(self, path: str) -> int:
         return int(kinds.is_in_out(bridge.get_module(self._pruned, path)))
@@ -69,13 +77,22 @@ class TorchRepair:
         module = bridge.get_module(self._pruned, path)
         weight, bias = module.weight.detach(), getattr(module, "bias", None)
         weight = weight.t() if kinds.is_in_out(module) else weight.reshape(len(weight), -1)
-        return _numbers(weight), None if bias is None else _numbers(bias.detach())
+        return _float64(weight), None if bias is None else _float64(bias.detach())
 
-    def calls(self, path: str, batch: Any) -> Iterator[tuple[Array, Array]]:
-        for (_, wanted), (given, _) in zip(_seen(self._dense, path, batch), _seen(self._pruned, path, batch)):
-            module = bridge.get_module(self._pruned, path)
-            y = wanted.movedim(1, -1) if kinds.is_ordinary_conv2d(module) else wanted
-            yield _numbers(_rows(module, given)), _numbers(y.reshape(-1, y.shape[-1]))
+    def stages(self, layers: Sequence[str], behind: Collection[str]) -> Iterator[RepairStage]:
+        batch = next(iter(self._data), None)
+        blocks = [] if batch is None else find_blocks(self._dense, batch)
+        place = {path: next((k for k, b in enumerate(blocks) if path.startswith(b + ".")), None) for path in layers}
+        inside = [k for k, path in enumerate(layers) if place[path] is not None]
+        first, last = (inside[0], inside[-1]) if inside else (len(layers), len(layers))
+        if layers[:first]:
+            yield WholePair(self._dense, self._pruned, layers[:first], self._data)
+        if inside:
+            pair = ChainPair(self._dense, self._pruned, blocks, list(self._data))
+            for number in range(len(blocks)):
+                yield pair.stage(number, [p for p in layers if place[p] == number and p in behind])
+        if layers[last + 1 :]:
+            yield WholePair(self._dense, self._pruned, layers[last + 1 :], self._data)
 
     def write(self, path: str, weight: Array, bias: Array | None) -> None:
         module = bridge.get_module(self._pruned, path)
@@ -86,26 +103,155 @@ class TorchRepair:
                 module.bias.copy_(torch.from_numpy(bias).to(module.bias))
 
 
-def _numbers(tensor: torch.Tensor) -> Array:
+class WholePair:
+    """Both models whole: every layer costs a forward of each.
+
+    Args:
+        dense: the model before the cut.
+        pruned: the model after it.
+        layers: of this part.
+        data: calibration batches.
+    """
+
+    def __init__(self, dense: nn.Module, pruned: nn.Module, layers: Sequence[str], data: Iterable[Any]) -> None:
+        self._dense, self._pruned, self.layers, self._data = dense, pruned, list(layers), data
+
+    def calls(self, path: str) -> Iterator[tuple[Array, Array]]:
+        for batch in self._data:
+            dense = _whole(self._dense, path, batch, False)
+            for wanted, given in zip(dense, _whole(self._pruned, path, batch, True)):
+                yield given, wanted
+
+
+class ChainPair:
+    """Both models as chains of the same blocks, and the hidden states of every batch between two of them.
+
+    Args:
+        dense: the model before the cut.
+        pruned: the model after it.
+        blocks: the blocks' paths.
+        data: calibration batches.
+    """
+
+    def __init__(self, dense: nn.Module, pruned: nn.Module, blocks: Sequence[str], data: Sequence[Any]) -> None:
+        self.dense, self.pruned, self.data = dense, pruned, data
+        self.chains = BlockChain(dense, blocks), BlockChain(pruned, blocks)
+        self.hidden: list[list[torch.Tensor | None]] = [[None] * len(data), [None] * len(data)]
+        self._done = 0
+        self._joins: bool | None = None
+
+    def stage(self, number: int, layers: Sequence[str]) -> BlockPair:
+        """A block, once the one before it is done with."""
+        while self._done < number:
+            self.advance(1, self._done)
+            self._done += 1
+        return BlockPair(self, number, layers)
+
+    def advance(self, which: int, number: int) -> None:
+        """What leaves a block becomes what enters the next one."""
+        for index, batch in enumerate(self.data):
+            self.hidden[which][index] = self.chains[which].run(batch, number, self.hidden[which][index])
+
+    def joins(self, number: int, path: str) -> bool:
+        """Whether a layer's output is added to what else leaves its block, found out on the first block that asks."""
+        if self._joins is None:
+            layer, batch, hidden = bridge.get_module(self.pruned, path), self.data[0], self.hidden[1][0]
+            calm = self.chains[1].run(batch, number, hidden)
+            assert calm is not None
+            noise = torch.randn(calm.shape, generator=torch.Generator().manual_seed(0)).to(calm) * calm.std()
+            hook = layer.register_forward_hook(
+                lambda _m, _a, output: output + noise if output.shape == noise.shape else output
+            )
+            try:
+                moved = self.chains[1].run(batch, number, hidden)
+            finally:
+                hook.remove()
+            assert moved is not None
+            self._joins = bool((moved - calm - noise).norm() < _SAME * noise.norm())
+        return self._joins
+
+
+class BlockPair:
+    """One block before and after the cut: the dense one runs once, the cut one as far as each layer in turn.
+
+    The last layer, where its output joins the residual stream, is asked to make up as well for what the stream has lost
+    before it: that costs nothing, and without it the losses of all blocks would add up.
+
+    Args:
+        pair: both models.
+        number: of the block.
+        layers: of this block.
+    """
+
+    def __init__(self, pair: ChainPair, number: int, layers: Sequence[str]) -> None:
+        self._pair, self._number, self.layers = pair, number, list(layers)
+        self._wanted: dict[tuple[str, int], list[Array]] = {}
+        for index, batch in enumerate(pair.data):
+            with _watching(pair.dense, self.layers, batch, False) as seen:
+                pair.hidden[0][index] = pair.chains[0].run(batch, number, pair.hidden[0][index])
+            for path, rows in seen.items():
+                self._wanted[path, index] = rows
+
+    def calls(self, path: str) -> Iterator[tuple[Array, Array]]:
+        pair, number = self._pair, self._number
+        layer = bridge.get_module(pair.pruned, path)
+        whole = path == self.layers[-1] and pair.joins(number, path)
+        for index, batch in enumerate(pair.data):
+            hidden, said = pair.hidden[1][index], contextlib.nullcontext(dict[str, list[Array]]())
+            with (
+                _watching(pair.pruned, [path], batch, True) as seen,
+                _watching(pair.pruned, [path], batch, False) if whole else said as own,
+            ):
+                left = pair.chains[1].run(batch, number, hidden, None if whole else layer)
+            wanted = self._wanted.pop((path, index), [])
+            before = pair.hidden[0][index]
+            # Not where the stream itself was cut: its lost features are wanted nowhere.
+            if left is not None and before is not None and left.shape == before.shape and len(own.get(path, [])) == 1:
+                wanted = [_rows_of(batch, before) - _rows_of(batch, left) + own[path][0]]
+            yield from zip(seen.get(path, []), wanted)
+
+
+def _whole(model: nn.Module, path: str, batch: Any, given: bool) -> list[Array]:
+    with replaying(model) as run, _watching(model, [path], batch, given) as seen:
+        run(batch)
+    return seen.get(path, [])
+
+
+class _watching:
+    """Rows of the inputs (`given`) or outputs of some layers, layer -> one array a call."""
+
+    def __init__(self, model: nn.Module, paths: Sequence[str], batch: Any, given: bool) -> None:
+        self._modules: Mapping[str, nn.Module] = {p: bridge.get_module(model, p) for p in paths}
+        self._batch, self._given = batch, given
+        self._seen: dict[str, list[Array]] = {}
+        self._hooks = bridge.hooked(self._modules, self._note)
+
+    def __enter__(self) -> dict[str, list[Array]]:
+        self._hooks.__enter__()
+        return self._seen
+
+    def __exit__(self, *error: Any) -> None:
+        self._hooks.__exit__(*error)
+
+    def _note(self, path: str, args: Any, kwargs: Any, output: torch.Tensor) -> None:
+        module = self._modules[path]
+        x = (args[0] if args else kwargs["input"]) if self._given else output
+        valid = valid_rows(self._batch, x)
+        x = (x if valid is None else x[valid]).detach()
+        rows = (input_rows if self._given else output_rows)(module, x)
+        # A copy: what follows, such as an activation, may work in the memory of it.
+        rows = rows if rows.dtype == torch.float64 else rows.float()
+        self._seen.setdefault(path, []).append(np.array(rows.cpu().numpy()))
+
+
+def _rows_of(batch: Any, hidden: torch.Tensor) -> Array:
+    """Hidden states without those of padding, (n, width)."""
+    valid = valid_rows(batch, hidden)
+    rows = (hidden if valid is None else hidden[valid]).reshape(-1, hidden.shape[-1])
+    found: Array = (rows if rows.dtype == torch.float64 else rows.float()).cpu().numpy()
+    return found
+
+
+def _float64(tensor: torch.Tensor) -> Array:
     values: Array = tensor.double().cpu().numpy()
     return values
-
-
-def _rows(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    if kinds.is_ordinary_conv2d(module):
-        x = F.unfold(x, module.kernel_size, module.dilation, module.padding, module.stride).transpose(1, 2)
-    return x.reshape(-1, x.shape[-1])
-
-
-def _seen(model: nn.Module, path: str, batch: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Input and output of one layer at each of its calls."""
-    calls: list[tuple[torch.Tensor, torch.Tensor]] = []
-
-    def seen(_name: str, args: Any, kwargs: Any, output: torch.Tensor) -> None:
-        # Copies: what follows, such as an activation, may work in the memory of either.
-        x = args[0] if args else kwargs["input"]
-        calls.append((x.detach().clone(), output.detach().clone()))
-
-    with replaying(model) as run, bridge.hooked({path: bridge.get_module(model, path)}, seen):
-        run(batch)
-    return calls

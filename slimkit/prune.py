@@ -16,12 +16,14 @@ from slimkit.core.batch import without_labels
 from slimkit.core.lazy import door, library
 from slimkit.core.log import logger
 from slimkit.core.prune.attributes import HEADS, Field, widths_of
+from slimkit.core.prune.elimination import LayerSignal
 from slimkit.core.prune.graph import Graph
 from slimkit.core.prune.plan import PrunePlan
 from slimkit.core.prune.pruner import PrunerBase
 from slimkit.core.prune.rehearsal import Rehearsal, compare
 from slimkit.core.prune.solve import View
 from slimkit.replay import replaying, unchanged
+from slimkit.signals import layer_signals
 from slimkit.trace import trace
 from slimkit.trace.passes import Run, example, record
 from slimkit.trace.tracer import Recorder
@@ -175,6 +177,11 @@ class TorchPrune:
                 run(batch)
         return {name: totals[name] / number[name] for name in totals}
 
+    def signals(
+        self, data: Iterable[Any], layers: Sequence[str], loss: Callable[..., Any] | None, seed: int
+    ) -> dict[str, LayerSignal]:
+        return layer_signals(self.model, data, layers, loss, seed)
+
     def cut(self, plan: PrunePlan, names: Mapping[str, str]) -> Callable[[], None]:
         undo = surgery.cut(self.model, plan, names)
         if plan.config and plan.desc.get("made", {}).get("form") == "config":
@@ -189,7 +196,7 @@ class TorchPrune:
         return copy.deepcopy(self.model)
 
     def compensate(
-        self, dense: Any, plan: PrunePlan, layers: Sequence[str], data: Iterable[Any], damping: float
+        self, dense: Any, plan: PrunePlan, layers: Sequence[str], data: Iterable[Any], damping: float | None
     ) -> dict[str, Any]:
         return compensate(dense, self.model, plan, layers, data, damping)
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from slimkit.core.prune.plan import PrunePlan
-from slimkit.core.prune.refit import repair
+from slimkit.core.prune.refit import RepairStage, repair
 from slimkit_ms import bridge, kinds
 from slimkit_ms.replay import replaying
+from slimkit_ms.signals import input_rows, output_rows, unsuited
 
 import mindspore as ms
 from mindspore import nn
@@ -19,7 +20,7 @@ Array = np.ndarray[Any, Any]
 
 
 def compensate(
-    dense: nn.Cell, pruned: nn.Cell, plan: PrunePlan, layers: Sequence[str], data: Iterable[Any], damping: float
+    dense: nn.Cell, pruned: nn.Cell, plan: PrunePlan, layers: Sequence[str], data: Iterable[Any], damping: float | None
 ) -> dict[str, Any]:
     """Refit every ordinary 2-d convolution and dense layer of a pruned cell to its original's outputs, in place.
 
@@ -29,12 +30,12 @@ def compensate(
         plan: the cut.
         layers: paths in the order they run.
         data: calibration batches.
-        damping: see `slimkit.core.prune.refit.refit`.
+        damping: see `slimkit.core.prune.refit.repair`.
 
     Returns:
         What `slimkit.core.prune.refit.repair` reports.
     """
-    return repair(MindSporeRepair(dense, pruned), layers, plan, data, damping)
+    return repair(MindSporeRepair(dense, pruned, data), layers, plan, damping)
 
 
 class MindSporeRepair:
@@ -43,22 +44,18 @@ class MindSporeRepair:
     Args:
         dense: the cell before the cut.
         pruned: the cell after it.
+        data: calibration batches.
     """
 
-    def __init__(self, dense: nn.Cell, pruned: nn.Cell) -> None:
-        self._dense, self._pruned = dense, pruned
+    def __init__(self, dense: nn.Cell, pruned: nn.Cell, data: Iterable[Any]) -> None:
+        self._dense, self._pruned, self._data = dense, pruned, data
+        self._tied = {p: paths for _, paths in bridge.parameter_paths(pruned) if len(paths) > 1 for p in paths}
 
     def unsuited(self, path: str) -> str | None:
-        cell = bridge.get_module(self._pruned, path)
-        kind = kinds.kind_of(cell)
-        if kind is not None and kind.word == "conv":
-            if kind.transposed or kinds.groups_of(cell) != 1:
-                return "grouped or transposed"
-            if kind.space != 2 or kinds.padding_mode_of(cell) != "zeros":
-                return "not a plain Conv2d"
-        elif kind is None or kind.word != "linear":
-            return "not a plain Conv2d or Dense"
-        return None if kinds.activation_of(cell) is None else "an activation of its own hides its outputs"
+        if f"{path}.weight" in self._tied:
+            # Fitted as a layer it would change what it is elsewhere.
+            return f"its weight is {next(p for p in self._tied[f'{path}.weight'] if p != f'{path}.weight')} too"
+        return unsuited(bridge.get_module(self._pruned, path))
 
     def made_axis(self, path: str) -> int:
         return 0
@@ -68,11 +65,8 @@ class MindSporeRepair:
         weight, bias = kinds.weight_of(cell), kinds.bias_of(cell)
         return _numbers(weight).reshape(len(weight), -1), None if bias is None else _numbers(bias)
 
-    def calls(self, path: str, batch: Any) -> Iterator[tuple[Array, Array]]:
-        cell = bridge.get_module(self._pruned, path)
-        for (_, wanted), (given, _) in zip(_seen(self._dense, path, batch), _seen(self._pruned, path, batch)):
-            y = np.moveaxis(wanted, 1, -1) if kinds.is_kind(cell, "conv") else wanted
-            yield layer_rows(cell, given), y.reshape(-1, y.shape[-1])
+    def stages(self, layers: Sequence[str], behind: Collection[str]) -> Iterator[RepairStage]:
+        yield WholePair(self._dense, self._pruned, layers, self._data)
 
     def write(self, path: str, weight: Array, bias: Array | None) -> None:
         cell = bridge.get_module(self._pruned, path)
@@ -81,6 +75,26 @@ class MindSporeRepair:
             held = kinds.bias_of(cell)
             assert held is not None
             _put(held, bias)
+
+
+class WholePair:
+    """Both cells whole: every layer costs a forward of each.
+
+    Args:
+        dense: the cell before the cut.
+        pruned: the cell after it.
+        layers: paths in the order they run.
+        data: calibration batches.
+    """
+
+    def __init__(self, dense: nn.Cell, pruned: nn.Cell, layers: Sequence[str], data: Iterable[Any]) -> None:
+        self._dense, self._pruned, self.layers, self._data = dense, pruned, list(layers), data
+
+    def calls(self, path: str) -> Iterator[tuple[Array, Array]]:
+        cell = bridge.get_module(self._pruned, path)
+        for batch in self._data:
+            for (_, wanted), (given, _) in zip(_seen(self._dense, path, batch), _seen(self._pruned, path, batch)):
+                yield input_rows(cell, given), output_rows(cell, wanted)
 
 
 def _numbers(tensor: ms.Tensor) -> Array:
@@ -104,16 +118,3 @@ def _seen(model: nn.Cell, path: str, batch: Any) -> list[tuple[Array, Array]]:
     with replaying(model) as run, bridge.hooked({path: bridge.get_module(model, path)}, seen):
         run(batch)
     return calls
-
-
-def layer_rows(cell: nn.Cell, x: Array) -> Array:
-    """What the layer multiplies with its weights: one row for each output position, (n, inputs)."""
-    if not kinds.is_kind(cell, "conv"):
-        return x.reshape(-1, x.shape[-1])
-    strides, dilations = kinds.steps_of(cell, "stride"), kinds.steps_of(cell, "dilation")
-    spans = tuple((k - 1) * d + 1 for k, d in zip(cell.kernel_size, dilations))
-    x = np.pad(x, [(0, 0), (0, 0), *kinds.pads_of(cell, x.shape[2:])])
-    # (batch, channels, height, width, *window), thinned by stride and dilation
-    windows: Array = np.lib.stride_tricks.sliding_window_view(x, spans, axis=(2, 3))  # type: ignore[call-overload]
-    windows = windows[:, :, :: strides[0], :: strides[1], :: dilations[0], :: dilations[1]]
-    return windows.transpose(0, 2, 3, 1, 4, 5).reshape(-1, cell.weight[0].size)

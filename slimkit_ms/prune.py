@@ -13,6 +13,7 @@ from slimkit.core.errors import GraphError, UnsupportedError
 from slimkit.core.lazy import door
 from slimkit.core.prune.attributes import Field, rewritten, widths_of
 from slimkit.core.prune.cut_shapes import CutShapes
+from slimkit.core.prune.elimination import LayerSignal
 from slimkit.core.prune.graph import Graph
 from slimkit.core.prune.plan import PrunePlan
 from slimkit.core.prune.pruner import PrunerBase
@@ -22,6 +23,7 @@ from slimkit.core.prune.solve import View
 from slimkit_ms import bridge, kinds
 from slimkit_ms.compensate import compensate
 from slimkit_ms.replay import replaying, unchanged
+from slimkit_ms.signals import layer_signals
 from slimkit_ms.surgery import Keep, Knife, RefusedError, Undo, cut_by_attributes
 from slimkit_ms.surgery.layers import aligned
 from slimkit_ms.trace import Traced, trace_marked
@@ -159,6 +161,11 @@ class MindSporePrune:
                 run(batch)
         return {name: totals[name] / number[name] for name in totals}
 
+    def signals(
+        self, data: Iterable[Any], layers: Sequence[str], loss: Callable[..., Any] | None, seed: int
+    ) -> dict[str, LayerSignal]:
+        return layer_signals(self.model, data, layers, loss, seed)
+
     def cut(self, plan: PrunePlan, names: Mapping[str, str]) -> Callable[[], None]:
         proven = (plan.desc["variables"], plan.desc["axes"]) == self._proven
         if self.inputs is None or proven or not plan.keep:
@@ -184,7 +191,7 @@ class MindSporePrune:
         return copy.deepcopy(self.model)
 
     def compensate(
-        self, dense: nn.Cell, plan: PrunePlan, layers: Sequence[str], data: Iterable[Any], damping: float
+        self, dense: nn.Cell, plan: PrunePlan, layers: Sequence[str], data: Iterable[Any], damping: float | None
     ) -> dict[str, Any]:
         return compensate(dense, self.model, plan, layers, data, damping)
 

@@ -36,7 +36,15 @@ def mlp(kit):
 
 
 NETS = {"cnn": cnn, "mlp": mlp}
-CASES = [("cnn", "l1"), ("cnn", "bn_scale"), ("cnn", "activation"), ("mlp", "l2"), ("mlp", "taylor"), ("mlp", "lamp")]
+CASES = [
+    ("cnn", "l1"),
+    ("cnn", "bn_scale"),
+    ("cnn", "activation"),
+    ("mlp", "l2"),
+    ("mlp", "taylor"),
+    ("mlp", "lamp"),
+    ("mlp", "output"),
+]
 
 
 def inputs(kit, shape):

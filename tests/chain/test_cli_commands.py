@@ -64,10 +64,11 @@ def _inside(here, monkeypatch):
 def test_a_pruned_llama_loads_with_transformers(here, tmp_path):
     import transformers
 
-    planned = run("prune", "-m", "llama", "-r", 0.7, "--align", 8, "-o", tmp_path / "p", "--dry-run", "--json")
+    how = ("-m", "llama", "--importance", "l1", "-r", 0.7, "--align", 8, "-o", tmp_path / "p", "--json")
+    planned = run("prune", *how, "--dry-run")
     assert planned["dry_run"] is True
     assert not (tmp_path / "p").exists()
-    done = run("prune", "-m", "llama", "-r", 0.7, "--align", 8, "-o", tmp_path / "p", "--json")
+    done = run("prune", *how)
     assert done["parameters"] == planned["parameters"] < done["parameters_before"]
     assert done["written"] == "transformers"
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "p")
@@ -87,7 +88,8 @@ def test_a_pruned_llama_loads_with_transformers(here, tmp_path):
 
 def test_a_pruned_bert_that_no_config_describes_goes_on_through_the_commands(here, tmp_path):
     pruned, sparse = tmp_path / "p", tmp_path / "s"
-    done = run("prune", "-m", "bert", "-r", 0.8, "--align", 1, "--form", "any", "-o", pruned, "--json")
+    how = ("--importance", "l1", "--form", "any", "--align", 1)
+    done = run("prune", "-m", "bert", *how, "-r", 0.8, "-o", pruned, "--json")
     assert done["written"] == "slimkit"  # two blocks lose a head, the first none
     again = run(
         "sparsify", "-m", pruned, "--method", "wanda", "--calib", "plain.jsonl", "-o", sparse, "--samples", 8, "--json"
@@ -107,7 +109,21 @@ def test_a_pruned_bert_that_no_config_describes_goes_on_through_the_commands(her
 def test_a_card_keeps_the_licence_and_says_who_reads_the_folder(here, tmp_path):
     shutil.copytree("bert", tmp_path / "licensed")
     (tmp_path / "licensed" / "README.md").write_text("---\nlicense: apache-2.0\ntags: [x]\n---\n\n# Old words\n")
-    run("prune", "-m", tmp_path / "licensed", "-r", 0.8, "--align", 1, "--form", "any", "-o", tmp_path / "p")
+    run(
+        "prune",
+        "-m",
+        tmp_path / "licensed",
+        "--importance",
+        "l1",
+        "-r",
+        0.8,
+        "--align",
+        1,
+        "--form",
+        "any",
+        "-o",
+        tmp_path / "p",
+    )
     card = (tmp_path / "p" / "README.md").read_text()
     assert card.startswith('---\nlicense: "apache-2.0"\n')
     assert "load_pruned" in card
@@ -311,7 +327,7 @@ def test_mistakes_are_one_line_and_leave_nothing(here, tmp_path):
 
 def test_nothing_of_the_users_is_overwritten(here, tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
-    for command in (("prune", "-m", "llama"), ("sparsify", "-m", "llama", "--method", "magnitude")):
+    for command in (("prune", "-m", "llama", "--importance=l1"), ("sparsify", "-m", "llama", "--method", "magnitude")):
         assert "does not exist yet or is empty" in str(refused(*command, "-o", tmp_path))
     assert [f.name for f in tmp_path.iterdir()] == ["mine.txt"]
 

@@ -37,21 +37,23 @@ class PruneOptions(JobOptions):
         0.75, description="share of the parameters (or MACs) kept"
     )
     importance: Annotated[str, OneOf("slimkit.core.prune.criteria:CRITERIA", functions=True)] = Field(
-        "l1",
-        description="how channels are scored, by name (taylor, hessian and activation read calibration data) or "
-        "file.py:function of one channel's weights; Python's Pruner, unset: the mean of |w|",
+        "auto",
+        description="how channels are scored, by name (output, taylor, hessian, activation read calibration data) or "
+        "file.py:function of one channel's weights; auto: output for a language model, l1 for others",
     )
     budget: Annotated[str, OneOf(("params", "macs"))] = Field("params", description="what the ratio counts")
-    allocation: Annotated[str, OneOf(("uniform", "global"))] = Field(
-        "uniform", description="uniform: each node keeps the same share; global: the least important go first"
+    allocation: Annotated[str | None, OneOf(("uniform", "global", "measured"))] = Field(
+        None,
+        description="uniform: each node keeps the same share; global: the least important go first; measured: what "
+        "importance output foretells to cost least; unset: measured with output, else uniform",
     )
     alignment: Annotated[PositiveInt, Flag("--align")] = Field(
         16, description="kept widths are multiples of it; 16 suits Ascend"
     )
     node_reserved_ratio: Annotated[Ratio | None, Flag("--node-ratio")] = Field(
         None,
-        description="least share of its channels each node keeps, whatever is asked for; unset: half, or as much less "
-        "as the ratio asked for needs",
+        description="least share of its channels each node keeps, whatever is asked for; unset: 0.5, 0.1 where "
+        "measured, or as much less as the ratio asked for needs",
     )
     form: Annotated[str | None, OneOf(("config", "any"))] = Field(
         None,
@@ -70,7 +72,11 @@ class PruneOptions(JobOptions):
     compensation_batches: Annotated[
         PositiveInt | None,
         Flag("--compensate", sets=EVERY, help="refit what remains on the --calib data; no labels needed"),
-    ] = Field(None, description="batches to refit what remains, without labels; unset: no refit")
+    ] = Field(
+        None,
+        description="batches to refit what remains, without labels; unset: no refit, but of a language model pruned by "
+        "output all batches",
+    )
 
     @property
     def needs_data(self) -> bool:

@@ -128,21 +128,30 @@ def prune(model: Any, options: PruneOptions, context: JobContext, *, plan_only: 
     if ":" in importance:
         importance = context.function(importance, "importance")
     own = isinstance(importance, type) and issubclass(importance, Criterion) and importance.needs
+    pruner = face.slim.Pruner(model, context.example)
     measured = None
     if options.scored_by_data or own:
         measured = context.calibration(options.calibration_batches)
+    elif importance == "auto" and pruner.is_language_model:
+        try:
+            measured = context.calibration()
+        except ConfigError as error:
+            raise ConfigError(
+                f"{error}. Weights alone do not tell what a language model can lose; {context.spell('importance')} l1 "
+                "goes by them all the same"
+            ) from None
     pruner = (
-        face.slim.Pruner(model, context.example)
-        .set_importance_evaluation_function(importance, calibration=measured, seed=context.seed)
+        pruner.set_importance_evaluation_function(importance, calibration=measured, seed=context.seed)
         .set_parallel(options.parallel)
         .set_alignment(options.alignment)
         .set_budget(options.budget)
-        .set_allocation(options.allocation)
     )
     if options.form is not None:
         pruner.set_form(options.form)
     if options.node_reserved_ratio is not None:
         pruner.set_node_reserved_ratio(options.node_reserved_ratio)
+    if options.allocation is not None:
+        pruner.set_allocation(options.allocation)
     if options.compensation_batches:
         pruner.set_compensation(context.calibration(options.compensation_batches))
     desc = None

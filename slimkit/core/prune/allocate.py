@@ -16,10 +16,6 @@ from slimkit.core.prune.solve import View
 Array = np.ndarray[Any, Any]
 
 
-# A node seldom recovers from losing more: the limit where nobody set one, and the ratio asked for allows it.
-DEFAULT_FLOOR = 0.5
-
-
 class Account:
     """Counts parameters or multiplications as a function of how many indices each variable keeps.
 
@@ -48,6 +44,7 @@ class Account:
 
     def _build(self, terms: Sequence[Sequence[Expr]], full: Mapping[str, int]) -> None:
         self.names = list(full)
+        self._multiples: list[int] = []
         order = {name: k for k, name in enumerate(self.names)}
         forms: dict[tuple[int, tuple[tuple[int, int], ...]], int] = {(1, ()): 0}
         rows: list[tuple[int, list[int]]] = []
@@ -73,12 +70,20 @@ class Account:
             for variable, slope in pairs:
                 self._slopes[place, variable] = slope
 
-    def joined(self, names: Sequence[str], offsets: Array, matrix: Array) -> Account:
-        """The same number as a function of levers: counts = offsets + matrix @ steps (`lever_matrix`)."""
+    def joined(self, names: Sequence[str], offsets: Array, matrix: Array, multiples: Sequence[int]) -> Account:
+        """The same number as a function of levers: counts = offsets + matrix @ steps (`lever_matrix`).
+
+        Args:
+            names: the levers'.
+            offsets: (variables,) counts where all levers stand at zero.
+            matrix: (variables, levers) indices a step.
+            multiples: a number each that kept steps are multiples of; sizes that are asked about are, too.
+        """
         new = copy(self)
         new.names = list(names)
         new._offsets = self._offsets + self._slopes @ offsets
         new._slopes = self._slopes @ matrix
+        new._multiples = list(multiples)
         return new
 
     def count(self, counts: Array) -> int:
@@ -99,7 +104,32 @@ class Account:
             for slope in wide or slopes:
                 common = math.gcd(alignment, slope * int(sizes[variable]))
                 steps[variable] = math.lcm(int(steps[variable]), common // math.gcd(common, slope))
+        for variable, must in enumerate(self._multiples):
+            both, size = math.lcm(int(steps[variable]), must), int(sizes[variable])
+            # Where the width has no room for both, what devices must divide goes before alignment.
+            steps[variable] = both if size % both == 0 else must * max(1, math.gcd(both, size) // must)
         return steps
+
+    def floors(self, sizes: Sequence[int], floor_ratio: float, alignment: int) -> Array:
+        """The least that each variable keeps: its share, rounded up to a step."""
+        full = np.asarray(sizes, dtype=np.int64)
+        steps = self.steps(alignment, full)
+        least = -(-np.ceil(full * floor_ratio - 1e-9).astype(np.int64) // steps) * steps
+        return np.minimum(full, np.maximum(least, steps))
+
+    def floor_for(self, sizes: Sequence[int], floor_ratio: float, alignment: int, target: float) -> float:
+        """A least share, or as much less of one as the target needs."""
+
+        def reaches(share: float) -> bool:
+            return self.count(self.floors(sizes, share, alignment)) <= target
+
+        if not len(sizes) or reaches(floor_ratio):
+            return floor_ratio
+        low, high = 0.0, floor_ratio
+        for _ in range(24):
+            middle = (low + high) / 2
+            low, high = (middle, high) if reaches(middle) else (low, middle)
+        return low
 
 
 @dataclass
@@ -123,13 +153,12 @@ def allocate(
     account: Account,
     sizes: Sequence[int],
     target: float,
-    floor_ratio: float | None,
+    floor_ratio: float,
     alignment: int,
     chunks: Mapping[str, Array] | None = None,
     alike: Sequence[Any] | None = None,
     tolerance: float = 0.005,
     level: bool = False,
-    multiples: Sequence[int] | None = None,
 ) -> Allocation:
     """Choose kept counts so that the account comes as near to the target as the steps allow.
 
@@ -137,25 +166,20 @@ def allocate(
         account: what is counted.
         sizes: indices of each variable, in the account's order.
         target: the number to reach.
-        floor_ratio: least share of its indices that a variable keeps; None: half, or as much less as the target needs.
+        floor_ratio: least share of its indices that a variable keeps.
         alignment: kept widths are multiples of it.
         chunks: variable -> scores of its indices, ascending: drop the globally least instead of the same share
         everywhere.
         alike: a label each; equally labelled variables change together where that reaches the target.
         tolerance: relative distance from the target at which to stop improving.
         level: equally labelled variables keep equal numbers, whatever that costs.
-        multiples: a number each that kept counts must be a multiple of, whatever the variable keeps today.
 
     Returns:
         The counts.
     """
     full = np.asarray(sizes, dtype=np.int64)
     steps = account.steps(alignment, full)
-    if multiples is not None and len(full):
-        must = np.asarray(multiples, dtype=np.int64)
-        full = full // must * must
-        steps = np.array([_step(int(s), int(m), int(n)) for s, m, n in zip(steps, must, full)], dtype=np.int64)
-    floors = _floors(account, full, steps, target, floor_ratio)
+    floors = account.floors(sizes, floor_ratio, alignment)
     if not len(full) or account.count(full) <= target:
         return Allocation(dict(zip(account.names, full.tolist())), account.count(full), target, [])
     if account.count(floors) >= target:
@@ -169,27 +193,6 @@ def allocate(
     return Allocation(
         dict(zip(account.names, counts.tolist())), total, target, held if total > target * (1 + tolerance) else []
     )
-
-
-def _step(step: int, must: int, size: int) -> int:
-    """A step that is a multiple of both where the width has room for that, else of what it must be."""
-    both = math.lcm(step, must)
-    return both if size % both == 0 else must * max(1, math.gcd(both, size) // must)
-
-
-def _floors(account: Account, full: Array, steps: Array, target: float, ratio: float | None) -> Array:
-    def at(share: float) -> Array:
-        least: Array = np.ceil(full * share - 1e-9).astype(np.int64)
-        floors: Array = np.minimum(full, np.maximum(-(-least // steps) * steps, steps))
-        return floors
-
-    if ratio is not None or not len(full) or account.count(at(DEFAULT_FLOOR)) <= target:
-        return at(DEFAULT_FLOOR if ratio is None else ratio)
-    low, high = 0.0, DEFAULT_FLOOR
-    for _ in range(24):
-        middle = (low + high) / 2
-        low, high = (middle, high) if account.count(at(middle)) <= target else (low, middle)
-    return at(low)
 
 
 def _by_share(full: Array, steps: Array) -> Any:

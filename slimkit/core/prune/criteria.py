@@ -18,7 +18,7 @@ else:
     np = LateModule("numpy")  # the help of `slimkit prune` lists the criteria, and needs no numbers
 
 # What a criterion may ask of calibration data.
-NEEDS = ("", "gradient", "square", "activation")
+NEEDS = ("", "gradient", "square", "activation", "signal")
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,8 @@ class Criterion:
     Attributes:
         name: for the plan and its report.
         needs: what `calibration=` must yield: "" nothing, "gradient" the mean gradient, "square" its mean square,
-            "activation" the mean absolute outputs of layers.
+            "activation" the mean absolute outputs of layers, "signal" what layers are given and how much the loss
+            depends on what they say.
         roles: which uses of a parameter's axis count: "out" (makes the channel), "in" (reads it), "norm", "layer_norm".
         comparable: whether scores of different layers compare as they are; otherwise a global allocation divides each
             layer's by their mean.
@@ -165,6 +166,22 @@ class Activation(Criterion):
         return None if found is None else dict.fromkeys(axes, found)
 
 
+class OutputLoss(Criterion):
+    """The loss that the model takes as the layers that read an index lose it (`elimination`).
+
+    Scores are that loss, in the order in which the indices go; so one order serves all budgets, and what one layer
+    loses compares with what another does.
+    """
+
+    name, needs, roles, comparable = "output", "signal", ("in",), True
+
+
+class Auto(L1):
+    """`output` for a language model with calibration data; |w| for anything else."""
+
+    name = "auto"
+
+
 class Random(Criterion):
     """Chance, for comparisons; `seed=` chooses it."""
 
@@ -237,6 +254,8 @@ def _number(value: Any) -> float | None:
 
 # One row a criterion: a subclass of Criterion above, and its name here.
 CRITERIA: dict[str, Criterion] = {
+    "auto": Auto(),
+    "output": OutputLoss(),
     "l1": L1(),
     "l2": L2(),
     "bn_scale": BatchNormScale(),

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from slimkit.core.prune.attributes import Field
+from slimkit.core.prune.elimination import LayerSignal
 from slimkit.core.prune.graph import Graph
 from slimkit.core.prune.plan import PrunePlan
 from slimkit.core.prune.rehearsal import Rehearsal
@@ -94,6 +95,13 @@ class PruneFramework(Protocol):
         """Mean absolute output of each channel of each layer."""
 
     @abstractmethod
+    def signals(
+        self, data: Iterable[Any], layers: Sequence[str], loss: Callable[..., Any] | None, seed: int
+    ) -> dict[str, LayerSignal]:
+        """What layers are given and how much the loss depends on what they say; layers that are no plain product are
+        left out."""
+
+    @abstractmethod
     def cut(self, plan: PrunePlan, names: Mapping[str, str]) -> Callable[[], None]:
         """Cut the model in place and return a call that takes it back; on an error the model is as it was."""
 
@@ -103,6 +111,6 @@ class PruneFramework(Protocol):
 
     @abstractmethod
     def compensate(
-        self, dense: Any, plan: PrunePlan, layers: Sequence[str], data: Iterable[Any], damping: float
+        self, dense: Any, plan: PrunePlan, layers: Sequence[str], data: Iterable[Any], damping: float | None
     ) -> dict[str, Any]:
         """Refit the cut model's layers to the outputs of the snapshot, in place."""

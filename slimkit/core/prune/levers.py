@@ -54,6 +54,15 @@ def joined_scores(lever: Lever, scores: Mapping[str, Array]) -> Array:
     return mean
 
 
+def joined_losses(levers: Sequence[Lever], sizes: Sequence[int], losses: Mapping[str, Array]) -> dict[str, Array]:
+    """The loss at which each step of a lever goes: the sum over what goes with it; none where a member's is unknown."""
+    return {
+        x.name: np.sum([np.sort(losses[n]).reshape(x.size, -1).sum(axis=1) for n in x.members], axis=0)[x.size - size :]
+        for x, size in zip(levers, sizes)
+        if all(n in losses for n in x.members)
+    }
+
+
 def lever_matrix(
     names: Sequence[str], full: Mapping[str, int], levers: Sequence[Lever], fixed: Mapping[str, int]
 ) -> tuple[Array, Array]:

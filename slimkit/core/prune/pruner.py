@@ -9,29 +9,38 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from slimkit.core import check
-from slimkit.core.errors import PlanError
+from slimkit.core.errors import ArgumentError, PlanError
 from slimkit.core.files import PathLike, as_path, atomic_file
+from slimkit.core.log import logger
 from slimkit.core.match import demand, match
 from slimkit.core.prune.allocate import Account, Allocation, allocate
 from slimkit.core.prune.attributes import config_changes, new_values, scope_sizes
-from slimkit.core.prune.criteria import Evidence
+from slimkit.core.prune.criteria import CRITERIA, Criterion, Evidence
 from slimkit.core.prune.draw import picture
+from slimkit.core.prune.elimination import LayerSignal
 from slimkit.core.prune.expressions import Index
 from slimkit.core.prune.forms import CutForm, parallel_steps
 from slimkit.core.prune.framework import PruneFramework
 from slimkit.core.prune.importance import best, scores
-from slimkit.core.prune.levers import Lever, joined_scores, lever_matrix
+from slimkit.core.prune.knapsack import measured
+from slimkit.core.prune.levers import Lever, joined_losses, joined_scores, lever_matrix
 from slimkit.core.prune.masks import desc_of_masks, is_masks
 from slimkit.core.prune.narrowing import Narrowing, alike_levers
+from slimkit.core.prune.output import output_losses
 from slimkit.core.prune.plan import PrunePlan, make_desc
 from slimkit.core.prune.record import record_plan, whole_desc
 from slimkit.core.prune.reporting import allocated, coupled
 from slimkit.core.prune.serving import serves
 from slimkit.core.prune.settings import PrunerSettings
-from slimkit.core.prune.solve import Coupling, View
+from slimkit.core.prune.solve import Coupling, Variable, View
 from slimkit.core.showing import Report
 
 _ROUNDS = 200
+_LEAST, _LEAST_MEASURED = 0.5, 0.1
+UNCALIBRATED = (
+    "a language model is pruned without calibration data: weights alone do not tell what it can lose, and its answers "
+    "are likely to be useless. Give a few dozen texts (calibration=, --calib)"
+)
 if TYPE_CHECKING:
     from typing_extensions import Self
 
@@ -49,6 +58,9 @@ class PrunerBase(PrunerSettings):
         super().__init__(wing)
         self._narrowing: Narrowing | None = None
         self._scores: dict[str, Array] = {}
+        self._losses: dict[str, Array] = {}
+        self._made: dict[str, Any] = {}  # what this plan's settings came to
+        self._warned = False
         self._weights_seen: Any = None
         self._report: dict[str, Any] = {}
         self._was_cut = False
@@ -78,6 +90,11 @@ class PrunerBase(PrunerSettings):
         self._wing.show(inputs)
         self._narrowing, self._scored, self._report, self._cut_form = None, None, {}, None
         return self
+
+    @property
+    def is_language_model(self) -> bool:
+        """Whether the model has a table of embeddings and attention, so that only data tells what it can lose."""
+        return self._solved().is_language_model
 
     def analysis(
         self, reserved_ratio: float = 0.75, un_prune_list: Sequence[int | str] | None = None
@@ -132,14 +149,17 @@ class PrunerBase(PrunerSettings):
         """
         _, desc = self.analysis(reserved_ratio, un_prune_list)
         layers = self._solved().graph.layers
-        if self._repair is None:
+        data = self._repair
+        if not self._repair_set and self._made["importance"] == "output":
+            data = self._calibration
+        if data is None:
             self._cut(PrunePlan(desc))
             return desc
         plan = PrunePlan(desc)
         dense = self._wing.snapshot()
         undo = self._cut(plan)
         try:
-            self._report["compensation"] = self._wing.compensate(dense, plan, layers, self._repair, self._damping)
+            self._report["compensation"] = self._wing.compensate(dense, plan, layers, data, self._damping)
         except BaseException:
             undo()
             raise
@@ -255,55 +275,109 @@ class PrunerBase(PrunerSettings):
         account = Account(view, self._budget)
         full = np.array(list(view.counts.values()), dtype=np.int64)
         target = ratio * account.count(full)
-        self._scores = self._score(view)
-        self._levers = levers = self._form_begun().levers(view)
-        chunks = None
-        if self._allocation == "global":
-            comparable = {
-                n: s if self._criterion.comparable else s / max(s.mean(), 1e-30) for n, s in self._scores.items()
-            }
-            chunks = {x.name: joined_scores(x, comparable) for x in levers}
-        multiples = parallel_steps(view, levers, self._parallel)
+        criterion = self._criterion_for(view)
+        allocation = self._allocation or ("measured" if criterion is CRITERIA["output"] else "uniform")
+        if allocation == "measured" and criterion is not CRITERIA["output"]:
+            raise ArgumentError(
+                'allocation "measured" needs the importance "output" and calibration data, for only these foretell the '
+                f"loss of a cut. Received: the importance {criterion.name!r}"
+            )
+        self._made = {"importance": criterion.name, "allocation": allocation}
+        self._levers = self._form_begun().levers(view)
+        multiples = dict(zip((x.name for x in self._levers), parallel_steps(view, self._levers, self._parallel)))
         fixed: dict[str, int] = {}
-        for _ in range(2):
+        while True:
             # Levers that had to be put elsewhere stay there, and the others make up for it.
-            free = [x for x in levers if x.name not in fixed]
-            offsets, matrix = lever_matrix(account.names, view.counts, levers, fixed)
-            joined = account.joined([x.name for x in free], offsets, matrix)
-            musts = [m for x, m in zip(levers, multiples) if x.name not in fixed]
-            sizes = [x.size for x in free]
-            found = allocate(
-                joined, sizes, target, self._node_ratio, self._alignment, chunks, alike_levers(view, free),
-                level=self._begun().level, multiples=musts,
-            )  # fmt: skip
-            counts = offsets + matrix @ np.array([found.keep[x.name] for x in free], dtype=np.int64)
+            free = [x for x in self._levers if x.name not in fixed]
+            offsets, matrix = lever_matrix(account.names, view.counts, self._levers, fixed)
+            musts = [multiples[x.name] for x in free]
+            joined = account.joined([x.name for x in free], offsets, matrix, musts)
+            sizes = [x.size // m * m for x, m in zip(free, musts)]
+            found = self._turned(view, joined, free, sizes, target, criterion, allocation)
             if fixed:
                 break
-            least = dict(zip(found.keep, joined.steps(self._alignment, np.array(sizes, dtype=np.int64)).tolist()))
-            fixed = self._form_begun().settled(levers, found.keep, least)
+            steps = joined.steps(self._alignment, np.array(sizes, dtype=np.int64)).tolist()
+            fixed = self._form_begun().settled(self._levers, found.keep, dict(zip(joined.names, steps)))
             if not fixed:
                 break
         self._steps = {**found.keep, **fixed}
-        held = {v for x in levers if x.name in found.held_back for v in x.members}
+        counts = offsets + matrix @ np.array([found.keep[n] for n in joined.names], dtype=np.int64)
+        held = {v for x in self._levers if x.name in found.held_back for v in x.members}
         found.keep = dict(zip(account.names, counts.tolist()))
         found.held_back = [n for n in account.names if n in held]
         return found, account
 
+    def _turned(
+        self,
+        view: View,
+        account: Account,
+        levers: list[Lever],
+        sizes: list[int],
+        target: float,
+        criterion: Criterion,
+        allocation: str,
+    ) -> Allocation:
+        """Where each lever is to stand, by the scores or losses of what it cuts."""
+        least = _LEAST_MEASURED if allocation == "measured" else _LEAST
+        self._made["node_reserved_ratio"] = self._node_ratio or least
+        least = self._node_ratio or account.floor_for(sizes, least, self._alignment, target)
+        limits, level = (target, least, self._alignment), self._begun().level
+        labels = alike_levers(view, levers)
+        if allocation == "measured":
+            self._scores = self._score(view, criterion, self._open(view, account, levers, sizes, *limits))
+            losses = joined_losses(levers, sizes, self._losses)
+            return measured(account, sizes, *limits, losses, labels if level else None)
+        self._scores = self._score(view, criterion, view.variables)
+        chunks = None
+        if allocation == "global":
+            comparable = criterion.comparable
+            chunks = {n: s if comparable else s / max(s.mean(), 1e-30) for n, s in self._scores.items()}
+            chunks = {x.name: joined_scores(x, chunks)[x.size - size :] for x, size in zip(levers, sizes)}
+        return allocate(account, sizes, *limits, chunks, labels, level=level)
+
+    def _criterion_for(self, view: View) -> Criterion:
+        """The criterion that was asked for, or the one that suits the model and what is known of it."""
+        if self._criterion is not CRITERIA["auto"]:
+            return self._criterion
+        if not self.is_language_model:
+            return CRITERIA["l1"]
+        if self._calibration is None:
+            if not self._warned:
+                logger.warning("%s", UNCALIBRATED)
+            self._warned = True
+            return CRITERIA["l1"]
+        return CRITERIA["output"]
+
+    @staticmethod
+    def _open(
+        view: View, account: Account, levers: list[Lever], sizes: list[int], target: float, least: float, alignment: int
+    ) -> list[Variable]:
+        """The variables that a measured cut may touch: the hidden width only where all else would not do, since every
+        layer of the model reads it."""
+        hidden = {v.name for v in view.variables if v.kind == "hidden"}
+        stays = [bool(hidden & x.members.keys()) for x in levers]
+        floors = account.floors(sizes, least, alignment)
+        counts = [size if whole else int(f) for size, whole, f in zip(sizes, stays, floors)]
+        if account.count(np.array(counts, dtype=np.int64)) > target:
+            return view.variables
+        inner = {v for x, whole in zip(levers, stays) if not whole for v in x.members}
+        return [v for v in view.variables if v.name in inner]
+
     def _forget_old_scores(self) -> None:
         """Weights may have been trained since the last analysis; what data said of the same weights is kept."""
         seen: Any = object()
-        if self._criterion.needs:
+        if self._criterion.needs or self._calibration is not None:
             values = {p: self._wing.read(p) for p in self._solved().graph.shapes}
             seen = {p: None if v is None else float(v.sum(dtype=np.float64)) for p, v in values.items()}
         if seen != self._weights_seen:
             self._scored = None
         self._weights_seen = seen
 
-    def _score(self, view: View) -> dict[str, Array]:
-        key = tuple((v.name, v.size, len(v.places)) for v in view.variables)
+    def _score(self, view: View, criterion: Criterion, variables: Sequence[Variable]) -> dict[str, Array]:
+        key = criterion, tuple((v.name, v.size, len(v.places)) for v in view.variables), len(variables)
         if self._scored == key:
             return self._scores
-        shapes, need = view.coupling.graph.shapes, self._criterion.needs
+        shapes, need = view.coupling.graph.shapes, criterion.needs
         gradients: dict[str, Array] = {}
         activations: dict[str, Array] = {}
         if need in ("gradient", "square"):
@@ -317,9 +391,16 @@ class PrunerBase(PrunerSettings):
 
         if all(self._wing.read(v.places[0][0]) is None for v in view.variables[:1]):
             made = {v.name: np.ones(v.size) for v in view.variables}  # a model without values: counts only
+        elif need == "signal":
+
+            def signals(layers: Sequence[str]) -> dict[str, LayerSignal]:
+                return self._wing.signals(self._calibration, layers, self._loss, self._seed)
+
+            self._losses = output_losses(view, variables, signals, read)
+            made = {v.name: self._losses.get(v.name, np.ones(v.size)) for v in view.variables}
         else:
             evidence = Evidence(read, self._wing.rows, gradients, activations)
-            made = scores(view, self._criterion, evidence, self._seed)
+            made = scores(view, criterion, evidence, self._seed)
         self._scored = key
         return made
 
@@ -345,12 +426,10 @@ class PrunerBase(PrunerSettings):
             "framework": self._wing.framework,
             "reserved_ratio": ratio,
             "budget": self._budget,
-            "importance": self._criterion.name,
-            "allocation": self._allocation,
+            **self._made,
             "form": form.name,
             "parallel": self._parallel,
             "alignment": self._alignment,
-            "node_reserved_ratio": self._node_ratio,
             "un_prune": whole,
         }
         return make_desc(view, keep, attributes, config, made)

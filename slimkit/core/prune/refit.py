@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,7 +13,24 @@ from slimkit.core.prune.plan import PrunePlan
 
 Array = np.ndarray[Any, Any]
 
+DAMPINGS = (1e-4, 1e-3, 1e-2, 1e-1)
+HELD_OUT = 8  # one row in so many is held out to choose among them
+NARROW = 256
 MAX_INPUTS = 6000  # second moments of more inputs than this do not fit beside a model
+
+
+class RepairStage(Protocol):
+    """A part of a model, before and after the cut, through which calibration data can be sent again and again.
+
+    Attributes:
+        layers: those of the layers to refit that are in it, in the order they run.
+    """
+
+    layers: list[str]
+
+    @abstractmethod
+    def calls(self, path: str) -> Iterable[tuple[Array, Array]]:
+        """For each call of a layer on each batch: its inputs after the cut (n, n_in), its outputs before (n, all)."""
 
 
 class Repair(Protocol):
@@ -32,17 +49,19 @@ class Repair(Protocol):
         """Weight (n_out, n_in) and bias (n_out,) of a layer after the cut, float64."""
 
     @abstractmethod
-    def calls(self, path: str, batch: Any) -> Iterable[tuple[Array, Array]]:
-        """For each call of a layer on a batch: the inputs after the cut (n, n_in), the outputs before it (n, all)."""
+    def stages(self, layers: Sequence[str], behind: Collection[str]) -> Iterator[RepairStage]:
+        """The parts of the model, first to last; each is done with before the next is asked for.
+
+        A part that is a block of a chain holds only the layers behind the cut: what its other layers are given is
+        nearly what they were given before.
+        """
 
     @abstractmethod
     def write(self, path: str, weight: Array, bias: Array | None) -> None:
         """Put weight and bias into the cut model's layer, in place."""
 
 
-def repair(
-    models: Repair, layers: Sequence[str], plan: PrunePlan, data: Iterable[Any], damping: float
-) -> dict[str, Any]:
+def repair(models: Repair, layers: Sequence[str], plan: PrunePlan, damping: float | None) -> dict[str, Any]:
     """Refit the layers of a cut model to the outputs of their originals, in place, one after another as they run.
 
     A layer is fitted on what the layers before it now hand over. Norms keep their statistics: refitted layers make
@@ -52,30 +71,61 @@ def repair(
         models: the model before and after the cut.
         layers: paths in the order they run.
         plan: the cut.
-        data: calibration batches.
-        damping: see `refit`.
+        damping: see `refit`; None chooses each layer's on rows that the others were fitted without.
 
     Returns:
         {"refitted": layer -> rows of calibration data it saw, "left": layers that were left alone -> why}.
     """
     report: dict[str, Any] = {"refitted": {}, "left": {}}
-    for path in progress(layers, "layers"):
+    suited = []
+    for path in layers:
         why = models.unsuited(path)
+        if why is None and models.values(path)[0].shape[1] > MAX_INPUTS:
+            why = f"more than {MAX_INPUTS} inputs"
         if why is None:
-            weight, bias = models.values(path)
-            if weight.shape[1] > MAX_INPUTS:
-                why = f"more than {MAX_INPUTS} inputs"
-        if why is not None:
+            suited.append(path)
+        else:
             report["left"][path] = why
-            continue
-        kept = plan.indices.get(f"{path}.weight", [None, None])[models.made_axis(path)]
-        moments = RefitMoments(weight.shape[1], weight.shape[0], bias is not None)
-        for batch in data:
-            for given, wanted in models.calls(path, batch):
-                moments.add(given, wanted if kept is None else wanted[:, kept])
-        models.write(path, *refit(moments, weight, bias, damping))
-        report["refitted"][path] = moments.number
+    behind = {path for path in suited if _is_behind(models, path, plan)}
+    bar = iter(progress(suited, "layers"))
+    for stage in models.stages(suited, behind):
+        for path in stage.layers:
+            next(bar, None)
+            weight, bias = models.values(path)
+            kept = plan.indices.get(f"{path}.weight", [None, None])[models.made_axis(path)]
+            some, held_out = (RefitMoments(weight.shape[1], weight.shape[0], bias is not None) for _ in range(2))
+            for given, wanted in stage.calls(path):
+                wanted = wanted if kept is None else wanted[:, kept]
+                # The last rows of each batch are held out where the damping is to be chosen.
+                held = len(given) // HELD_OUT if damping is None else 0
+                some.add(given[: len(given) - held], wanted[: len(given) - held])
+                held_out.add(given[len(given) - held :], wanted[len(given) - held :])
+            models.write(path, *_fitted(some, held_out, weight, bias, damping))
+            report["refitted"][path] = some.number + held_out.number
+    next(bar, None)
     return report
+
+
+def _is_behind(models: Repair, path: str, plan: PrunePlan) -> bool:
+    """Whether a layer lost some of its inputs."""
+    kept = plan.indices.get(f"{path}.weight")
+    index = None if kept is None else kept[1 - models.made_axis(path)]
+    return index is not None and len(index) < plan.shapes[f"{path}.weight"][1 - models.made_axis(path)]
+
+
+def _fitted(
+    some: RefitMoments, held: RefitMoments, weight: Array, bias: Array | None, damping: float | None
+) -> tuple[Array, Array | None]:
+    """The refit, and where no damping is given, the one that says best what the rows held out said.
+
+    Where no refit says it better than the cut weights do, these stay.
+    """
+    if damping is not None or not held.number:
+        return refit(some, weight, bias, 0.01 if damping is None else damping)
+    chosen = min(
+        (None, *DAMPINGS), key=lambda d: held.miss(*((weight, bias) if d is None else refit(some, weight, bias, d)))
+    )
+    return (weight, bias) if chosen is None else refit(some + held, weight, bias, chosen)
 
 
 class RefitMoments:
@@ -95,12 +145,27 @@ class RefitMoments:
 
     def add(self, x: Array, y: Array) -> None:
         """Add rows of inputs (n, n_in) and of wanted outputs (n, n_out)."""
-        x = np.asarray(x, dtype=np.float64)
+        # Sums of one batch in float32 where float64 would take twice the time; it shows in no figure.
+        kind = np.float64 if x.shape[1] <= NARROW else np.float32
+        x = np.asarray(x, dtype=kind)
         if self.bias:
-            x = np.concatenate([x, np.ones((len(x), 1))], axis=1)
+            x = np.concatenate([x, np.ones((len(x), 1), dtype=kind)], axis=1)
         self.inputs += x.T @ x
-        self.outputs += np.asarray(y, dtype=np.float64).T @ x
+        self.outputs += np.asarray(y, dtype=kind).T @ x
         self.number += len(x)
+
+    def __add__(self, other: RefitMoments) -> RefitMoments:
+        total = RefitMoments(len(self.inputs) - self.bias, len(self.outputs), self.bias)
+        total.inputs, total.outputs = self.inputs + other.inputs, self.outputs + other.outputs
+        total.number = self.number + other.number
+        return total
+
+    def miss(self, weight: Array, bias: Array | None) -> float:
+        """Sum of the squares by which a layer misses the wanted outputs, less what none could help."""
+        if self.bias:
+            assert bias is not None
+            weight = np.concatenate([weight, bias[:, None]], axis=1)
+        return float(np.sum((weight @ self.inputs - 2 * self.outputs) * weight))
 
 
 def refit(moments: RefitMoments, weight: Array, bias: Array | None, damping: float) -> tuple[Array, Array | None]:

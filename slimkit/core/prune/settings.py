@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
+ALLOCATIONS = ("uniform", "global", "measured")
+
+
 class PrunerSettings(Shown):
     """The setters of a pruner; each checks its argument and returns the pruner.
 
@@ -25,7 +28,7 @@ class PrunerSettings(Shown):
 
     def __init__(self, wing: PruneFramework) -> None:
         self._wing = wing
-        self._criterion: Criterion = CRITERIA["l1"]
+        self._criterion: Criterion = CRITERIA["auto"]
         self._scored: Any = None  # what the last scores were made from
         self._calibration: Any = None
         self._loss: Callable[..., Any] | None = None
@@ -35,9 +38,10 @@ class PrunerSettings(Shown):
         self._parallel = 1
         self._alignment = 16
         self._budget = "params"
-        self._allocation = "uniform"
+        self._allocation: str | None = None
         self._repair: Any = None
-        self._damping = 0.01
+        self._repair_set = False
+        self._damping: float | None = None
 
     def _rows(self) -> Iterator[tuple[str, Any]]:
         yield "model", type(self._wing.model).__name__
@@ -52,7 +56,7 @@ class PrunerSettings(Shown):
 
     def set_importance_evaluation_function(
         self,
-        function: str | Criterion | type[Criterion] | Callable[[Any], Any],
+        function: str | Criterion | type[Criterion] | Callable[[Any], Any] = "auto",
         *,
         calibration: Any = None,
         loss: Callable[..., Any] | None = None,
@@ -61,10 +65,11 @@ class PrunerSettings(Shown):
         """Choose how channels are scored.
 
         Args:
-            function: l1, l2, bn_scale, taylor, hessian, activation, lamp or random; or a function that maps one output
-                channel's weights (a tensor of the framework without the output axis, a copy) to a number; or a
-                `Criterion` of your own. Unset, channels score mean |w|.
-            calibration: batches, for criteria that need gradients or activations.
+            function: auto, output, l1, l2, bn_scale, taylor, hessian, activation, lamp or random; or a function that
+                maps one output channel's weights (a tensor of the framework without the output axis, a copy) to a
+                number; or a `Criterion` of your own. "auto", as unset, is "output" for a language model with
+                calibration, whose cut is then repaired on the same data, and mean |w| for anything else.
+            calibration: batches, for criteria that look at data; output wants several thousand tokens.
             loss: for taylor and hessian: (model outputs, batch) -> scalar loss; unset, the outputs' own `.loss`, or the
                 mean squared output. With a loss, batches may be (inputs, labels): the model gets as many values of a
                 tuple as its forward takes, the loss sees them all.
@@ -92,7 +97,8 @@ class PrunerSettings(Shown):
 
         Args:
             ratio: strictly between 0 and 1, and held to, whatever the ratio asked for. Unset it is 0.5, since a layer
-                cut further seldom recovers, and gives way where the ratio asked for cannot be reached with it.
+                cut further seldom recovers, or 0.1 where the loss of each cut is known (allocation "measured"), and
+                gives way where the ratio asked for cannot be reached with it.
 
         Returns:
             This pruner.
@@ -156,15 +162,17 @@ class PrunerSettings(Shown):
 
         Args:
             allocation: "uniform": every node keeps the same share, which keeps repeated blocks equal; "global":
-                the least important channels of the whole model go first.
+                the least important channels of the whole model go first; "measured": the widths whose losses, as the
+                importance "output" foretells them, sum up to the least. Unset: measured with that importance, uniform
+                with any other.
 
         Returns:
             This pruner.
         """
-        self._allocation = check.choice(allocation, ("uniform", "global"), "allocation")
+        self._allocation = check.choice(allocation, ALLOCATIONS, "allocation")
         return self
 
-    def set_compensation(self, calibration: Any, damping: float = 0.01) -> Self:
+    def set_compensation(self, calibration: Any, damping: float | None = None) -> Self:
         """Repair the cut model from calibration data: each layer is refitted to its original's outputs.
 
         No labels are needed: the least-squares weights and biases answer the calibration inputs most nearly as the
@@ -172,15 +180,16 @@ class PrunerSettings(Shown):
 
         Args:
             calibration: batches; some hundred samples do. None switches it off.
-            damping: pull towards the cut weights, relative to the inputs' mean square; 0.01 unless given.
+            damping: pull towards the cut weights, relative to the inputs' mean square; unset, each layer's is the one
+                that serves best on an eighth of the data that the others were fitted without.
 
         Returns:
             This pruner.
         """
         if calibration is not None:
             calibration = dataset(calibration, "calibration")
-        self._repair = calibration
-        self._damping = check.number(damping, "damping", minimum=0)
+        self._repair, self._repair_set = calibration, True
+        self._damping = None if damping is None else check.number(damping, "damping", minimum=0)
         return self
 
 

@@ -51,6 +51,11 @@ class Coupling:
         self.pinned: dict[Dim, str] = {}
         self._history: list[tuple[str, Any, str]] = []
 
+    @property
+    def is_language_model(self) -> bool:
+        """Whether a table of embeddings and attention are in it."""
+        return bool(self.relations.scales) and "table" in self.relations.roles.values()
+
     def tie(self, place: int) -> bool:
         """Demand that a split's parts stay equal, since the code divides by their number; returns whether that was
         new."""

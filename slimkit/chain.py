@@ -1,0 +1,113 @@
+"""A model that is a chain of blocks: batches go through one block at a time, fed from memory."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from slimkit import bridge
+from slimkit.core.errors import ArgumentError
+from slimkit.core.weights.influence import find_stack
+from slimkit.replay import replaying
+
+import torch
+from torch import nn
+
+
+class _Arrived(Exception):
+    """Raised inside a forward to end it."""
+
+
+class BlockChain:
+    """Sends batches through one block of a model after another.
+
+    The model's own code runs up to the block, with the blocks before it left out: what it makes for each block on the
+    way (masks, positions) is made as ever.
+
+    Args:
+        model: the model.
+        blocks: the blocks' paths.
+    """
+
+    def __init__(self, model: nn.Module, blocks: Sequence[str]) -> None:
+        self._model = model
+        self._modules = [bridge.get_module(model, path) for path in blocks]
+        self._wraps = False
+
+    def run(
+        self, batch: Any, block: int, hidden: torch.Tensor | None, until: nn.Module | None = None
+    ) -> torch.Tensor | None:
+        """Send a batch through one block; returns the hidden states that leave it.
+
+        Args:
+            batch: what the model takes.
+            block: the block's number.
+            hidden: what leaves the block before it; None for the first one.
+            until: a layer in it after whose call the forward ends; then nothing is returned.
+        """
+        left: list[torch.Tensor] = []
+
+        def after(_module: nn.Module, _args: Any, output: Any) -> None:
+            self._wraps = isinstance(output, (tuple, list))
+            found = hidden_of(output)
+            if found is None:
+                raise TypeError(f"block {block} hands over no tensor of numbers")
+            left.append(found.detach())
+            raise _Arrived
+
+        def enough(*_: Any) -> None:
+            raise _Arrived
+
+        def passing(number: int) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                x = hidden if number == block - 1 else hidden_of((*args, *kwargs.values()))
+                return (x,) if self._wraps else x
+
+            return forward
+
+        with contextlib.ExitStack() as stack:
+            for number, early in enumerate(self._modules[:block]):
+                early.__dict__["forward"] = passing(number)
+                stack.callback(early.__dict__.pop, "forward")
+            stack.callback(self._modules[block].register_forward_hook(after).remove)
+            if until is not None:
+                stack.callback(until.register_forward_hook(enough).remove)
+            with replaying(self._model) as run, contextlib.suppress(_Arrived):
+                run(batch)
+        return left[0] if left else None
+
+
+def hidden_of(value: Any) -> torch.Tensor | None:
+    """The hidden states in what a block takes or returns: the first tensor of floating-point numbers."""
+    values: Iterable[Any] = value if isinstance(value, (tuple, list)) else (value,)
+    return next((v for v in values if isinstance(v, torch.Tensor) and v.is_floating_point()), None)
+
+
+def find_blocks(model: nn.Module, batch: Any) -> list[str]:
+    """The paths of a model's blocks where it is a chain of them, proven on a batch; else none."""
+    modules = dict(model.named_modules())
+    sizes = {path: sum(p.numel() for p in module.parameters()) for path, module in modules.items()}
+    try:
+        blocks = find_stack({path: type(module).__name__ for path, module in modules.items()}, sizes)
+    except ArgumentError:
+        return []
+    outputs: list[torch.Tensor | None] = []
+
+    def left(_path: str, _args: Any, _kwargs: Any, output: Any) -> None:
+        found = hidden_of(output)
+        outputs.append(None if found is None else found.detach().clone())
+
+    with replaying(model) as run, bridge.hooked({b: modules[b] for b in blocks}, left):
+        run(batch)
+    if len(outputs) != len(blocks):
+        return []
+    chain, hidden = BlockChain(model, blocks), None
+    for number, output in enumerate(outputs):
+        try:
+            hidden = chain.run(batch, number, hidden)
+        except Exception:  # noqa: BLE001  (a block that asks for what another one made fails in its own way)
+            return []
+        if hidden is None or output is None or not torch.equal(hidden, output):
+            return []
+    return list(blocks)

@@ -1,0 +1,155 @@
+"""How many indices each variable keeps where the loss of every choice is known: a multiple-choice knapsack."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from slimkit.core.prune.allocate import Account, Allocation
+
+Array = np.ndarray[Any, Any]
+
+_LEVELS = 48  # choices of one variable; more than these differ by less than a loss can be foretold
+_ROUNDS = 8
+
+
+def measured(
+    account: Account,
+    sizes: Sequence[int],
+    target: float,
+    floor_ratio: float,
+    alignment: int,
+    losses: Mapping[str, Array],
+    alike: Sequence[Any] | None,
+) -> Allocation:
+    """Choose kept counts of least loss.
+
+    Args:
+        account: what is counted.
+        sizes: indices of each variable, in the account's order.
+        target: the number not to exceed.
+        floor_ratio: least share of its indices that a variable keeps.
+        alignment: kept widths are multiples of it.
+        losses: variable -> loss at which each of its indices goes; a variable without any keeps all it has.
+        alike: a label each; equally labelled variables keep equal numbers. None: each its own.
+
+    Returns:
+        The counts.
+    """
+    full = np.asarray(sizes, dtype=np.int64)
+    floors = np.where([n in losses for n in account.names], account.floors(sizes, floor_ratio, alignment), full)
+    labels = list(alike) if alike is not None else list(range(len(full)))
+    together = [np.flatnonzero([x == label for x in labels]) for label in dict.fromkeys(labels)]
+    counts = full
+    if len(full) and account.count(full) > target:
+        counts = cheapest(account, full, floors, account.steps(alignment, full), target, losses, together)
+    held = [n for n, k, f in zip(account.names, counts, floors) if k == f]
+    total = account.count(counts)
+    return Allocation(dict(zip(account.names, counts.tolist())), total, target, held if total > target * 1.005 else [])
+
+
+def cheapest(
+    account: Account,
+    full: Array,
+    floors: Array,
+    steps: Array,
+    target: float,
+    losses: Mapping[str, Array],
+    together: Sequence[Array],
+) -> Array:
+    """The counts of least loss whose account is no more than the target.
+
+    Minimises the sum of the variables' losses over one choice each, by HiGHS (`scipy.optimize.milp`). The account is
+    linear in each variable; where two multiply one another (the channels between two convolutions) it is taken as
+    linear around the last answer, and solved again.
+
+    Args:
+        account: what is counted.
+        full: (n,) indices of each variable, in the account's order.
+        floors: (n,) the least that each keeps; full for those without losses.
+        steps: (n,) kept numbers are multiples of these, or full.
+        target: the number not to exceed.
+        losses: variable -> loss at which each of its indices goes, as `eliminate` gives them.
+        together: places of variables that keep equal numbers.
+
+    Returns:
+        (n,) counts; the floors where even these exceed the target.
+    """
+    known = np.array([name in losses for name in account.names], dtype=bool)
+    if account.count(floors) >= target:
+        return floors
+    groups = [g[known[g]] for g in together if known[g].any()]
+    choices = [_choices(int(full[g[0]]), int(floors[g[0]]), int(steps[g[0]])) for g in groups]
+    prices: list[Array] = []
+    for group, numbers in zip(groups, choices):
+        rising = [np.concatenate([[0.0], np.sort(losses[account.names[k]])]) for k in group]
+        prices.append(np.sum([[r[full[group[0]] - n] for n in numbers] for r in rising], axis=0))
+    around, asked = full, target
+    best: Array | None = None
+    for _ in range(_ROUNDS):
+        found = _solve(account, around, full, groups, choices, prices, asked)
+        if found is None:
+            break
+        over = account.count(found) - target
+        if over <= 0 and (best is None or _loss(found, groups, choices, prices) < _loss(best, groups, choices, prices)):
+            best = found
+        if (found == around).all():
+            break
+        # What was taken for linear was not: ask for as much less as it missed by.
+        around, asked = found, asked - max(over, 0)
+    return floors if best is None else best
+
+
+def _choices(full: int, floor: int, step: int) -> list[int]:
+    numbers = sorted({*range(-(-floor // step) * step, full, step), floor, full})
+    if len(numbers) > _LEVELS:
+        numbers = sorted({numbers[k] for k in np.linspace(0, len(numbers) - 1, _LEVELS).round().astype(int)})
+    return numbers
+
+
+def _loss(counts: Array, groups: Sequence[Array], choices: Sequence[list[int]], prices: Sequence[Array]) -> float:
+    return float(sum(p[c.index(int(counts[g[0]]))] for g, c, p in zip(groups, choices, prices)))
+
+
+def _solve(
+    account: Account,
+    around: Array,
+    full: Array,
+    groups: Sequence[Array],
+    choices: Sequence[list[int]],
+    prices: Sequence[Array],
+    target: float,
+) -> Array | None:
+    """One knapsack with the account as it is around some counts; None where nothing fits."""
+    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.sparse import csr_array
+
+    base = account.count(around)
+    slopes = []
+    for group in groups:
+        less = around.copy()
+        less[group] -= 1
+        slopes.append(base - account.count(less))
+    number = [len(c) for c in choices]
+    starts = np.concatenate([[0], np.cumsum(number)])
+    costs = np.concatenate([s * np.array(c, dtype=np.float64) for s, c in zip(slopes, choices)])
+    free = target - (base - sum(s * int(around[g[0]]) for s, g in zip(slopes, groups)))
+    scale = max(abs(free), 1.0)
+    rows = np.repeat(np.arange(len(groups)), number)
+    one = csr_array((np.ones(starts[-1]), (rows, np.arange(starts[-1]))), shape=(len(groups), starts[-1]))
+    found = milp(
+        np.concatenate(prices) / max(float(np.max(np.concatenate(prices))), 1e-300),
+        integrality=np.ones(starts[-1]),
+        bounds=Bounds(0, 1),
+        constraints=[LinearConstraint(one, 1, 1), LinearConstraint(costs[None] / scale, -np.inf, free / scale)],
+        options={"mip_rel_gap": 1e-4, "time_limit": 20},
+    )
+    if found.x is None:
+        return None
+    counts = full.copy()
+    for k, group in enumerate(groups):
+        part = found.x[starts[k] : starts[k + 1]]
+        counts[group] = choices[k][int(np.argmax(part))]
+    return counts
