@@ -80,7 +80,7 @@ def test_a_pruned_llama_loads_with_transformers(here, tmp_path):
     assert report["report"]["serves"]["transformers"]["meets"]
     assert {"config.json", "generation_config.json", "tokenizer_config.json"} <= set(tree(tmp_path / "p"))
     card = (tmp_path / "p" / "README.md").read_text()
-    assert "slimkit prune --model llama --ratio 0.7 --align 8" in card
+    assert "slimkit prune --model llama --ratio 0.7 --importance l1 --align 8" in card
     assert 'LlamaForCausalLM.from_pretrained("this folder")' in card
     assert 'tags: ["slimkit", "pruned"]' in card
     assert run("inspect", tmp_path / "p" / "plan.json", "--json")["facts"]["left_params"] == done["parameters"]

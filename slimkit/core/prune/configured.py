@@ -262,4 +262,5 @@ def _heads(view: View, name: str, value: int) -> list[Expr]:
                     found.setdefault(repr(part), (part, []))[1].append(path)
     words = set(_TOWERS.findall(name))
     near = [part for part, paths in found.values() if words and any(w in p for w in words for p in paths)]
-    return near or [part for part, _ in found.values()]
+    # A tower with a configuration of its own that did not run has no heads here.
+    return near if near or (words and "." in name) else [part for part, _ in found.values()]
