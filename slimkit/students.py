@@ -6,15 +6,15 @@ import copy
 import inspect
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from slimkit import bridge
 from slimkit.core import check
-from slimkit.core.distill.students import cut_config, size_names, spread_layers
+from slimkit.core.distill.students import cut_config, keep_layers, size_names, warn_unmeasured
 from slimkit.core.errors import UnsupportedError
-from slimkit.weights import prune_model_weight
+from slimkit.weights import measure_activations, prune_model_weight, suggest_layer_map
 
 import torch
 
@@ -29,16 +29,24 @@ def make_student(
     build: Callable[..., torch.nn.Module] | None = None,
     pattern: str | None = None,
     selection: str = "importance",
+    layer_map: Mapping[int, int] | Sequence[int] | None = None,
+    activations: Mapping[str, Any] | None = None,
+    calibration: Iterable[Any] | None = None,
 ) -> tuple[torch.nn.Module, dict[str, Any]]:
     """Build a smaller instance of a transformer and fill it with the teacher's best weights, ready to distil.
 
     Args:
         teacher: a Hugging Face model, or any model when `build` and `pattern` are given; left alone.
-        layers, ffn, heads, hidden: the student's sizes; None keeps the teacher's. Layers are spread evenly over the
-            teacher's, first and last included. Where a head's width is hidden / heads, both change together.
+        layers, ffn, heads, hidden: the student's sizes; None keeps the teacher's. Where a head's width is
+            hidden / heads, both change together.
         build: f(**sizes given) -> the smaller instance; None: the teacher's class with its configuration changed.
         pattern: regular expression of a block's name with its number in group 1; None: found in the model.
         selection: "importance" or "first": which rows and columns stay.
+        layer_map: the teacher's layers that stay, in order, or student layer -> teacher layer.
+        activations: what `measure_activations` found on the teacher, for "importance".
+        calibration: batches as the teacher takes them: what `layer_map` and `activations` do not say is measured on
+            them. Without any of it layers are spread evenly, first and last included, rows and columns chosen by the
+            weights alone, and a warning says so: a language model may lose nearly everything that way.
 
     Returns:
         The student (in the teacher's dtype, device and mode) and the report of `prune_model_weight`, with "layers":
@@ -47,8 +55,27 @@ def make_student(
     Raises:
         ConfigError: no size, or sizes that do not go together.
         UnsupportedError: the model does not say its sizes or its blocks.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> teacher = GPT2LMHeadModel(GPT2Config(vocab_size=20, n_positions=8, n_embd=8, n_layer=4, n_head=2))
+        >>> student, report = make_student(teacher, layers=2, calibration=[{"input_ids": torch.arange(8)[None]}])
+        >>> len(student.transformer.h), sorted(report["layers"])
+        (2, [0, 1])
     """
     bridge.check_model(teacher, "teacher")
+    kept, path = None, None
+    if layers is not None or layer_map is not None:
+        path, count = _blocks(teacher) if pattern is None else (None, _count(teacher, pattern))
+        pattern = pattern or re.escape(str(path)) + r"\.(\d+)\."
+        measure = None
+        if calibration is not None:
+
+            def measure(keep: int) -> dict[int, int]:
+                return suggest_layer_map(teacher, calibration, keep, path).layer_id_map
+
+        kept = keep_layers(count, layers, layer_map, measure)
+        layers = None if kept is None else len(kept)
     wanted = {"layers": layers, "ffn": ffn, "heads": heads, "hidden": hidden}
     given = {k: v for k, v in wanted.items() if v is not None}
     if build is None:
@@ -59,20 +86,17 @@ def make_student(
         smaller = copy.deepcopy(config)
         for what, name in names.items():
             setattr(smaller, name, given[what])
-        if isinstance(getattr(smaller, "layer_types", None), list) and layers is not None:
-            smaller.layer_types = [
-                smaller.layer_types[i] for i in spread_layers(len(smaller.layer_types), layers).values()
-            ]
+        if isinstance(getattr(smaller, "layer_types", None), list) and kept is not None:
+            smaller.layer_types = [smaller.layer_types[i] for i in kept.values()]
         with torch.random.fork_rng(devices=[]):
             student = type(teacher)(smaller, **_extra(teacher))
     else:
         student = bridge.check_model(check.function(build, "build")(**given), "build")
-    kept = None
-    if layers is not None:
-        path, count = _blocks(teacher) if pattern is None else (None, _count(teacher, pattern))
-        pattern = pattern or re.escape(str(path)) + r"\.(\d+)\."
-        kept = spread_layers(count, layers)
-    settings = cut_config(kept, pattern, any(wanted[k] is not None for k in ("ffn", "heads", "hidden")), selection)
+    cuts_within = any(wanted[k] is not None for k in ("ffn", "heads", "hidden"))
+    if cuts_within and activations is None and calibration is not None and selection == "importance":
+        activations = measure_activations(teacher, calibration)
+    warn_unmeasured(wanted, selection, activations is not None)
+    settings = cut_config(kept, pattern, cuts_within, selection, activations)
     like = next(teacher.parameters())
     student = student.to(device=like.device, dtype=like.dtype)
     with tempfile.TemporaryDirectory() as folder:

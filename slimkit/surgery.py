@@ -20,7 +20,7 @@ from slimkit.trace.watch import named_tensors
 import torch
 from torch import nn
 
-# Besides the families of `kinds`, modules whose attributes are told by their weights.
+# Besides the families of `kinds`, modules whose attributes follow from their weights.
 _SETTLED = (nn.MultiheadAttention, nn.PReLU)
 Shapes = Mapping[str, tuple[int, ...]]
 # What an attribute holds that is not there.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import math
 import random
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -43,6 +44,9 @@ class Trainer(TrainerLoop):
         metrics: name -> f(outputs, targets) -> number, averaged over samples in evaluation.
         run_history: where metrics go; None: in memory.
         mixed_precision: "no", "fp16", "bf16"; None: what accelerate was launched with.
+        count_tokens: f(batch) -> over how many tokens its loss is a mean: several batches of one update, and those of
+            an evaluation, are then averaged per token. None: by the labels that are not -100, where a batch has whole
+            numbers as labels, else each batch of an update counts alike.
 
     Raises:
         ArgumentTypeError: an argument of another kind.
@@ -192,10 +196,13 @@ class Trainer(TrainerLoop):
         scaled = run.scaler is not None or run.distributed_type not in self._plain_kinds
         optimizer = self._run_optimizer if scaled else self._run_optimizer.optimizer
         backward = run.backward if scaled else torch.Tensor.backward
+        shares = [1.0] if len(batches) == run.num_processes == 1 else self._shares(batches, self._mean_of_processes)
         for i, batch in enumerate(batches):
             waits = contextlib.nullcontext() if i + 1 == len(batches) else run.no_sync(model)
             with waits:
-                loss = self._loss(model, bridge.to_device(batch, run.device))[0] / len(batches)
+                loss = self._loss(model, bridge.to_device(batch, run.device))[0]
+                # Without labels that count, a mean is no number, and so would be its gradients.
+                loss = loss / shares[i] if math.isfinite(shares[i]) else torch.nan_to_num(loss) * 0.0
                 backward(loss)
             loss = loss.detach()
             total = loss if total is None else total + loss
@@ -211,6 +218,14 @@ class Trainer(TrainerLoop):
         assert total is not None
         return total
 
+    def _mean_of_processes(self, count: float) -> float:
+        if self.accelerator.num_processes == 1:
+            return count
+        return float(self.accelerator.reduce(torch.tensor(count, device=self.accelerator.device), "mean"))
+
+    def _array(self, value: Any) -> Any:
+        return value.detach().cpu().numpy() if _whole(value) else None
+
     def _to_floats(self, losses: list[Any]) -> list[float]:
         stacked = torch.stack([loss.float() for loss in losses])
         if self.accelerator.num_processes > 1:
@@ -221,7 +236,7 @@ class Trainer(TrainerLoop):
         run, model = self.accelerator, self.model
         device = run.device if self._run_optimizer is not None else bridge.device_of(model)
         names = ["loss", *self.metrics]
-        sums = torch.zeros(len(names) + 1, dtype=torch.float64)
+        sums, tokens = torch.zeros(len(names) + 1, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
         with bridge.evaluating(model), run.autocast():
             for batch in batches:
                 batch = bridge.to_device(batch, device)
@@ -229,13 +244,18 @@ class Trainer(TrainerLoop):
                 if self.metrics and outputs is None:
                     raise ConfigError("metrics need loss_func and batches of (inputs, targets)")
                 n = _count(batch)
-                values = [float(loss), *(float(f(outputs, targets)) for f in self.metrics.values())]
+                told = self._counts(batch)
+                if told != 0:
+                    weight = n if told is None else told
+                    tokens += torch.tensor([weight * float(loss), weight], dtype=torch.float64)
+                values = [0.0, *(float(f(outputs, targets)) for f in self.metrics.values())]
                 sums += n * torch.tensor([*values, 1.0], dtype=torch.float64)
         if run.num_processes > 1:
-            sums = run.reduce(sums.to(run.device), "sum").cpu()
+            sums, tokens = (run.reduce(found.to(run.device), "sum").cpu() for found in (sums, tokens))
         if not sums[-1]:
             check.wrong_value("dataset", "a data set with at least one batch", batches)
-        return {name: float(total / sums[-1]) for name, total in zip(names, sums)}
+        means = {name: float(total / sums[-1]) for name, total in zip(names, sums)}
+        return {**means, "loss": float(tokens[0] / tokens[1])}
 
     def _save_state(self, folder: Path) -> dict[str, Any]:
         from safetensors.torch import save
@@ -350,6 +370,13 @@ class _Ready:
                 whole = []
         if whole:
             yield whole[rank] if rank < len(whole) else first
+
+
+def _whole(value: Any) -> bool:
+    """Whether a value is a tensor of whole numbers, such as classes."""
+    return isinstance(value, torch.Tensor) and not (
+        value.is_floating_point() or value.is_complex() or value.dtype == torch.bool
+    )
 
 
 def _count(batch: Any) -> int:

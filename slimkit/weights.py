@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from slimkit import bridge
 from slimkit.core import check
-from slimkit.core.batch import dataset
 from slimkit.core.checkpoint.openweights import open_weights, source_config
 from slimkit.core.checkpoint.weightfile import Array
 from slimkit.core.files import PathLike
 from slimkit.core.lazy import library
 from slimkit.core.log import progress
 from slimkit.core.showing import Report
-from slimkit.core.weights.activations import Energies
 from slimkit.core.weights.blocks import PruneConfig
 from slimkit.core.weights.cut import plan_weights
-from slimkit.core.weights.influence import Influence, LayerSuggestion, find_stack, first_tensor, mask_of
+from slimkit.core.weights.framework import Seen
+from slimkit.core.weights.influence import LayerSuggestion, first_tensor, mask_of
+from slimkit.core.weights.measuring import activations, layer_map
 from slimkit.replay import entering, replaying
 from slimkit.torchfile import TorchWeightFile
 
@@ -98,17 +98,7 @@ def suggest_layer_map(model_or_file: Any, calibration: Any, keep: int, blocks: s
         >>> suggest_layer_map(model, [torch.randn(8, 4)], keep=2).layer_id_map
         {0: 0, 1: 2}
     """
-    batches = dataset(calibration, "calibration")
-    model = _model(model_or_file)
-    modules = dict(model.named_modules())
-    sizes = {n: sum(p.numel() for p in m.parameters()) for n, m in modules.items()}
-    found = Influence(find_stack({n: type(m).__name__ for n, m in modules.items()}, sizes, blocks), keep)
-
-    def seen(path: str, x: torch.Tensor, output: Any, mask: Array | None) -> None:
-        found.add(path, x.float().cpu().numpy(), first_tensor(output).float().cpu().numpy(), mask)
-
-    _watch(model, {p: modules[p] for p in found.paths}, batches, seen)
-    return found.suggestion()
+    return layer_map(TorchWeights(_model(model_or_file)), calibration, keep, blocks)
 
 
 def measure_activations(model_or_file: Any, calibration: Any) -> dict[str, Array]:
@@ -130,19 +120,7 @@ def measure_activations(model_or_file: Any, calibration: Any) -> dict[str, Array
         >>> measure_activations(torch.nn.Linear(2, 1), [torch.tensor([[1.0, 2.0], [3.0, 4.0]])])["weight"].tolist()
         [5.0, 10.0]
     """
-    batches = dataset(calibration, "calibration")
-    model = _model(model_or_file)
-    targets = bridge.structure(model).targets
-    names = {p: f"{p}.weight" if p else "weight" for p, _ in model.named_modules()}
-    linear = {p: n for p, n in names.items() if n in targets and targets[n].kind in ("linear", "linear_t")}
-    found = Energies(linear)
-
-    def seen(path: str, x: torch.Tensor, _output: Any, mask: Array | None) -> None:
-        found.add(path, x.float().cpu().numpy(), mask)
-
-    modules = dict(model.named_modules())
-    _watch(model, {p: modules[p] for p in linear}, batches, seen)
-    return found.mean()
+    return activations(TorchWeights(_model(model_or_file)), calibration)
 
 
 def _model(model_or_file: Any) -> torch.nn.Module:
@@ -152,24 +130,40 @@ def _model(model_or_file: Any) -> torch.nn.Module:
     return bridge.check_model(model_or_file, "model_or_file")
 
 
-def _watch(
-    model: torch.nn.Module,
-    modules: Mapping[str, torch.nn.Module],
-    batches: Iterable[Any],
-    seen: Callable[[str, torch.Tensor, Any, Array | None], None],
-) -> None:
-    """Run the model over all batches, and call ``seen(path, input, output, mask)`` after each of the modules."""
-    mask: Array | None = None
-    inputs: dict[str, list[torch.Tensor]] = {path: [] for path in modules}
+class TorchWeights:
+    """A torch model, as measuring in the core sees it."""
 
-    def began(path: str, args: Any, kwargs: Any) -> None:
-        inputs[path].append(first_tensor((*args, kwargs)).clone())  # a block may add to its input in place
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._model, self._modules = model, dict(model.named_modules())
 
-    def ended(path: str, _args: Any, _kwargs: Any, output: Any) -> None:
-        seen(path, inputs[path].pop(), output, mask)
+    def classes(self) -> dict[str, str]:
+        return {path: type(module).__name__ for path, module in self._modules.items()}
 
-    with replaying(model) as run, entering(modules, began), bridge.hooked(modules, ended):
-        for batch in progress(batches, "batches"):
-            given = mask_of(batch)
-            mask = None if given is None else torch.as_tensor(given).cpu().numpy()
-            run(batch)
+    def sizes(self) -> dict[str, int]:
+        return {path: sum(p.numel() for p in module.parameters()) for path, module in self._modules.items()}
+
+    def matrices(self) -> dict[str, str]:
+        targets = bridge.structure(self._model).targets
+        names = {path: f"{path}.weight" if path else "weight" for path in self._modules}
+        return {p: n for p, n in names.items() if n in targets and targets[n].kind in ("linear", "linear_t")}
+
+    def array(self, value: Any) -> Array:
+        found: Array = first_tensor(value).float().cpu().numpy()
+        return found
+
+    def watch(self, paths: Sequence[str], batches: Iterable[Any], seen: Seen) -> None:
+        mask: Array | None = None
+        inputs: dict[str, list[torch.Tensor]] = {path: [] for path in paths}
+
+        def began(path: str, args: Any, kwargs: Any) -> None:
+            inputs[path].append(first_tensor((*args, kwargs)).clone())  # a block may add to its input in place
+
+        def ended(path: str, _args: Any, _kwargs: Any, output: Any) -> None:
+            seen(path, self.array(inputs[path].pop()), output, mask)
+
+        modules = {path: self._modules[path] for path in paths}
+        with replaying(self._model) as run, entering(modules, began), bridge.hooked(modules, ended):
+            for batch in progress(batches, "batches"):
+                given = mask_of(batch)
+                mask = None if given is None else torch.as_tensor(given).cpu().numpy()
+                run(batch)

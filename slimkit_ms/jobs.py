@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,6 +21,7 @@ from slimkit.core.jobs.options import FitOptions
 from slimkit.core.jobs.sources import DataPlace, ModelPlace
 from slimkit.core.sparse.maths.layer import SparseLayer
 from slimkit_ms import bridge, compare, export, kinds, train
+from slimkit_ms.distill import taps
 from slimkit_ms.measurement import measure_model
 from slimkit_ms.sparse.framework import MindSporeSparse
 
@@ -99,6 +100,13 @@ class MindSporeJobs(JobFramework):
         with bridge.evaluating(model):
             return list(export.outputs(bridge.run(model, inputs)).values())
 
+    def inside(self, model: nn.Cell, inputs: Any, paths: Sequence[str]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        cells = {path: taps.find(model, path, "t_module") for path in paths}
+        hooks = bridge.hooked(cells, lambda path, _inputs, it: found.update({path: it}))
+        with bridge.pynative(), bridge.evaluating(model), hooks:
+            return {"": bridge.run(model, inputs), **found}
+
     def arrays(self, inputs: Any) -> list[np.ndarray]:
         return [bridge.as_numpy(tensor) for tensor in _positional(None, inputs)]
 
@@ -120,6 +128,7 @@ class MindSporeJobs(JobFramework):
         loss: ComputeLoss,
         callbacks: list[Any],
         how: Mapping[str, Any],
+        tokens: Callable[[Any], float] | None = None,
     ) -> train.Trainer:
         wanted = model.trainable_params()
         rate, decay = options.learning_rate, options.weight_decay
@@ -127,7 +136,7 @@ class MindSporeJobs(JobFramework):
             optimizer: Any = nn.Momentum(wanted, rate, 0.9, weight_decay=decay)
         else:
             optimizer = ms.experimental.optim.AdamW(wanted, lr=rate, weight_decay=decay)
-        trainer = train.Trainer(model, optimizer=optimizer, compute_loss=loss, callbacks=callbacks)
+        trainer = train.Trainer(model, optimizer=optimizer, compute_loss=loss, callbacks=callbacks, count_tokens=tokens)
         with bridge.pynative():
             trainer.train(samples, **how)
         return trainer
@@ -147,6 +156,9 @@ class MindSporeJobs(JobFramework):
 
     def soft_loss(self, dual: nn.Cell, inputs: Any) -> ms.Tensor:
         return bridge.run(dual, inputs)
+
+    def keeps_answers(self) -> bool:
+        return bool(ms.get_context("mode") == ms.PYNATIVE_MODE)
 
     def judging(self) -> compare.MindSporeCompare:
         return compare.MindSporeCompare()

@@ -49,7 +49,7 @@ def check_pruning(model: nn.Cell, inputs: Any, desc: dict[str, Any], *, toleranc
     """Prove a plan on a cell of your own: cut, it says what it said with the dropped indices set to zero.
 
     `nn.LayerNorm` over a cut axis takes its statistics over the kept features in both; of other norms and means over
-    cut axes the uncut cell cannot be told, and the check fails there.
+    cut axes nothing can be done in the uncut cell, and the check fails there.
 
     Args:
         model: the uncut cell; it stays as it is.

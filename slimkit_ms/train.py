@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import os
 import random
 from collections.abc import Iterable, Iterator, Mapping
@@ -46,6 +47,9 @@ class Trainer(TrainerLoop):
         metrics: name -> f(outputs, targets) -> number, averaged over samples in evaluation.
         run_history: where metrics go; None: in memory.
         mixed_precision: "no", "fp16" or "bf16" (the latter has no CPU kernels); None: "no".
+        count_tokens: f(batch) -> over how many tokens its loss is a mean: several batches of one update, and those of
+            an evaluation, are then averaged per token. None: by the labels that are not -100, where a batch has whole
+            numbers as labels, else each batch of an update counts alike.
 
     Raises:
         ArgumentTypeError: an argument of another kind.
@@ -218,14 +222,18 @@ class Trainer(TrainerLoop):
     def _update(self, batches: list[Any]) -> Any:
         total: Any = None
         gradients: Any = None
-        for batch in batches:
+        alone = len(batches) == self._processes()[1] == 1
+        shares = [1.0] if alone else self._shares(batches, self._mean_of_processes)
+        for batch, share in zip(batches, shares):
             with bridge.whole_gradient():
                 loss, found = self._gradient(*self._call(batch))
+            if share != 1.0:
+                # Without labels that count, a mean is no number, and so are its gradients.
+                counts = math.isfinite(share)
+                loss = loss / share if counts else ops.zeros_like(loss)
+                found = tuple(g / share if counts else ops.zeros_like(g) for g in found)
             total = loss if total is None else total + loss
             gradients = found if gradients is None else tuple(a + b for a, b in zip(gradients, found))
-        if len(batches) > 1:
-            total = total / len(batches)
-            gradients = tuple(g / len(batches) for g in gradients)
         if self._reducer is not None:
             gradients = self._reducer(gradients)
         value, norm = self._clip
@@ -240,6 +248,15 @@ class Trainer(TrainerLoop):
             self._scheduler.step()
         return total
 
+    def _mean_of_processes(self, count: float) -> float:
+        return float(self._all_sum(np.array([count]))[0] / self._processes()[1])
+
+    def _array(self, value: Any) -> Any:
+        if isinstance(value, np.ndarray):
+            return value
+        whole = isinstance(value, ms.Tensor) and value.dtype in (ms.int8, ms.int16, ms.int32, ms.int64, ms.uint8)
+        return bridge.as_numpy(value) if whole else None
+
     def _to_floats(self, losses: list[Any]) -> list[float]:
         stacked = np.array([float(loss) for loss in losses])
         return [float(v) for v in self._all_sum(stacked) / self._processes()[1]]
@@ -252,7 +269,7 @@ class Trainer(TrainerLoop):
     def _evaluate_batches(self, batches: Iterable[Any]) -> dict[str, float]:
         objective = Objective(self.model, self.loss_func, self.compute_loss)
         names = ["loss", *self.metrics]
-        sums = np.zeros(len(names) + 1)
+        sums, tokens = np.zeros(len(names) + 1), np.zeros(2)
         with bridge.evaluating(self.model):
             for batch in batches:
                 arguments = self._call(batch)
@@ -265,11 +282,17 @@ class Trainer(TrainerLoop):
                 else:
                     values = [objective(*arguments)]
                 n = count(batch)
+                told = self._counts(batch)
+                if told != 0:
+                    weight = n if told is None else told
+                    tokens += np.array([weight * float(values[0]), weight])
+                    values[0] = 0.0
                 sums += n * np.array([*(float(v) for v in values), 1.0])
-        sums = self._all_sum(sums)
+        sums, tokens = self._all_sum(sums), self._all_sum(tokens)
         if not sums[-1]:
             check.wrong_value("dataset", "a data set with at least one batch", batches)
-        return {name: float(total / sums[-1]) for name, total in zip(names, sums)}
+        means = {name: float(total / sums[-1]) for name, total in zip(names, sums)}
+        return {**means, "loss": float(tokens[0] / tokens[1])}
 
     def _held(self) -> dict[str, ms.Parameter]:
         held = {f"model.{i}": p for i, p in enumerate(self.model.get_parameters())}

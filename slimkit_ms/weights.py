@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
 from slimkit.core import check
-from slimkit.core.batch import dataset
 from slimkit.core.checkpoint.openweights import open_weights, refuse_torch, source_config
 from slimkit.core.checkpoint.weightfile import Array
 from slimkit.core.files import PathLike
 from slimkit.core.log import progress
 from slimkit.core.showing import Report
-from slimkit.core.weights.activations import Energies
 from slimkit.core.weights.blocks import PruneConfig
 from slimkit.core.weights.cut import plan_weights
-from slimkit.core.weights.influence import Influence, LayerSuggestion, find_stack, first_tensor, mask_of
+from slimkit.core.weights.framework import Seen
+from slimkit.core.weights.influence import LayerSuggestion, first_tensor, mask_of
+from slimkit.core.weights.measuring import activations, layer_map
 from slimkit_ms import bridge, kinds
 from slimkit_ms.replay import replaying
 
@@ -104,17 +104,7 @@ def suggest_layer_map(model_or_file: Any, calibration: Any, keep: int, blocks: s
         >>> suggest_layer_map(model, [ms.ops.randn(8, 4)], keep=2).layer_id_map
         {0: 0, 1: 2}
     """
-    batches = dataset(calibration, "calibration")
-    model = bridge.check_model(model_or_file, "model_or_file")
-    cells = dict(model.cells_and_names())
-    sizes = {n: sum(p.size for p in c.get_parameters()) for n, c in cells.items()}
-    found = Influence(find_stack({n: type(c).__name__ for n, c in cells.items()}, sizes, blocks), keep)
-
-    def seen(path: str, x: Array, output: Any, mask: Array | None) -> None:
-        found.add(path, x, bridge.as_numpy(first_tensor(output)), mask)
-
-    _watch(model, {p: cells[p] for p in found.paths}, batches, seen)
-    return found.suggestion()
+    return layer_map(MindSporeWeights(model_or_file), calibration, keep, blocks)
 
 
 def measure_activations(model_or_file: Any, calibration: Any) -> dict[str, Array]:
@@ -136,43 +126,48 @@ def measure_activations(model_or_file: Any, calibration: Any) -> dict[str, Array
         >>> measure_activations(nn.Dense(2, 1), [ms.Tensor([[1.0, 2.0], [3.0, 4.0]])])["weight"].tolist()
         [5.0, 10.0]
     """
-    batches = dataset(calibration, "calibration")
-    model = bridge.check_model(model_or_file, "model_or_file")
-    linear = {p: c for p, c in model.cells_and_names() if kinds.is_kind(c, "linear")}
-    found = Energies({p: c.weight.name for p, c in linear.items()})
-
-    def seen(path: str, x: Array, _output: Any, mask: Array | None) -> None:
-        found.add(path, x, mask)
-
-    _watch(model, linear, batches, seen)
-    return found.mean()
+    return activations(MindSporeWeights(model_or_file), calibration)
 
 
-def _watch(
-    model: nn.Cell,
-    cells: Mapping[str, nn.Cell],
-    batches: Iterable[Any],
-    seen: Callable[[str, Array, Any, Array | None], None],
-) -> None:
-    """Run the model over all batches, and call ``seen(path, input, output, mask)`` after each of the cells."""
-    mask: Array | None = None
-    inputs: dict[str, list[Array]] = {path: [] for path in cells}
+class MindSporeWeights:
+    """A MindSpore cell, as measuring in the core sees it."""
 
-    def before(path: str) -> Callable[..., None]:
-        # A copy, since a block may add to its input in place.
-        return lambda _cell, args: inputs[path].append(bridge.as_numpy(first_tensor(args)))
+    def __init__(self, model_or_file: Any) -> None:
+        self._model = bridge.check_model(model_or_file, "model_or_file")
+        self._cells = dict(self._model.cells_and_names())
 
-    def after(path: str) -> Callable[..., None]:
-        return lambda _cell, _args, output: seen(path, inputs[path].pop(), output, mask)
+    def classes(self) -> dict[str, str]:
+        return {path: type(cell).__name__ for path, cell in self._cells.items()}
 
-    handles = [cell.register_forward_pre_hook(before(path)) for path, cell in cells.items()]
-    handles += [cell.register_forward_hook(after(path)) for path, cell in cells.items()]
-    try:
-        with replaying(model) as run:
-            for batch in progress(batches, "batches"):
-                given = mask_of(batch)
-                mask = None if given is None else np.asarray(given.asnumpy() if hasattr(given, "asnumpy") else given)
-                run(batch)
-    finally:
-        for handle in handles:
-            handle.remove()
+    def sizes(self) -> dict[str, int]:
+        return {path: sum(p.size for p in cell.get_parameters()) for path, cell in self._cells.items()}
+
+    def matrices(self) -> dict[str, str]:
+        return {path: cell.weight.name for path, cell in self._cells.items() if kinds.is_kind(cell, "linear")}
+
+    def array(self, value: Any) -> Array:
+        return bridge.as_numpy(first_tensor(value))
+
+    def watch(self, paths: Sequence[str], batches: Iterable[Any], seen: Seen) -> None:
+        mask: Array | None = None
+        inputs: dict[str, list[Array]] = {path: [] for path in paths}
+
+        def before(path: str) -> Callable[..., None]:
+            # A copy, since a block may add to its input in place.
+            return lambda _cell, args: inputs[path].append(self.array(args))
+
+        def after(path: str) -> Callable[..., None]:
+            return lambda _cell, _args, output: seen(path, inputs[path].pop(), output, mask)
+
+        handles = [self._cells[path].register_forward_pre_hook(before(path)) for path in paths]
+        handles += [self._cells[path].register_forward_hook(after(path)) for path in paths]
+        try:
+            with replaying(self._model) as run:
+                for batch in progress(batches, "batches"):
+                    given = mask_of(batch)
+                    plain = given.asnumpy() if isinstance(given, ms.Tensor) else given
+                    mask = None if plain is None else np.asarray(plain)
+                    run(batch)
+        finally:
+            for handle in handles:
+                handle.remove()

@@ -9,7 +9,7 @@ import typer
 
 from slimkit.cli import options, places, training
 from slimkit.cli.session import session
-from slimkit.core.jobs.options import DistillOptions
+from slimkit.core.jobs.options import DistillOptions, StudentOptions
 
 
 @options.spread
@@ -21,24 +21,7 @@ def distill(
     kept: training.Keeping,
     output: options.Output,
     asked: DistillOptions,
-    layers: Annotated[
-        int | None, typer.Option("--layers", min=1, help="Blocks of the student.", show_default=False)
-    ] = None,
-    ffn: Annotated[
-        int | None, typer.Option("--ffn", min=1, help="Width of its feed-forward.", show_default=False)
-    ] = None,
-    heads: Annotated[
-        int | None, typer.Option("--heads", min=1, help="Its attention heads.", show_default=False)
-    ] = None,
-    hidden: Annotated[int | None, typer.Option("--hidden", min=1, help="Its hidden width.", show_default=False)] = None,
-    selection: Annotated[
-        str,
-        typer.Option(
-            "--selection",
-            autocompletion=options.words("importance", "first"),
-            help="Which of the teacher's rows and columns stay: importance or first.",
-        ),
-    ] = "importance",
+    cut: StudentOptions,
     student_factory: Annotated[
         str | None,
         typer.Option(
@@ -62,9 +45,9 @@ def distill(
 ) -> None:
     """Distil a teacher into a smaller student.
 
-    The student of a Hugging Face directory is cut out of the teacher's own weights and trained on plain text to give
-    the teacher's outputs and hidden states. A factory's network learns from the teacher's answers to arrays, in PyTorch
-    and MindSpore. Ctrl-C and SIGTERM save the state; the same command goes on.
+    The student of a Hugging Face directory is cut out of the teacher's own weights, by what the text shows to matter
+    least, and trained on that text to give the teacher's answers. A factory's network learns from the teacher's answers
+    to arrays, in PyTorch and MindSpore. Ctrl-C and SIGTERM save the state; the same command goes on.
 
     Example: slimkit distill --model minilm --layers 3 --data text.jsonl --epochs 3 --out minilm-3
 
@@ -74,14 +57,13 @@ def distill(
         from slimkit.core.jobs import training as jobs
         from slimkit.core.jobs.measurement import show
 
-        sizes = {k: v for k, v in {"layers": layers, "ffn": ffn, "heads": heads, "hidden": hidden}.items() if v}
-        cut = places.student(network, sizes, selection, student, student_factory, student_arguments)
+        chosen = places.student(network, cut, student, student_factory, student_arguments)
         place = places.model(network)
         talk.go_on = training.GO_ON
         face = places.framework(network)
         with places.alone(out, output.dry_run) as target:
             read = texts.place(data, asked.batch_size)
-            found = jobs.distill(face, place, read, target, asked, cut, kept.run(), label_key=label_key)
+            found = jobs.distill(face, place, read, target, asked, chosen, kept.run(), label_key=label_key)
         talk.line(
             f"{'Would train' if output.dry_run else 'Trained'} a student of {show(found['parameters'], 'count')} "
             f"parameters ({found['parameters'] / found['teacher_parameters']:.3f} of the teacher) on "
@@ -90,4 +72,6 @@ def distill(
         if not output.dry_run:
             talk.line(f"Loss by epoch: {training.losses(found)}")
             talk.line(f"Written: {out}")
-        talk.result({"model": places.say_where(place), "out": out, "sizes": sizes, **found}, dry_run=output.dry_run)
+        talk.result(
+            {"model": places.say_where(place), "out": out, "sizes": dict(chosen.sizes), **found}, dry_run=output.dry_run
+        )

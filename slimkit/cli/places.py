@@ -12,6 +12,7 @@ from slimkit.cli.options import Network
 
 if TYPE_CHECKING:
     from slimkit.core.jobs.framework import JobFramework
+    from slimkit.core.jobs.options import StudentOptions
     from slimkit.core.jobs.sources import DataPlace, ModelPlace, StudentPlace
 
 # framework -> the module and class of its side of the jobs
@@ -45,8 +46,7 @@ def model(network: Network) -> ModelPlace:
 
 def student(
     network: Network,
-    sizes: dict[str, int],
-    selection: str,
+    cut: StudentOptions,
     weights: Path | None,
     factory: str | None,
     arguments: list[str] | None,
@@ -57,7 +57,7 @@ def student(
     place = None
     if weights is not None or factory is not None or arguments:
         place = ModelPlace(weights, factory or network.factory, settings(arguments or [], "--student-arg"))
-    return StudentPlace(sizes, selection, place)
+    return StudentPlace(cut.sizes(), cut.selection, cut.blocks(), cut.teacher, place)
 
 
 def data(reference: str | None, text_key: str, samples: int, max_length: int, batch_size: int) -> DataPlace | None:

@@ -43,7 +43,16 @@ class Texts:
     samples: Annotated[
         int, typer.Option("--samples", min=1, help="Take at most so many samples.", rich_help_panel="Data")
     ] = _EVERY
-    max_length: options.MaxLength = 128
+    max_length: Annotated[
+        int,
+        typer.Option(
+            "--max-length",
+            min=2,
+            help="Tokens of a sample: a language model's documents go into windows, other texts into pieces; "
+            "a text with a label is cut.",
+            rich_help_panel="Data",
+        ),
+    ] = 128
 
     def place(self, reference: str, batch_size: int) -> DataPlace:
         """The data that an option names."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from slimkit import bridge
 from slimkit.core.batch import as_call
-from slimkit.core.distill.config import DistillSpec, KnowledgeDistillConfig, SoftLabel, check_pair
+from slimkit.core.distill.config import LOSSES, DistillSpec, KnowledgeDistillConfig, SoftLabel, check_pair
 from slimkit.core.distill.masks import IGNORED, holds_labels
 from slimkit.core.distill.shapes import check_mask, check_shapes, pick, projection_values
 from slimkit.core.errors import ConfigError
@@ -264,7 +264,7 @@ class DistillDualModels(nn.Module):
                 yield name, term, self.custom_losses[term.func_name](student, teacher, **extra)
                 continue
             shown = student
-            if key in self.projections and term.func_name in ("HiddenMse", "HiddenCosine"):
+            if key in self.projections and LOSSES[term.func_name][0] == "hidden":
                 shown = self.projections[key](losses.places(student).to(self.projections[key].weight.dtype))
                 yield name, term, function(shown, losses.places(teacher), term, mask)
                 continue

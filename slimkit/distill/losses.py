@@ -7,7 +7,7 @@ from typing import TypeAlias
 
 from slimkit import bridge  # noqa: F401  (says in one line that torch is missing)
 from slimkit.core.distill.config import LossTerm
-from slimkit.core.distill.losses import MASKED_KEY, MASKED_SCORE
+from slimkit.core.distill.losses import FAINT, MASKED_KEY, MASKED_SCORE, SMALLEST
 
 import torch
 from torch import Tensor
@@ -77,10 +77,18 @@ def hidden_mse(s: Tensor, t: Tensor, term: LossTerm, mask: Tensor | None) -> Ten
     return row_mean((blank(places(s), mask) - blank(places(t), mask)).square().mean(-1), mask)
 
 
+def hidden_relative(s: Tensor, t: Tensor, term: LossTerm, mask: Tensor | None) -> Tensor:
+    """Squared difference of hidden states as a share of the teacher's squares, row by row."""
+    s, t = blank(places(s), mask), blank(places(t), mask)
+    size = t.square().sum(-1)
+    least = (FAINT * row_mean(size, mask)).clamp(min=SMALLEST)
+    return row_mean((s - t).square().sum(-1) / torch.maximum(size, least), mask)
+
+
 def hidden_cosine(s: Tensor, t: Tensor, term: LossTerm, mask: Tensor | None) -> Tensor:
     """1 - cosine of hidden states."""
     s, t = blank(places(s), mask), blank(places(t), mask)
-    lengths = [x.square().sum(-1).clamp(min=1e-16).sqrt() for x in (s, t)]
+    lengths = [x.square().sum(-1).clamp(min=SMALLEST).sqrt() for x in (s, t)]
     return row_mean(1 - (s * t).sum(-1) / lengths[0] / lengths[1], mask)
 
 
@@ -141,6 +149,7 @@ LOSSES: dict[str, Loss] = {
     "KDKLDiv": kd_kl_div,
     "HardKDCrossEntropy": hard_kd_cross_entropy,
     "HiddenMse": hidden_mse,
+    "HiddenRelative": hidden_relative,
     "HiddenCosine": hidden_cosine,
     "MMD": mmd,
     "AttentionMse": attention_mse,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -96,6 +96,12 @@ class TorchJobs(JobFramework):
             found = export.named_tensors(bridge.run(model, inputs))
         return [tensor.detach().cpu().numpy() for _, tensor in found]
 
+    def inside(self, model: nn.Module, inputs: Any, paths: Sequence[str]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        modules = {path: bridge.get_module(model, path) for path in paths}
+        with bridge.evaluating(model), bridge.hooked(modules, lambda path, _args, _more, it: found.update({path: it})):
+            return {"": bridge.run(model, inputs), **found}
+
     def arrays(self, inputs: Any) -> list[np.ndarray]:
         return list(export.example_arrays(inputs).values())
 
@@ -115,6 +121,7 @@ class TorchJobs(JobFramework):
         loss: ComputeLoss,
         callbacks: list[Any],
         how: Mapping[str, Any],
+        tokens: Callable[[Any], float] | None = None,
     ) -> train.Trainer:
         wanted = [p for p in model.parameters() if p.requires_grad]
         rate, decay = options.learning_rate, options.weight_decay
@@ -123,7 +130,7 @@ class TorchJobs(JobFramework):
         else:
             optimizer = torch.optim.AdamW(wanted, lr=rate, weight_decay=decay)
         device = bridge.device_of(model)
-        trainer = train.Trainer(model, optimizer=optimizer, compute_loss=loss, callbacks=callbacks)
+        trainer = train.Trainer(model, optimizer=optimizer, compute_loss=loss, callbacks=callbacks, count_tokens=tokens)
         trainer.train(samples, **how)
         model.to(device)  # accelerate may have put it elsewhere
         return trainer

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from typing import Any
 
 from slimkit import bridge, students
 from slimkit.core.distill.config import KnowledgeDistillConfig
+from slimkit.core.distill.masks import IGNORED
 from slimkit.core.errors import ConfigError
+from slimkit.core.jobs.documents import is_chat
 from slimkit.core.jobs.framework import JobFramework, Lesson, Opened, Supervised, Task
 from slimkit.core.jobs.options import AdaptOptions, DistillOptions
 from slimkit.core.jobs.sources import DataPlace, ModelPlace, StudentPlace
@@ -19,8 +22,11 @@ from slimkit.jobs.texts import Reader
 import torch
 from torch import nn
 
-# The label of a position that no loss looks at, in torch and transformers.
-_IGNORED = -100
+# Tokens on which blocks and channels of a student are chosen, from all over the data.
+MEASURED = 4096
+
+# What language models learn best from, measured on SmolLM2 (docs/distill.md): the logits as they are, and no layers.
+LANGUAGE_TEMPERATURE, LANGUAGE_HIDDEN = 1.0, 0.0
 
 # Words in the names of classification heads in transformers; such a head is fresh on a base model and trains whole.
 HEADS = ("classifier", "score")
@@ -42,8 +48,10 @@ def lesson(
     Raises:
         ConfigError: options of networks of one's own, or nothing that makes the student smaller.
     """
-    if not cut.sizes:
-        raise ConfigError("give at least one of --layers, --ffn, --heads and --hidden: what makes the student smaller")
+    if not cut.sizes and cut.layer_map is None:
+        raise ConfigError(
+            "give at least one of --layers, --layer-map, --ffn, --heads and --hidden: what makes the student smaller"
+        )
     if cut.place is not None or options.match or options.hard_weight or options.output_loss != "auto":
         raise ConfigError(
             "--student-factory, --student, --student-arg, --match, --hard-weight and --output-loss are for --factory"
@@ -51,44 +59,79 @@ def lesson(
     teacher = face.open(place)
     assert teacher.directory is not None
     reader = Reader(teacher.directory, type(teacher.model), teacher.model.config, data.max_length)
-    rows = [row["text"] for row in data.rows()]
+    rows = data.rows(chats=True)
+    with bridge.evaluating(teacher.model):
+        outputs = bridge.run(teacher.model, face.own_example(teacher, 2, seed))
+    language = "logits" in outputs and outputs["logits"].ndim == 3
+    read = _to_imitate(reader, rows, language, face)
+    seen = read.spread(max(1, MEASURED // reader.max_length), options.batch_size)
     with face.seeded(seed):
-        sizes: dict[str, Any] = dict(cut.sizes)
-        student, report = students.make_student(teacher.model, selection=cut.selection, **sizes)
-    encoded = reader.encode(rows)
-    read = Supervised(
-        range(len(rows)), lambda at: reader.pad([encoded[i] for i in at]), len(rows), {"text": _digest(rows)}, False
-    )
+        student, report = students.make_student(
+            teacher.model, selection=cut.selection, layer_map=cut.layer_map, calibration=seen, **dict(cut.sizes)
+        )
     layers = report["layers"]
-    config = _comparison(teacher.model, student, layers, read.first(options.batch_size), options)
+    config = _comparison(teacher.model, student, layers, outputs, "attention_mask" in read.first(1), options)
     learner = Opened(student.eval(), place, teacher.directory)
     return Lesson(teacher, learner, read, config, {str(k): v for k, v in layers.items()})
 
 
+def _to_imitate(reader: Reader, rows: list[dict[str, Any]], language: bool, face: JobFramework) -> Supervised:
+    """Text as batches of inputs: a language model's documents in windows, another model's in pieces."""
+    identity = {"text": _digest([repr(sorted(row.items())) for row in rows]), "length": reader.max_length}
+    if not language:
+        if any(is_chat(row) for row in rows):
+            raise ConfigError("conversations are for language models; give lines with a text")
+        encoded = reader.pieces([row["text"] for row in rows])
+        return Supervised(
+            range(len(encoded)), lambda at: reader.pad([encoded[i] for i in at]), len(encoded), identity, False,
+            tokens=_real, even=False, facts={"documents": len(rows)},
+        )  # fmt: skip
+    windows = reader.windows(rows)
+    even = not any(is_chat(row) for row in rows)
+    length = reader.max_length if even and len(windows) > 1 else None
+    return Supervised(
+        range(len(windows)), lambda at: reader.labelled([windows[i] for i in at], length)[0], len(windows), identity,
+        False, tokens=_real, even=even, facts={"documents": len(rows), "tokens": sum(len(w.ids) for w in windows)},
+    )  # fmt: skip
+
+
+def _real(inputs: dict[str, torch.Tensor]) -> float:
+    """How many tokens of a batch are no padding."""
+    return float(inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel())
+
+
 def _comparison(
-    teacher: nn.Module, student: nn.Module, layers: dict[int, int], example: dict[str, Any], options: DistillOptions
+    teacher: nn.Module,
+    student: nn.Module,
+    layers: dict[int, int],
+    outputs: Mapping[str, Any],
+    masked: bool,
+    options: DistillOptions,
 ) -> KnowledgeDistillConfig:
-    """Outputs against outputs, and each student block against the teacher block it came from."""
+    """Outputs against outputs, and each student block against the teacher block it came from; padding never counts."""
     config = KnowledgeDistillConfig()
-    mask = "attention_mask" if "attention_mask" in example else None
-    with bridge.evaluating(teacher):
-        outputs = bridge.run(teacher, example)
+    key = "logits" if "logits" in outputs else "last_hidden_state"
+    language = key == "logits" and outputs[key].ndim == 3
+    mask = {"mask": "attention_mask"} if masked else {}
     if options.output_weight:
-        key = "logits" if "logits" in outputs else "last_hidden_state"
-        term: dict[str, Any] = {"func_name": "HiddenMse", "func_weight": options.output_weight}
+        term: dict[str, Any] = {"func_name": "HiddenRelative", "func_weight": options.output_weight}
         if key == "logits":
-            term |= {"func_name": "KDKLDiv", "temperature": options.temperature, "t_squared": True}
+            heat = LANGUAGE_TEMPERATURE if language and options.temperature is None else options.warmth
+            term |= {"func_name": "KDKLDiv", "temperature": heat, "t_squared": True}
         label: dict[str, Any] = {"t_output_idx": key, "s_output_idx": key, "loss_func": [term]}
-        config.add_output_soft_label({**label, **({"mask": mask} if mask and outputs[key].ndim == 3 else {})})
-    if options.hidden_weight:
+        config.add_output_soft_label({**label, **(mask if outputs[key].ndim == 3 else {})})
+    weight = options.hidden_weight
+    if weight is None:
+        weight = LANGUAGE_HIDDEN if language else 1.0
+    if weight:
         theirs, mine = _blocks(teacher), _blocks(student)
         for at, path in enumerate(mine):
             label = {
-                "t_module": theirs[layers.get(at, at)], "s_module": path, "t_output_idx": 0, "s_output_idx": 0,
-                "loss_func": [{"func_name": "HiddenMse", "func_weight": options.hidden_weight}],
+                "t_module": theirs[layers.get(at, at)], "s_module": path, "t_output_idx": 0, "s_output_idx": 0, **mask,
+                "loss_func": [{"func_name": "HiddenRelative", "func_weight": weight / len(mine)}],
             }  # fmt: skip
             config.add_inter_soft_label(label)
-    if not options.output_weight and not options.hidden_weight:
+    if not options.output_weight and not weight:
         raise ConfigError("--hidden-weight and --output-weight are both 0: there is nothing to learn from")
     return config
 
@@ -122,7 +165,7 @@ def task(
     if options.loss is not None:
         raise ConfigError("--loss is for arrays; text has the loss of its --task")
     assert place.model is not None
-    rows = data.rows()
+    rows = data.rows(chats=True)
     config, architecture = models.architecture(place.model)
     chosen = task_of(asked, architecture.__name__, rows)
     labels = label_names(rows, getattr(config, "label2id", None)) if chosen == "classification" else {}
@@ -138,7 +181,7 @@ def task(
         if options.kind not in ("prefix", "prompt") and options.exclude is None:
             more["exclude"] = heads
         options = options.model_copy(update=more)
-    held_out = None if held is None else _read(reader, held.rows(), labels)
+    held_out = None if held is None else _read(reader, held.rows(chats=True), labels)
     read = _read(reader, rows, labels)
     return Task(opened, read, held_out, chosen, _own_loss, options, labels, bool(labels))
 
@@ -158,21 +201,31 @@ def head(labels: dict[str, int]) -> dict[str, Any]:
 
 
 def _read(reader: Reader, rows: list[dict[str, Any]], labels: dict[str, int]) -> Supervised:
-    """Rows of text as padded batches with labels: the class, or for language models the tokens themselves."""
-    encoded = reader.encode([row["text"] for row in rows])
-    for row in rows if labels else ():
+    """Rows of text as batches with labels: the class, or for language models the tokens that are learned."""
+    identity = {"text": _digest([repr(sorted(row.items())) for row in rows]), "length": reader.max_length}
+    if not labels:
+        windows = reader.windows(rows)
+
+        def window(at: list[int]) -> Any:
+            return reader.labelled([windows[i] for i in at])
+
+        facts = {"documents": len(rows), "tokens": sum(len(w.ids) for w in windows)}
+        return Supervised(range(len(windows)), window, len(windows), identity, True, True, tokens=_told, facts=facts)
+    for row in rows:
         if str(row.get("label")) not in labels:
             raise ConfigError(f"a label of the data is not among {sorted(labels)}. Received: {row.get('label')!r}")
+    encoded = reader.encode([row["text"] for row in rows])
 
     def collate(at: list[int]) -> Any:
         inputs = reader.pad([encoded[i] for i in at])
-        if labels:
-            return inputs, torch.tensor([labels[str(rows[i]["label"])] for i in at])
-        # The mask, not the token, says what is padding: a padding token may well be the end-of-text token.
-        return inputs, inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, _IGNORED)
+        return inputs, torch.tensor([labels[str(rows[i]["label"])] for i in at])
 
-    identity = {"text": _digest([repr(sorted(row.items())) for row in rows])}
-    return Supervised(range(len(rows)), collate, len(rows), identity, True)
+    return Supervised(range(len(rows)), collate, len(rows), identity, True, True)
+
+
+def _told(batch: Any) -> float:
+    """How many tokens of a batch are learned from."""
+    return float((batch[1] != IGNORED).sum())
 
 
 def _digest(texts: list[str]) -> str:

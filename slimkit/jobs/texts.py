@@ -7,8 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from slimkit import bridge  # noqa: F401 - says in one line that torch is missing
+from slimkit.core.distill.masks import IGNORED
 from slimkit.core.errors import ConfigError
+from slimkit.core.jobs.documents import Sample, answered, is_chat, packed
 from slimkit.core.lazy import library
+from slimkit.core.log import logger
+
+import torch
 
 
 def tokenizer(directory: Path) -> Any:
@@ -34,7 +39,7 @@ class Reader:
         directory: a Hugging Face directory with tokenizer files.
         kind: the model's class, whose forward says which of the tokenizer's outputs it takes.
         config: the model's configuration.
-        max_length: tokens a text is cut to, where neither the tokenizer nor the model allows fewer.
+        max_length: tokens a sample, where neither the tokenizer nor the model allows fewer.
 
     Raises:
         ConfigError: the directory holds no tokenizer that transformers can read.
@@ -53,17 +58,64 @@ class Reader:
         self._taken = set(inspect.signature(kind.forward).parameters)  # type: ignore[attr-defined]
 
     def encode(self, texts: list[str]) -> list[dict[str, list[int]]]:
-        """One mapping of token numbers a text, not padded."""
+        """One mapping of token numbers a text, cut to length and not padded; how many were cut is said."""
         encoded = self.tokenizer(texts, truncation=True, max_length=self.max_length)
-        keys = [k for k in encoded if k in self._taken]
-        return [{k: encoded[k][i] for k in keys} for i in range(len(texts))]
+        whole = self.tokenizer(texts, verbose=False)["input_ids"]
+        cut = sum(len(long) > len(kept) for long, kept in zip(whole, encoded["input_ids"]))
+        if cut:
+            logger.warning("%d of %d texts are longer than %d tokens and were cut", cut, len(texts), self.max_length)
+        return self._samples(encoded)
 
-    def pad(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
-        """A batch of tensors, padded to the longest sample."""
-        padded = self.tokenizer.pad(samples, padding=True, return_tensors="pt")
+    def pieces(self, texts: list[str]) -> list[dict[str, list[int]]]:
+        """All of every text, the long ones in several samples; texts are never joined."""
+        if not self.tokenizer.is_fast:
+            return self.encode(texts)
+        return self._samples(
+            self.tokenizer(texts, truncation=True, max_length=self.max_length, return_overflowing_tokens=True)
+        )
+
+    def windows(self, rows: list[dict[str, Any]]) -> list[Sample]:
+        """What a language model learns from: whole documents in windows, and conversations one by one."""
+        texts = [row["text"] for row in rows if not is_chat(row)]
+        documents = self.tokenizer(texts, verbose=False)["input_ids"] if texts else []
+        found = packed(documents, self.max_length, self.tokenizer.eos_token_id)
+        chats = [
+            answered(row, self.tokenizer, f"sample {n + 1} of the data") for n, row in enumerate(rows) if is_chat(row)
+        ]
+        long = [sample for sample in chats if len(sample.ids) > self.max_length]
+        if long:
+            logger.warning(
+                "%d of %d conversations are longer than %d tokens and were cut", len(long), len(chats), self.max_length
+            )
+        for sample in chats:
+            kept = Sample(sample.ids[: self.max_length], sample.learned[: self.max_length])
+            if any(kept.learned[1:]):
+                found.append(kept)
+        if not found:
+            raise ConfigError(f"the data holds nothing to learn from within {self.max_length} tokens")
+        return found
+
+    def pad(self, samples: list[dict[str, Any]], length: int | None = None) -> dict[str, Any]:
+        """A batch of tensors, padded to the longest sample, or to `length`."""
+        how: dict[str, Any] = {"padding": True} if length is None else {"padding": "max_length", "max_length": length}
+        padded = self.tokenizer.pad(samples, return_tensors="pt", **how)
         return {k: v for k, v in padded.items() if k in self._taken}
+
+    def labelled(self, samples: list[Sample], length: int | None = None) -> tuple[dict[str, Any], torch.Tensor]:
+        """A batch of tensors and its labels: -100 on padding, on what is not learned and on each first token."""
+        rows = [{"input_ids": s.ids, "attention_mask": [1] * len(s.ids)} for s in samples]
+        how: dict[str, Any] = {"padding": True} if length is None else {"padding": "max_length", "max_length": length}
+        padded = self.tokenizer.pad(rows, return_tensors="pt", **how)
+        # The mask, not the token, says what is padding: a padding token may well be the end-of-text token.
+        labels = torch.full_like(padded["input_ids"], IGNORED)
+        labels[padded["attention_mask"] == 1] = torch.tensor([label for s in samples for label in s.labels])
+        return {k: v for k, v in padded.items() if k in self._taken}, labels
 
     def batches(self, texts: list[str], batch_size: int) -> list[dict[str, Any]]:
         """All texts in order, as padded batches."""
         samples = self.encode(texts)
         return [self.pad(samples[i : i + batch_size]) for i in range(0, len(samples), batch_size)]
+
+    def _samples(self, encoded: Any) -> list[dict[str, list[int]]]:
+        keys = [k for k in encoded if k in self._taken]
+        return [{k: encoded[k][i] for k in keys} for i in range(len(encoded["input_ids"]))]

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from slimkit import bridge
 from slimkit.core.errors import UnsupportedError
-from slimkit.core.sparse.call_order import CallOrder
+from slimkit.core.sparse.call_order import CallOrder, batch_shape
 from slimkit.core.sparse.experts import LayerCall, Pairs
 from slimkit.replay import entering, replaying, state_of, version_of
-from slimkit.sparse.inputs import BlockInputs, Enough, as_input, enough, valid_tokens
+from slimkit.sparse.inputs import BlockInputs, Enough, as_input, enough, head_of, valid_tokens
 from slimkit.sparse.reads import Reads
 from slimkit.sparse.residual import arriving, first_tensor, input_of, joints
 from slimkit.sparse.slots import WeightSlot, inside
+from slimkit.sparse.trained import TorchTrained, output_of
 
 import torch
 
@@ -56,53 +58,96 @@ def watching(
 
 
 def trace(
-    model: torch.nn.Module, dataset: Iterable[Any], modules: Modules, blocks: Sequence[str] = ()
+    model: torch.nn.Module,
+    dataset: Iterable[Any],
+    modules: Modules,
+    blocks: Sequence[str] = (),
+    inputs: BlockInputs | None = None,
 ) -> tuple[CallOrder, bool]:
     """Send every batch through once, to learn in which order layers are called and which share one input.
+
+    A batch like one that ran whole ends when every layer was called, and none runs what makes logits, unless that is a
+    layer to watch.
+
+    Args:
+        model: the model.
+        dataset: batches.
+        modules: path -> (layer, where its weight lies).
+        blocks: the paths of what may be a chain of blocks.
+        inputs: learns what every batch gives the blocks, as long as they are a chain.
 
     Returns:
         The calls, and whether each block's first input is the output of the block before, in every batch, and all
         else that it reads was there before the batch or is among its arguments.
     """
-    calls = CallOrder({name for name, slot in modules.values() if slot.kind == "conv2d"})
+    names = {name for name, _ in modules.values()}
+    calls = CallOrder({name for name, slot in modules.values() if slot.kind == "conv2d"}, n_layers=len(names))
     chained = len(blocks) > 1
     place = {b: i for i, b in enumerate(blocks)}
     slots = {p: slot for p, (_, slot) in modules.items()}
     chain = {b: bridge.get_module(model, b) for b in blocks}
+    head = head_of(model)
+    watched = head is None or any(m is slot.owner(model) for slot in slots.values() for m in head.modules())
+    entered: dict[str, Any] = {}
+    outputs: dict[str, Any] = {}
+    complete = False
+
+    def passed(path: str, _args: Any, _kwargs: Any, output: Any) -> None:
+        outputs[path] = first_tensor(output)
+
+    def began(path: str, args: Any, kwargs: Any) -> None:
+        nonlocal chained
+        x = input_of(args, kwargs)
+        if path in entered or (place[path] and x is not outputs.get(blocks[place[path] - 1])):
+            chained = False
+        # What the model told a block in another way than by its call would be missing when it runs alone.
+        chained = chained and not before[path].differs()
+        entered[path] = True
+        if chained and inputs is not None:
+            inputs.note(path, args, kwargs)
+        _end()
+
+    def _end() -> None:
+        if complete and len(entered) == len(blocks):
+            raise Enough
+
+    def called(path: str, args: Any, kwargs: Any, _output: Any = None) -> None:
+        nonlocal complete
+        x = input_of(args, kwargs)
+        complete = calls.note(modules[path][0], x, version_of(x))
+
+    def entering_layer(path: str, args: Any, kwargs: Any) -> None:
+        called(path, args, kwargs)
+        _end()
+
+    def read(path: str, rows: torch.Tensor, _tokens: torch.Tensor | None) -> None:
+        calls.note(modules[path][0], rows, version_of(rows))
+
+    plain = {p: s.owner(model) for p, s in slots.items() if not s.read}
     for batch in dataset:
-        outputs: dict[str, Any] = {}
         valid = valid_tokens(batch)
-        calls.batch(valid is not None and not bool(valid.any()))
-
-        def passed(path: str, args: Any, kwargs: Any, output: Any) -> None:
-            nonlocal chained
-            x = input_of(args, kwargs)
-            if path in outputs or (place[path] and x is not outputs.get(blocks[place[path] - 1])):  # noqa: B023
-                chained = False
-            outputs[path] = first_tensor(output)  # noqa: B023
-
-        def began(path: str, _args: Any, _kwargs: Any) -> None:
-            nonlocal chained
-            # What the model told a block in another way than by its call would be missing when it runs alone.
-            chained = chained and not before[path].differs()  # noqa: B023
-
-        def called(path: str, args: Any, kwargs: Any, _output: Any) -> None:
-            x = input_of(args, kwargs)
-            calls.note(modules[path][0], x, version_of(x))
-
-        def read(path: str, rows: torch.Tensor, _tokens: torch.Tensor | None) -> None:
-            calls.note(modules[path][0], rows, version_of(rows))
-
-        with watching(model, slots, called, read) as run, bridge.hooked(chain, passed):
+        calls.batch(valid is not None and not bool(valid.any()), batch_shape(batch))
+        entered, outputs, complete = {}, {}, False
+        if inputs is not None:
+            inputs.begin(batch)
+        with (
+            watching(model, {p: s for p, s in slots.items() if s.read}, called, read) as run,
+            bridge.hooked(chain, passed),
+            entering(plain, entering_layer),
+            _ending(None if watched else head),
+            contextlib.suppress(Enough),
+        ):
             before = {path: state_of(block) for path, block in chain.items()}
             with entering(chain, began):
                 run(batch)
-        chained = chained and len(outputs) == len(blocks)
+        if not complete:
+            calls.ran()
+        chained = chained and len(entered) == len(blocks)
     return calls, chained
 
 
 def trace_block(path: str, block: torch.nn.Module, inputs: BlockInputs, modules: Modules) -> CallOrder:
-    """The same for one block that is fed from memory; `modules` carries whole paths."""
+    """`trace` of one block that is fed from memory; `modules` carries whole paths."""
     return trace(block, [inputs.call(path, i) for i in range(len(inputs.valid))], inside(modules, path))[0]
 
 
@@ -151,12 +196,13 @@ class WholeModel:
         The drift is what else reaches the sum that the layer's output joins: the dense model's minus this one's.
         """
         joined = {p: self.joined[p] for p, (name, _) in self.modules.items() if name in names and p in self.joined}
-        until = self._following(names, joined)
+        last = self._last(names) if not joined else None
+        until = self._following(names, joined) if last is None else None
         for batch, dense_batch, valid in self.batches():
             pairs = Pairs(seen, self.dense is not None)
             if self.dense is not None:
-                self._watch(self.dense, names, dense_batch, valid, until, joined, pairs.dense)
-            self._watch(self.model, names, batch, valid, until, joined, pairs.sparse)
+                self._watch(self.dense, names, dense_batch, valid, until, last, joined, pairs.dense)
+            self._watch(self.model, names, batch, valid, until, last, joined, pairs.sparse)
 
     def join(self) -> None:
         """No residual stream is known outside blocks."""
@@ -165,8 +211,27 @@ class WholeModel:
                 "SparseConfig.residual needs a model that is a chain of blocks, each fed by the last"
             )
 
+    def trained(self) -> TorchTrained | None:
+        """The whole model, to give the dense one's outputs; nothing where blocks do so."""
+        if not self._whole:
+            return None
+        assert self.dense is not None  # a method that reconstructs is paired
+        calls = list(self.dataset)
+        with replaying(self.dense) as run:
+            targets = [output_of(run(batch)) for batch in calls]
+        slots = [slot for _, slot in self.modules.values()]
+        return TorchTrained(
+            self.model, slots, len(calls), calls.__getitem__, targets.__getitem__, [valid_tokens(b) for b in calls]
+        )
+
     def advance(self) -> None:
         """Nothing follows a whole model."""
+
+    def _last(self, names: Sequence[str]) -> str | None:
+        """The path of the layer at whose call a forward may end that watches these alone; None where none is known."""
+        last = self._traced.last(names)
+        found = next(((p, slot) for p, (name, slot) in self.modules.items() if name == last), None)
+        return None if found is None or found[1].read else found[0]
 
     def _following(self, names: Sequence[str], joined: Mapping[str, str]) -> str | None:
         """The path at whose call a forward may end: what every batch calls after all of `names` and their sums."""
@@ -186,6 +251,7 @@ class WholeModel:
         batch: Any,
         valid: torch.Tensor | None,
         until: str | None,
+        last: str | None,
         joined: Mapping[str, str],
         seen: Callable[[str, LayerCall], None],
     ) -> None:
@@ -193,7 +259,7 @@ class WholeModel:
         wanted = {p: slot for p, (name, slot) in self.modules.items() if name in asked}
         waiting: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
-        def called(path: str, args: Any, kwargs: Any, output: Any) -> None:
+        def called(path: str, args: Any, kwargs: Any, output: Any = None) -> None:
             x = as_input(wanted[path].owner(model), input_of(args, kwargs), valid)
             if path in joined:
                 waiting[path] = (x, output.detach().clone())  # a sum may be made in its memory
@@ -212,14 +278,21 @@ class WholeModel:
                 rest = as_input(wanted[path].owner(model), total.float() - output.float(), valid) if fits else None
                 seen(self.modules[path][0], LayerCall(x, rest))
 
-        last = self.modules.get(until) if until is not None else None
-        end = {until: last[1]} if until is not None and last is not None and last[1].read else {}
+        def ending(path: str, args: Any, kwargs: Any) -> None:
+            called(path, args, kwargs)
+            raise Enough
+
+        after = self.modules.get(until) if until is not None else None
+        end = {until: after[1]} if until is not None and after is not None and after[1].read else {}
+        final = {last: wanted[last].owner(model)} if last is not None else {}
+        others = {p: slot for p, slot in wanted.items() if p != last}
         with (
             contextlib.suppress(Enough),
-            watching(model, wanted | end, called, read, valid) as run,
+            watching(model, others | end, called, read, valid) as run,
             arriving(model, sorted(set(joined.values())), arrived),
             # After the hooks above: the forward may end where a sum arrives.
-            _ending(model, until if not end else None),
+            _ending(bridge.get_module(model, until) if until and not end else None),
+            entering(final, ending),
         ):
             run(batch)
         for path, (x, _) in waiting.items():
@@ -227,9 +300,9 @@ class WholeModel:
 
 
 @contextlib.contextmanager
-def _ending(model: torch.nn.Module, until: str | None) -> Iterator[None]:
-    """End the forward when the module at that path is called."""
-    stop = bridge.get_module(model, until).register_forward_pre_hook(enough) if until else None
+def _ending(module: torch.nn.Module | None) -> Iterator[None]:
+    """End the forward when the module is called."""
+    stop = None if module is None else module.register_forward_pre_hook(enough)
     try:
         yield
     finally:
@@ -243,6 +316,8 @@ class ModelBlock(WholeModel):
     Args:
         path: the block's path, with which the paths of `modules` begin.
         inputs: what each batch gives the block; shared with the stages of the other blocks.
+        feeds, traced: as for WholeModel.
+        last: whether nothing reads what leaves the block.
     """
 
     def __init__(
@@ -254,9 +329,11 @@ class ModelBlock(WholeModel):
         modules: Modules,
         feeds: Sequence[tuple[str, ...]],
         traced: CallOrder,
+        last: bool = False,
     ) -> None:
         super().__init__(block, dense, (), inside(modules, path), feeds, traced)
-        self.path, self.inputs = path, inputs
+        self.path, self.inputs, self._is_last = path, inputs, last
+        self.changed: list[str] = []  # the parameters that training changed, once it did
 
     def join(self) -> None:
         """Find by one batch where outputs join the residual stream."""
@@ -272,14 +349,31 @@ class ModelBlock(WholeModel):
         for index, valid in enumerate(self.inputs.valid):
             yield self.inputs.call(self.path, index), self.inputs.call(self.path, index, dense=True), valid
 
+    def trained(self) -> TorchTrained:
+        """The block, to give what the dense one does; the layers' dense inputs are not needed any more."""
+        self._advance(dense=True)
+        slots = [slot for _, slot in self.modules.values()]
+        inputs, path = self.inputs, self.path
+        found = TorchTrained(
+            self.model, slots, len(inputs.valid), partial(inputs.call, path), inputs.dense_hidden, inputs.valid
+        )
+        self.changed = [f"{path}.{name}" for name in found.names]
+        return found
+
     def advance(self) -> None:
         """The block's outputs become the next block's inputs."""
-        for index in range(len(self.inputs.valid)):
-            for model, dense in ((self.model, False), (self.dense, True)):
-                if model is not None:
-                    with replaying(model) as run:
-                        out = first_tensor(run(self.inputs.call(self.path, index, dense=dense)))
-                    self.inputs.put(index, out, dense=dense)
+        if not self._is_last:
+            self._advance(dense=False)
+            if self.dense is not None and not self.changed:
+                self._advance(dense=True)
+
+    def _advance(self, dense: bool) -> None:
+        model = self.dense if dense else self.model
+        assert model is not None
+        with replaying(model) as run:
+            for index in range(len(self.inputs.valid)):
+                out = first_tensor(run(self.inputs.call(self.path, index, dense=dense)))
+                self.inputs.put(index, out, dense=dense)
 
 
 class LentBlock(ModelBlock):
@@ -299,7 +393,6 @@ class LentBlock(ModelBlock):
         with self._lend():
             super().replay(names, seen)
 
-    def advance(self) -> None:
-        """The block's outputs become the next block's inputs."""
-        with self._lend():
-            super().advance()
+    def _advance(self, dense: bool) -> None:
+        with self._lend() if dense else contextlib.nullcontext():
+            super()._advance(dense)

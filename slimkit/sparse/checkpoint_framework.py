@@ -65,7 +65,9 @@ class CheckpointSparse(TorchSparse):
         """Nothing to remember: the source stays as it is."""
         return lambda: None
 
-    def stages(self, dataset: Iterable[Any], names: Sequence[str], paired: bool) -> Iterator[CalibratedBlock]:
+    def stages(
+        self, dataset: Iterable[Any], names: Sequence[str], paired: bool, residual: bool = False
+    ) -> Iterator[CalibratedBlock]:
         """One stage a block: loaded, made sparse, written, and let go."""
         with_data = bool(dataset)
         done = self._done()
@@ -75,7 +77,7 @@ class CheckpointSparse(TorchSparse):
             for valid in inputs.valid:
                 padding.batch(valid is not None and not bool(valid.any()))
             demand_tokens(self, padding)
-        if inputs is not None and done:
+        if inputs is not None and 0 < done < len(self._blocks):
             inputs.load(self._state / f"activations-{done:05d}")
         for index, path in enumerate(self._blocks):
             mine = [n for n in names if n.startswith(path + ".")]
@@ -92,7 +94,8 @@ class CheckpointSparse(TorchSparse):
             else:
                 found = trace_block(path, block, inputs, modules)
                 lend = partial(self._dense_weights, path, block, dense)
-                stage = LentBlock(lend, path, block, dense, inputs, modules, found.feeds, found)
+                last = index == len(self._blocks) - 1
+                stage = LentBlock(lend, path, block, dense, inputs, modules, found.feeds, found, last)
             stage.names = mine
             yield stage
             self._write(index, path, block, stage, inputs)
@@ -233,13 +236,13 @@ class CheckpointSparse(TorchSparse):
 
     def _write(self, index: int, path: str, block: torch.nn.Module, stage: Any, inputs: BlockInputs | None) -> None:
         changed: dict[str, torch.Tensor] = {}
-        for name in self._parameters(stage.names):
+        for name in dict.fromkeys([*self._parameters(stage.names), *stage.changed]):
             value = self.model.get_parameter(name).detach()
             pieces = [value] if self._is_whole(name) else self._layouts.split(name, value).values()
             changed |= {key: piece.contiguous() for key, piece in zip(self._keys(name), pieces)}
         with files.atomic_file(self._state / f"block-{index:05d}.safetensors") as handle:
             _save(handle, changed)
-        if inputs is not None:
+        if inputs is not None and index < len(self._blocks) - 1:
             with files.atomic_directory(self._state / f"activations-{index + 1:05d}") as folder:
                 inputs.save(folder)
         # Last: its presence says that the block is done.
@@ -252,6 +255,7 @@ class _Undata:
 
     def __init__(self, names: list[str]) -> None:
         self.names = names
+        self.changed: list[str] = []
         self.rows: Mapping[str, dict[str, Any]] | None = None
         self.feeds: list[tuple[str, ...]] = []
         self.joined: dict[str, str] = {}
@@ -262,6 +266,9 @@ class _Undata:
 
     def join(self) -> None:
         """No stream."""
+
+    def trained(self) -> None:
+        """Nothing to train by."""
 
     def advance(self) -> None:
         """No activations."""

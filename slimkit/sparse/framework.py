@@ -15,8 +15,8 @@ from slimkit.replay import replaying
 from slimkit.sparse.blocks import ModelBlock, WholeModel, trace
 from slimkit.sparse.inputs import BlockInputs, as_input, valid_tokens
 from slimkit.sparse.reads import Reads
-from slimkit.sparse.residual import first_tensor
 from slimkit.sparse.slots import WeightSlot, described
+from slimkit.sparse.trained import norm_parameters, output_of
 
 import torch
 
@@ -74,16 +74,22 @@ class TorchSparse:
                 value = part(self.model)
                 if value is not None:
                     kept.append((part, value.to("cpu", copy=True)))
+        norms = {n: p.detach().to("cpu", copy=True) for n, p in norm_parameters(self.model).items() if not p.is_meta}
 
         def restore() -> None:
             for part, value in kept:
                 now = part(self.model)
                 assert now is not None  # it was there when it was remembered
                 now.copy_(value)
+            with torch.no_grad():
+                for name, value in norms.items():
+                    self.model.get_parameter(name).copy_(value)
 
         return restore
 
-    def stages(self, dataset: Iterable[Any], names: Sequence[str], paired: bool) -> Iterator[CalibratedBlock]:
+    def stages(
+        self, dataset: Iterable[Any], names: Sequence[str], paired: bool, residual: bool = False
+    ) -> Iterator[CalibratedBlock]:
         """The parts of the model: what comes before a chain of blocks, each block, and the rest; or the whole."""
         modules: dict[str, tuple[str, WeightSlot]] = {}
         known: set[tuple[int, str, str]] = set()
@@ -94,36 +100,46 @@ class TorchSparse:
                 if place not in known:  # one module under two paths: one hook
                     known.add(place)
                     modules[path] = (name, slot)
-        dense = dense_twin(self.model, [self._slots[n].owner(self.model) for n in names]) if paired else None
+        changing = {id(m): m for m in (self._slots[n].owner(self.model) for n in names)}
+        changing |= {id(m): m for m in map(self._holder, norm_parameters(self.model))}
+        dense = dense_twin(self.model, changing.values()) if paired else None
         blocks = block_paths(self.model, modules)
-        found, chained = trace(self.model, dataset, modules, blocks)
+        inputs = BlockInputs(blocks)
+        found, chained = trace(self.model, dataset, modules, blocks, inputs if blocks else None)
         demand_tokens(self, found)
         every = agreed(self, found.feeds)
         if not all(self.gather(chained)):
+            del inputs
             yield WholeModel(self.model, dense, dataset, modules, every, found)
             return
         where = {name: next((b for b in blocks if name.startswith(b + ".")), "") for name in names}
         first = next(i for i, feed in enumerate(every) if where[feed[0]])
         before = [f for f in every[:first] if not where[f[0]]]
         after = [f for f in every[first:] if not where[f[0]]]
+        if dense is not None:
+            inputs.pair(dense, dataset)
         if before:
             yield WholeModel(self.model, dense, dataset, modules, before, found, whole=False)
-        inputs = BlockInputs(self.model, dense, dataset, blocks)
+            inputs.capture(self.model, dataset)
+        if not after:  # nobody asks what leaves the last block with layers to do
+            blocks = blocks[: 1 + max(blocks.index(where[f[0]]) for f in every if where[f[0]])]
         for block in blocks:
             feeds = [f for f in every if where[f[0]] == block]
             twin = bridge.get_module(dense, block) if dense is not None else None
-            yield ModelBlock(block, bridge.get_module(self.model, block), twin, inputs, modules, feeds, found)
+            module, last = bridge.get_module(self.model, block), block == blocks[-1]
+            yield ModelBlock(block, module, twin, inputs, modules, feeds, found, last)
         del inputs
         if after:
             yield WholeModel(self.model, dense, dataset, modules, after, found, whole=False)
+
+    def _holder(self, parameter: str) -> torch.nn.Module:
+        return bridge.get_module(self.model, parameter.rpartition(".")[0])
 
     def outputs(self, batch: Any) -> Any:
         """The model's first output for a batch, as a float32 NumPy array without the rows of padding."""
         with replaying(self.model) as run:
             output = run(batch)
-        if isinstance(output, Mapping):
-            output = next(v for v in output.values() if isinstance(v, torch.Tensor))
-        output = as_input(self.model, first_tensor(output), valid_tokens(batch))
+        output = as_input(self.model, output_of(output), valid_tokens(batch))
         return output.float().cpu().numpy()
 
     def processes(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -39,6 +40,15 @@ def as_input(module: torch.nn.Module, x: torch.Tensor, valid: torch.Tensor | Non
     elif valid is not None and x.ndim == 3 and x.shape[:2] == valid.shape:
         x = x[valid.to(x.device)]
     return x
+
+
+def head_of(model: torch.nn.Module) -> torch.nn.Module | None:
+    """The layer that makes logits of hidden states, where the model says which: no block comes behind it."""
+    find = getattr(model, "get_output_embeddings", None)
+    with contextlib.suppress(NotImplementedError, AttributeError):  # models without one may raise
+        head = find() if callable(find) else None
+        return head if isinstance(head, torch.nn.Module) else None
+    return None
 
 
 def valid_tokens(batch: Any) -> torch.Tensor | None:
@@ -122,45 +132,56 @@ class BlockInputs:
     """What every batch gives every block: hidden states, which move on, and the other arguments, which stay.
 
     Args:
-        model: the model; its layers before the blocks are done.
-        dense: its dense twin, or None.
-        dataset: batches.
         blocks: the blocks' paths, a chain.
     """
 
-    def __init__(
-        self, model: torch.nn.Module, dense: torch.nn.Module | None, dataset: Iterable[Any], blocks: Sequence[str]
-    ) -> None:
+    def __init__(self, blocks: Sequence[str]) -> None:
         self.valid: list[torch.Tensor | None] = []
+        self.paired = False
+        self._blocks = blocks
         self._hidden: dict[bool, Any] = {False: [], True: []}
         self._others: list[Others] = []
-        self.paired = dense is not None
         self._dense_others: list[Others] = []
-        for batch in dataset:
-            self.valid.append(valid_tokens(batch))
-            copies = _Copies()
-            self._add(model, batch, blocks, copies, dense=False)
-            if dense is not None:
-                self._add(dense, batch, blocks, copies, dense=True)
+        self._copies = _Copies()
 
-    def _add(self, model: torch.nn.Module, batch: Any, blocks: Sequence[str], copies: _Copies, dense: bool) -> None:
-        """Note how one model calls its blocks for a batch."""
-        others: Others = {}
+    def begin(self, batch: Any) -> None:
+        """A batch enters the model."""
+        self.valid.append(valid_tokens(batch))
+        self._others.append({})
+        self._copies = _Copies()
 
-        # Before each block, and copied: a block may add to its input in place, and a cache grows with each.
+    def note(self, path: str, args: Any, kwargs: Any) -> None:
+        """A block is called, and not at work yet: it may add to its input in place, and a cache grows with each."""
+        x = input_of(args, kwargs)
+        if path == self._blocks[0]:
+            self._hidden[False].append(x.detach().clone())
+        blank = {k: _HIDDEN if v is x else v for k, v in kwargs.items()}
+        self._others[-1][path] = self._copies.of((tuple(_HIDDEN if a is x else a for a in args), blank))
+
+    def pair(self, dense: torch.nn.Module, dataset: Iterable[Any]) -> None:
+        """Keep what was noted for the dense model too; one batch shows that its copy runs its own blocks."""
+        trial = BlockInputs(self._blocks)
+        trial.capture(dense, list(itertools.islice(dataset, 1)), "a deep copy of the model")
+        self.paired, self._dense_others = True, self._others
+        self._hidden[True] = list(self._hidden[False])
+
+    def capture(self, model: torch.nn.Module, dataset: Iterable[Any], what: str = "model") -> None:
+        """Note anew how the model calls its blocks, such as after layers before them have changed."""
+        self.valid, self._others, self._hidden[False] = [], [], []
+
         def began(path: str, args: Any, kwargs: Any) -> None:
-            x = input_of(args, kwargs)
-            if path == blocks[0]:
-                self._hidden[dense].append(x.detach().clone())
-            blank = {k: _HIDDEN if v is x else v for k, v in kwargs.items()}
-            others[path] = copies.of((tuple(_HIDDEN if a is x else a for a in args), blank))
+            self.note(path, args, kwargs)
+            if len(self._others[-1]) == len(self._blocks):
+                raise Enough
 
-        with replaying(model) as run, entering({b: bridge.get_module(model, b) for b in blocks}, began):
-            run(batch)
-        if len(others) != len(blocks):
-            what = "a deep copy of the model" if dense else "model"
-            raise UnsupportedError(f"{what} must run its own {len(blocks)} blocks. It ran {len(others)} of them")
-        (self._dense_others if dense else self._others).append(others)
+        with replaying(model) as run, entering({b: bridge.get_module(model, b) for b in self._blocks}, began):
+            for batch in dataset:
+                self.begin(batch)
+                with contextlib.suppress(Enough):
+                    run(batch)
+                n = len(self._others[-1])
+                if n != len(self._blocks):
+                    raise UnsupportedError(f"{what} must run its own {len(self._blocks)} blocks. It ran {n} of them")
 
     @classmethod
     def of_stubs(
@@ -254,6 +275,11 @@ class BlockInputs:
             tuple(hidden if a is _HIDDEN else a for a in args),
             {k: hidden if v is _HIDDEN else v for k, v in kwargs.items()},
         )
+
+    def dense_hidden(self, index: int) -> torch.Tensor:
+        """The hidden states of the dense model as they stand."""
+        found: torch.Tensor = self._hidden[True][index]
+        return found
 
     def put(self, index: int, hidden: torch.Tensor, dense: bool = False) -> None:
         """The hidden states that the next block gets."""

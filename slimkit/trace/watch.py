@@ -87,7 +87,7 @@ def watched(model: nn.Module, scopes: list[str], crossed: Callable[[str, Any], N
     Args:
         model: the model.
         scopes: the stack; the last one is the module whose code runs.
-        crossed: told (path of the module around, output) whenever a module ends.
+        crossed: called with (path of the module around, output) whenever a module ends.
 
     Yields:
         The paths of the layers, once the context has closed.

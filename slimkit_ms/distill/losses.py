@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from slimkit.core.distill.config import LOSSES as KINDS
 from slimkit.core.distill.config import LossTerm
-from slimkit.core.distill.losses import MASKED_KEY, MASKED_SCORE
+from slimkit.core.distill.losses import FAINT, MASKED_KEY, MASKED_SCORE, SMALLEST
 from slimkit.core.distill.masks import IGNORED, names_labels
 from slimkit_ms import bridge  # noqa: F401  (says in one line that MindSpore is missing)
 
@@ -115,14 +116,25 @@ class HiddenMse(Loss):
         return row_mean(ops.square(blank(places(s), mask) - blank(places(t), mask)).mean(-1), mask)
 
 
+class HiddenRelative(Loss):
+    """Squared difference of hidden states as a share of the teacher's squares, row by row."""
+
+    def construct(self, s, t, mask):
+        s = blank(places(s), mask)
+        t = blank(places(t), mask)
+        size = ops.square(t).sum(-1)
+        least = ops.maximum(FAINT * row_mean(size, mask), SMALLEST)
+        return row_mean(ops.square(s - t).sum(-1) / ops.maximum(size, least), mask)
+
+
 class HiddenCosine(Loss):
     """1 - cosine of hidden states."""
 
     def construct(self, s, t, mask):
         s = blank(places(s), mask)
         t = blank(places(t), mask)
-        length_s = ops.sqrt(ops.maximum(ops.square(s).sum(-1), 1e-16))
-        length_t = ops.sqrt(ops.maximum(ops.square(t).sum(-1), 1e-16))
+        length_s = ops.sqrt(ops.maximum(ops.square(s).sum(-1), SMALLEST))
+        length_t = ops.sqrt(ops.maximum(ops.square(t).sum(-1), SMALLEST))
         return row_mean(1.0 - (s * t).sum(-1) / length_s / length_t, mask)
 
 
@@ -186,6 +198,7 @@ LOSSES: dict[str, type[Loss]] = {
         KDKLDiv,
         HardKDCrossEntropy,
         HiddenMse,
+        HiddenRelative,
         HiddenCosine,
         MMD,
         AttentionMse,
@@ -200,7 +213,7 @@ class BuiltIn(nn.Cell):
     def __init__(self, term: LossTerm) -> None:
         super().__init__(auto_prefix=False)
         self.loss = LOSSES[term.func_name](term)
-        self.may_project = term.func_name in ("HiddenMse", "HiddenCosine")
+        self.may_project = KINDS[term.func_name][0] == "hidden"
         self.projects = False
 
     def construct(self, s, t, mask, projection):

@@ -9,14 +9,16 @@ from typing import Any
 
 import numpy as np
 
+from slimkit.core.batch import Call
 from slimkit.core.errors import UnsupportedError
-from slimkit.core.sparse.call_order import CallOrder
+from slimkit.core.sparse.call_order import CallOrder, batch_shape
 from slimkit.core.sparse.experts import LayerCall, Pairs
 from slimkit_ms import bridge, kinds
 from slimkit_ms.replay import replaying
 from slimkit_ms.sparse.reads import Reads
-from slimkit_ms.sparse.residual import arriving, block_paths, chained, hooks, joints
+from slimkit_ms.sparse.residual import arriving, block_paths, chained, first_tensor, hooks, joints
 from slimkit_ms.sparse.slots import PARTS, WeightSlot, attended
+from slimkit_ms.sparse.trained import MindSporeTrained
 
 import mindspore as ms
 from mindspore import nn
@@ -96,19 +98,45 @@ def unwatched(_name: str, _x: Any, _tokens: Any) -> None:
     """For a forward in which no layer is watched."""
 
 
-def trace(model: nn.Cell, dataset: Iterable[Any], slots: Mapping[str, WeightSlot]) -> CallOrder:
-    """Send every batch through once, to learn in which order layers are called and which share one input."""
-    calls = CallOrder({name for name, slot in slots.items() if slot.kind == "conv2d"})
+def trace(
+    model: nn.Cell, dataset: Iterable[Any], slots: Mapping[str, WeightSlot], blocks: Sequence[str] = ()
+) -> CallOrder:
+    """Send every batch through once, to learn in which order layers are called and which share one input.
+
+    A batch like one that ran whole ends when every layer was called and every one of `blocks` was entered.
+    """
+    calls = CallOrder({name for name, slot in slots.items() if slot.kind == "conv2d"}, n_layers=len(slots))
+    plain = not any(slot.read or slot.part for slot in slots.values())
+    entered: set[str] = set()
+    complete = False
 
     def note(name: str, x: Any, _tokens: Any) -> None:
+        nonlocal complete
         # A tensor that was written into in between is another input; nobody counts the writes, so its sum tells.
-        calls.note(name, x, float(x.astype(ms.float32).sum()) if isinstance(x, ms.Tensor) else None)
+        complete = calls.note(name, x, float(x.astype(ms.float32).sum()) if isinstance(x, ms.Tensor) else None)
+        end()
+
+    def end() -> None:
+        if complete and plain and len(entered) == len(blocks):
+            raise _Enough
+
+    def entering(path: str) -> Callable[..., None]:
+        def enter(*_: Any) -> None:
+            entered.add(path)
+            end()
+
+        return enter
 
     for batch in dataset:
         valid = valid_tokens(batch)
-        calls.batch(valid is not None and not valid.any())
-        with watching(model, slots, note) as run:
+        calls.batch(valid is not None and not valid.any(), batch_shape(batch))
+        entered.clear()
+        complete = False
+        with hooks() as handles, watching(model, slots, note) as run:
+            handles += [bridge.get_module(model, b).register_forward_pre_hook(entering(b)) for b in blocks]
             run(batch)
+        if not complete:
+            calls.ran()
     return calls
 
 
@@ -139,6 +167,7 @@ class WholeModel:
         slots: where the layers' weights lie.
         feeds: layers in the order they are called; those that share an input together.
         traced: what a forward taught of the order of calls.
+        whole: whether it is all of the cell, and not what stands before or after its blocks.
     """
 
     def __init__(
@@ -149,9 +178,10 @@ class WholeModel:
         slots: Mapping[str, WeightSlot],
         feeds: Sequence[tuple[str, ...]],
         traced: CallOrder,
+        whole: bool = True,
     ) -> None:
         self.model, self.dense, self.dataset = model, dense, dataset
-        self.slots = slots
+        self.slots, self._whole = slots, whole
         self.feeds, self._traced = list(feeds), traced
         self.names: list[str] = []
         self.rows: Mapping[str, dict[str, Any]] | None = None
@@ -164,14 +194,20 @@ class WholeModel:
 
         The drift is what else reaches the sum that the layer's output joins: the dense model's minus this one's.
         """
-        until = self._traced.following(names, (n for feed in self.feeds for n in feed))
-        until = None if any(name in self.joined for name in names) else until
-        for batch in self.dataset:
-            valid = valid_tokens(batch)
+        joined = any(name in self.joined for name in names)
+        last = None if joined else self._traced.last(names)
+        last = None if last is None or self.slots[last].read or self.slots[last].part else last
+        until = self._traced.following(names, (n for feed in self.feeds for n in feed)) if not joined else None
+        for batch, dense_batch, valid in self.batches():
             pairs = Pairs(seen, self.dense is not None)
             if self.dense is not None:
-                self._watch(self.dense, names, batch, valid, until, pairs.dense)
-            self._watch(self.model, names, batch, valid, until, pairs.sparse)
+                self._watch(self.dense, names, dense_batch, valid, until, last, pairs.dense)
+            self._watch(self.model, names, batch, valid, until, last, pairs.sparse)
+
+    def batches(self) -> Iterator[tuple[Any, Any, Array | None]]:
+        """Each batch for the sparse model, for the dense one, and which of its tokens are no padding."""
+        for batch in self.dataset:
+            yield batch, batch, valid_tokens(batch)
 
     def join(self) -> None:
         """Find by one batch where outputs join the residual stream."""
@@ -194,6 +230,23 @@ class WholeModel:
             )
         self._blocks = blocks
 
+    def trained(self) -> MindSporeTrained | None:
+        """The whole cell, to give the dense one's outputs; nothing where blocks do so."""
+        if not self._whole:
+            return None
+        assert self.dense is not None  # a method that reconstructs is paired
+        calls = [bridge.call_of(batch) for batch in self.dataset]
+        with replaying(self.dense) as run:
+            targets = [bridge.as_numpy(first_tensor(run(Call(*call))).astype(ms.float32)) for call in calls]
+        return MindSporeTrained(
+            self.model,
+            list(self.slots.values()),
+            len(calls),
+            calls.__getitem__,
+            targets.__getitem__,
+            [valid_tokens(batch) for batch in self.dataset],
+        )
+
     def advance(self) -> None:
         """Nothing follows a whole cell."""
 
@@ -204,6 +257,7 @@ class WholeModel:
         batch: Any,
         valid: Array | None,
         until: str | None,
+        last: str | None,
         seen: Callable[[str, LayerCall], None],
     ) -> None:
         inputs: dict[str, Array] = {}
@@ -218,6 +272,8 @@ class WholeModel:
                 inputs[name] = value
             else:
                 seen(name, LayerCall(value))
+                if name == last:
+                    raise _Enough
 
         def leaving(name: str) -> Callable[..., None]:
             return lambda _cell, _inputs, output: waiting.update({name: (inputs.pop(name), _rows(output))})

@@ -16,9 +16,11 @@ from slimkit.core.sparse.processes import agreed, demand_tokens
 from slimkit.core.sparse.skipped import adapter_parts, other_matrices
 from slimkit_ms import bridge, kinds
 from slimkit_ms.sparse.blocks import WholeModel, as_input, trace, unwatched, valid_tokens, watching
+from slimkit_ms.sparse.chain import ChainInputs, ModelBlock
 from slimkit_ms.sparse.reads import Reads
-from slimkit_ms.sparse.residual import first_tensor
+from slimkit_ms.sparse.residual import block_paths, first_tensor
 from slimkit_ms.sparse.slots import WeightSlot, own_matrices, parts, slots_of, unclear
+from slimkit_ms.sparse.trained import norm_parameters
 
 import mindspore as ms
 from mindspore import nn
@@ -92,6 +94,7 @@ class MindSporeSparse:
         parameters = [
             p for s in slots for p in (s.parameter(self.model), s.bias_parameter(self.model)) if p is not None
         ]
+        parameters += norm_parameters(self.model).values()
         kept = [(parameter, parameter.value().copy()) for parameter in {id(p): p for p in parameters}.values()]
 
         def restore() -> None:
@@ -100,13 +103,43 @@ class MindSporeSparse:
 
         return restore
 
-    def stages(self, dataset: Iterable[Any], names: Sequence[str], paired: bool) -> Iterator[CalibratedBlock]:
-        """The whole cell as one stage; its layers in the order they are called."""
+    def stages(
+        self, dataset: Iterable[Any], names: Sequence[str], paired: bool, residual: bool = False
+    ) -> Iterator[CalibratedBlock]:
+        """The parts of the cell: what comes before a chain of blocks, each block, and the rest; or the whole.
+
+        With `residual` it is the whole, in which alone it is known where the stream runs.
+        """
         slots = {name: self._slots[name] for name in names}
         dense = copy.deepcopy(self.model) if paired else None
-        calls = trace(self.model, dataset, slots)
+        blocks = [] if residual else block_paths(self.model, slots)
+        inputs = ChainInputs(blocks)
+        calls = trace(self.model, inputs.note(self.model, dataset), slots, blocks)
         demand_tokens(self, calls)
-        yield WholeModel(self.model, dense, dataset, slots, agreed(self, calls.feeds), calls)
+        every = agreed(self, calls.feeds)
+        if not all(self.gather(inputs.chained)):
+            del inputs
+            yield WholeModel(self.model, dense, dataset, slots, every, calls)
+            return
+        where = {name: next((b for b in blocks if name.startswith(b + ".")), "") for name in names}
+        first = next(i for i, feed in enumerate(every) if where[feed[0]])
+        before = [f for f in every[:first] if not where[f[0]]]
+        after = [f for f in every[first:] if not where[f[0]]]
+        if dense is not None:
+            inputs.pair()
+        if before:
+            yield WholeModel(self.model, dense, dataset, slots, before, calls, whole=False)
+            inputs.capture(self.model, dataset)
+        if not after:  # nobody asks what leaves the last block with layers to do
+            blocks = blocks[: 1 + max(blocks.index(where[f[0]]) for f in every if where[f[0]])]
+        for block in blocks:
+            feeds = [f for f in every if where[f[0]] == block]
+            cell, last = bridge.get_module(self.model, block), block == blocks[-1]
+            twin = bridge.get_module(dense, block) if dense is not None else None
+            yield ModelBlock(block, cell, twin, inputs, slots, feeds, calls, last)
+        del inputs
+        if after:
+            yield WholeModel(self.model, dense, dataset, slots, after, calls, whole=False)
 
     def outputs(self, batch: Any) -> Array:
         """The cell's first output for a batch, as a float32 NumPy array."""

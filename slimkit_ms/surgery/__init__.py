@@ -30,7 +30,7 @@ class RefusedError(Exception):
     """A class whose code does not go along with a cut, whatever its sizes are set to.
 
     Args:
-        kind: the class; None where it cannot be told.
+        kind: the class; None where it is not known.
         why: what went wrong.
         axes: (number of a traced value, axis) that came out with another size; empty where the compiler stopped.
         child: the layer inside the class that the compiler stopped at; empty where it was none.

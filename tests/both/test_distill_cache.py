@@ -141,3 +141,57 @@ def test_sixty_four_of_many_classes_come_within_one_per_cent():
     term = LossTerm("KDCrossEntropy", 1.0)
     exact, close = reference(student, teacher, term), reference(student, kept, term)
     assert abs(close - exact) < 0.01 * exact
+
+
+# Classes that were drawn. ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_the_mean_loss_over_draws_is_the_loss_of_all_classes(temperature):
+    from slimkit.core.distill.config import LossTerm
+    from slimkit.core.distill.losses import reference
+    from slimkit.core.distill.sampling import draw, undrawn
+
+    rng = np.random.default_rng(0)
+    teacher = rng.standard_normal((4, 300)).astype("f4") * 2
+    student = teacher + rng.standard_normal(teacher.shape).astype("f4")  # wrong about the same classes
+    term = LossTerm("KDCrossEntropy", 1.0, temperature)
+    exact = reference(student, teacher, term)
+    drawn = [draw(teacher, 16, temperature, np.random.default_rng(seed)) for seed in range(400)]
+    found = [reference(student, undrawn(kept, 300, temperature), term) for kept in drawn]
+    assert abs(np.mean(found) - exact) < 4 * np.std(found) / np.sqrt(len(found))
+    # a cut to as many classes, the rest even, is off by far more than all these draws together
+    cut = reference(student, spread_logits(squeeze_logits(teacher, 16, "float32"), 300), term)
+    assert abs(cut - exact) > 4 * abs(np.mean(found) - exact)
+    for kept in drawn[:5]:
+        assert kept["ids"].shape == (4, 16)
+        np.testing.assert_allclose(kept["weights"].sum(-1), 1, rtol=1e-6)  # float32
+
+
+def test_a_cache_of_draws_is_small_resumed_and_its_own(kit, tmp_path):
+    teacher = kit.fill(kit.linear(5, 40))
+    student = kit.fill(kit.linear(5, 40), 1)
+    config = KnowledgeDistillConfig().add_output_soft_label(output(term("KDCrossEntropy", temperature=2)))
+    build = kit.slim.TeacherCache.build
+    cache = build(teacher, batches(kit), config, tmp_path / "a", sampled=4, seed=3)
+    build(teacher, batches(kit)[::-1], config, tmp_path / "b", sampled=4, seed=3)
+    other = kit.slim.TeacherCache(tmp_path / "b")
+    for x in batches(kit):  # a sample's draw is its own, in whatever order it came
+        one, two = (kit.array(c.lookup((x,), {})[1][0]) for c in (cache, other))
+        assert (one == two).all()
+        assert ((one > -1000).sum(-1) <= 4).all()
+    dual = kit.slim.get_distill_model(cache, student, config, batches(kit)[0])
+    assert np.isfinite(float(soft(kit, dual, batches(kit)[0])))
+    for changed in ({"sampled": 5}, {"sampled": 4, "seed": 4}, {}):
+        with pytest.raises(ConfigError, match="another"):
+            build(teacher, batches(kit), config, tmp_path / "a", **changed)
+    for odd, words in (
+        ((term("KDMse"),), "KDMse"),
+        ((term("KDKLDiv"), term("KDKLDiv", temperature=2)), "temperatures"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            build(teacher, batches(kit), KnowledgeDistillConfig().add_output_soft_label(output(*odd)), tmp_path / "c",
+                  sampled=4)  # fmt: skip
+    warm = KnowledgeDistillConfig().add_output_soft_label(output(term("KDCrossEntropy")))
+    with pytest.raises(ConfigError, match="temperatures"):
+        kit.slim.get_distill_model(cache, student, warm)

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from slimkit.cli import adapt, app, distill, export, prune, sparsify
 from slimkit.core import files
 from slimkit.core.errors import ConfigError
-from slimkit.core.jobs.options import JOBS, AdaptOptions, FitOptions
+from slimkit.core.jobs.options import JOBS, AdaptOptions, CutOptions, FitOptions
 from slimkit.core.run.recipe import Recipe, parse_recipe
 
 TASK = """
@@ -451,3 +451,43 @@ def test_a_registered_method_is_a_word_of_both_doors(kit, task, tmp_path):
         assert json.loads(done.stdout)["ratio"] == 0.25
     finally:
         METHODS.pop("every", None)
+
+
+STACK = """
+    import numpy as np
+    from tests import kits
+
+    kit = kits.make(FRAMEWORK)
+
+    class Block(kit.Module):
+        def __init__(self):
+            super().__init__()
+            self.dense = kit.linear(6, 6)
+
+        def forward(self, x):
+            return x + self.dense(x)
+
+        construct = forward
+
+    def net(layers=4):
+        model = kit.fill(kit.named(blocks=kit.sequential(*(Block() for _ in range(layers))), head=kit.linear(6, 3)))
+        for name, value in kit.params(model).items():
+            if layers == 4 and name.startswith(("blocks.0.", "blocks.2.")):
+                kit.assign(value, np.asarray(kit.array(value)) * 1e-3)
+        return model
+
+    def data():
+        x = kit.tensor(np.random.default_rng(0).standard_normal((8, 6)).astype(np.float32))
+        return {"train": [x], "example": x, "calibration": [x]}
+"""
+
+
+def test_a_recipe_keeps_the_blocks_that_its_data_needs(kit, tmp_path, monkeypatch):
+    (tmp_path / f"stack_{kit.name}.py").write_text(textwrap.dedent(STACK).replace("FRAMEWORK", repr(kit.name)))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(kit.room("measurement"), "median_ms", lambda call, budget_s: 0.1)
+    cut = {"arguments": {"layers": 2}, "keep_blocks": 2}
+    facts = recipe(kit, f"stack_{kit.name}.py", tmp_path, {"cut": cut})["stages"][1]["facts"]
+    assert facts["layers"] == {"0": 1, "1": 3}
+    with pytest.raises(ValueError, match="two ways"):
+        CutOptions(arguments={}, keep_blocks=2, pattern="a.(1)", layers={0: 1})

@@ -47,3 +47,65 @@ def test_sizes_that_make_no_student_are_refused(kit):
         kit.slim.make_student(teacher, layers=2, build=lambda layers: net(kit, layers), pattern=r"stage(\d+)\.")
     with pytest.raises(TypeError):
         kit.slim.make_student(3, layers=2)
+
+
+def stack(kit, width, skipped=()):
+    """Blocks of one class under numbers; those skipped hardly change what runs through them."""
+
+    class Block(kit.Module):
+        def __init__(self):
+            super().__init__()
+            self.dense = kit.linear(width, width)
+
+        def forward(self, x):
+            return x + self.dense(x)
+
+        construct = forward
+
+    model = kit.fill(kit.named(blocks=kit.sequential(*(Block() for _ in range(4))), head=kit.linear(width, 3)))
+    for name, value in kit.params(model).items():
+        if any(name.startswith(f"blocks.{i}.") for i in skipped):
+            kit.assign(value, np.asarray(kit.array(value)) * 1e-3)
+    return model
+
+
+def smaller(kit):
+    def build(layers=4, ffn=None):
+        blocks = stack(kit, 5)
+        return kit.named(blocks=kit.sequential(*[b for _, b in kit.children(blocks.blocks)][:layers]), head=blocks.head)
+
+    return build
+
+
+PATTERN = r"blocks\.(\d+)\."
+
+
+def test_the_layers_that_data_needs_least_are_dropped(kit, caplog):
+    teacher = stack(kit, 5, skipped=(1, 2))
+    data = [kit.tensor(np.random.default_rng(i).standard_normal((8, 5)).astype(np.float32)) for i in range(2)]
+    _, report = kit.slim.make_student(teacher, layers=2, build=smaller(kit), pattern=PATTERN, calibration=data)
+    assert report["layers"] == {0: 0, 1: 3}
+    assert "without a look" not in caplog.text
+    chosen = kit.slim.make_student(teacher, layer_map=[1, 3], build=smaller(kit), pattern=PATTERN, calibration=data)[1]
+    assert chosen["layers"] == {0: 1, 1: 3}
+    assert "without a look" not in caplog.text
+    kit.slim.make_student(teacher, layers=2, build=smaller(kit), pattern=PATTERN)
+    assert "2 of 4 layers are kept without a look at data" in caplog.text
+
+
+def test_a_layer_map_that_does_not_fit_is_refused(kit):
+    teacher = stack(kit, 5)
+    for given, more in (([0, 4], {}), ([0, 1], {"layers": 3}), ({1: 0}, {}), ([], {})):
+        with pytest.raises(ValueError, match="layer_map"):
+            kit.slim.make_student(teacher, layer_map=given, build=smaller(kit), pattern=PATTERN, **more)
+
+
+def test_widths_that_nobody_measured_are_warned_of(caplog):
+    from slimkit.core.distill.students import warn_unmeasured
+
+    warn_unmeasured({"layers": 2, "ffn": 8}, "importance", True)
+    warn_unmeasured({"layers": 2, "ffn": 8}, "first", False)
+    warn_unmeasured({"layers": 2}, "importance", False)
+    assert not caplog.text
+    warn_unmeasured({"ffn": 8, "hidden": 4}, "importance", False)
+    assert "ffn, hidden: chosen by the weights alone" in caplog.text

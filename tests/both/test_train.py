@@ -269,3 +269,59 @@ def test_a_loss_that_is_not_finite_is_said(kit, caplog):
     history = made(kit).train(batches, 1)
     assert not math.isfinite(steps(history)[0])
     assert "not finite" in caplog.text
+
+
+class Tokens:
+    """Rows of four labels, of which between none and four count."""
+
+    def __init__(self):
+        rng = np.random.default_rng(4)
+        self.x = rng.standard_normal((6, 4, 5)).astype(np.float32)
+        self.y = rng.integers(0, 2, (6, 4)).astype(np.int32)
+        for row, counts in enumerate((4, 1, 0, 3, 2, 4)):
+            self.y[row, counts:] = -100
+
+    def batches(self, kit, size):
+        labels = self.y.astype(np.int64 if kit.name == "torch" else np.int32)
+        cuts = [slice(at, at + size) for at in range(0, 6, size)]
+        return [(kit.tensor(self.x[cut]), kit.tensor(labels[cut])) for cut in cuts]
+
+
+def by_labels(kit, **how):
+    """A trainer whose loss is the mean over the labels that count."""
+    if kit.name == "torch":
+        entropy = kit.torch.nn.functional.cross_entropy
+    else:
+        entropy = kit.ms.ops.cross_entropy
+
+    def loss(model, batch):
+        return entropy(model(batch[0]).reshape((-1, 2)), batch[1].reshape((-1,)))
+
+    return made(kit, compute_loss=loss, **how)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_batches_of_one_update_are_averaged_over_the_labels_that_count(kit, size):
+    whole, parts = by_labels(kit), by_labels(kit)
+    expected = whole.train(Tokens().batches(kit, 6), 2)
+    found = parts.train(Tokens().batches(kit, size), 2, gradient_accumulation_steps=6 // size)
+    np.testing.assert_allclose(steps(found), steps(expected), rtol=1e-5)  # float32 sums in another order
+    for name, value in kit.values(whole.model).items():
+        np.testing.assert_allclose(kit.values(parts.model)[name], value, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_an_evaluation_is_a_mean_over_the_labels_that_count(kit, size):
+    expected = by_labels(kit).evaluate(Tokens().batches(kit, 6))["loss"]
+    assert abs(by_labels(kit).evaluate(Tokens().batches(kit, size))["loss"] - expected) < 1e-6  # float32
+
+
+def test_tokens_are_counted_by_a_function_of_ones_own(kit, caplog):
+    import logging
+
+    count = by_labels(kit, count_tokens=lambda batch: 1.0 + len(batch[1]), callbacks=[kit.slim.ProgressBar(every_s=0)])
+    with caplog.at_level(logging.INFO, "slimkit"):
+        count.train(Tokens().batches(kit, 2), 1)
+    assert count.tokens_seen == 9
+    assert "tokens/s" in caplog.text
+    assert "s left" in caplog.text

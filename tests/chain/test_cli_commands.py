@@ -227,7 +227,9 @@ def test_adapt_a_language_model_as_peft(here, tmp_path):
 def test_distill_cuts_a_student_and_trains_it(here, tmp_path):
     distill = ("distill", "-m", "bert", "--layers", 2, "--ffn", 48, "-d", "plain.jsonl")
     planned = run(*distill, "-o", tmp_path / "d", "--dry-run", "--json")
-    assert planned["layers"] == {"0": 0, "1": 2}
+    assert planned["layers"]["0"] < planned["layers"]["1"]
+    kept = run(*distill[:3], "--layer-map", "0,2", *distill[-2:], "-o", tmp_path / "d", "--dry-run", "--json")
+    assert kept["layers"] == {"0": 0, "1": 2}
     assert any("last_hidden_state" in term for term in planned["terms"])
     done = run(*distill, "-o", tmp_path / "d", "--epochs", 2, "--lr", 0.003, "--json")
     assert done["loss_by_epoch"][-1] < done["loss_by_epoch"][0]

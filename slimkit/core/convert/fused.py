@@ -11,7 +11,7 @@ from slimkit.core import check
 from slimkit.core.convert.slots import NamedTensor
 from slimkit.core.errors import PatternError, PlanError
 from slimkit.core.match import bounded_regex
-from slimkit.core.weights.coupling import attention_role
+from slimkit.core.weights.projections import attention_role
 
 # The order in which a fused matrix holds its parts.
 _PARTS = (("query", "key", "value"), ("gate", "up"))

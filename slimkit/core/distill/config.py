@@ -20,6 +20,7 @@ LOSSES: dict[str, tuple[str, bool, tuple[str, ...]]] = {
     "KDKLDiv": ("logits", True, ()),
     "HardKDCrossEntropy": ("logits", False, ()),
     "HiddenMse": ("hidden", False, ()),
+    "HiddenRelative": ("hidden", False, ()),
     "HiddenCosine": ("hidden", False, ()),
     "MMD": ("relation", False, ("batch_size",)),
     "AttentionMse": ("attention", False, ()),

@@ -10,6 +10,8 @@ import numpy as np
 from slimkit.core.distill.config import LossTerm
 
 Array = np.ndarray[Any, Any]
+SMALLEST = 1e-16  # a square that is divided by is at least this
+FAINT = 0.01  # rows near zero would otherwise count without bound
 MASKED_SCORE = -1e4  # attention scores at or below it stand for masked positions
 MASKED_KEY = -1e9  # added to the score of a padded key before the softmax
 
@@ -90,10 +92,21 @@ def hidden_mse(s: Array, t: Array, term: LossTerm, mask: Array | None) -> float:
     return row_mean(((s - t) ** 2).mean(-1), mask)
 
 
+def hidden_relative(s: Array, t: Array, term: LossTerm, mask: Array | None) -> float:
+    """Mean over rows of |s - t|^2 / |t|^2: a share of the teacher's own size, whatever the scale of a layer or row.
+
+    A row of the teacher smaller than FAINT of the mean square counts as if it had that.
+    """
+    s, t = blank(places(s), mask), blank(places(t), mask)
+    size = (t**2).sum(-1)
+    least = max(FAINT * row_mean(size, mask), SMALLEST)
+    return row_mean(((s - t) ** 2).sum(-1) / np.maximum(size, least), mask)
+
+
 def hidden_cosine(s: Array, t: Array, term: LossTerm, mask: Array | None) -> float:
     """Mean over rows of 1 - cosine of hidden states (Sanh et al. 2019, DistilBERT)."""
     s, t = blank(places(s), mask), blank(places(t), mask)
-    square = [np.maximum((x**2).sum(-1), 1e-16) for x in (s, t)]
+    square = [np.maximum((x**2).sum(-1), SMALLEST) for x in (s, t)]
     return row_mean(1 - (s * t).sum(-1) / np.sqrt(square[0]) / np.sqrt(square[1]), mask)
 
 
@@ -144,6 +157,7 @@ LOSSES: dict[str, Callable[[Array, Array, LossTerm, Array | None], float]] = {
     "KDKLDiv": kd_kl_div,
     "HardKDCrossEntropy": hard_kd_cross_entropy,
     "HiddenMse": hidden_mse,
+    "HiddenRelative": hidden_relative,
     "HiddenCosine": hidden_cosine,
     "MMD": mmd,
     "AttentionMse": attention_mse,

@@ -14,6 +14,7 @@ from slimkit.core import check, files
 from slimkit.core.batch import as_call
 from slimkit.core.batch import dataset as check_dataset
 from slimkit.core.distill.config import LOSSES, DistillSpec, KnowledgeDistillConfig, SoftLabel
+from slimkit.core.distill.sampling import draw, temperatures, undrawn
 from slimkit.core.errors import ConfigError, FileFormatError
 from slimkit.core.locks import locked
 from slimkit.core.log import progress
@@ -126,6 +127,8 @@ class TeacherFiles(ABC):
         directory: str | Path,
         *,
         top_k: int = 64,
+        sampled: int | None = None,
+        seed: int = 0,
         dtype: str = "float32",
         to_inputs: Callable[[Any], Any] | None = None,
         shard_mb: int = 256,
@@ -139,6 +142,10 @@ class TeacherFiles(ABC):
             directory: where the cache goes; a build that was stopped goes on there.
             top_k: logits kept of each row, for labels with losses on logits alone; at least the number of classes
                 keeps them exactly.
+            sampled: classes kept of each row instead of `top_k`: half the likeliest, half drawn by probability, so
+                that the mean loss is that of all classes (a cut to the likeliest is not). For KDCrossEntropy and
+                KDKLDiv, whose value then is off by a number that no student changes; its gradient is not.
+            seed: of what is drawn; a sample's draw is its own, whatever batch it comes in.
             dtype: "float32" or "float16" on disk.
             to_inputs: makes of a batch what the models take, for example `lambda batch: batch[0]`.
             shard_mb: size of a file.
@@ -153,17 +160,24 @@ class TeacherFiles(ABC):
         check.positive(top_k, "top_k")
         check.choice(dtype, ("float32", "float16"), "dtype")
         check.positive(shard_mb, "shard_mb")
+        if sampled is not None:
+            check.integer(sampled, "sampled", minimum=2)
+        check.integer(seed, "seed", minimum=0)
         dataset = check_dataset(dataset)
         folder = files.as_path(directory, "directory")
         spec = config.spec()
         if spec.teacher_trains:
             raise ConfigError("a teacher that trains cannot be cached")
-        identity = {"teacher": cls._digest(teacher), "targets": targets(spec), "top_k": top_k, "dtype": dtype}
+        wanted = targets(spec)
+        identity = {"teacher": cls._digest(teacher), "targets": wanted, "top_k": top_k, "dtype": dtype}
+        if sampled is not None:
+            heats = temperatures(spec, [target["logits"] for target in wanted])
+            identity |= {"sampled": sampled, "seed": seed, "temperatures": heats}
         facts: dict[str, Any] = {"version": VERSION, **identity, "complete": False, "widths": [], "shards": []}
         if (folder / "cache.json").exists():
             facts = _read_facts(folder)
-            for name, value in identity.items():
-                if facts[name] != value:
+            for name in (*identity, "sampled"):
+                if facts.get(name) != identity.get(name):
                     raise ConfigError(f"directory holds a cache of another {name}: {folder}")
         done = {key for shard in facts["shards"] for rows in shard["keys"] for key in rows}
         held: dict[str, Array] = {}
@@ -190,7 +204,7 @@ class TeacherFiles(ABC):
                 for place, (array, target) in enumerate(zip(answers, facts["targets"])):
                     if len(array) != len(found):
                         raise ConfigError(f"{spec.soft_labels[place].label}: the teacher's tensor has no batch axis")
-                    kept = squeeze_logits(array, top_k if target["logits"] else array.shape[-1], dtype)
+                    kept = _kept(array, target["logits"], facts, place, found)
                     held.update({f"{len(keys)}.{place}.{part}": value for part, value in kept.items()})
                 done.update(found)
                 keys.append(found)
@@ -207,6 +221,12 @@ class TeacherFiles(ABC):
             raise ConfigError(
                 "config asks the teacher for other tensors than the cache holds: build it with this config"
             )
+        if "sampled" in self.facts:
+            heats = temperatures(spec, [target["logits"] for target in self.facts["targets"]])
+            if heats != self.facts["temperatures"]:
+                raise ConfigError(
+                    f"config has the temperatures {heats}, the cache's draws {self.facts['temperatures']}"
+                )
 
     def verify(self) -> None:
         """Read every file once and compare its digest; FileFormatError names a damaged one."""
@@ -244,9 +264,12 @@ class TeacherFiles(ABC):
                 part: self._read(shard, f"{batch}.{place}.{part}", [row for _, row in members])
                 for part in self._parts(shard, f"{batch}.{place}.")
             }
-            if not kept.keys() >= {"dense"} and kept.keys() != {"values", "places", "tail"}:
+            if not kept.keys() >= {"dense"} and set(kept) not in ({"values", "places", "tail"}, {"ids", "weights"}):
                 raise FileFormatError(f"{self.directory}: shard {shard} lacks tensors of batch {batch}: call verify()")
-            values = spread_logits(kept, self.facts["widths"][place])
+            if "ids" in kept:
+                values = undrawn(kept, self.facts["widths"][place], self.facts["temperatures"][place])
+            else:
+                values = spread_logits(kept, self.facts["widths"][place])
             if found is None:
                 found = np.empty((len(rows), *values.shape[1:]), np.float32)
             if found.shape[1:] != values.shape[1:]:
@@ -268,7 +291,9 @@ class TeacherFiles(ABC):
         return self._open[shard]
 
     def _parts(self, shard: int, prefix: str) -> list[str]:
-        return [p for p in ("dense", "values", "places", "tail") if prefix + p in self._handle(shard)[1]]
+        return [
+            p for p in ("dense", "values", "places", "tail", "ids", "weights") if prefix + p in self._handle(shard)[1]
+        ]
 
     def _read(self, shard: int, name: str, rows: list[int]) -> Array:
         view = self._handle(shard)[0].get_slice(name)
@@ -299,6 +324,18 @@ class TeacherFiles(ABC):
         """A context that gives f(args, kwargs) -> the labels' tensors of the teacher, as float32 arrays."""
 
 
+def _kept(array: Array, logits: bool, facts: Mapping[str, Any], place: int, keys: Sequence[str]) -> dict[str, Array]:
+    """What of a teacher's tensor goes into the files."""
+    if not logits or facts.get("sampled") is None or facts["sampled"] >= array.shape[-1]:
+        return squeeze_logits(array, facts["top_k"] if logits else array.shape[-1], facts["dtype"])
+    found = []
+    for rows, key in zip(array, keys):
+        rng = np.random.default_rng([facts["seed"], place, int(key, 16)])
+        drawn = draw(rows.reshape(-1, rows.shape[-1]), facts["sampled"], facts["temperatures"][place], rng)
+        found.append({part: value.reshape(*rows.shape[:-1], -1) for part, value in drawn.items()})
+    return {part: np.stack([one[part] for one in found]) for part in ("ids", "weights")}
+
+
 def _read_facts(folder: Path) -> dict[str, Any]:
     facts = files.read_json(folder / "cache.json", "directory", limit_bytes=4 << 30)
     if not isinstance(facts, dict) or facts.get("version") != VERSION:
@@ -315,6 +352,11 @@ def _well_formed(facts: Mapping[str, Any]) -> bool:
         return False
     if not isinstance(facts.get("complete"), bool) or not {"teacher", "top_k", "dtype"} <= set(facts):
         return False
+    heats = facts.get("temperatures")
+    if "sampled" in facts and not (
+        isinstance(heats, list) and len(heats) == len(targets) and all(_is_heat(heat) for heat in heats)
+    ):
+        return False
     if shards and (len(widths) != len(targets) or not all(type(w) is int and 0 < w < 2**31 for w in widths)):
         return False
     return all(isinstance(target, dict) and "logits" in target for target in targets) and all(
@@ -325,6 +367,10 @@ def _well_formed(facts: Mapping[str, Any]) -> bool:
         and all(isinstance(rows, list) and all(map(_is_key, rows)) for rows in shard["keys"])
         for shard in shards
     )
+
+
+def _is_heat(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < float("inf")
 
 
 def _is_key(text: Any) -> bool:

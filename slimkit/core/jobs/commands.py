@@ -82,7 +82,7 @@ class CommandContext(work.JobContext):
         assert self.keeps is not None
         return fitting.fit_resumably(
             self.face, model, options, self._read.samples, loss, *self.keeps,
-            spell=self.spell, collate=self._read.collate,
+            spell=self.spell, collate=self._read.collate, tokens=self._read.tokens,
         )  # fmt: skip
 
 

@@ -37,6 +37,7 @@ def fit(
     collate: Collate | None = None,
     callbacks: Sequence[Any] = (),
     resume_from: Path | None = None,
+    tokens: Callable[[Any], float] | None = None,
 ) -> dict[str, Any]:
     """Train the parameters of a model that want a gradient, in place.
 
@@ -51,6 +52,7 @@ def fit(
         collate: makes a batch of a list of samples.
         callbacks: for the trainer.
         resume_from: a checkpoint to go on from.
+        tokens: batch -> over how many tokens its loss is a mean.
 
     Returns:
         steps, loss_by_epoch and loss_by_step.
@@ -72,7 +74,7 @@ def fit(
         "collate_fn": collate,
         "resume_from": resume_from,
     }
-    trainer = face.train(model, samples, options, loss, list(callbacks), how)
+    trainer = face.train(model, samples, options, loss, list(callbacks), how, tokens)
     values = trainer.run_history.get_metric_values
     losses = [float(v) for v in values("train_loss_epoch")]
     if not all(map(math.isfinite, losses)):
@@ -87,6 +89,25 @@ def fit(
     }
 
 
+def begin(options: FitOptions, out: Path, run: FitRun, job: Mapping[str, Any]) -> Path:
+    """Begin a run's state in its folder, or make sure that the one there is of the same job.
+
+    Args:
+        options, out, run, job: as for `fit_resumably`, which does this too.
+
+    Returns:
+        The state's folder.
+    """
+    state = out / folders.STATE
+    if run.restart and state.is_dir():
+        shutil.rmtree(out)
+    folders.unused(out, state=folders.STATE)
+    plan = {key: getattr(options, key) for key in FitOptions.model_fields} | {"seed": run.seed}
+    # As JSON gives it back, so that tuples compare like the lists that were read.
+    same_job(state, json.loads(json.dumps({**job, "plan": plan})))
+    return state
+
+
 def fit_resumably(
     face: JobFramework,
     model: Any,
@@ -99,11 +120,12 @@ def fit_resumably(
     *,
     spell: Spell,
     collate: Collate | None = None,
+    tokens: Callable[[Any], float] | None = None,
 ) -> dict[str, Any]:
     """Train like `fit`, going on from an earlier checkpoint of the same job where there is one.
 
     Args:
-        face, model, options, samples, loss, spell, collate: as for `fit`.
+        face, model, options, samples, loss, spell, collate, tokens: as for `fit`.
         out: the result's folder; checkpoints lie in it until the result is there.
         run: how the state is kept.
         job: everything else that goes in, by value or digest; a resumed run must agree in it.
@@ -115,13 +137,7 @@ def fit_resumably(
         ConfigError: `out` holds something else, or the loss became no number.
         UnsupportedError: `out` holds an unfinished run with other inputs.
     """
-    state = out / folders.STATE
-    if run.restart and state.is_dir():
-        shutil.rmtree(out)
-    folders.unused(out, state=folders.STATE)
-    plan = {key: getattr(options, key) for key in FitOptions.model_fields} | {"seed": run.seed}
-    # As JSON gives it back, so that tuples compare like the lists that were read.
-    same_job(state, json.loads(json.dumps({**job, "plan": plan})))
+    state = begin(options, out, run, job)
     stop = SaveOnInterrupt(state / "last")
     keep = Checkpoints(state, metric=None, every_n_steps=run.save_every)
     callbacks = [ProgressBar(), keep, stop]
@@ -130,6 +146,7 @@ def fit_resumably(
         return fit(
             face, model, options, samples, loss,
             seed=run.seed, spell=spell, collate=collate, callbacks=callbacks, resume_from=earlier,
+            tokens=tokens,
         )  # fmt: skip
     finally:
         stop.restore()

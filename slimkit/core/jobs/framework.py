@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -93,6 +93,9 @@ class Supervised:
         identity: what a resumed run must agree in.
         labelled: whether a batch is (inputs, labels).
         integers: whether the labels are integers, that is classes.
+        tokens: batch -> over how many tokens its loss is a mean; None: over its samples.
+        even: whether a sample is the same row of numbers in every batch, so that a teacher's answer can be kept.
+        facts: what to say about the data, as plain values.
     """
 
     samples: Any
@@ -101,6 +104,17 @@ class Supervised:
     identity: dict[str, Any]
     labelled: bool
     integers: bool = False
+    tokens: Callable[[Any], float] | None = None
+    even: bool = True
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def spread(self, size: int, batch_size: int) -> list[Any]:
+        """At most `size` samples from all over the data, as batches."""
+        count = min(size, self.count)
+        at = [i * self.count // count for i in range(count)]
+        if self.collate is None:
+            return [self.samples[i] for i in at]
+        return [self.collate(at[i : i + batch_size]) for i in range(0, count, batch_size)]
 
     def first(self, size: int) -> Any:
         """The first batch."""
@@ -214,6 +228,10 @@ class JobFramework(Protocol):
         """The arrays that a model answers with in eval mode."""
 
     @abstractmethod
+    def inside(self, model: Any, inputs: Any, paths: Sequence[str]) -> dict[str, Any]:
+        """What these layers answer inside a model in eval mode, and under "" the model itself."""
+
+    @abstractmethod
     def arrays(self, inputs: Any) -> list[Array]:
         """The arrays of one batch, in the order of the inputs of the ONNX files that the package writes."""
 
@@ -236,8 +254,12 @@ class JobFramework(Protocol):
         loss: ComputeLoss,
         callbacks: list[Any],
         how: Mapping[str, Any],
+        tokens: Callable[[Any], float] | None = None,
     ) -> Any:
-        """Train what wants a gradient, in place; `how` is what `Trainer.train` takes; returns the trainer."""
+        """Train what wants a gradient, in place; returns the trainer.
+
+        `how` is what `Trainer.train` takes; `tokens` says over how many tokens a batch's loss is a mean.
+        """
 
     @abstractmethod
     def record_zeros(self, model: Any, names: Iterable[str]) -> None:
@@ -291,7 +313,11 @@ class JobFramework(Protocol):
     def judging(self) -> CompareFramework:
         """The framework as `core/compare` sees it."""
 
-    # What a framework may do in its own way; by default it does not.
+    # What a framework may do in its own way.
+
+    def keeps_answers(self) -> bool:
+        """Whether a teacher's answers can be read from files while a student trains."""
+        return True
 
     def reloaded(self, opened: Opened, folder: Path, inputs: Any) -> float | None:
         """Where transformers reads a written folder: by how much its model's outputs differ from the opened one's.

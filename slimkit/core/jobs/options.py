@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, model_validator
 from pydantic_core import PydanticCustomError
 
 from slimkit.core.jobs.factory import Factory, Reference
@@ -24,6 +25,37 @@ if TYPE_CHECKING:
     from slimkit.core.weights.blocks import PruneConfig
 
 Ratio = Annotated[float, Field(gt=0, lt=1)]
+
+
+# No model has a block beyond this; a longer range is a slip of the keyboard.
+_HIGHEST_BLOCK = 9999
+
+
+def numbers_of(text: str) -> tuple[int, ...]:
+    """Numbers and ranges as a tuple, in the order in which they were written.
+
+    Example:
+        >>> numbers_of("0-2,5")
+        (0, 1, 2, 5)
+    """
+    found: list[int] = []
+    for part in text.split(","):
+        first, ranged, last = part.strip().partition("-")
+        last = last if ranged else first
+        if int(last) > _HIGHEST_BLOCK:
+            raise ValueError(part)
+        found += range(int(first), int(last) + 1)
+    return tuple(found)
+
+
+def _blocks(text: str) -> str:
+    try:
+        found = numbers_of(text)
+    except ValueError:
+        found = ()
+    if not found or len(set(found)) < len(found):
+        raise PydanticCustomError("blocks", "must be block numbers, each once, such as 0-9,12,20-29")
+    return text
 
 
 # More batches than any data has.
@@ -105,27 +137,74 @@ class CutOptions(JobOptions):
     )
     pattern: str | None = Field(None, description="regular expression of a block's name; group 1 is its number")
     layers: dict[int, int] | None = Field(None, description="new block number: old block number")
-    selection: Annotated[str, OneOf(("first", "importance"))] = Field(
-        "first", description="which rows and columns to keep"
+    keep_blocks: PositiveInt | None = Field(
+        None, description="instead of layers: how many blocks stay, those that the calibration data needs most"
     )
+    selection: Annotated[str, OneOf(("first", "importance"))] = Field(
+        "first",
+        description="which rows and columns to keep; importance: by activations, where there is calibration data",
+    )
+    calibration_batches: PositiveInt = Field(8, description="batches of calibration data")
+
+    @property
+    def needs_data(self) -> bool:
+        return self.keep_blocks is not None
 
     @model_validator(mode="after")
     def _together(self) -> CutOptions:
         if (self.pattern is None) != (self.layers is None):
             raise PydanticCustomError("together", "pattern and layers must be given together", {"near": ""})
+        if self.keep_blocks is not None and self.layers is not None:
+            raise PydanticCustomError("either", "keep_blocks and layers are two ways to say one thing", {"near": ""})
         return self
 
     def functions(self) -> dict[str, tuple[Factory | str, tuple[str, ...]]]:
         return {} if self.weights is None else {"weights": (self.weights, ())}
 
     def build(self) -> PruneConfig:
-        """The configuration of `prune_model_weight`."""
+        """The configuration of `prune_model_weight`, as far as no model is needed."""
+        return self.chosen(self.pattern, self.layers, None)
+
+    def chosen(self, pattern: str | None, layers: Mapping[int, int] | None, activations: Any) -> PruneConfig:
+        """The same with the blocks and activations that were measured."""
         from slimkit.core.weights.blocks import PruneConfig
 
-        made = PruneConfig().set_steps(self.steps).set_selection(self.selection)
-        if self.pattern is not None and self.layers is not None:
-            made.add_blocks_params(self.pattern, self.layers)
+        made = PruneConfig().set_steps(self.steps).set_selection(self.selection, activations)
+        if pattern is not None and layers is not None:
+            made.add_blocks_params(pattern, layers)
         return made
+
+
+class StudentOptions(JobOptions):
+    """What the command `distill` alone takes: a student's sizes (``make_student``) and how its teacher is asked."""
+
+    layers: PositiveInt | None = Field(
+        None, description="how many blocks stay: those that the data needs most (block influence)"
+    )
+    layer_map: Annotated[Annotated[str, AfterValidator(_blocks)] | None, Flag("--layer-map", metavar="BLOCKS")] = Field(
+        None, description="the blocks that stay, by number, such as 0-9,12,20-29; unset: by the data"
+    )
+    ffn: PositiveInt | None = Field(None, description="width of the feed-forward")
+    heads: PositiveInt | None = Field(None, description="attention heads")
+    hidden: PositiveInt | None = Field(None, description="hidden width")
+    selection: Annotated[str, OneOf(("importance", "first"))] = Field(
+        "importance", description="which rows and columns stay: importance (by the data's activations) or first"
+    )
+
+    teacher: Annotated[str, OneOf(("auto", "online", "cached"))] = Field(
+        "auto",
+        description="online: the teacher runs at every step; cached: once, and 64 classes of each row are kept, "
+        "drawn without bias; auto: cached where only logits are compared and samples are seen twice or more",
+    )
+
+    def sizes(self) -> dict[str, int]:
+        """The sizes that change."""
+        named = {"layers": self.layers, "ffn": self.ffn, "heads": self.heads, "hidden": self.hidden}
+        return {key: value for key, value in named.items() if value is not None}
+
+    def blocks(self) -> tuple[int, ...] | None:
+        """The blocks of `layer_map`."""
+        return None if self.layer_map is None else numbers_of(self.layer_map)
 
 
 class SparsifyOptions(JobOptions):
@@ -150,7 +229,7 @@ class SparsifyOptions(JobOptions):
         None, description="globs of layers left dense"
     )
     options: Annotated[dict[str, Any] | None, Flag("--set", metavar="KEY=VALUE")] = Field(
-        None, description="options of a registered method of one's own"
+        None, description="options of the method: those of block, or of a registered one of one's own"
     )
     calibration_batches: Annotated[PositiveInt, RECIPE_ONLY] = Field(8, description="batches of calibration data")
 
@@ -230,7 +309,7 @@ class CompareOptions(JobOptions):
 
 __all__ = [
     "COMMAND_JOBS", "JOBS", "AdaptOptions", "CompareOptions", "CutOptions", "DistillOptions", "DistillTerm",
-    "ExportOptions", "FitOptions", "JobOptions", "PruneOptions", "SparsifyOptions", "TrainOptions",
+    "ExportOptions", "FitOptions", "JobOptions", "PruneOptions", "SparsifyOptions", "StudentOptions", "TrainOptions",
 ]  # fmt: skip
 
 # job -> its options; a recipe's stage has the job's name, and finetune is train under another one
@@ -244,5 +323,5 @@ JOBS: dict[str, type[JobOptions]] = {
     "adapt": AdaptOptions,
     "export": ExportOptions,
 }
-# Jobs that change no model, and so are commands and no stages.
-COMMAND_JOBS: dict[str, type[JobOptions]] = {"compare": CompareOptions}
+# What commands alone take: jobs that change no model, and the sizes of a student.
+COMMAND_JOBS: dict[str, type[JobOptions]] = {"compare": CompareOptions, "student": StudentOptions}

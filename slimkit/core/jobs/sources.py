@@ -19,6 +19,7 @@ import numpy as np
 from slimkit.core import check
 from slimkit.core.errors import ConfigError, FileFormatError
 from slimkit.core.files import read_tensors, readable_file
+from slimkit.core.jobs.documents import is_chat
 from slimkit.core.yamltext import parse_yaml
 
 Array = np.ndarray[Any, Any]
@@ -72,11 +73,15 @@ class StudentPlace:
     Args:
         sizes: layers, ffn, heads, hidden of a student cut out of a Hugging Face teacher, those that change.
         selection: "importance" or "first": which rows and columns of that teacher stay.
+        layer_map: blocks of that teacher that stay, by number; None: those that the data needs most.
+        teacher: "online": asked at every step; "cached": once; "auto": what is cheaper.
         place: the student of a factory's teacher; None for Hugging Face directories.
     """
 
     sizes: Mapping[str, int] = field(default_factory=dict)
     selection: str = "importance"
+    layer_map: tuple[int, ...] | None = None
+    teacher: str = "auto"
     place: ModelPlace | None = None
 
     def __post_init__(self) -> None:
@@ -85,7 +90,14 @@ class StudentPlace:
     def identity(self) -> dict[str, Any]:
         """What a resumed run must agree in, the student's weights apart."""
         made = None if self.place is None else [self.place.factory, dict(self.place.arguments)]
-        return {"sizes": dict(self.sizes), "selection": self.selection, "student": made}
+        kept = None if self.layer_map is None else list(self.layer_map)
+        return {
+            "sizes": dict(self.sizes),
+            "selection": self.selection,
+            "layer_map": kept,
+            "student": made,
+            "asked": self.teacher,
+        }
 
 
 @dataclass(frozen=True)
@@ -122,9 +134,9 @@ class DataPlace:
             f"MODULE:FUNCTION. Received: {self.reference!r}"
         )
 
-    def rows(self) -> list[dict[str, Any]]:
-        """The samples of a text file."""
-        return read_rows(Path(self.reference), self.text_key, self.samples)
+    def rows(self, *, chats: bool = False) -> list[dict[str, Any]]:
+        """The samples of a text file; with `chats` also conversations, and prompts with completions."""
+        return read_rows(Path(self.reference), self.text_key, self.samples, chats=chats)
 
     def array_batches(self) -> list[Any]:
         """The batches of a file of arrays."""
@@ -181,13 +193,16 @@ def settings(pairs: Sequence[str], option: str) -> dict[str, Any]:
     return values
 
 
-def read_rows(path: Path, text_key: str = "text", limit: int | None = None) -> list[dict[str, Any]]:
+def read_rows(
+    path: Path, text_key: str = "text", limit: int | None = None, *, chats: bool = False
+) -> list[dict[str, Any]]:
     """The samples of a text file: a JSON object (or string) a line, or plain text with a sample a line.
 
     Args:
         path: .jsonl or .json (a value a line), anything else is plain text; blank lines are left out.
         text_key: the key under which an object holds its text.
         limit: read no more samples than this.
+        chats: also take objects without a text that hold "messages", or a "prompt" with its "completion".
 
     Returns:
         A mapping for each sample, its text under "text", other keys as they are.
@@ -201,7 +216,7 @@ def read_rows(path: Path, text_key: str = "text", limit: int | None = None) -> l
             break
         if not line.strip():
             continue
-        rows.append(_row(path, number, line, text_key) if path.suffix in (".jsonl", ".json") else {"text": line})
+        rows.append(_row(path, number, line, text_key, chats) if path.suffix in (".jsonl", ".json") else {"text": line})
     if not rows:
         raise FileFormatError(f"{path} holds no text.")
     return rows
@@ -220,13 +235,15 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
         raise FileFormatError(f"{path} is not UTF-8 text: {error}") from None
 
 
-def _row(path: Path, number: int, line: str, text_key: str) -> dict[str, Any]:
+def _row(path: Path, number: int, line: str, text_key: str, chats: bool) -> dict[str, Any]:
     try:
         value = json.loads(line)
     except (json.JSONDecodeError, RecursionError) as error:
         raise FileFormatError(f"{path}, line {number} is not JSON: {error}") from None
     if isinstance(value, str):
         return {"text": value}
+    if chats and isinstance(value, dict) and text_key not in value and is_chat(value):
+        return value
     if not isinstance(value, dict) or not isinstance(value.get(text_key), str):
         keys = list(value) if isinstance(value, dict) else []
         raise FileFormatError(

@@ -7,6 +7,7 @@ from typing import Any
 
 from slimkit.core import check
 from slimkit.core.errors import ConfigError
+from slimkit.core.jobs.documents import is_chat
 
 # task -> the class of transformers that has its head
 TASKS = {"classification": "AutoModelForSequenceClassification", "causal-lm": "AutoModelForCausalLM"}
@@ -20,14 +21,15 @@ def task_of(task: str, architecture: str, rows: Sequence[Mapping[str, Any]]) -> 
         'classification'
     """
     check.choice(task, ("auto", *TASKS), "--task")
+    chats = any(is_chat(row) for row in rows)
     if task == "auto":
-        task = "classification" if all("label" in row for row in rows) else "causal-lm"
+        task = "classification" if not chats and all("label" in row for row in rows) else "causal-lm"
         if task == "causal-lm" and "CausalLM" not in architecture and "LMHead" not in architecture:
             raise ConfigError(
                 f"--task: the text has no labels, and {architecture} is no causal language model; every line of a "
                 'classification file needs a "label"'
             )
-    if task == "classification" and not all("label" in row for row in rows):
+    if task == "classification" and (chats or not all("label" in row and "text" in row for row in rows)):
         raise ConfigError('--task classification: every line needs a "label"')
     return task
 

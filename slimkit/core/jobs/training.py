@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from slimkit.core import files
 from slimkit.core.delta.peft import KINDS as PEFT_KINDS
 from slimkit.core.errors import ConfigError, SlimkitError
-from slimkit.core.jobs import folders, work
+from slimkit.core.jobs import fitting, folders, teaching, work
 from slimkit.core.jobs.commands import CommandContext
 from slimkit.core.jobs.framework import ComputeLoss, FitRun, JobFramework, Lesson, Opened, Task
 from slimkit.core.jobs.options import AdaptOptions, DistillOptions, FitOptions
@@ -56,25 +58,34 @@ def distill(
     )
     config = given.config
     if config is None:
-        answers = [_called(face, which, context.example) for which in (teacher, learner)]
+        for which in (teacher, learner):
+            _called(face, which, context.example)
         if read.labelled:
             _prove(face, learner, *context.loss(options.loss), batch)
-        config = options.comparison(lambda: answers[0][0].shape)
+        config = work.compared(face, teacher.model, options, context.example)
     facts: dict[str, Any] = {
         "teacher_parameters": work.count(face, teacher.model),
         "parameters": work.count(face, learner.model),
         "layers": dict(given.layers),
         "samples": read.count,
+        **read.facts,
         "terms": work.terms(config),
     }
+    # What cannot be compared is refused before anything is written.
+    with face.seeded(run.seed):
+        face.slim.get_distill_model(teacher.model, learner.model, config, inputs=context.example).get_student_model()
     if out is None:
-        with face.seeded(run.seed):
-            face.slim.get_distill_model(teacher.model, learner.model, config, inputs=context.example)
         return facts
     job = {"command": "distill", **_identity(options), **student.identity(), "label_key": label_key}
     job |= {"data": read.identity, "teacher": work.digest(face, teacher.model)}
-    context.keeps = out, run, job | {"start": work.digest(face, learner.model)}
-    done = work.distill(teacher.model, learner.model, options, context, config)
+    job |= {"start": work.digest(face, learner.model)}
+    state = fitting.begin(options, out, run, job)
+    context.keeps = out, replace(run, restart=False), job
+    knows = teaching.taught(face, given, config, options, student.teacher, state)
+    if knows is not teacher.model:
+        teacher.model = None  # its answers are on disk, and its memory is the student's
+    facts["teacher"] = "online" if teacher.model is not None else "cached"
+    done = work.distill(knows, learner.model, options, context, config)
     learner.model = done.model
     facts |= {key: done.facts[key] for key in ("steps", "loss_by_epoch")}
     with files.atomic_directory(out) as folder:
@@ -132,7 +143,7 @@ def adapt(
     inputs = read.first(options.batch_size)[0]
     context = CommandContext(face, run.seed, inputs, options, read=read, named_loss=(given.name, given.loss))
     facts: dict[str, Any] = {
-        "task": given.name, "labels": given.labels, "fresh": list(opened.fresh), "samples": read.count
+        "task": given.name, "labels": given.labels, "fresh": list(opened.fresh), "samples": read.count, **read.facts
     }  # fmt: skip
     if out is None:
         return facts | work.place_delta(opened.model, options, context)
@@ -167,10 +178,10 @@ def _lesson(
     label_key: str,
 ) -> Lesson:
     """A teacher and a student of one's own, and arrays."""
-    if student.sizes or student.place is None:
+    if student.sizes or student.layer_map is not None or student.place is None:
         raise ConfigError(
             "a factory's teacher needs a student: --student-factory MODULE:FUNCTION, or --student-arg KEY=VALUE for "
-            "the teacher's own factory; --layers, --ffn, --heads and --hidden are for Hugging Face directories"
+            "the teacher's own factory; the sizes (--layers, --ffn, ...) are for Hugging Face directories"
         )
     read = supervised(data, label_key, face, labels=bool(options.hard_weight))
     teacher = face.open(place)
@@ -230,15 +241,21 @@ def _prove(face: JobFramework, opened: Opened, name: str, loss: ComputeLoss, bat
 
 
 def _evaluate(face: JobFramework, model: Any, given: Task, batch_size: int) -> dict[str, float]:
-    """Mean loss over held-out samples, with the accuracy of a classifier."""
-    total = right = 0.0
-    seen = counted = 0
+    """Mean loss over held-out samples (of text: tokens), with a classifier's accuracy or the perplexity of text."""
+    total = right = seen = 0.0
+    counted = 0
     assert given.held is not None
     with face.evaluating(model):
         for batch in given.held.batches(batch_size):
             labels = face.arrays(batch[1])[0]
-            total, seen = total + float(given.loss(model, batch)) * len(labels), seen + len(labels)
+            weight = len(labels) if given.held.tokens is None else given.held.tokens(batch)
+            if not weight:
+                continue
+            total, seen = total + float(given.loss(model, batch)) * weight, seen + weight
             if given.classes:
                 right += float((face.outputs(model, batch[0])[0].argmax(1) == labels).sum())
                 counted += labels.size
-    return {"loss": total / seen, **({"accuracy": right / counted} if counted else {})}
+    found = {"loss": total / seen, **({"accuracy": right / counted} if counted else {})}
+    if given.held.tokens is not None:
+        found["perplexity"] = math.exp(min(found["loss"], 700.0))
+    return found

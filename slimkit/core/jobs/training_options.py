@@ -132,8 +132,14 @@ class DistillOptions(FitOptions):
     match: Annotated[list[Pair] | None, Flag("--match", metavar="TEACHER=STUDENT")] = Field(
         None, description="without terms: pairs of layers whose outputs are compared, TEACHER=STUDENT by their paths"
     )
-    temperature: PositiveFloat = Field(2.0, description="without terms: softening of logits")
-    hidden_weight: float = Field(1.0, ge=0, description="without terms: weight of each pair of layers")
+    temperature: PositiveFloat | None = Field(
+        None, description="without terms: softening of logits; unset: 2, for a language model 1"
+    )
+    hidden_weight: float | None = Field(
+        None,
+        ge=0,
+        description="without terms: weight of all pairs of layers together; unset: 1, of a language model 0",
+    )
     output_weight: float = Field(1.0, ge=0, description="without terms: weight of the outputs' term")
     output_loss: Annotated[str, OneOf("slimkit.core.distill.config:LOSSES", first=("auto",))] = Field(
         "auto",
@@ -162,11 +168,21 @@ class DistillOptions(FitOptions):
         """What is compared, whatever the answers' shape will be."""
         return self.comparison(lambda: (2, 2))
 
-    def comparison(self, shape: Callable[[], Sequence[int]]) -> KnowledgeDistillConfig:
+    @property
+    def warmth(self) -> float:
+        """The temperature of classes."""
+        return 2.0 if self.temperature is None else self.temperature
+
+    def comparison(
+        self,
+        shape: Callable[[], Sequence[int]],
+        mask: Callable[[Any, Any, str], str | None] = lambda path, index, loss: None,
+    ) -> KnowledgeDistillConfig:
         """What is compared: the terms that were written out, or outputs against outputs and each pair of layers.
 
         Args:
             shape: gives that of the teacher's answer, where it has to choose the loss.
+            mask: f(layer of the teacher or None, output's index, loss) -> the argument that says which rows count.
 
         Raises:
             ConfigError: nothing is compared.
@@ -177,16 +193,19 @@ class DistillOptions(FitOptions):
 
         def add_inner(theirs: Any, mine: Any, term: dict[str, Any]) -> None:
             places = {"t_module": theirs, "s_module": mine, "t_output_idx": 0, "s_output_idx": 0}
-            config.add_inter_soft_label({**places, "loss_func": [term]})
+            config.add_inter_soft_label({**places, "loss_func": [term], "mask": mask(theirs, 0, term["func_name"])})
 
         for term in self.hidden:
             add_inner(term.teacher, term.student, term.written())
         for term in self.outputs:
             outputs = {"t_output_idx": term.teacher, "s_output_idx": term.student}
-            config.add_output_soft_label({**outputs, "loss_func": [term.written()]})
+            config.add_output_soft_label(
+                {**outputs, "loss_func": [term.written()], "mask": mask(None, term.teacher, term.loss)}
+            )
         if self.hidden or self.outputs:
             return config
-        pairs = self.pairs() if self.hidden_weight else []
+        weight = 1.0 if self.hidden_weight is None else self.hidden_weight
+        pairs = self.pairs() if weight else []
         if not self.output_weight and not pairs:
             raise ConfigError("output_weight is 0 and no pair of match is weighed: there is nothing to learn from")
         if self.output_weight:
@@ -195,10 +214,11 @@ class DistillOptions(FitOptions):
                 name = "KDKLDiv" if len(shape()) == 2 and shape()[1] > 1 else "HiddenMse"
             made: dict[str, Any] = {"func_name": name, "func_weight": self.output_weight}
             if LOSSES[name][1]:
-                made |= {"temperature": self.temperature, "t_squared": True}
-            config.add_output_soft_label({"t_output_idx": 0, "s_output_idx": 0, "loss_func": [made]})
+                made |= {"temperature": self.warmth, "t_squared": True}
+            outputs = {"t_output_idx": 0, "s_output_idx": 0}
+            config.add_output_soft_label({**outputs, "loss_func": [made], "mask": mask(None, 0, name)})
         for theirs, mine in pairs:
-            add_inner(theirs, mine, {"func_name": "HiddenMse", "func_weight": self.hidden_weight})
+            add_inner(theirs, mine, {"func_name": "HiddenRelative", "func_weight": weight / len(pairs)})
         return config
 
     def pairs(self) -> list[tuple[str, str]]:

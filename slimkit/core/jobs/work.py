@@ -12,7 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from slimkit.core.distill.config import KnowledgeDistillConfig
+from slimkit.core.distill.config import LOSSES, KnowledgeDistillConfig
+from slimkit.core.distill.shapes import pick
+from slimkit.core.distill.students import warn_unmeasured
 from slimkit.core.errors import ConfigError
 from slimkit.core.files import digest_array
 from slimkit.core.jobs import fitting
@@ -53,6 +55,11 @@ class JobContext(ABC):
     @abstractmethod
     def calibration(self, count: int | None = None) -> list[Any]:
         """Calibration batches, at most so many; ConfigError where there are none."""
+
+    @property
+    def has_data(self) -> bool:
+        """Whether there are calibration batches."""
+        return False
 
     @abstractmethod
     def loss(self, asked: Any) -> tuple[str, ComputeLoss]:
@@ -174,11 +181,23 @@ def prune(model: Any, options: PruneOptions, context: JobContext, *, plan_only: 
     return JobResult(model, edit=None if desc is None else {"prune": desc}, facts=facts)
 
 
-def cut(small: Any, weights: Path, options: CutOptions, face: JobFramework, before: int) -> JobResult:
-    """Cut the weights of a smaller instance of a model out of a file, in place."""
-    report = face.slim.prune_model_weight(small, options.build(), str(weights))
-    said = f"{show(before, 'count')} to {show(count(face, small), 'count')} parameters"
-    return JobResult(small, facts={"headline": said, "report": _plain(report)})
+def cut(small: Any, weights: Path, options: CutOptions, context: JobContext, large: Any) -> JobResult:
+    """Cut the weights of a smaller instance of a model out of a file, in place; `large` is what may be measured."""
+    face = context.face
+    config, kept = options.build(), options.layers
+    measures = options.selection == "importance" and "prune_bert_intra_block" in options.steps and context.has_data
+    if options.keep_blocks is not None or measures:
+        batches = context.calibration(options.calibration_batches)
+        pattern = options.pattern
+        if options.keep_blocks is not None:
+            found = face.slim.suggest_layer_map(large, batches, options.keep_blocks)
+            pattern, kept = pattern or found.pattern, found.layer_id_map
+        config = options.chosen(pattern, kept, face.slim.measure_activations(large, batches) if measures else None)
+    warn_unmeasured({"hidden": 1} if "prune_bert_intra_block" in options.steps else {}, options.selection, measures)
+    report = face.slim.prune_model_weight(small, config, str(weights))
+    said = f"{show(count(face, large), 'count')} to {show(count(face, small), 'count')} parameters"
+    blocks = {} if kept is None else {"layers": {str(new): old for new, old in kept.items()}}
+    return JobResult(small, facts={"headline": said, "report": _plain(report), **blocks})
 
 
 def sparsify(model: Any, options: SparsifyOptions, context: JobContext) -> JobResult:
@@ -223,7 +242,7 @@ def distill(
     """Train a student to answer as its teacher does, in place; `config` says what is compared, or the options do."""
     face = context.face
     if config is None:
-        config = options.comparison(lambda: face.outputs(teacher, context.example)[0].shape)
+        config = compared(face, teacher, options, context.example)
     hard = context.loss(options.loss)[1] if options.hard_weight else None
     with face.seeded(context.seed):
         dual = face.slim.get_distill_model(teacher, student, config, inputs=context.example)
@@ -237,6 +256,24 @@ def distill(
     facts = {"headline": f"against the dense model {_trained(fitted)}", "terms": terms(config), **fitted}
     facts.pop("loss_by_step")
     return JobResult(dual.get_student_model(), facts=facts, curves=curves(fitted))
+
+
+def compared(face: JobFramework, teacher: Any, options: DistillOptions, example: Any) -> KnowledgeDistillConfig:
+    """What the options compare; where the batch has an attention_mask, padding counts in no term that it fits."""
+    mask = example.get("attention_mask") if isinstance(example, Mapping) else None
+    paths = [term.teacher for term in options.hidden if isinstance(term.teacher, str)] or [
+        t for t, _ in options.pairs()
+    ]
+    known = {} if mask is None else face.inside(teacher, example, list(dict.fromkeys(paths)))
+
+    def mask_of(path: Any, index: Any, loss: str) -> str | None:
+        if mask is None or (path or "") not in known:
+            return None
+        shape = tuple(pick(known[path or ""], index, path or "output").shape)
+        rows = (shape[0], shape[-1]) if LOSSES[loss][0] == "attention" else shape[:-1]
+        return "attention_mask" if rows == tuple(mask.shape) else None
+
+    return options.comparison(lambda: face.outputs(teacher, example)[0].shape, mask_of)
 
 
 def terms(config: KnowledgeDistillConfig) -> list[str]:

@@ -49,6 +49,10 @@ class RecipeContext(work.JobContext):
             )
         return list(batches)[:count]
 
+    @property
+    def has_data(self) -> bool:
+        return bool(self.stage.data.get("calibration"))
+
     def loss(self, asked: Any) -> tuple[str, ComputeLoss]:
         reference: factory.Factory | str = self.stage.recipe.loss if asked is None else asked
         if isinstance(reference, str) and reference in self.face.losses:
@@ -122,7 +126,7 @@ class Stages:
         if kind == "distill":
             return work.distill(stage.dense(), model, options, context)
         if kind == "cut":
-            return self._cut(options, model, stage)
+            return self._cut(options, model, context)
         if kind == "adapt":
             return self._adapt(options, model, context)
         if kind == "export":
@@ -132,7 +136,8 @@ class Stages:
         }  # fmt: skip
         return jobs[kind](model, options, context)
 
-    def _cut(self, options: CutOptions, model: Any, stage: StageContext) -> JobResult:
+    def _cut(self, options: CutOptions, model: Any, context: RecipeContext) -> JobResult:
+        stage = context.stage
         arguments = {**factory.parts(stage.recipe.model)[1], **options.arguments}
         small = self.build(stage.recipe, stage.folder, [{"cut": arguments}], stage.data["example"])
         if options.weights is None:
@@ -140,7 +145,7 @@ class Stages:
             self.save(model, source)
         else:
             source = Path(factory.make(options.weights, stage.folder, f"{stage.key}.weights"))
-        done = work.cut(small, source, options, self.face, work.count(self.face, model))
+        done = work.cut(small, source, options, context, model)
         for leftover in stage.directory.glob("before.safetensors*"):
             leftover.unlink()
         done.edit = {"cut": arguments}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 # A disturbance that arrives changed by less than this share of itself was only added to something.
@@ -16,6 +16,7 @@ class CallOrder:
     Args:
         alone: layers that share their input with no other, such as convolutions: each unfolds it in its own way.
         clock: seconds, rising.
+        n_layers: how many layers there are; a batch may then end early where an alike one ran whole (see `note`).
 
     Attributes:
         feeds: layers in the order of their first call; those that always share one input together.
@@ -27,14 +28,16 @@ class CallOrder:
         >>> calls, x = CallOrder(), [[1.0], [2.0]]
         >>> calls.batch()
         >>> for name, value in (("q", x[0]), ("k", x[0]), ("up", x[1])):
-        ...     calls.note(name, value)
+        ...     _ = calls.note(name, value)
         >>> calls.feeds
         [('q', 'k'), ('up',)]
         >>> calls.following(["q", "k"], ["q", "k", "up"])
         'up'
     """
 
-    def __init__(self, alone: Collection[str] = (), clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self, alone: Collection[str] = (), clock: Callable[[], float] = time.perf_counter, n_layers: int = 0
+    ) -> None:
         self.repeated: set[str] = set()
         self.tokens = False
         self._alone, self._clock = alone, clock
@@ -44,9 +47,17 @@ class CallOrder:
         self._order: list[dict[str, int]] = []  # for each batch, when each layer was called
         self._alive: list[Any] = []  # inputs of this batch, kept so that an id stands for one
         self._first: dict[tuple[int, Any], str] = {}
+        self._n_layers, self._shape = n_layers, ""
+        self._whole: set[str] = set()  # shapes of batches that ran whole and called every layer once
 
-    def batch(self, padding: bool = False) -> None:
-        """Begin a batch, which may be nothing but padding."""
+    def batch(self, padding: bool = False, shape: str = "") -> None:
+        """Begin a batch.
+
+        Args:
+            padding: whether it is nothing but padding.
+            shape: what it has in common with batches that run alike (`batch_shape`); "" for nothing.
+        """
+        self._shape = shape
         self.tokens = self.tokens or not padding
         self._order.append({})
         self._alive.clear()
@@ -54,13 +65,22 @@ class CallOrder:
         self._seconds.append({})
         self._began = self._clock()
 
-    def note(self, name: str, x: Any, state: Any = None) -> None:
+    def ran(self) -> None:
+        """The batch ran whole."""
+        if self._shape and not self.repeated and 0 < self._n_layers == len(self._order[-1]):
+            self._whole.add(self._shape)
+
+    def note(self, name: str, x: Any, state: Any = None) -> bool:
         """A layer is called with an input.
 
         Args:
             name: the layer.
             x: its input.
             state: what tells the input's contents from later ones in the same memory.
+
+        Returns:
+            Whether the batch may end here: every layer was called, as in a batch of the same shape that ran whole and
+            called each once.
         """
         order = self._order[-1]
         if name in order:
@@ -70,6 +90,7 @@ class CallOrder:
         self._alive.append(x)
         first = self._first.setdefault((id(x), state), name)
         self._steps.setdefault(name, []).append(f"{len(self._order)}:{first}")
+        return self._shape in self._whole and len(order) == self._n_layers
 
     @property
     def feeds(self) -> list[tuple[str, ...]]:
@@ -92,6 +113,16 @@ class CallOrder:
             found[name] = sum(steady) * len(calls) / len(steady)
         return found
 
+    def last(self, names: Sequence[str]) -> str | None:
+        """The one of some layers that every batch calls last, where every batch calls each of them once; else None.
+
+        A forward that only watches them may end at its call.
+        """
+        if self.repeated or not self._order or any(name not in order for order in self._order for name in names):
+            return None
+        found = {max(names, key=order.__getitem__) for order in self._order}
+        return found.pop() if len(found) == 1 else None
+
     def following(self, names: Sequence[str], among: Iterable[str]) -> str | None:
         """The first of `among` that every batch calls, and after all of `names`; None when there is none.
 
@@ -105,3 +136,22 @@ class CallOrder:
             if name not in names and all(order.get(name, -1) > last for order, last in zip(self._order, latest)):
                 return name
         return None
+
+
+def batch_shape(batch: Any) -> str:
+    """What two batches have in common that run through a model alike: their structure, shapes and plain values.
+
+    Example:
+        >>> import numpy as np
+        >>> batch_shape({"x": np.zeros((2, 3)), "deep": True})
+        '{x:float64(2, 3),deep:True}'
+    """
+    if isinstance(batch, Mapping):
+        return "{" + ",".join(f"{k}:{batch_shape(v)}" for k, v in batch.items()) + "}"
+    if isinstance(batch, (tuple, list)):
+        return "(" + ",".join(map(batch_shape, batch)) + ")"
+    if hasattr(batch, "shape") and hasattr(batch, "dtype"):
+        return f"{batch.dtype}{tuple(batch.shape)}"
+    if batch is None or isinstance(batch, (bool, int, float, str)):
+        return repr(batch)
+    return f"{type(batch).__name__} {id(batch)}"

@@ -24,8 +24,8 @@ class SparseConfig(Shown):
     Args:
         mode: "sparse", the only one; kept because existing scripts pass it.
         method: "magnitude" (smallest absolute weights, needs no data), "wanda" (weights times input norms), "hessian"
-            (SparseGPT's second-order sweep), "par" (alternating support search and refit) or "par_v2" (the same,
-            longer, with swaps).
+            (SparseGPT's second-order sweep), "par" (alternating support search and refit), "par_v2" (the same, longer,
+            with swaps) or "block" (par, then each block is trained to give the dense one's outputs).
         sparse_ratio: share of each layer's weights that become zero, 0 < ratio < 1.
         progressive: reach the ratio in `progressive_steps` steps, each refitting what is left.
         uniform: every layer gets the same ratio; False measures each layer's sensitivity and spreads the same total.
@@ -36,15 +36,17 @@ class SparseConfig(Shown):
         damping: what is added to the Hessian's diagonal, as a share of its mean (SparseGPT's default).
         block_size: columns whose mask the hessian sweep chooses at once (SparseGPT's default).
         sequential: calibrate each layer on the inputs that the already sparsified layers before it produce.
-        asymmetric: fit those inputs to the *dense* model's outputs and correct the bias; None does so for par and
-            par_v2. Needs `sequential`.
+        asymmetric: fit those inputs to the *dense* model's outputs and correct the bias; None does so for par, par_v2
+            and block. Needs `sequential`.
         residual: let layers whose output joins the residual stream also make up for what the stream has lost before
             them. Models that are a chain of blocks only; needs the dense outputs (`asymmetric`).
         min_tokens: a layer that saw fewer calibration rows falls back to magnitude, and the report says so.
+        swaps: after the method, exchange a kept and a dropped weight of a row up to so many times where that lowers the
+            row's error; 0 does not. Needs a method that reads data.
         progressive_steps: how many steps `progressive` takes.
         strict: raise when a pattern matches no layer, or an n:m pattern does not fit a layer; False lists it in
             the report instead.
-        options: what a method of your own takes (see `register_sparse_method`); the built-in ones have no others.
+        options: what "block" or a method of your own takes (see `register_sparse_method`); the others have none.
 
     Raises:
         ArgumentTypeError: a field has the wrong type.
@@ -73,6 +75,7 @@ class SparseConfig(Shown):
     asymmetric: bool | None = None
     residual: bool = False
     min_tokens: int = 16
+    swaps: int = 0
     progressive_steps: int = 4
     strict: bool = True
     options: Mapping[str, Any] | None = None
@@ -88,6 +91,7 @@ class SparseConfig(Shown):
         check.number(self.damping, "SparseConfig.damping", minimum=0.0)
         check.positive(self.block_size, "SparseConfig.block_size")
         check.integer(self.min_tokens, "SparseConfig.min_tokens", minimum=0)
+        check.integer(self.swaps, "SparseConfig.swaps", minimum=0)
         check.integer(self.progressive_steps, "SparseConfig.progressive_steps", minimum=2)
         if self.targets is not None:
             object.__setattr__(self, "targets", tuple(check.strings(self.targets, "SparseConfig.targets")))
@@ -123,6 +127,16 @@ class SparseConfig(Shown):
         if self.asymmetric and not self.row.refits:
             raise ConfigError(f"SparseConfig.asymmetric needs a method that refits weights. Received: {self.method!r}")
 
+        if self.swaps and not self.row.needs_data:
+            raise ConfigError(f"SparseConfig.swaps needs a method that reads data. Received: {self.method!r}")
+        if self.row.reconstructs and not self.paired:
+            raise ConfigError(
+                f"SparseConfig.method {self.method!r} needs the dense outputs, so sequential=True and asymmetric=None."
+            )
+        if self.row.reconstructs and self.residual:
+            raise ConfigError(
+                f"SparseConfig.residual must be False with method {self.method!r}: whole blocks make up for the stream."
+            )
         if self.residual and not self.paired:
             raise ConfigError("SparseConfig.residual needs the dense outputs: par, par_v2, or asymmetric=True.")
 

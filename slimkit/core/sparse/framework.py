@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from slimkit.core.sparse.maths.backend import Array
 from slimkit.core.sparse.maths.layer import SparseLayer
+from slimkit.core.sparse.trained import TrainedBlock
 
 Seen = Callable[..., None]
 
@@ -37,6 +38,9 @@ class CalibratedBlock(Protocol):
     def join(self) -> None:
         """Learn where layers' outputs join the residual stream; UnsupportedError where that cannot be known."""
 
+    def trained(self) -> TrainedBlock | None:
+        """The part to be trained once its layers are solved; None for what stands outside blocks."""
+
     def advance(self) -> None:
         """Take the outputs of the part as it is now as the inputs of the next."""
 
@@ -65,8 +69,10 @@ class SparseFramework(Protocol):
     def store(self, name: str, weight: Array, bias_shift: Array | None) -> None:
         """Put a weight in place, in the parameter's own dtype and device, and shift the bias."""
 
-    def stages(self, dataset: Iterable[Any], names: Sequence[str], paired: bool) -> Iterator[CalibratedBlock]:
-        """The parts of the model, first to last."""
+    def stages(
+        self, dataset: Iterable[Any], names: Sequence[str], paired: bool, residual: bool = False
+    ) -> Iterator[CalibratedBlock]:
+        """The parts of the model, first to last; `residual` says that `join` will be asked of them."""
 
     def snapshot(self, names: Sequence[str]) -> Callable[[], None]:
         """Remember the weights and biases of the layers; the function returned puts them back."""

@@ -32,6 +32,8 @@ class SparseMethod:
         cost: seconds per column, per weight, per columns^3 and per weight and column, on one thread of a CPU: for the
             time left and for what is worth sharing among processes.
         options: its own options and their defaults; `SparseConfig.options` sets them, the problem carries them.
+        reconstructs: whether each block is then trained to give the dense block's outputs (`reconstruct`); its options
+            are the training's.
 
     Example:
         >>> METHODS["wanda"].needs_data, METHODS["wanda"].refits
@@ -44,6 +46,7 @@ class SparseMethod:
     paired: bool = False
     cost: tuple[float, float, float, float] = (1e-5, 2e-8, 0.0, 2e-11)
     options: Mapping[str, Any] = field(default_factory=dict)
+    reconstructs: bool = False
 
     def solve(self, problem: SparseProblem) -> Solution:
         """Make one group of a layer sparse."""
@@ -74,6 +77,14 @@ METHODS: dict[str, SparseMethod] = {
     "hessian": SparseMethod(f"{_SOLVERS}:hessian", refits=True, cost=(1.8e-5, 6.8e-9, 5.8e-12, 1.9e-11)),
     "par": SparseMethod(f"{_SOLVERS}:par", refits=True, paired=True, cost=(3.2e-5, 2.1e-8, 1.1e-11, 2e-10)),
     "par_v2": SparseMethod(f"{_SOLVERS}:par_v2", refits=True, paired=True, cost=(1.6e-4, 1.1e-7, 1e-10, 1.4e-9)),
+    "block": SparseMethod(
+        f"{_SOLVERS}:par",
+        refits=True,
+        paired=True,
+        cost=(3.2e-5, 2.1e-8, 1.1e-11, 2e-10),
+        options={"passes": 8, "rate": 0.002, "patience": 3},
+        reconstructs=True,
+    ),
 }
 
 

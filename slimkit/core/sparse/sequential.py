@@ -14,6 +14,7 @@ from slimkit.core.sparse.maths.backend import Array
 from slimkit.core.sparse.maths.layer import SparseLayer
 from slimkit.core.sparse.maths.moments import Moments
 from slimkit.core.sparse.maths.solve import Solved, solve
+from slimkit.core.sparse.reconstruct import reconstruct
 from slimkit.core.sparse.remaining import Estimate, Progress
 from slimkit.core.sparse.totals import counts
 
@@ -91,7 +92,7 @@ class SequentialPass:
 
     def _stages(self, dataset: Any) -> Iterator[tuple[CalibratedBlock, list[tuple[str, ...]]]]:
         """The parts of the model that are left to do, with the layers to calibrate at once."""
-        for stage in self._host.stages(dataset, self._names, self._config.paired):
+        for stage in self._host.stages(dataset, self._names, self._config.paired, self._config.residual):
             if stage.rows is not None:  # an earlier run did it
                 self.solved.update(stage.rows)
                 for name in stage.rows:
@@ -111,8 +112,17 @@ class SequentialPass:
             for name in stage.names:
                 if name not in self.solved:  # its block leaves memory now, reached or not
                     self._settle(name, Moments(self._layers[name]) if self._config.needs_data else None)
+            if self._config.row.reconstructs and stage.feeds:
+                self._reconstruct(stage)
             stage.advance()
             self._estimate.closed()
+
+    def _reconstruct(self, stage: CalibratedBlock) -> None:
+        block = stage.trained()
+        if block is not None:
+            facts = reconstruct(self._host, block, self._config.settings)
+            for name in (n for feed in stage.feeds for n in feed):
+                self.solved[name].update(facts)
 
     def _moments(self, feed: tuple[str, ...]) -> Moments:
         layer, paired = self._layers[feed[0]], self._config.paired

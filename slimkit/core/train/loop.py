@@ -15,6 +15,7 @@ from slimkit.core.errors import ConfigError, UnsupportedError
 from slimkit.core.log import logger
 from slimkit.core.showing import Shown
 from slimkit.core.train.callbacks import TrainerCallback
+from slimkit.core.train.counting import Counting
 from slimkit.core.train.history import InMemoryRunHistory, RunHistory, TrainerRunConfig
 from slimkit.core.train.loading import LoaderOptions
 from slimkit.core.train.resume import Resumable
@@ -33,7 +34,7 @@ class _Epochs:
     held_out: Callable[[], Iterable[Any]] | None
 
 
-class TrainerLoop(Shown, Resumable):
+class TrainerLoop(Shown, Resumable, Counting):
     """A trainer without a framework: the wings add what touches a tensor, a device or a file of weights."""
 
     def __init__(
@@ -47,10 +48,13 @@ class TrainerLoop(Shown, Resumable):
         metrics: Mapping[str, Callable[[Any, Any], Any]] | None = None,
         run_history: RunHistory | None = None,
         mixed_precision: str | None = None,
+        count_tokens: Callable[[Any], float] | None = None,
     ) -> None:
         if loss_func is not None and compute_loss is not None:
             raise ConfigError("give loss_func or compute_loss, not both: each says how a batch becomes a loss")
-        for name, function in (("loss_func", loss_func), ("compute_loss", compute_loss)):
+        for name, function in (
+            ("loss_func", loss_func), ("compute_loss", compute_loss), ("count_tokens", count_tokens),
+        ):  # fmt: skip
             if function is not None:
                 check.function(function, name)
         if mixed_precision is not None:
@@ -73,6 +77,7 @@ class TrainerLoop(Shown, Resumable):
         self.callbacks = list(callbacks)
         self.run_history: RunHistory = run_history or InMemoryRunHistory()
         self.mixed_precision = mixed_precision
+        self.count_tokens, self.tokens_seen = count_tokens, 0.0
         self.run_config: TrainerRunConfig | None = None
         self.epoch = self._first = 1
         self.global_step = 0
@@ -333,7 +338,7 @@ class TrainerLoop(Shown, Resumable):
         return self.epoch <= self._epochs.last and self.stop_reason is None and not self._spent()
 
     def _groups(self) -> Iterator[list[Any]]:
-        """Begin an epoch, or go on with a resumed one: the batches of each update, until the run is told to stop."""
+        """Begin an epoch, or go on with a resumed one: the batches of each update, until something stops the run."""
         if self.step_in_epoch == 0:
             self._fire("on_epoch_begin")
         size = self._epochs.options.accumulation
@@ -349,6 +354,7 @@ class TrainerLoop(Shown, Resumable):
     def _step(self, group: list[Any]) -> Any:
         """One update and what follows it; returns its loss, not waited for."""
         loss = self._update(group)
+        self._saw(group)
         self._losses.append(loss)
         # A distillation model knows the value of each term of its loss.
         parts = getattr(self.model, "losses", None)

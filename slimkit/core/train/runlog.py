@@ -134,28 +134,39 @@ class ProgressBar(TrainerCallback):
         self._bar: Any = None
         self._task: Any = None
         self._began = self._last = 0.0
+        self._first, self._tokens = 0, 0.0
 
     def on_epoch_begin(self, trainer: Any) -> None:
         self._began = self._last = time.monotonic()
+        self._first, self._tokens = trainer.step_in_epoch, trainer.tokens_seen
         if sys.stderr.isatty() and trainer.run_config.is_local_process_zero:
             from rich.console import Console
-            from rich.progress import Progress
+            from rich.progress import Progress, TextColumn
 
-            self._bar = Progress(console=Console(stderr=True), transient=True)
+            columns = (*Progress.get_default_columns(), TextColumn("{task.fields[speed]}"))
+            self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
             self._bar.start()
             total = trainer.run_config.num_update_steps_per_epoch or None
-            self._task = self._bar.add_task(f"epoch {trainer.epoch}", total=total)
+            self._task = self._bar.add_task(f"epoch {trainer.epoch}", total=total, completed=self._first, speed="")
 
     def on_step_end(self, trainer: Any) -> None:
-        if self._bar is not None:
-            self._bar.advance(self._task)
-            return
         now = time.monotonic()
+        spent = now - self._began
+        read = trainer.tokens_seen - self._tokens
+        speed = f"{read / spent:,.0f} tokens/s" if read and spent else ""
+        if self._bar is not None:
+            self._bar.update(self._task, advance=1, speed=speed)
+            return
         if now - self._last >= self.every_s and trainer.run_config.is_local_process_zero:
             self._last = now
             done, total = trainer.step_in_epoch, trainer.run_config.num_update_steps_per_epoch
-            left = f", about {(now - self._began) / done * (total - done):.0f} s left" if total else ""
-            logger.info("epoch %d: %d of %s updates%s", trainer.epoch, done, total or "?", left)
+            config = trainer.run_config
+            all_updates = config.max_num_train_steps or (total or 0) * config.num_epochs
+            more = max(0, all_updates - trainer.global_step) * spent / (done - self._first)
+            left = f", about {more:.0f} s left" if total else ""
+            logger.info(
+                "epoch %d: %d of %s updates%s%s", trainer.epoch, done, total or "?", f", {speed}" if speed else "", left
+            )
 
     def on_epoch_end(self, trainer: Any) -> None:
         if self._bar is not None:

@@ -9,26 +9,10 @@ from typing import Any
 
 from slimkit.core.errors import PlanError, UnsupportedError
 from slimkit.core.weights.heads import Attention, Heads, config_size, measure, normed_role, told_heads
+from slimkit.core.weights.projections import attention_path, attention_role, words_of
 
 Shape = tuple[int, ...]
 
-# What a projection is called in the models people use; compared in lower case.
-_QUERY = {"query", "q", "q_proj", "to_q", "wq", "q_lin", "query_proj", "linear_q", "q_linear", "w_q", "query_dense"}
-_KEY = {"key", "k", "k_proj", "to_k", "wk", "k_lin", "key_proj", "linear_k", "k_linear", "w_k", "key_dense"}
-_VALUE = {"value", "v", "v_proj", "to_v", "wv", "v_lin", "value_proj", "linear_v", "v_linear", "w_v", "value_dense"}
-_FUSED = {
-    "qkv",
-    "c_attn",
-    "qkv_proj",
-    "wqkv",
-    "in_proj",
-    "to_qkv",
-    "w_pack",
-    "qkv_linear",
-    "in_proj_weight",
-    "in_proj_bias",
-}
-_GROUPED = {"query_key_value"}  # rows lie group by group: the group's queries, then its key, then its value
 _LINEAR = ("linear", "linear_t")
 
 
@@ -175,47 +159,14 @@ def couple(
     return found
 
 
-def _words(name: str) -> list[str]:
-    """The words of a parameter's module path, without the numbers at its end ("a.to_out.0.weight" -> a, to_out)."""
-    words = name.split(".")
-    if words[-1] not in ("in_proj_weight", "in_proj_bias"):
-        words = words[:-1]
-    while len(words) > 1 and words[-1].isdigit():
-        words = words[:-1]
-    return words or [""]
-
-
-def attention_role(word: str) -> str | None:
-    """What a projection is to its attention layer by its name: query, key, value, fused, grouped, or None.
-
-    Example:
-        >>> attention_role("q_proj"), attention_role("c_attn"), attention_role("dense")
-        ('query', 'fused', None)
-    """
-    word = word.lower()
-    for role, names in (("query", _QUERY), ("key", _KEY), ("value", _VALUE), ("fused", _FUSED), ("grouped", _GROUPED)):
-        if word in names:
-            return role
-    return None
-
-
-def _attention_path(words: list[str]) -> str:
-    """The path of a projection's attention layer: up to the first attention-like word after the block number."""
-    block = max((i for i, w in enumerate(words) if w.isdigit()), default=-1)
-    for i in range(block + 1, len(words) - 1):
-        if "att" in words[i].lower() or words[i].lower() in ("mha", "mhsa"):
-            return ".".join(words[: i + 1])
-    return ".".join(words[:-1])
-
-
 def _attention_roles(pairs: Mapping[str, _Pair]) -> dict[str, tuple[str, str]]:
     """Name -> (attention layer, role) for every tensor of an attention layer."""
     roles: dict[str, tuple[str, str]] = {}
     for name, pair in pairs.items():
-        words = _words(name)
+        words = words_of(name)
         role = attention_role(words[-1])
         if role is not None and (pair.target.kind in _LINEAR or words[-1] == name.rpartition(".")[2]):
-            roles[name] = (_attention_path(words), role)
+            roles[name] = (attention_path(words), role)
     layers: dict[str, set[str]] = {}
     for path, role in roles.values():
         layers.setdefault(path, set()).add(role)
@@ -242,28 +193,32 @@ def _add_attention(
     head_size: int | None,
     config: Mapping[str, Any],
 ) -> None:
-    rows: dict[str, tuple[int, int]] = {}
+    """Find the heads of one attention layer in the file and in the model, and note on which axes they lie.
+
+    A query matrix is (heads * size, width) or, of kind "linear_t", (width, heads * size); a fused one has the rows of
+    queries, keys and values, and an output matrix is (width, heads * size). Lengths are pairs: file, model.
+    """
+    rows: dict[str, tuple[int, int]] = {}  # role -> heads * size, of keys and values kv heads * size
     for name, role in members.items():
         if role in ("query", "key", "value", "fused", "grouped"):
-            axis = _out_axis(pairs[name])
+            axis = _out_axis(pairs[name])  # the heads lie on what the projection makes
             rows.setdefault(role, (pairs[name].source[axis], pairs[name].target.shape[axis]))
         elif role == "out" and len(pairs[name].source) == 2:
-            axis = 1 - _out_axis(pairs[name])
+            axis = 1 - _out_axis(pairs[name])  # and on what the output projection reads
             rows.setdefault("out", (pairs[name].source[axis], pairs[name].target.shape[axis]))
     if all(s == t for s, t in rows.values()):
         return
     layout = "fused" if "fused" in rows else "grouped" if "grouped" in rows else "separate"
-    told = told_heads(path, structure.heads)
-    attention = measure(path, layout, rows, told, head_size, config)
-    size = (attention.source.size, attention.target.size)
+    attention = measure(path, layout, rows, told_heads(path, structure.heads), head_size, config)
+    size = (attention.source.size, attention.target.size)  # of one head
     # The query matrix became narrower on both sides alike: that says fewer heads, or narrower ones.
-    inputs = {
+    inputs = {  # widths that queries are made from
         (pairs[n].source[1 - _out_axis(pairs[n])], pairs[n].target.shape[1 - _out_axis(pairs[n])])
         for n, role in members.items()
         if role in ("query", "fused", "grouped") and len(pairs[n].source) == 2
     }
-    untold = head_size is None and config_size(config, max(s for s, _ in rows.values())) is None
-    if untold and any(s != t for s, t in inputs) and attention.source.queries != attention.target.queries:
+    unknown = head_size is None and config_size(config, max(s for s, _ in rows.values())) is None
+    if unknown and any(s != t for s, t in inputs) and attention.source.queries != attention.target.queries:
         raise UnsupportedError(
             f"attention layer {path!r}: {rows} rows may mean fewer heads or narrower ones. Keep the file's config.json "
             "beside it, or say how wide one head of the file is: PruneConfig.set_head_size(...)."
@@ -285,7 +240,7 @@ def _add_attention(
             elif (
                 role == "norm"
                 and layout == "separate"
-                and (row := normed_role(_words(name)[-1]))
+                and (row := normed_role(words_of(name)[-1]))
                 and lengths == rows[row]
             ):
                 uses[axis] = AxisUse(path, row)
@@ -380,7 +335,7 @@ def _block(name: str) -> str:
 
 def _inner(name: str) -> str:
     """The path up to the last number that is not the layer's own."""
-    words = _words(name)
+    words = words_of(name)
     return next((".".join(words[: i + 1]) for i in range(len(words) - 1, -1, -1) if words[i].isdigit()), "")
 
 

@@ -8,12 +8,13 @@ from typing import Any
 from slimkit.core.errors import ArgumentError
 from slimkit.core.sparse.config import SparseConfig
 from slimkit.core.sparse.maths import pattern as patterns
-from slimkit.core.sparse.maths.backend import Array, all_finite, namespace, precision
+from slimkit.core.sparse.maths.backend import Array, all_finite, namespace, own_copy, precision
 from slimkit.core.sparse.maths.factor import quadratic
 from slimkit.core.sparse.maths.layer import SparseLayer
 from slimkit.core.sparse.maths.moments import Moments
 from slimkit.core.sparse.maths.residue import alive, means_of, regress
 from slimkit.core.sparse.maths.solvers import SparseProblem
+from slimkit.core.sparse.maths.swaps import swap
 from slimkit.core.sparse.methods import METHODS
 
 # What a layer whose inputs say nothing is solved by: it needs none.
@@ -109,9 +110,10 @@ def solve(
         new, keep, facts = method.solve(
             SparseProblem(
                 weight=dense,
-                target=target,
+                # Methods use up what they are given, and swaps need it once more.
+                target=own_copy(target) if config.swaps and target is not dense else target,
                 gram=gram,
-                spend=means.own or dead is not None,
+                spend=(means.own or dead is not None) and not config.swaps,
                 dead=dead,
                 ratios=steps_to(own, config),
                 nm=config.nm,
@@ -122,6 +124,10 @@ def solve(
             )
         )
         loss, own_power = facts.pop("loss", None), facts.pop("power", None)
+        if config.swaps and gram is not None:
+            damped = _damped(gram, dead, config.damping)
+            new, keep, more = swap(target, new, keep, damped, config.nm, config.swaps, method.refits)
+            facts, loss = facts | more, None
         account.update(facts)
         weights.append(new)
         keeps.append(keep)
@@ -138,6 +144,19 @@ def solve(
         # (groups, out, 1) - (groups, out, n) @ (groups, n, 1): what the bias takes up
         shift = (means.gain[0] - new @ means.gain[1]).reshape(-1)
     return Solved(layer.from_matrix(new), layer.from_matrix(keep), shift, account)
+
+
+def _damped(gram: Array, dead: Array | None, damping: float) -> Array:
+    """A copy of the gram with the sweep's damping, and nothing to gain in columns whose input is always zero."""
+    xp = namespace(gram)
+    copy = own_copy(gram)
+    diagonal = xp.linalg.diagonal(gram)
+    added = xp.ones_like(diagonal) * (damping * xp.mean(diagonal))
+    if dead is not None:
+        added = xp.where(dead, -diagonal, added)
+    n = gram.shape[0]
+    copy.reshape(-1)[:: n + 1] += added
+    return copy
 
 
 def _together(groups: list[Array]) -> Array:

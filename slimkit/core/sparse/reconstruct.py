@@ -1,0 +1,198 @@
+"""A sparse block's kept weights, trained until its outputs come back to those of the dense block.
+
+With f the block on what the sparse model gives it, y (samples, tokens, width) what the dense block gives on what the
+dense model gives it, and t over tokens that are no padding:
+
+    minimise  sum_t |f(x)_t - y_t|^2 / (|y_t|^2 + FLOOR mean |y|^2)   over kept weights, biases and norm scales
+
+by Adam (Kingma & Ba 2015, algorithm 1), an update a batch. The error is relative token by token, because the norm
+before the next block makes it so; a few tokens with huge activations would be all of it otherwise. One of HOLD_OUT
+samples is kept apart to judge by: a pass that makes it worse is taken back, and the next goes on from the best values
+at a FALL of the rate. With few calibration rows a block learns their noise within a pass or two: only what helps other
+rows stays. Sources: reconstruction of blocks after pruning, Guo et al. 2024 (EBFT); this loss is ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from slimkit.core.sparse.framework import SparseFramework
+from slimkit.core.sparse.maths.backend import Array, device_of, library, namespace
+from slimkit.core.sparse.trained import TrainedBlock
+
+# One of so many samples judges and does not train; with fewer than LEAST all do both.
+HOLD_OUT = 8
+LEAST = 4
+
+# A token's power counts as this share of the mean power at least: an output of zero has no relative error.
+FLOOR = 0.01
+
+# Adam's own figures.
+MOMENTUM, SMOOTH, TINY = 0.9, 0.95, 1e-10
+
+# What a pass that did not help makes of the rate.
+FALL = 0.25
+
+# An update is a share of a parameter's own root mean square, taken for at least this much: a bias may begin at zero.
+LEAST_SCALE = 0.01
+
+
+def reconstruct(host: SparseFramework, block: TrainedBlock, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Train a block in place.
+
+    Args:
+        host: the model, for what its processes add up.
+        block: the block.
+        options: "passes" over the batches, at most; "rate", the first update as a share of a parameter's root mean
+            square; "patience", passes in a row without a gain that end it.
+
+    Returns:
+        Facts for the report: "block_error" and "block_error_before", the relative error on the samples that judge, and
+        "passes", after how many it was best.
+    """
+    judges, learners = _split(block)
+    values, free = block.start(), block.free()
+    n_batches = max(host.gather(len(learners)))
+    optimizer = _Adam(values, free, float(options["rate"]))
+    best = before = _judged(host, block, values, judges)
+    kept, found, failed = {name: _copy(value) for name, value in values.items()}, 0, 0
+    for done in range(1, int(options["passes"]) + 1):
+        for index in range(n_batches):
+            slopes = _slopes(host, block, values, learners[index] if index < len(learners) else None)
+            if slopes is not None:
+                optimizer.update(slopes)
+        error = _judged(host, block, values, judges)
+        failed = 0 if error < best else failed + 1
+        if error < best:
+            best, found = error, done
+        elif failed >= int(options["patience"]):
+            break
+        for name, value in values.items():
+            if failed:
+                value[...] = kept[name]
+            else:
+                kept[name][...] = value
+        if failed:
+            optimizer.fall()
+    block.keep(kept)
+    return {"block_error": best**0.5, "block_error_before": before**0.5, "passes": found}
+
+
+def _split(block: TrainedBlock) -> tuple[list[tuple[int, Array, float]], list[tuple[int, Array, float]]]:
+    """For each batch its number, weights and tokens: of the samples that judge, and of those that train."""
+    sizes = block.sizes()
+    total, first = sum(sizes), 0
+    apart = {s for s in range(total) if s % HOLD_OUT == HOLD_OUT - 1} or ({total - 1} if total >= LEAST else set())
+    judges: list[tuple[int, Array, float]] = []
+    learners: list[tuple[int, Array, float]] = []
+    for index, size in enumerate(sizes):
+        weights, counts = token_weights(*block.target(index))
+        xp = namespace(weights)
+        here = [float(first + i in apart) for i in range(size)]
+        mark = xp.asarray(here, dtype=weights.dtype, device=device_of(weights))
+        mark = mark.reshape(-1, *[1] * (weights.ndim - 1))  # (samples, 1, ..)
+        for part, mine in ((judges, mark if apart else mark + 1), (learners, 1 - mark)):
+            n = float(xp.sum(counts * mine))
+            if n:
+                part.append((index, weights * mine, n))
+        first += size
+    return judges, learners
+
+
+def token_weights(target: Array, valid: Array | None) -> tuple[Array, Array]:
+    """What each token's squared error counts, and which tokens count, both to be spread over the target.
+
+    Args:
+        target: (samples, tokens, width), or samples first and what is one output behind.
+        valid: (samples, tokens) True for tokens that are no padding, or None.
+
+    Example:
+        >>> import numpy as np
+        >>> weights, counts = token_weights(np.array([[[3.0, 4.0], [6.0, 8.0]]]), np.array([[True, False]]))
+        >>> weights.shape, round(float(weights[0, 0, 0]), 4), counts.ravel().tolist()
+        ((1, 2, 1), 0.0396, [1.0, 0.0])
+    """
+    xp = namespace(target)
+    axes = (-1,) if target.ndim == 3 else tuple(range(1, target.ndim))
+    power = xp.sum(target * target, axis=axes, keepdims=True)
+    counts = xp.ones_like(power)
+    if valid is not None and valid.shape == power.shape[:-1] and target.ndim == 3:
+        counts = counts * xp.astype(valid, power.dtype)[..., None]
+    mean = xp.sum(power * counts) / xp.clip(xp.sum(counts), 1, None)
+    return counts / (power + FLOOR * mean + TINY), counts
+
+
+def _judged(
+    host: SparseFramework, block: TrainedBlock, values: Mapping[str, Array], judges: Sequence[tuple[int, Array, float]]
+) -> float:
+    """The mean loss of a token, over all processes."""
+    sums = host.gather([sum(block.loss(values, i, w) for i, w, _ in judges), sum(n for _, _, n in judges)])
+    return float(sum(loss for loss, _ in sums) / max(1, sum(n for _, n in sums)))
+
+
+def _slopes(
+    host: SparseFramework,
+    block: TrainedBlock,
+    values: Mapping[str, Array],
+    learner: tuple[int, Array, float] | None,
+) -> dict[str, Array] | None:
+    """The gradient of a token's mean loss, over the batches of all processes; None where no one has a token."""
+    n = sum(host.gather(learner[2] if learner else 0))
+    if not n:
+        return None
+    if learner is None:
+        slopes = {name: namespace(v).zeros_like(v) for name, v in values.items()}
+    else:
+        slopes = block.slope(values, learner[0], learner[1])[1]
+    totals = host.reduce([slopes[name] for name in values]) if host.processes() > 1 else list(slopes.values())
+    for total in totals:
+        total /= n
+    return dict(zip(values, totals))
+
+
+class _Adam:
+    """Adam over arrays, in place; entries that may not change stay."""
+
+    def __init__(self, values: dict[str, Array], free: Mapping[str, Array], rate: float) -> None:
+        self._values, self._free, self._rate, self._done = values, free, rate, 0
+        self._scale: dict[str, float] = {}
+        self._mean: dict[str, Array] = {}
+        self._square: dict[str, Array] = {}
+        for name, value in values.items():
+            xp = namespace(value)
+            n = max(1.0, float(xp.sum(free[name])))
+            self._scale[name] = max(LEAST_SCALE, float(xp.sum(value * value * free[name]) / n) ** 0.5)
+            self._mean[name], self._square[name] = xp.zeros_like(value), xp.zeros_like(value)
+
+    def fall(self) -> None:
+        """Go on with smaller steps, and nothing of what led astray."""
+        self._rate, self._done = self._rate * FALL, 0
+        for sums in (self._mean, self._square):
+            for value in sums.values():
+                value[...] = 0
+
+    def update(self, slopes: Mapping[str, Array]) -> None:
+        """One update, in the gradients' own memory."""
+        self._done += 1
+        rate = self._rate / (1 - MOMENTUM**self._done)
+        for name, value in self._values.items():
+            slope, mean, square, lib = slopes[name], self._mean[name], self._square[name], library(value)
+            slope *= self._free[name]
+            mean *= MOMENTUM / (1 - MOMENTUM)
+            mean += slope
+            mean *= 1 - MOMENTUM  # MOMENTUM mean + (1 - MOMENTUM) slope
+            slope *= slope
+            square *= SMOOTH / (1 - SMOOTH)
+            square += slope
+            square *= 1 - SMOOTH
+            lib.sqrt(square, out=slope)
+            slope *= (1 - SMOOTH**self._done) ** -0.5
+            slope += TINY
+            lib.divide(mean, slope, out=slope)
+            slope *= rate * self._scale[name]
+            value -= slope
+
+
+def _copy(value: Array) -> Array:
+    return namespace(value).asarray(value, copy=True)
