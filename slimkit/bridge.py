@@ -41,10 +41,16 @@ _keep_torch_importable()
 from slimkit import kinds as layer_kinds  # noqa: E402
 
 import torch  # noqa: E402
+from torch.nn.modules.lazy import LazyModuleMixin  # noqa: E402
 
 
-def check_model(model: Any, name: str = "model") -> torch.nn.Module:
-    """Refuse anything but an nn.Module.
+def check_model(model: Any, name: str = "model", *, lazy: bool = False) -> torch.nn.Module:
+    """Refuse anything but an nn.Module, and one with lazy layers that have no weight yet.
+
+    Args:
+        model: what a user handed over.
+        name: what the argument is called.
+        lazy: whether lazy layers may wait for their first run.
 
     Example:
         >>> check_model(torch.nn.Linear(2, 2)).in_features
@@ -52,6 +58,17 @@ def check_model(model: Any, name: str = "model") -> torch.nn.Module:
     """
     if not isinstance(model, torch.nn.Module):
         check.wrong_type(name, "a torch.nn.Module", model)
+    left, seen = [] if lazy else [model], set()
+    while left:  # quicker than named_modules, and every call comes by here
+        module = left.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
+            here = next(path or "itself" for path, m in model.named_modules() if m is module)
+            kind = type(module).__name__
+            raise ArgumentError(f"{name}: {here} ({kind}) has no weight yet; run the model on a batch once.")
+        left.extend(m for m in module._modules.values() if m is not None)
     return model
 
 

@@ -62,7 +62,7 @@ class Trainer(TrainerLoop):
     framework = "torch"
 
     def _checked(self, model: Any) -> torch.nn.Module:
-        return bridge.check_model(model)
+        return bridge.check_model(model, lazy=True)
 
     def _begin(self) -> None:
         self._accelerator: Any = None
@@ -112,6 +112,10 @@ class Trainer(TrainerLoop):
                 raise ConfigError("model: no parameter wants a gradient, so there is nothing to train")
             make = self.optimizer or (lambda parameters: torch.optim.AdamW(parameters, lr=1e-3))
             self.optimizer = check.function(make, "optimizer")(wanted)
+        asked = inspect.signature(self.optimizer.step).parameters.values()
+        if any(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in asked):
+            name = type(self.optimizer).__name__
+            raise ConfigError(f"optimizer: {name}.step needs a closure that runs the model again; Trainer gives none")
         self._run_model, self._run_optimizer = run.prepare(self.model, self.optimizer)
         # The scheduler is left outside accelerate, which would step it once per process.
         self._scheduler = options.scheduler(self.optimizer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -156,8 +157,11 @@ class TorchDelta(DeltaFramework):
     def parameters(self, model: nn.Module) -> Parameters:
         return bridge.parameters(model)
 
-    def owners(self, model: nn.Module, parameter: Any) -> int:
-        return sum(any(_same_memory(p, parameter) for p in m._parameters.values()) for m in model.modules())
+    def owners(self, model: nn.Module, parameters: Sequence[Any]) -> list[int]:
+        counts: Counter[Any] = Counter()
+        for module in model.modules():
+            counts.update({_memory(p) for p in module._parameters.values() if p is not None})
+        return [counts[_memory(p)] for p in parameters]
 
     def settle(self, model: nn.Module) -> None:
         without_call_layers(model)
@@ -166,13 +170,10 @@ class TorchDelta(DeltaFramework):
         forget_prefixes(model)
 
 
-def _same_memory(one: Any, other: Any) -> bool:
-    """Whether two parameters are one, or two views of the same values (ties that went through a hook of accelerate)."""
-    if one is other:
-        return True
-    if type(one) is not nn.Parameter or type(other) is not nn.Parameter or one.is_meta or other.is_meta:
-        return False
-    return one.numel() > 0 and one.data_ptr() == other.data_ptr()
+def _memory(parameter: Any) -> tuple[str, int]:
+    """What tells two parameters apart: where their values lie, which ties through a hook of accelerate share."""
+    plain = type(parameter) is nn.Parameter and not parameter.is_meta and parameter.numel() > 0
+    return ("values at", parameter.data_ptr()) if plain else ("object", id(parameter))
 
 
 def _heads(model: nn.Module) -> set[int]:

@@ -8,7 +8,7 @@ from slimkit import bridge
 from slimkit.core.delta import shard as rules
 from slimkit.core.delta.named import Part
 from slimkit.core.delta.spec import LoraSpec, key
-from slimkit.delta.fused import lora_linear
+from slimkit.delta.fused import dora_linear, fuses, lora_linear
 from slimkit.delta.named import LoraLayer
 from slimkit.delta.shard import ShardPlan, plan
 
@@ -41,7 +41,27 @@ class LoraLinear(LoraLayer):
         if only is not None and not (self.training and only.dropout):
             a, b = getattr(self, only.a), getattr(self, only.b)
             return lora_linear(input, self.weight, self.bias, a, b, only.scale)
+        if self._turns_alone(input):
+            return self._turn(input)
         return self.acted(super().forward(input), input)  # type: ignore[misc]
+
+    def _turns_alone(self, x: torch.Tensor) -> bool:
+        """Whether the one delta is a DoRA that a single step can compute."""
+        if len(self._running) != 1:
+            return False
+        part = self._running[0]
+        spec = self.delta_specs[part.name]
+        if not spec.dora or spec.bias or spec.init == "pissa" or (self.training and part.dropout):
+            return False
+        kind = self.weight.dtype
+        fits = self.active_deltas[part.name] == 1 and kind.itemsize >= 4 and x.device == self.weight.device
+        return fits and not torch.compiler.is_compiling() and fuses(x, self.weight, getattr(self, part.a))
+
+    def _turn(self, x: torch.Tensor) -> torch.Tensor:
+        part = self._running[0]
+        magnitude = getattr(self, key("lora", "magnitude", part.name))
+        a, b = getattr(self, part.a), getattr(self, part.b)
+        return dora_linear(x, self.weight, self.bias, a, b, magnitude, part.scale)
 
     def acted(self, out: torch.Tensor, x: Any = None, low: Any = None) -> torch.Tensor:
         """Any number of deltas of any sort, one after the other."""

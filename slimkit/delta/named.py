@@ -100,10 +100,10 @@ class LoraLayer(NamedLoras, DeltaLayer):
             raise UnsupportedError("the weight is not in memory (meta device, or offloaded); merge where it is.")
         kind = torch.promote_types(self.weight.dtype, torch.float32)
         base = self.weight.to(kind)
-        total = base.clone()
+        total = base
         for part in self.active_parts():
-            total += self.change(part, base)
-        return total.to(self.weight.dtype)
+            total = total + self.change(part, base)
+        return (total.clone() if total is self.weight else total).to(self.weight.dtype)
 
     def copy_weight(self) -> torch.Tensor:
         """A copy of the weight that shares nothing with it."""

@@ -67,8 +67,10 @@ def _places(model: nn.Module, paths: Sequence[str] | None) -> Iterator[tuple[Any
         yield from ((m, _shift_past) for m in counting)
         return
     for module in model.modules():
-        causal = getattr(module, "config", None) and any(getattr(m, "is_causal", False) for m in module.modules())
-        if causal and "position_ids" in library.parameters(type(module)):
+        if not getattr(module, "config", None) or "position_ids" not in library.parameters(type(module)):
+            continue
+        causal = any(getattr(m, "is_causal", False) for m in module.modules())
+        if causal or library.named(module, library.CACHE):
             yield module, _shift_positions
             return
 
@@ -120,6 +122,8 @@ def _shift_past(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, di
 
 
 def _shift_positions(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    if not _shift(module):
+        return args, kwargs  # the library counts, which some models do by their mask
     given = library.given(module, args, kwargs)
     positions = given.get("position_ids")
     if positions is None:

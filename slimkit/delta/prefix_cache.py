@@ -1,8 +1,9 @@
-"""A prefix on Hugging Face's encoder-decoder models: rows in the cache of the decoder's own attention, as in PEFT."""
+"""A prefix in the cache of a Hugging Face model's decoder, as in PEFT: its masks, windows and biases reckon with it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from slimkit import bridge
@@ -16,10 +17,21 @@ from slimkit.delta.layer import DeltaLayer
 import torch
 from torch import nn
 
-__all__ = ["CachedPrefix", "bridge", "decoder_of", "put_cached", "self_attention"]
+__all__ = [
+    "CachedPrefix",
+    "bridge",
+    "decoder_of",
+    "lending",
+    "looks_in_windows",
+    "put_cached",
+    "self_attention",
+    "text_decoder",
+]
 
 ROWS = rules.ROWS
 LAYERS = "prefix_layers"  # on the decoder: its attention layers with a prefix
+# What configurations call the reach of attention that does not see every earlier token.
+_WINDOWS = ("sliding_window", "attention_chunk_size", "local_attention", "window_size")
 
 
 class CachedPrefix(OneAdapter, DeltaLayer):
@@ -50,7 +62,7 @@ class CachedPrefix(OneAdapter, DeltaLayer):
         left = tuple(layer for layer in vars(decoder)[LAYERS] if layer is not self)
         vars(decoder)[LAYERS] = left
         if not left:
-            del vars(decoder)[LAYERS]
+            del vars(decoder)[LAYERS], vars(decoder)["prefix_beside_encoder"]
             for handle, hook in list(decoder._forward_pre_hooks.items()):
                 if hook is _fill:
                     del decoder._forward_pre_hooks[handle]
@@ -79,13 +91,42 @@ def decoder_of(model: nn.Module) -> Any:
     return None
 
 
-def self_attention(model: nn.Module, decoder: nn.Module, inputs: Any) -> dict[str, tuple[int, rules.Seen]]:
+def text_decoder(model: nn.Module) -> Any:
+    """The one part of a model without an encoder that takes tokens and a cache, by Hugging Face's names; else None."""
+    fit = [
+        m
+        for m in model.modules()
+        if hasattr(getattr(m, "config", None), "model_type")
+        and library.named(m, library.CACHE)
+        and "input_ids" in library.parameters(type(m))
+    ]
+    inner = [m for m in fit if not any(o is not m for o in m.modules() if any(o is f for f in fit))]
+    return inner[0] if len(inner) == 1 else None
+
+
+def looks_in_windows(decoder: nn.Module) -> bool:
+    """Whether some of a decoder's attention sees only near tokens, so that it matters where a prefix stands."""
+    config: Any = decoder.config
+    said = [getattr(config, name, None) for name in _WINDOWS]
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+    return any(said) and (bool(kinds) or getattr(config, "layer_types", None) is None)
+
+
+def _parted(decoder: nn.Module) -> bool:
+    """Whether a decoder keeps a cache of its own tokens beside one of an encoder's."""
+    return bool(vars(decoder).get("prefix_beside_encoder"))
+
+
+def self_attention(
+    model: nn.Module, decoder: nn.Module, inputs: Any, *, beside_encoder: bool = True
+) -> dict[str, tuple[int, rules.Seen]]:
     """Run a model once and see which layers of its decoder attend to the decoder's own tokens.
 
     Args:
         model: the model.
         decoder: its decoder.
         inputs: one batch; None takes the model's own dummy inputs.
+        beside_encoder: whether the model has an encoder as well, whose keys the cache keeps apart.
 
     Returns:
         Path -> place in the cache, and what was seen, of each such layer, in the order they ran.
@@ -106,12 +147,13 @@ def self_attention(model: nn.Module, decoder: nn.Module, inputs: Any) -> dict[st
     class Noting(DynamicCache):
         def update(self, key: Any, value: Any, layer_idx: int, *more: Any, **options: Any) -> Any:
             heads = int(key.shape[1])
-            found[id(stack[-1])] = int(layer_idx), rules.Seen(heads, int(key.shape[-1]), heads)
+            rows = [t[0].detach().transpose(0, 1).flatten(1) for t in (key, value)]  # (tokens, heads * width)
+            found[id(stack[-1])] = int(layer_idx), rules.Seen(heads, int(key.shape[-1]), heads, *rows)
             return super().update(key, value, layer_idx, *more, **options)
 
     def lend(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         given = library.given(module, args, kwargs)
-        return (), {**given, name: EncoderDecoderCache(Noting(), DynamicCache())}
+        return (), {**given, name: EncoderDecoderCache(Noting(), DynamicCache()) if beside_encoder else Noting()}
 
     handles = [decoder.register_forward_pre_hook(lend, with_kwargs=True)]
     for module in decoder.modules():
@@ -135,6 +177,8 @@ def put_cached(
     made: Mapping[str, nn.Module],
     plan: rules.PrefixOptions,
     name: str,
+    *,
+    beside_encoder: bool = True,
 ) -> dict[str, dict[str, Any]]:
     """Give layers of a decoder a prefix, in place.
 
@@ -145,6 +189,7 @@ def put_cached(
         made: path -> the rows.
         plan: the options.
         name: the delta's name.
+        beside_encoder: see `self_attention`.
 
     Returns:
         Path -> options, of each layer.
@@ -160,6 +205,7 @@ def put_cached(
         described[path] = plan.record(seen, True)
         module.carry_delta(described[path], name)
     vars(decoder)[LAYERS] = tuple(bridge.get_module(model, path) for path in layers)
+    vars(decoder)["prefix_beside_encoder"] = beside_encoder
     decoder.register_forward_pre_hook(_fill, with_kwargs=True)
     return described
 
@@ -169,31 +215,67 @@ def _fill(decoder: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[st
     layers = [layer for layer in vars(decoder)[LAYERS] if layer.delta_acts]
     if not layers:
         return args, kwargs
+    _refuse_checkpointing(decoder)
+    given = library.given(decoder, args, kwargs)
+    tokens = next(t for t in (given.get("input_ids"), given.get("inputs_embeds")) if t is not None)
+    rows = {layer.prefix_place: layer.in_cache(tokens.shape[0]) for layer in layers}
+    return (), _with_cache(decoder, given, rows, layers[0].prefix_tokens)
+
+
+def _refuse_checkpointing(decoder: nn.Module) -> None:
+    """Refuse what takes the cache, and with it the prefix, away from the layers without a word."""
+    if not (decoder.training and torch.is_grad_enabled()):
+        return
+    if any(vars(m).get("gradient_checkpointing") is True for m in decoder.modules()):
+        raise UnsupportedError(
+            f"the prefix on {type(decoder).__name__} stands in its cache, which gradient checkpointing does without "
+            f"(as with PEFT); call gradient_checkpointing_disable()."
+        )
+
+
+def _with_cache(decoder: Any, given: dict[str, Any], rows: Mapping[int, Any], length: int) -> dict[str, Any]:
+    """A decoder's arguments with keys and values (batch, heads, tokens, width) at these places of its cache."""
     from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
-    given = library.given(decoder, args, kwargs)
     name, cache = library.cache_of(given)
     unasked = given.get("use_cache") is False
+    beside_encoder = _parted(decoder)
+    wanted = EncoderDecoderCache if beside_encoder else DynamicCache
     if cache is None or (unasked and vars(cache).get("made_for_prefix")):
         # A decoder hands back the cache it was given, wanted or not: under use_cache=False it holds for one run.
         name = library.demand(decoder, library.CACHE, "a prefix reaches the decoder")
-        cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        cache = EncoderDecoderCache(DynamicCache(), DynamicCache()) if beside_encoder else DynamicCache()
         cache.made_for_prefix = unasked
-    if not isinstance(cache, EncoderDecoderCache):
+    if not isinstance(cache, wanted):
         raise UnsupportedError(
-            f"a prefix needs an EncoderDecoderCache; the decoder was handed a {type(cache).__name__}."
+            f"a prefix needs a cache of kind {wanted.__name__}; the decoder was handed a {type(cache).__name__}."
         )
-    tokens = next(t for t in (given.get("input_ids"), given.get("inputs_embeds")) if t is not None)
     if cache.get_seq_length() == 0:
-        for layer in layers:
-            cache.self_attention_cache.update(*layer.in_cache(tokens.shape[0]), layer.prefix_place)
-    mask, length = given.get("attention_mask"), layers[0].prefix_tokens
+        own = cache.self_attention_cache if beside_encoder else cache
+        for place, pair in rows.items():
+            own.update(*pair, place)
+    mask = given.get("attention_mask")
     if mask is not None:
         if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
             raise UnsupportedError(
                 "while a prefix is on the model, its decoder's mask must have shape (batch, tokens)."
             )
         given["attention_mask"] = torch.cat((mask.new_ones(mask.shape[0], length), mask), 1)
-    if given.get("cache_position") is not None:
-        given["cache_position"] = given["cache_position"] + length
-    return (), {**given, str(name): cache}
+    for counted in ("cache_position", "position_ids"):
+        if given.get(counted) is not None:
+            given[counted] = given[counted] + length
+    return {**given, str(name): cache}
+
+
+@contextmanager
+def lending(decoder: Any, rows: Mapping[int, Any], length: int) -> Iterator[None]:
+    """Let a decoder find keys and values at these places of its cache in every run, while the context is open."""
+
+    def lend(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return (), _with_cache(module, library.given(module, args, kwargs), rows, length)
+
+    handle = decoder.register_forward_pre_hook(lend, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()

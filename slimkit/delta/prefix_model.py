@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -11,14 +12,15 @@ from slimkit.core import check
 from slimkit.core.batch import as_call
 from slimkit.core.delta import prefix as rules
 from slimkit.core.delta.named import OneAdapter
-from slimkit.core.errors import UnsupportedError
+from slimkit.core.errors import SlimkitError, UnsupportedError
 from slimkit.core.log import logger
 from slimkit.core.weights.heads import heads_told_by
 from slimkit.delta.layer import DeltaLayer
 from slimkit.delta.multihead import call_layers, prefixed_multihead, watching_multihead
 from slimkit.delta.positions import counting, start_at_zero, start_behind
 from slimkit.delta.prefix import PrefixLayer
-from slimkit.delta.prefix_cache import decoder_of, put_cached, self_attention
+from slimkit.delta.prefix_cache import decoder_of, looks_in_windows, put_cached, self_attention, text_decoder
+from slimkit.delta.prefix_judged import UNFIT, agrees_with_cache
 from slimkit.delta.written import Extending, Watched, also_fused, edited_class, written_attention
 
 import torch
@@ -262,9 +264,37 @@ def put_prefix(
         Path -> options, of each layer.
     """
     plan = rules.checked(**options)
-    cached = _cached(model, targets, plan, name, dtype, strict)
-    if cached is not None:
-        return cached
+    decoder, beside_encoder = decoder_of(model), True
+    if decoder is None:
+        decoder, beside_encoder = text_decoder(model), False
+    put = functools.partial(_in_cache, model, decoder, targets, plan, name, dtype, strict, beside_encoder)
+    if decoder is not None and (beside_encoder or looks_in_windows(decoder)):
+        cached = put()
+        if cached is not None:
+            return cached
+    try:
+        described, layers = _in_attention(model, targets, plan, name, dtype, strict)
+    except UNFIT as error:
+        # An error of ours that names an argument is the answer; others say that attention is not where it is sought.
+        fits = decoder is not None and not beside_encoder
+        if not fits or (isinstance(error, SlimkitError) and not isinstance(error, UnsupportedError)):
+            raise
+        try:
+            return put() or {}
+        except UNFIT:
+            raise error from None
+    if decoder is None or beside_encoder or agrees_with_cache(model, decoder, layers) is not False:
+        return described
+    for layer in layers:
+        layer.take_off_deltas()
+    forget_prefixes(model)
+    return put() or {}
+
+
+def _in_attention(
+    model: nn.Module, targets: Any, plan: rules.PrefixOptions, name: str, dtype: Any, strict: bool
+) -> tuple[dict[str, dict[str, Any]], list[Any]]:
+    """Put a prefix where attention runs, in place; path -> options, and the layers."""
     inputs = plan.inputs if plan.text_ids is None else {"input_ids": torch.tensor([plan.text_ids])}
     kernels = _attention_kernel(model)
     try:
@@ -292,28 +322,34 @@ def put_prefix(
         config.attention_before_prefix = kernel
     call_layers(model, modules)
     start_behind(plan.prefix_token_num, places)
-    return described
+    return described, list(modules.values())
 
 
-def _cached(
-    model: nn.Module, targets: Any, plan: rules.PrefixOptions, name: str, dtype: Any, strict: bool
-) -> dict[str, dict[str, Any]] | None:
-    """Put a prefix into the cache of an encoder-decoder model's decoder, in place; None where others are meant."""
-    decoder = decoder_of(model)
-    if decoder is None:
-        return None
-    found = self_attention(model, decoder, plan.inputs)
+def _in_cache(
+    model: nn.Module, decoder: nn.Module, targets: Any, plan: rules.PrefixOptions, name: str, dtype: Any, strict: bool,
+    beside_encoder: bool,
+) -> dict[str, dict[str, Any]] | None:  # fmt: skip
+    """Put a prefix into the cache of a decoder, in place; None where other layers of an encoder-decoder are meant."""
+    inputs = plan.inputs
+    if plan.text_ids is not None:
+        inputs = {"input_ids": torch.tensor([plan.text_ids])}
+        if beside_encoder:
+            raise UnsupportedError("a prefix on an encoder-decoder model cannot be started from a text.")
+    found = self_attention(model, decoder, inputs, beside_encoder=beside_encoder)
     kinds = {type(bridge.get_module(model, path)) for path in found}
     every = {p: rules.Seen(1, 1, 1) for p, m in bridge.named_modules(model) if type(m) in kinds}
     chosen: Any = found if targets in (None, "all-linear") else rules.chosen(every, targets, strict)
-    if not set(chosen) <= set(found):
+    if beside_encoder and not set(chosen) <= set(found):
         return None
-    if plan.text_ids is not None:
-        raise UnsupportedError("a prefix on an encoder-decoder model cannot be started from a text.")
+    if set(chosen) != set(found):
+        raise UnsupportedError(
+            f"on {type(decoder).__name__} a prefix stands in the cache, before all {len(found)} attention layers or "
+            f"none; apply it without targets."
+        )
     layers = {path: found[path] for path in chosen}
     rules.refuse_taken([p for p in layers if isinstance(bridge.get_module(model, p), DeltaLayer)])
     made = {path: _rows(seen, plan, dtype or torch.float32) for path, (_, seen) in layers.items()}
-    return put_cached(model, decoder, layers, made, plan, name)
+    return put_cached(model, decoder, layers, made, plan, name, beside_encoder=beside_encoder)
 
 
 def _prefixed_class(path: str, module: nn.Module) -> type:

@@ -21,7 +21,7 @@ from slimkit.delta.inject import apply_delta
 from slimkit.delta.layer import DeltaLayer
 from slimkit.delta.positions import is_counted_by_library
 from slimkit.delta.prefix import PrefixEncoder
-from slimkit.delta.prefix_cache import CachedPrefix, decoder_of, self_attention
+from slimkit.delta.prefix_cache import CachedPrefix, decoder_of, self_attention, text_decoder
 from slimkit.delta.prompt import PromptTuning
 from slimkit.delta.sharded import like_parts_of, whole, written_once
 
@@ -95,7 +95,8 @@ class TorchStorage(TorchDelta, DeltaStorage):
     def prefix_form(self, model: nn.Module, layers: Sequence[Any]) -> int:
         decoder = decoder_of(model)
         if all(isinstance(layer, CachedPrefix) for layer in layers):
-            wanted = len(self_attention(model, decoder, None))
+            own = text_decoder(model) if decoder is None else decoder
+            wanted = len(self_attention(model, own, None, beside_encoder=decoder is not None))
         elif decoder is not None:
             raise UnsupportedError(
                 "PEFT's prefix on an encoder-decoder model stands before the decoder's own tokens, and nowhere else; "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -143,8 +144,11 @@ class MindSporeDelta(DeltaFramework):
     def without_prefix(self, model: nn.Cell) -> None:
         start_at_zero(model)
 
-    def owners(self, model: nn.Cell, parameter: Any) -> int:
-        return sum(any(p is parameter for p in c._params.values()) for _, c in model.cells_and_names())
+    def owners(self, model: nn.Cell, parameters: Sequence[Any]) -> list[int]:
+        counts: Counter[int] = Counter()
+        for _, cell in model.cells_and_names():
+            counts.update({id(p) for p in cell._params.values()})
+        return [counts[id(p)] for p in parameters]
 
 
 def _heads(model: nn.Cell) -> set[int]:

@@ -414,6 +414,6 @@ def test_a_delta_held_in_float8_is_computed_in_a_wider_type(kind, options):
             twin.data = parameter.data.float()
     call = (x, x, x) if kind == "heads" else (x,)
     got, want = net["layer"](*call), wide["layer"](*call)
-    assert torch.equal(got[0], want[0])
+    torch.testing.assert_close(got[0], want[0], rtol=1e-5, atol=1e-5)  # float32; plain calls here, one step there
     slimkit.merge_delta(net, unload=True)
     assert torch.allclose(net["layer"](*call)[0], got[0], atol=1e-4)

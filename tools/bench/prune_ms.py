@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import gc
 import os
-import resource
 import time
 from typing import Any
 
@@ -17,6 +16,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GLOG_v", "3")
 
 import numpy as np
+import peak
 
 import mindspore as ms
 
@@ -73,10 +73,10 @@ def main() -> None:
     print(f"mindspore {ms.__version__}, {os.cpu_count()} cores")
     for name in given.nets:
         row = measure(name, NETS[name])
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+        highest = round(peak.memory_mb("VmHWM"))
         print(
             f"{name:20s} {row['parameters'] / 1e6:6.1f} M  kept@0.8 {row['kept@0.8']:.3f}  "
-            f"kept@0.5 {row['kept@0.5']:.3f}  {row['cpu']:.1f} CPU s, {row['wall']:.1f} s; peak so far {peak} MB",
+            f"kept@0.5 {row['kept@0.5']:.3f}  {row['cpu']:.1f} CPU s, {row['wall']:.1f} s; peak so far {highest} MB",
             flush=True,
         )
 

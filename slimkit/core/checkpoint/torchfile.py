@@ -154,7 +154,9 @@ def storable(tensor: Any, name: str, torch: Any) -> Any:
         name: how the message calls it.
         torch: PyTorch.
     """
-    if tensor.layout is not torch.strided or tensor.is_nested:
+    if isinstance(tensor, torch.nn.parameter.UninitializedTensorMixin):
+        why = "has no shape yet: it is of a lazy layer; run the model on a batch once"
+    elif tensor.layout is not torch.strided or tensor.is_nested:
         kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
         why = f"is {kind} and has no plain layout: save to_dense() of it, or the tensors that it consists of"
     elif tensor.is_quantized:

@@ -94,8 +94,8 @@ class DeltaFramework(ABC):
         """Every parameter, as the freezing rules see it."""
 
     @abstractmethod
-    def owners(self, model: Any, parameter: Any) -> int:
-        """How many different modules hold a parameter."""
+    def owners(self, model: Any, parameters: Sequence[Any]) -> list[int]:
+        """How many different modules hold each of these parameters; one walk over the model for all."""
 
 
 class DeltaStorage(DeltaFramework):

@@ -215,8 +215,9 @@ def merge(access: DeltaFramework, model: Any, *, unload: bool = False) -> DeltaR
     done = [p for p, layer in layers.items() if layer.delta_is_merged]
     if done and not unload:
         raise ArgumentError(f"the deltas are merged already ({done[0]}); unmerge_delta puts the weights back.")
-    for path, layer in layers.items():
-        if any(access.owners(model, source) > 1 for source in layer.sources().values()):
+    sources = [(path, source) for path, layer in layers.items() for source in layer.sources().values()]
+    for (path, _), owners in zip(sources, access.owners(model, [source for _, source in sources])):
+        if owners > 1:
             raise UnsupportedError(
                 f"the weight of {path} is shared with another module, which merging would change; untie them first."
             )

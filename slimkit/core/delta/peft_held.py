@@ -46,7 +46,7 @@ def gather_held(
 
     Raises:
         FileFormatError: a module has more or fewer such factors than its configuration names.
-        UnsupportedError: a parameter that LoRA cannot go on.
+        UnsupportedError: a parameter, or a module, that LoRA cannot go on.
     """
     held: Held = {}
     for path in sorted({p.partition(BELOW)[0] for p in found}):
@@ -61,6 +61,11 @@ def gather_held(
             if site is not None and targeted(config, path, ("weight",)) and site.kind not in ("linear", ""):
                 raise UnsupportedError(f"target_parameters on the weight of {path}, a {site.type_name}, is not read.")
             continue
+        elif site is not None:
+            raise UnsupportedError(
+                f"the adapter's file has LoRA on parameters that {path} reads itself (multi-head attention, or "
+                f"target_parameters); a {site.type_name} takes none of that here."
+            )
         else:
             raise FileFormatError(f"the model reads no parameters itself at {path!r}, as the adapter's file wants it.")
         compare_keys(dict.fromkeys(nested, 0), dict.fromkeys(keys.values(), 0), "the adapter's file")

@@ -61,8 +61,10 @@ class Account:
                 rows.append((factor, used))
             else:
                 self.constant += factor
+        # A count is a sum of terms, each a factor times some sizes; a size is linear in the variables' counts.
         width = max((len(used) for _, used in rows), default=1)
         self._factors = np.array([f for f, _ in rows], dtype=np.int64)
+        # (terms, width): the numbers of the sizes that each term multiplies
         self._used = np.array([u + [0] * (width - len(u)) for _, u in rows], dtype=np.int64).reshape(len(rows), width)
         self._offsets = np.array([c for c, _ in forms], dtype=np.int64)
         self._slopes = np.zeros((len(forms), len(order)), dtype=np.int64)
@@ -88,8 +90,9 @@ class Account:
 
     def count(self, counts: Array) -> int:
         """The number for these counts, exactly."""
-        sizes = self._offsets + self._slopes @ counts
-        return int((self._factors * sizes[self._used].prod(axis=1)).sum()) + self.constant
+        sizes = self._offsets + self._slopes @ counts  # (sizes,) + (sizes, variables) @ (variables,)
+        products = sizes[self._used].prod(axis=1)  # (terms, width) -> (terms,)
+        return int((self._factors * products).sum()) + self.constant
 
     def steps(self, alignment: int, sizes: Array) -> Array:
         """The smallest change of each variable that keeps all its axes aligned.
@@ -201,6 +204,7 @@ def _by_share(full: Array, steps: Array) -> Any:
 
 def _by_score(names: Sequence[str], full: Array, steps: Array, chunks: Mapping[str, Array]) -> Any:
     """Counts as a function of t in [0, 1]: t is the share of all chunks of indices that stays, best scores first."""
+    # of each variable (indices,) -> (steps, indices a step) -> (steps,)
     means = [np.asarray(chunks[n], dtype=np.float64).reshape(-1, int(s)).mean(axis=1) for n, s in zip(names, steps)]
     order = np.sort(np.concatenate(means))
 

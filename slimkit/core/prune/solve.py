@@ -309,6 +309,10 @@ class View:
         return found
 
     def _describe(self, by_name: dict[str, Variable], relations: Relations) -> None:
+        self._heads: set[Dim] = set()
+        for dims in relations.params.values():
+            for dim in dims:
+                self._collect_heads(dim)
         makers: dict[str, list[str]] = {}
         for path, dim in relations.outs:
             for leaf in dict.fromkeys(map(find, leaves(dim))):
@@ -321,7 +325,7 @@ class View:
                 continue
             variable.layers = list(dict.fromkeys(makers.get(name, [])))
             roles = {role for _, _, role in variable.places}
-            if self._is_heads(leaf, relations):
+            if leaf in self._heads:
                 variable.kind = "heads"
             elif (
                 roles & {"layer_norm", "table"}
@@ -329,14 +333,6 @@ class View:
                 or any(relations.roles.get((path, 0)) == "table" for path, _, _ in variable.places)
             ):
                 variable.kind = "hidden"
-
-    def _is_heads(self, leaf: Dim, relations: Relations) -> bool:
-        if not hasattr(self, "_heads"):
-            self._heads: set[Dim] = set()
-            for dims in relations.params.values():
-                for dim in dims:
-                    self._collect_heads(dim)
-        return leaf in self._heads
 
     def _collect_heads(self, dim: Dim) -> None:
         dim = find(dim)

@@ -155,7 +155,7 @@ def _damped(gram: Array, dead: Array | None, damping: float) -> Array:
     if dead is not None:
         added = xp.where(dead, -diagonal, added)
     n = gram.shape[0]
-    copy.reshape(-1)[:: n + 1] += added
+    copy.reshape(-1)[:: n + 1] += added  # (n * n,): every (n + 1)-th lies on the diagonal
     return copy
 
 
