@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -13,7 +15,7 @@ from slimkit.compensate import compensate
 from slimkit.core.batch import without_labels
 from slimkit.core.lazy import door, library
 from slimkit.core.log import logger
-from slimkit.core.prune.attributes import Field, widths_of
+from slimkit.core.prune.attributes import HEADS, Field, widths_of
 from slimkit.core.prune.elimination import LayerSignal
 from slimkit.core.prune.graph import Graph
 from slimkit.core.prune.plan import PrunePlan
@@ -25,6 +27,7 @@ from slimkit.signals import layer_signals
 from slimkit.trace import trace
 from slimkit.trace.passes import Run, example, record
 from slimkit.trace.tracer import Recorder
+from slimkit.trace.watch import named_tensors
 
 import torch
 from torch import nn
@@ -114,6 +117,20 @@ class TorchPrune:
         config = getattr(self.model, "config", None)
         return widths_of(vars(config)) if hasattr(config, "__dict__") and hasattr(config, "to_dict") else {}
 
+    def configured(self, changes: Mapping[str, Field]) -> dict[str, tuple[int, ...]] | None:
+        config = copy.deepcopy(self.model.config)
+        try:
+            for name, value in changes.items():
+                *inside, leaf = name.split(".")
+                owner = functools.reduce(getattr, inside, config)
+                held = getattr(owner, leaf, None)
+                setattr(owner, leaf, type(held)(value) if isinstance(held, (list, tuple)) else value)
+            built = _built(self.model, config)
+        except Exception as error:  # noqa: BLE001  (whatever the model's code raises is a finding)
+            logger.debug("no model of %s: %s: %s", changes, type(error).__name__, error)
+            return None
+        return {path: tuple(tensor.shape) for path, tensor in named_tensors(built)}
+
     def config_mismatch(self) -> str | None:
         return config_mismatch(self.model)
 
@@ -167,6 +184,8 @@ class TorchPrune:
 
     def cut(self, plan: PrunePlan, names: Mapping[str, str]) -> Callable[[], None]:
         undo = surgery.cut(self.model, plan, names)
+        if plan.config and plan.desc.get("made", {}).get("form") == "config":
+            undo = _follow(self.model, undo)
         for kind in bridge.data_parallel_around(self.model):
             logger.warning(
                 "network is inside a %s, whose buckets keep the old shapes: wrap the pruned network anew", kind
@@ -208,11 +227,8 @@ def config_mismatch(model: nn.Module) -> str | None:
     config = getattr(model, "config", None)
     if not hasattr(config, "to_dict"):
         return None
-    accelerate = library("accelerate", "torch")
     try:
-        # Buffers stay real: some constructors compute with them.
-        with accelerate.init_empty_weights(include_buffers=False):
-            built = type(model)(copy.deepcopy(config))
+        built = _built(model, copy.deepcopy(config))
     except Exception as error:  # noqa: BLE001  (whatever the model's code raises is a finding)
         return f"the configuration builds no model: {type(error).__name__}: {error}"
     told = {path: list(tensor.shape) for path, tensor in built.state_dict().items()}
@@ -220,7 +236,53 @@ def config_mismatch(model: nn.Module) -> str | None:
     for path in {**held, **told}:
         if held.get(path) != told.get(path):
             return f"{path} is {held.get(path, 'nothing')}, the configuration says {told.get(path, 'nothing')}"
+    # Shapes do not show how many heads an axis holds.
+    numbers = surgery.integers(built)
+    for path, here in surgery.integers(model).items():
+        for name, number in here.items():
+            there = numbers.get(path, {}).get(name, number)
+            if HEADS.search(name) and there != number:
+                return f"{path}.{name} is {number}, the configuration says {there}"
     return ""
+
+
+def _built(model: nn.Module, config: Any) -> nn.Module:
+    """A model of the same class from a configuration, without weights; raises what its code raises."""
+    if hasattr(config, "validate"):
+        config.validate()  # as saving and loading do
+    accelerate = library("accelerate", "torch")
+    # Buffers stay real: some constructors compute with them.
+    with accelerate.init_empty_weights(include_buffers=False):
+        built: nn.Module = type(model)(config)
+    return built
+
+
+# Numbers that some models derive from a width when they are made (Gemma's embeddings are scaled by its square root).
+_DERIVED = re.compile(r"scal|normali[sz]er")
+
+
+def _follow(model: nn.Module, undo: Callable[[], None]) -> Callable[[], None]:
+    """Let what a model derived from its configuration say what the rewritten one gives; returns the longer undo."""
+    changes = surgery.Changes()
+    try:
+        built = dict(_built(model, copy.deepcopy(model.config)).named_modules())
+        for path, module in model.named_modules():
+            fresh = built.get(path)
+            for name, value in {**vars(module), **module._buffers}.items() if fresh is not None else ():
+                new = getattr(fresh, name, None)
+                plain = isinstance(value, float) or (isinstance(value, torch.Tensor) and value.dim() == 0)
+                if plain and _DERIVED.search(name) and type(new) is type(value) and new != value:
+                    changes.set(module, name, new.to(value) if isinstance(value, torch.Tensor) else new)
+    except BaseException:
+        changes.undo()
+        undo()
+        raise
+
+    def take_back() -> None:
+        changes.undo()
+        undo()
+
+    return take_back
 
 
 class PruneTorch(PrunerBase):

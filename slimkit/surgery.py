@@ -23,6 +23,8 @@ from torch import nn
 # Besides the families of `kinds`, modules whose attributes follow from their weights.
 _SETTLED = (nn.MultiheadAttention, nn.PReLU)
 Shapes = Mapping[str, tuple[int, ...]]
+# What an attribute holds that is not there.
+_ABSENT = object()
 Axes = list["np.ndarray[Any, Any] | None"]
 
 
@@ -126,7 +128,7 @@ class Changes:
         self._done: list[tuple[Any, str, Any]] = []
 
     def set(self, owner: Any, name: str, value: Any) -> None:
-        old = getattr(owner, name)
+        old = getattr(owner, name, _ABSENT)
         if old is value or (type(old) is type(value) and old == value):
             return
         self._done.append((owner, name, old))
@@ -140,6 +142,8 @@ class Changes:
         for owner, name, old in reversed(self._done):
             if isinstance(owner, dict):
                 owner[name] = old
+            elif old is _ABSENT:
+                delattr(owner, name)
             else:
                 setattr(owner, name, old)
         self._done.clear()
@@ -189,8 +193,8 @@ def rewrite(model: nn.Module, plan: PrunePlan, shapes: Shapes, names: Mapping[st
             # torch's fused layer reads nested tensors, and only attention as torch makes it goes there.
             changes.set(module, "use_nested_tensor", False)
     config = getattr(model, "config", None)
-    for name, new in rewritten(config, plan.config).items():
-        changes.set(config, name, new)
+    for owner, name, new in rewritten(config, plan.config):
+        changes.set(owner, name, new)
 
 
 @contextlib.contextmanager

@@ -113,6 +113,9 @@ class MindSporePrune:
         config = getattr(self.model, "config", None)
         return widths_of(vars(config)) if hasattr(config, "__dict__") else {}
 
+    def configured(self, changes: Mapping[str, Field]) -> dict[str, tuple[int, ...]] | None:
+        return {}  # cells carry no configuration that builds them
+
     def config_mismatch(self) -> str | None:
         return None  # cells carry no configuration that builds them
 
@@ -202,8 +205,8 @@ class MindSporePrune:
 
     def _write_config(self, plan: PrunePlan) -> None:
         config = getattr(self.model, "config", None)
-        for name, new in rewritten(config, plan.config).items():
-            setattr(config, name, new)
+        for owner, name, new in rewritten(config, plan.config):
+            setattr(owner, name, new)
 
 
 def _by_path(model: nn.Cell) -> dict[str, ms.Parameter]:

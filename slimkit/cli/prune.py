@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from slimkit.cli import options, places
 from slimkit.cli.session import session
 from slimkit.core.jobs.options import PruneOptions
+
+# What lies further above the ratio asked for than steps of widths explain was not reached.
+MISSED = 1.05
 
 
 @options.spread
@@ -28,9 +31,9 @@ def prune(
 ) -> None:
     """Prune a model: drop whole channels, heads and features, coupled layers together.
 
-    Writes the pruned model, its plan (plan.json) and prune_report.json. Where the configuration of a Hugging Face
-    model can say the new sizes, the folder loads with from_pretrained; otherwise the commands here and load_pruned
-    read it.
+    Writes the pruned model, its plan (plan.json), a model card and prune_report.json. A Hugging Face model loses only
+    what its configuration can say, and the folder loads with from_pretrained; with --form any the commands here and
+    load_pruned read it. Exit code 1: it keeps more than 1.05 times the ratio.
 
     Example: slimkit prune --model bert --ratio 0.7 --out bert-70
 
@@ -63,14 +66,28 @@ def prune(
         )
         for reason, where in found["report"]["whole"].items() if output.verbose else ():
             talk.line(f"  whole, {reason}: {', '.join(where[:5])}")
-        for held in found["report"].get("held_back", ())[:3]:
-            talk.line(f"  --node-ratio holds back: {', '.join(held['layers'][:3])} at {held['keeps']}")
+        missed = found["report"]["reached"] > MISSED * asked.reserved_ratio
+        if missed:
+            talk.line(f"Not reached: {_limits(found['report'], asked)}")
         if not output.dry_run:
             talk.line(f"Written: {folder} ({_readable(found['written'])})")
         talk.result(
             {"model": places.say_where(place), "out": folder, "asked": asked.reserved_ratio, **found},
             dry_run=output.dry_run,
         )
+    if missed:
+        raise typer.Exit(1)
+
+
+def _limits(report: dict[str, Any], asked: PruneOptions) -> str:
+    """What keeps the ratio from being reached, and the option that changes it."""
+    held = [f"{', '.join(x['layers'][:3]) or x['variable']} at {x['keeps']}" for x in report.get("held_back", ())]
+    named = "; ".join(held[:3]) + (f" and {len(held) - 3} more" if len(held) > 3 else "")
+    if held and asked.node_reserved_ratio is not None:
+        return f"--node-ratio {asked.node_reserved_ratio} holds {named}; a lower one lets them go on"
+    if held:
+        return f"already at the least that --align {asked.alignment} and --parallel {asked.parallel} allow: {named}"
+    return "every other width stays whole; --verbose says why, and --form any allows more"
 
 
 def _widths(report: dict[str, object]) -> list[tuple[str, str, str]]:

@@ -16,7 +16,7 @@ from slimkit.core import files
 from slimkit.core.calibration.reading import TextReader
 from slimkit.core.calibration.record import write_record
 from slimkit.core.checkpoint import shards
-from slimkit.core.errors import ConfigError
+from slimkit.core.errors import ConfigError, UnsupportedError
 from slimkit.core.jobs import calibrating, commands, folders
 from slimkit.core.jobs.bar import LayerBar
 from slimkit.core.jobs.framework import ComputeLoss, JobFramework, Lesson, Opened, Task
@@ -170,6 +170,15 @@ class TorchJobs(JobFramework):
             self.slim.load_delta(opened.model, delta)
         opened.model.to(self.device)
         return opened
+
+    def reloaded(self, opened: Opened, folder: Path, inputs: Any) -> float | None:
+        gap, scale = models.reloaded(opened, folder, lambda model: self.outputs(model.to(self.device), inputs))
+        if not gap <= 1e-5 * max(1.0, scale):
+            raise UnsupportedError(
+                f"the folder loads with from_pretrained, but its outputs differ by {gap:.3g}: the model derives "
+                "numbers from its configuration that the cut one holds otherwise; --form any is for slimkit's loaders"
+            )
+        return gap
 
     def tensors(self, arrays: Any) -> Any:
         return bridge.to_device(models.tensors(arrays), self.device)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from slimkit import bridge, checkpoint, prune
 from slimkit.core import files
@@ -12,6 +15,7 @@ from slimkit.core.errors import ConfigError, FileFormatError, SlimkitError, Unsu
 from slimkit.core.jobs import folders
 from slimkit.core.jobs.framework import Opened
 from slimkit.core.jobs.sources import ModelPlace
+from slimkit.core.jobs.work import largest_gap
 from slimkit.core.lazy import library
 
 import torch
@@ -115,6 +119,14 @@ def tensors(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: torch.from_numpy(v.copy()) for k, v in value.items()}
     return torch.from_numpy(value.copy())
+
+
+def reloaded(opened: Opened, folder: Path, outputs: Callable[[nn.Module], list[Any]]) -> tuple[float, float]:
+    """(Largest difference between the outputs of the model and of the one that `from_pretrained` reads from the folder,
+    largest output)."""
+    kind: Any = type(opened.model)
+    here, there = outputs(opened.model), outputs(_quietly(folder, lambda: kind.from_pretrained(str(folder)).eval()))
+    return largest_gap(here, there), max((float(np.abs(a).max()) for a in here if a.size), default=0.0)
 
 
 def write_model(opened: Opened, folder: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 
 import numpy as np
@@ -75,12 +76,20 @@ def test_a_pruned_llama_loads_with_transformers(here, tmp_path):
     transformers.AutoTokenizer.from_pretrained(tmp_path / "p")
     report = json.loads((tmp_path / "p" / "prune_report.json").read_text())
     assert report["kept"] == done["kept"]
+    assert report["reloaded"] <= 1e-5
+    assert report["report"]["serves"]["transformers"]["meets"]
+    assert {"config.json", "generation_config.json", "tokenizer_config.json"} <= set(tree(tmp_path / "p"))
+    card = (tmp_path / "p" / "README.md").read_text()
+    assert "slimkit prune --model llama --ratio 0.7 --importance l1 --align 8" in card
+    assert 'LlamaForCausalLM.from_pretrained("this folder")' in card
+    assert 'tags: ["slimkit", "pruned"]' in card
     assert run("inspect", tmp_path / "p" / "plan.json", "--json")["facts"]["left_params"] == done["parameters"]
 
 
 def test_a_pruned_bert_that_no_config_describes_goes_on_through_the_commands(here, tmp_path):
     pruned, sparse = tmp_path / "p", tmp_path / "s"
-    done = run("prune", "-m", "bert", "--importance", "l1", "-r", 0.8, "--align", 1, "-o", pruned, "--json")
+    how = ("--importance", "l1", "--form", "any", "--align", 1)
+    done = run("prune", "-m", "bert", *how, "-r", 0.8, "-o", pruned, "--json")
     assert done["written"] == "slimkit"  # two blocks lose a head, the first none
     again = run(
         "sparsify", "-m", pruned, "--method", "wanda", "--calib", "plain.jsonl", "-o", sparse, "--samples", 8, "--json"
@@ -95,6 +104,38 @@ def test_a_pruned_bert_that_no_config_describes_goes_on_through_the_commands(her
     assert out["max_difference"] < 1e-4
     assert out["zeros"] >= again["zeros"]
     assert run("inspect", tmp_path / "m.onnx", "--json")["facts"]["inputs"]["input_ids"] == [1, 8]
+
+
+def test_a_card_keeps_the_licence_and_says_who_reads_the_folder(here, tmp_path):
+    shutil.copytree("bert", tmp_path / "licensed")
+    (tmp_path / "licensed" / "README.md").write_text("---\nlicense: apache-2.0\ntags: [x]\n---\n\n# Old words\n")
+    run(
+        "prune",
+        "-m",
+        tmp_path / "licensed",
+        "--importance",
+        "l1",
+        "-r",
+        0.8,
+        "--align",
+        1,
+        "--form",
+        "any",
+        "-o",
+        tmp_path / "p",
+    )
+    card = (tmp_path / "p" / "README.md").read_text()
+    assert card.startswith('---\nlicense: "apache-2.0"\n')
+    assert "load_pruned" in card
+    assert "Old words" not in card
+
+
+def test_an_ask_that_a_floor_holds_back_ends_with_one_and_the_layers(here, tmp_path):
+    net = ("--factory", "nets.py:net", "--arg", "width=64", "--example", "2,3,8,8")
+    said = run("prune", *net, "-r", 0.1, "--node-ratio", 0.9, "--align", 1, "-o", tmp_path / "p", code=1)
+    assert "Not reached: --node-ratio 0.9 holds 3 at 58; a lower one lets them go on" in said
+    done = run("prune", *net, "-r", 0.1, "--align", 1, "-o", tmp_path / "q", "--json")
+    assert done["kept"] == pytest.approx(0.1, abs=0.01)
 
 
 def test_a_factorys_net_prunes_sparsifies_exports_and_is_measured(here, tmp_path):

@@ -9,7 +9,7 @@ from typing import Any
 from slimkit.core import files
 from slimkit.core.calibration.record import write_record
 from slimkit.core.errors import ConfigError, UnsupportedError
-from slimkit.core.jobs import fitting, folders, sources, work
+from slimkit.core.jobs import cards, fitting, folders, sources, work
 from slimkit.core.jobs.calibrating import calibration_of, record_of
 from slimkit.core.jobs.fields import Strict, flag_of
 from slimkit.core.jobs.framework import ComputeLoss, FitRun, JobFramework, Opened, Supervised
@@ -113,13 +113,15 @@ def prune(
         seed: of made-up examples and of random importance.
 
     Returns:
-        parameters_before, parameters, kept, report, and with `out` written.
+        parameters_before, parameters, kept, report, and with `out` written; where transformers reads the folder,
+        reloaded: the largest difference of its model's outputs from the model in memory.
     """
     opened = face.open(place)
     if opened.desc is not None:
         raise ConfigError("--model is a pruned model already; prune the original to the ratio wanted")
     batches = calibration_of(face, opened, calib, out)
-    context = CommandContext(face, seed, example_of(face, opened, example, seed=seed), options, batches=batches)
+    inputs = example_of(face, opened, example, seed=seed)
+    context = CommandContext(face, seed, inputs, options, batches=batches)
     done = work.prune(opened.model, options, context, plan_only=out is None)
     facts = {key: value for key, value in done.facts.items() if key != "headline"}
     if out is None or done.edit is None:
@@ -127,7 +129,12 @@ def prune(
     opened.desc = done.edit["prune"]
     with files.atomic_directory(out) as folder:
         facts["written"] = face.write_model(opened, folder)
-        folders.write_report(folder, "prune", {"asked": options.reserved_ratio, **facts})
+        if facts["written"] == "transformers":
+            # Only now it is more than a promise: the folder is read again by its library's own loader.
+            facts["reloaded"] = face.reloaded(opened, folder, inputs)
+        command = cards.command_line("prune", place, options)
+        cards.write_card(folder, "pruned", opened, command, cards.pruned_facts(facts, options), facts["written"])
+        folders.write_report(folder, "prune", {"asked": options.reserved_ratio, "command": command, **facts})
         write_record(folder, "prune", record_of(batches), place.model)
     return facts
 

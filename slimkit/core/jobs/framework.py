@@ -320,6 +320,14 @@ class JobFramework(Protocol):
         """Whether a teacher's answers can be read from files while a student trains."""
         return True
 
+    def reloaded(self, opened: Opened, folder: Path, inputs: Any) -> float | None:
+        """Where transformers reads a written folder: by how much its model's outputs differ from the opened one's.
+
+        Raises:
+            UnsupportedError: by more than rounding can explain.
+        """
+        return None
+
     def tokenizer(self, opened: Opened) -> Any:
         """The tokenizer that came with a model; ConfigError where it has none."""
         raise ConfigError("--text needs the tokenizer of a Hugging Face directory; give --data with token numbers")

@@ -83,10 +83,20 @@ class PruneOptions(JobOptions):
         16, description="kept widths are multiples of it; 16 suits Ascend"
     )
     node_reserved_ratio: Annotated[Ratio | None, Flag("--node-ratio")] = Field(
-        None, description="least share of its channels each node keeps; unset: 0.5, or 0.1 where measured"
+        None,
+        description="least share of its channels each node keeps, whatever is asked for; unset: 0.5, 0.1 where "
+        "measured, or as much less as the ratio asked for needs",
+    )
+    form: Annotated[str | None, OneOf(("config", "any"))] = Field(
+        None,
+        description="config: only what a Hugging Face configuration can say, so that from_pretrained loads the result; "
+        "any: cuts of any shape, for slimkit's own loaders; unset: config where the model has such a configuration",
+    )
+    parallel: PositiveInt = Field(
+        1, description="devices that heads, key and value heads and inner widths must divide among"
     )
     un_prune_list: Annotated[list[int | str] | None, Flag("--keep", metavar="LAYER")] = Field(
-        None, description="layers left whole, by number or name; unset: the first and the last"
+        None, description="layers left whole, by number or name; unset: the first and the last, in the form config none"
     )
     calibration_batches: Annotated[PositiveInt | None, RECIPE_ONLY] = Field(
         None, description="batches for data-driven importance; unset: all there are"

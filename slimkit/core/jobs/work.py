@@ -149,9 +149,12 @@ def prune(model: Any, options: PruneOptions, context: JobContext, *, plan_only: 
             ) from None
     pruner = (
         pruner.set_importance_evaluation_function(importance, calibration=measured, seed=context.seed)
+        .set_parallel(options.parallel)
         .set_alignment(options.alignment)
         .set_budget(options.budget)
     )
+    if options.form is not None:
+        pruner.set_form(options.form)
     if options.node_reserved_ratio is not None:
         pruner.set_node_reserved_ratio(options.node_reserved_ratio)
     if options.allocation is not None:

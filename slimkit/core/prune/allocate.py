@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +44,7 @@ class Account:
 
     def _build(self, terms: Sequence[Sequence[Expr]], full: Mapping[str, int]) -> None:
         self.names = list(full)
+        self._multiples: list[int] = []
         order = {name: k for k, name in enumerate(self.names)}
         forms: dict[tuple[int, tuple[tuple[int, int], ...]], int] = {(1, ()): 0}
         rows: list[tuple[int, list[int]]] = []
@@ -70,6 +72,22 @@ class Account:
             for variable, slope in pairs:
                 self._slopes[place, variable] = slope
 
+    def joined(self, names: Sequence[str], offsets: Array, matrix: Array, multiples: Sequence[int]) -> Account:
+        """The same number as a function of levers: counts = offsets + matrix @ steps (`lever_matrix`).
+
+        Args:
+            names: the levers'.
+            offsets: (variables,) counts where all levers stand at zero.
+            matrix: (variables, levers) indices a step.
+            multiples: a number each that kept steps are multiples of; sizes that are asked about are, too.
+        """
+        new = copy(self)
+        new.names = list(names)
+        new._offsets = self._offsets + self._slopes @ offsets
+        new._slopes = self._slopes @ matrix
+        new._multiples = list(multiples)
+        return new
+
     def count(self, counts: Array) -> int:
         """The number for these counts, exactly."""
         sizes = self._offsets + self._slopes @ counts  # (sizes,) + (sizes, variables) @ (variables,)
@@ -89,6 +107,10 @@ class Account:
             for slope in wide or slopes:
                 common = math.gcd(alignment, slope * int(sizes[variable]))
                 steps[variable] = math.lcm(int(steps[variable]), common // math.gcd(common, slope))
+        for variable, must in enumerate(self._multiples):
+            both, size = math.lcm(int(steps[variable]), must), int(sizes[variable])
+            # Where the width has no room for both, what devices must divide goes before alignment.
+            steps[variable] = both if size % both == 0 else must * max(1, math.gcd(both, size) // must)
         return steps
 
     def floors(self, sizes: Sequence[int], floor_ratio: float, alignment: int) -> Array:
@@ -97,6 +119,20 @@ class Account:
         steps = self.steps(alignment, full)
         least = -(-np.ceil(full * floor_ratio - 1e-9).astype(np.int64) // steps) * steps
         return np.minimum(full, np.maximum(least, steps))
+
+    def floor_for(self, sizes: Sequence[int], floor_ratio: float, alignment: int, target: float) -> float:
+        """A least share, or as much less of one as the target needs."""
+
+        def reaches(share: float) -> bool:
+            return self.count(self.floors(sizes, share, alignment)) <= target
+
+        if not len(sizes) or reaches(floor_ratio):
+            return floor_ratio
+        low, high = 0.0, floor_ratio
+        for _ in range(24):
+            middle = (low + high) / 2
+            low, high = (middle, high) if reaches(middle) else (low, middle)
+        return low
 
 
 @dataclass

@@ -9,18 +9,20 @@ from slimkit.core.prune.expressions import Expr, size_of
 from slimkit.core.prune.solve import View
 
 # What a field of a configuration may hold.
-Field = int | list[int] | None
+Field = int | float | list[int] | None
 # old size -> label ("heads", "hidden", "width", "whole") -> sizes it becomes
 Sizes = dict[int, dict[str, set[int]]]
 
-_HEADS = re.compile(r"(^|_)n?heads?$|(^|_)n_head$|nhead")
-_HIDDEN = re.compile(r"hidden_size|d_model|n_embd|embed_dim|hidden_dim|^dim$|model_dim|embedding_size|embed_proj_dim")
+HEADS = re.compile(r"(^|_)n?heads?$|(^|_)n_head$|nhead")
+HIDDEN = re.compile(r"hidden_size|d_model|n_embd|embed_dim|hidden_dim|^dim$|model_dim|embedding_size|embed_proj_dim")
 # Lists of one number a stage.
-_WIDTHS = re.compile(r"hidden|width|channel|dim|sizes|planes|filters|heads")
+WIDTHS = re.compile(r"hidden|width|channel|dim|sizes|planes|filters|heads")
+# Widths relative to another one.
+RATIOS = re.compile(r"(mlp|ffn)_ratio$")
 # Fields that mean four times the hidden size when they are None.
 _FOUR_TIMES = frozenset({"n_inner"})
 # Numbers that never say a width, whatever they happen to equal.
-_OTHER = re.compile(
+OTHER = re.compile(
     r"(^|_)(idx|index|id|ids|layer_id|layers|blocks|depth|window|patch|image|img|kernel|stride|padding|pad|dilation|vocab|"
     r"position|positions|pos|max|min|epochs?|seed|factor|ratio|rate|rep|group|groups|experts|labels|classes|version|dropout|"
     r"tokens?|top|eps|bits|scale|interval|steps?|step|buckets?|distance|resolution|length|seq|type|types)(_|$)|^_"
@@ -43,7 +45,7 @@ def scope_sizes(view: View, counts: Mapping[str, int]) -> dict[str, Sizes]:
     for scope, exprs in seen.items():
         sizes: Sizes = {}
         for expr in exprs.values():
-            for part, label in _parts(expr, kinds):
+            for part, label in parts_of(expr, kinds):
                 old = size_of(part, full)
                 new = size_of(part, counts)
                 sizes.setdefault(old, {}).setdefault(label if isinstance(part, (str, list)) else "whole", set()).add(
@@ -53,12 +55,12 @@ def scope_sizes(view: View, counts: Mapping[str, int]) -> dict[str, Sizes]:
     return out
 
 
-def _parts(expr: Expr, kinds: Mapping[str, str]) -> Iterator[tuple[Expr, str]]:
+def parts_of(expr: Expr, kinds: Mapping[str, str]) -> Iterator[tuple[Expr, str]]:
     """An expression, its terms, and the products of its leading factors, each with what it is."""
     yield expr, _label(expr, kinds)
     if isinstance(expr, list):
         for place, part in enumerate(expr[1:], 1):
-            yield from _parts(part, kinds)
+            yield from parts_of(part, kinds)
             if expr[0] == "*" and 1 < place < len(expr) - 1:
                 lead: Expr = ["*", *expr[1 : place + 1]]
                 yield lead, "heads" if _label(expr[1], kinds) == "heads" else "width"
@@ -93,14 +95,14 @@ def new_values(name: str, old: int, sizes: Sizes) -> list[int]:
         >>> new_values("h", 8, {8: {"heads": {4}}})
         [8, 4]
     """
-    if _OTHER.search(name) or old not in sizes:
+    if OTHER.search(name) or old not in sizes:
         return [old]
     labels = sizes[old]
-    if _HEADS.search(name):
+    if HEADS.search(name):
         return sorted(labels.get("heads", {old}))[:1] if len(labels.get("heads", ())) <= 1 else [old]
     if "head" in name and "all_head" not in name:
         return [old]  # head_dim, attention_head_size: the size of a head never changes
-    order = ["hidden", "whole", "width"] if _HIDDEN.search(name) else ["whole", "width", "hidden"]
+    order = ["hidden", "whole", "width"] if HIDDEN.search(name) else ["whole", "width", "hidden"]
     values = [new for label in order for new in sorted(labels.get(label, ()))]
     if "heads" in labels:
         values += [
@@ -111,7 +113,9 @@ def new_values(name: str, old: int, sizes: Sizes) -> list[int]:
 
 
 def widths_of(fields: Mapping[str, object]) -> dict[str, Field]:
-    """The fields of a configuration that may say a width: whole numbers above one, lists of them, and None.
+    """The fields of a configuration that may say a width: whole numbers above one, lists of them, ratios, and None.
+
+    A configuration inside another one (`text_config`) gives its fields with its name before them.
 
     Example:
         >>> widths_of({"hidden_sizes": (32, 64), "n_inner": None, "layer_norm_eps": 1e-5, "use_cache": True})
@@ -121,14 +125,16 @@ def widths_of(fields: Mapping[str, object]) -> dict[str, Field]:
     for name, value in fields.items():
         if name.startswith("_"):
             continue
-        if value is None or (type(value) is int and value > 1):
+        if value is None or (type(value) is int and value > 1) or (isinstance(value, float) and RATIOS.search(name)):
             out[name] = value
         elif isinstance(value, (list, tuple)) and value and all(type(v) is int for v in value):
             out[name] = list(value)
+        elif hasattr(value, "to_dict") and hasattr(value, "__dict__"):
+            out.update({f"{name}.{inner}": v for inner, v in widths_of(vars(value)).items()})
     return out
 
 
-def rewritten(config: object, changes: Mapping[str, tuple[Field, Field]]) -> dict[str, object]:
+def rewritten(config: object, changes: Mapping[str, tuple[Field, Field]]) -> list[tuple[object, str, object]]:
     """The fields that a plan rewrites, in the types the configuration holds them in; fields that differ are left out.
 
     Args:
@@ -136,15 +142,22 @@ def rewritten(config: object, changes: Mapping[str, tuple[Field, Field]]) -> dic
         changes: field -> (before, after), as a plan says them.
 
     Returns:
-        Field -> new value.
+        (the configuration, or the one inside it, that holds the field; the attribute; the new value) of each.
     """
-    out: dict[str, object] = {}
-    for name, (old, new) in changes.items():
-        held = getattr(config, name, ...)
+    out: list[tuple[object, str, object]] = []
+    for path, (old, new) in changes.items():
+        *inside, name = path.split(".")
+        owner = config
+        for part in inside:
+            owner = getattr(owner, part, None)
+        # A field that is not there says as little as one that is None.
+        held = getattr(owner, name, None)
+        if owner is None:
+            continue
         if isinstance(held, (list, tuple)) and isinstance(new, list) and list(held) == old:
-            out[name] = type(held)(new)
+            out.append((owner, name, type(held)(new)))
         elif held == old:
-            out[name] = new
+            out.append((owner, name, new))
     return out
 
 
@@ -176,10 +189,10 @@ def config_changes(
         new: Field = old
         if isinstance(old, int):
             new = _new_field(name, old, by_kind, whole)
-        elif isinstance(old, list) and _WIDTHS.search(name):
+        elif isinstance(old, list) and WIDTHS.search(name):
             new = [_new_field(name, width, by_kind, whole) for width in old]
         elif old is None and name in _FOUR_TIMES:
-            hidden = next((v for f, v in fields.items() if isinstance(v, int) and _HIDDEN.search(f)), 0)
+            hidden = next((v for f, v in fields.items() if isinstance(v, int) and HIDDEN.search(f)), 0)
             inner = _new_field(name, 4 * hidden, by_kind, whole)
             new = inner if inner != 4 * hidden else None
         if new != old:
@@ -189,14 +202,14 @@ def config_changes(
 
 def _new_field(name: str, old: int, by_kind: Mapping[str, Mapping[int, set[int]]], whole: set[int]) -> int:
     """The one size that the layers of this old size now have, or the old one."""
-    if _OTHER.search(name.replace("max_position", "max")):
+    if OTHER.search(name.replace("max_position", "max")):
         return old
     width = set() if old in whole else by_kind["width"].get(old, set())
-    if _HEADS.search(name):
+    if HEADS.search(name):
         news = by_kind["heads"].get(old, set())
     elif "head" in name:
         return old
-    elif _HIDDEN.search(name):
+    elif HIDDEN.search(name):
         news = by_kind["hidden"].get(old, set()) or width
     else:
         news = width

@@ -78,6 +78,11 @@ class PruneFramework(Protocol):
         """Fields of the model's configuration that may say a width (`widths_of`); empty without one."""
 
     @abstractmethod
+    def configured(self, changes: Mapping[str, Field]) -> dict[str, tuple[int, ...]] | None:
+        """Shapes of the model that the configuration builds with other values in some fields, by every path; None where
+        it builds none, empty where a framework has no such configurations."""
+
+    @abstractmethod
     def config_mismatch(self) -> str | None:
         """Where a model built afresh from the configuration differs from this one: "" nowhere, None without one."""
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from slimkit.core.log import logger
 from slimkit.core.prune.dims import Dim, find, leaves
 from slimkit.core.prune.graph import Node
+from slimkit.core.prune.levers import Lever
 from slimkit.core.prune.rehearsal import Contradiction
 from slimkit.core.prune.solve import WRITTEN, Coupling, View
 
@@ -198,6 +199,12 @@ class Narrowing:
 def alike(view: View) -> list[tuple[int, str, int]]:
     """A label for each variable, the same for those of repeated blocks."""
     return [(v.size, v.kind, len(v.places)) for v in view.variables]
+
+
+def alike_levers(view: View, levers: Iterable[Lever]) -> list[tuple[int, int, tuple[int, str, int]]]:
+    """The same for levers."""
+    labels = dict(zip(view.counts, alike(view)))
+    return [(x.size, len(x.members), labels[x.name]) for x in levers]
 
 
 def to_blame(names: list[str], works: Works, budget: int = 8) -> set[str]:

@@ -19,15 +19,18 @@ from slimkit.core.prune.criteria import CRITERIA, Criterion, Evidence
 from slimkit.core.prune.draw import picture
 from slimkit.core.prune.elimination import LayerSignal
 from slimkit.core.prune.expressions import Index
+from slimkit.core.prune.forms import CutForm, parallel_steps
 from slimkit.core.prune.framework import PruneFramework
 from slimkit.core.prune.importance import best, scores
 from slimkit.core.prune.knapsack import measured
+from slimkit.core.prune.levers import Lever, joined_losses, joined_scores, lever_matrix
 from slimkit.core.prune.masks import desc_of_masks, is_masks
-from slimkit.core.prune.narrowing import Narrowing, alike
+from slimkit.core.prune.narrowing import Narrowing, alike_levers
 from slimkit.core.prune.output import output_losses
 from slimkit.core.prune.plan import PrunePlan, make_desc
 from slimkit.core.prune.record import record_plan, whole_desc
 from slimkit.core.prune.reporting import allocated, coupled
+from slimkit.core.prune.serving import serves
 from slimkit.core.prune.settings import PrunerSettings
 from slimkit.core.prune.solve import Coupling, Variable, View
 from slimkit.core.showing import Report
@@ -61,6 +64,9 @@ class PrunerBase(PrunerSettings):
         self._weights_seen: Any = None
         self._report: dict[str, Any] = {}
         self._was_cut = False
+        self._cut_form: CutForm | None = None
+        self._levers: list[Lever] = []
+        self._steps: dict[str, int] = {}
 
     def set_examples(self, inputs: Sequence[Any]) -> Self:
         """Trace further examples, so that what only they read is coupled as well: optional arguments, labels, lengths.
@@ -82,7 +88,7 @@ class PrunerBase(PrunerSettings):
         if not inputs:
             check.wrong_value("inputs", "a list of at least one example", inputs)
         self._wing.show(inputs)
-        self._narrowing, self._scored, self._report = None, None, {}
+        self._narrowing, self._scored, self._report, self._cut_form = None, None, {}, None
         return self
 
     @property
@@ -98,7 +104,8 @@ class PrunerBase(PrunerSettings):
         Args:
             reserved_ratio: share of the parameters (or multiplications) to keep, in (0, 1].
             un_prune_list: layers whose outputs stay whole: numbers (Conv and Linear layers in the order they run,
-                negatives from the end) or names; [0, -1] unless given.
+                negatives from the end) or names; [0, -1] unless given, and none in the form "config", whose numbers
+                speak of all layers. The model's inputs and outputs stay whole in any case.
 
         Returns:
             (parameters left, exactly; the plan as plain data for `prune_by_desc`).
@@ -110,8 +117,9 @@ class PrunerBase(PrunerSettings):
         check.ratio(reserved_ratio, "reserved_ratio", one=True)
         narrowing = self._begun()
         narrowing.begin()
+        form = self._form_begun()
         if un_prune_list is None:
-            un_prune_list = [0, -1] if narrowing.coupling.graph.layers else []
+            un_prune_list = [0, -1] if narrowing.coupling.graph.layers and form.name == "any" else []
         whole = self._layers(un_prune_list)
         self._forget_old_scores()
         # Each round ties or pins something, or tries another of a few numbers; after many, the rest is not worth it.
@@ -119,12 +127,13 @@ class PrunerBase(PrunerSettings):
             view = narrowing.coupling.view(whole)
             allocation, account = self._allocate(view, reserved_ratio)
             desc = self._describe(view, allocation, reserved_ratio, whole)
-            if self._rehearse(view, desc):
+            if not form.contradicts(view, PrunePlan(desc)) and self._rehearse(view, desc):
                 break
             if rounds == _ROUNDS:
                 narrowing.keep_everything(f"its code contradicted {rounds} plans")
         left = Account(view).count(np.array([allocation.keep[n] for n in view.counts], dtype=np.int64))
         self._report = allocated(view, allocation, account, left, reserved_ratio, self._budget)
+        self._report["form"] = {"name": form.name, "because": form.because}
         desc["made"]["left_params"] = left
         return left, Report("plan", desc)
 
@@ -195,7 +204,9 @@ class PrunerBase(PrunerSettings):
         """What the last analysis or cut found: sizes, what stays whole and why, operators without a rule, notes.
 
         Of a cut model that carries a configuration, `from_config` says whether a model built from it has the cut
-        shapes, so that its own `from_pretrained` loads it: {"loads": bool, "because": the first difference}.
+        shapes, so that its own `from_pretrained` loads it: {"loads": bool, "because": the first difference}. `serves`
+        holds the limits that transformers, vLLM and vLLM-Ascend state against it, each with its source. `form` says
+        which form the cut has, and why a model with a configuration has not the form "config".
         """
         if not self._report:
             self._report = coupled(self._solved().view())
@@ -203,6 +214,8 @@ class PrunerBase(PrunerSettings):
             mismatch = self._wing.config_mismatch()
             if mismatch is not None:
                 self._report["from_config"] = {"loads": not mismatch, "because": mismatch}
+                kind = type(self._wing.model).__name__
+                self._report["serves"] = serves(kind, self._wing.config(), mismatch, self._parallel)
         return Report("pruning", self._report)
 
     def draw(self, path: PathLike | None = None) -> str:
@@ -253,6 +266,11 @@ class PrunerBase(PrunerSettings):
             out.append(layers[item])
         return out
 
+    def _form_begun(self) -> CutForm:
+        if self._cut_form is None or self._cut_form.wanted != self._form:
+            self._cut_form = CutForm(self._form, self._wing, self._solved())
+        return self._cut_form
+
     def _allocate(self, view: View, ratio: float) -> tuple[Allocation, Account]:
         account = Account(view, self._budget)
         full = np.array(list(view.counts.values()), dtype=np.int64)
@@ -265,19 +283,57 @@ class PrunerBase(PrunerSettings):
                 f"loss of a cut. Received: the importance {criterion.name!r}"
             )
         self._made = {"importance": criterion.name, "allocation": allocation}
-        least = self._node_ratio or (_LEAST_MEASURED if allocation == "measured" else _LEAST)
-        self._made["node_reserved_ratio"] = least
+        self._levers = self._form_begun().levers(view)
+        multiples = dict(zip((x.name for x in self._levers), parallel_steps(view, self._levers, self._parallel)))
+        fixed: dict[str, int] = {}
+        while True:
+            # Levers that had to be put elsewhere stay there, and the others make up for it.
+            free = [x for x in self._levers if x.name not in fixed]
+            offsets, matrix = lever_matrix(account.names, view.counts, self._levers, fixed)
+            musts = [multiples[x.name] for x in free]
+            joined = account.joined([x.name for x in free], offsets, matrix, musts)
+            sizes = [x.size // m * m for x, m in zip(free, musts)]
+            found = self._turned(view, joined, free, sizes, target, criterion, allocation)
+            if fixed:
+                break
+            steps = joined.steps(self._alignment, np.array(sizes, dtype=np.int64)).tolist()
+            fixed = self._form_begun().settled(self._levers, found.keep, dict(zip(joined.names, steps)))
+            if not fixed:
+                break
+        self._steps = {**found.keep, **fixed}
+        counts = offsets + matrix @ np.array([found.keep[n] for n in joined.names], dtype=np.int64)
+        held = {v for x in self._levers if x.name in found.held_back for v in x.members}
+        found.keep = dict(zip(account.names, counts.tolist()))
+        found.held_back = [n for n in account.names if n in held]
+        return found, account
+
+    def _turned(
+        self,
+        view: View,
+        account: Account,
+        levers: list[Lever],
+        sizes: list[int],
+        target: float,
+        criterion: Criterion,
+        allocation: str,
+    ) -> Allocation:
+        """Where each lever is to stand, by the scores or losses of what it cuts."""
+        least = _LEAST_MEASURED if allocation == "measured" else _LEAST
+        self._made["node_reserved_ratio"] = self._node_ratio or least
+        least = self._node_ratio or account.floor_for(sizes, least, self._alignment, target)
         limits, level = (target, least, self._alignment), self._begun().level
+        labels = alike_levers(view, levers)
         if allocation == "measured":
-            self._scores = self._score(view, criterion, self._open(view, account, *limits))
-            labels = alike(view) if level else None
-            return measured(account, full.tolist(), *limits, self._losses, labels), account
+            self._scores = self._score(view, criterion, self._open(view, account, levers, sizes, *limits))
+            losses = joined_losses(levers, sizes, self._losses)
+            return measured(account, sizes, *limits, losses, labels if level else None)
         self._scores = self._score(view, criterion, view.variables)
         chunks = None
         if allocation == "global":
             comparable = criterion.comparable
-            chunks = {n: np.sort(s if comparable else s / max(s.mean(), 1e-30)) for n, s in self._scores.items()}
-        return allocate(account, full.tolist(), *limits, chunks, alike(view), level=level), account
+            chunks = {n: s if comparable else s / max(s.mean(), 1e-30) for n, s in self._scores.items()}
+            chunks = {x.name: joined_scores(x, chunks)[x.size - size :] for x, size in zip(levers, sizes)}
+        return allocate(account, sizes, *limits, chunks, labels, level=level)
 
     def _criterion_for(self, view: View) -> Criterion:
         """The criterion that was asked for, or the one that suits the model and what is known of it."""
@@ -293,13 +349,19 @@ class PrunerBase(PrunerSettings):
         return CRITERIA["output"]
 
     @staticmethod
-    def _open(view: View, account: Account, target: float, least: float, alignment: int) -> list[Variable]:
+    def _open(
+        view: View, account: Account, levers: list[Lever], sizes: list[int], target: float, least: float, alignment: int
+    ) -> list[Variable]:
         """The variables that a measured cut may touch: the hidden width only where all else would not do, since every
         layer of the model reads it."""
-        inner = [v for v in view.variables if v.kind != "hidden"]
-        floors = account.floors([v.size for v in view.variables], least, alignment)
-        counts = [v.size if v.kind == "hidden" else int(f) for v, f in zip(view.variables, floors)]
-        return inner if account.count(np.array(counts, dtype=np.int64)) <= target else view.variables
+        hidden = {v.name for v in view.variables if v.kind == "hidden"}
+        stays = [bool(hidden & x.members.keys()) for x in levers]
+        floors = account.floors(sizes, least, alignment)
+        counts = [size if whole else int(f) for size, whole, f in zip(sizes, stays, floors)]
+        if account.count(np.array(counts, dtype=np.int64)) > target:
+            return view.variables
+        inner = {v for x, whole in zip(levers, stays) if not whole for v in x.members}
+        return [v for v in view.variables if v.name in inner]
 
     def _forget_old_scores(self) -> None:
         """Weights may have been trained since the last analysis; what data said of the same weights is kept."""
@@ -356,12 +418,17 @@ class PrunerBase(PrunerSettings):
             for module, numbers in integers.items()
             if (changed := {n: (old, new) for n, old in numbers.items() if (new := chosen[module][n]) != old})
         }
-        config = config_changes(fields, view, allocation.keep, sizes)
+        form = self._form_begun()
+        config = form.fields(view, self._levers, self._steps)
+        if config is None:
+            config = config_changes(fields, view, allocation.keep, sizes)
         made = {
             "framework": self._wing.framework,
             "reserved_ratio": ratio,
             "budget": self._budget,
             **self._made,
+            "form": form.name,
+            "parallel": self._parallel,
             "alignment": self._alignment,
             "un_prune": whole,
         }
@@ -394,11 +461,12 @@ class PrunerBase(PrunerSettings):
         take_back = self._wing.cut(plan, names)
         forget = record_plan(self._wing.model, dict(plan.desc))
         # Everything known about the model was about the uncut one.
-        self._narrowing, self._scored = None, None
+        self._narrowing, self._scored, self._cut_form = None, None, None
         shapes, buffers = self._wing.shapes(), self._wing.buffers()
         left = sum(int(np.prod(s)) for p, s in shapes.items() if p not in buffers)
         self._report = {**self._report, "left_params": left}
-        self._report.pop("from_config", None)
+        for told in ("from_config", "serves"):
+            self._report.pop(told, None)
         self._was_cut = True
 
         def undo() -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from slimkit.core import check
 from slimkit.core.batch import dataset
 from slimkit.core.prune.criteria import CRITERIA, NEEDS, Criterion, OfRows
+from slimkit.core.prune.forms import FORMS
 from slimkit.core.prune.framework import PruneFramework
 from slimkit.core.showing import Shown
 
@@ -33,6 +34,8 @@ class PrunerSettings(Shown):
         self._loss: Callable[..., Any] | None = None
         self._seed = 0
         self._node_ratio: float | None = None
+        self._form: str | None = None
+        self._parallel = 1
         self._alignment = 16
         self._budget = "params"
         self._allocation: str | None = None
@@ -93,8 +96,9 @@ class PrunerSettings(Shown):
         """Set the least share of its channels that each node keeps.
 
         Args:
-            ratio: strictly between 0 and 1. Unset 0.5, since a layer cut further seldom recovers; where the loss of
-                each cut is known (allocation "measured") 0.1.
+            ratio: strictly between 0 and 1, and held to, whatever the ratio asked for. Unset it is 0.5, since a layer
+                cut further seldom recovers, or 0.1 where the loss of each cut is known (allocation "measured"), and
+                gives way where the ratio asked for cannot be reached with it.
 
         Returns:
             This pruner.
@@ -112,6 +116,33 @@ class PrunerSettings(Shown):
             This pruner.
         """
         self._alignment = check.positive(alignment, "alignment")
+        return self
+
+    def set_form(self, form: str) -> Self:
+        """Choose which shapes may come out.
+
+        Args:
+            form: "config": only what the model's Hugging Face configuration can say, so that `from_pretrained` loads
+                the result without slimkit; "any": any shape. Unset: "config" for a model with such a
+                configuration, "any" for others.
+
+        Returns:
+            This pruner.
+        """
+        self._form = check.choice(form, FORMS, "form")
+        return self
+
+    def set_parallel(self, number: int) -> Self:
+        """Keep numbers that so many devices divide among themselves (tensor parallelism).
+
+        Args:
+            number: devices; heads, key and value heads and inner widths keep multiples of it. Fewer key and value heads
+                than devices stay whole, since devices then share them.
+
+        Returns:
+            This pruner.
+        """
+        self._parallel = check.positive(number, "number")
         return self
 
     def set_budget(self, budget: str) -> Self:

@@ -1,0 +1,189 @@
+"""The form of a cut: which shapes may come out, so that something else than slimkit can load the model.
+
+"config": only what the model's own configuration can say, so that its own `from_pretrained` loads it. "any": any
+shape.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from slimkit.core import check
+from slimkit.core.errors import UnsupportedError
+from slimkit.core.log import logger
+from slimkit.core.prune.attributes import HEADS, HIDDEN, Field
+from slimkit.core.prune.configured import Said, ask, levers_said
+from slimkit.core.prune.framework import PruneFramework
+from slimkit.core.prune.levers import Lever, free_levers
+from slimkit.core.prune.plan import PrunePlan
+from slimkit.core.prune.solve import Coupling, View
+
+# form -> what it means, for help and messages
+FORMS = {
+    "config": "only cuts that the model's configuration can say: from_pretrained loads the result",
+    "any": "cuts of any shape: slimkit's own commands and load_pruned load the result",
+}
+
+
+class CutForm:
+    """The form that is asked of one model's cuts.
+
+    Args:
+        wanted: "config", "any", or None for "config" where the model has a configuration that can say
+            something.
+        wing: the framework's side.
+        coupling: the model.
+
+    Attributes:
+        wanted: what was asked for.
+        name: the form in force.
+        because: why it is not the one a model with a configuration has, in one line; "" where it is.
+
+    Raises:
+        UnsupportedError: the configuration can say no cut of this model, and a form that needs one was asked for.
+    """
+
+    def __init__(self, wanted: str | None, wing: PruneFramework, coupling: Coupling) -> None:
+        self.wanted, self._wing, self.because = wanted, wing, ""
+        self._said: Said | None = None
+        self._held: set[str] = set()
+        self.name = wanted or "config"
+        if self.name == "any":
+            return
+        view, fields = coupling.view(), wing.config()
+        found: Said | str = ask(view, fields, wing.configured) if fields else ""
+        if found == "" and wanted is None:
+            self.name = "any"
+            return
+        found = found or "it has no configuration of Hugging Face's"
+        if isinstance(found, Said) and view.variables and not levers_said(view, found):
+            found = f"no field of {type(wing.model).__name__}'s configuration speaks of a width that can be cut"
+        if isinstance(found, Said):
+            self._said = found
+            return
+        self.because = found
+        if wanted is not None:
+            raise UnsupportedError(f"form {wanted!r} is not possible for this model: {found}. Only form 'any' is")
+        logger.warning("only form 'any' is possible, which from_pretrained will not load: %s", found)
+        self.name = "any"
+
+    def levers(self, view: View) -> list[Lever]:
+        """What the allocation may turn."""
+        if self._said is None or self.name != "config":
+            return free_levers(view)
+        return [x for x in levers_said(view, self._said) if not self._held & x.members.keys()]
+
+    def fields(
+        self, view: View, levers: list[Lever], steps: Mapping[str, int]
+    ) -> dict[str, tuple[Field, Field]] | None:
+        """Fields of the configuration to rewrite, as (before, after); None in a form that promises nothing of them."""
+        if self._said is None or self.name != "config":
+            return None
+        return self._said.changes(view, levers, steps)
+
+    def settled(self, levers: Sequence[Lever], steps: Mapping[str, int], least: Mapping[str, int]) -> dict[str, int]:
+        """Levers that must stand elsewhere, with those they must fit: a hidden size that its number of heads divides
+        today is divided by it afterwards, as configurations are checked for.
+
+        Args:
+            levers: what was turned.
+            steps: where each stands.
+            least: the smallest step of each.
+
+        Returns:
+            Lever -> where it is to stand; empty where all is well.
+        """
+        if self._said is None or self.name != "config":
+            return {}
+        numbers, by_field = self._said.numbers, {name: x for x in levers for name in x.says}
+        fixed: dict[str, int] = {}
+
+        def after(name: str, stands: int | None = None) -> int:
+            lever = by_field.get(name)
+            if lever is None:
+                return numbers[name]
+            gone = lever.size - (steps[lever.name] if stands is None else stands)
+            return numbers[name] - int(lever.says[name] * gone)
+
+        for hidden in [n for n in numbers if HIDDEN.search(n.rpartition(".")[2]) and n in by_field]:
+            lever, inside = by_field[hidden], hidden.rpartition(".")[0]
+            heads = [
+                n for n in numbers
+                if HEADS.search(n.rpartition(".")[2]) and n.rpartition(".")[0] == inside
+                and numbers[hidden] % numbers[n] == 0 and n not in lever.says
+            ]  # fmt: skip
+            common = math.lcm(1, *map(after, heads))
+            if after(hidden) % common == 0:
+                continue
+            places = range(least[lever.name], lever.size + 1, least[lever.name])
+            fits = [k for k in places if after(hidden, k) % common == 0]
+            others = {by_field[n].name: by_field[n] for n in heads if n in by_field}
+            if fits:
+                fixed[lever.name] = min(fits, key=lambda k: abs(k - steps[lever.name]))
+                fixed.update({name: steps[name] for name in others})
+            else:
+                fixed.update({x.name: x.size for x in (lever, *others.values())})
+        return fixed
+
+    def contradicts(self, view: View, plan: PrunePlan) -> bool:
+        """Whether the configuration, rewritten, builds other shapes than the plan leaves; what it then cannot say stays
+        whole from now on."""
+        if self._said is None or self.name != "config" or not plan.keep:
+            return False
+        built = self._wing.configured({name: new for name, (_, new) in plan.config.items()})
+        levers, moved = self.levers(view), set(plan.keep)
+        fields: set[str] = set()
+        for path, shape in {**plan.shapes, **plan.sizes()}.items():
+            for axis, (here, there) in enumerate(zip(shape, (built or {}).get(path, ()))):
+                if here != there:
+                    logger.debug("%s:%d is %d, the configuration says %d", path, axis, here, there)
+                    fields |= self._said.speakers((path, axis))
+        if built is not None and not fields:
+            return False
+        held = {v for x in levers if fields & x.says.keys() for v in x.members} & moved
+        # Where nothing tells which of them is to blame, nothing that moved can be said.
+        self._held |= held or moved
+        return True
+
+
+def parallel_steps(view: View, levers: Sequence[Lever], number: int) -> list[int]:
+    """The multiples of each lever's steps that so many devices divide among themselves.
+
+    Heads, key and value heads and inner widths divide; the hidden width is held by every device. Where there are fewer
+    key and value heads than devices, each is held by several, and none of them is cut.
+
+    Args:
+        view: the coupling.
+        levers: what may be turned.
+        number: devices.
+
+    Returns:
+        One number a lever.
+
+    Raises:
+        ArgumentError: a width holds fewer indices than devices; the layers are named.
+    """
+    known = {v.name: v for v in view.variables}
+    out = []
+    for lever in levers:
+        step = 1
+        for name, each in lever.members.items():
+            variable = known[name]
+            if number == 1 or variable.kind == "hidden":
+                continue
+            if variable.kind == "heads" and variable.size < number and number % variable.size == 0:
+                step = lever.size
+            elif variable.size < number:
+                what = "heads" if variable.kind == "heads" else "channels"
+                check.wrong_value(
+                    "parallel", f"at most {variable.size}: {', '.join(variable.layers[:3])} has no more {what}", number
+                )
+            else:
+                step = math.lcm(step, number // math.gcd(number, each))
+        if step > lever.size:
+            check.wrong_value(
+                "parallel", f"a number that divides what {', '.join(known[lever.name].layers[:3])} is tied to", number
+            )
+        out.append(step)
+    return out
