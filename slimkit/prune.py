@@ -124,7 +124,8 @@ class TorchPrune:
                 *inside, leaf = name.split(".")
                 owner = functools.reduce(getattr, inside, config)
                 held = getattr(owner, leaf, None)
-                setattr(owner, leaf, type(held)(value) if isinstance(held, (list, tuple)) else value)
+                plain: Any = value
+                setattr(owner, leaf, type(held)(plain) if isinstance(held, (list, tuple)) else plain)
             built = _built(self.model, config)
         except Exception as error:  # noqa: BLE001  (whatever the model's code raises is a finding)
             logger.debug("no model of %s: %s: %s", changes, type(error).__name__, error)
@@ -269,7 +270,7 @@ def _follow(model: nn.Module, undo: Callable[[], None]) -> Callable[[], None]:
         for path, module in model.named_modules():
             fresh = built.get(path)
             for name, value in {**vars(module), **module._buffers}.items() if fresh is not None else ():
-                new = getattr(fresh, name, None)
+                new: Any = getattr(fresh, name, None)
                 plain = isinstance(value, float) or (isinstance(value, torch.Tensor) and value.dim() == 0)
                 if plain and _DERIVED.search(name) and type(new) is type(value) and new != value:
                     changes.set(module, name, new.to(value) if isinstance(value, torch.Tensor) else new)

@@ -109,7 +109,7 @@ def _back(output: Any, batch: Any, sums: SignalSums) -> None:
     """Send back what makes the slopes' squares the second derivative of the loss."""
     logits = getattr(output, "logits", None)
     is_logits = isinstance(logits, torch.Tensor) and logits.shape[-1] > 1
-    answer = logits if is_logits else output
+    answer: Any = logits if is_logits else output
     while not isinstance(answer, torch.Tensor):
         answer = next(iter(answer.values() if isinstance(answer, Mapping) else answer))
     valid = valid_rows(batch, answer)

@@ -65,9 +65,10 @@ def lesson(
     language = "logits" in outputs and outputs["logits"].ndim == 3
     read = _to_imitate(reader, rows, language, face)
     seen = read.spread(max(1, MEASURED // reader.max_length), options.batch_size)
+    sizes: dict[str, Any] = dict(cut.sizes)
     with face.seeded(seed):
         student, report = students.make_student(
-            teacher.model, selection=cut.selection, layer_map=cut.layer_map, calibration=seen, **dict(cut.sizes)
+            teacher.model, selection=cut.selection, layer_map=cut.layer_map, calibration=seen, **sizes
         )
     layers = report["layers"]
     config = _comparison(teacher.model, student, layers, outputs, "attention_mask" in read.first(1), options)

@@ -82,7 +82,7 @@ class ChainInputs:
 
     def _began(self, path: str, args: Any, kwargs: Any, outputs: Mapping[str, Any], states: Mapping[str, Any]) -> None:
         place = self._blocks.index(path)
-        x = args[0] if args else next(iter(kwargs.values()), None)
+        x: Any = args[0] if args else next(iter(kwargs.values()), None)
         before = outputs.get(self._blocks[place - 1]) if place else x
         # Hooks may be handed another object for the same tensor, so its values decide.
         same = isinstance(x, ms.Tensor) and before is not None and before.shape == x.shape and bool((before == x).all())
