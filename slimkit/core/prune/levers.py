@@ -55,9 +55,17 @@ def joined_scores(lever: Lever, scores: Mapping[str, Array]) -> Array:
 
 
 def joined_losses(levers: Sequence[Lever], sizes: Sequence[int], losses: Mapping[str, Array]) -> dict[str, Array]:
-    """The loss at which each step of a lever goes: the sum over what goes with it; none where a member's is unknown."""
+    """The loss taken when each step of a lever has gone: the sum over its members; none where a member's is unknown.
+
+    Example:
+        >>> lever = Lever("a", 2, {"a": 2, "b": 1})
+        >>> losses = {"a": np.array([1.0, 2.0, 4.0, 8.0]), "b": np.array([10.0, 20.0])}
+        >>> joined_losses([lever], [2], losses)["a"].tolist()
+        [12.0, 28.0]
+    """
+    # A loss counts everything gone before it too, so that of a step is its last index's. Steps beyond `size` go always.
     return {
-        x.name: np.sum([np.sort(losses[n]).reshape(x.size, -1).sum(axis=1) for n in x.members], axis=0)[x.size - size :]
+        x.name: np.sum([np.sort(losses[n]).reshape(x.size, -1)[:, -1] for n in x.members], axis=0)[x.size - size :]
         for x, size in zip(levers, sizes)
         if all(n in losses for n in x.members)
     }
