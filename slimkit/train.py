@@ -106,7 +106,7 @@ class Trainer(TrainerLoop):
 
     def _prepare(self, options: UpdateOptions) -> None:
         run = self.accelerator
-        if path := _sharded_parameter(self.model):
+        if path := self._sharded():
             raise UnsupportedError(
                 f"model must hold whole parameters, which the trainer shares out itself. {path} is sharded: hand over "
                 f"the plain model, or train it by a loop of your own."
@@ -266,13 +266,8 @@ class Trainer(TrainerLoop):
         means = {name: float(total / sums[-1]) for name, total in zip(names, sums)}
         return {**means, "loss": float(tokens[0] / tokens[1])}
 
-    def refuse_parts(self) -> None:
-        path = _sharded_parameter(self.model)
-        if path:
-            raise UnsupportedError(
-                f"a checkpoint of a run holds whole parameters. {path} is sharded: save with "
-                f"torch.distributed.checkpoint, and a delta with save_delta, which gathers."
-            )
+    def _sharded(self) -> str:
+        return next((n for n, p in self.model.named_parameters() if hasattr(p, "full_tensor")), "")
 
     def _save_state(self, folder: Path) -> dict[str, Any]:
         from safetensors.torch import save
@@ -405,11 +400,6 @@ def _count(batch: Any) -> int:
         if isinstance(value, (Mapping, tuple, list)):
             return _count(value)
     return 1
-
-
-def _sharded_parameter(model: torch.nn.Module) -> str:
-    """Path of a parameter that several processes hold parts of; "" for none."""
-    return next((n for n, p in model.named_parameters() if hasattr(p, "full_tensor")), "")
 
 
 def _state_of(scheduler: Any) -> dict[str, Any]:

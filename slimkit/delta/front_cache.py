@@ -28,7 +28,7 @@ class _Fronted:
 
 
 @functools.cache
-def _class_of(kind: type) -> type:
+def _class_of(kind: Any) -> type:
     return type(f"Fronted{kind.__name__}", (_Fronted, kind), {"__module__": __name__})
 
 
@@ -43,7 +43,8 @@ def hide_front(cache: Any, tokens: int) -> None:
     if cache is None:
         return
     if not isinstance(cache, _Fronted):
-        cache.__class__ = _class_of(type(cache))
+        kind: Any = type(cache)
+        cache.__class__ = _class_of(kind)
     cache.front_tokens, cache.front_shows = tokens, False
 
 

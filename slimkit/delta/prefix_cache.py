@@ -226,7 +226,8 @@ def put_cached(
     for path, (place, seen) in layers.items():
         module: Any = bridge.get_module(model, path)
         device = next(module.parameters()).device
-        module.__class__ = _cached_class(type(module))
+        kind: Any = type(module)
+        module.__class__ = _cached_class(kind)
         setattr(module, ROWS, made[path].to(device).train(module.training))
         module.prefix_heads, module.prefix_tokens, module.prefix_place = seen.heads, plan.prefix_token_num, place
         module.__dict__["_decoder"] = (decoder,)

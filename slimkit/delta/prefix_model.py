@@ -245,14 +245,15 @@ def _in_cache(
 
 def _prefixed_class(path: str, module: nn.Module) -> type:
     """The class of an attention module with a prefix, whichever way its attention is written."""
-    made, unfit = _class_of(type(module))
+    kind: Any = type(module)
+    made, unfit = _class_of(kind)
     if unfit:
         logger.warning("%s: its own softmax takes no prefix (%s); its fused attention does", path, unfit)
     return made
 
 
 @functools.cache
-def _class_of(kind: type) -> tuple[type, str]:
+def _class_of(kind: Any) -> tuple[type, str]:
     """The class with a prefix of attention modules of a class, and what of theirs takes none."""
     module = _empty(kind)
     bases: tuple[type, ...] = (prefixed_multihead(module, Prefixed) or Prefixed, kind)

@@ -1,4 +1,4 @@
-"""What stands in front of a text in the library's cache: turns, rollbacks, holders, pickles, kernels that pass it by."""
+"""What stands in front of a text in the library's cache: turns, rollbacks, holders, pickles, other kernels."""
 
 import io
 

@@ -55,8 +55,18 @@ class Resumable(ABC):
     def _load_model(self, folder: Path, state: dict[str, Any]) -> None:
         """Take back the model's weights alone."""
 
+    def _sharded(self) -> str:
+        """Path of a parameter that several processes hold parts of; "" for none."""
+        return ""
+
     def refuse_parts(self) -> None:
-        """Raise UnsupportedError where processes hold parts of the parameters: a checkpoint of a run holds whole ones."""
+        """Raise UnsupportedError where processes hold parts of parameters: a checkpoint of a run holds whole ones."""
+        path = self._sharded()
+        if path:
+            raise UnsupportedError(
+                f"a checkpoint of a run holds whole parameters. {path} is sharded: save with "
+                f"torch.distributed.checkpoint, and a delta with save_delta, which gathers."
+            )
 
     def save_checkpoint(self, directory: str | Path) -> Path:
         """Write everything that `train(resume_from=...)` needs: weights, optimizer, scheduler, random state, history.
