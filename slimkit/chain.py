@@ -61,7 +61,9 @@ class BlockChain:
 
         def passing(number: int) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
-                x = hidden if number == block - 1 else hidden_of((*args, *kwargs.values()))
+                x = hidden_of((*args, *kwargs.values()))
+                if number == block - 1 and hidden is not None:
+                    x = hidden.clone()  # a block may add to what it is given, in place, and will be run again
                 return (x,) if self._wraps else x
 
             return forward

@@ -13,7 +13,7 @@ from slimkit.chain import BlockChain, find_blocks
 from slimkit.core.prune.plan import PrunePlan
 from slimkit.core.prune.refit import RepairStage, repair
 from slimkit.replay import replaying
-from slimkit.signals import input_rows, output_rows, unsuited, valid_rows
+from slimkit.signals import input_rows, output_rows, padding_of, real_rows, unsuited
 
 import torch
 from torch import nn
@@ -138,7 +138,7 @@ class ChainPair:
         self.chains = BlockChain(dense, blocks), BlockChain(pruned, blocks)
         self.hidden: list[list[torch.Tensor | None]] = [[None] * len(data), [None] * len(data)]
         self._done = 0
-        self._joins: bool | None = None
+        self._joins: dict[str, bool] = {}
 
     def stage(self, number: int, layers: Sequence[str]) -> BlockPair:
         """A block, once the one before it is done with."""
@@ -153,8 +153,8 @@ class ChainPair:
             self.hidden[which][index] = self.chains[which].run(batch, number, self.hidden[which][index])
 
     def joins(self, number: int, path: str) -> bool:
-        """Whether a layer's output is added to what else leaves its block, found out on the first block that asks."""
-        if self._joins is None:
+        """Whether a layer's output is added to what else leaves its block."""
+        if path not in self._joins:
             layer, batch, hidden = bridge.get_module(self.pruned, path), self.data[0], self.hidden[1][0]
             calm = self.chains[1].run(batch, number, hidden)
             assert calm is not None
@@ -167,8 +167,8 @@ class ChainPair:
             finally:
                 hook.remove()
             assert moved is not None
-            self._joins = bool((moved - calm - noise).norm() < _SAME * noise.norm())
-        return self._joins
+            self._joins[path] = bool((moved - calm - noise).norm() < _SAME * noise.norm())
+        return self._joins[path]
 
 
 class BlockPair:
@@ -207,7 +207,9 @@ class BlockPair:
             before = pair.hidden[0][index]
             # Not where the stream itself was cut: its lost features are wanted nowhere.
             if left is not None and before is not None and left.shape == before.shape and len(own.get(path, [])) == 1:
-                wanted = [_rows_of(batch, before) - _rows_of(batch, left) + own[path][0]]
+                padding = padding_of(pair.pruned, batch)
+                lost, now = (_rows_of(real_rows(padding, path, x)) for x in (before, left))
+                wanted = [lost - now + own[path][0]]
             yield from zip(seen.get(path, []), wanted)
 
 
@@ -222,7 +224,7 @@ class _watching:
 
     def __init__(self, model: nn.Module, paths: Sequence[str], batch: Any, given: bool) -> None:
         self._modules: Mapping[str, nn.Module] = {p: bridge.get_module(model, p) for p in paths}
-        self._batch, self._given = batch, given
+        self._padding, self._given = padding_of(model, batch), given
         self._seen: dict[str, list[Array]] = {}
         self._hooks = bridge.hooked(self._modules, self._note)
 
@@ -236,18 +238,16 @@ class _watching:
     def _note(self, path: str, args: Any, kwargs: Any, output: torch.Tensor) -> None:
         module = self._modules[path]
         x = (args[0] if args else kwargs["input"]) if self._given else output
-        valid = valid_rows(self._batch, x)
-        x = (x if valid is None else x[valid]).detach()
+        x = real_rows(self._padding, path, x).detach()
         rows = (input_rows if self._given else output_rows)(module, x)
         # A copy: what follows, such as an activation, may work in the memory of it.
         rows = rows if rows.dtype == torch.float64 else rows.float()
         self._seen.setdefault(path, []).append(np.array(rows.cpu().numpy()))
 
 
-def _rows_of(batch: Any, hidden: torch.Tensor) -> Array:
-    """Hidden states without those of padding, (n, width)."""
-    valid = valid_rows(batch, hidden)
-    rows = (hidden if valid is None else hidden[valid]).reshape(-1, hidden.shape[-1])
+def _rows_of(hidden: torch.Tensor) -> Array:
+    """Hidden states as an array (n, width)."""
+    rows = hidden.reshape(-1, hidden.shape[-1])
     found: Array = (rows if rows.dtype == torch.float64 else rows.float()).cpu().numpy()
     return found
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from slimkit import bridge, kinds
 from slimkit.core.batch import without_labels
+from slimkit.core.padding import Padding
 from slimkit.core.prune.elimination import LayerSignal
 from slimkit.core.prune.signals import SignalSums, sent_back
 from slimkit.replay import replaying
@@ -16,12 +17,20 @@ import torch.nn.functional as F
 from torch import nn
 
 
-def valid_rows(batch: Any, x: torch.Tensor) -> torch.Tensor | None:
-    """Which rows (batch, position) of a tensor are no padding, where the batch has a mask of that shape."""
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    if not isinstance(mask, torch.Tensor) or mask.ndim != 2 or x.ndim < 3 or x.shape[:2] != mask.shape:
-        return None
-    return mask.bool().to(x.device)
+def padding_of(model: nn.Module, batch: Any) -> Padding:
+    """The masks of a batch."""
+
+    def to_array(value: Any) -> Any:
+        return value.detach().cpu().numpy() if isinstance(value, torch.Tensor) and value.ndim == 2 else None
+
+    two_sided = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+    return Padding(batch, model.forward, to_array, two_sided)
+
+
+def real_rows(padding: Padding, path: str, x: torch.Tensor) -> torch.Tensor:
+    """A tensor that a layer is given or says, or a model answers, without its rows of padding."""
+    real = padding.real(path, tuple(x.shape))
+    return x if real is None else x[torch.from_numpy(real).to(x.device)]
 
 
 def input_rows(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -67,17 +76,16 @@ def layer_signals(
     modules = {p: m for p in layers if unsuited(m := bridge.get_module(model, p)) is None}
     sums = SignalSums(seed)
     needed = [(p, p.requires_grad) for p in model.parameters()]
-    batch: Any = None
+    padding: Padding
 
     def seen(path: str, args: Any, kwargs: Any, output: torch.Tensor) -> torch.Tensor:
         module = modules[path]
         x = (args[0] if args else kwargs["input"]).detach()
-        valid = valid_rows(batch, x)
-        rows = input_rows(module, x if valid is None else x[valid]).float()
+        rows = input_rows(module, real_rows(padding, path, x)).float()
         sums.given(path, (rows.T @ rows).double().cpu().numpy(), len(rows))
 
         def back(slope: torch.Tensor) -> None:
-            slopes = output_rows(module, slope if valid is None else slope[valid])
+            slopes = output_rows(module, real_rows(padding, path, slope))
             sums.sloped(path, slopes.float().square().sum(0).double().cpu().numpy())
 
         if not output.requires_grad:
@@ -91,6 +99,7 @@ def layer_signals(
             parameter.requires_grad_(False)
         with replaying(model) as run, bridge.hooked(modules, seen):
             for batch in data:
+                padding = padding_of(model, batch)
                 with torch.enable_grad():
                     output = run(batch if loss is None else without_labels(batch, model.forward))
                     if loss is not None:
@@ -98,22 +107,21 @@ def layer_signals(
                         loss(output, placed).backward()
                         sums.answered(1)
                     else:
-                        _back(output, batch, sums)
+                        _back(output, padding, sums)
     finally:
         for parameter, before in needed:
             parameter.requires_grad_(before)
     return sums.means()
 
 
-def _back(output: Any, batch: Any, sums: SignalSums) -> None:
+def _back(output: Any, padding: Padding, sums: SignalSums) -> None:
     """Send back what makes the slopes' squares the second derivative of the loss."""
     logits = getattr(output, "logits", None)
     is_logits = isinstance(logits, torch.Tensor) and logits.shape[-1] > 1
     answer: Any = logits if is_logits else output
     while not isinstance(answer, torch.Tensor):
         answer = next(iter(answer.values() if isinstance(answer, Mapping) else answer))
-    valid = valid_rows(batch, answer)
-    rows = (answer if valid is None else answer[valid]).reshape(-1, answer.shape[-1])
+    rows = real_rows(padding, "", answer).reshape(-1, answer.shape[-1])
     shares = rows.detach().float().cpu().numpy() if is_logits else None
     rows.backward(torch.from_numpy(sent_back(sums.random, shares, tuple(rows.shape))).to(rows))
     sums.answered(len(rows))

@@ -106,6 +106,11 @@ class Trainer(TrainerLoop):
 
     def _prepare(self, options: UpdateOptions) -> None:
         run = self.accelerator
+        if path := self._sharded():
+            raise UnsupportedError(
+                f"model must hold whole parameters, which the trainer shares out itself. {path} is sharded: hand over "
+                f"the plain model, or train it by a loop of your own."
+            )
         if self.optimizer is None or inspect.isclass(self.optimizer) or not hasattr(self.optimizer, "step"):
             wanted = [p for p in self.model.parameters() if p.requires_grad]
             if not wanted:
@@ -260,6 +265,9 @@ class Trainer(TrainerLoop):
             check.wrong_value("dataset", "a data set with at least one batch", batches)
         means = {name: float(total / sums[-1]) for name, total in zip(names, sums)}
         return {**means, "loss": float(tokens[0] / tokens[1])}
+
+    def _sharded(self) -> str:
+        return next((n for n, p in self.model.named_parameters() if hasattr(p, "full_tensor")), "")
 
     def _save_state(self, folder: Path) -> dict[str, Any]:
         from safetensors.torch import save

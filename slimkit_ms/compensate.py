@@ -11,7 +11,7 @@ from slimkit.core.prune.plan import PrunePlan
 from slimkit.core.prune.refit import RepairStage, repair
 from slimkit_ms import bridge, kinds
 from slimkit_ms.replay import replaying
-from slimkit_ms.signals import input_rows, output_rows, unsuited
+from slimkit_ms.signals import input_rows, output_rows, padding_of, real_rows, unsuited
 
 import mindspore as ms
 from mindspore import nn
@@ -93,7 +93,9 @@ class WholePair:
     def calls(self, path: str) -> Iterator[tuple[Array, Array]]:
         cell = bridge.get_module(self._pruned, path)
         for batch in self._data:
+            padding = padding_of(self._pruned, batch)
             for (_, wanted), (given, _) in zip(_seen(self._dense, path, batch), _seen(self._pruned, path, batch)):
+                given, wanted = (real_rows(padding, path, x) for x in (given, wanted))
                 yield input_rows(cell, given), output_rows(cell, wanted)
 
 

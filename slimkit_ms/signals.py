@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from slimkit.core.batch import without_labels
+from slimkit.core.padding import Padding
 from slimkit.core.prune.elimination import LayerSignal
 from slimkit.core.prune.signals import SignalSums, sent_back
 from slimkit_ms import bridge, kinds
@@ -51,13 +52,21 @@ def output_rows(cell: nn.Cell, y: Array) -> Array:
     return y.reshape(-1, y.shape[-1])
 
 
-def valid_rows(batch: Any, x: Array) -> Array:
-    """A tensor (batch, position, ...) without its rows of padding, where the batch has a mask of that shape."""
-    mask = bridge.tensors(batch.get("attention_mask")) if isinstance(batch, Mapping) else None
-    if not isinstance(mask, ms.Tensor) or mask.ndim != 2 or x.ndim < 3 or x.shape[:2] != tuple(mask.shape):
-        return x
-    found: Array = x[bridge.as_numpy(mask) != 0]
-    return found
+def padding_of(model: nn.Cell, batch: Any) -> Padding:
+    """The masks of a batch."""
+
+    def to_array(value: Any) -> Any:
+        tensor = bridge.tensors(value)
+        return bridge.as_numpy(tensor) if isinstance(tensor, ms.Tensor) and tensor.ndim == 2 else None
+
+    two_sided = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+    return Padding(batch, model.construct, to_array, two_sided)
+
+
+def real_rows(padding: Padding, path: str, x: Array) -> Array:
+    """An array that a layer is given or says, or a cell answers, without its rows of padding."""
+    real = padding.real(path, x.shape)
+    return x if real is None else x[real]
 
 
 def layer_signals(
@@ -79,21 +88,22 @@ def layer_signals(
     cells = {p: c for p in layers if unsuited(c := bridge.get_module(model, p)) is None}
     sums = SignalSums(seed)
     for batch in data:
+        padding = padding_of(model, batch)
         made: list[tuple[str, Array]] = []  # each call of a layer, and the shape of what it said
 
         def seen(path: str, inputs: Any, output: Any) -> None:
-            rows = input_rows(cells[path], valid_rows(batch, _numbers(inputs[0])))  # noqa: B023
+            rows = input_rows(cells[path], real_rows(padding, path, _numbers(inputs[0])))  # noqa: B023
             sums.given(path, rows.T.astype(np.float64) @ rows, len(rows))
             made.append((path, _numbers(output)))  # noqa: B023
 
         with replaying(model) as run, bridge.hooked(cells, seen):
             given = batch if loss is None else without_labels(batch, model.construct)
-            signs = None if loss is not None else _signs(run(given), batch, sums)
+            signs = None if loss is not None else _signs(run(given), padding, sums)
         if loss is not None:
             sums.answered(1)
         shifts = tuple(ms.Tensor(np.zeros_like(y)) for _, y in made)
         for (path, y), slope in zip(made, _slopes(model, cells, given, batch, loss, signs, shifts)):
-            slopes = output_rows(cells[path], valid_rows(batch, slope.reshape(y.shape)))
+            slopes = output_rows(cells[path], real_rows(padding, path, slope.reshape(y.shape)))
             sums.sloped(path, np.square(slopes, dtype=np.float64).sum(0))
     return sums.means()
 
@@ -139,16 +149,14 @@ def _answer(output: Any) -> tuple[ms.Tensor, bool]:
     return output, False
 
 
-def _signs(output: Any, batch: Any, sums: SignalSums) -> ms.Tensor:
+def _signs(output: Any, padding: Padding, sums: SignalSums) -> ms.Tensor:
     answer, is_logits = _answer(output)
     values = _numbers(answer)
-    counts = valid_rows(batch, np.ones((*values.shape[:-1], 1), dtype=np.float32)).size
-    mask = np.ones(values.shape[:-1], dtype=bool)
-    if counts != mask.size:
-        mask = bridge.as_numpy(bridge.tensors(batch["attention_mask"])) != 0
+    real = padding.real("", values.shape)
+    mask = np.ones(values.shape[:-1], dtype=bool) if real is None else real
     signs = np.zeros_like(values)
     signs[mask] = sent_back(sums.random, values[mask] if is_logits else None, values[mask].shape)
-    sums.answered(counts)
+    sums.answered(int(mask.sum()))
     return ms.Tensor(signs)
 
 

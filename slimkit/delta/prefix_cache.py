@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copyreg
+import functools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +14,7 @@ from slimkit.core.delta import prefix as rules
 from slimkit.core.delta.named import OneAdapter
 from slimkit.core.errors import UnsupportedError
 from slimkit.delta import library
+from slimkit.delta.front_cache import cache_in, hide_front, show_front
 from slimkit.delta.layer import DeltaLayer
 
 import torch
@@ -56,6 +59,9 @@ class CachedPrefix(OneAdapter, DeltaLayer):
         key, value = (r.view(len(r), self.prefix_heads, -1).transpose(0, 1).to(like) for r in self.keys_and_values())
         return key.expand(batch, -1, -1, -1), value.expand(batch, -1, -1, -1)
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _bare, (self.plain_class,), dict(self.__dict__)
+
     def take_off_deltas(self) -> None:
         """Take the prefix off again, in place."""
         (decoder,) = self.__dict__.pop("_decoder")
@@ -67,6 +73,11 @@ class CachedPrefix(OneAdapter, DeltaLayer):
                 if hook is _fill:
                     del decoder._forward_pre_hooks[handle]
                     decoder._forward_pre_hooks_with_kwargs.pop(handle, None)
+            for handle, hook in list(decoder._forward_hooks.items()):
+                if hook is _rest:
+                    del decoder._forward_hooks[handle]
+                    decoder._forward_hooks_with_kwargs.pop(handle, None)
+                    decoder._forward_hooks_always_called.pop(handle, None)
         delattr(self, ROWS)
         for attribute in (
             "delta_specs",
@@ -79,6 +90,16 @@ class CachedPrefix(OneAdapter, DeltaLayer):
             self.__dict__.pop(attribute, None)
         assert self.plain_class is not None
         self.__class__ = self.plain_class
+
+
+@functools.cache
+def _cached_class(kind: Any) -> type:
+    return type(f"Prefixed{kind.__name__}", (CachedPrefix, kind), {"plain_class": kind})
+
+
+def _bare(kind: Any) -> Any:
+    made = _cached_class(kind)
+    return copyreg.__newobj__(made)  # type: ignore[attr-defined]  # typeshed leaves it out
 
 
 def decoder_of(model: nn.Module) -> Any:
@@ -137,7 +158,14 @@ def self_attention(
     """
     from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
-    inputs = getattr(model, "dummy_inputs", None) if inputs is None else inputs
+    runs = model
+    if inputs is None:
+        # A model that holds a library's brings no inputs; the part that does runs alone.
+        brings = [
+            m for m in model.modules() if getattr(m, "dummy_inputs", None) and any(o is decoder for o in m.modules())
+        ]
+        runs = brings[0] if brings else model
+        inputs = getattr(runs, "dummy_inputs", None)
     if inputs is None:
         check.wrong_value("inputs", "one batch to run the model on, to see where its attention is", inputs)
     name = library.demand(decoder, library.CACHE, "a prefix reaches the decoder")
@@ -161,7 +189,7 @@ def self_attention(
         handles.append(module.register_forward_hook(lambda _m, _args, _out: stack.pop() and None, always_call=True))
     try:
         with bridge.evaluating(model):
-            bridge.run(model, inputs)
+            bridge.run(runs, inputs)
     finally:
         for handle in handles:
             handle.remove()
@@ -197,8 +225,9 @@ def put_cached(
     described = {}
     for path, (place, seen) in layers.items():
         module: Any = bridge.get_module(model, path)
-        kind, device = type(module), next(module.parameters()).device
-        module.__class__ = type(f"Prefixed{kind.__name__}", (CachedPrefix, kind), {"plain_class": kind})
+        device = next(module.parameters()).device
+        kind: Any = type(module)
+        module.__class__ = _cached_class(kind)
         setattr(module, ROWS, made[path].to(device).train(module.training))
         module.prefix_heads, module.prefix_tokens, module.prefix_place = seen.heads, plan.prefix_token_num, place
         module.__dict__["_decoder"] = (decoder,)
@@ -207,6 +236,7 @@ def put_cached(
     vars(decoder)[LAYERS] = tuple(bridge.get_module(model, path) for path in layers)
     vars(decoder)["prefix_beside_encoder"] = beside_encoder
     decoder.register_forward_pre_hook(_fill, with_kwargs=True)
+    decoder.register_forward_hook(_rest, with_kwargs=True, always_call=True)
     return described
 
 
@@ -220,6 +250,14 @@ def _fill(decoder: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[st
     tokens = next(t for t in (given.get("input_ids"), given.get("inputs_embeds")) if t is not None)
     rows = {layer.prefix_place: layer.in_cache(tokens.shape[0]) for layer in layers}
     return (), _with_cache(decoder, given, rows, layers[0].prefix_tokens)
+
+
+def _rest(decoder: Any, _args: Any, kwargs: dict[str, Any], out: Any) -> None:
+    """Between runs the prefix in the cache is no token of the text."""
+    layers = [layer for layer in vars(decoder)[LAYERS] if layer.delta_acts]
+    cache = cache_in(kwargs, out) if layers else None
+    if cache is not None:
+        hide_front(cache.self_attention_cache if _parted(decoder) else cache, layers[0].prefix_tokens)
 
 
 def _refuse_checkpointing(decoder: nn.Module) -> None:
@@ -250,8 +288,9 @@ def _with_cache(decoder: Any, given: dict[str, Any], rows: Mapping[int, Any], le
         raise UnsupportedError(
             f"a prefix needs a cache of kind {wanted.__name__}; the decoder was handed a {type(cache).__name__}."
         )
-    if cache.get_seq_length() == 0:
-        own = cache.self_attention_cache if beside_encoder else cache
+    own = cache.self_attention_cache if beside_encoder else cache
+    show_front(own)
+    if own.get_seq_length() == 0:
         for place, pair in rows.items():
             own.update(*pair, place)
     mask = given.get("attention_mask")

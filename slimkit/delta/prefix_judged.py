@@ -60,7 +60,10 @@ def agrees_with_cache(model: nn.Module, decoder: Any, layers: Sequence[Any]) -> 
 
     try:
         with bridge.evaluating(model):
-            here = run()
+            try:
+                here = run()
+            except UnsupportedError:  # attention ran elsewhere than where the prefix stands
+                return False
             _act(model, layers, False)
             for module in model.modules():
                 config: Any = getattr(module, "config", None)

@@ -2,155 +2,33 @@
 
 from __future__ import annotations
 
+import copyreg
 import functools
 import inspect
-from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from slimkit import bridge
-from slimkit.core import check
-from slimkit.core.batch import as_call
 from slimkit.core.delta import prefix as rules
 from slimkit.core.delta.named import OneAdapter
 from slimkit.core.errors import SlimkitError, UnsupportedError
 from slimkit.core.log import logger
-from slimkit.core.weights.heads import heads_told_by
 from slimkit.delta.layer import DeltaLayer
-from slimkit.delta.multihead import call_layers, prefixed_multihead, watching_multihead
+from slimkit.delta.multihead import call_layers, prefixed_multihead
 from slimkit.delta.positions import counting, start_at_zero, start_behind
 from slimkit.delta.prefix import PrefixLayer
 from slimkit.delta.prefix_cache import decoder_of, looks_in_windows, put_cached, self_attention, text_decoder
+from slimkit.delta.prefix_found import attention_kernel, find_attention, inspect_call
 from slimkit.delta.prefix_judged import UNFIT, agrees_with_cache
-from slimkit.delta.written import Extending, Watched, also_fused, edited_class, written_attention
+from slimkit.delta.written import Extending, also_fused, edited_class, written_attention
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["Found", "Prefixed", "bridge", "find_attention", "put_prefix"]
+__all__ = ["Prefixed", "bridge", "forget_prefixes", "put_prefix"]
 
 ROWS = rules.ROWS
-
-
-class Found:
-    """What was seen of one attention layer: its module, and the keys and values (batch, heads, tokens, width)."""
-
-    def __init__(self, module: nn.Module, key: torch.Tensor, value: torch.Tensor) -> None:
-        self.module, self.key, self.value = module, key.detach(), value.detach()
-
-    @classmethod
-    def written(cls, module: nn.Module, batch: int) -> Found:
-        """Of the shapes (batch, heads, tokens, width), (batch * heads, tokens, width) or (tokens, width)."""
-        pair = [vars(module)[name] for name in ("seen_keys", "seen_values")]
-        if pair[0].ndim != 4:
-            pair = [t.reshape(batch if t.ndim == 3 else 1, -1, *t.shape[-2:]) for t in pair]
-        return cls(module, *pair)
-
-    def seen(self) -> rules.Seen:
-        """Heads, width, and the rows of the first sample."""
-        facts = heads_told_by(self.module) or heads_told_by(getattr(self.module, "config", None))
-        told = facts.keys if facts is not None else None
-        queries = int(self.key.shape[1])
-        # Where queries share keys, some kernels get the keys repeated; the prefix holds each of them once.
-        heads = told if told and queries % told == 0 else queries
-        rows = [t[0, :: queries // heads].transpose(0, 1) for t in (self.key, self.value)]
-        rows = [t.reshape(t.shape[0], -1) for t in rows]  # (tokens, heads * width)
-        return rules.Seen(heads, int(self.key.shape[-1]), queries, rows[0], rows[1])
-
-
-class _Watch(TorchFunctionMode):
-    """Note every call of scaled_dot_product_attention with the module it happens in."""
-
-    def __init__(self, stack: list[nn.Module]) -> None:
-        super().__init__()
-        self.stack, self.calls = stack, []  # type: ignore[var-annotated]
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            call = inspect_call(args, kwargs)
-            self.calls.append(Found(self.stack[-1], call["key"], call["value"]))
-        return func(*args, **kwargs)
-
-
-def inspect_call(args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of one call of scaled_dot_product_attention by name."""
-    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-    return {**dict(zip(names, args)), **kwargs}
-
-
-def _attention_kernel(model: nn.Module) -> list[tuple[Any, str]]:
-    """Make Hugging Face parts use scaled_dot_product_attention; gives what to put back."""
-    changed: list[tuple[Any, str]] = []
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        kernel = getattr(config, "_attn_implementation", None)
-        if kernel not in (None, "sdpa") and all(config is not c for c, _ in changed):
-            changed.append((config, kernel))
-            config._attn_implementation = "sdpa"  # type: ignore[union-attr]
-    return changed
-
-
-def find_attention(model: nn.Module, inputs: Any) -> dict[str, rules.Seen]:
-    """Run the model once and see where attention happens.
-
-    Args:
-        model: any model whose attention is torch's scaled_dot_product_attention, nn.MultiheadAttention, or written as
-            two matrix products around a softmax.
-        inputs: one batch; None takes a Hugging Face model's own dummy inputs.
-
-    Returns:
-        Path -> what was seen of the attention layer, in the order they ran, each once.
-
-    Raises:
-        ArgumentError: no inputs to run on.
-        UnsupportedError: no attention was seen.
-    """
-    if inputs is None:
-        inputs = getattr(model, "dummy_inputs", None)
-        if inputs is None:
-            check.wrong_value("inputs", "one batch to run the model on, to see where its attention is", inputs)
-    written, unfit = written_attention(model)
-    plain = {m: type(m) for m in written.values()}
-    stack: list[nn.Module] = [model]
-    handles = []
-    for module in model.modules():
-        handles.append(module.register_forward_pre_hook(lambda m, _args: stack.append(m)))
-        handles.append(module.register_forward_hook(lambda _m, _args, _out: stack.pop() and None, always_call=True))
-    found: dict[int, Found] = {}
-    try:
-        for module, kind in plain.items():
-            module.__class__ = edited_class(kind, Watched)
-        with bridge.evaluating(model), watching_multihead(model) as multihead, _Watch(stack) as watch:
-            bridge.run(model, inputs)
-        for module in plain:
-            if "seen_values" in vars(module):
-                found[id(module)] = Found.written(module, _batch_of(inputs))
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, kind in plain.items():
-            module.__class__ = kind
-            for name in ("seen_keys", "seen_values"):
-                vars(module).pop(name, None)
-    for call in [*watch.calls, *(Found(*call) for call in multihead)]:
-        found.setdefault(id(call.module), call)
-    if not found:
-        raise UnsupportedError(
-            rules.nothing_found(
-                "torch.nn.functional.scaled_dot_product_attention, nn.MultiheadAttention, or a softmax between two "
-                "matrix products",
-                unfit,
-            )
-        )
-    return {path: found[id(m)].seen() for path, m in bridge.named_modules(model) if id(m) in found}
-
-
-def _batch_of(inputs: Any) -> int:
-    args, kwargs = as_call(inputs)
-    parts = (*args, *kwargs.values())
-    return next((int(p.shape[0]) for p in parts if isinstance(p, torch.Tensor) and p.ndim), 1)
 
 
 class Rows(nn.Module):
@@ -199,13 +77,24 @@ class Prefixed(OneAdapter, DeltaLayer):
     prefix_heads: int
     query_heads: int
     prefix_tokens: int
+    prefix_was_read: bool  # in the run that is going on
     plain_class: ClassVar[type]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _bare, (self.plain_class,), dict(self.__dict__)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not self.delta_acts:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
+        self.prefix_was_read = False
         with _Extend(self):
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
+            out = super().forward(*args, **kwargs)  # type: ignore[misc]
+        if not self.prefix_was_read:
+            raise UnsupportedError(
+                f"the attention of {self.plain_class.__name__} did not run through scaled_dot_product_attention, where "
+                f"its prefix stands; on a Hugging Face model call set_attn_implementation('sdpa')."
+            )
+        return out
 
     def delta_tensors(self, name: str, spelled: str | None = None) -> dict[str, torch.Tensor]:
         """Path below the layer -> tensor of everything the prefix consists of."""
@@ -213,6 +102,7 @@ class Prefixed(OneAdapter, DeltaLayer):
 
     def keys_and_values(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values (tokens, heads * width), as they are now."""
+        self.prefix_was_read = True
         return getattr(self, ROWS)()
 
     def prefix_for(self, rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -237,6 +127,7 @@ class Prefixed(OneAdapter, DeltaLayer):
             self.query_heads,
             self.prefix_tokens,
         )
+        self.__dict__.pop("prefix_was_read", None)
         self.__class__ = type(self).plain_class
 
 
@@ -296,7 +187,7 @@ def _in_attention(
 ) -> tuple[dict[str, dict[str, Any]], list[Any]]:
     """Put a prefix where attention runs, in place; path -> options, and the layers."""
     inputs = plan.inputs if plan.text_ids is None else {"input_ids": torch.tensor([plan.text_ids])}
-    kernels = _attention_kernel(model)
+    kernels = attention_kernel(model)
     try:
         seen = rules.given_sizes(plan, dict(bridge.named_modules(model))) or find_attention(model, inputs)
         seen = rules.chosen(seen, targets, strict)
@@ -354,19 +245,40 @@ def _in_cache(
 
 def _prefixed_class(path: str, module: nn.Module) -> type:
     """The class of an attention module with a prefix, whichever way its attention is written."""
-    kind, name = type(module), f"Prefixed{type(module).__name__}"
+    kind: Any = type(module)
+    made, unfit = _class_of(kind)
+    if unfit:
+        logger.warning("%s: its own softmax takes no prefix (%s); its fused attention does", path, unfit)
+    return made
+
+
+@functools.cache
+def _class_of(kind: Any) -> tuple[type, str]:
+    """The class with a prefix of attention modules of a class, and what of theirs takes none."""
+    module = _empty(kind)
     bases: tuple[type, ...] = (prefixed_multihead(module, Prefixed) or Prefixed, kind)
     own: dict[str, Any] = {"plain_class": kind}
     fit, unfit = written_attention(module)
-    if "" in unfit and also_fused(kind):
-        logger.warning("%s: its own softmax takes no prefix (%s); its fused attention does", path, unfit[""])
-    elif "" in fit and also_fused(kind):
+    warned = unfit.get("", "") if also_fused(kind) else ""
+    if not warned and "" in fit and also_fused(kind):
         bases = (Prefixed, edited_class(kind, Extending))
-    elif "" in fit:
+    elif not warned and "" in fit:
         edited = edited_class(kind, PrefixedWritten)
         bases = edited.__bases__
         own |= {k: v for k, v in vars(edited).items() if inspect.isfunction(v)}
-    return type(name, bases, own)
+    return type(f"Prefixed{kind.__name__}", bases, own), warned
+
+
+def _empty(kind: type) -> Any:
+    module = copyreg.__newobj__(kind)  # type: ignore[attr-defined]  # typeshed leaves it out
+    nn.Module.__init__(module)
+    return module
+
+
+def _bare(kind: type) -> Any:
+    module = _empty(kind)
+    module.__class__ = _class_of(kind)[0]
+    return module
 
 
 def _rows(seen: rules.Seen, plan: rules.PrefixOptions, kind: torch.dtype) -> nn.Module:

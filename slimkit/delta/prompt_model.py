@@ -11,6 +11,7 @@ from slimkit.core.delta import prompt as rules
 from slimkit.core.delta.named import OneAdapter
 from slimkit.core.errors import UnsupportedError
 from slimkit.delta import library
+from slimkit.delta.front_cache import cache_in, hide_front, show_front
 from slimkit.delta.layer import DeltaLayer
 from slimkit.delta.prompt import PromptTuning
 
@@ -45,8 +46,10 @@ class PromptFront(OneAdapter, DeltaLayer, PromptTuning):
                     del module._forward_pre_hooks[handle]
                     module._forward_pre_hooks_with_kwargs.pop(handle, None)
             for handle, hook in list(module._forward_hooks.items()):
-                if hook is _answer:
+                if hook in (_answer, _rest):
                     del module._forward_hooks[handle]
+                    module._forward_hooks_with_kwargs.pop(handle, None)
+                    module._forward_hooks_always_called.pop(handle, None)
             module.__dict__.pop("prompt_front", None)
         delattr(owner, FRONT)
 
@@ -101,6 +104,8 @@ def put_prompt(
         for module, hook in hooked:
             module.__dict__["prompt_front"] = (front,)
             module.register_forward_pre_hook(hook, with_kwargs=True)
+            if hook is _prepend:
+                module.register_forward_hook(_rest, with_kwargs=True, always_call=True)
         front.__dict__["_owner"] = (owner, *(module for module, _ in hooked if module is not owner))
     else:
         owner = model
@@ -187,6 +192,7 @@ def _prepend(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[
     if ids is None and embeds is None:
         return args, kwargs
     embeds = module.get_input_embeddings()(ids) if embeds is None else embeds
+    show_front(library.cache_of(given)[1])
     given = {**given, "input_ids": None, "inputs_embeds": embeds}
     if given.get("attention_mask") is not None:
         given["attention_mask"] = _longer(given["attention_mask"], tokens)
@@ -202,6 +208,13 @@ def _prepend(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[
     if kinds is not None:
         given["token_type_ids"] = torch.cat((kinds.new_zeros(kinds.shape[0], tokens), kinds), 1)
     return (), {**given, "inputs_embeds": torch.cat((prompt, embeds), 1)}
+
+
+def _rest(module: Any, _args: Any, kwargs: dict[str, Any], out: Any) -> None:
+    """Between runs the prompt in the cache is no token of the text."""
+    front = _front_of(module)
+    if front.delta_acts:
+        hide_front(cache_in(kwargs, out), front.num_virtual_tokens)
 
 
 def _lengthen_memory(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

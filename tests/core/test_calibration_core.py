@@ -7,11 +7,11 @@ import json
 import numpy as np
 import pytest
 
-from slimkit.core.calibration.apart import MOST, fingerprint, refuse_seen, seen
+from slimkit.core.calibration.apart import MOST, STRETCH, refuse_seen, seen
 from slimkit.core.calibration.drawing import shares
 from slimkit.core.calibration.own import ROWS, OwnTextOptions, sampled, write_own_text
 from slimkit.core.calibration.record import read_record, records_of, write_record
-from slimkit.core.calibration.sets import calibration_set
+from slimkit.core.calibration.sets import calibration_set, encoded
 from slimkit.core.errors import (
     ArgumentError,
     ArgumentTypeError,
@@ -215,10 +215,36 @@ def words():
 @pytest.mark.parametrize("length", [16, 64, 200])
 @pytest.mark.parametrize("shift", [0, 1, 9])
 def test_windows_are_found_however_held_out_text_is_cut(words, length, shift):
-    prints = fingerprint(drawn(list(words[:20]), n=20, length=length).windows)
+    prints = drawn(list(words[:20]), n=20, length=length).record["stretches"]
     parts = [d[at : at + 300] for d in words[:20] for at in (0, 300 - length - shift)]
     assert len(seen(prints, parts)) >= 18  # a window across both cuts may escape
     assert seen(prints, list(words[20:])) == []
+
+
+TOKENIZERS = {"none": {}, "begins": {"bos": 1}, "around": {"cls": 2}}
+
+
+@pytest.mark.parametrize("tokenizer", TOKENIZERS)
+@pytest.mark.parametrize("length", [32, 64, 128])
+@pytest.mark.parametrize("size", [3, 9, 15, 16, 20, 40, 100, 300])
+def test_mixing_is_found_at_every_length_of_document_and_window(size, length, tokenizer):
+    letters = Letters(**TOKENIZERS[tokenizer])
+    letters.all_special_ids = [0, 1, 2, 3]
+    chance = np.random.default_rng(size)
+    texts = ["".join(map(chr, chance.integers(1000, 9000, size))) for _ in range(400)]
+    found = drawn(texts[:200], letters, n=12, length=length)
+    held = encoded(texts[:200], letters)
+    whole = [len(w) >= STRETCH or size < STRETCH for w in found.windows]
+    assert len(seen(found.record["stretches"], held)) >= sum(whole) - 1  # one of cut pieces alone may escape
+    assert seen(found.record["stretches"], encoded(texts[200:], letters)) == []
+    with pytest.raises(ArgumentError, match="stand in the held-out text"):
+        drawn(texts[:200], letters, n=12, length=length, held_out=texts[:200])
+
+
+def test_windows_too_short_to_be_looked_for_are_counted(words, caplog):
+    found = drawn(list(words[:5]), n=6, length=STRETCH - 1)
+    assert refuse_seen(found.record, list(words[:5]), "x") == 0
+    assert "6 of 6 calibration windows hold no 16 tokens of a document" in caplog.text
 
 
 def test_mixing_is_refused_and_shared_boilerplate_is_not(words, caplog):

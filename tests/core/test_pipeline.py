@@ -32,6 +32,9 @@ TASK = """
         return {"norm": "large"}
     def metrics(model, data, dense):
         return {"norm": float(abs(model["w"]).sum()), "share": len(model["w"]) / len(dense["w"])}
+    def counted(model, data, dense):
+        data.setdefault("calls", []).append(1)
+        return {"calls": len(data["calls"])}
 """
 
 
@@ -69,6 +72,8 @@ class NumpyWing:
             rows = int(len(model["w"]) * options.reserved_ratio)
             assert context.dense()["w"].shape[0] == 8
             return JobResult({k: v[:rows] for k, v in model.items()}, edit={"rows": rows})
+        if kind == "export":
+            return JobResult(model)
         w = model["w"].copy()
         w[np.abs(w) < np.median(np.abs(w))] = 0
         return JobResult({**model, "w": w})
@@ -127,6 +132,12 @@ def test_stages_run_in_order_and_leave_files(folder):
     for name in names[1:]:
         assert (folder / "run" / "stages" / name / "model.safetensors").exists()
     assert len({s["seed"] for s in found["stages"]}) == 5
+
+
+def test_a_stage_that_leaves_the_model_as_it_is_has_the_figures_of_the_one_before(folder):
+    stages = [{"export": {}}, STAGES[0], {"export": {}}, STAGES[1], {"export": {}}]
+    found = run_recipe(recipe(metrics="task.py:counted", stages=stages), folder, NumpyWing(), folder / "run")
+    assert [s["metrics"]["calls"] for s in found["stages"]] == [1, 1, 2, 2, 3, 3]
 
 
 @pytest.mark.parametrize("stop", ["train", "prune", "finetune", "sparsify"])

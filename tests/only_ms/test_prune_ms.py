@@ -10,8 +10,9 @@ import pytest
 
 from slimkit.core.errors import ArgumentError, ArgumentTypeError, FileFormatError, GraphError, PlanError
 from slimkit.core.prune.plan import PrunePlan
-from slimkit_ms.compensate import layer_rows
+from slimkit_ms.compensate import WholePair
 from slimkit_ms.prune import PruneMindSpore, Pruner, load_pruned, save_pruned
+from slimkit_ms.signals import input_rows, layer_signals
 from tests import zoo_ms
 
 import mindspore as ms
@@ -339,6 +340,32 @@ def test_what_a_convolution_multiplies_gives_its_output():
     forms = {"pad_mode": "same", "stride": 2}, {"pad_mode": "valid", "dilation": 2}, {"pad_mode": "pad", "padding": 1}
     for form in forms:
         layer, x = zoo_ms.randomise(nn.Conv2d(3, 4, 3, **form)), zoo_ms.images(2, 3, 9, 9)
-        made = layer_rows(layer, x.asnumpy()) @ layer.weight.asnumpy().reshape(4, -1).T
+        made = input_rows(layer, x.asnumpy()) @ layer.weight.asnumpy().reshape(4, -1).T
         wanted = np.moveaxis(layer(x).asnumpy(), 1, -1).reshape(-1, 4)
         np.testing.assert_allclose(made, wanted, atol=1e-5)  # float32, 27 products
+
+
+@pytest.mark.parametrize("form", ["by name", "by place"])
+def test_padding_counts_nowhere_however_masks_are_given(form):
+    class Net(nn.Cell):
+        def __init__(self):
+            super().__init__()
+            self.table, self.up, self.out = nn.Embedding(40, 8), nn.Dense(8, 16), nn.Dense(16, 40)
+
+        def construct(self, input_ids, attention_mask=None):
+            return self.out(ops.relu(self.up(self.table(input_ids))))
+
+    net = Net()
+    mask = np.ones((2, 6), np.int32)
+    mask[1, 4:] = 0
+    found = []
+    for junk in (20, 30):
+        ids = np.where(mask, np.arange(12).reshape(2, 6), junk).astype(np.int32)
+        given = ms.Tensor(ids), ms.Tensor(mask)
+        batch = given if form == "by place" else dict(zip(("input_ids", "attention_mask"), given))
+        found.append(layer_signals(net, [batch], ["up", "out"], None, 0))
+        assert [(len(x), len(y)) for x, y in WholePair(net, net, ["up"], [batch]).calls("up")] == [(10, 10)]
+    for path, signal in found[0].items():
+        assert signal.rows == 10
+        assert np.array_equal(signal.gram, found[1][path].gram)
+        assert np.array_equal(signal.slope, found[1][path].slope)

@@ -6,7 +6,10 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
+
 import slimkit
+from slimkit.core.errors import UnsupportedError
 
 import torch
 import torch.distributed as dist
@@ -27,8 +30,8 @@ def net():
 
 def put_on(model, kind="lora"):
     torch.manual_seed(3)
-    if kind == "lora":
-        slimkit.apply_delta(model, "lora", ["0.0", "1.0"], rank=2, alpha=4, also_train=["2.*"])
+    if kind in ("lora", "dora"):
+        slimkit.apply_delta(model, "lora", ["0.0", "1.0"], rank=2, alpha=4, dora=kind == "dora", also_train=["2.*"])
     else:
         slimkit.apply_delta(model, "adapter", ["0.0", "1.0"], bottleneck_size=3, also_train=["2.*"])
 
@@ -60,7 +63,7 @@ def close(a, b, what):
 def main():
     dist.init_process_group("gloo")
     rank = dist.get_rank()
-    for kind in ("lora", "adapter"):
+    for kind in ("lora", "dora", "adapter"):
         alone = net()
         put_on(alone, kind)
         train(alone, 1)
@@ -78,7 +81,7 @@ def main():
         for how, model in models.items():
             train(model, 2)
             close(model(X).detach(), expected, f"{kind} {how}, trained")
-            for format in ("slimkit", "peft") if kind == "lora" else ("slimkit",):
+            for format in ("slimkit", "peft") if kind != "adapter" else ("slimkit",):
                 folder = FOLDER / f"{kind}_{how}_{format}"
                 assert slimkit.save_delta(model, folder, format=format) == folder
                 dist.barrier()  # in DDP nobody waits for the one who writes
@@ -88,10 +91,24 @@ def main():
                 again = sharded(net())
                 slimkit.load_delta(again, folder)
                 close(again(X).detach(), expected, f"{kind} {how}, loaded on a sharded model")
-            if kind == "lora" and how != "ddp":
+            if kind != "adapter" and how != "ddp":
                 slimkit.merge_delta(model, unload=True)
                 close(model(X).detach(), expected, f"{kind} {how}, merged")
                 assert not [n for n, _ in model.named_parameters() if "mindpet_delta" in n]
+    # The trainer and its checkpoints hold whole parameters: each is refused in every process, before anything is done.
+    model = sharded(net())
+    put_on(model)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1, foreach=False)
+    trainer = slimkit.Trainer(model, mse_loss, optimizer)
+    data = torch.utils.data.TensorDataset(X, Y)
+    for call in (
+        lambda: trainer.train(data, num_epochs=1, per_device_batch_size=4),
+        lambda: trainer.save_checkpoint(FOLDER / "run"),
+        lambda: slimkit.Checkpoints(FOLDER / "run").on_train_begin(trainer),
+    ):
+        with pytest.raises(UnsupportedError, match="is sharded"):
+            call()
+        assert not (FOLDER / "run").exists()
     # What goes wrong where the files are written goes wrong in every process.
     model = sharded(net())
     put_on(model)

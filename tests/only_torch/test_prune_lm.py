@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
 from itertools import pairwise
 
@@ -11,6 +12,7 @@ import pytest
 from slimkit import PruneTorch, chain, compensate
 from slimkit.core.errors import ArgumentError
 from slimkit.core.prune.plan import PrunePlan
+from slimkit.signals import layer_signals
 
 import torch
 
@@ -115,8 +117,6 @@ def test_signals_are_those_of_a_plain_computation(llama, batches):
 
 
 def llama_signals(model, batches):
-    from slimkit.signals import layer_signals
-
     path = "model.layers.1.mlp.down_proj"
     grads = [p.requires_grad for p in model.parameters()]
     found = layer_signals(model, batches, [path], None, 0)[path]
@@ -148,6 +148,117 @@ def test_padding_counts_for_nothing(llama, batches):
     padded = llama_signals(llama, [longer])
     assert padded.rows == plain.rows == ids.numel()
     torch.testing.assert_close(torch.from_numpy(padded.gram), torch.from_numpy(plain.gram), rtol=1e-4, atol=1e-5)
+
+
+def text_model(kind):
+    torch.manual_seed(0)
+    common = {"vocab_size": 60, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    if kind == "gpt2":
+        config = transformers.GPT2Config(**common, n_embd=16, n_layer=1, n_head=2, n_positions=32)
+    elif kind == "opt":
+        config = transformers.OPTConfig(
+            **common, hidden_size=16, word_embed_proj_dim=16, num_hidden_layers=1, num_attention_heads=2, ffn_dim=32,
+            max_position_embeddings=32,
+        )  # fmt: skip
+    else:
+        sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+        config = transformers.T5Config(**common, **sizes, decoder_start_token_id=0)
+        return transformers.T5ForConditionalGeneration(config).eval()
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+def text_batch(form, junk):
+    """Two rows, the second one padded with tokens that must count for nothing."""
+    text = torch.arange(3, 27).reshape(2, 12)
+    mask = torch.ones_like(text)
+    mask[1, 7:] = 0
+    ids = torch.where(mask.bool(), text, junk)
+    other = mask.flip(0)  # the decoder's padding stands elsewhere
+    if form == "labels":
+        return {"input_ids": ids, "attention_mask": mask, "labels": torch.where(other.bool(), text, -100)}
+    if form.startswith("decoder"):
+        length = 12 if form.endswith("long") else 9
+        second = torch.where(other.bool(), text.flip(1), junk)[:, :length]
+        found = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": second}
+        return {**found, "decoder_attention_mask": other[:, :length]}
+    names = {"by name": {"input_ids": ids, "attention_mask": mask}, "second": (ids, mask), "third": (ids, None, mask)}
+    return names[form]
+
+
+PADDED = {
+    "opt": ["by name", "second"], "gpt2": ["by name", "third"],
+    "t5": ["decoder, as long", "decoder, shorter", "labels"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "form"), [(k, f) for k, forms in PADDED.items() for f in forms])
+def test_padding_counts_nowhere_however_masks_are_given(kind, form):
+    model = text_model(kind)
+    linear = (torch.nn.Linear, transformers.pytorch_utils.Conv1D)
+    layers = [n for n, m in model.named_modules() if isinstance(m, linear)]
+    one, other = (layer_signals(model, [text_batch(form, junk)], layers, None, 0) for junk in (40, 50))
+    assert one.keys() == other.keys() == set(layers)
+    for path, signal in one.items():
+        assert signal.rows == (16 if form.endswith("shorter") and is_decoders(path) else 19)
+        if form != "labels":  # there the decoder's own attention reads what has no label
+            for name in ("gram", "slope"):  # sums of float32
+                found = getattr(other[path], name)
+                assert found == pytest.approx(getattr(signal, name), rel=1e-3, abs=1e-5 * found.max()), path
+
+
+def is_decoders(path):
+    return not path.startswith("encoder") and not path.endswith(("EncDecAttention.k", "EncDecAttention.v"))
+
+
+@pytest.mark.parametrize("damping", [None, 0.01])
+@pytest.mark.parametrize("importance", ["auto", "l2"])
+def test_numbers_that_are_none_are_refused_and_the_model_stays(llama, batches, importance, damping):
+    embedded = llama.get_input_embeddings()(batches[0]["input_ids"]).detach()
+    embedded[0, 3] = float("nan")
+    data = [{"inputs_embeds": embedded}]
+    small = copy.deepcopy(llama)
+    made = pruner(small, batches).set_compensation(data, damping)
+    made.set_importance_evaluation_function(importance, calibration=data if importance == "auto" else None)
+    with pytest.raises(ArgumentError, match="infinity or NaN"):
+        made.prune(0.8, [])
+    for (name, one), other in zip(small.named_parameters(), llama.parameters()):
+        assert torch.equal(one, other), name
+
+
+def test_a_replay_says_that_a_repair_is_not_in_the_plan(llama, batches, caplog):
+    for settings, said in [([(*AUTO, {"calibration": batches})], True), ([("set_form", "any")], False)]:
+        small, desc, made = cut(llama, batches, *settings)
+        caplog.clear()
+        for plan in (desc, json.loads(json.dumps(made.whole_desc()))):
+            fresh = pruner(copy.deepcopy(llama), batches).prune_by_desc(plan)
+            assert all(a.shape == b.shape for a, b in zip(fresh.parameters(), small.parameters()))
+        assert caplog.text.count("the replayed cut is not repaired") == 2 * said
+
+
+def test_whether_a_layer_joins_the_stream_is_found_for_each_layer(llama, batches):
+    pair = compensate.ChainPair(llama, llama, ["model.layers.0", "model.layers.1"], batches)
+    names = ["mlp.down_proj", "self_attn.o_proj", "mlp.up_proj"]
+    assert [pair.joins(0, f"model.layers.0.{name}") for name in names] == [True, False, False]
+    assert [pair.joins(0, f"model.layers.0.{name}") for name in reversed(names)] == [False, False, True]
+
+
+def test_blocks_that_work_in_place_are_run_again_on_the_same():
+    class Block(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = torch.nn.Linear(8, 16), torch.nn.Linear(16, 8)
+
+        def forward(self, x):
+            return x.add_(self.down(torch.relu(self.up(x))))
+
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), *(Block() for _ in range(3)))
+    blocks, data = ["1", "2", "3"], [torch.randn(5, 6, 4)]
+    walk = chain.BlockChain(model, blocks)
+    hidden = walk.run(data[0], 0, None)
+    before = hidden.clone()
+    for number in (1, 1):
+        walk.run(data[0], number, hidden)
+        assert torch.equal(hidden, before)
 
 
 def pair(llama, batches):

@@ -157,7 +157,7 @@ def test_a_missing_framework_gives_one_helpful_line(package):
     rooms = sorted({h for h in public.homes(package).values() if not h.startswith("core.")} | {"bridge", "jobs"})
     done = fresh(
         f"""
-        import importlib, importlib.abc, importlib.machinery, sys
+        import importlib, importlib.abc, importlib.machinery, importlib.util, sys
 
         class Blocked(importlib.abc.MetaPathFinder):
             def find_spec(self, name, path=None, target=None):

@@ -22,26 +22,37 @@ def model_folder() -> Path:
     return Path(spec.submodule_search_locations[0]) / "model"
 
 
-def docstrings() -> list[tuple[str, str, str]]:
-    """(module, summary, body) of every documented function and class in the standard library, in a fixed order."""
+def modules() -> list[tuple[str, Path]]:
+    """(name, file) of the standard library's modules, in a fixed order."""
     root = Path(sysconfig.get_paths()["stdlib"])
     left_out = {"site-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "ensurepip", "__pycache__"}
     found = []
     for file in sorted(root.rglob("*.py")):
         place = file.relative_to(root)
-        if left_out & set(place.parts) or place.parts[0].startswith("_") or file.stat().st_size > 400_000:
-            continue
-        try:
-            tree = ast.parse(file.read_bytes())
-        except (SyntaxError, ValueError):
-            continue  # a file of another Python's syntax holds no text that this one can read
-        for node in ast.walk(tree):
-            if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef):
-                summary, _, body = (ast.get_docstring(node) or "").partition("\n\n")
-                summary, body = (re.sub(r"\s+", " ", t).strip() for t in (summary, body))
-                if 25 <= len(summary) <= 240 and len(body) >= 60:
-                    found.append((str(place.with_suffix("")), summary, body[:400]))
-    return list(dict.fromkeys(found))
+        if not (left_out & set(place.parts) or place.parts[0].startswith("_") or file.stat().st_size > 400_000):
+            found.append((str(place.with_suffix("")), file))
+    return found
+
+
+def docstrings_of(file: Path) -> list[tuple[str, str]]:
+    """(summary, body) of every documented function and class in a file."""
+    try:
+        tree = ast.parse(file.read_bytes())
+    except (SyntaxError, ValueError):
+        return []  # a file of another Python's syntax holds no text that this one can read
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef):
+            summary, _, body = (ast.get_docstring(node) or "").partition("\n\n")
+            summary, body = (re.sub(r"\s+", " ", t).strip() for t in (summary, body))
+            if 25 <= len(summary) <= 240 and len(body) >= 60:
+                found.append((summary, body[:400]))
+    return found
+
+
+def docstrings() -> list[tuple[str, str, str]]:
+    """(module, summary, body) of every documented function and class in the standard library, in a fixed order."""
+    return list(dict.fromkeys((name, *found) for name, file in modules() for found in docstrings_of(file)))
 
 
 def licence_sentences() -> list[str]:

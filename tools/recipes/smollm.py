@@ -1,4 +1,4 @@
-"""SmolLM2 on prose that pip and Python bring: the network, its text, a small task, its judge, and what it says."""
+"""SmolLM2 on prose that pip and Python bring: text to train on, a small task, its judge, and what the model says."""
 
 from __future__ import annotations
 
@@ -10,11 +10,9 @@ import docstring_text
 import numpy as np
 import smollm_text
 
-from slimkit import compare_models
-
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 PROMPTS = (
     "What does a garbage collector do?",
@@ -24,63 +22,38 @@ PROMPTS = (
 IGNORED = -100  # where a label says nothing, as transformers' own loss knows it
 
 
-def build(folder: str, ffn: int | None = None, blocks: int | None = None) -> nn.Module:
-    """The model of a Hugging Face folder; a smaller one has that shape and random weights.
+def data(folder: str, text: str, length: int = 128, train: int = 256, task: int = 256) -> dict[str, Any]:
+    """Windows to distil on, and a small task for the delta; calibration and held-out text stand in the recipe.
 
     Args:
-        folder: what `slimkit convert model.gguf FOLDER` made.
-        ffn: width of each gated FFN.
-        blocks: how many blocks.
-    """
-    if ffn is None and blocks is None:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    config = AutoConfig.from_pretrained(folder, dtype=torch.float32)
-    config.intermediate_size = ffn or config.intermediate_size
-    config.num_hidden_layers = blocks or config.num_hidden_layers
-    return AutoModelForCausalLM.from_config(config)
-
-
-def data(
-    folder: str,
-    text: str,
-    length: int = 512,
-    train: int = 256,
-    calibration: int = 8,
-    held_out: int = 16,
-    task: int = 256,
-) -> dict[str, Any]:
-    """Windows to distil on, windows to calibrate on, windows to judge by, and a small task for the delta.
-
-    Args:
-        folder: where the tokenizer lies.
-        text: what `smollm_text.py FOLDER` made.
+        folder: where the tokenizer lies, seen from this file.
+        text: what `smollm_text.py FOLDER` made, seen from this file.
         length: tokens a window; documents are never joined.
-        train, calibration, held_out: how many windows of each part.
+        train: how many windows.
         task: how many examples of the task to train on.
     """
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-
-    def windows(part: str, count: int, length: int) -> list[torch.Tensor]:
-        found: list[torch.Tensor] = []
-        for line in Path(text, f"{part}.jsonl").read_text(encoding="utf-8").splitlines():
-            ids = tokenizer(json.loads(line)["text"][: 16 * length])["input_ids"]
-            # Two windows of a document at most, so that the windows come from many.
-            found += [torch.tensor(ids[at : at + length]) for at in (0, length) if len(ids) >= at + length]
-            if len(found) >= count:
-                return found[:count]
-        raise ValueError(f"{text}/{part}.jsonl holds {len(found)} windows of {length} tokens, not {count}")
-
-    short = min(length, 128)  # a step of training costs by the token
+    here = Path(__file__).parent
+    tokenizer = AutoTokenizer.from_pretrained(here / folder)
+    windows = _windows(tokenizer, here / text / "training.jsonl", train, length)
     learned, held = _summaries(tokenizer, task)
     return {
-        "train": batched([{"input_ids": ids} for ids in windows("training", train, short)], 4),
+        "train": batched([{"input_ids": ids} for ids in windows], 4),
         "adapt": batched(learned, 8),
-        "example": {"input_ids": windows("calibration", 1, short)[0][None]},
-        "calibration": [{"input_ids": ids[None]} for ids in windows("calibration", calibration, length)],
-        "held_out": [ids.tolist() for ids in windows("held_out", held_out, length)],
+        "example": {"input_ids": windows[0][None]},
         "task": batched(held, 8),
         "tokenizer": tokenizer,
     }
+
+
+def _windows(tokenizer: Any, file: Path, count: int, length: int) -> list[torch.Tensor]:
+    """Windows of many documents: two of each at most."""
+    found: list[torch.Tensor] = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        ids = tokenizer(json.loads(line)["text"][: 16 * length])["input_ids"]
+        found += [torch.tensor(ids[at : at + length]) for at in (0, length) if len(ids) >= at + length]
+        if len(found) >= count:
+            return found[:count]
+    raise ValueError(f"{file} holds {len(found)} windows of {length} tokens, not {count}")
 
 
 def batched(rows: list[dict[str, torch.Tensor]], size: int) -> list[dict[str, torch.Tensor]]:
@@ -92,12 +65,15 @@ def batched(rows: list[dict[str, torch.Tensor]], size: int) -> list[dict[str, to
 def _summaries(tokenizer: Any, count: int) -> tuple[list[dict[str, torch.Tensor]], list[dict[str, torch.Tensor]]]:
     """The task: the one-line summary of a docstring's body; as many examples as asked for, and a quarter held out."""
     parts: dict[str, list[dict[str, torch.Tensor]]] = {"training": [], "held_out": []}
-    rng = np.random.default_rng(0)
-    found = docstring_text.docstrings()
-    for at in rng.permutation(len(found)):
-        module, summary, body = found[at]
+    wanted = {"training": count, "held_out": max(count // 4, 1)}
+    files = docstring_text.modules()
+    for at in np.random.default_rng(0).permutation(len(files)):
+        module, file = files[at]
         part = smollm_text.Document(f"python:{module}", "manual", "").part
-        if part in parts:
+        if part not in parts or len(parts[part]) >= wanted[part]:
+            continue
+        # A few of each module, so that they come from many.
+        for summary, body in docstring_text.docstrings_of(file)[:4]:
             first = tokenizer(f"{body}\nIn one line:")["input_ids"][-96:]
             then = [*tokenizer(f" {summary}", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id][:32]
             labels = [IGNORED] * len(first) + then
@@ -107,7 +83,7 @@ def _summaries(tokenizer: Any, count: int) -> tuple[list[dict[str, torch.Tensor]
             row["input_ids"] = nn.functional.pad(row["input_ids"], (0, padding), value=tokenizer.eos_token_id)
             row["labels"] = nn.functional.pad(row["labels"], (0, padding), value=IGNORED)
             parts[part].append(row)
-    return parts["training"][:count], parts["held_out"][: max(count // 4, 1)]
+    return parts["training"][:count], parts["held_out"][: wanted["held_out"]]
 
 
 def summary_loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -116,17 +92,14 @@ def summary_loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tens
 
 
 def judged(model: nn.Module, data: dict[str, Any], dense: nn.Module) -> dict[str, float]:
-    """What the model lost on held-out text against the dense one, and how well it writes held-out summaries."""
-    found = compare_models(dense, {"now": model}, data["held_out"], length=len(data["held_out"][0]), speed=False)["now"]
-    names = {"perplexity": "perplexity", "KL to dense": "kl", "agreement with dense": "agreement"}
+    """How well it writes held-out summaries, beside what the recipe measures on held-out text."""
     was = model.training
     model.eval()
     with torch.no_grad():
         counts = [int((batch["labels"] != IGNORED).sum()) for batch in data["task"]]
         losses = [float(summary_loss(model, batch)) for batch in data["task"]]
     model.train(was)
-    task = float(np.exp(np.average(losses, weights=counts)))
-    return {**{name: float(found.figures[key]) for name, key in names.items()}, "perplexity of summaries": task}
+    return {"perplexity of summaries": float(np.exp(np.average(losses, weights=counts)))}
 
 
 def answers(model: nn.Module, data: dict[str, Any]) -> dict[str, str]:

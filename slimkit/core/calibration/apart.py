@@ -5,6 +5,8 @@ A window of a calibration set is known by at most STRETCHES stretches of STRETCH
     h(t) = sum_i t[i] c[i]  mod 2**64,    c odd and fixed
 
 Held-out documents are hashed at every offset, so that another cutting into lines, documents or windows hides nothing.
+No stretch goes across two documents: packing has an order of its own. A document of fewer tokens is one stretch.
+
 A window counts as seen where nine tenths of its stretches stand in the held-out text. Licences and tables that honest
 documents share make a few such windows; more than MOST of the set, or of the held-out tokens, is mixing.
 """
@@ -43,16 +45,22 @@ def hashed(ids: Array) -> Array:
     return total
 
 
-def fingerprint(windows: Iterable[Array]) -> list[str]:
+def _stretches(ids: Array) -> Array:
+    """The hashes of a document or a piece of one; of one shorter than a stretch, that of the whole."""
+    short = np.pad(np.asarray(ids, np.int64), (0, max(0, STRETCH - len(ids))), constant_values=-1)
+    return hashed(short if len(ids) else short[:0])
+
+
+def fingerprint(windows: Iterable[Sequence[Array]]) -> list[str]:
     """What each window is known by: its stretches' hashes, as base64; "" for a window without a stretch.
 
     Args:
-        windows: tokens of each, without padding.
+        windows: of each, the tokens of the documents and pieces of documents in it.
     """
     found = []
-    for ids in windows:
+    for parts in windows:
         # Spread over the window, so that a part of it is known as well.
-        hashes = hashed(ids)[::STRETCH]
+        hashes = np.concatenate([np.zeros(0, np.uint64), *(_stretches(ids)[::STRETCH] for ids in parts)])
         places = np.unique(np.linspace(0, len(hashes) - 1, STRETCHES).astype(int)) if len(hashes) else []
         found.append(base64.b64encode(hashes[places].astype("<u8").tobytes()).decode() if len(hashes) else "")
     return found
@@ -70,10 +78,10 @@ def seen(fingerprints: Sequence[str], documents: Iterable[Array]) -> list[int]:
 
     Example:
         >>> text = np.random.default_rng(0).integers(0, 1000, 300)
-        >>> seen(fingerprint([text[:64], np.arange(64)]), [text[:200]])
+        >>> seen(fingerprint([[text[:64]], [np.arange(64)]]), [text[:200]])
         [0]
     """
-    parts = [hashed(ids) for ids in documents]
+    parts = [_stretches(np.asarray(ids)) for ids in documents]
     known = np.unique(np.concatenate(parts)) if parts else np.zeros(0, np.uint64)
     found = []
     for number, text in enumerate(fingerprints):
@@ -101,6 +109,12 @@ def refuse_seen(record: Mapping[str, Any], documents: Sequence[Array], what: str
     """
     windows = record["stretches"]
     found = len(seen(windows, documents))
+    blank = sum(not text for text in windows)
+    if blank:
+        logger.warning(
+            "%s: %d of %d calibration windows hold no %d tokens of a document, and are not looked for in the held-out "
+            "text", what, blank, len(windows), STRETCH,
+        )  # fmt: skip
     tokens = found * record["tokens"] / max(1, len(windows))
     if found > MOST * len(windows) or tokens > MOST * sum(map(len, documents)):
         raise ArgumentError(

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from slimkit.core.calibration.apart import STRETCH
 from slimkit.core.errors import ArgumentError
 
 Array = np.ndarray[Any, Any]
@@ -28,10 +29,13 @@ class DrawnWindows:
     Args:
         windows: tokens of each, (at most length,) int64, without padding.
         documents: numbers of the documents that gave some of them.
+        parts: of each window, the stretches of documents in it that can be looked for in other text: whole documents,
+            and pieces of STRETCH tokens or more.
     """
 
     windows: list[Array]
     documents: list[int]
+    parts: list[list[Array]]
 
 
 @dataclass(frozen=True)
@@ -80,17 +84,21 @@ def draw(
         [[1, 2, 0, 3], [3, 3, 0]]
     """
     rng = np.random.default_rng(seed)
-    pieces = _pieces(documents, encode, form, rng, name)
+    sizes: dict[int, int] = {}
+    pieces = _pieces(documents, encode, form, rng, name, sizes)
     windows: list[Array] = []
     used: dict[int, None] = {}
+    parts: list[list[Array]] = []
     for ids, came in pieces:
         windows.append(form.window(ids))
-        used.update(dict.fromkeys(came))
+        found = [(at, ids[came == at]) for at in dict.fromkeys(came[came >= 0].tolist())]
+        used.update(dict.fromkeys(at for at, _ in found))
+        parts.append([part for at, part in found if len(part) >= min(STRETCH, sizes[at])])
         if len(windows) == n:
             break
     if not windows:
         raise ArgumentError(f"{name} must hold a document of two tokens or more. Received: none")
-    return DrawnWindows(windows, sorted(used))
+    return DrawnWindows(windows, sorted(used), parts)
 
 
 def _pieces(
@@ -99,34 +107,39 @@ def _pieces(
     form: WindowForm,
     rng: np.random.Generator,
     name: str,
-) -> Iterator[tuple[Array, list[int]]]:
-    """Pieces of at most `room` tokens, each with the documents it comes from."""
+    sizes: dict[int, int],
+) -> Iterator[tuple[Array, Array]]:
+    """Pieces of at most `room` tokens, each with the number of the document that each token comes from, or -1.
+
+    How many tokens a document has is noted in `sizes`.
+    """
     left: dict[int, list[Array]] = {}
-    held: list[Array] = []
-    came: list[int] = []
+    held = came = np.zeros(0, np.int64)
     for at in rng.permutation(len(documents)).tolist():
         ids = encode(documents[at], f"{name}[{at}]")
+        sizes[at] = len(ids)
         if len(ids) >= form.room:
             first, *left[at] = _cut(ids, form.room, rng)
-            yield first, [at]
+            yield first, np.full(len(first), at)
         elif len(ids) >= 2 and not form.pack:
-            yield ids, [at]
+            yield ids, np.full(len(ids), at)
         elif len(ids) >= 2:
-            held.append(ids if form.separator is None else np.append(ids, form.separator))
-            came.append(at)
-            while sum(map(len, held)) >= form.room:
-                whole = np.concatenate(held)
-                yield whole[: form.room], came
-                held, came = [whole[form.room :]], [at]
+            held, came = np.append(held, ids), np.append(came, np.full(len(ids), at))
+            if form.separator is not None:
+                held, came = np.append(held, form.separator), np.append(came, -1)
+            while len(held) >= form.room:
+                yield held[: form.room], came[: form.room]
+                held, came = held[form.room :], came[form.room :]
     while left:
         for at in rng.permutation(list(left)).tolist():
             if not left[at]:
                 del left[at]
                 continue
-            yield left[at].pop(), [at]
+            piece = left[at].pop()
+            yield piece, np.full(len(piece), at)
     # What is left of the short documents fills no window: it comes last, and is padded.
-    if sum(map(len, held)) >= 2:
-        yield np.concatenate(held), came
+    if len(held) >= 2:
+        yield held, came
 
 
 def _cut(ids: Array, room: int, rng: np.random.Generator) -> list[Array]:

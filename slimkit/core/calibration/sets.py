@@ -133,12 +133,16 @@ def drawn_set(
     form = window_form(tokenizer, length, pack)
     encode = Encoder(tokenizer, special=not pack)
     windows: list[Array] = []
+    parts: list[list[Array]] = []
     origins = []
+    # What a tokenizer puts around a text stands around no held-out one.
+    around = [] if pack else list(getattr(tokenizer, "all_special_ids", ()))
     counts = shares([s.weight for s in sources], n)
     for at, (source, count) in enumerate(zip(sources, counts)):
         before = encode.chats
         drawn = draw(source.documents, encode, count, form, [seed, at], source.name)
         windows += drawn.windows
+        parts += [[ids[~np.isin(ids, around)] for ids in found] for found in drawn.parts]
         origins.append(
             {
                 "name": source.name, "weight": float(source.weight), "documents": len(source.documents),
@@ -148,7 +152,7 @@ def drawn_set(
         )  # fmt: skip
     record = {
         "windows": len(windows), "length": length, "tokens": int(sum(map(len, windows))), "seed": seed,
-        "packed": pack, "sources": origins, "sha256": _digest(windows), "stretches": fingerprint(windows),
+        "packed": pack, "sources": origins, "sha256": _digest(windows), "stretches": fingerprint(parts),
     }  # fmt: skip
     _say(record, n)
     fill = getattr(tokenizer, "pad_token_id", None)

@@ -41,6 +41,10 @@ UNCALIBRATED = (
     "a language model is pruned without calibration data: weights alone do not tell what it can lose, and its answers "
     "are likely to be useless. Give a few dozen texts (calibration=, --calib)"
 )
+UNREPAIRED = (
+    "the plan was made with a repair on calibration data, and a plan holds no weights: the replayed cut is not "
+    "repaired. Load the weights of the model that was (save_pruned keeps them with the plan)"
+)
 if TYPE_CHECKING:
     from typing_extensions import Self
 
@@ -155,6 +159,7 @@ class PrunerBase(PrunerSettings):
         if data is None:
             self._cut(PrunePlan(desc))
             return desc
+        desc["made"]["repaired"] = True
         plan = PrunePlan(desc)
         dense = self._wing.snapshot()
         undo = self._cut(plan)
@@ -166,7 +171,7 @@ class PrunerBase(PrunerSettings):
         return desc
 
     def prune_by_desc(self, desc: dict[str, Any]) -> Any:
-        """Replay a plan on a fresh model of the same make, in place.
+        """Replay a plan on a fresh model of the same make, in place; weights that a repair changed are not in a plan.
 
         Args:
             desc: what `prune` or `analysis` returned, possibly after a trip through JSON; or a desc of msModelSlim's,
@@ -187,6 +192,9 @@ class PrunerBase(PrunerSettings):
                 if error:
                     raise PlanError(f"the masks of desc do not fit one another in this model: {error}")
         self._cut(PrunePlan(desc))
+        made = desc.get("made", {})
+        if any(step.get("repaired") for step in made.get("steps", [made])):
+            logger.warning("%s", UNREPAIRED)
         return self._wing.model
 
     def whole_desc(self) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import numpy as np
 
 from slimkit.core.log import progress
 from slimkit.core.prune.plan import PrunePlan
+from slimkit.core.prune.signals import demand_finite
 
 Array = np.ndarray[Any, Any]
 
@@ -75,6 +76,9 @@ def repair(models: Repair, layers: Sequence[str], plan: PrunePlan, damping: floa
 
     Returns:
         {"refitted": layer -> rows of calibration data it saw, "left": layers that were left alone -> why}.
+
+    Raises:
+        ArgumentError: calibration gives a layer infinity or NaN.
     """
     report: dict[str, Any] = {"refitted": {}, "left": {}}
     suited = []
@@ -100,6 +104,8 @@ def repair(models: Repair, layers: Sequence[str], plan: PrunePlan, damping: floa
                 held = len(given) // HELD_OUT if damping is None else 0
                 some.add(given[: len(given) - held], wanted[: len(given) - held])
                 held_out.add(given[len(given) - held :], wanted[len(given) - held :])
+            for moments in (some, held_out):
+                demand_finite(path, moments.inputs, moments.outputs)
             models.write(path, *_fitted(some, held_out, weight, bias, damping))
             report["refitted"][path] = some.number + held_out.number
     next(bar, None)

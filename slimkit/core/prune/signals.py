@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from slimkit.core.errors import ArgumentError
 from slimkit.core.prune.elimination import LayerSignal
 
 Array = np.ndarray[Any, Any]
@@ -50,12 +51,32 @@ class SignalSums:
         self._answers += rows
 
     def means(self) -> dict[str, LayerSignal]:
-        """Layer -> its signal; a layer that no batch reached, or that the loss does not depend on, is left out."""
+        """Layer -> its signal; a layer that no batch reached, or that the loss does not depend on, is left out.
+
+        Raises:
+            ArgumentError: infinity or NaN among the numbers.
+        """
+        for path, gram in self._grams.items():
+            demand_finite(path, gram)
+            demand_finite(path, self._slopes.get(path, gram))
         return {
             path: LayerSignal(gram / self._rows[path], self._slopes[path] / self._answers, self._rows[path])
             for path, gram in self._grams.items()
             if self._rows[path] and path in self._slopes
         }
+
+
+def demand_finite(path: str, *sums: Array) -> None:
+    """Refuse sums over calibration data that hold infinity or NaN: nothing can be told of a layer from them.
+
+    Raises:
+        ArgumentError: they do.
+    """
+    if not all(np.isfinite(total).all() for total in sums):
+        raise ArgumentError(
+            f"calibration gives the layer {path} infinity or NaN: the batches hold such numbers, or the model makes "
+            "them (float16 overflows where bfloat16 and float32 do not)"
+        )
 
 
 def sent_back(random: np.random.Generator, logits: Array | None, shape: tuple[int, ...]) -> Array:
@@ -74,7 +95,7 @@ def sent_back(random: np.random.Generator, logits: Array | None, shape: tuple[in
 
     Example:
         >>> sent_back(np.random.default_rng(0), None, (1, 4)).tolist()
-        [[1.0, 1.0, -1.0, 1.0]]
+        [[-1.0, 1.0, -1.0, 1.0]]
     """
     number = int(np.prod(shape))
     bits = np.unpackbits(np.frombuffer(random.bytes(-(-number // 8)), dtype=np.uint8), count=number)

@@ -263,8 +263,11 @@ class _Run:
                 self.face.save(result.model, temporary / "model.safetensors")
             seconds = time.perf_counter() - began
             edits = [*edits, result.edit] if result.edit is not None else edits
-            metrics = self._metrics(result.model, at)
-            samples = self._samples(result.model)
+            if kind in LOOKING:
+                # The model is the one that the stage before it judged.
+                metrics, samples = self.records[-1]["metrics"], self.records[-1]["samples"]
+            else:
+                metrics, samples = self._metrics(result.model, at), self._samples(result.model)
             record = {
                 "name": directory.name,
                 "kind": kind,

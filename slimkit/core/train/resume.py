@@ -55,6 +55,19 @@ class Resumable(ABC):
     def _load_model(self, folder: Path, state: dict[str, Any]) -> None:
         """Take back the model's weights alone."""
 
+    def _sharded(self) -> str:
+        """Path of a parameter that several processes hold parts of; "" for none."""
+        return ""
+
+    def refuse_parts(self) -> None:
+        """Raise UnsupportedError where processes hold parts of parameters: a checkpoint of a run holds whole ones."""
+        path = self._sharded()
+        if path:
+            raise UnsupportedError(
+                f"a checkpoint of a run holds whole parameters. {path} is sharded: save with "
+                f"torch.distributed.checkpoint, and a delta with save_delta, which gathers."
+            )
+
     def save_checkpoint(self, directory: str | Path) -> Path:
         """Write everything that `train(resume_from=...)` needs: weights, optimizer, scheduler, random state, history.
 
@@ -65,9 +78,11 @@ class Resumable(ABC):
             The folder.
 
         Raises:
-            UnsupportedError: a state that could not be read back as it is; an older checkpoint stays.
+            UnsupportedError: a state that could not be read back as it is, or parameters that processes hold parts of;
+                an older checkpoint stays.
         """
         target = files.as_path(directory, "directory")
+        self.refuse_parts()  # in every process: gathering them in the first one alone would wait for the others
         self._flush()
         config = self.run_config.to_dict() if self.run_config else {}
         if self._processes()[0] != 0:
@@ -135,6 +150,7 @@ class Resumable(ABC):
         return kept
 
     def _resume(self, folder: Path) -> None:
+        self.refuse_parts()
         kept = self._read(folder, "resume_from")
         assert self.run_config is not None
         for name, now in (
