@@ -211,6 +211,12 @@ class WholeModel:
                 "SparseConfig.residual needs a model that is a chain of blocks, each fed by the last"
             )
 
+    def outputs(self) -> Iterator[torch.Tensor]:
+        """What each batch gives as the part is now, in float32 and without the rows of padding."""
+        with replaying(self.model) as run:
+            for batch, _, valid in self.batches():
+                yield as_input(self.model, output_of(run(batch)), valid).float()
+
     def trained(self) -> TorchTrained | None:
         """The whole model, to give the dense one's outputs; nothing where blocks do so."""
         if not self._whole:

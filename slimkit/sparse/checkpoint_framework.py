@@ -267,6 +267,10 @@ class _Undata:
     def join(self) -> None:
         """No stream."""
 
+    def outputs(self) -> Iterator[torch.Tensor]:
+        """No batches."""
+        return iter(())
+
     def trained(self) -> None:
         """Nothing to train by."""
 

@@ -230,6 +230,12 @@ class WholeModel:
             )
         self._blocks = blocks
 
+    def outputs(self) -> Iterator[Array]:
+        """What each batch gives as the part is now, in float32 and without the rows of padding."""
+        with replaying(self.model) as run:
+            for batch, _, valid in self.batches():
+                yield as_input(self.model, first_tensor(run(batch)), valid)
+
     def trained(self) -> MindSporeTrained | None:
         """The whole cell, to give the dense one's outputs; nothing where blocks do so."""
         if not self._whole:

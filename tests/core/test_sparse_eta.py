@@ -88,7 +88,7 @@ class Machine:
             self.steps.append((self.clock.now, estimate.finished(name, seconds * self.crowd)))
 
 
-def ratios(machine, walks=1):
+def ratios(machine):
     """What was told after each layer, over what was then needed."""
     end = machine.clock.now
     return [step.seconds_left / (end - now) for now, step in machine.steps if end > now]
@@ -131,17 +131,6 @@ def test_time_left_of_a_run_that_goes_on():
     found = ratios(machine)
     assert found[1:6] == pytest.approx([1.0] * 5, abs=0.25)
     assert found[6:] == pytest.approx([1.0] * len(found[6:]), abs=0.15)
-
-
-def test_time_left_of_two_walks():
-    machine = Machine("hessian", models=1)
-    estimate = Estimate(machine.layers, "hessian", walks=2, clock=machine.clock)
-    machine.run(estimate)
-    estimate.again()
-    machine.run(estimate)
-    found = ratios(machine)
-    assert found[6:] == pytest.approx([1.0] * len(found[6:]), abs=0.15)
-    assert [s.done for _, s in machine.steps][-1] == machine.steps[0][1].total == 72
 
 
 def test_time_left_without_data_goes_by_the_weights():

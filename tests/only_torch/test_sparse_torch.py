@@ -38,6 +38,23 @@ def test_blocks_fed_from_memory_equal_whole_forwards(monkeypatch):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=0)  # the same numbers by another road
 
 
+def test_measured_ratios_of_attention_and_mlp_blocks_cost_less_than_half_a_run():
+    ran = []
+    for uniform in (True, False):
+        model, calls = small_bert(), {"blocks": 0, "whole": 0}
+
+        def count(module, *_, model=model, calls=calls):
+            calls["whole" if module is model else "blocks"] += 1
+
+        for module in (*model.encoder.layer, model):
+            module.register_forward_pre_hook(count)
+        Compressor(model, SparseConfig(method="wanda", uniform=uniform, ignore=["pooler*"])).compress(tokens(8))
+        ran.append(calls)
+    assert ran[1]["blocks"] < 1.5 * ran[0]["blocks"]
+    # A batch that measures: its order of calls. Then one that judges: dense, with equal and with measured ratios.
+    assert ran[1]["whole"] == ran[0]["whole"] + 1 + 3
+
+
 def test_padding_tokens_do_not_count():
     plain, padded = small_bert(), small_bert()
     ids = tokens(1)[0]["input_ids"]

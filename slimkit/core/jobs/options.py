@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import AfterValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from pydantic_core import PydanticCustomError
 
 from slimkit.core.jobs.factory import Factory, Reference
@@ -222,6 +222,9 @@ class SparsifyOptions(JobOptions):
     ] = Field(True, description="the same ratio in every layer; false: each gets what its sensitivity allows")
     progressive: bool = Field(False, description="reach the ratio in steps")
     residual: bool = Field(False, description="also fit what the residual stream has lost (chains of blocks)")
+    swaps: NonNegativeInt = Field(
+        0, description="afterwards exchange a kept and a dropped weight of a row, up to so many times, where that helps"
+    )
     targets: Annotated[list[str] | None, Flag("--target", metavar="GLOB")] = Field(
         None, description="globs of layers to sparsify; unset: all"
     )

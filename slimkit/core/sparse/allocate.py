@@ -1,40 +1,45 @@
 """A ratio for each layer: the same total, spread by what each layer was measured to cost.
 
-With ratios r_l of layers of n_l weights, together R of all n weights, and costs c_l(r) measured by dropping one layer's
-smallest weights alone:
+With ratios r_l of layers of n_l weights, together R of all n weights, and costs c_l(r), the relative change of the
+block's output when that one layer loses its least weights by magnitude times input norm (wanda):
 
     minimise sum c_l(r_l)  subject to  sum n_l r_l = R n,  |r_l - R| <= REACH
 
 Costs grow about exponentially, c_l(r) = a_l exp(b_l (r - R)), with b_l and a_l from a line through the logarithms of
 the measured points. At the optimum every layer loses as much by one weight more: b_l c_l(r_l) / n_l is one price, so
 r_l = R + log(price n_l / (a_l b_l)) / b_l within its bounds, and the price that meets the total is found by bisection.
-Whether the result is better than equal ratios is then measured on batches that chose nothing (`better`).
-Source: the method of Lagrange; sensitivities one layer at a time, as Frantar & Alistarh 2022 (OBC) take them.
+One walk over the dense model with few batches measures them; no block but a layer's own runs for it. Whether the result
+is better than equal ratios is then measured by the outputs of the whole model, masked either way, on batches that
+chose nothing. Source: the method of Lagrange; sensitivities one layer at a time, as Frantar & Alistarh 2022 (OBC) take
+them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from math import exp, log
+from collections.abc import Mapping, Sequence
+from math import exp, isfinite, log
 from typing import Any
 
 from slimkit.core.log import logger, progress
 from slimkit.core.sparse.config import SparseConfig
-from slimkit.core.sparse.framework import SparseFramework
+from slimkit.core.sparse.framework import CalibratedBlock, SparseFramework
+from slimkit.core.sparse.maths.backend import Array, all_finite, device_of, namespace
 from slimkit.core.sparse.maths.layer import SparseLayer
-from slimkit.core.sparse.maths.solve import solve
-from slimkit.core.sparse.remaining import Progress
-from slimkit.core.sparse.sequential import SequentialPass, estimate_of
+from slimkit.core.sparse.maths.moments import SPOILT, SpoiltError
+from slimkit.core.sparse.maths.pattern import keep_across_rows, keep_all_but
+from slimkit.core.sparse.totals import counts
 
-# Batches whose outputs judge a choice of ratios.
+# One of so many batches measures what layers cost, and one judges: a block runs twice for each of its layers.
+SHARE = 8
+
+# More batches than this, in all processes together, say little more of so few numbers.
 PROBE_BATCHES = 4
-
-# One of so many batches is held out from a choice of ratios, to judge it by; with fewer all are used for both.
-HOLD_OUT = 5
 
 # Ratios stay this close to the uniform one: sensitivities are measured there, and far from it they say little.
 REACH = 0.1
+
+# Of the mean power of a batch's rows: what rows of no power count with.
+FLOOR = 1e-4
 
 
 def spread(
@@ -97,95 +102,163 @@ def _exponentials(
     return slopes, levels
 
 
+def measured(
+    host: SparseFramework, config: SparseConfig, dataset: Any, layers: Mapping[str, SparseLayer], names: Sequence[str]
+) -> tuple[dict[str, float] | None, dict[str, Any]]:
+    """A ratio for each layer, or None where equal ones are better; the model is left as it was.
+
+    Args:
+        host: the model.
+        config: what to do.
+        dataset: a re-iterable of batches.
+        layers: the layers by name.
+        names: those that are to change.
+
+    Returns:
+        layer -> ratio, together the ratio asked for; and facts for the report.
+
+    Raises:
+        SpoiltError: the inputs of a layer are not finite.
+    """
+    probes, others = _apart(host, dataset)
+    ratios, norms = _walked(host, config, probes, layers, names)
+    equal = dict.fromkeys(names, config.sparse_ratio)
+    judge = _Judge(host, others or probes)
+    equal_error, error = (judge.error(layers, r, norms) for r in (equal, ratios))
+    facts = {
+        "kept": "measured" if error < equal_error else "uniform",
+        "uniform_error": equal_error,
+        "measured_error": error,
+        "probe_batches": sum(host.gather(len(others or probes))),
+        "held_out": bool(others),
+    }
+    if facts["kept"] == "measured":
+        return ratios, facts
+    text = "measured ratios change the outputs of masked layers by %.4g, equal ones by %.4g: kept equal ratios."
+    logger.warning(text, error, equal_error)
+    return None, facts
+
+
+def _apart(host: SparseFramework, dataset: Any) -> tuple[list[Any], list[Any]]:
+    """Batches to choose ratios with, and others to judge the choice by; no others where a process has but one."""
+    data = list(dataset)
+    n = max(1, min(len(data) // SHARE, PROBE_BATCHES // host.processes()))
+    step = len(data) // n
+    alone = not all(host.gather(step > 1))  # all processes alike
+    return data[::step][:n], [] if alone else data[step // 2 :: step][:n]
+
+
 class _Judge:
-    """How much some batches' outputs change, relative to those of the model as it was."""
+    """How much some batches' outputs change when layers are masked, relative to those of the model as it is."""
 
     def __init__(self, host: SparseFramework, probes: Sequence[Any]) -> None:
         self._host, self._probes = host, probes
         self._dense = [host.outputs(batch) for batch in probes]
         self._power = sum(host.gather(sum(float((d * d).sum()) for d in self._dense))) or 1.0
 
-    def error(self) -> float:
-        """The relative change of all processes' outputs."""
+    def error(
+        self, layers: Mapping[str, SparseLayer], ratios: Mapping[str, float], norms: Mapping[str, Array]
+    ) -> float:
+        """The relative change of all processes' outputs; the model is as it was afterwards."""
+        host, back = self._host, self._host.snapshot(list(ratios))
+        for name, n_zeros in counts({n: layers[n].size for n in ratios}, ratios).items():
+            _mask(host, layers[name], n_zeros, norms.get(name))
         pairs = zip(self._probes, self._dense)
-        change = sum(float(((self._host.outputs(batch) - d) ** 2).sum()) for batch, d in pairs)
-        return float(sum(self._host.gather(change)) / self._power) ** 0.5
+        change = sum(float(((host.outputs(batch) - d) ** 2).sum()) for batch, d in pairs)
+        back()
+        return float(sum(host.gather(change)) / self._power) ** 0.5
 
 
-def _apart(host: SparseFramework, dataset: Any) -> tuple[Any, list[Any]]:
-    """Batches to choose ratios with, and others to judge the choice by; no others where there are few."""
-    data = list(dataset)
-    n = min(len(data) // HOLD_OUT, max(1, PROBE_BATCHES // host.processes()))
-    n = n if all(host.gather(n)) else 0  # all processes alike
-    return data[: len(data) - n], data[len(data) - n :]
-
-
-def better(
-    host: SparseFramework,
-    config: SparseConfig,
-    dataset: Any,
-    layers: Mapping[str, SparseLayer],
-    names: Sequence[str],
-    restore: Callable[[], None],
-    on_progress: Callable[[Progress], None] | None,
-) -> tuple[SequentialPass, dict[str, Any]]:
-    """The better of equal and measured ratios, by the change of the model's own outputs.
-
-    A method that refits weights follows its calibration data more closely with some ratios than with others, and what
-    it gains there says little of other data; so both are judged by batches that neither has seen, where there are
-    enough, and the better one is repeated with all of them.
-    """
-    data, others = _apart(host, dataset)
-    probes = data[: max(1, PROBE_BATCHES // host.processes())]
-    ratios = _measured(host, config, layers, names, _Judge(host, probes))
-    judge = _Judge(host, others or probes)
-    estimate = estimate_of(config, layers, names, walks=3 if others else 2)
-
-    def walked(ratios: Mapping[str, float] | None, batches: Any) -> SequentialPass:
-        walk = SequentialPass(host, config, layers, names, ratios, on_progress, estimate)
-        walk.run(batches)
-        return walk
-
-    equal = walked(None, data)
-    equal_error, keep_equal = judge.error(), host.snapshot(names)
-    restore()
-    estimate.again()
-    best = walked(ratios, data)
-    measured_error = judge.error()
-    facts = {
-        "kept": "measured" if measured_error < equal_error else "uniform",
-        "uniform_error": equal_error,
-        "measured_error": measured_error,
-        "probe_batches": sum(host.gather(len(others or probes))),
-        "held_out": bool(others),
-    }
-    if facts["kept"] == "uniform":
-        logger.warning(
-            "measured ratios change the outputs by %.4g, equal ones by %.4g: kept equal ratios.",
-            measured_error,
-            equal_error,
-        )
-        keep_equal()
-        best = equal
-    if others:
-        restore()
-        estimate.again()
-        best = walked(None if best is equal else ratios, [*data, *others])
-    return best, facts
-
-
-def _measured(
-    host: SparseFramework, config: SparseConfig, layers: Mapping[str, SparseLayer], names: Sequence[str], judge: _Judge
-) -> dict[str, float]:
-    """Ratios by how much the model's outputs change when one layer alone loses its smallest weights."""
+def _walked(
+    host: SparseFramework, config: SparseConfig, probes: Any, layers: Mapping[str, SparseLayer], names: Sequence[str]
+) -> tuple[dict[str, float], dict[str, Array]]:
+    """Ratios by how much each part's outputs change when one layer alone is masked, and the layers' input norms."""
     around = [max(0.02, config.sparse_ratio - REACH), min(0.98, config.sparse_ratio + REACH)]
-    alone = replace(config, method="magnitude", uniform=True, progressive=False, asymmetric=None, residual=False)
+    together: dict[str, list[str]] = {}
     costs: dict[str, list[float]] = {}
-    for name in progress(names, "sensitivities"):
-        back = host.snapshot([name])
-        costs[name] = []
-        for ratio in around:
-            host.store(name, solve(layers[name], host.weight(name), None, ratio, alone).weight, None)
-            costs[name].append(judge.error() ** 2)
-            back()
-    return spread(costs, around, {n: layers[n].size for n in names}, config.sparse_ratio)
+    norms: dict[str, Array] = {}
+    bar = iter(progress(list(names), "sensitivities"))
+    for stage in host.stages(probes, names, paired=False):
+        if config.row.needs_data:
+            norms |= _norms(host, stage, layers)
+        dense = list(stage.outputs())
+        for group in _families(stage, layers):
+            back = host.snapshot(group)
+            together[group[0]], costs[group[0]] = group, []
+            for ratio in around:
+                for name in group:
+                    _mask(host, layers[name], round(ratio * layers[name].size), norms.get(name))
+                costs[group[0]].append(_change(host, stage, dense))
+                back()
+            for _ in group:
+                next(bar, None)
+        stage.advance()
+    next(bar, None)
+    sizes = {first: sum(layers[n].size for n in group) for first, group in together.items()}
+    found = spread(costs, around, sizes, config.sparse_ratio)
+    # What no probe reached takes the ratio asked for.
+    return dict.fromkeys(names, config.sparse_ratio) | {n: found[f] for f, g in together.items() for n in g}, norms
+
+
+def _families(stage: CalibratedBlock, layers: Mapping[str, SparseLayer]) -> list[list[str]]:
+    """The layers that are measured at once: those of a family, such as a hundred experts' first ones, together."""
+    found: dict[str, list[str]] = {}
+    for name in (n for feed in stage.feeds for n in feed):
+        found.setdefault(layers[name].family or name, []).append(name)
+    return list(found.values())
+
+
+def _norms(host: SparseFramework, stage: CalibratedBlock, layers: Mapping[str, SparseLayer]) -> dict[str, Array]:
+    """Layer -> (groups, n_in) sums of its inputs' squares over all processes; none where there were no rows."""
+    sums: dict[str, Array] = {}
+    for first in (feed[0] for feed in stage.feeds):
+        weight = host.weight(first)
+        xp, shape = namespace(weight), (layers[first].groups, layers[first].n_in)
+        sums[first] = xp.zeros(shape, dtype=xp.float32, device=device_of(weight))
+
+    def add(name: str, x: Array, *_: Any) -> None:
+        xp = namespace(x)
+        for rows in layers[name].rows(x):  # (groups, rows, n_in)
+            rows = xp.astype(rows, xp.float32, copy=False)
+            sums[name] += xp.sum(rows * rows, axis=1)
+
+    if sums:
+        stage.replay(list(sums), add)
+    found: dict[str, Array] = {}
+    for feed in stage.feeds:
+        (total,) = host.reduce([sums[feed[0]]])
+        if not all_finite(total):
+            raise SpoiltError(f"{SPOILT} at the input of {feed[0]!r}")
+        if bool(namespace(total).any(total > 0)):
+            found |= dict.fromkeys(feed, total)
+    return found
+
+
+def _mask(host: SparseFramework, layer: SparseLayer, n_zeros: int, norms: Array | None) -> None:
+    """Put zeros where weights times input norms are least, alike in each row, or in the whole layer without norms."""
+    weight = host.weight(layer.name)
+    matrix = layer.to_matrix(weight)  # (groups, out, n)
+    xp, scores = namespace(matrix), abs(matrix)
+    if norms is None:
+        keep = keep_all_but(scores.reshape(-1), n_zeros).reshape(matrix.shape)
+    else:
+        scores = scores * xp.astype(xp.sqrt(norms), scores.dtype)[:, None, :]
+        rows = scores.reshape(-1, scores.shape[2])  # (groups * out, n)
+        keep = keep_across_rows(rows, n_zeros).reshape(matrix.shape)
+    host.store(layer.name, layer.from_matrix(matrix * xp.astype(keep, matrix.dtype)), None)
+
+
+def _change(host: SparseFramework, stage: CalibratedBlock, dense: Sequence[Array]) -> float:
+    """The mean relative squared change of a token's (or image's) output, over all processes."""
+    total, count = 0.0, 0
+    for now, before in zip(stage.outputs(), dense, strict=True):
+        xp = namespace(before)
+        shape = (before.shape[0], -1) if before.ndim > 3 else (-1, before.shape[-1])
+        now, before = now.reshape(shape), before.reshape(shape)
+        power = xp.sum(before * before, axis=1)
+        power = power + FLOOR * xp.mean(power) + 1e-30
+        total += float(xp.sum(xp.sum((now - before) ** 2, axis=1) / power))
+        count += before.shape[0]
+    pairs = host.gather([total, count])
+    change = sum(t for t, _ in pairs) / max(1, sum(n for _, n in pairs))
+    return change if isfinite(change) else 1e30  # too large for the model's dtype

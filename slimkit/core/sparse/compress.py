@@ -12,7 +12,7 @@ from slimkit.core import check
 from slimkit.core.errors import ArgumentError
 from slimkit.core.log import logger
 from slimkit.core.showing import Report, Shown
-from slimkit.core.sparse.allocate import better
+from slimkit.core.sparse.allocate import measured
 from slimkit.core.sparse.config import SparseConfig
 from slimkit.core.sparse.framework import SparseFramework
 from slimkit.core.sparse.maths.backend import Array, all_finite
@@ -45,11 +45,9 @@ def compress(
     restore = host.snapshot(names)
     try:
         _demand_finite(host, names)
-        if config.uniform:
-            walk, allocation = SequentialPass(host, config, layers, names, None, on_progress), None
-            walk.run(dataset)
-        else:
-            walk, allocation = better(host, config, dataset, layers, names, restore, on_progress)
+        ratios, allocation = (None, None) if config.uniform else measured(host, config, dataset, layers, names)
+        walk = SequentialPass(host, config, layers, names, ratios, on_progress)
+        walk.run(dataset)
     except SpoiltError as error:
         restore()
         spoilt = host.not_finite()
@@ -140,9 +138,8 @@ class BaseCompressor(Shown):
         Args:
             dataset: a list (or any re-iterable) of batches: a tensor, a tuple or list of arguments, or a dict of
                 keyword arguments. "magnitude" needs none.
-            on_progress: called after every layer with a `Progress` (layer, done, total, seconds, seconds_left), with
-                `uniform=False` in each of the two runs over the model; None shows a bar on a terminal and log lines
-                elsewhere.
+            on_progress: called after every layer with a `Progress` (layer, done, total, seconds, seconds_left); None
+                shows a bar on a terminal and log lines elsewhere.
 
         Returns:
             The report: "layers" (a row each: method, ratio, rows, output_error ...), "fallbacks", "skipped",

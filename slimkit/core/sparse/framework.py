@@ -38,6 +38,9 @@ class CalibratedBlock(Protocol):
     def join(self) -> None:
         """Learn where layers' outputs join the residual stream; UnsupportedError where that cannot be known."""
 
+    def outputs(self) -> Iterator[Array]:
+        """What each batch gives as the part is now, in float32 and without the rows of padding."""
+
     def trained(self) -> TrainedBlock | None:
         """The part to be trained once its layers are solved; None for what stands outside blocks."""
 

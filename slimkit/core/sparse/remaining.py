@@ -66,9 +66,9 @@ def _blend(before: float | None, now: float) -> float:
 
 
 class Estimate:
-    """Seconds left of one or more walks over the same layers.
+    """Seconds left of a walk over some layers.
 
-    A walk waits for a layer's inputs, solves it, and between two parts of the model sends all data through the part.
+    It waits for a layer's inputs, solves it, and between two parts of the model sends all data through the part.
     What was measured at the same place of an earlier block, or at the same shape, stands for itself. Before that, the
     forward that found the order of the layers gives the waiting by when it reached each of them, and the table of
     methods how long solving takes beside what was solved already.
@@ -77,7 +77,6 @@ class Estimate:
         layers: every layer of the run, in any order.
         method: how they are solved.
         models: models that data is sent through: 2 where there is a dense one beside the sparse one.
-        walks: how often the layers are walked over.
         clock: seconds, rising.
 
     Example:
@@ -92,16 +91,15 @@ class Estimate:
         layers: Mapping[str, SparseLayer],
         method: str,
         models: int = 1,
-        walks: int = 1,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self._models, self._walks, self._clock = models, walks, clock
+        self._models, self._clock = models, clock
         self._layers = {name: (layer, _shape(layer)) for name, layer in layers.items()}
         self._work = {_shape(layer): METHODS[method].seconds(layer) for layer in layers.values()}
-        self._began = self._walk_began = self._last = clock()
-        self._total, self._done = len(layers) * walks, 0
-        self._left: set[str] = set()
-        self._shapes: Counter[str] = Counter()  # how many layers of each shape are left
+        self._began = self._last = clock()
+        self._total, self._done = len(layers), 0
+        self._left = set(self._layers)
+        self._shapes = Counter(shape for _, shape in self._layers.values())  # how many layers of each shape are left
         self._solving, self._adding = _Latest(), _Latest()
         self._solved = self._worked = 0.0
         self._added: list[float] = []  # seconds of each sum of this pass
@@ -115,18 +113,6 @@ class Estimate:
         self._n_parts = self._n_after = 0
         self._opening = self._closing = 0.0  # seconds before a part is ready, and of sending all data through it
         self._known_opening = self._known_closing = False
-        self._begin()
-
-    def _begin(self) -> None:
-        self._left = set(self._layers)
-        self._shapes = Counter(shape for _, shape in self._layers.values())
-        self._n_parts = 0
-
-    def again(self) -> None:
-        """Begin the next walk."""
-        self._walks -= 1
-        self._begin()
-        self._walk_began = self._last = self._clock()
 
     def skip(self, name: str) -> None:
         """Count a layer that an earlier run finished."""
@@ -196,9 +182,7 @@ class Estimate:
         self._solving.put(shape, solving or took, self._work[shape])
         self._solved, self._worked, self._last = self._solved + (solving or took), self._worked + took, now
         self._count(name)
-        left = self._walk_left()
-        left += (self._walks - 1) * (now - self._walk_began + left)
-        return Progress(name, self._done, self._total, now - self._began, left)
+        return Progress(name, self._done, self._total, now - self._began, self._seconds_left())
 
     def closed(self) -> None:
         """All data has been sent through the part as it is now."""
@@ -206,8 +190,7 @@ class Estimate:
         self._closing = _blend(self._closing if self._known_closing else None, now - self._last)
         self._known_closing, self._last = True, now
 
-    def _walk_left(self) -> float:
-        """Seconds that are left of this walk."""
+    def _seconds_left(self) -> float:
         # Several processes solve at once; and what is solved is stored, too.
         left = sum(n * self._solving.of(shape, self._work[shape]) for shape, n in self._shapes.items())
         left *= self._worked / self._solved if self._solved else 1.0

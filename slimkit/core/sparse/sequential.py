@@ -29,7 +29,6 @@ class SequentialPass:
         names: the layers that are to change, in the model's order.
         ratios: layer -> ratio; None gives every layer the configuration's.
         on_progress: called after every layer; None shows a bar on a terminal and log lines elsewhere.
-        estimate: of the seconds left, where several walks share one.
 
     Attributes:
         solved: layer -> its row of the report, as far as the walk has come.
@@ -44,14 +43,13 @@ class SequentialPass:
         names: Sequence[str],
         ratios: Mapping[str, float] | None = None,
         on_progress: Callable[[Progress], None] | None = None,
-        estimate: Estimate | None = None,
     ) -> None:
         self.solved: dict[str, dict[str, Any]] = {}
         self.masks: dict[str, Array] = {}
         self._host, self._config, self._layers, self._names = host, config, layers, names
         sizes = {n: layers[n].size for n in names}
         self._counts = counts(sizes, ratios or dict.fromkeys(names, config.sparse_ratio))
-        self._estimate = estimate or estimate_of(config, layers, names)
+        self._estimate = Estimate({n: layers[n] for n in names}, config.method, 2 if config.paired else 1)
         self._on_progress = on_progress
         self._bar = iter(progress(list(names), "layers")) if on_progress is None else iter(())
 
@@ -158,13 +156,6 @@ class SequentialPass:
         if owner:
             for name, result in processes.exchange(self._host, together, owner, mine):
                 self._put(name, result)
-
-
-def estimate_of(
-    config: SparseConfig, layers: Mapping[str, SparseLayer], names: Sequence[str], walks: int = 1
-) -> Estimate:
-    """The estimate for walks over some layers that begin now."""
-    return Estimate({n: layers[n] for n in names}, config.method, 2 if config.paired else 1, walks)
 
 
 def steps(

@@ -9,6 +9,8 @@ from slimkit.core.sparse.maths.layer import SparseLayer
 # The arrays that are summed over rows, and over processes.
 SUMS = ("gram", "total", "cross", "missing", "dense_total", "drift_cross", "drift_total")
 
+SPOILT = "dataset must give finite inputs to every layer. Received: NaN or infinity (or sums beyond float32)"
+
 
 class SpoiltError(ArgumentError):
     """A layer's inputs are not finite."""
@@ -126,10 +128,7 @@ class Moments:
             # One pass each: infinity or NaN anywhere spoils the sum.
             sums = [xp.sum(a) for a in (self.gram, self.cross, self.missing, self.drift_cross) if a is not None]
             if not all(bool(xp.isfinite(s)) for s in sums):
-                raise SpoiltError(
-                    f"dataset must give finite inputs to every layer. Received: NaN or infinity (or sums beyond "
-                    f"float32) at the input of {self.layer.name!r}"
-                )
+                raise SpoiltError(f"{SPOILT} at the input of {self.layer.name!r}")
 
     @property
     def related(self) -> bool:
