@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from slimkit import bridge
-from slimkit.core.calibration.own import OwnText, OwnTextOptions, write_own_text
+from slimkit.core.calibration.own import OwnText, OwnTextOptions, start_token, write_own_text
 from slimkit.core.calibration.sets import CalibrationSet, calibration_set
 
 import torch
@@ -97,18 +97,9 @@ def own_text(
         (2, 5)
     """
     bridge.check_model(model, "model")
-    options = OwnTextOptions(n, length, seed, _start(model) if start is None else start)
+    options = OwnTextOptions(n, length, seed, start_token(model) if start is None else start)
     with bridge.evaluating(model), torch.no_grad():
         return write_own_text(_Writer(model), options, _states(model), None if file is None else Path(file))
-
-
-def _start(model: nn.Module) -> int | None:
-    config = getattr(model, "config", None)
-    for name in ("bos_token_id", "eos_token_id"):
-        found = getattr(config, name, None)
-        if found is not None:
-            return int(found[0] if isinstance(found, (list, tuple)) else found)
-    return None
 
 
 def _states(model: nn.Module) -> dict[str, np.ndarray[Any, Any]]:

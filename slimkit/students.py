@@ -12,7 +12,7 @@ from typing import Any
 
 from slimkit import bridge
 from slimkit.core import check
-from slimkit.core.distill.students import cut_config, keep_layers, size_names, warn_unmeasured
+from slimkit.core.distill.students import cut_config, keep_layers, size_names
 from slimkit.core.errors import UnsupportedError
 from slimkit.weights import measure_activations, prune_model_weight, suggest_layer_map
 
@@ -92,11 +92,8 @@ def make_student(
             student = type(teacher)(smaller, **_extra(teacher))
     else:
         student = bridge.check_model(check.function(build, "build")(**given), "build")
-    cuts_within = any(wanted[k] is not None for k in ("ffn", "heads", "hidden"))
-    if cuts_within and activations is None and calibration is not None and selection == "importance":
-        activations = measure_activations(teacher, calibration)
-    warn_unmeasured(wanted, selection, activations is not None)
-    settings = cut_config(kept, pattern, cuts_within, selection, activations)
+    seen = None if calibration is None else lambda: measure_activations(teacher, calibration)
+    settings = cut_config(kept, pattern, wanted, selection, activations, seen)
     like = next(teacher.parameters())
     student = student.to(device=like.device, dtype=like.dtype)
     with tempfile.TemporaryDirectory() as folder:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from slimkit.core import check, files
-from slimkit.core.distill.students import cut_config, keep_layers, warn_unmeasured
+from slimkit.core.distill.students import cut_config, keep_layers
 from slimkit.core.errors import ConfigError
 from slimkit.core.match import bounded_regex
 from slimkit_ms import bridge
@@ -75,11 +75,8 @@ def make_student(
         wanted["layers"] = None if kept is None else len(kept)
     given = {k: v for k, v in wanted.items() if v is not None}
     student = bridge.check_model(check.function(build, "build")(**given), "build")
-    cuts_within = any(wanted[k] is not None for k in ("ffn", "heads", "hidden"))
-    if cuts_within and activations is None and calibration is not None and selection == "importance":
-        activations = measure_activations(teacher, calibration)
-    warn_unmeasured(wanted, selection, activations is not None)
-    settings = cut_config(kept, pattern, cuts_within, selection, activations)
+    seen = None if calibration is None else lambda: measure_activations(teacher, calibration)
+    settings = cut_config(kept, pattern, wanted, selection, activations, seen)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "teacher.safetensors"
         files.write_tensors(file, {p.name: bridge.as_numpy(p) for p in teacher.get_parameters()})

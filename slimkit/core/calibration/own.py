@@ -31,6 +31,16 @@ FORMAT, VERSION = "slimkit-own-text", 1
 ROWS = 8
 
 
+def start_token(model: Any) -> int | None:
+    """The token that a model's texts begin with by its configuration: its beginning-of-sequence token, or its end's."""
+    config = getattr(model, "config", None)
+    for name in ("bos_token_id", "eos_token_id"):
+        found = getattr(config, name, None)
+        if found is not None:
+            return int(found[0] if isinstance(found, (list, tuple)) else found)
+    return None
+
+
 @dataclass(frozen=True)
 class OwnTextOptions:
     """What is written.

@@ -134,11 +134,25 @@ def _check_heads(config: Any, wanted: dict[str, int | None]) -> None:
 def cut_config(
     kept: dict[int, int] | None,
     pattern: str | None,
-    cuts_within: bool,
+    sizes: Mapping[str, int | None],
     selection: str,
-    activations: Mapping[str, Any] | None = None,
+    activations: Mapping[str, Any] | None,
+    measure: Callable[[], Mapping[str, Any]] | None,
 ) -> PruneConfig:
-    """The weight pruning that makes the student: which blocks, and whether anything within them gets smaller."""
+    """The weight pruning that makes the student: which blocks, and whether anything within them gets smaller.
+
+    Args:
+        kept: block of the student -> the teacher's; None keeps all.
+        pattern: finds a block's number in a parameter's name.
+        sizes: what is asked for; None leaves a size alone.
+        selection: "importance" or "first".
+        activations: what `measure_activations` found.
+        measure: finds the activations where there is something to measure on; asked only where they are wanted.
+    """
+    cuts_within = any(sizes.get(what) is not None for what in ("ffn", "heads", "hidden"))
+    if cuts_within and selection == "importance" and activations is None and measure is not None:
+        activations = measure()
+    warn_unmeasured(sizes, selection, activations is not None)
     steps: Sequence[str] = [
         *(["prune_blocks"] if kept is not None else []),
         *(["prune_bert_intra_block"] if cuts_within else []),
