@@ -124,13 +124,14 @@ class Knife:
         """The same in the words of the core: which operators of the traced graph the class ran."""
         paths = [path for path, cell in self._model.cells_and_names() if type(cell) is refused.kind]
         called = [f"{path}.{refused.child}".lstrip(".") for path in paths if refused.child]
-        reads = (n.inputs[0] for n in self._traced.graph.nodes if n.scope in called and n.op in ("linear", "conv"))
+        nodes = [n for n in self._traced.graph.nodes if n.op in ("linear", "conv")]
+        reads = ({n.inputs[0]: None for n in nodes if n.scope == layer and n.inputs[0] is not None} for layer in called)
         return Contradiction(
             refused.why,
             refused.kind.__name__ if refused.kind else type(self._model).__name__,
             scopes=tuple(paths) or ("",),
             instances=tuple(map(self._operators, paths)),
-            reads=tuple(dict.fromkeys(n for n in reads if n is not None)),
+            reads=tuple(tuple(values) for values in reads),
             axes=refused.axes,
             near=refused.near,
         )

@@ -188,3 +188,12 @@ def test_refit_recovers_the_dense_layer_when_nothing_was_lost():
     found, shift = refit.refit(moments, np.zeros((3, 6)), np.zeros(3), 1e-9)
     np.testing.assert_allclose(found, w, atol=1e-6)  # exact up to the damping of 1e-9
     np.testing.assert_allclose(shift, b, atol=1e-6)
+
+
+@pytest.mark.parametrize(("floor", "gives_way", "away"), [(0.25, False, 0), (0.5, True, 0), (0.5, False, 125)])
+def test_a_coarse_variable_stands_where_the_others_come_nearest(floor, gives_way, away):
+    # a keeps 1000 or 2000 of 3500, b up to 1500 in tens: 2625 are reached with all of a and 625 of b alone.
+    account = allocate.Account.of_terms([[1000, "a"], [10, "b"]], {"a": 2, "b": 150})
+    got = allocate.allocate(account, [2, 150], 2625, floor, 1, gives_way=gives_way)
+    assert abs(abs(got.total - 2625) - away) <= 15
+    assert got.total == 1000 * got.keep["a"] + 10 * got.keep["b"]

@@ -98,7 +98,7 @@ def test_code_that_goes_along_is_cut_as_planned_and_says_what_it_wrote():
         {"axes": ((4, 1),)},  # value 4 is the output of net.1
         {"near": ((4, 1),)},
         {"operator": 1, "scopes": ("net.1",)},
-        {"reads": (4,)},
+        {"reads": ((4,),)},
         {"instances": ((1,),), "scopes": ("net.1",)},
         {"scopes": ("net.1",)},
     ],
@@ -110,8 +110,9 @@ def test_what_is_known_to_be_wrong_stays_whole(found):
     assert any("Code" in reason for reason in report["whole"])
 
 
-def test_of_what_a_class_touches_only_what_is_to_blame_stays_whole():
-    kept, _, _, wing = planned(refuse("net.1", instances=((0, 1, 2),), scopes=("net",)))
+@pytest.mark.parametrize("found", [{"instances": ((0, 1, 2),)}, {"reads": ((2, 4, 6),)}])
+def test_of_what_a_class_touches_only_what_is_to_blame_stays_whole(found):
+    kept, _, _, wing = planned(refuse("net.1", **found, scopes=("net",)))
     assert kept[1] == 32
     assert kept[0] < 32
     assert kept[2] < 32

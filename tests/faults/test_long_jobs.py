@@ -244,7 +244,7 @@ def test_a_killed_conversion_leaves_no_half_file(here, tmp_path, monkeypatch, on
 
 WRITERS = {
     **JOBS,
-    "prune": ("prune", "-m", "llama", "--align", 8),
+    "prune": ("prune", "-m", "llama", "--align", 8, "--importance", "l1"),
     "export": ("export", "-m", "bert", "--length", 8),
 }
 

@@ -7,7 +7,7 @@ import pytest
 
 import slimkit_ms
 from slimkit_ms import bridge, kinds
-from slimkit_ms.compensate import layer_rows
+from slimkit_ms.signals import input_rows
 from slimkit_ms.trace import trace
 from tests import zoo_ms
 
@@ -157,7 +157,7 @@ def test_a_convolution_pads_like_torch():
             padding=(pads[0], pads[0], pads[1], pads[1]),
         )
         twin.weight.set_data(layer.weight)
-        made = layer_rows(layer, x.asnumpy()) @ layer.weight.asnumpy().reshape(4, -1).T
+        made = input_rows(layer, x.asnumpy()) @ layer.weight.asnumpy().reshape(4, -1).T
         wanted = np.moveaxis(twin(x).asnumpy(), 1, -1).reshape(-1, 4)
         np.testing.assert_allclose(made, wanted, atol=1e-5)  # float32, 27 products
 

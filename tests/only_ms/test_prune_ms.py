@@ -176,7 +176,7 @@ def test_sizes_that_are_literals_in_the_code_stay_whole_and_are_named():
             return self.three(ops.relu(self.two(x)))
 
     model, x = Literal(), zoo_ms.images(2, 6)
-    p = pruner(model, x)
+    p = pruner(model, x).set_node_reserved_ratio(0.5)
     p.prune(0.5, [])
     assert (model.one.out_channels, model.two.out_channels) == (16, 12)
     assert any("written in the code of Literal" in reason for reason in p.report()["whole"])
@@ -246,7 +246,7 @@ def test_taylor_keeps_what_the_loss_needs():
     x = zoo_ms.images(16, 4)
     p = PruneMindSpore(model, x).set_alignment(1)
     p.set_importance_evaluation_function("taylor", calibration=[x], loss=lambda y, _: ops.mean(ops.square(y)))
-    desc = p.prune(0.6)
+    desc = p.set_node_reserved_ratio(0.5).prune(0.6)
     assert PrunePlan(desc).indices["4.weight"][1].tolist() == [0, 2, 4, 6]
 
 

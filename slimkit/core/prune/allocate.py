@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +14,8 @@ from slimkit.core.prune.expressions import Expr, linear_form
 from slimkit.core.prune.solve import View
 
 Array = np.ndarray[Any, Any]
+
+_COARSE = 4  # choices of a variable that are tried one by one where the target is missed
 
 
 class Account:
@@ -162,6 +164,7 @@ def allocate(
     alike: Sequence[Any] | None = None,
     tolerance: float = 0.005,
     level: bool = False,
+    gives_way: bool = False,
 ) -> Allocation:
     """Choose kept counts so that the account comes as near to the target as the steps allow.
 
@@ -176,6 +179,7 @@ def allocate(
         alike: a label each; equally labelled variables change together where that reaches the target.
         tolerance: relative distance from the target at which to stop improving.
         level: equally labelled variables keep equal numbers, whatever that costs.
+        gives_way: the floors may be lowered where the target is not reached otherwise.
 
     Returns:
         The counts.
@@ -189,8 +193,18 @@ def allocate(
         counts = floors
     else:
         rank = _by_share(full, steps) if chunks is None or level else _by_score(account.names, full, steps, chunks)
-        counts = _search(account, rank, floors, full, target)
-        counts = _improve(account, counts, floors, full, steps, target, tolerance, alike, level)
+        together = _together(full, alike)
+
+        def near(least: Array, most: Array) -> Array:
+            counts = _search(account, rank, least, most, target)
+            return _improve(account, counts, least, most, steps, target, tolerance, together, level)
+
+        counts = near(floors, full)
+        bounds = _with_coarse_fixed(account, floors, full, steps, target, together, floor_ratio if gives_way else None)
+        for least, most in bounds if _misses(account, counts, full, target) else ():
+            other = near(least, most)
+            if abs(account.count(other) - target) < abs(account.count(counts) - target):
+                counts = other
     held = [n for n, k, f in zip(account.names, counts, floors) if k == f]
     total = account.count(counts)
     return Allocation(
@@ -233,6 +247,46 @@ def _search(account: Account, rank: Any, floors: Array, full: Array, target: flo
     return best
 
 
+def _together(full: Array, alike: Sequence[Any] | None) -> list[Array]:
+    """The places of equally labelled variables."""
+    labels = list(alike) if alike is not None else list(range(len(full)))
+    return [np.flatnonzero([x == label for x in labels]) for label in dict.fromkeys(labels)]
+
+
+def _misses(account: Account, counts: Array, full: Array, target: float) -> bool:
+    """Whether the counts are more than a point away from the target."""
+    return abs(account.count(counts) - target) > 0.01 * account.count(full)
+
+
+def _with_coarse_fixed(
+    account: Account,
+    floors: Array,
+    full: Array,
+    steps: Array,
+    target: float,
+    together: Sequence[Array],
+    floor_ratio: float | None,
+) -> Iterator[tuple[Array, Array]]:
+    """Bounds in which one variable of few choices stands at one of them: a step of it is more than all others can make
+    up for one step at a time. The others' floors are lowered as far as the target needs where `floor_ratio` is given.
+    """
+    for group in together:
+        place = group[0]
+        choices = range(int(floors[place]), int(full[place]) + 1, int(steps[place]))
+        if not 1 < len(choices) <= _COARSE:
+            continue
+        for choice in choices:
+            least, most = floors.copy(), full.copy()
+            least[group] = most[group] = choice
+            share = floor_ratio
+            while share is not None and share > 0.01 and account.count(least) > target:
+                share *= 0.9
+                lower = np.maximum(-(-np.ceil(full * share - 1e-9).astype(np.int64) // steps) * steps, steps)
+                least = np.minimum(least, lower)
+                least[group] = choice
+            yield least, most
+
+
 def _improve(
     account: Account,
     counts: Array,
@@ -241,12 +295,10 @@ def _improve(
     steps: Array,
     target: float,
     tolerance: float,
-    alike: Sequence[Any] | None,
+    together: Sequence[Array],
     level: bool,
 ) -> Array:
     """Move single variables (groups of alike ones first) by one step while that comes nearer to the target."""
-    labels = list(alike) if alike is not None else list(range(len(full)))
-    together = [np.flatnonzero([x == label for x in labels]) for label in dict.fromkeys(labels)]
     # Blocks that are alike stay alike unless that alone misses the target by more than a point.
     single = [np.array([k]) for k in range(len(full))]
     for moves, near in ((together, tolerance), (single, max(tolerance, 0.01 * account.count(full) / target)))[

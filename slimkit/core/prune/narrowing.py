@@ -79,7 +79,7 @@ class Narrowing:
         logger.debug("%s (%s)", why, found.what)
         if not (
             self._pin_axes(found.axes, why)
-            or self._pin_blamed([[number] for number in found.reads], view, why, works)
+            or self._pin_blamed(found.reads, view, why, works)
             or self._tie(found)
             or self._make_level(view, counts)
             or self._give_up_tie(found.operator)

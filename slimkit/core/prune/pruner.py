@@ -341,7 +341,7 @@ class PrunerBase(PrunerSettings):
             comparable = criterion.comparable
             chunks = {n: s if comparable else s / max(s.mean(), 1e-30) for n, s in self._scores.items()}
             chunks = {x.name: joined_scores(x, chunks)[x.size - size :] for x, size in zip(levers, sizes)}
-        return allocate(account, sizes, *limits, chunks, labels, level=level)
+        return allocate(account, sizes, *limits, chunks, labels, level=level, gives_way=self._node_ratio is None)
 
     def _criterion_for(self, view: View) -> Criterion:
         """The criterion that was asked for, or the one that suits the model and what is known of it."""

@@ -30,7 +30,7 @@ class Contradiction:
         scopes: the modules whose code it is; several where a class is told.
         operator: the first operator that departs; None where only the code is known.
         instances: for each module of the class, the operators of its own code and of the layers it calls.
-        reads: what the layer reads at which the code stopped.
+        reads: for each instance of the layer at which the code stopped, what it reads.
         axes: (value, axis) that came out with another size.
         near: (value, axis) of every value that has the shape that could not be taken.
     """
@@ -40,7 +40,7 @@ class Contradiction:
     scopes: tuple[str, ...] = ("",)
     operator: int | None = None
     instances: tuple[tuple[int, ...], ...] = ()
-    reads: tuple[int, ...] = ()
+    reads: tuple[tuple[int, ...], ...] = ()
     axes: Axes = ()
     near: Axes = ()
 
