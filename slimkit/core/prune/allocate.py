@@ -115,18 +115,28 @@ class Account:
             steps[variable] = both if size % both == 0 else must * max(1, math.gcd(both, size) // must)
         return steps
 
-    def floors(self, sizes: Sequence[int], floor_ratio: float, alignment: int) -> Array:
+    def floors(self, sizes: Sequence[int] | Array, floor_ratio: float, alignment: int) -> Array:
         """The least that each variable keeps: its share, rounded up to a step."""
         full = np.asarray(sizes, dtype=np.int64)
         steps = self.steps(alignment, full)
         least = -(-np.ceil(full * floor_ratio - 1e-9).astype(np.int64) // steps) * steps
         return np.minimum(full, np.maximum(least, steps))
 
-    def floor_for(self, sizes: Sequence[int], floor_ratio: float, alignment: int, target: float) -> float:
-        """A least share, or as much less of one as the target needs."""
+    def floor_for(
+        self,
+        sizes: Sequence[int] | Array,
+        floor_ratio: float,
+        alignment: int,
+        target: float,
+        fixed: Mapping[int, int] | None = None,
+    ) -> float:
+        """A least share, or as much less of one as the target needs; `fixed`: place of a variable -> what it keeps."""
 
         def reaches(share: float) -> bool:
-            return self.count(self.floors(sizes, share, alignment)) <= target
+            least = self.floors(sizes, share, alignment)
+            for place, number in (fixed or {}).items():
+                least[place] = number
+            return self.count(least) <= target
 
         if not len(sizes) or reaches(floor_ratio):
             return floor_ratio
@@ -200,7 +210,7 @@ def allocate(
             return _improve(account, counts, least, most, steps, target, tolerance, together, level)
 
         counts = near(floors, full)
-        bounds = _with_coarse_fixed(account, floors, full, steps, target, together, floor_ratio if gives_way else None)
+        bounds = _with_coarse_fixed(account, full, target, floor_ratio, alignment, together, gives_way)
         for least, most in bounds if _misses(account, counts, full, target) else ():
             other = near(least, most)
             if abs(account.count(other) - target) < abs(account.count(counts) - target):
@@ -260,30 +270,24 @@ def _misses(account: Account, counts: Array, full: Array, target: float) -> bool
 
 def _with_coarse_fixed(
     account: Account,
-    floors: Array,
     full: Array,
-    steps: Array,
     target: float,
+    floor_ratio: float,
+    alignment: int,
     together: Sequence[Array],
-    floor_ratio: float | None,
+    gives_way: bool,
 ) -> Iterator[tuple[Array, Array]]:
     """Bounds in which one variable of few choices stands at one of them: a step of it is more than all others can make
-    up for one step at a time. The others' floors are lowered as far as the target needs where `floor_ratio` is given.
-    """
+    up for one step at a time. The others' floors give way as far as the target needs, if they may."""
+    steps, floors = account.steps(alignment, full), account.floors(full, floor_ratio, alignment)
     for group in together:
         place = group[0]
         choices = range(int(floors[place]), int(full[place]) + 1, int(steps[place]))
-        if not 1 < len(choices) <= _COARSE:
-            continue
-        for choice in choices:
-            least, most = floors.copy(), full.copy()
+        for choice in choices if 1 < len(choices) <= _COARSE else ():
+            fixed = dict.fromkeys(group.tolist(), choice)
+            share = account.floor_for(full, floor_ratio, alignment, target, fixed) if gives_way else floor_ratio
+            least, most = account.floors(full, share, alignment), full.copy()
             least[group] = most[group] = choice
-            share = floor_ratio
-            while share is not None and share > 0.01 and account.count(least) > target:
-                share *= 0.9
-                lower = np.maximum(-(-np.ceil(full * share - 1e-9).astype(np.int64) // steps) * steps, steps)
-                least = np.minimum(least, lower)
-                least[group] = choice
             yield least, most
 
 
