@@ -46,7 +46,7 @@ class CutForm:
 
     def __init__(self, wanted: str | None, wing: PruneFramework, coupling: Coupling) -> None:
         self.wanted, self._wing, self.because = wanted, wing, ""
-        self._said: Said | None = None
+        self._said: Said | None = None  # known in the form "config" alone
         self._held: set[str] = set()
         self.name = wanted or "config"
         if self.name == "any":
@@ -70,7 +70,7 @@ class CutForm:
 
     def levers(self, view: View) -> list[Lever]:
         """What the allocation may turn."""
-        if self._said is None or self.name != "config":
+        if self._said is None:
             return free_levers(view)
         return [x for x in levers_said(view, self._said) if not self._held & x.members.keys()]
 
@@ -78,7 +78,7 @@ class CutForm:
         self, view: View, levers: list[Lever], steps: Mapping[str, int]
     ) -> dict[str, tuple[Field, Field]] | None:
         """Fields of the configuration to rewrite, as (before, after); None in a form that promises nothing of them."""
-        if self._said is None or self.name != "config":
+        if self._said is None:
             return None
         return self._said.changes(view, levers, steps)
 
@@ -94,7 +94,7 @@ class CutForm:
         Returns:
             Lever -> where it is to stand; empty where all is well.
         """
-        if self._said is None or self.name != "config":
+        if self._said is None:
             return {}
         numbers, by_field = self._said.numbers, {name: x for x in levers for name in x.says}
         fixed: dict[str, int] = {}
@@ -129,7 +129,7 @@ class CutForm:
     def contradicts(self, view: View, plan: PrunePlan) -> bool:
         """Whether the configuration, rewritten, builds other shapes than the plan leaves; what it then cannot say stays
         whole from now on."""
-        if self._said is None or self.name != "config" or not plan.keep:
+        if self._said is None or not plan.keep:
             return False
         built = self._wing.configured({name: new for name, (_, new) in plan.config.items()})
         levers, moved = self.levers(view), set(plan.keep)

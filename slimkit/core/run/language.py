@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from slimkit.core.calibration import OWN
 from slimkit.core.calibration.apart import refuse_seen
 from slimkit.core.calibration.documents import Encoder
 from slimkit.core.calibration.reading import TextReader
@@ -72,9 +71,7 @@ def prepared(recipe: Recipe, folder: Path, face: JobFramework, data: Mapping[str
             files, asked.text_key, asked.samples, asked.length, asked.batch_size, recipe.seed, "calibrate"
         )
         assert wanted is not None
-        if any(one.kind == OWN for one in (wanted, *wanted.more)):
-            raise ConfigError("calibrate.text: self is for commands; name the file that own_text wrote")
-        found["calibration"] = text_set(_reader(recipe, folder, face, "calibrate"), wanted, _writes_nothing)
+        found["calibration"] = text_set(_reader(recipe, folder, face, "calibrate"), wanted, _no_own_text)
         record = found["calibration"].record
     if recipe.evaluate is not None:
         found["held_out"] = _held_out(recipe, folder, face, recipe.evaluate, found)
@@ -86,8 +83,8 @@ def prepared(recipe: Recipe, folder: Path, face: JobFramework, data: Mapping[str
     return found
 
 
-def _writes_nothing(n: int, length: int, start: int | None) -> Sequence[Any]:
-    raise NotImplementedError
+def _no_own_text(n: int, length: int, start: int | None) -> Sequence[Any]:
+    raise ConfigError("calibrate.text: self is for commands; name the file that own_text wrote")
 
 
 def _reader(recipe: Recipe, folder: Path, face: JobFramework, key: str) -> TextReader:
