@@ -210,11 +210,12 @@ def allocate(
             return _improve(account, counts, least, most, steps, target, tolerance, together, level)
 
         counts = near(floors, full)
-        bounds = _with_coarse_fixed(account, full, target, floor_ratio, alignment, together, gives_way)
+        bounds = _with_coarse_fixed(account, counts, full, target, floor_ratio, alignment, together, gives_way)
         for least, most in bounds if _misses(account, counts, full, target) else ():
             other = near(least, most)
-            if abs(account.count(other) - target) < abs(account.count(counts) - target):
+            if not _misses(account, other, full, target):
                 counts = other
+                break
     held = [n for n, k, f in zip(account.names, counts, floors) if k == f]
     total = account.count(counts)
     return Allocation(
@@ -264,12 +265,13 @@ def _together(full: Array, alike: Sequence[Any] | None) -> list[Array]:
 
 
 def _misses(account: Account, counts: Array, full: Array, target: float) -> bool:
-    """Whether the counts are more than a point away from the target."""
-    return abs(account.count(counts) - target) > 0.01 * account.count(full)
+    """Whether the counts are more than two points away from the target."""
+    return abs(account.count(counts) - target) > 0.02 * account.count(full)
 
 
 def _with_coarse_fixed(
     account: Account,
+    counts: Array,
     full: Array,
     target: float,
     floor_ratio: float,
@@ -278,12 +280,14 @@ def _with_coarse_fixed(
     gives_way: bool,
 ) -> Iterator[tuple[Array, Array]]:
     """Bounds in which one variable of few choices stands at one of them: a step of it is more than all others can make
-    up for one step at a time. The others' floors give way as far as the target needs, if they may."""
+    up for one step at a time. It moves as little from `counts` as may be; the others' floors give way as far as the
+    target needs, if they may."""
     steps, floors = account.steps(alignment, full), account.floors(full, floor_ratio, alignment)
     for group in together:
         place = group[0]
         choices = range(int(floors[place]), int(full[place]) + 1, int(steps[place]))
-        for choice in choices if 1 < len(choices) <= _COARSE else ():
+        near = sorted(choices, key=lambda choice: abs(choice - int(counts[place])))
+        for choice in near if 1 < len(near) <= _COARSE else ():
             fixed = dict.fromkeys(group.tolist(), choice)
             share = account.floor_for(full, floor_ratio, alignment, target, fixed) if gives_way else floor_ratio
             least, most = account.floors(full, share, alignment), full.copy()
