@@ -30,7 +30,7 @@ def export(
         Path | None,
         typer.Option("--delta", help="A delta to merge first (slimkit's or PEFT's folder).", show_default=False),
     ] = None,
-    length: Annotated[int, typer.Option("--length", min=1, help="Tokens of the example text.")] = 128,
+    length: options.Length = None,
     example: options.Example = None,
     seed: options.Seed = 0,
 ) -> None:

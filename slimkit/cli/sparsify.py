@@ -31,7 +31,7 @@ def sparsify(
     A Hugging Face directory is walked block by block, one in memory at a time. Stop it at any moment: the same command
     goes on from the last finished block, to the same bytes.
 
-    Example: slimkit sparsify --model llama --method par --ratio 0.5 --calib text.jsonl --out llama-sparse
+    Example: slimkit sparsify --model llama --method par --sparsity 0.5 --calib text.jsonl --out llama-sparse
 
     Example: slimkit sparsify --model llama --pattern 4:2 --calib text.jsonl --out llama-42 --dry-run
     """

@@ -16,7 +16,7 @@ from slimkit.core import files
 from slimkit.core.calibration.reading import TextReader
 from slimkit.core.calibration.record import write_record
 from slimkit.core.checkpoint import shards
-from slimkit.core.errors import ConfigError, UnsupportedError
+from slimkit.core.errors import ConfigError, SlimkitError, UnsupportedError
 from slimkit.core.jobs import calibrating, claim, commands, folders
 from slimkit.core.jobs.bar import LayerBar
 from slimkit.core.jobs.framework import ComputeLoss, JobFramework, Lesson, Opened, Task
@@ -25,6 +25,7 @@ from slimkit.core.jobs.options import AdaptOptions, DistillOptions, FitOptions
 from slimkit.core.jobs.sources import DataPlace, ModelPlace, StudentPlace
 from slimkit.core.jobs.tasks import TASKS
 from slimkit.core.locks import locked
+from slimkit.core.log import logger
 from slimkit.core.sparse import SparseConfig
 from slimkit.core.sparse.maths.layer import SparseLayer
 from slimkit.jobs import devices, models, teach, texts
@@ -259,6 +260,22 @@ class TorchJobs(JobFramework):
         if not (source / "config.json").exists() or not any(source.glob("*.safetensors")):
             return None
         data = commands.needed(self._calibration(place, source, out, calib), cfg)
+        try:
+            return self._walked(source, out, work, cfg, data, plan=plan)
+        except (OSError, MemoryError):
+            raise
+        except Exception as error:
+            wrong = isinstance(error, SlimkitError) and not isinstance(error, UnsupportedError)
+            if wrong or stopped or any((work / blocks.STATE).glob("block-*.json")):
+                raise
+            reason = " ".join(str(error).split())[:200]
+            logger.warning("no walk block by block (%s); the whole model is held in memory", reason)
+            shutil.rmtree(work / blocks.STATE, ignore_errors=True)
+            return None
+
+    def _walked(
+        self, source: Path, out: Path, work: Path, cfg: SparseConfig, data: Any, *, plan: bool
+    ) -> dict[str, Any]:
         if plan:
             found = CheckpointSparse(source, work / blocks.STATE, shards.locate(source), None).layers()
             done = len(list((work / blocks.STATE).glob("block-*.json")))
