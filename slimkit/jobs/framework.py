@@ -14,7 +14,7 @@ import slimkit
 from slimkit import bridge, compare, export, train
 from slimkit.core import files
 from slimkit.core.calibration.reading import TextReader
-from slimkit.core.calibration.record import write_record
+from slimkit.core.calibration.record import record_of, write_record
 from slimkit.core.checkpoint import shards
 from slimkit.core.errors import ConfigError, UnsupportedError
 from slimkit.core.jobs import calibrating, commands, folders
@@ -264,7 +264,7 @@ class TorchJobs(JobFramework):
             return {**commands.sparse_plan(*found, cfg, data), "blocks_done": done, "resumable": True}
         with LayerBar() as bar:
             report = self.slim.sparsify_checkpoint(source, out, cfg, data, on_progress=bar)
-        write_record(out, "sparsify", calibrating.record_of(data), source)
+        write_record(out, "sparsify", record_of(data), source)
         return {**report, "written": "transformers", "resumable": True}
 
     def _calibration(self, place: ModelPlace, source: Path, out: Path, calib: DataPlace | None) -> Any:

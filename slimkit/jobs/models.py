@@ -11,6 +11,7 @@ import numpy as np
 
 from slimkit import bridge, checkpoint, prune
 from slimkit.core import files
+from slimkit.core.calibration.halves import has_encoder
 from slimkit.core.errors import ConfigError, FileFormatError, SlimkitError, UnsupportedError
 from slimkit.core.jobs import folders
 from slimkit.core.jobs.framework import Opened
@@ -104,7 +105,7 @@ def own_example(model: nn.Module, length: int, seed: int) -> Any:
     config: Any = model.config
     name = getattr(model, "main_input_name", "input_ids")
     generator = torch.Generator().manual_seed(seed)
-    if name == "input_ids" and not getattr(config, "is_encoder_decoder", False):
+    if name == "input_ids" and not has_encoder(config):
         ids = torch.randint(0, config.get_text_config().vocab_size, (1, length), generator=generator)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if name == "pixel_values" and getattr(config, "image_size", None):
