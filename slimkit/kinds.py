@@ -91,6 +91,11 @@ def is_norm(module: nn.Module) -> bool:
     return is_kind(module, "norm") or "norm" in type(module).__name__.lower()
 
 
+def is_table(module: nn.Module) -> bool:
+    """Whether a module looks rows up: an embedding, or torch's bags of them, of which nothing else here knows."""
+    return is_kind(module, "embedding") or isinstance(module, nn.EmbeddingBag)
+
+
 def is_layer(module: nn.Module) -> bool:
     """Whether a module is a convolution or a linear layer: what `un_prune_list` counts."""
     return is_kind(module, "conv") or is_kind(module, "linear")

@@ -11,7 +11,6 @@ ROOT = Path(__file__).parents[2]
 # Files that ask for a class that kinds.py lists, and what else than its kind they want to know.
 OTHERWISE = {
     "slimkit/surgery.py": "which attributes of torch's own classes repeat the sizes of their weights",
-    "slimkit/sparse/slots.py": "tables, which EmbeddingBag has too, and attention's parameters",
     "slimkit/delta/framework.py": "why a layer of a known kind takes no delta",
     "slimkit/delta/prompt_model.py": "token tables, as torch's own class looks them up",
     "slimkit/delta/positions.py": "position tables, as torch's own class looks them up",
