@@ -118,7 +118,9 @@ def spoken(message: str, jobs: Sequence[type[Strict]]) -> str:
         '--sparsity must lie between 0 and 1.'
     """
     found = re.match(r"(?:\w+\.)?(\w+)(?=:| must | is )", message)
-    for job in jobs if found else ():
+    if found is None:
+        return message
+    for job in jobs:
         if found[1] in job.model_fields and (names := flag_of(job, found[1]).names):
             return names[0] + message[found.end() :]
     return message

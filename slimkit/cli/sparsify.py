@@ -41,7 +41,12 @@ def sparsify(
 
         place = places.model(network)
         data = places.calibration(calib, text_key, samples, max_length, batch_size, seed)
-        how = {"force": output.force, "dry_run": output.dry_run, "states": claim.BLOCKS, "reads": (network.model,)}
+        how: dict[str, Any] = {
+            "force": output.force,
+            "dry_run": output.dry_run,
+            "states": claim.BLOCKS,
+            "reads": (network.model,),
+        }
         with claim.claimed(out, **how) as folder:
             face = places.framework(network)
             if folder is None:

@@ -48,8 +48,9 @@ def text_length(place: ModelPlace, asked: int | None, usual: int = 128) -> int:
         ConfigError: more were asked for than the model knows.
     """
     config, length = configuration(place), asked or usual
-    for part in (config, config.get("text_config")):
-        for key in _POSITIONS if isinstance(part, Mapping) else ():
+    inner = config.get("text_config")
+    for part in (config, inner if isinstance(inner, Mapping) else {}):
+        for key in _POSITIONS:
             known = part.get(key)
             if not isinstance(known, int) or not 0 < known < length:
                 continue
