@@ -203,16 +203,16 @@ def run(model: torch.nn.Module, batch: Any) -> Any:
 @contextlib.contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
     """Eval mode without gradients; every module's own mode comes back afterwards, also after an error."""
-    # Replayed batch by batch, most models are in it already, and setting an attribute of a module is slow.
-    learning = [module for module in model.modules() if module.training]
-    if learning:
+    modes = {module: module.training for module in model.modules()}
+    if any(modes.values()):
         model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        for module in learning:
-            module.training = True
+        for module, mode in modes.items():
+            if module.training != mode:  # setting an attribute of a module is slow
+                module.training = mode
 
 
 @contextlib.contextmanager
