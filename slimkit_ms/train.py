@@ -14,15 +14,16 @@ import numpy as np
 
 from slimkit.core import check, files
 from slimkit.core.batch import dataset as check_dataset
+from slimkit.core.delta.face import DeltaFace
 from slimkit.core.errors import ConfigError, UnsupportedError
 from slimkit.core.lazy import door as _door
 from slimkit.core.log import logger
-from slimkit.core.train.loading import LoaderOptions, is_samples, plan_batches, split_batch
+from slimkit.core.train.loading import LoaderOptions, is_samples, plan_batches, samples_in, split_batch
 from slimkit.core.train.loop import TrainerLoop
 from slimkit.core.train.packing import pack, unpack
 from slimkit.core.train.updates import UpdateOptions, factor_at
 from slimkit_ms import bridge, schedules
-from slimkit_ms.loading import BatchedSamples, Pipeline, Shared, count, stack
+from slimkit_ms.loading import BatchedSamples, Pipeline, Shared, stack
 from slimkit_ms.modelrun import EpochEnd, Feed, Update
 from slimkit_ms.precision import lift, lower
 
@@ -107,7 +108,7 @@ class Trainer(TrainerLoop):
                 raise ConfigError("model: no parameter wants a gradient, so there is nothing to train")
             make = self.optimizer or _adamw
             self.optimizer = check.function(make, "optimizer")(wanted)
-        if any(getattr(cell, "delta_is_merged", False) for _, cell in self.model.cells_and_names()):
+        if any(isinstance(cell, DeltaFace) and cell.delta_is_merged for _, cell in self.model.cells_and_names()):
             logger.warning("the deltas are merged and do not train: call unmerge_delta before training goes on")
         world = self._processes()[1]
         if world > 1:
@@ -281,7 +282,7 @@ class Trainer(TrainerLoop):
                     values += [f(outputs, arguments[-1]) for f in self.metrics.values()]
                 else:
                     values = [objective(*arguments)]
-                n = count(batch)
+                n = samples_in(batch)
                 told = self._counts(batch)
                 if told != 0:
                     weight = n if told is None else told

@@ -14,7 +14,7 @@ import slimkit
 from slimkit import bridge, compare, export, train
 from slimkit.core import files
 from slimkit.core.calibration.reading import TextReader
-from slimkit.core.calibration.record import write_record
+from slimkit.core.calibration.record import record_of, write_record
 from slimkit.core.checkpoint import shards
 from slimkit.core.errors import ConfigError, UnsupportedError
 from slimkit.core.jobs import calibrating, claim, commands, folders
@@ -265,7 +265,7 @@ class TorchJobs(JobFramework):
             return {**commands.sparse_plan(*found, cfg, data), "blocks_done": done, "resumable": True}
         with LayerBar() as bar:
             report = self.slim.sparsify_checkpoint(source, work, cfg, data, on_progress=bar)
-        write_record(work, "sparsify", calibrating.record_of(data), source)
+        write_record(work, "sparsify", record_of(data), source)
         claim.finish(work / blocks.STATE)
         if work is not out:
             files.replace(work, out)

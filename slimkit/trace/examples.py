@@ -57,7 +57,7 @@ def _first(path: str, module: nn.Module) -> FirstLayer | None:
     kind: Any = kinds.kind_of(module)
     if isinstance(module, nn.RNNBase):
         return FirstLayer(path, "recurrent", module.input_size)
-    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+    if kinds.is_table(module):
         return FirstLayer(path, "embedding", module.num_embeddings)
     if kinds.is_kind(module, "linear"):
         width = module.weight.shape[0] if kinds.is_in_out(module) else module.in_features

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from slimkit.core import files
-from slimkit.core.calibration.record import write_record
+from slimkit.core.calibration.record import record_of, write_record
 from slimkit.core.errors import ConfigError, UnsupportedError
 from slimkit.core.jobs import cards, fitting, folders, sources, work
-from slimkit.core.jobs.calibrating import calibration_of, record_of
+from slimkit.core.jobs.calibrating import calibration_of
 from slimkit.core.jobs.fields import Strict, flag_of
 from slimkit.core.jobs.framework import ComputeLoss, FitRun, JobFramework, Opened, Supervised
 from slimkit.core.jobs.measurement import Measurement

@@ -296,7 +296,7 @@ def axis_sums(weight: Array, axes: set[int], element: Callable[..., Array], grad
     rows = max(1, _CHUNK // max(1, weight[0].size if weight.ndim else 1))
     for start in range(0, weight.shape[0], rows):
         piece = weight[start : start + rows]
-        with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is found out, and told, afterwards
+        with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is found and reported afterwards
             score = element(piece, None if gradient is None else gradient[start : start + rows])
         flat = score.reshape(score.shape[0], score.shape[1] if score.ndim > 1 else 1, -1)
         plane = flat.sum(axis=2) if flat.shape[2] > 1 else flat[:, :, 0]

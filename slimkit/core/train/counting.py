@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from slimkit.core.distill.masks import IGNORED, names_labels
+from slimkit.core.train.framework import TrainFramework
 
 
 def labels_of(batch: Any) -> Any:
@@ -40,16 +40,12 @@ def counted(batch: Any, to_array: Callable[[Any], Any]) -> float | None:
     return float((np.asarray(array) != IGNORED).sum())
 
 
-class Counting(ABC):
+class Counting(TrainFramework):
     """What a trainer knows of the tokens or labels in its batches."""
 
     count_tokens: Callable[[Any], float] | None = None
     # Those of the updates so far, where `count_tokens` counts them.
     tokens_seen: float = 0.0
-
-    @abstractmethod
-    def _array(self, value: Any) -> Any:
-        """A tensor as an array; None for anything else."""
 
     def _counts(self, batch: Any) -> float | None:
         """Over how many tokens or labels a batch's loss is a mean; None where nothing says so."""
