@@ -9,6 +9,7 @@ from typing import Any
 from slimkit.core.delta import inject as steps
 from slimkit.core.delta.spec import DeltaReport
 from slimkit_ms import bridge
+from slimkit_ms.delta import merged
 from slimkit_ms.delta.framework import access
 from slimkit_ms.delta.prefix_model import put_prefix
 from slimkit_ms.delta.prompt_model import put_prompt
@@ -106,7 +107,9 @@ def merge_delta(model: nn.Cell, *, unload: bool = False) -> DeltaReport:
         >>> sorted(merge_delta(net, unload=True).layers)
         ['0']
     """
-    return steps.merge(access, bridge.check_model(model), unload=unload)
+    report = steps.merge(access, bridge.check_model(model), unload=unload)
+    merged.watch(model)
+    return report
 
 
 def unmerge_delta(model: nn.Cell) -> DeltaReport:
@@ -121,7 +124,9 @@ def unmerge_delta(model: nn.Cell) -> DeltaReport:
     Raises:
         ArgumentError: nothing is merged.
     """
-    return steps.unmerge(access, bridge.check_model(model))
+    report = steps.unmerge(access, bridge.check_model(model))
+    merged.watch(model)
+    return report
 
 
 def remove_delta(model: nn.Cell, names: str | Sequence[str] | None = None) -> DeltaReport:
@@ -138,7 +143,9 @@ def remove_delta(model: nn.Cell, names: str | Sequence[str] | None = None) -> De
         ArgumentError: no delta, or none of that name.
         UnsupportedError: a layer was built by hand as a delta layer, so that there is none to put back.
     """
-    return steps.remove(access, bridge.check_model(model), names)
+    report = steps.remove(access, bridge.check_model(model), names)
+    merged.watch(model)
+    return report
 
 
 def set_delta(model: nn.Cell, names: str | Sequence[str] | Mapping[str, float]) -> dict[str, float]:

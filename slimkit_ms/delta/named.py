@@ -9,7 +9,7 @@ import numpy as np
 from slimkit.core.delta.named import NamedLoras, Part
 from slimkit.core.delta.spec import LoraSpec, key
 from slimkit_ms import bridge
-from slimkit_ms.delta import initial
+from slimkit_ms.delta import initial, merged
 from slimkit_ms.delta.attach import DeltaLayer, forget
 
 import mindspore as ms
@@ -46,6 +46,12 @@ class LoraLayer(NamedLoras, DeltaLayer):
         self.part_turns = [self.active_deltas[p.name] if self.delta_specs[p.name].dora else 0.0 for p in parts]
         self.part_lengths = [key("lora", "magnitude", p.name) for p in parts]
         self.part_biases = [key("lora", "bias", p.name) if self.delta_specs[p.name].bias else "" for p in parts]
+
+    def add_flags_recursive(self, **flags: Any) -> Any:
+        """As every cell; `set_train` comes this way."""
+        done = super().add_flags_recursive(**flags)  # type: ignore[misc]
+        merged.look(self)
+        return done
 
     def leave(self) -> None:
         """Take every delta off, in place."""

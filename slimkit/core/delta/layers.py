@@ -18,6 +18,8 @@ ACTIVATIONS = (
 
 # The label of a row that does not count, as in every framework's cross entropy.
 IGNORED = -100
+# The logarithm of a probability that is zero in float32: with -inf, as of a class that was masked, two that agree differ.
+IMPOSSIBLE = -104.0
 
 INITIALIZERS = (
     "zeros", "zero", "ones", "one", "normal", "uniform", "xavier_uniform", "xavier_normal", "he_uniform", "he_normal",
