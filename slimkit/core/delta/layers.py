@@ -18,7 +18,7 @@ ACTIVATIONS = (
 
 # The label of a row that does not count, as in every framework's cross entropy.
 IGNORED = -100
-# The logarithm of a probability that is zero in float32: with -inf, as of a class that was masked, two that agree differ.
+# The logarithm of a probability that is zero in float32; two of -inf, as a masked class has them, have no difference.
 IMPOSSIBLE = -104.0
 
 INITIALIZERS = (

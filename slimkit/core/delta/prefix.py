@@ -161,8 +161,8 @@ def refuse_replaced(paths: Sequence[str], method: str) -> None:
     """Refuse modules whose method was replaced on the object: the class's own, which a prefix extends, may not run."""
     if paths:
         raise UnsupportedError(
-            f"the {method} of {paths[0] or 'the model'} was replaced on the object, so that what is put on its class may "
-            f"not run; put the delta on before, or take that {method} off."
+            f"the {method} of {paths[0] or 'the model'} was replaced on the object, so that what is put on its class "
+            f"may not run; put the delta on before, or take that {method} off."
         )
 
 
