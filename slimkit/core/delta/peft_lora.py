@@ -157,7 +157,9 @@ def _base_value(config: Mapping[str, Any], stem: str, value: Array) -> BaseValue
     below = ".base_layer." in stem
     if not below and (config.get("ensure_weight_tying") or in_modules(stem, config.get("modules_to_save"))):
         return BaseValue(value, own=True, group="tied" if config.get("ensure_weight_tying") else "")
-    trains = str(config.get("bias", "none")) != "none" and stem.endswith("bias")
+    # IA3 has no word for biases: one that is in its file was trained.
+    mode = config.get("bias", "all" if config["peft_type"] == "IA3" else "none")
+    trains = str(mode) != "none" and stem.endswith("bias")
     return BaseValue(value, trains=trains)
 
 

@@ -83,6 +83,7 @@ def _load_peft_lora(
         adapter.notes += peft_targets.refuse_lacking(config, layers, found, rename, where)
     trainable = [n for n, t in base.items() if access.may_train(t)]
     peft_targets.refuse_headless(config, trainable, layers, adapter.base, where)
+    peft_targets.refuse_rowless(config, adapter.rows, where)
     for path, start in adapter.takes_out.items():
         weight = access.value(access.weight(model, path))
         if layers[path].kind not in peft_targets.LINEAR:
