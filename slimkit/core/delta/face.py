@@ -65,7 +65,7 @@ class DeltaFace:
 
     def refuse_merging_deltas(self) -> None:
         """Raise UnsupportedError where the deltas cannot be added to the weight."""
-        raise UnsupportedError(f"only lora can be merged; this layer carries {self.delta_kind!r}")
+        raise UnsupportedError(f"only lora and ia3 can be merged; this layer carries {self.delta_kind!r}")
 
     def merge_deltas(self) -> None:
         """Add the active deltas to the weight, in place."""

@@ -33,6 +33,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "prefix": ("prefix_token_num", "projection", "mid_dim", "dropout_rate", "text_ids", "inputs", "sizes", "positions"),
     "prompt": ("num_virtual_tokens", "init", "text_ids"),
 }
+MERGING = ("lora", "ia3")  # kinds that can be merged into weights
 _HEAD = "it is the output embedding; name it to adapt it"
 _RARE = ("parameters", "bias")  # fields of LoraSpec that only some layers have
 HELD = ("multihead", "experts")  # layers that read their parameters themselves
