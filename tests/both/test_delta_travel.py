@@ -316,7 +316,8 @@ def test_a_file_without_a_bias_or_token_rows_that_it_speaks_of_is_refused(kit, t
     from slimkit.core.delta import tensors
 
     net = build(kit)
-    kit.slim.apply_delta(net, "lora", ["*query"], rank=2, also_train=["*bias"])
+    every = ["*bias"] if kit.name == "torch" else ["*bias", "*beta"]
+    kit.slim.apply_delta(net, "lora", ["*query"], rank=2, also_train=every)
     kit.slim.save_delta(net, tmp_path, format="peft")
     config = files.read_json(tmp_path / "adapter_config.json", "x")
     assert config["bias"] == "all"

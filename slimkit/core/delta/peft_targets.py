@@ -139,8 +139,8 @@ def refuse_headless(
         lacking = [n for n in base if n.startswith(paths) and n not in there] if paths else []
         if lacking:
             raise _cut_short(where, lacking, f"modules_to_save ({module!r})")
-    # PEFT writes every parameter whose name says that it is one, in whatever module.
-    every = [n for n in base if n.rpartition(".")[2].endswith("bias") and PREFIX not in n]
+    # PEFT writes every parameter of that name, in whatever module (but no `in_proj_bias` of multi-head attention).
+    every = [n for n in base if n.rpartition(".")[2] == "bias" and PREFIX not in n]
     biases = every if config.get("bias") == "all" else []
     if lacking := [n for n in biases if n not in there]:
         raise _cut_short(where, lacking, "bias='all'")
