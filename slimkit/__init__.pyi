@@ -45,6 +45,7 @@ from slimkit.core.prune.custom import OperatorCall as OperatorCall
 from slimkit.core.prune.merging import merge_desc as merge_desc
 from slimkit.core.prune.optimizer_state import OptimizerReport as OptimizerReport
 from slimkit.core.prune.proof import PruningCheck as PruningCheck
+from slimkit.core.run.opening import Loaded as Loaded
 from slimkit.core.sparse import SparseConfig as SparseConfig
 from slimkit.core.sparse import SparseMethod as SparseMethod
 from slimkit.core.sparse import register_sparse_method as register_sparse_method
@@ -93,6 +94,7 @@ from slimkit.freeze import freeze_delta as freeze_delta
 from slimkit.freeze import freeze_from_config as freeze_from_config
 from slimkit.freeze import freeze_modules as freeze_modules
 from slimkit.freeze import trainable_summary as trainable_summary
+from slimkit.opening import load as load
 from slimkit.operators import register_operator_rule as register_operator_rule
 from slimkit.optimizers import migrate_optimizer as migrate_optimizer
 from slimkit.proof import check_pruning as check_pruning

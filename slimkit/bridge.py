@@ -311,5 +311,5 @@ def _kind(module: torch.nn.Module) -> str:
     """The kind of layer, in the words of core.coupling; Hugging Face's Conv1D is a Linear stored transposed."""
     kind = layer_kinds.kind_of(module)
     if kind is None or kind.transposed:
-        return "norm" if "norm" in type(module).__name__.lower() else "other"
+        return "norm" if layer_kinds.is_norm(module) else "other"
     return "linear_t" if kind.in_out else kind.word

@@ -11,7 +11,7 @@ import numpy as np
 
 from slimkit import bridge
 from slimkit.core.batch import as_call
-from slimkit.core.calibration.halves import decoder_start, halves
+from slimkit.core.calibration.halves import decoder_start, halves, has_encoder
 from slimkit.core.calibration.record import records_of
 from slimkit.core.compare.comparison import Comparison
 from slimkit.core.compare.framework import CompareFramework
@@ -120,7 +120,7 @@ class TorchCompare(CompareFramework):
         _wait(model)
 
     def decode(self, model: nn.Module, ids: np.ndarray[Any, Any], n_tokens: int) -> bool:
-        if not _caches(type(model)) or _has_encoder(model):
+        if not _caches(type(model)) or has_encoder(model):
             return False
         token, past = self.window(ids).to(bridge.device_of(model)), None
         for _ in range(n_tokens):
@@ -133,7 +133,7 @@ class TorchCompare(CompareFramework):
         return True
 
     def read(self, model: nn.Module, n: int) -> int:
-        return n // 2 if _has_encoder(model) else 1
+        return n // 2 if has_encoder(model) else 1
 
     def called(self, model: nn.Module, example: Any) -> Any:
         return bridge.run(model, self._keywords(model, example))
@@ -142,7 +142,7 @@ class TorchCompare(CompareFramework):
         """A window of tokens by the name that a model of transformers knows it by, without a cache to fill."""
         if isinstance(example, torch.Tensor) and "input_ids" in _takes(type(model)):
             found: dict[str, Any] = {"input_ids": example}
-            if _has_encoder(model):
+            if has_encoder(model):
                 ids = example.numpy()
                 parts = halves(ids, np.ones_like(ids), decoder_start(model.config))
                 found = {name: torch.from_numpy(np.ascontiguousarray(part)) for name, part in parts.items()}
@@ -158,10 +158,6 @@ def _takes(kind: Any) -> frozenset[str]:
 
 def _caches(kind: Any) -> bool:
     return {"input_ids", "past_key_values", "use_cache"} <= _takes(kind)
-
-
-def _has_encoder(model: nn.Module) -> bool:
-    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 def _wait(model: nn.Module) -> None:

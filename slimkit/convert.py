@@ -82,7 +82,7 @@ def convert_checkpoint(
     )
 
 
-def convert_gguf(src: PathLike, dst: PathLike, *, dtype: str = "float32") -> GgufReport:
+def convert_gguf(src: PathLike, dst: PathLike, *, dtype: str = "float32", replace: bool = False) -> GgufReport:
     """Turn a GGUF file into a Hugging Face folder that `from_pretrained` reads.
 
     Values are dequantised by the library `gguf`, a few megabytes at a time, so that memory does not grow with the
@@ -93,6 +93,7 @@ def convert_gguf(src: PathLike, dst: PathLike, *, dtype: str = "float32") -> Ggu
         src: the .gguf file, of the architecture llama, qwen2 or qwen3, in any type that `gguf` dequantises.
         dst: the folder to make; it must not exist yet, or be empty.
         dtype: "float32", "float16" or "bfloat16". Only float32 holds every number of a quantised file exactly.
+        replace: let the new folder take the place of a filled one.
 
     Returns:
         A `GgufReport`.
@@ -108,7 +109,7 @@ def convert_gguf(src: PathLike, dst: PathLike, *, dtype: str = "float32") -> Ggu
         >>> convert_gguf("SmolLM2-135M-Instruct.Q4_1.gguf", "smollm2").types  # doctest: +SKIP
         {'Q8_0': 1, 'F32': 61, 'Q4_1': 210}
     """
-    return gguffile.convert_gguf(src, dst, dtype, _write_tokenizer)
+    return gguffile.convert_gguf(src, dst, dtype, _write_tokenizer, replace=replace)
 
 
 def _write_tokenizer(src: Path, folder: Path) -> None:

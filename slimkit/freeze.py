@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from slimkit import bridge
+from slimkit import bridge, kinds
 from slimkit.core import freeze as rules
 from slimkit.core.freeze import FreezeReport
 from slimkit.core.freezer import Freezer, FreezerLayer, LayerGroup
@@ -174,7 +174,7 @@ class ModelFreezer(Freezer):
         return [p for p in module.parameters(recurse=not own) if p.is_floating_point() or p.is_complex()]
 
     def _is_batch_norm(self, module: Any) -> bool:
-        return isinstance(module, torch.nn.modules.batchnorm._BatchNorm)
+        return kinds.is_batch_norm(module)
 
     def _is_training(self, module: Any) -> bool:
         return bool(module.training)

@@ -43,7 +43,8 @@ KINDS: dict[type, LayerKind] = {
     nn.ConvTranspose2d: LayerKind("conv", 2, True),
     nn.ConvTranspose3d: LayerKind("conv", 3, True),
     nn.Embedding: LayerKind("embedding"),
-    nn.modules.batchnorm._NormBase: LayerKind("norm", batch_norm=True),
+    nn.modules.batchnorm._BatchNorm: LayerKind("norm", batch_norm=True),
+    nn.modules.instancenorm._InstanceNorm: LayerKind("norm"),
     nn.GroupNorm: LayerKind("norm"),
     nn.LayerNorm: LayerKind("norm"),
     nn.RMSNorm: LayerKind("norm"),
@@ -85,6 +86,16 @@ def is_kind(module: nn.Module, word: str, space: int | None = None) -> bool:
     return kind is not None and kind.word == word and space in (None, kind.space)
 
 
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is a norm, or is called so: models bring their own, such as LlamaRMSNorm."""
+    return is_kind(module, "norm") or "norm" in type(module).__name__.lower()
+
+
+def is_table(module: nn.Module) -> bool:
+    """Whether a module looks rows up: an embedding, or torch's bags of them, of which nothing else here knows."""
+    return is_kind(module, "embedding") or isinstance(module, nn.EmbeddingBag)
+
+
 def is_layer(module: nn.Module) -> bool:
     """Whether a module is a convolution or a linear layer: what `un_prune_list` counts."""
     return is_kind(module, "conv") or is_kind(module, "linear")
@@ -93,6 +104,18 @@ def is_layer(module: nn.Module) -> bool:
 def is_ordinary_conv2d(module: nn.Module) -> bool:
     """Whether a module is a convolution over images, its weight (out, in / groups, height, width)."""
     return kind_of(module) == LayerKind("conv", 2)
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether a module is a transposed convolution."""
+    kind = kind_of(module)
+    return kind is not None and kind.transposed
+
+
+def is_batch_norm(module: nn.Module) -> bool:
+    """Whether a module normalises by running statistics of its batches."""
+    kind = kind_of(module)
+    return kind is not None and kind.batch_norm
 
 
 def is_in_out(module: nn.Module) -> bool:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from slimkit import bridge
+from slimkit import bridge, kinds
 from slimkit.core.jobs.measurement import LayerMeasurement, Measurement, median_ms
 
 import torch
 from torch import nn
-
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 def measure_model(model: nn.Module, inputs: Any, latency_budget_s: float = 0.5) -> Measurement:
@@ -72,9 +70,9 @@ def _width(layer: nn.Module) -> int:
 
 def _macs(layer: nn.Module, args: Any, output: Any) -> int:
     """Each entry of a weight is used once at every position: pixel, token or sample."""
-    if isinstance(layer, nn.Embedding) or not isinstance(output, torch.Tensor):
+    if kinds.is_kind(layer, "embedding") or not isinstance(output, torch.Tensor):
         return 0
-    if isinstance(layer, _TRANSPOSED):
+    if kinds.is_transposed(layer):
         positions = args[0].numel() // layer.in_channels
     else:
         positions = output.numel() // max(_width(layer), 1)

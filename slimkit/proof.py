@@ -16,8 +16,9 @@ from slimkit.core.prune.plan import PrunePlan
 from slimkit.core.prune.proof import KeptIndices, PruningCheck, compare
 from slimkit.core.prune.relations import Relations
 from slimkit.core.prune.rules import relate
+from slimkit.trace.examples import example
 from slimkit.trace.modes import mode
-from slimkit.trace.passes import Run, example, record
+from slimkit.trace.passes import Run, record
 from slimkit.trace.tracer import Recorder
 from slimkit.trace.watch import answers
 

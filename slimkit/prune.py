@@ -25,7 +25,8 @@ from slimkit.core.prune.solve import View
 from slimkit.replay import replaying, unchanged
 from slimkit.signals import layer_signals
 from slimkit.trace import trace
-from slimkit.trace.passes import Run, example, record
+from slimkit.trace.examples import find_example
+from slimkit.trace.passes import Run, record
 from slimkit.trace.tracer import Recorder
 from slimkit.trace.watch import named_tensors
 
@@ -53,6 +54,7 @@ class TorchPrune:
         self.examples = [inputs]
         self._runs: list[Run] = []
         self._real: bool | None = None
+        self._note = ""  # which example was taken where none was given
         self._found: dict[str, torch.Tensor] = {}
 
     @property
@@ -65,7 +67,13 @@ class TorchPrune:
 
     def trace(self) -> Graph:
         self._found = surgery.tensors(self.model)
-        found = trace(self.model, [example(self.model, e) for e in self.examples], real=self._real)
+        if all(e is None for e in self.examples):
+            taken, found = find_example(self.model)
+            self.examples, self._note = [taken.inputs], taken.note
+        else:
+            found = trace(self.model, [e for e in self.examples if e is not None], real=self._real)
+        if self._note:
+            found.graph.notes.append(self._note)
         self._real, self._runs = found.real, found.runs
         return found.graph
 
@@ -292,10 +300,13 @@ class PruneTorch(PrunerBase):
     Args:
         network: the model; any architecture.
         inputs: an example of what it takes: a tensor, a tuple or list of arguments, or a dict of keyword arguments.
-            Only shapes matter. None tries the example that a Hugging Face model carries.
+            Only shapes matter. None looks for one where the model says what it takes, and the log and `report()`'s
+            notes say which was taken: a Hugging Face configuration, timm's `pretrained_cfg`, Lightning's
+            `example_input_array`, the transforms of torchvision's weights, then the first layer.
 
     Raises:
         ArgumentTypeError: `network` is no nn.Module.
+        ArgumentError: at the first analysis, where no example was given and none was found.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4))

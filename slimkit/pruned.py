@@ -9,6 +9,7 @@ from typing import Any
 
 from slimkit import bridge, surgery
 from slimkit.core import files
+from slimkit.core.checkpoint.maker import checked, write_maker
 from slimkit.core.errors import FileFormatError, PlanError, UnsupportedError
 from slimkit.core.files import PathLike
 from slimkit.core.lazy import door
@@ -21,13 +22,22 @@ from torch import nn
 __getattr__, __dir__ = door("slimkit", room="prune")
 
 
-def save_pruned(directory: PathLike, model: nn.Module, desc: dict[str, Any]) -> None:
+def save_pruned(
+    directory: PathLike,
+    model: nn.Module,
+    desc: dict[str, Any],
+    *,
+    factory: str | None = None,
+    arguments: Mapping[str, Any] | None = None,
+) -> None:
     """Write a pruned model: `plan.json` and `model.safetensors`, no pickle; the folder appears whole or not at all.
 
     Args:
         directory: an absolute path.
         model: the pruned model.
         desc: the plan that pruned it; after several prunings the whole one, `pruner.whole_desc()`.
+        factory: ``package.module:function`` that makes the uncut network, so that `load` can; kept in network.json.
+        arguments: keyword arguments of that function, plain values.
 
     Raises:
         PlanError: `desc` is no plan.
@@ -38,6 +48,8 @@ def save_pruned(directory: PathLike, model: nn.Module, desc: dict[str, Any]) -> 
     from safetensors.torch import save_file
 
     folder = files.save_directory(directory)
+    if factory is not None:
+        checked(factory, arguments)
     plan, model = PrunePlan(desc), bridge.uncompiled(bridge.check_model(model))
     try:
         plan.match_cut({p: tuple(t.shape) for p, t in surgery.tensors(model).items()})
@@ -63,6 +75,8 @@ def save_pruned(directory: PathLike, model: nn.Module, desc: dict[str, Any]) -> 
             tensors[name] = value.detach().cpu().contiguous()
     versions = {path: entry["version"] for path, entry in _metadata(state).items() if "version" in entry}
     with files.atomic_directory(folder) as temporary:
+        if factory is not None:
+            write_maker(temporary, factory, arguments)
         files.write_json(temporary / "plan.json", {**desc, "tied": tied, "versions": versions, "extra": extra})
         save_file(tensors, str(temporary / "model.safetensors"), metadata={"format": "pt"})
 

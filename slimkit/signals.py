@@ -7,6 +7,7 @@ from typing import Any
 
 from slimkit import bridge, kinds
 from slimkit.core.batch import without_labels
+from slimkit.core.calibration.halves import has_encoder
 from slimkit.core.padding import Padding
 from slimkit.core.prune.elimination import LayerSignal
 from slimkit.core.prune.signals import SignalSums, sent_back
@@ -23,8 +24,7 @@ def padding_of(model: nn.Module, batch: Any) -> Padding:
     def to_array(value: Any) -> Any:
         return value.detach().cpu().numpy() if isinstance(value, torch.Tensor) and value.ndim == 2 else None
 
-    two_sided = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
-    return Padding(batch, model.forward, to_array, two_sided)
+    return Padding(batch, model.forward, to_array, has_encoder(model))
 
 
 def real_rows(padding: Padding, path: str, x: torch.Tensor) -> torch.Tensor:

@@ -70,7 +70,7 @@ def settled(path: str, module: nn.Module, shapes: Shapes, groups: Mapping[str, t
     Returns:
         attribute -> new value; empty for a module that is no known layer.
     """
-    weight, kind = shapes.get(f"{path}.weight" if path else "weight"), kind_of(module)
+    weight = shapes.get(f"{path}.weight" if path else "weight")
     if is_kind(module, "conv") and weight:
         n_groups = groups[path][1] if path in groups else module.groups
         made, read = (weight[1] * n_groups, weight[0]) if module.transposed else (weight[0], weight[1] * n_groups)
@@ -79,7 +79,7 @@ def settled(path: str, module: nn.Module, shapes: Shapes, groups: Mapping[str, t
         return {"out_features": weight[0], "in_features": weight[1]}
     if is_in_out(module) and weight:
         return {"nx": weight[0], "nf": weight[1]}
-    if kind is not None and kind.batch_norm:
+    if "num_features" in vars(module) and is_kind(module, "norm"):  # of batches, of instances
         shape = weight or shapes.get(f"{path}.running_mean")
         return {"num_features": shape[0]} if shape else {}
     if isinstance(module, nn.GroupNorm):

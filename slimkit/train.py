@@ -7,7 +7,7 @@ import functools
 import inspect
 import math
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,16 @@ import numpy as np
 from slimkit import bridge
 from slimkit.core import check, files
 from slimkit.core.batch import as_call
+from slimkit.core.distill.joined import TotalLoss
 from slimkit.core.errors import ConfigError, FileFormatError, UnsupportedError
 from slimkit.core.lazy import door as _door
 from slimkit.core.lazy import library
 from slimkit.core.train import packing
 from slimkit.core.train.counting import one_number, refuse_several
-from slimkit.core.train.loading import LoaderOptions, is_samples, plan_batches, split_batch
+from slimkit.core.train.loading import LoaderOptions, samples_in, split_batch
 from slimkit.core.train.loop import TrainerLoop
 from slimkit.core.train.updates import UpdateOptions, factor_at
+from slimkit.loading import batches_of
 from slimkit.torchfile import storable
 
 import torch
@@ -160,25 +162,7 @@ class Trainer(TrainerLoop):
         self.optimizer.param_groups[0]["params"].extend(parameters)
 
     def _loader(self, dataset: Any, batch_size: int, options: LoaderOptions) -> Iterable[Any]:
-        if isinstance(dataset, torch.utils.data.IterableDataset):
-            if hasattr(dataset, "set_epoch"):  # a stream that shuffles itself, as the datasets library's do
-                dataset.set_epoch(options.epoch)
-            loader: Any = torch.utils.data.DataLoader(
-                dataset, batch_size, drop_last=options.drop_last, collate_fn=options.collate_fn, **options.rest
-            )
-            return _Ready(loader, options)
-        if is_samples(dataset):
-            batches = plan_batches(len(dataset), batch_size, options)
-            return _Ready(
-                torch.utils.data.DataLoader(
-                    dataset, batch_sampler=batches, collate_fn=options.collate_fn, **options.rest
-                ),
-                options,
-                sharded=True,
-            )
-        if not isinstance(dataset, Iterable) or isinstance(dataset, (Iterator, str, bytes, Mapping, torch.Tensor)):
-            check.wrong_type("dataset", "a data set of samples, a list of batches or a data loader", dataset)
-        return _Ready(dataset, options)
+        return batches_of(dataset, batch_size, options)
 
     def _loss(self, model: torch.nn.Module, batch: Any) -> tuple[torch.Tensor, Any, Any]:
         """(loss, what metrics see of the outputs, targets) of one batch."""
@@ -195,7 +179,7 @@ class Trainer(TrainerLoop):
         inputs, targets = split_batch(batch)
         args, kwargs = as_call(inputs)
         outputs = model(*args, **kwargs)
-        if hasattr(self.model, "get_total_loss"):
+        if isinstance(self.model, TotalLoss):
             outputs = outputs[1]
             return self.model.get_total_loss(self.loss_func(outputs, targets)), outputs, targets
         return self.loss_func(outputs, targets), outputs, targets
@@ -253,7 +237,7 @@ class Trainer(TrainerLoop):
                 loss, outputs, targets = self._loss(model, batch)
                 if self.metrics and outputs is None:
                     raise ConfigError("metrics need loss_func and batches of (inputs, targets)")
-                n = _count(batch)
+                n = samples_in(batch)
                 told = self._counts(batch)
                 if told != 0:
                     weight = n if told is None else told
@@ -341,51 +325,6 @@ class Trainer(TrainerLoop):
         return found
 
 
-class _Ready:
-    """Ready batches: the order that a loader draws follows seed and epoch, and the model's own draws do not move."""
-
-    def __init__(self, batches: Iterable[Any], options: LoaderOptions, sharded: bool = False) -> None:
-        self.batches, self.options = batches, options
-        sampler = getattr(batches, "sampler", None)
-        self.sharded = sharded or isinstance(sampler, torch.utils.data.DistributedSampler)
-
-    def __len__(self) -> int:
-        n = len(self.batches)  # type: ignore[arg-type]
-        return n if self.sharded else -(-n // self.options.world)
-
-    def __iter__(self) -> Iterator[Any]:
-        options = self.options
-        sampler = getattr(self.batches, "sampler", None)
-        if sampler is not None and hasattr(sampler, "set_epoch"):
-            sampler.set_epoch(options.epoch)
-        with torch.random.fork_rng(devices=[]):
-            # A loader seeds its workers and its shuffling from the global generator, at the first batch.
-            torch.manual_seed(options.seed * 1_000_003 + options.epoch)
-            for source in (self.batches, sampler):
-                if isinstance(generator := getattr(source, "generator", None), torch.Generator):
-                    generator.manual_seed(options.seed * 1_000_003 + options.epoch)
-            iterator = iter(self.batches)
-            first = next(iterator, iterator)
-        if first is iterator:
-            return
-        if self.sharded or options.world == 1:
-            yield first
-            yield from iterator
-            return
-        yield from self._share(first, iterator)
-
-    def _share(self, first: Any, rest: Iterator[Any]) -> Iterator[Any]:
-        """Every world-th batch; the last round of an epoch is filled up with the first batch."""
-        world, rank, whole = self.options.world, self.options.rank, [first]
-        for batch in rest:
-            whole.append(batch)
-            if len(whole) == world:
-                yield whole[rank]
-                whole = []
-        if whole:
-            yield whole[rank] if rank < len(whole) else first
-
-
 def _whole(value: Any) -> bool:
     """Whether a value is a tensor of whole numbers, such as classes."""
     return isinstance(value, torch.Tensor) and not (
@@ -398,17 +337,6 @@ def _scalar(loss: Any) -> torch.Tensor:
     if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
         refuse_several(loss, "the loss")
     return loss.reshape(())
-
-
-def _count(batch: Any) -> int:
-    """Samples in a batch: the length of its first tensor."""
-    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else [batch]
-    for value in values:
-        if isinstance(value, torch.Tensor) and value.ndim:
-            return len(value)
-        if isinstance(value, (Mapping, tuple, list)):
-            return _count(value)
-    return 1
 
 
 def _state_of(scheduler: Any) -> dict[str, Any]:

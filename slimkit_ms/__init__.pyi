@@ -34,6 +34,7 @@ from slimkit.core.prune.custom import OperatorCall as OperatorCall
 from slimkit.core.prune.merging import merge_desc as merge_desc
 from slimkit.core.prune.optimizer_state import OptimizerReport as OptimizerReport
 from slimkit.core.prune.proof import PruningCheck as PruningCheck
+from slimkit.core.run.opening import Loaded as Loaded
 from slimkit.core.sparse import SparseConfig as SparseConfig
 from slimkit.core.sparse import SparseMethod as SparseMethod
 from slimkit.core.sparse import register_sparse_method as register_sparse_method
@@ -92,6 +93,7 @@ from slimkit_ms.freeze import freeze_delta as freeze_delta
 from slimkit_ms.freeze import freeze_from_config as freeze_from_config
 from slimkit_ms.freeze import freeze_modules as freeze_modules
 from slimkit_ms.freeze import trainable_summary as trainable_summary
+from slimkit_ms.opening import load as load
 from slimkit_ms.operators import register_operator_rule as register_operator_rule
 from slimkit_ms.optimizers import migrate_optimizer as migrate_optimizer
 from slimkit_ms.proof import check_pruning as check_pruning

@@ -319,7 +319,7 @@ def _kind(cell: nn.Cell) -> str:
     kind = kinds.kind_of(cell)
     if kind is not None and not kind.transposed and kind.word in ("linear", "embedding", "conv", "norm"):
         return kind.word
-    return "norm" if "norm" in type(cell).__name__.lower() else "other"
+    return "norm" if kinds.is_norm(cell) else "other"
 
 
 def is_plain_layer(cell: nn.Cell) -> bool:

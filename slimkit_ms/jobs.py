@@ -12,6 +12,7 @@ import numpy as np
 
 import slimkit_ms
 from slimkit.core import files
+from slimkit.core.checkpoint.maker import write_maker
 from slimkit.core.errors import ConfigError
 from slimkit.core.jobs import folders
 from slimkit.core.jobs.device import parse_device
@@ -204,9 +205,11 @@ class MindSporeJobs(JobFramework):
     def write_model(self, opened: Opened, folder: Path) -> str:
         if opened.desc is not None:
             self.slim.save_pruned(folder, opened.model, opened.desc)
-            return "slimkit"
-        self.slim.save_checkpoint(opened.model, folder / _WEIGHTS)
-        return "weights"
+        else:
+            self.slim.save_checkpoint(opened.model, folder / _WEIGHTS)
+        assert opened.place.factory is not None
+        write_maker(folder, opened.place.factory, opened.place.arguments)
+        return "weights" if opened.desc is None else "slimkit"
 
     def export(
         self, opened: Opened, inputs: Any, out: Path, format: str, settings: Mapping[str, Any]

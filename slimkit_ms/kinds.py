@@ -103,6 +103,11 @@ def is_kind(cell: nn.Cell | None, word: str, space: int | None = None) -> bool:
     return kind is not None and kind.word == word and space in (None, kind.space)
 
 
+def is_norm(cell: nn.Cell) -> bool:
+    """Whether a cell is a norm, or is called so: models bring their own, such as LlamaRMSNorm."""
+    return is_kind(cell, "norm") or "norm" in type(cell).__name__.lower()
+
+
 def is_layer(cell: nn.Cell | None) -> bool:
     """Whether a cell is a convolution or a dense layer."""
     return is_kind(cell, "conv") or is_kind(cell, "linear")

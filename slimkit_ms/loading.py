@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from slimkit.core.train.loading import LoaderOptions
+from slimkit.core.train.loading import LoaderOptions, shared_out
 from slimkit_ms import bridge  # noqa: F401  (says in one line that MindSpore is missing)
 
 import mindspore as ms
@@ -37,16 +37,7 @@ class Shared:
         return _share(len(self.batches), self.options.world)  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[Any]:
-        world, rank = self.options.world, self.options.rank
-        first, turn = None, []
-        for batch in self.batches:
-            first = batch if first is None else first
-            turn.append(batch)
-            if len(turn) == world:
-                yield turn[rank]
-                turn = []
-        if turn:
-            yield turn[rank] if rank < len(turn) else first
+        return shared_out(self.batches, self.options)
 
 
 class Pipeline(Shared):
@@ -104,14 +95,3 @@ def stack(samples: list[Any]) -> Any:
     if isinstance(first, (tuple, list)):
         return tuple(stack(list(column)) for column in zip(*samples))
     return ms.Tensor(np.stack([s.asnumpy() if isinstance(s, ms.Tensor) else np.asarray(s) for s in samples]))
-
-
-def count(batch: Any) -> int:
-    """Samples in a batch: the length of its first tensor."""
-    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else [batch]
-    for value in values:
-        if isinstance(value, (Mapping, tuple, list)):
-            return count(value)
-        if getattr(value, "ndim", 0):
-            return len(value)
-    return 1

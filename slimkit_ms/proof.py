@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from slimkit.core import check
+from slimkit.core.batch import tensors_in
 from slimkit.core.lazy import door
 from slimkit.core.prune.plan import PrunePlan
 from slimkit.core.prune.proof import PruningCheck, compare
@@ -83,16 +84,8 @@ def check_pruning(model: nn.Cell, inputs: Any, desc: dict[str, Any], *, toleranc
     outputs = []
     for cell in (small, wide):
         with bridge.evaluating(cell), bridge.pynative():
-            outputs.append([t.asnumpy() for t in _tensors(bridge.run(cell, inputs))])
+            outputs.append([t.asnumpy() for t in tensors_in(bridge.run(cell, inputs))])
     return compare(outputs[0], outputs[1], tolerance, statistics)
-
-
-def _tensors(value: Any) -> Iterator[ms.Tensor]:
-    if isinstance(value, ms.Tensor):
-        yield value
-    elif isinstance(value, (tuple, list, Mapping)):
-        for part in value.values() if isinstance(value, Mapping) else value:
-            yield from _tensors(part)
 
 
 def _zero(model: nn.Cell, indices: Mapping[str, Sequence[Any]]) -> None:

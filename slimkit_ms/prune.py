@@ -27,6 +27,7 @@ from slimkit_ms.signals import layer_signals
 from slimkit_ms.surgery import Keep, Knife, RefusedError, Undo, cut_by_attributes
 from slimkit_ms.surgery.layers import aligned
 from slimkit_ms.trace import Traced, trace_marked
+from slimkit_ms.trace.examples import find_example
 
 import mindspore as ms
 from mindspore import nn, ops
@@ -52,6 +53,7 @@ class MindSporePrune:
         self.traced: Traced | None = None
         self.knife: Knife | None = None
         self._proven: Any = None
+        self._note = ""  # which example was taken where none was given
 
     @property
     def has_example(self) -> bool:
@@ -62,7 +64,13 @@ class MindSporePrune:
         return True  # known beforehand, it need not be found out by compiling
 
     def trace(self) -> Graph:
-        self.traced = trace_marked(self.model, self.inputs)
+        if self.inputs is None:
+            taken, self.traced = find_example(self.model)
+            self.inputs, self._note = taken.inputs, taken.note
+        else:
+            self.traced = trace_marked(self.model, self.inputs)
+        if self._note:
+            self.traced.graph.notes.append(self._note)
         self.knife = Knife(self.model, self.inputs, self.traced)
         return self.traced.graph
 
@@ -230,10 +238,12 @@ class PruneMindSpore(PrunerBase):
     Args:
         network: the cell; any architecture that MindSpore can compile.
         inputs: an example of what it takes: a tensor, a tuple or list of arguments, or a dict of keyword arguments.
-            Only shapes matter, and MindSpore needs them; without an example only `prune_by_desc` works.
+            Only shapes matter, and MindSpore needs them. None looks for one where the cell says what it takes, as
+            in slimkit, and the log and `report()`'s notes say which was taken.
 
     Raises:
         ArgumentTypeError: `network` is no mindspore.nn.Cell.
+        ArgumentError: at the first analysis, where no example was given and none was found.
 
     Example:
         >>> net = nn.SequentialCell(nn.Dense(8, 64), nn.ReLU(), nn.Dense(64, 64), nn.ReLU(), nn.Dense(64, 4))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from slimkit.core import files
+from slimkit.core.checkpoint.maker import checked, write_maker
 from slimkit.core.errors import FileFormatError, PlanError
 from slimkit.core.files import PathLike
 from slimkit.core.lazy import door
@@ -20,13 +22,22 @@ from mindspore import nn
 __getattr__, __dir__ = door("slimkit_ms", room="prune")
 
 
-def save_pruned(directory: PathLike, model: nn.Cell, desc: dict[str, Any]) -> None:
+def save_pruned(
+    directory: PathLike,
+    model: nn.Cell,
+    desc: dict[str, Any],
+    *,
+    factory: str | None = None,
+    arguments: Mapping[str, Any] | None = None,
+) -> None:
     """Write a pruned cell: `plan.json` and `model.safetensors`, no pickle; the folder appears whole or not at all.
 
     Args:
         directory: an absolute path.
         model: the pruned cell.
         desc: the plan that pruned it; after several prunings the whole one, `pruner.whole_desc()`.
+        factory: ``package.module:function`` that makes the uncut network, so that `load` can; kept in network.json.
+        arguments: keyword arguments of that function, plain values.
 
     Raises:
         PlanError: `desc` is no plan.
@@ -34,6 +45,8 @@ def save_pruned(directory: PathLike, model: nn.Cell, desc: dict[str, Any]) -> No
             pruned already, so that `load_pruned` could not read the folder.
     """
     folder = files.save_directory(directory)
+    if factory is not None:
+        checked(factory, arguments)
     plan = PrunePlan(desc)
     found = {paths[0]: p for p, paths in bridge.parameter_paths(bridge.check_model(model))}
     try:
@@ -42,6 +55,8 @@ def save_pruned(directory: PathLike, model: nn.Cell, desc: dict[str, Any]) -> No
         raise FileFormatError(str(error)) from None
     check_begins(model, plan)
     with files.atomic_directory(folder) as temporary:
+        if factory is not None:
+            write_maker(temporary, factory, arguments)
         files.write_json(temporary / "plan.json", plan.desc)
         files.write_tensors(
             temporary / "model.safetensors", {p: bridge.as_numpy(t) for p, t in found.items()}, {"format": "np"}

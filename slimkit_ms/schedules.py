@@ -67,7 +67,7 @@ def state_of(scheduler: Any) -> Any:
 
 
 def put_back(scheduler: Any, state: Any) -> None:
-    """Give a scheduler the state that `state_of` told, in place."""
+    """Give a scheduler the state that `state_of` gave, in place."""
     if _tells(scheduler):
         scheduler.load_state_dict(state)
         return

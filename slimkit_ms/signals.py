@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from slimkit.core.batch import without_labels
+from slimkit.core.calibration.halves import has_encoder
 from slimkit.core.padding import Padding
 from slimkit.core.prune.elimination import LayerSignal
 from slimkit.core.prune.signals import SignalSums, sent_back
@@ -59,8 +60,7 @@ def padding_of(model: nn.Cell, batch: Any) -> Padding:
         tensor = bridge.tensors(value)
         return bridge.as_numpy(tensor) if isinstance(tensor, ms.Tensor) and tensor.ndim == 2 else None
 
-    two_sided = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
-    return Padding(batch, model.construct, to_array, two_sided)
+    return Padding(batch, model.construct, to_array, has_encoder(model))
 
 
 def real_rows(padding: Padding, path: str, x: Array) -> Array:

@@ -17,12 +17,12 @@ from slimkit.core.batch import dataset as check_dataset
 from slimkit.core.errors import ConfigError, UnsupportedError
 from slimkit.core.lazy import door as _door
 from slimkit.core.train.counting import one_number, refuse_several
-from slimkit.core.train.loading import LoaderOptions, is_samples, plan_batches, split_batch
+from slimkit.core.train.loading import LoaderOptions, is_samples, plan_batches, samples_in, split_batch
 from slimkit.core.train.loop import TrainerLoop
 from slimkit.core.train.packing import pack, unpack
 from slimkit.core.train.updates import UpdateOptions, factor_at
 from slimkit_ms import bridge, schedules
-from slimkit_ms.loading import BatchedSamples, Pipeline, Shared, count, stack
+from slimkit_ms.loading import BatchedSamples, Pipeline, Shared, stack
 from slimkit_ms.modelrun import EpochEnd, Feed, Update
 from slimkit_ms.precision import lift, lower
 
@@ -282,7 +282,7 @@ class Trainer(TrainerLoop):
                     ]
                 else:
                     values = [one_number(objective(*arguments), "the loss")]
-                n = count(batch)
+                n = samples_in(batch)
                 told = self._counts(batch)
                 if told != 0:
                     weight = n if told is None else told

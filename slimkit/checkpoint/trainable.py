@@ -6,18 +6,20 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from slimkit import kinds
 from slimkit.checkpoint.byhand import write
 from slimkit.checkpoint.optimizer import add_optimizer, unwrapped, whole
 from slimkit.core import check
 from slimkit.core.checkpoint.savepolicy import CheckpointConfig, SavePolicy, appended
 from slimkit.core.checkpoint.saving import Items, Saving
 from slimkit.core.files import PathLike
+from slimkit.core.showing import Shown
 from slimkit.torchfile import described
 
 import torch
 
 
-class TrainableParamsCheckPoint:
+class TrainableParamsCheckPoint(Shown):
     """Save the parameters that train, and nothing else, in the course of a training.
 
     One object serves four ways: in the callbacks of slimkit's `Trainer`, of Hugging Face's, of Lightning's, or in your
@@ -190,7 +192,7 @@ def trainable_items(model: torch.nn.Module, *, statistics: bool) -> Items:
         if parameter.requires_grad:
             items.add(name, *described(name, whole(parameter)))
     for path, module in model.named_modules() if statistics else ():
-        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+        if kinds.is_batch_norm(module):
             for key, buffer in module.named_buffers(recurse=False):
                 name = f"{path}.{key}" if path else key
                 items.add(name, *described(name, buffer))

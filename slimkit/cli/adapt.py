@@ -18,7 +18,7 @@ def adapt(
     network: options.Network,
     texts: training.Texts,
     kept: training.Keeping,
-    output: options.Output,
+    output: options.Writing,
     asked: AdaptOptions,
     task: Annotated[
         str,
@@ -62,13 +62,15 @@ def adapt(
     """
     with session("adapt", output) as talk:
         from slimkit.core.check import choice
+        from slimkit.core.jobs import claim
         from slimkit.core.jobs import training as jobs
 
         choice(format, ("slimkit", "peft"), "--format")
         place = places.model(network)
         talk.go_on = training.GO_ON
-        face = places.framework(network)
-        with places.alone(out, output.dry_run) as target:
+        how = {"force": output.force, "dry_run": output.dry_run, "states": claim.TRAINING}
+        with claim.claimed(out, reads=(network.model,), **how) as target:
+            face = places.framework(network)
             found = jobs.adapt(
                 face,
                 place,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Annotated
 
@@ -63,6 +64,7 @@ def compare(
     seed: options.Seed = 0,
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
+    force: options.Force = False,
 ) -> None:
     """Compare smaller models with a dense one on held-out data.
 
@@ -78,7 +80,7 @@ def compare(
     """
     with session("compare", options.Output(as_json=as_json, quiet=quiet)) as talk:
         from slimkit.core.compare.conditions import Condition
-        from slimkit.core.jobs import comparing
+        from slimkit.core.jobs import claim, comparing
         from slimkit.core.jobs.sources import DataPlace
 
         for condition in fail_if or ():
@@ -88,12 +90,16 @@ def compare(
         if text is not None:
             place = DataPlace(str(text), text_key, documents, asked.length)
             _ = place.kind
-        found = comparing.compare(face, dense, small, asked, text=place, data=data, seed=seed)
-        broken = found.broken(fail_if or ())
-        if save is not None:
-            found.save(save)
-        if html is not None:
-            found.save_html(html)
+        with contextlib.ExitStack() as claims:
+            for file, option in ((save, "--save"), (html, "--html")):
+                if file is not None:
+                    claims.enter_context(claim.claimed(file, file=True, force=force, option=option))
+            found = comparing.compare(face, dense, small, asked, text=place, data=data, seed=seed)
+            broken = found.broken(fail_if or ())
+            if save is not None:
+                found.save(save)
+            if html is not None:
+                found.save_html(html)
         head, *rows = found.rows()
         talk.table("Comparison", head, rows)
         talk.line(found.sentence())

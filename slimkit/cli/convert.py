@@ -21,7 +21,7 @@ _JOIN = " + "
 
 @options.spread
 def convert(
-    output: options.Output,
+    output: options.Writing,
     src: Annotated[
         Path,
         typer.Argument(
@@ -106,6 +106,7 @@ def convert(
     Example: slimkit convert model.gguf FOLDER --dtype bfloat16
     """
     with session("convert", output) as talk:
+        from slimkit.core.jobs import claim
         from slimkit.core.jobs.measurement import show
 
         talk.go_on = "nothing was written; give the same command again"
@@ -114,7 +115,7 @@ def convert(
                 "--to": to, "--name-map": name_map, "--source-factory": source_factory, "--example": example,
                 "--result-factory": result_factory, "--only": only, "--loose": loose, "--no-manifest": no_manifest,
             }  # fmt: skip
-            _from_gguf(talk, src, dst, dtype or "float32", others, output.dry_run)
+            _from_gguf(talk, src, dst, dtype or "float32", others, output)
             return
         if dtype is not None:
             raise ConfigError("--dtype goes with a .gguf file; other checkpoints keep their types")
@@ -124,24 +125,22 @@ def convert(
             raise ConfigError("--example needs --source-factory and --result-factory: the networks to run")
         nets = _networks(source_factory, result_factory)
         asked = {"to": to, "name_map": _name_map(name_map), "choice_func": _chosen(only), "strict": not loose}
+        how = {"force": output.force, "dry_run": output.dry_run, "option": "DST"}
+        place = dst / "model.safetensors" if dst.is_dir() else dst
+        with claim.claimed(place, file=True, reads=(src,), **how) as target:
+            if target is None:
+                found = _plan(src, place, nets, asked)
+            else:
+                report = _convert(src, target, nets, asked, _inputs(example), not no_manifest, tolerance)
+                found = report.as_dict()
+        renamed, relaid, gap = len(found["renamed"]), len(found["relaid"]), found["largest_difference"]
         if output.dry_run:
-            found = _plan(src, dst, nets, asked)
-            talk.line(
-                f"would convert to {found['to']}: {len(found['renamed'])} names change, {len(found['relaid'])} layouts"
-            )
+            talk.line(f"would convert to {found['to']}: {renamed} names change, {relaid} layouts")
         else:
-            report = _convert(src, dst, nets, asked, _inputs(example), not no_manifest)
-            found, gap = report.as_dict(), report.largest_difference
-            if gap is not None and not gap <= tolerance:
-                for file in (Path(report.path), Path(f"{report.path}.manifest.json")):
-                    file.unlink(missing_ok=True)
-                raise ConfigError(f"the two networks differ by {gap:.3g}, more than --tolerance {tolerance:g}")
-            talk.line(
-                f"Written: {report.path} ({show(report.bytes_written, 'bytes')}) for {report.to}: "
-                f"{len(report.renamed)} names changed, {len(report.relaid)} layouts"
-            )
-            if gap is not None:
-                talk.line(f"Largest difference between the two networks: {gap:.3g}")
+            size = show(found["bytes_written"], "bytes")
+            talk.line(f"Written: {place} ({size}) for {found['to']}: {renamed} names changed, {relaid} layouts")
+        if gap is not None:
+            talk.line(f"Largest difference between the two networks: {gap:.3g}")
         for key, what in (
             ("dropped", "left out"),
             ("initialised", "made new"),
@@ -155,19 +154,24 @@ def convert(
         talk.result({"src": src, "dst": dst, **found}, dry_run=output.dry_run)
 
 
-def _from_gguf(talk: Session, src: Path, dst: Path, dtype: str, others: dict[str, Any], dry_run: bool) -> None:
+def _from_gguf(
+    talk: Session, src: Path, dst: Path, dtype: str, others: dict[str, Any], output: options.Writing
+) -> None:
     """The command for a GGUF file, which becomes a folder."""
     from slimkit.core.convert import gguffile
+    from slimkit.core.jobs import claim
     from slimkit.core.jobs.measurement import show
 
     if given := [option for option, value in others.items() if value]:
         raise ConfigError(f"{given[0]} does not go with a .gguf file, which becomes a Hugging Face folder")
-    if dry_run:
-        report = gguffile.planned(src, dst, dtype)[1]
-    else:
-        from slimkit.convert import convert_gguf
+    dry_run = output.dry_run
+    with claim.claimed(dst, force=output.force, dry_run=dry_run, reads=(src,), option="DST") as folder:
+        if folder is None:
+            report = gguffile.planned(src, dst, dtype, replace=output.force)[1]
+        else:
+            from slimkit.convert import convert_gguf
 
-        report = convert_gguf(src, dst, dtype=dtype)
+            report = convert_gguf(src, folder, dtype=dtype, replace=output.force)
     types = ", ".join(f"{count} {kind}" for kind, count in report.types.items())
     size = "" if dry_run else f" ({show(report.bytes_written, 'bytes')})"
     talk.line(
@@ -229,13 +233,24 @@ def _torch() -> Any:
 
 
 def _convert(
-    src: Path, dst: Path, nets: tuple[Any, Any], asked: dict[str, Any], inputs: Any, manifest: bool
+    src: Path,
+    dst: Path,
+    nets: tuple[Any, Any],
+    asked: dict[str, Any],
+    inputs: Any,
+    manifest: bool,
+    tolerance: float,
 ) -> ConvertReport:
     from slimkit.core.convert import stream
 
+    def judge(gap: float) -> None:
+        if not gap <= tolerance:
+            raise ConfigError(f"the two networks differ by {gap:.3g}, more than --tolerance {tolerance:g}")
+
     return stream.convert(
-        src, dst, source_net=nets[0], result_net=nets[1], inputs=inputs, with_manifest=manifest, torch=_torch, **asked
-    )
+        src, dst, source_net=nets[0], result_net=nets[1], inputs=inputs, with_manifest=manifest, torch=_torch,
+        judge=judge, **asked,
+    )  # fmt: skip
 
 
 def _plan(src: Path, dst: Path, nets: tuple[Any, Any], asked: dict[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ def distill(
     network: options.Network,
     texts: training.Texts,
     kept: training.Keeping,
-    output: options.Output,
+    output: options.Writing,
     asked: DistillOptions,
     cut: StudentOptions,
     student_factory: Annotated[
@@ -54,14 +54,16 @@ def distill(
     Example: slimkit distill --factory nets.py:net --model net.pt --student-arg width=16 --data x.npz --out small
     """
     with session("distill", output) as talk:
+        from slimkit.core.jobs import claim
         from slimkit.core.jobs import training as jobs
         from slimkit.core.jobs.measurement import show
 
         chosen = places.student(network, cut, student, student_factory, student_arguments)
         place = places.model(network)
         talk.go_on = training.GO_ON
-        face = places.framework(network)
-        with places.alone(out, output.dry_run) as target:
+        how = {"force": output.force, "dry_run": output.dry_run, "states": claim.TRAINING}
+        with claim.claimed(out, reads=(network.model, student), **how) as target:
+            face = places.framework(network)
             read = texts.place(data, asked.batch_size)
             found = jobs.distill(face, place, read, target, asked, chosen, kept.run(), label_key=label_key)
         talk.line(

@@ -16,7 +16,7 @@ from slimkit.core.jobs.options import ExportOptions
 def export(
     out: Annotated[Path, typer.Option("--out", "-o", help="The file; a folder for w16a16s.", show_default=False)],
     network: options.Network,
-    output: options.Output,
+    output: options.Writing,
     asked: ExportOptions,
     format: Annotated[
         str,
@@ -46,7 +46,7 @@ def export(
     with session("export", output) as talk:
         from slimkit.core import check
         from slimkit.core.errors import ConfigError
-        from slimkit.core.jobs import commands
+        from slimkit.core.jobs import claim, commands
         from slimkit.core.jobs.measurement import show
 
         check.choice(format, ("onnx", "w16a16s", "mindir"), "--format")
@@ -54,19 +54,19 @@ def export(
         place = places.model(network)
         if delta is not None and not delta.is_dir():
             raise ConfigError(f"--delta must be an existing folder. Received: {str(delta)!r}")
-        if format != "w16a16s" and out.is_dir():
-            raise ConfigError(f"--out must be a file, and {str(out)!r} is a folder")
-        found = commands.export(
-            places.framework(network),
-            place,
-            None if output.dry_run else out.absolute(),
-            asked,
-            format=format,
-            example=example,
-            length=length,
-            delta_folder=delta,
-            seed=seed,
-        )
+        how = {"force": output.force, "dry_run": output.dry_run, "file": format != "w16a16s"}
+        with claim.claimed(out, reads=(network.model, delta), **how) as target:
+            found = commands.export(
+                places.framework(network),
+                place,
+                target,
+                asked,
+                format=format,
+                example=example,
+                length=length,
+                delta_folder=delta,
+                seed=seed,
+            )
         shapes = ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in found.get("shapes", {}).items())
         if output.dry_run:
             what = f" opset {asked.opset}" if format == "onnx" else ""

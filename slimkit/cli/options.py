@@ -98,6 +98,14 @@ MaxLength = Annotated[
     int, typer.Option("--max-length", min=1, help="Cut texts to so many tokens.", rich_help_panel="Data")
 ]
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Samples in a batch.", rich_help_panel="Data")]
+Force = Annotated[
+    bool,
+    typer.Option(
+        "--force",
+        help="Replace what is there already, once the result is whole; without it nothing is ever replaced.",
+        rich_help_panel="Output",
+    ),
+]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Of everything drawn at random.")]
 Device = Annotated[
     str | None,
@@ -131,6 +139,13 @@ class Output:
     as_json: AsJson = False
     quiet: Quiet = False
     verbose: Verbose = False
+
+
+@dataclass(frozen=True)
+class Writing(Output):
+    """The same of a command that writes a result."""
+
+    force: Force = False
 
 
 def spread(command: Callable[..., None]) -> Callable[..., None]:

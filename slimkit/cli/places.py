@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -78,18 +76,6 @@ def calibration(
     from slimkit.core.jobs.calibrating import weighted
 
     return weighted(references, text_key, samples, max_length, batch_size, seed)
-
-
-@contextlib.contextmanager
-def alone(out: Path, dry_run: bool = False) -> Iterator[Path | None]:
-    """The folder of a resumable command, absolute and held against a second run; None for one that writes nothing."""
-    from slimkit.core.locks import locked
-
-    if dry_run:
-        yield None
-        return
-    with locked(out.absolute(), "--out"):
-        yield out.absolute()
 
 
 def say_where(place: ModelPlace) -> str:

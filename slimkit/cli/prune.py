@@ -19,7 +19,7 @@ MISSED = 1.05
 def prune(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the pruned model.", show_default=False)],
     network: options.Network,
-    output: options.Output,
+    output: options.Writing,
     asked: PruneOptions,
     example: options.Example = None,
     calib: options.Calibration = None,
@@ -40,22 +40,15 @@ def prune(
     Example: slimkit prune --factory nets.py:resnet --model resnet.pt --example 1,3,224,224 --ratio 0.5 --out small
     """
     with session("prune", output) as talk:
-        from slimkit.core.jobs import commands
-        from slimkit.core.jobs.folders import unused
+        from slimkit.core.jobs import claim, commands
         from slimkit.core.jobs.measurement import show
 
         talk.go_on = "nothing was written; give the same command again"
         place = places.model(network)
-        folder = unused(out)
-        found = commands.prune(
-            places.framework(network),
-            place,
-            None if output.dry_run else folder,
-            asked,
-            example=example,
-            calib=places.calibration(calib, text_key, samples, max_length, batch_size, seed),
-            seed=seed,
-        )
+        data = places.calibration(calib, text_key, samples, max_length, batch_size, seed)
+        with claim.claimed(out, force=output.force, dry_run=output.dry_run, reads=(network.model,)) as folder:
+            face = places.framework(network)
+            found = commands.prune(face, place, folder, asked, example=example, calib=data, seed=seed)
         before, after = found["parameters_before"], found["parameters"]
         widths = _widths(found["report"])
         talk.table("Widths", ("layers", "before", "after"), widths, limit=20)

@@ -14,7 +14,7 @@ from slimkit.cli.session import Session, session
 @options.spread
 def run(
     recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.")],
-    asked: options.Output,
+    asked: options.Writing,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder of the run; runs/NAME by default.")
     ] = None,
@@ -56,11 +56,14 @@ def run(
             return
         talk.go_on = "the same command goes on from the last finished stage"
 
+        from slimkit.core.jobs import claim
         from slimkit.core.run.pipeline import run_recipe
         from slimkit.core.run.stages import Stages
 
-        wing = Stages(places.framework(options.Network(framework=checked.framework)))
-        _show(run_recipe(checked, recipe.parent, wing, folder, restart=restart), folder, talk)
+        with claim.claimed(folder, force=asked.force, states=claim.RUN, reads=(recipe,), option="--output"):
+            wing = Stages(places.framework(options.Network(framework=checked.framework)))
+            report = run_recipe(checked, recipe.parent, wing, folder, restart=restart)
+        _show(report, folder, talk)
 
 
 def _show(report: dict[str, Any], folder: Path, talk: Session) -> None:

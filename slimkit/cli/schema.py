@@ -16,6 +16,7 @@ def schema(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="A file; standard output by default.", show_default=False)
     ] = None,
+    force: options.Force = False,
 ) -> None:
     """Print the JSON Schema of recipes.
 
@@ -25,11 +26,13 @@ def schema(
     """
     with session("schema", options.Output()) as talk:
         from slimkit.core import files
+        from slimkit.core.jobs import claim
         from slimkit.core.run.recipe import Recipe
 
         made = {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}
         if out is None:
             talk.line(json.dumps(made, indent=1))
             return
-        files.write_json(out, made)
+        with claim.claimed(out, file=True, force=force):
+            files.write_json(out, made)
         talk.line(f"Written: {out}")

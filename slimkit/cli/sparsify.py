@@ -16,7 +16,7 @@ from slimkit.core.jobs.options import SparsifyOptions
 def sparsify(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the sparse model.", show_default=False)],
     network: options.Network,
-    output: options.Output,
+    output: options.Writing,
     asked: SparsifyOptions,
     calib: options.Calibration = None,
     text_key: options.TextKey = "text",
@@ -36,18 +36,19 @@ def sparsify(
     Example: slimkit sparsify --model llama --pattern 4:2 --calib text.jsonl --out llama-42 --dry-run
     """
     with session("sparsify", output) as talk:
-        from slimkit.core.jobs import commands
+        from slimkit.core.jobs import claim, commands
         from slimkit.core.jobs.work import sparse_headline
 
         place = places.model(network)
-        face = places.framework(network)
         data = places.calibration(calib, text_key, samples, max_length, batch_size, seed)
-        if output.dry_run:
-            _plan(talk, commands.sparsify(face, place, out.absolute(), asked, calib=data, plan=True), asked, out)
-            return
-        talk.go_on = "the same command goes on from the last finished block, or begins again where there was none"
-        with places.alone(out):
-            report = commands.sparsify(face, place, out.absolute(), asked, calib=data, restart=restart)
+        how = {"force": output.force, "dry_run": output.dry_run, "states": claim.BLOCKS, "reads": (network.model,)}
+        with claim.claimed(out, **how) as folder:
+            face = places.framework(network)
+            if folder is None:
+                _plan(talk, commands.sparsify(face, place, out.absolute(), asked, calib=data, plan=True), asked, out)
+                return
+            talk.go_on = "the same command goes on from the last finished block, or begins again where there was none"
+            report = commands.sparsify(face, place, folder, asked, calib=data, restart=restart)
         rows = [
             (n, row["method"], f"{row['ratio']:.3f}", f"{row['output_error']:.4f}" if "output_error" in row else "")
             for n, row in report["layers"].items()

@@ -94,6 +94,20 @@ class Steady:
             )
 
 
+def tensors_in(value: Any) -> Iterator[Any]:
+    """The tensors of a framework in what a model takes or returns: itself, or those in its tuples, lists and dicts.
+
+    Example:
+        >>> list(tensors_in({"logits": None, "rows": [1, 2]}))
+        []
+    """
+    if check.framework_of(value) in ("torch", "mindspore") and hasattr(value, "shape"):
+        yield value
+    elif isinstance(value, (Mapping, tuple, list)):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from tensors_in(part)
+
+
 def dataset(value: Any, name: str = "dataset") -> Iterable[Any]:
     """Refuse a data set that is empty, cannot be iterated, or can be iterated only once.
 

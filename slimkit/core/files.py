@@ -214,9 +214,7 @@ def atomic_directory(path: PathLike, *, keep: bool = False) -> Iterator[Path]:
             os.chmod(temporary, 0o777 & ~_umask())
             os.replace(temporary, target)
         elif place == target or _works_in(target) or not _swapped(temporary, target, keep):
-            if not keep:
-                (temporary / _REPLACES).touch()
-            commit(temporary, target)
+            commit(temporary, target) if keep else replace(temporary, target)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -281,6 +279,12 @@ def commit(finished: Path, target: Path) -> None:
     """
     os.replace(finished, target / _COMMIT)
     settle(target)
+
+
+def replace(finished: Path, target: Path) -> None:
+    """Let new files take the place of all that a folder holds: as `commit`, but nothing of the old stays."""
+    (finished / _REPLACES).touch()
+    commit(finished, target)
 
 
 def settle(folder: PathLike) -> None:

@@ -12,6 +12,9 @@ from typing import Any
 from slimkit.core import files
 from slimkit.core.errors import ConfigError, UnsupportedError
 
+# Where a walk block by block keeps what it has finished, in the folder that it fills.
+BLOCKS = ".slimkit-sparse"
+
 
 @contextlib.contextmanager
 def locked(folder: Path, option: str, *, inside: bool = False) -> Iterator[None]:

@@ -26,7 +26,7 @@ Array = np.ndarray[Any, Any]
 _LARGEST_BYTES = 2**31 - 2**24
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class OnnxReport(Shown):
     """What was written and how well it agrees with the model.
 
@@ -114,7 +114,7 @@ def publish(
     if written != opset:
         raise UnsupportedError(f"the exporter wrote opset {written}, not the {opset} asked for. Ask for {written}.")
     store_once(proto)
-    # Told before the weights leave the model: afterwards their entries only say where they went.
+    # Found before the weights leave the model: afterwards their entries only say where they went.
     weights = [onnx.numpy_helper.to_array(t) for t in proto.graph.initializer if len(t.dims) >= 2]
     zeros, entries = sum(int((w == 0).sum()) for w in weights), sum(int(w.size) for w in weights)
     del weights

@@ -127,6 +127,8 @@ ROOMS: dict[str, dict[str, str]] = {
 
 # Names offered by the package top that belong to no room.
 TOP: dict[str, str] = {
+    "load": "opening",
+    "Loaded": "core.run.opening",
     "set_logger_level": "core.log",
     "SlimkitError": "core.errors",
     "ArgumentTypeError": "core.errors",

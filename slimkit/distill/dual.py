@@ -9,7 +9,8 @@ from typing import Any
 
 from slimkit import bridge
 from slimkit.core.batch import as_call
-from slimkit.core.distill.config import LOSSES, DistillSpec, KnowledgeDistillConfig, SoftLabel, check_pair
+from slimkit.core.distill.config import LOSSES, DistillSpec, KnowledgeDistillConfig, SoftLabel
+from slimkit.core.distill.joined import TotalLoss, check_pair
 from slimkit.core.distill.masks import IGNORED, holds_labels
 from slimkit.core.distill.shapes import check_mask, check_shapes, pick, projection_values
 from slimkit.core.errors import ConfigError
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 
-class DistillDualModels(nn.Module):
+class DistillDualModels(nn.Module, TotalLoss):
     """A student that learns from a teacher; made by `get_distill_model`.
 
     Only the student, the projections between unequal widths and custom losses are parameters of this module. The
@@ -92,6 +93,9 @@ class DistillDualModels(nn.Module):
             self._check(pairs)
         self._soft = self._soft_loss(pairs, mask_of)
         return self._soft, student_output, teacher_output
+
+    def loss_terms(self) -> Mapping[str, Tensor]:
+        return self.losses
 
     def get_total_loss(self, hard: Tensor | None = None) -> Tensor:
         """weight * hard + (1 - weight) * soft, with the soft loss of the last forward.

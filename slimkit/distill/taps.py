@@ -52,16 +52,14 @@ def attach(model: torch.nn.Module, store: Store, labels: Iterable[SoftLabel], ro
     """
     found = []
     for place, label in enumerate(labels):
-        path = getattr(label, f"{role}_module")
-        if path is None:
+        read = label.read(role)
+        if (path := read.module) is None:
             continue
         try:
             module = bridge.get_module(model, path)
         except ValueError as error:
             raise ConfigError(f"{role}_module of {label.label}: {error}") from None
-        found.append(
-            (module, Tap(store, place, path, getattr(label, f"{role}_side"), getattr(label, f"{role}_output_idx")))
-        )
+        found.append((module, Tap(store, place, path, read.side, read.index)))
     for module, tap in found:
         module.register_forward_hook(tap, with_kwargs=True)
 

@@ -14,10 +14,10 @@ import slimkit
 from slimkit import bridge, compare, export, train
 from slimkit.core import files
 from slimkit.core.calibration.reading import TextReader
-from slimkit.core.calibration.record import write_record
+from slimkit.core.calibration.record import record_of, write_record
 from slimkit.core.checkpoint import shards
 from slimkit.core.errors import ConfigError, UnsupportedError
-from slimkit.core.jobs import calibrating, commands, folders
+from slimkit.core.jobs import calibrating, claim, commands, folders
 from slimkit.core.jobs.bar import LayerBar
 from slimkit.core.jobs.framework import ComputeLoss, JobFramework, Lesson, Opened, Task
 from slimkit.core.jobs.measurement import Measurement
@@ -246,25 +246,29 @@ class TorchJobs(JobFramework):
     def sparsify_blocks(
         self, place: ModelPlace, out: Path, cfg: SparseConfig, calib: DataPlace | None, *, restart: bool, plan: bool
     ) -> dict[str, Any] | None:
-        if restart and not plan and (out / blocks.STATE).is_dir():
-            with locked(out / blocks.STATE, "--out", inside=True):  # a Python program may be at work there
-                shutil.rmtree(out)
+        # What the folder holds stays until the new model is whole.
+        filled = out.is_dir() and any(entry.name != blocks.STATE for entry in out.iterdir())
+        stopped = (out / blocks.STATE / "job.json").exists()  # finished files may lie beside it
+        work = out / folders.FORCED if filled and not stopped else out
+        if restart and not plan and (work / blocks.STATE).is_dir():
+            with locked(work / blocks.STATE, "--out", inside=True):  # a Python program may be at work there
+                shutil.rmtree(work)
         source = place.model
         if place.factory is not None or source is None or self.device.type != "cpu" or not cfg.uniform:
             return None
         if not (source / "config.json").exists() or not any(source.glob("*.safetensors")):
             return None
-        # A folder without a run of sparsify_checkpoint in it must be unused; one with a run is that function's care.
-        if not (out / blocks.STATE / "job.json").exists():
-            folders.unused(out, state=blocks.STATE)
         data = commands.needed(self._calibration(place, source, out, calib), cfg)
         if plan:
-            found = CheckpointSparse(source, out / blocks.STATE, shards.locate(source), None).layers()
-            done = len(list((out / blocks.STATE).glob("block-*.json")))
+            found = CheckpointSparse(source, work / blocks.STATE, shards.locate(source), None).layers()
+            done = len(list((work / blocks.STATE).glob("block-*.json")))
             return {**commands.sparse_plan(*found, cfg, data), "blocks_done": done, "resumable": True}
         with LayerBar() as bar:
-            report = self.slim.sparsify_checkpoint(source, out, cfg, data, on_progress=bar)
-        write_record(out, "sparsify", calibrating.record_of(data), source)
+            report = self.slim.sparsify_checkpoint(source, work, cfg, data, on_progress=bar)
+        write_record(work, "sparsify", record_of(data), source)
+        claim.finish(work / blocks.STATE)
+        if work is not out:
+            files.replace(work, out)
         return {**report, "written": "transformers", "resumable": True}
 
     def _calibration(self, place: ModelPlace, source: Path, out: Path, calib: DataPlace | None) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,9 @@ import numpy as np
 
 from slimkit import bridge, checkpoint, prune
 from slimkit.core import files
-from slimkit.core.errors import ConfigError, FileFormatError, SlimkitError, UnsupportedError
+from slimkit.core.checkpoint.maker import write_maker
+from slimkit.core.errors import ArgumentError, ConfigError, FileFormatError, SlimkitError, UnsupportedError
+from slimkit.core.examples import described
 from slimkit.core.jobs import folders
 from slimkit.core.jobs.framework import Opened
 from slimkit.core.jobs.sources import ModelPlace
@@ -100,18 +103,15 @@ def architecture(directory: Path, kind: str | None = None) -> tuple[Any, Any]:
 
 
 def own_example(model: nn.Module, length: int, seed: int) -> Any:
-    """An input that a model of transformers describes: a text of `length` tokens, an image, or its dummy inputs."""
-    config: Any = model.config
-    name = getattr(model, "main_input_name", "input_ids")
-    generator = torch.Generator().manual_seed(seed)
-    if name == "input_ids" and not getattr(config, "is_encoder_decoder", False):
-        ids = torch.randint(0, config.get_text_config().vocab_size, (1, length), generator=generator)
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if name == "pixel_values" and getattr(config, "image_size", None):
-        size = config.image_size if isinstance(config.image_size, (tuple, list)) else (config.image_size,) * 2
-        return {"pixel_values": torch.randn(1, getattr(config, "num_channels", 3), *size, generator=generator)}
-    dummy: Any = model.dummy_inputs
-    return {k: v for k, v in dummy.items() if isinstance(v, torch.Tensor)}
+    """An input that a model of transformers describes: `length` tokens of text, an image, sound, or dummy inputs."""
+    main = getattr(model, "main_input_name", "input_ids")
+    takes = inspect.signature(model.forward).parameters
+    try:
+        found = tensors(described(model.config, main, takes, length=length, seed=seed))
+    except ArgumentError:
+        dummy: Any = model.dummy_inputs
+        return {k: v for k, v in dummy.items() if isinstance(v, torch.Tensor)}
+    return {**found, "attention_mask": torch.ones_like(found[main])} if [*found] == ["input_ids"] else found
 
 
 def tensors(value: Any) -> Any:
@@ -152,6 +152,8 @@ def write_model(opened: Opened, folder: Path) -> str:
         prune.save_pruned(folder, model, opened.desc)
     else:
         checkpoint.save_checkpoint(model, folder / "model.safetensors")
+    if opened.place.factory is not None:
+        write_maker(folder, opened.place.factory, opened.place.arguments)
     if opened.is_hf:
         assert opened.directory is not None
         folders.copy_companions(opened.directory, folder)

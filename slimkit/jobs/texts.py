@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from slimkit import bridge  # noqa: F401 - says in one line that torch is missing
-from slimkit.core.calibration.halves import decoder_start, halves
+from slimkit.core.calibration.halves import decoder_start, halves, has_encoder
 from slimkit.core.calibration.reading import TextReader
 from slimkit.core.distill.masks import IGNORED
 from slimkit.core.errors import ConfigError
@@ -139,7 +139,7 @@ def reader(directory: Path, kind: type, config: Any, device: torch.device) -> Te
         ConfigError: the directory holds no tokenizer that transformers can read.
     """
     read = Reader(directory, kind, config, sys.maxsize)
-    both = bool(getattr(config, "is_encoder_decoder", False))
+    both = has_encoder(config)
     causal = kind.__name__.endswith(("ForCausalLM", "LMHeadModel")) and not both
 
     def make(ids: np.ndarray[Any, Any], mask: np.ndarray[Any, Any]) -> dict[str, torch.Tensor]:

@@ -13,6 +13,7 @@ from slimkit.core import check, files
 from slimkit.core.checkpoint import shards
 from slimkit.core.errors import UnsupportedError
 from slimkit.core.files import PathLike
+from slimkit.core.locks import BLOCKS as STATE
 from slimkit.core.locks import locked, same_job
 from slimkit.core.showing import Report
 from slimkit.core.sparse import SparseConfig
@@ -22,8 +23,6 @@ from slimkit.sparse import memory
 from slimkit.sparse.checkpoint_framework import CheckpointSparse
 
 import torch
-
-STATE = ".slimkit-sparse"
 
 
 @memory.returned_at_once()

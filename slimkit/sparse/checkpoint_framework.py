@@ -22,7 +22,7 @@ from slimkit.core.sparse.call_order import CallOrder
 from slimkit.core.sparse.framework import CalibratedBlock
 from slimkit.core.sparse.processes import demand_tokens
 from slimkit.sparse import memory
-from slimkit.sparse.blocks import LentBlock, trace_block
+from slimkit.sparse.chain import LentBlock, trace_block
 from slimkit.sparse.framework import TorchSparse, block_paths
 from slimkit.sparse.inputs import BlockInputs, valid_tokens
 from slimkit.sparse.layouts import Layouts

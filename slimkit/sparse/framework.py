@@ -12,7 +12,8 @@ from slimkit.core.sparse.framework import CalibratedBlock
 from slimkit.core.sparse.maths.layer import SparseLayer
 from slimkit.core.sparse.processes import agreed, demand_tokens
 from slimkit.replay import replaying
-from slimkit.sparse.blocks import ModelBlock, WholeModel, trace
+from slimkit.sparse.blocks import WholeModel, trace
+from slimkit.sparse.chain import ModelBlock
 from slimkit.sparse.inputs import BlockInputs, as_input, valid_tokens
 from slimkit.sparse.reads import Reads
 from slimkit.sparse.slots import WeightSlot, described

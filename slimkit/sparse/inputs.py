@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from slimkit import bridge
+from slimkit import bridge, kinds
 from slimkit.core import replay
 from slimkit.core.batch import Call
 from slimkit.core.errors import UnsupportedError
@@ -32,7 +32,7 @@ def enough(*_: Any) -> None:
 def as_input(module: torch.nn.Module, x: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
     """A layer's input as the core takes it: padded for a convolution, without the rows of padding tokens."""
     x = x.detach()
-    if isinstance(module, torch.nn.Conv2d):
+    if kinds.is_ordinary_conv2d(module):
         pads = module._reversed_padding_repeated_twice
         if any(pads):
             mode = "constant" if module.padding_mode == "zeros" else module.padding_mode

@@ -152,7 +152,7 @@ def described(
     slots: dict[str, WeightSlot] = {}
     skipped: dict[str, str] = {}
     owner: dict[tuple[int, str], str] = {}
-    tables = {id(m.weight) for m in model.modules() if isinstance(m, (torch.nn.Embedding, torch.nn.EmbeddingBag))}
+    tables = {id(m.weight) for m in model.modules() if kinds.is_table(m)}
     adapters = adapter_parts(dict(model.named_modules(remove_duplicate=False)))
     for name, slot in slots_of(model):
         weight = slot.owner(model)._parameters.get(slot.key)

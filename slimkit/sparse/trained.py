@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from slimkit import bridge
+from slimkit import bridge, kinds
 from slimkit.core import replay
 from slimkit.core.batch import Call, as_call
 from slimkit.replay import TENSORS, quiet, unchanged
@@ -25,10 +25,10 @@ def output_of(output: Any) -> torch.Tensor:
 
 
 def norm_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """The scales and shifts of a model's norms by name, each once: of modules whose class is called so."""
+    """The scales and shifts of a model's norms by name, each once: and of modules whose class is called so."""
     found: dict[str, torch.nn.Parameter] = {}
     for path, module in model.named_modules():
-        if "norm" in type(module).__name__.lower():
+        if kinds.is_norm(module):
             own = {k: p for k, p in module._parameters.items() if p is not None and p.ndim == 1}
             found |= {f"{path}.{k}" if path else k: p for k, p in own.items() if p.is_floating_point()}
     return found

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from slimkit import bridge
-from slimkit.core import check
 from slimkit.core.batch import as_call
 from slimkit.core.errors import GraphError
 from slimkit.core.log import logger
@@ -39,19 +38,6 @@ class Trace:
         self.graph = graph
         self.real = real
         self.runs = list(runs)
-
-
-def example(model: nn.Module, inputs: Any) -> Any:
-    """The inputs given, or the example that a Hugging Face model carries."""
-    if inputs is None:
-        inputs = getattr(model, "dummy_inputs", None)
-    if inputs is None:
-        check.wrong_value(
-            "inputs",
-            "an example of what the model takes (a tensor, tuple, list or dict): this model carries none",
-            inputs,
-        )
-    return inputs
 
 
 def trace(model: nn.Module, examples: Sequence[Any], real: bool | None = None) -> Trace:

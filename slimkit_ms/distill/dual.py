@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from slimkit.core import check
-from slimkit.core.distill.config import DistillSpec, KnowledgeDistillConfig, check_pair
+from slimkit.core.distill.config import DistillSpec, KnowledgeDistillConfig
+from slimkit.core.distill.joined import JoinedModels, check_pair
 from slimkit.core.distill.masks import holds_labels
 from slimkit.core.distill.shapes import check_mask, check_shapes, pick, projection_values
 from slimkit.core.errors import ConfigError
@@ -20,7 +21,7 @@ import mindspore as ms
 from mindspore import nn, ops
 
 
-class DistillDualModels(nn.Cell):
+class DistillDualModels(nn.Cell, JoinedModels):
     """A student that learns from a teacher; made by `get_distill_model`.
 
     `trainable_params()` holds the student's parameters, the projections between unequal widths and custom losses'. The
@@ -59,7 +60,7 @@ class DistillDualModels(nn.Cell):
         self._names = [[f"{label.label}/{term.func_name}" for term in label.losses] for label in spec.soft_labels]
         self.inner = any(label.t_module is not None for label in spec.soft_labels)
         self.in_graph = False
-        self.unready = False  # attached for a graph whose shapes nobody has told yet
+        self.unready = False  # attached for a graph whose shapes are not known yet
         self.entered = False  # whether Python runs the forward, rather than a compiler reading it
         self._attached = False
         self._ready = False
@@ -104,6 +105,9 @@ class DistillDualModels(nn.Cell):
         for names, parameter in zip(self._names, self.values):
             found.update(zip(names, map(float, parameter.asnumpy())))
         return found
+
+    def loss_terms(self) -> Mapping[str, float]:
+        return self.losses
 
     def add_flags_recursive(self, **flags: Any) -> DistillDualModels:
         """What `set_train` of this cell or of one around it calls; the teacher stays in eval mode unless it trains."""
@@ -350,19 +354,20 @@ class DistillDualModels(nn.Cell):
         bridge.forget_graphs(self)
 
     def _noting_tap(self, cell: nn.Cell, labels: list[tuple[int, Any]], role: str, path: str) -> nn.Cell:
-        wants = [(p, getattr(la, f"{role}_side"), getattr(la, f"{role}_output_idx"), path) for p, la in labels]
+        wants = [(place, read.side, read.index, path) for place, label in labels for read in [label.read(role)]]
         return taps.Noted(cell, wants, self._seen[role])
 
     def _compiled_tap(self, cell: nn.Cell, labels: list[tuple[int, Any]], role: str) -> nn.Cell:
         before: list[nn.Cell] = []
         after: list[nn.Cell] = []
         for place, label in labels:
-            index = getattr(label, f"{role}_output_idx") or 0
+            read = label.read(role)
+            index = read.index or 0
             tap: nn.Cell = taps.Teller(self._memories[place], index)
             if role == "s":
                 projection = self.projections[place]
                 tap = taps.Listener(self.terms[place], self._memories[place], self.inner_factor, projection, index)
-            (before if getattr(label, f"{role}_side") == "input" else after).append(tap)
+            (before if read.side == "input" else after).append(tap)
         return taps.Compiled(cell, before, after)
 
     def _check_compilable(self) -> None:
@@ -410,14 +415,14 @@ def get_distill_model(
     """
     custom = check_pair(teacher, student, config, bridge.check_model, "cell")
     spec = config.spec()
-    if hasattr(teacher, "lookup"):
+    if not isinstance(teacher, nn.Cell):
         teacher.check(spec)
         if ms.get_context("mode") == ms.GRAPH_MODE:
             raise ConfigError("teacher: a cache is read by Python, which GRAPH mode does not run; use PYNATIVE_MODE")
     inner = any(label.t_module is not None for label in spec.soft_labels)
     if inner and inputs is None and ms.get_context("mode") == ms.GRAPH_MODE:
         raise ConfigError("inputs: inner layers in GRAPH mode need one example batch, for their shapes")
-    modes = [] if hasattr(teacher, "lookup") else [(c, c.training) for _, c in teacher.cells_and_names()]
+    modes = [(c, c.training) for _, c in teacher.cells_and_names()] if isinstance(teacher, nn.Cell) else []
     dual = None
     try:
         dual = DistillDualModels(teacher, student, spec, custom)

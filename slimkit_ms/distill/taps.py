@@ -157,7 +157,7 @@ def children(labels: tuple[SoftLabel, ...], role: str) -> dict[str, list[tuple[i
     """module path -> the labels on it with their places, for role "t" or "s"."""
     found: dict[str, list[tuple[int, SoftLabel]]] = {}
     for place, label in enumerate(labels):
-        path = getattr(label, f"{role}_module")
+        path = label.read(role).module
         if path is not None:
             found.setdefault(path, []).append((place, label))
     return found

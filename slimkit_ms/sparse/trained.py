@@ -21,10 +21,10 @@ Array = np.ndarray[Any, Any]
 
 
 def norm_parameters(model: nn.Cell) -> dict[str, ms.Parameter]:
-    """The scales and shifts of a model's norms by name, each once: of cells whose class is called so."""
+    """The scales and shifts of a model's norms by name, each once: and of cells whose class is called so."""
     found: dict[str, ms.Parameter] = {}
     for path, cell in model.cells_and_names():
-        if "norm" in type(cell).__name__.lower():
+        if kinds.is_norm(cell):
             own = {k: p for k, p in cell._params.items() if p is not None and p.ndim == 1 and p.is_floating_point()}
             found |= {f"{path}.{k}" if path else k: p for k, p in own.items() if not k.endswith(kinds.STATISTICS)}
     return found

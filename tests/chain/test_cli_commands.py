@@ -176,7 +176,8 @@ def test_the_everyday_form_of_sparsify(here, tmp_path):
     assert done["resumable"] is True
     assert (done["zeros"], done["weights"]) == (planned["zeros"], planned["weights"])
     transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "s")
-    assert run(*everyday, "-o", tmp_path / "s", "--json") == done  # finished: the report again, at once
+    assert run(*everyday, "-o", tmp_path / "s", "--force", "--json") == done
+    assert not [f.name for f in (tmp_path / "s").iterdir() if f.name.startswith(".")]
     assert "--seed" in run("sparsify", "--help")  # of what is drawn from text
 
 
@@ -240,8 +241,8 @@ def test_distill_cuts_a_student_and_trains_it(here, tmp_path):
 def test_a_loss_that_is_no_number_saves_nothing(here, tmp_path):
     adapt = ("adapt", "-m", "bert", "-d", "labelled.jsonl", "--rank", 2, "--samples", 16, "--batch-size", 8)
     assert "--lr" in str(refused(*adapt, "--lr", 1e30, "--epochs", 2, "-o", tmp_path / "a"))
-    assert [f.name for f in (tmp_path / "a").iterdir()] == [".slimkit-train"]
-    done = run(*adapt, "--lr", 1e-3, "--max-steps", 1, "--restart", "-o", tmp_path / "a", "--json")
+    assert not (tmp_path / "a").exists()
+    done = run(*adapt, "--lr", 1e-3, "--max-steps", 1, "-o", tmp_path / "a", "--json")
     assert done["fresh"] == ["classifier.bias", "classifier.weight"]
 
 

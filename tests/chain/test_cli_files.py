@@ -241,10 +241,10 @@ def test_convert_proves_both_networks_and_keeps_nothing_that_differs(tmp_path, m
     )
     to = ("convert", "a.safetensors", "b.ckpt", "--source-factory", "one.py:net", "--example", "2,4")
     assert run(*to, "--result-factory", "two.py:net", "--json")["largest_difference"] < 1e-5
-    Path("b.ckpt").unlink()
-    wrong = error_of(*to, "--result-factory", "two.py:other")
+    before = {f: f.read_bytes() for f in tmp_path.glob("b.ckpt*")}
+    wrong = error_of(*to, "--result-factory", "two.py:other", "--force")
     assert "--tolerance" in str(wrong)
-    assert not list(tmp_path.glob("b.ckpt*"))
+    assert {f: f.read_bytes() for f in tmp_path.glob("b.ckpt*")} == before
 
 
 # migrate ------------------------------------------------------------------------------------------------------------

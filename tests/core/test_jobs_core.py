@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from slimkit.core.errors import ConfigError, FileFormatError, LinkPathError
-from slimkit.core.jobs import folders, sources
+from slimkit.core.jobs import claim, folders, sources
 from slimkit.core.jobs.bar import LayerBar
 from slimkit.core.jobs.tasks import label_names, task_of
 from slimkit.core.sparse.remaining import Progress
@@ -125,14 +125,16 @@ def test_data_places_know_what_they_are(tmp_path):
 
 
 def test_a_folder_in_use_is_never_taken(tmp_path):
-    assert folders.unused(tmp_path / "new").is_absolute()
+    mine, other = (claim.Unfinished(name, ()) for name in (".state", ".other"))
     (tmp_path / "run" / ".state").mkdir(parents=True)
-    assert folders.unused(tmp_path / "run", state=".state") == tmp_path / "run"
+    for place in ("new", "run"):
+        with claim.claimed(tmp_path / place, states=(mine,)) as held:
+            assert held == tmp_path / place
     (tmp_path / "file").write_text("")
     (tmp_path / "link").symlink_to(tmp_path / "new")
-    for taken, state in (("run", None), ("run", ".other"), ("file", None), ("link", None), (".", ".state")):
-        with pytest.raises(ConfigError, match="--out"):
-            folders.unused(tmp_path / taken, state=state)
+    for taken, states in (("run", ()), ("run", (other,)), ("file", ()), ("link", ()), (".", (mine,))):
+        with pytest.raises(ConfigError, match="--out"), claim.claimed(tmp_path / taken, states=states):
+            pass
 
 
 def test_companions_go_along_and_weights_do_not(tmp_path):

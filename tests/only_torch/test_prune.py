@@ -130,7 +130,7 @@ def test_a_model_that_is_none_and_missing_inputs_are_refused():
     with pytest.raises(TypeError, match="network"):
         PruneTorch("net", torch.ones(1))
     with pytest.raises(ArgumentError, match="inputs"):
-        PruneTorch(chain()[0]).analysis()
+        PruneTorch(nn.ReLU()).analysis()
     with pytest.raises(GraphError, match="does not run"):
         PruneTorch(chain()[0], torch.ones(1, 4, 8, 8)).analysis()
 

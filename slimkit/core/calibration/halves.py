@@ -9,6 +9,11 @@ import numpy as np
 Array = np.ndarray[Any, Any]
 
 
+def has_encoder(owner: Any) -> bool:
+    """Whether a model has an encoder and a decoder, by transformers' configuration: its own, or one itself."""
+    return bool(getattr(getattr(owner, "config", owner), "is_encoder_decoder", False))
+
+
 def decoder_start(config: Any) -> int:
     """The token that a decoder begins with; where the configuration has none, padding, as in T5."""
     found = getattr(config, "decoder_start_token_id", None)

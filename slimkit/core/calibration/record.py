@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -16,6 +16,18 @@ from slimkit.core.errors import ArgumentTypeError, FileFormatError
 Array = np.ndarray[Any, Any]
 FORMAT, VERSION = "slimkit-calibration", 1
 _NEEDED = ("windows", "length", "tokens", "sha256", "stretches", "sources")
+
+
+@runtime_checkable
+class Recorded(Protocol):
+    """Calibration data that says where it comes from: `CalibrationSet`, `OwnText`."""
+
+    record: dict[str, Any]
+
+
+def record_of(batches: Any) -> dict[str, Any] | None:
+    """What calibration data says of itself; None of data that says nothing."""
+    return batches.record if isinstance(batches, Recorded) else None
 
 
 def read_record(folder: Path) -> list[dict[str, Any]]:
@@ -60,7 +72,7 @@ def records_of(calibrated: Any) -> list[Mapping[str, Any]]:
     """
     if calibrated is None:
         return []
-    record = getattr(calibrated, "record", calibrated)
+    record = calibrated.record if isinstance(calibrated, Recorded) else calibrated
     if isinstance(record, Mapping) and "stretches" in record:
         return [record]
     if isinstance(calibrated, (list, tuple)):

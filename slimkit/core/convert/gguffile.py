@@ -34,7 +34,7 @@ TOKENS = "tokenizer.ggml.tokens"
 WriteTokenizer = Callable[[Path, Path], None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class GgufReport(Shown):
     """What a GGUF file became.
 
@@ -162,19 +162,22 @@ class Gguf:
         )
 
 
-def planned(src: Any, dst: Any, dtype: str) -> tuple[Gguf, GgufReport]:
+def planned(src: Any, dst: Any, dtype: str, *, replace: bool = False) -> tuple[Gguf, GgufReport]:
     """The checked file and what it would become; nothing is written."""
     check.choice(dtype, DTYPES, "dtype")
     folder = files.as_path(dst, "dst")
-    if folder.is_symlink() or (folder.exists() and (not folder.is_dir() or any(folder.iterdir()))):
+    filled = folder.is_dir() and any(folder.iterdir()) and not replace
+    if folder.is_symlink() or filled or (folder.exists() and not folder.is_dir()):
         raise ArgumentError(f"dst must be a folder that does not exist yet or is empty. Received: {str(folder)!r}")
     source = Gguf(src)
     return source, source.report(dtype, folder)
 
 
-def convert_gguf(src: Any, dst: Any, dtype: str, write_tokenizer: WriteTokenizer) -> GgufReport:
+def convert_gguf(
+    src: Any, dst: Any, dtype: str, write_tokenizer: WriteTokenizer, *, replace: bool = False
+) -> GgufReport:
     """Turn a GGUF file into a Hugging Face folder; the wing's `convert_gguf` says what the arguments mean."""
-    source, report = planned(src, dst, dtype)
+    source, report = planned(src, dst, dtype, replace=replace)
     tag = DTYPES[dtype]
     items = Items()
     for name, place in source.places.items():

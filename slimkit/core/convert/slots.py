@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from slimkit.core import check, naming
+from slimkit.core import naming
+from slimkit.core.batch import tensors_in
 from slimkit.core.checkpoint.weightfile import Array
 from slimkit.core.errors import ArgumentError, ArgumentTypeError
 
@@ -133,13 +134,13 @@ def outputs(net: Any, inputs: Any) -> list[Array]:
         with _evaluating_torch(net), torch.no_grad():
             made = [torch.from_numpy(np.asarray(a)).to(where) for a in args]
             returned = net(*made, **{k: torch.from_numpy(np.asarray(v)).to(where) for k, v in kwargs.items()})
-        return [t.detach().float().cpu().numpy() for t in _tensors(returned)]
+        return [t.detach().float().cpu().numpy() for t in tensors_in(returned)]
     tensor = sys.modules["mindspore"].Tensor
     modes = [(cell, cell.training) for _, cell in net.cells_and_names()]
     net.set_train(False)
     try:
         returned = net(*(tensor(np.asarray(a)) for a in args), **{k: tensor(np.asarray(v)) for k, v in kwargs.items()})
-        return [t.asnumpy().astype(np.float32) for t in _tensors(returned)]
+        return [t.asnumpy().astype(np.float32) for t in tensors_in(returned)]
     finally:
         for cell, mode in modes:
             cell.set_train(mode) if cell is net else setattr(cell, "training", mode)
@@ -154,16 +155,6 @@ def _evaluating_torch(net: Any) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
-
-
-def _tensors(value: Any) -> list[Any]:
-    if check.framework_of(value) in ("torch", "mindspore") and hasattr(value, "shape"):
-        return [value]
-    if isinstance(value, Mapping):
-        return [t for v in value.values() for t in _tensors(v)]
-    if isinstance(value, (tuple, list)):
-        return [t for v in value for t in _tensors(v)]
-    return []
 
 
 def difference(one: Any, other: Any, inputs: Any) -> float:

@@ -22,7 +22,7 @@ from slimkit.core.errors import ArgumentError
 from slimkit.core.showing import Shown
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ConvertReport(Shown):
     """What a conversion did.
 
@@ -76,8 +76,10 @@ def convert(
     with_manifest: bool,
     strict: bool,
     torch: Callable[[], Any],
+    judge: Callable[[float], None] = lambda gap: None,
 ) -> ConvertReport:
-    """Convert one checkpoint; the wings' `convert_checkpoint` says what the arguments mean. `torch` imports PyTorch."""
+    """Convert one checkpoint; the wings' `convert_checkpoint` says what the arguments mean. `torch` imports PyTorch,
+    and `judge` raises where the two networks differ too much, before anything is written."""
     path = files.as_path(dst, "dst")
     if path.is_dir():
         path = path / "model.safetensors"
@@ -98,8 +100,10 @@ def convert(
         one = job.piece if writer is None else job.one
         items.fetch = {n: partial(one, source, m) for n, m in job.moves.items()}
         metadata = {"format": "pt" if direction == "torch" else "ms"}
-        saving.write_items(path, items, with_manifest=with_manifest, writer=writer, metadata=metadata)
         largest = _prove(job, source, source_net, result_net, inputs)
+        if largest is not None:
+            judge(largest)
+        saving.write_items(path, items, with_manifest=with_manifest, writer=writer, metadata=metadata)
     return ConvertReport(
         direction, **job.report, largest_difference=largest, bytes_written=path.stat().st_size, path=str(path)
     )

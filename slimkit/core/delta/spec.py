@@ -11,7 +11,7 @@ from slimkit.core import check
 from slimkit.core.delta.layers import check_alpha, check_dropout
 from slimkit.core.errors import ArgumentError, PatternError, UnsupportedError
 from slimkit.core.match import match
-from slimkit.core.showing import Shown
+from slimkit.core.showing import Shown, some
 
 PREFIX = "mindpet_delta_"
 DEFAULT_NAME = "default"
@@ -140,7 +140,7 @@ class Site:
     parameters: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class DeltaReport(Shown):
     """What a call did to a model's deltas; printing it gives a summary.
 
@@ -166,9 +166,9 @@ class DeltaReport(Shown):
     def __str__(self) -> str:
         lines = [f"{self.kind} {self.name!r} on {len(self.layers)} layers"]
         lines += [self.trainable] if self.trainable else []
-        lines += [f"  skipped {path}: {why}" for path, why in self.skipped.items()]
-        lines += [f"  matched nothing: {', '.join(self.unmatched)}"] if self.unmatched else []
-        lines += [f"  {note}" for note in self.notes]
+        lines += some([f"  skipped {path}: {why}" for path, why in self.skipped.items()], "report.skipped")
+        lines += some([f"  matched nothing: {pattern}" for pattern in self.unmatched], "report.unmatched")
+        lines += some([f"  {note}" for note in self.notes], "report.notes")
         return "\n".join(lines)
 
 

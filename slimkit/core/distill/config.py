@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -55,6 +55,15 @@ class LossTerm:
 
 
 @dataclass(frozen=True)
+class Reading:
+    """Where one tensor of a soft label is read; the names are SoftLabel's without the role."""
+
+    module: str | None
+    index: Index
+    side: str
+
+
+@dataclass(frozen=True)
 class SoftLabel:
     """A tensor of the teacher, a tensor of the student, and the losses between them.
 
@@ -82,6 +91,12 @@ class SoftLabel:
     widths: tuple[int, int] | None
     shape: tuple[int, ...] | None
     label: str
+
+    def read(self, role: str) -> Reading:
+        """Where the teacher's ("t") or the student's ("s") tensor is read."""
+        if role == "t":
+            return Reading(self.t_module, self.t_output_idx, self.t_side)
+        return Reading(self.s_module, self.s_output_idx, self.s_side)
 
 
 @dataclass(frozen=True)
@@ -121,8 +136,6 @@ class KnowledgeDistillConfig(Shown):
             yield where, ", ".join(f"{term.func_weight:g} {term.func_name}" for term in label.losses)
         yield "hard label", f"{self._hard[0]:g}" if self._hard else None
         yield "teacher trains", self._teacher_trains
-
-    __repr__ = Shown.__str__
 
     def set_teacher_train(self) -> KnowledgeDistillConfig:
         """Let the teacher train too: it keeps its mode and its gradients, and moves with the distillation model."""
@@ -207,26 +220,6 @@ class KnowledgeDistillConfig(Shown):
             labels.append(label if count == 1 else _renamed(label, f"{label.label}#{count}"))
         weight, index = self._hard or (None, 0)
         return DistillSpec(tuple(labels), weight, index, self._teacher_trains)
-
-
-def check_pair(
-    teacher: Any, student: Any, config: Any, check_model: Callable[[Any, str], Any], word: str
-) -> dict[str, Any]:
-    """Check what `get_distill_model` is given, by the framework's `check_model` and word for a model.
-
-    Returns:
-        The custom losses by name.
-    """
-    if not hasattr(teacher, "lookup"):
-        check_model(teacher, "teacher")
-    check_model(student, "student")
-    check.instance(config, KnowledgeDistillConfig, "config")
-    if teacher is student:
-        check.wrong_value("teacher", f"another {word} than the student", teacher)
-    custom: dict[str, Any] = config.custom_losses
-    for name, instance in custom.items():
-        check_model(instance, f"custom loss {name!r}")
-    return custom
 
 
 def _renamed(label: SoftLabel, name: str) -> SoftLabel:

@@ -11,6 +11,7 @@ from slimkit.core.calibration import OWN
 from slimkit.core.calibration.documents import TextSource
 from slimkit.core.calibration.drawing import shares
 from slimkit.core.calibration.reading import TextReader
+from slimkit.core.calibration.record import record_of
 from slimkit.core.calibration.sets import CalibrationSet, drawn_set, window_form
 from slimkit.core.errors import ConfigError
 from slimkit.core.jobs.sources import DataPlace, read_documents
@@ -105,7 +106,7 @@ def text_set(reader: TextReader, place: DataPlace, write: Writes) -> Calibration
     for one, count in zip(places, shares([p.weight for p in places], place.samples)):
         if one.kind == OWN:
             rows = write(count, form.room, getattr(reader.tokenizer, "bos_token_id", None))
-            own = dict(getattr(rows, "record", {}))
+            own = dict(record_of(rows) or {})
             sources.append(TextSource(OWN, rows, one.weight))
         else:
             sources.append(TextSource(one.reference, read_documents(Path(one.reference), one.text_key), one.weight))
@@ -115,9 +116,3 @@ def text_set(reader: TextReader, place: DataPlace, write: Writes) -> Calibration
     if own:
         found.record["own text"] = own
     return found
-
-
-def record_of(batches: Any) -> dict[str, Any] | None:
-    """What a calibration set says of itself; None of batches that say nothing."""
-    record: dict[str, Any] | None = getattr(batches, "record", None)
-    return record

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from slimkit.core import files
-from slimkit.core.calibration.record import write_record
+from slimkit.core.calibration.record import record_of, write_record
 from slimkit.core.errors import ConfigError, UnsupportedError
 from slimkit.core.jobs import cards, fitting, folders, sources, work
-from slimkit.core.jobs.calibrating import calibration_of, record_of
+from slimkit.core.jobs.calibrating import calibration_of
 from slimkit.core.jobs.fields import Strict, flag_of
 from slimkit.core.jobs.framework import ComputeLoss, FitRun, JobFramework, Opened, Supervised
 from slimkit.core.jobs.measurement import Measurement
@@ -167,7 +167,6 @@ def sparsify(
     found = face.sparsify_blocks(place, out, config, calib, restart=restart, plan=plan)
     if found is not None:
         return found
-    folders.unused(out)
     opened = face.open(place)
     batches = needed(calibration_of(face, opened, calib, out), config)
     if plan:
@@ -253,7 +252,11 @@ def export(
         facts["shapes"] = face.input_shapes(inputs)
     if out is None:
         return facts
-    return {**facts, **face.export(opened, inputs, out, format, options.build())}
+    if format != "w16a16s":
+        return {**facts, **face.export(opened, inputs, out, format, options.build())}
+    with files.atomic_directory(out) as folder:
+        written = face.export(opened, inputs, folder, format, options.build())
+    return {**facts, **written, "directory": str(out)}
 
 
 def measure(

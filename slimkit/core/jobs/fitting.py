@@ -25,6 +25,10 @@ _SCHEDULES = {"cosine": cosine_schedule, "linear": linear_schedule, "constant": 
 Collate = Callable[[list[Any]], Any]
 
 
+class Diverged(ConfigError):
+    """The loss became no number: the same job would end there again."""
+
+
 def fit(
     face: JobFramework,
     model: Any,
@@ -78,10 +82,7 @@ def fit(
     values = trainer.run_history.get_metric_values
     losses = [float(v) for v in values("train_loss_epoch")]
     if not all(map(math.isfinite, losses)):
-        more = " and --restart" if callbacks else ""
-        raise ConfigError(
-            f"the loss became {losses[-1]}: give a lower {spell('learning_rate')}{more}; nothing was saved"
-        )
+        raise Diverged(f"the loss became {losses[-1]}: give a lower {spell('learning_rate')}; nothing was saved")
     return {
         "steps": trainer.global_step,
         "loss_by_epoch": losses,
@@ -100,8 +101,7 @@ def begin(options: FitOptions, out: Path, run: FitRun, job: Mapping[str, Any]) -
     """
     state = out / folders.STATE
     if run.restart and state.is_dir():
-        shutil.rmtree(out)
-    folders.unused(out, state=folders.STATE)
+        shutil.rmtree(state)
     plan = {key: getattr(options, key) for key in FitOptions.model_fields} | {"seed": run.seed}
     # As JSON gives it back, so that tuples compare like the lists that were read.
     same_job(state, json.loads(json.dumps({**job, "plan": plan})))
@@ -148,6 +148,9 @@ def fit_resumably(
             seed=run.seed, spell=spell, collate=collate, callbacks=callbacks, resume_from=earlier,
             tokens=tokens,
         )  # fmt: skip
+    except Diverged:
+        shutil.rmtree(state)  # what it holds leads nowhere
+        raise
     finally:
         stop.restore()
 

@@ -1,4 +1,4 @@
-"""Folders that commands write: what may be there already, what is copied along, what a finished one looks like."""
+"""Folders that commands write: what is copied along, what an unfinished and a finished one look like."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from slimkit.core import files
-from slimkit.core.errors import ConfigError
 
 # What a folder of a pruned model holds beside its weights: the plan, and the configuration before the cut.
 PLAN, BASE = "plan.json", "base"
@@ -18,31 +17,10 @@ SPARSE_REPORT = "sparse_report.json"
 # Where a training command keeps its checkpoints until the result is there.
 STATE = ".slimkit-train"
 
+# Where a walk block by block makes what will replace the files of its folder.
+FORCED = ".slimkit-forced"
+
 _WEIGHTS = (".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".safetensors", ".ckpt", ".gguf", ".mindir")
-
-
-def unused(out: Path, *, state: str | None = None, option: str = "--out") -> Path:
-    """A folder that a command will make, so that nothing of the user's is overwritten.
-
-    Args:
-        out: what the user gave.
-        state: a folder inside it by which an unfinished run of the command is known.
-        option: the option's name, for the message.
-
-    Returns:
-        The absolute path.
-
-    Raises:
-        ConfigError: something else is there already.
-    """
-    if out.exists() or out.is_symlink():
-        names = {entry.name for entry in out.iterdir()} if out.is_dir() and not out.is_symlink() else {"."}
-        if names - {state}:
-            unfinished = "" if state is None else ", or holds an unfinished run"
-            raise ConfigError(
-                f"{option} must be a folder that does not exist yet or is empty{unfinished}. Received: {str(out)!r}"
-            )
-    return out.absolute()
 
 
 def made_sparse(directory: Path) -> list[str]:

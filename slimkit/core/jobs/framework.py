@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 
-from slimkit.core.errors import ConfigError
+from slimkit.core.errors import ConfigError, UnsupportedError
 from slimkit.core.jobs.measurement import Measurement
 from slimkit.core.jobs.sources import DataPlace, ModelPlace, StudentPlace
 
@@ -344,7 +344,7 @@ class JobFramework(Protocol):
         self, place: ModelPlace, data: DataPlace, options: DistillOptions, student: StudentPlace, seed: int
     ) -> Lesson:
         """Where `learns_text`: a student cut out of the teacher, and the text."""
-        raise NotImplementedError
+        raise UnsupportedError("students are cut out of Hugging Face directories in PyTorch alone")
 
     def task(
         self,
@@ -356,7 +356,7 @@ class JobFramework(Protocol):
         seed: int,
     ) -> Task:
         """Where `learns_text`: the model with the head that the text's task needs, and the text."""
-        raise NotImplementedError
+        raise UnsupportedError("text is learned by Hugging Face directories in PyTorch alone")
 
     def sparsify_blocks(
         self, place: ModelPlace, out: Path, cfg: SparseConfig, calib: DataPlace | None, *, restart: bool, plan: bool

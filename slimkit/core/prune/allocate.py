@@ -1,4 +1,16 @@
-"""How many indices each variable keeps: a budget of parameters or multiplications, alignment and floors."""
+"""How many indices each variable keeps: a budget of parameters or multiplications, alignment and floors.
+
+Where k (variables,) is kept, the parameters (or multiplications) are a polynomial, a product of sizes for each term:
+
+    count(k) = constant + sum_t factor_t prod_{a of t} (offset_a + slope_a k)      slope_a (variables,)
+
+Wanted is a k with count(k) near the target, floor <= k <= full, and k a multiple of `steps`, which keep every axis
+aligned. One number t in [0, 1] leads there: all variables keep the share t, or those chunks of indices that are among
+the best t of all chunks by their scores (one threshold for the whole model, as Liu et al. 2017, "Network Slimming",
+section 3). t is bisected, then single steps of one variable are taken while they come nearer, alike variables first.
+Where a step of one variable is more than all others can make up for, each of its few choices is tried. Exact counts
+all along: the factors, offsets and slopes are whole numbers.
+"""
 
 from __future__ import annotations
 
@@ -65,11 +77,11 @@ class Account:
                 self.constant += factor
         # A count is a sum of terms, each a factor times some sizes; a size is linear in the variables' counts.
         width = max((len(used) for _, used in rows), default=1)
-        self._factors = np.array([f for f, _ in rows], dtype=np.int64)
+        self._factors = np.array([f for f, _ in rows], dtype=np.int64)  # (terms,)
         # (terms, width): the numbers of the sizes that each term multiplies
         self._used = np.array([u + [0] * (width - len(u)) for _, u in rows], dtype=np.int64).reshape(len(rows), width)
-        self._offsets = np.array([c for c, _ in forms], dtype=np.int64)
-        self._slopes = np.zeros((len(forms), len(order)), dtype=np.int64)
+        self._offsets = np.array([c for c, _ in forms], dtype=np.int64)  # (sizes,)
+        self._slopes = np.zeros((len(forms), len(order)), dtype=np.int64)  # (sizes, variables)
         for place, (_, pairs) in enumerate(forms):
             for variable, slope in pairs:
                 self._slopes[place, variable] = slope
@@ -85,8 +97,8 @@ class Account:
         """
         new = copy(self)
         new.names = list(names)
-        new._offsets = self._offsets + self._slopes @ offsets
-        new._slopes = self._slopes @ matrix
+        new._offsets = self._offsets + self._slopes @ offsets  # (sizes,) + (sizes, variables) @ (variables,)
+        new._slopes = self._slopes @ matrix  # (sizes, variables) @ (variables, levers)
         new._multiples = list(multiples)
         return new
 
@@ -117,7 +129,7 @@ class Account:
 
     def floors(self, sizes: Sequence[int] | Array, floor_ratio: float, alignment: int) -> Array:
         """The least that each variable keeps: its share, rounded up to a step."""
-        full = np.asarray(sizes, dtype=np.int64)
+        full = np.asarray(sizes, dtype=np.int64)  # (variables,), as all below
         steps = self.steps(alignment, full)
         least = -(-np.ceil(full * floor_ratio - 1e-9).astype(np.int64) // steps) * steps
         return np.minimum(full, np.maximum(least, steps))
@@ -185,7 +197,7 @@ def allocate(
         floor_ratio: least share of its indices that a variable keeps.
         alignment: kept widths are multiples of it.
         chunks: variable -> scores of its indices, ascending: drop the globally least instead of the same share
-        everywhere.
+            everywhere.
         alike: a label each; equally labelled variables change together where that reaches the target.
         tolerance: relative distance from the target at which to stop improving.
         level: equally labelled variables keep equal numbers, whatever that costs.
@@ -224,19 +236,20 @@ def allocate(
 
 
 def _by_share(full: Array, steps: Array) -> Any:
-    return lambda t: np.rint(full * t / steps).astype(np.int64) * steps
+    """Counts as a function of t in [0, 1]: the share of each variable that stays."""
+    return lambda t: np.rint(full * t / steps).astype(np.int64) * steps  # (variables,)
 
 
 def _by_score(names: Sequence[str], full: Array, steps: Array, chunks: Mapping[str, Array]) -> Any:
     """Counts as a function of t in [0, 1]: t is the share of all chunks of indices that stays, best scores first."""
     # of each variable (indices,) -> (steps, indices a step) -> (steps,)
     means = [np.asarray(chunks[n], dtype=np.float64).reshape(-1, int(s)).mean(axis=1) for n, s in zip(names, steps)]
-    order = np.sort(np.concatenate(means))
+    order = np.sort(np.concatenate(means))  # (steps of all variables,)
 
     def at(t: float) -> Array:
         if t >= 1:
             return full
-        least = order[min(int((1 - t) * len(order)), len(order) - 1)]
+        least = order[min(int((1 - t) * len(order)), len(order) - 1)]  # the one threshold
         return np.array([int((m >= least).sum()) for m in means], dtype=np.int64) * steps
 
     return at

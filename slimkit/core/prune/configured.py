@@ -5,7 +5,7 @@ the axes that changed are the axes it speaks of. Their widths and the fields mak
 head size must be the hidden size that the field says), and what may still be cut are the levers of `levers`.
 
 Three kinds of field need a word of their own. The number of heads leaves no trace in shapes where code divides the
-hidden size by it; it is told by the axes that hold heads. The size of a head never changes. A ratio (`mlp_ratio`)
+hidden size by it; the axes that hold heads say it. The size of a head never changes. A ratio (`mlp_ratio`)
 speaks of a width relative to another one, and frees it.
 """
 

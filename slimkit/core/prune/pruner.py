@@ -15,18 +15,16 @@ from slimkit.core.log import logger
 from slimkit.core.match import demand, match
 from slimkit.core.prune.allocate import Account, Allocation, allocate
 from slimkit.core.prune.attributes import config_changes, new_values, scope_sizes
-from slimkit.core.prune.criteria import CRITERIA, Criterion, Evidence
+from slimkit.core.prune.criteria import CRITERIA, Criterion
 from slimkit.core.prune.draw import picture
-from slimkit.core.prune.elimination import LayerSignal
 from slimkit.core.prune.expressions import Index
 from slimkit.core.prune.forms import CutForm, parallel_steps
 from slimkit.core.prune.framework import PruneFramework
-from slimkit.core.prune.importance import best, scores
+from slimkit.core.prune.importance import best
 from slimkit.core.prune.knapsack import measured
 from slimkit.core.prune.levers import Lever, joined_losses, joined_scores, lever_matrix
 from slimkit.core.prune.masks import desc_of_masks, is_masks
 from slimkit.core.prune.narrowing import Narrowing, alike_levers
-from slimkit.core.prune.output import output_losses
 from slimkit.core.prune.plan import PrunePlan, make_desc
 from slimkit.core.prune.record import record_plan, whole_desc
 from slimkit.core.prune.reporting import allocated, coupled
@@ -37,10 +35,6 @@ from slimkit.core.showing import Report
 
 _ROUNDS = 200
 _LEAST, _LEAST_MEASURED = 0.5, 0.1
-UNCALIBRATED = (
-    "a language model is pruned without calibration data: weights alone do not tell what it can lose, and its answers "
-    "are likely to be useless. Give a few dozen texts (calibration=, --calib)"
-)
 UNREPAIRED = (
     "the plan was made with a repair on calibration data, and a plan holds no weights: the replayed cut is not "
     "repaired. Load the weights of the model that was (save_pruned keeps them with the plan)"
@@ -61,11 +55,7 @@ class PrunerBase(PrunerSettings):
     def __init__(self, wing: PruneFramework) -> None:
         super().__init__(wing)
         self._narrowing: Narrowing | None = None
-        self._scores: dict[str, Array] = {}
-        self._losses: dict[str, Array] = {}
         self._made: dict[str, Any] = {}  # what this plan's settings came to
-        self._warned = False
-        self._weights_seen: Any = None
         self._report: dict[str, Any] = {}
         self._was_cut = False
         self._cut_form: CutForm | None = None
@@ -92,7 +82,8 @@ class PrunerBase(PrunerSettings):
         if not inputs:
             check.wrong_value("inputs", "a list of at least one example", inputs)
         self._wing.show(inputs)
-        self._narrowing, self._scored, self._report, self._cut_form = None, None, {}, None
+        self._narrowing, self._report, self._cut_form = None, {}, None
+        self._scoring.forget()
         return self
 
     @property
@@ -125,7 +116,7 @@ class PrunerBase(PrunerSettings):
         if un_prune_list is None:
             un_prune_list = [0, -1] if narrowing.coupling.graph.layers and form.name == "any" else []
         whole = self._layers(un_prune_list)
-        self._forget_old_scores()
+        self._scoring.look(self._solved().graph.shapes)
         # Each round ties or pins something, or tries another of a few numbers; after many, the rest is not worth it.
         for rounds in count():
             view = narrowing.coupling.view(whole)
@@ -155,7 +146,7 @@ class PrunerBase(PrunerSettings):
         layers = self._solved().graph.layers
         data = self._repair
         if not self._repair_set and self._made["importance"] == "output":
-            data = self._calibration
+            data = self._scoring.calibration
         if data is None:
             self._cut(PrunePlan(desc))
             return desc
@@ -283,7 +274,7 @@ class PrunerBase(PrunerSettings):
         account = Account(view, self._budget)
         full = np.array(list(view.counts.values()), dtype=np.int64)
         target = ratio * account.count(full)
-        criterion = self._criterion_for(view)
+        criterion = self._scoring.suited(self.is_language_model)
         allocation = self._allocation or ("measured" if criterion is CRITERIA["output"] else "uniform")
         if allocation == "measured" and criterion is not CRITERIA["output"]:
             raise ArgumentError(
@@ -332,29 +323,16 @@ class PrunerBase(PrunerSettings):
         limits, level = (target, least, self._alignment), self._begun().level
         labels = alike_levers(view, levers)
         if allocation == "measured":
-            self._scores = self._score(view, criterion, self._open(view, account, levers, sizes, *limits))
-            losses = joined_losses(levers, sizes, self._losses)
+            self._scoring.score(view, criterion, self._open(view, account, levers, sizes, *limits))
+            losses = joined_losses(levers, sizes, self._scoring.losses)
             return measured(account, sizes, *limits, losses, labels if level else None)
-        self._scores = self._score(view, criterion, view.variables)
+        scores = self._scoring.score(view, criterion, view.variables)
         chunks = None
         if allocation == "global":
             comparable = criterion.comparable
-            chunks = {n: s if comparable else s / max(s.mean(), 1e-30) for n, s in self._scores.items()}
+            chunks = {n: s if comparable else s / max(s.mean(), 1e-30) for n, s in scores.items()}
             chunks = {x.name: joined_scores(x, chunks)[x.size - size :] for x, size in zip(levers, sizes)}
         return allocate(account, sizes, *limits, chunks, labels, level=level, gives_way=self._node_ratio is None)
-
-    def _criterion_for(self, view: View) -> Criterion:
-        """The criterion that was asked for, or the one that suits the model and what is known of it."""
-        if self._criterion is not CRITERIA["auto"]:
-            return self._criterion
-        if not self.is_language_model:
-            return CRITERIA["l1"]
-        if self._calibration is None:
-            if not self._warned:
-                logger.warning("%s", UNCALIBRATED)
-            self._warned = True
-            return CRITERIA["l1"]
-        return CRITERIA["output"]
 
     @staticmethod
     def _open(
@@ -371,49 +349,8 @@ class PrunerBase(PrunerSettings):
         inner = {v for x, whole in zip(levers, stays) if not whole for v in x.members}
         return [v for v in view.variables if v.name in inner]
 
-    def _forget_old_scores(self) -> None:
-        """Weights may have been trained since the last analysis; what data said of the same weights is kept."""
-        seen: Any = object()
-        if self._criterion.needs or self._calibration is not None:
-            values = {p: self._wing.read(p) for p in self._solved().graph.shapes}
-            seen = {p: None if v is None else float(v.sum(dtype=np.float64)) for p, v in values.items()}
-        if seen != self._weights_seen:
-            self._scored = None
-        self._weights_seen = seen
-
-    def _score(self, view: View, criterion: Criterion, variables: Sequence[Variable]) -> dict[str, Array]:
-        key = criterion, tuple((v.name, v.size, len(v.places)) for v in view.variables), len(variables)
-        if self._scored == key:
-            return self._scores
-        shapes, need = view.coupling.graph.shapes, criterion.needs
-        gradients: dict[str, Array] = {}
-        activations: dict[str, Array] = {}
-        if need in ("gradient", "square"):
-            gradients = self._wing.gradients(self._calibration, self._loss, need == "square")
-        elif need == "activation":
-            activations = self._wing.activations(self._calibration, view.coupling.graph.layers)
-
-        def read(path: str) -> Array:
-            values = self._wing.read(path)
-            return np.zeros(shapes[path], dtype=np.float32) if values is None else values
-
-        if all(self._wing.read(v.places[0][0]) is None for v in view.variables[:1]):
-            made = {v.name: np.ones(v.size) for v in view.variables}  # a model without values: counts only
-        elif need == "signal":
-
-            def signals(layers: Sequence[str]) -> dict[str, LayerSignal]:
-                return self._wing.signals(self._calibration, layers, self._loss, self._seed)
-
-            self._losses = output_losses(view, variables, signals, read)
-            made = {v.name: self._losses.get(v.name, np.ones(v.size)) for v in view.variables}
-        else:
-            evidence = Evidence(read, self._wing.rows, gradients, activations)
-            made = scores(view, criterion, evidence, self._seed)
-        self._scored = key
-        return made
-
     def _describe(self, view: View, allocation: Allocation, ratio: float, whole: list[str]) -> dict[str, Any]:
-        keep: dict[str, Index] = {n: best(self._scores[n], k) for n, k in allocation.keep.items()}
+        keep: dict[str, Index] = {n: best(self._scoring.scores[n], k) for n, k in allocation.keep.items()}
         integers, fields = self._wing.integers(), self._wing.config()
         sizes = scope_sizes(view, allocation.keep) if integers or fields else {}
         candidates = {
@@ -469,7 +406,8 @@ class PrunerBase(PrunerSettings):
         take_back = self._wing.cut(plan, names)
         forget = record_plan(self._wing.model, dict(plan.desc))
         # Everything known about the model was about the uncut one.
-        self._narrowing, self._scored, self._cut_form = None, None, None
+        self._narrowing, self._cut_form = None, None
+        self._scoring.forget()
         shapes, buffers = self._wing.shapes(), self._wing.buffers()
         left = sum(int(np.prod(s)) for p, s in shapes.items() if p not in buffers)
         self._report = {**self._report, "left_params": left}

@@ -27,7 +27,7 @@ class Contradiction:
     Args:
         what: what came, or the error that stopped the model.
         where: whose code it is: the path of a module, or a class.
-        scopes: the modules whose code it is; several where a class is told.
+        scopes: the modules whose code it is; several where it is a class.
         operator: the first operator that departs; None where only the code is known.
         instances: for each module of the class, the operators of its own code and of the layers it calls.
         reads: for each instance of the layer at which the code stopped, what it reads.

@@ -10,6 +10,7 @@ from slimkit.core.batch import dataset
 from slimkit.core.prune.criteria import CRITERIA, NEEDS, Criterion, OfRows
 from slimkit.core.prune.forms import FORMS
 from slimkit.core.prune.framework import PruneFramework
+from slimkit.core.prune.scoring import Scoring
 from slimkit.core.showing import Shown
 
 if TYPE_CHECKING:
@@ -28,11 +29,7 @@ class PrunerSettings(Shown):
 
     def __init__(self, wing: PruneFramework) -> None:
         self._wing = wing
-        self._criterion: Criterion = CRITERIA["auto"]
-        self._scored: Any = None  # what the last scores were made from
-        self._calibration: Any = None
-        self._loss: Callable[..., Any] | None = None
-        self._seed = 0
+        self._scoring = Scoring(wing)
         self._node_ratio: float | None = None
         self._form: str | None = None
         self._parallel = 1
@@ -45,14 +42,12 @@ class PrunerSettings(Shown):
 
     def _rows(self) -> Iterator[tuple[str, Any]]:
         yield "model", type(self._wing.model).__name__
-        yield "importance", self._criterion.name
+        yield "importance", self._scoring.criterion.name
         yield "budget", self._budget
         yield "allocation", self._allocation
         yield "smallest share of a layer", self._node_ratio
         yield "widths in steps of", self._alignment
         yield "compensation", self._repair is not None
-
-    __repr__ = Shown.__str__
 
     def set_importance_evaluation_function(
         self,
@@ -88,8 +83,9 @@ class PrunerSettings(Shown):
             calibration = dataset(calibration, "calibration")
         if loss is not None:
             check.function(loss, "loss")
-        self._criterion, self._scored = criterion, None
-        self._calibration, self._loss, self._seed = calibration, loss, check.integer(seed, "seed")
+        self._scoring.forget()
+        self._scoring.criterion, self._scoring.calibration, self._scoring.loss = criterion, calibration, loss
+        self._scoring.seed = check.integer(seed, "seed")
         return self
 
     def set_node_reserved_ratio(self, ratio: float) -> Self:

@@ -1,4 +1,17 @@
-"""The coupling of a model: which variables can be pruned, and every parameter axis as an expression over them."""
+"""The coupling of a model: which variables can be pruned, and every parameter axis as an expression over them.
+
+An axis of n indices is a dimension (`dims`): a variable d, a product a b (index i b + j: heads by head size), or a sum
+a + b (a concatenation). Every operator of the graph demands equalities between its axes (`rules`), which unification
+solves (union-find; a variable that must equal a product is split into its factors). What is left are free variables:
+
+    y = linear(x, W)        W.0 = y.last, W.1 = x.last                     d1, d0
+    y = x + z               x.a = z.a for each axis a                      the residual stream is one variable
+    reshape(b, n, h s)      last = h s, a product                          heads h can go, their size s cannot
+
+`Coupling` holds the solved equalities, and more that a rehearsal of the cut finds in the model's code (`tie`, `pin`).
+`View` names what can be pruned: free, made by a layer, not excluded, one factor of each product. Own work; graphs of
+such groups are in Fang et al. 2023, "DepGraph", and the unification is Robinson's (1965).
+"""
 
 from __future__ import annotations
 
@@ -84,9 +97,10 @@ class Coupling:
         for side in (dims[node.outputs[0]], before):
             lead = next((k for k, (a, b) in enumerate(zip(before, dims[node.outputs[0]])) if a.size != b.size), 0)
             last = len(side)
+            # Axes i..j - 1 that the reshape may fold into one: behind the first whose size changes.
             runs = [(i, j) for i in range(lead, last) for j in range(last, i + 1, -1)]
             folded += [product(side[i:j]) for i, j in runs]
-            # heads * 3 * size, of which heads * size is the width
+            # (..., heads, 3, size), of which heads * size is the width
             folded += [product([*side[i:k], *side[k + 1 : j]]) for i, j in runs for k in range(i + 1, j - 1)]
         done = False
         for dim in folded:

@@ -178,6 +178,7 @@ class _Run:
             "format": "slimkit-run",
             "version": 1,
             "recipe": self.recipe.model_dump(mode="json"),
+            "folder": str(self.folder.absolute()),
             "environment": environment(self.face.versions()),
         }
         marker = self.output / "run.json"

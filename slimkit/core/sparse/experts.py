@@ -22,7 +22,7 @@ class Fused:
     Args:
         keys: their names in the module.
         kind: the core's word for one expert: "linear" for (out, in), "conv1d" for (in, out).
-        told: the module itself tells its layout; otherwise it is a guess.
+        told: whether the module itself says its layout; otherwise it is a guess.
         unclear: parameters with three axes of which the module does not say that they hold experts.
     """
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from slimkit.core import check, files
 from slimkit.core.errors import ConfigError
+from slimkit.core.freezer import Freezer
+from slimkit.core.showing import Shown
 
 
-class TrainerCallback:
+class TrainerCallback(Shown):
     """What may be done at points of a training run; override the methods you need.
 
     Each method receives the trainer, whose `run_history`, `run_config`, `model`, `optimizer`, `epoch`, `global_step`
@@ -40,6 +43,26 @@ class TrainerCallback:
 
     def on_train_end(self, trainer: Any) -> None:
         """The run is over, also after an early stop; not after an error."""
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """What a checkpoint of the run keeps of the callback; None for nothing."""
+        return None
+
+    def on_resume(self, trainer: Any, state: Mapping[str, Any]) -> None:
+        """A run goes on, and its optimizer's state is not loaded yet; `state` is what `state_dict` gave."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """A run goes on, with everything loaded: take back what `state_dict` gave."""
+
+
+# At each of these an object may have something to do; with one of them it is a callback.
+MOMENTS = tuple(name for name in vars(TrainerCallback) if name.startswith("on_") and name != "on_resume")
+
+
+def method_of(callback: Any, name: str) -> Callable[..., Any]:
+    """A method of a callback, by its name in TrainerCallback, which has the one that does nothing."""
+    nothing: Callable[..., Any] = partial(getattr(TrainerCallback, name), callback)
+    return getattr(callback, name, nothing)
 
 
 class EarlyStopping(TrainerCallback):
@@ -161,9 +184,7 @@ class GradualUnfreezing(TrainerCallback):
     """
 
     def __init__(self, freezer: Any, every_n_epochs: int = 1) -> None:
-        if not hasattr(freezer, "unfreeze"):
-            check.wrong_type("freezer", "a ModelFreezer", freezer)
-        self.freezer = freezer
+        self.freezer: Freezer = check.instance(freezer, Freezer, "freezer", "a ModelFreezer")
         self.every_n_epochs = check.positive(every_n_epochs, "every_n_epochs")
         self.n_open = 1
 
@@ -177,7 +198,8 @@ class GradualUnfreezing(TrainerCallback):
             trainer.add_parameters([p for group in found.values() for p in group["params"]])
 
     def on_resume(self, trainer: Any, state: Mapping[str, Any]) -> None:
-        # Before the optimizer's state is loaded: it is as long as the parameters that were open.
+        """Open the groups that were open, before the optimizer's state is loaded."""
+        # The state is as long as the parameters that were open.
         self._open(trainer, state["n_open"])
 
     def state_dict(self) -> dict[str, Any]:

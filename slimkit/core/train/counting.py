@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import operator
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -13,6 +12,7 @@ import numpy as np
 from slimkit.core import check
 from slimkit.core.distill.masks import IGNORED, names_labels
 from slimkit.core.errors import ArgumentTypeError
+from slimkit.core.train.framework import TrainFramework
 
 
 def labels_of(batch: Any) -> Any:
@@ -72,16 +72,12 @@ def refuse_several(value: Any, name: str) -> NoReturn:
     raise ArgumentTypeError(f"{name} must be {allowed}. Received: a {type(value).__name__} of shape {tuple(shape)}")
 
 
-class Counting(ABC):
+class Counting(TrainFramework):
     """What a trainer knows of the tokens or labels in its batches."""
 
     count_tokens: Callable[[Any], float] | None = None
     # Those of the updates so far, where `count_tokens` counts them.
     tokens_seen: float = 0.0
-
-    @abstractmethod
-    def _array(self, value: Any) -> Any:
-        """A tensor as an array; None for anything else."""
 
     def _counts(self, batch: Any) -> float | None:
         """Over how many tokens or labels a batch's loss is a mean; None where nothing says so."""

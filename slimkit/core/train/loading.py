@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -101,6 +101,41 @@ def plan_batches(n_samples: int, batch_size: int, options: LoaderOptions) -> lis
         world=1 if evaluates else options.world,
     )
     return batches[options.rank :: options.world] if evaluates else batches
+
+
+def shared_out(batches: Iterable[Any], options: LoaderOptions) -> Iterator[Any]:
+    """Every world-th of ready batches; the last round of an epoch is filled up with the first batch.
+
+    Example:
+        >>> how = {"shuffle": False}
+        >>> [list(shared_out("abc", LoaderOptions(0, 1, rank, 2, None, how))) for rank in (0, 1)]
+        [['a', 'c'], ['b', 'a']]
+    """
+    first, turn = None, []
+    for batch in batches:
+        first = batch if first is None else first
+        turn.append(batch)
+        if len(turn) == options.world:
+            yield turn[options.rank]
+            turn = []
+    if turn:
+        yield turn[options.rank] if options.rank < len(turn) else first
+
+
+def samples_in(batch: Any) -> int:
+    """Samples in a batch: the length of its first tensor.
+
+    Example:
+        >>> samples_in({"ids": (np.zeros((3, 2)), np.zeros(4))})
+        3
+    """
+    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else [batch]
+    for value in values:
+        if isinstance(value, (Mapping, tuple, list)):
+            return samples_in(value)
+        if getattr(value, "ndim", 0):  # a tensor of any framework, or an array
+            return len(value)
+    return 1
 
 
 def split_batch(batch: Any) -> tuple[Any, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -11,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from slimkit.core import check
+from slimkit.core.distill.joined import JoinedModels
 from slimkit.core.errors import ConfigError, UnsupportedError
 from slimkit.core.log import logger
 from slimkit.core.showing import Shown
-from slimkit.core.train.callbacks import TrainerCallback
+from slimkit.core.train.callbacks import MOMENTS, method_of
 from slimkit.core.train.counting import Counting
 from slimkit.core.train.history import InMemoryRunHistory, RunHistory, TrainerRunConfig
 from slimkit.core.train.loading import LoaderOptions
@@ -63,10 +63,9 @@ class TrainerLoop(Shown, Resumable, Counting):
             check.instance(run_history, RunHistory, "run_history")
         if not isinstance(callbacks, (list, tuple)):
             check.wrong_type("callbacks", "a list of callbacks", callbacks)
-        hooks = [name for name in vars(TrainerCallback) if name.startswith("on_")]
         for callback in callbacks:
-            if not any(hasattr(callback, hook) for hook in hooks):
-                check.wrong_type("callbacks", f"objects with some of {', '.join(hooks)}", callback)
+            if not any(hasattr(callback, moment) for moment in MOMENTS):
+                check.wrong_type("callbacks", f"objects with some of {', '.join(MOMENTS)}", callback)
         self.metrics = {
             check.text(k, "metrics"): check.function(f, f"metrics[{k!r}]") for k, f in (metrics or {}).items()
         }
@@ -96,58 +95,6 @@ class TrainerLoop(Shown, Resumable, Counting):
         yield "callbacks", ", ".join(type(callback).__name__ for callback in self.callbacks) or None
         yield "updates so far", self.global_step
         yield "stopped because", self.stop_reason
-
-    __repr__ = Shown.__str__
-
-    # What a wing adds.
-
-    @abstractmethod
-    def _checked(self, model: Any) -> Any:
-        """The model, or ArgumentTypeError when it is none of this framework."""
-
-    @abstractmethod
-    def _begin(self) -> None:
-        """The end of the constructor: what the wing itself holds."""
-
-    @abstractmethod
-    def _prepare(self, options: UpdateOptions) -> None:
-        """Make optimizer, scheduler and whatever one update needs."""
-
-    @abstractmethod
-    def _loader(self, dataset: Any, batch_size: int, options: LoaderOptions) -> Iterable[Any]:
-        """The batches of this process for one epoch."""
-
-    @abstractmethod
-    def _update(self, batches: list[Any]) -> Any:
-        """One parameter update over the batches; returns their mean loss, not waited for."""
-
-    @abstractmethod
-    def _evaluate_batches(self, batches: Iterable[Any]) -> dict[str, float]:
-        """Means over all samples of all processes."""
-
-    @abstractmethod
-    def _start(self, seed: int | None) -> int:
-        """Seed the framework; returns the seed, drawn and shared between processes when None."""
-
-    @abstractmethod
-    def _modes(self, training: bool) -> None:
-        """Put the model into training mode, or back to the modes it had."""
-
-    @abstractmethod
-    def _learning_rate(self) -> float | None:
-        """The learning rate of the first group of parameters."""
-
-    @abstractmethod
-    def _optimized(self) -> list[Any]:
-        """The parameters that the optimizer holds."""
-
-    @abstractmethod
-    def _optimize(self, parameters: list[Any]) -> None:
-        """Give the optimizer more parameters."""
-
-    @abstractmethod
-    def _finish(self) -> None:
-        """Undo what `_prepare` did to the model."""
 
     # What a user calls.
 
@@ -317,11 +264,9 @@ class TrainerLoop(Shown, Resumable, Counting):
 
     # The inside.
 
-    def _fire(self, hook: str) -> None:
+    def _fire(self, moment: str) -> None:
         for callback in self.callbacks:
-            method = getattr(callback, hook, None)
-            if method is not None:
-                method(self)
+            method_of(callback, moment)(self)
 
     def _drive(self) -> None:
         """Run the epochs: `_groups`, `_step` for each, `_close_epoch`, as long as `_more` says so."""
@@ -356,10 +301,8 @@ class TrainerLoop(Shown, Resumable, Counting):
         loss = self._update(group)
         self._saw(group)
         self._losses.append(loss)
-        # A distillation model knows the value of each term of its loss.
-        parts = getattr(self.model, "losses", None)
-        if isinstance(parts, Mapping):
-            for name, value in parts.items():
+        if isinstance(self.model, JoinedModels):
+            for name, value in self.model.loss_terms().items():
                 self._terms.setdefault(name, []).append(value)
         self.global_step += 1
         self.step_in_epoch += 1

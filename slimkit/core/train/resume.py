@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,15 +12,16 @@ import numpy as np
 from slimkit.core import files
 from slimkit.core.errors import ConfigError, FileFormatError, UnsupportedError
 from slimkit.core.log import logger
+from slimkit.core.train.callbacks import method_of
+from slimkit.core.train.framework import TrainFramework
 from slimkit.core.train.history import RunHistory, TrainerRunConfig
 
 VERSION = 1
 
 
-class Resumable(ABC):
+class Resumable(TrainFramework):
     """The half of a trainer that remembers: losses not yet in the history, checkpoints, and going on from one."""
 
-    framework = ""
     run_history: RunHistory
     run_config: TrainerRunConfig | None
     callbacks: list[Any]
@@ -34,30 +34,6 @@ class Resumable(ABC):
     _pending: list[float]  # of the epoch being run
     _terms: dict[str, list[Any]]  # the parts of those losses, if the model has them
     _term_values: dict[str, list[float]]
-
-    @abstractmethod
-    def _processes(self) -> tuple[int, int, int]:
-        """(rank, world, rank on this node)."""
-
-    @abstractmethod
-    def _to_floats(self, losses: list[Any]) -> list[float]:
-        """Losses as floats, averaged over processes."""
-
-    @abstractmethod
-    def _save_state(self, folder: Path) -> dict[str, Any]:
-        """Write weights, optimizer and scheduler; returns what goes into trainer.json (random state)."""
-
-    @abstractmethod
-    def _load_state(self, folder: Path, state: dict[str, Any]) -> None:
-        """Take back what `_save_state` wrote."""
-
-    @abstractmethod
-    def _load_model(self, folder: Path, state: dict[str, Any]) -> None:
-        """Take back the model's weights alone."""
-
-    def _sharded(self) -> str:
-        """Path of a parameter that several processes hold parts of; "" for none."""
-        return ""
 
     def refuse_parts(self) -> None:
         """Raise UnsupportedError where processes hold parts of parameters: a checkpoint of a run holds whole ones."""
@@ -108,7 +84,9 @@ class Resumable(ABC):
                     "pending": _json(self._pending),
                     "terms": {name: _json(values) for name, values in self._term_values.items()},
                     "callbacks": [
-                        [type(c).__name__, _json(c.state_dict())] for c in self.callbacks if hasattr(c, "state_dict")
+                        [type(callback).__name__, _json(kept)]
+                        for callback in self.callbacks
+                        if (kept := method_of(callback, "state_dict")()) is not None
                     ],
                     "state": state,
                 },
@@ -162,8 +140,7 @@ class Resumable(ABC):
                 raise ConfigError(f"resume_from: the checkpoint was made with {name} {kept[name]}, this run has {now}")
         states = self._states(_unjson(kept["callbacks"]))
         for callback, state in states:
-            if hasattr(callback, "on_resume"):
-                callback.on_resume(self, state)
+            method_of(callback, "on_resume")(self, state)
         self._load_state(folder, kept["state"])
         self.run_history.reset()
         for name, values in kept["history"].items():
@@ -176,8 +153,7 @@ class Resumable(ABC):
         self._pending = [_unjson(v) for v in kept["pending"]]
         self._term_values = {name: [_unjson(v) for v in values] for name, values in kept["terms"].items()}
         for callback, state in states:
-            if hasattr(callback, "load_state_dict"):
-                callback.load_state_dict(state)
+            method_of(callback, "load_state_dict")(state)
 
     def _states(self, kept: list[list[Any]]) -> list[tuple[Any, Any]]:
         """Each callback with the state that one of its kind left in the checkpoint, in order."""

@@ -8,6 +8,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ class _EpochLog(TrainerCallback):
         """For a checkpoint: a resumed run goes on with the rows of the first."""
         return {"rows": json.dumps(self.rows)}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back what `state_dict` gave."""
         self.rows = json.loads(state["rows"])
 

@@ -132,7 +132,7 @@ def couple(
 
     Raises:
         PlanError: a shape that cannot come from the file's by cutting.
-        UnsupportedError: heads cannot be told, or do not divide.
+        UnsupportedError: heads cannot be found, or do not divide.
     """
     pairs = {}
     for name, shape in shapes.items():

@@ -63,7 +63,7 @@ def plan_weights(
     Raises:
         ConfigError, PatternError: the blocks do not fit the file or the model.
         PlanError: names or shapes do not fit.
-        UnsupportedError: attention heads cannot be told.
+        UnsupportedError: the attention heads cannot be found.
     """
     spec.check()
     names: dict[str, str] = {n: n for n in source.entries}

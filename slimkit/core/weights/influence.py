@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 
 from slimkit.core import check
+from slimkit.core.batch import tensors_in
 from slimkit.core.checkpoint.weightfile import Array
 from slimkit.core.errors import ArgumentError
 from slimkit.core.showing import Shown
 from slimkit.core.weights.heads import best
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LayerSuggestion(Shown):
     """Blocks worth keeping.
 
@@ -116,7 +117,4 @@ def mask_of(batch: Any) -> Any:
 
 def first_tensor(value: Any) -> Any:
     """The first tensor in what a block takes or returns: itself, or the first of a tuple, list or dict."""
-    if check.framework_of(value) in ("torch", "mindspore") and hasattr(value, "shape"):
-        return value
-    items = value.values() if isinstance(value, Mapping) else value if isinstance(value, (tuple, list)) else ()
-    return next((t for t in map(first_tensor, items) if t is not None), None)
+    return next(tensors_in(value), None)

@@ -132,7 +132,7 @@ def _search(
     steps = -(-s.rounds // s.hold)
     growth = (s.last / s.first) ** (1 / max(1, steps - 1))
     penalty = s.first
-    kept, apart = xp.empty_like(goal), xp.empty_like(goal)
+    kept, apart = xp.empty_like(goal), xp.empty_like(goal)  # (out, n), as m: room for Z and for Z - U - T
     for k in range(s.rounds):
         if k:
             kept[...] = keep
@@ -143,7 +143,7 @@ def _search(
                 m /= growth  # U belongs to the penalty
                 m += kept
             if solver is None:
-                solver = known.inverse(penalty)
+                solver = known.inverse(penalty)  # (n, n): (C + p)^-1
             lib.multiply(kept, 2, out=apart)
             apart -= m
             apart -= goal  # (out, n): Z - U - T, since U = M - Z
@@ -188,14 +188,14 @@ def refit(goal: Array, fitted: Array, keep: Array, correlation: Array, steps: in
     power = row_products(residual, residual)  # (out, 1)
     for _ in range(steps):
         product_into(image, direction, correlation)  # (out, n) = (out, n) @ (n, n)
-        image *= mask
+        image *= mask  # (out, n): the image on the support
         # (out, 1): how far each row goes
         length = power / xp.clip(row_products(direction, image), TINY, None)
         losses -= length * power
         image *= length
         residual -= image
         fitted += lib.multiply(direction, length, out=image)
-        new = row_products(residual, residual)
+        new = row_products(residual, residual)  # (out, 1)
         direction *= new / xp.clip(power, TINY, None)
         direction += residual
         power = new
@@ -214,7 +214,7 @@ def _swap(
     length = xp.ones_like(goal[:, :1])
     for _ in range(s.swaps):
         fitted = (goal - sparse) @ correlation  # (out, n) @ (n, n): minus half the gradient
-        fitted *= length
+        fitted *= length  # (out, n) * (out, 1)
         fitted += sparse
         scores = patterns.comparable(xp.abs(fitted))
         tried = patterns.keep_nm(scores, nm) if nm else patterns.keep_by_row(scores, n_zeros)

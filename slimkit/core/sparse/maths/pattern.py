@@ -1,4 +1,13 @@
-"""Which entries stay: exact counts over scores, and n:m groups, with ties broken the same way everywhere."""
+"""Which entries stay: exact counts over scores, and n:m groups, with ties broken the same way everywhere.
+
+    keep all but k     limit = the k-th smallest score; what is above it stays, and of what equals it the last ones
+    keep n of m        of every m neighbours in a row the n largest; of equal ones the later stay
+
+`plain.keep_all_but` and `plain.keep_nm` say the same by sorting, and the tests hold these to them. Three short cuts
+pay for themselves, each with its figure beside it: a sorted sample instead of a selection over all (`_keep_of_long`),
+columns instead of a transposed copy (`keep_nm`), and integers of which no two are equal (`TwoOfFour`). Source of n:m:
+Zhou et al. 2021, "Learning N:M fine-grained structured sparse neural networks from scratch".
+"""
 
 from __future__ import annotations
 
@@ -80,7 +89,7 @@ def keep_all_but(scores: Array, n_zeros: int) -> Array:
     Returns:
         Boolean array of the same shape, True where the entry stays.
     """
-    values = scores.reshape(-1)
+    values = scores.reshape(-1)  # (entries,)
     # On the CPU numpy compares and counts several times as fast as torch.
     if len(values) > LONG and 0 < n_zeros < len(values) and str(device_of(scores)) == "cpu":
         return like(_keep_of_long(to_numpy(values), n_zeros), scores).reshape(scores.shape)
@@ -93,7 +102,7 @@ def _keep_of_long(values: np.ndarray[Any, Any], n_zeros: int) -> np.ndarray[Any,
     The count of what lies below makes it exact; where the sample was wrong, all are looked at. Of 128 x 1024 scores, a
     block of the sweep, it takes .4 ms where torch's k-th value takes 2.1.
     """
-    sample = np.sort(values[:: len(values) // SAMPLE | 1])
+    sample = np.sort(values[:: len(values) // SAMPLE | 1])  # about (SAMPLE,)
     place, margin = n_zeros * len(sample) // len(values), int(2.5 * len(sample) ** 0.5)
     low = sample[place - margin] if place >= margin else -np.inf
     high = sample[place + margin] if place + margin < len(sample) else np.inf
@@ -116,7 +125,7 @@ def keep_all_but_rows(scores: Array, n_zeros: int) -> Array:
         return xp.ones(scores.shape, dtype=xp.bool, device=device_of(scores))
     if n_zeros >= scores.shape[1]:
         return xp.zeros(scores.shape, dtype=xp.bool, device=device_of(scores))
-    return _break_ties(scores, kth_smallest(scores, n_zeros), n_zeros)
+    return _break_ties(scores, kth_smallest(scores, n_zeros), n_zeros)  # the limit is (rows, 1)
 
 
 def keep_across_rows(scores: Array, n_zeros: int) -> Array:
@@ -147,6 +156,7 @@ def _break_ties(scores: Array, limit: Array, n_zeros: Any) -> Array:
     spare = (scores.shape[1] - n_zeros) - xp.count_nonzero(keep, axis=1)[:, None]
     if bool(xp.any(spare > 0)):
         tie = scores == limit
+        # (rows, columns): equal scores of a row counted from its start
         place = xp.cumulative_sum(xp.astype(tie, xp.int64), axis=1)
         total = xp.sum(xp.astype(tie, xp.int64), axis=1, keepdims=True)
         keep = keep | (tie & (place > total - spare))
@@ -164,11 +174,11 @@ def keep_nm(scores: Array, nm: NM) -> Array:
         Boolean array of the same shape.
     """
     xp = namespace(scores)
-    groups = scores.reshape(-1, nm.group)
+    groups = scores.reshape(-1, nm.group)  # (rows * columns / m, m)
     keep = xp.empty(groups.shape, dtype=xp.bool, device=device_of(scores))
     for start in range(0, groups.shape[0], NEAR):
         some, kept = groups[start : start + NEAR], keep[start : start + NEAR]
-        columns = xp.empty((nm.group, some.shape[0]), dtype=scores.dtype, device=device_of(scores))
+        columns = xp.empty((nm.group, some.shape[0]), dtype=scores.dtype, device=device_of(scores))  # (m, groups)
         for j in range(nm.group):  # several times as fast as turning the matrix
             columns[j] = some[:, j]
         found = keep_nm_columns(columns, nm)
@@ -182,7 +192,7 @@ def keep_nm_columns(scores: Array, nm: NM) -> Array:
     if nm == (2, 4):
         choice = TwoOfFour(scores)
         return choice.keys(scores) >= choice.second
-    return keep_all_but_rows(scores.T, nm.group - nm.keep).T
+    return keep_all_but_rows(scores.T, nm.group - nm.keep).T  # (columns, group), and back
 
 
 class TwoOfFour:
@@ -209,15 +219,15 @@ class TwoOfFour:
 
     def keys(self, scores: Array) -> Array:
         """The scores as integers, in the memory of the scores; sets `second`."""
-        lib, keys = self._lib, bits(scores)
+        lib, keys = self._lib, bits(scores)  # (4, columns): a non-negative float's bits are in its own order
         keys &= -4
         keys |= self._places
-        lib.maximum(keys[:2], keys[2:], out=self._high)
-        lib.minimum(keys[:2], keys[2:], out=self._low)
-        high, other, low, another = self._pairs
-        lib.minimum(high, other, out=high)
-        lib.maximum(low, another, out=low)
-        lib.maximum(high, low, out=low)
+        lib.maximum(keys[:2], keys[2:], out=self._high)  # (2, columns): the winners of 0 against 2 and 1 against 3
+        lib.minimum(keys[:2], keys[2:], out=self._low)  # (2, columns): the losers
+        high, other, low, another = self._pairs  # (columns,) each
+        lib.minimum(high, other, out=high)  # the lesser winner, or
+        lib.maximum(low, another, out=low)  # the better loser
+        lib.maximum(high, low, out=low)  # is the second of all four
         return keys
 
 
@@ -226,6 +236,6 @@ def keep_by_row(scores: Array, n_zeros: Array) -> Array:
     xp = namespace(scores)
     if bool(xp.all(n_zeros == n_zeros[0, 0])):
         return keep_all_but_rows(scores, int(n_zeros[0, 0]))
-    ordered = xp.sort(scores, axis=1)
+    ordered = xp.sort(scores, axis=1)  # (rows, columns)
     limit = xp.take_along_axis(ordered, xp.clip(n_zeros - 1, 0, None), axis=1)
     return _break_ties(scores, limit, n_zeros)

@@ -1,4 +1,16 @@
-"""One layer: its weight and the moments of its inputs in, its sparse weight, bias and account out."""
+"""One layer: its weight and the moments of its inputs in, its sparse weight, bias and account out.
+
+Of a weight W (out, n) for each group of a convolution, and G (n, n) the mean of x x^T over the inputs x that the layer
+gets in the sparse model so far, wanted is V (out, n) with a given number of zeros and small
+
+    E |T x - V x|^2 = tr((T - V) G (T - V)^T)      T = W + R G^-1, or W
+    shift = E[T x] - V E[x]                        (out,) goes to the bias
+
+R (out, n) are the mean products of what the layers before have lost of this layer's dense output with its inputs, so
+that T says that too as far as the inputs can (`residue`, with its ridge). The configuration's method finds V; kept and
+dropped weights may change places after it (`swaps`). Source: Frantar & Alistarh 2023, section 3, layer by layer; the
+files of the methods give theirs.
+"""
 
 from __future__ import annotations
 
