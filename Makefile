@@ -92,9 +92,9 @@ test-fast: $(VENV)/.test
 	$(VENV)/bin/python -m pytest $(PYTEST_ARGS) -m fast tests/core tests/walls tests/both
 
 # Core and torch tests with the lowest versions that setup.cfg names, in an environment of their own; torch's CUDA
-# libraries come along unless TORCH_INDEX has a CPU build. LOWEST=onnx leaves torch out: core tests alone.
+# libraries come along unless TORCH_INDEX has a CPU build. LOWEST=onnx,demo leaves torch out: core tests alone.
 # transformers at both ends of its range: `make hf-range`.
-LOWEST ?= torch,onnx,hf
+LOWEST ?= torch,onnx,hf,demo
 comma := ,
 test-lowest:
 	@test -n "$(PYTHON)" || { echo "slimkit needs Python 3.10 or newer: set PYTHON=/path/to/python"; exit 2; }
@@ -103,7 +103,7 @@ test-lowest:
 	$(VENV)-lowest/bin/pip --disable-pip-version-check install -q --no-compile setuptools wheel
 	$(VENV)-lowest/bin/pip --disable-pip-version-check install -q --no-compile -c $(VENV)-lowest/pins.txt \
 		$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --no-build-isolation -e '.[$(LOWEST)]' \
-		pytest hypothesis psutil scikit-learn
+		pytest hypothesis psutil
 	$(VENV)-lowest/bin/python -m pytest -q tests/core $(if $(findstring torch,$(LOWEST)),tests/only_torch tests/both)
 
 lint: $(VENV)/.test
