@@ -88,10 +88,10 @@ def apply_delta(
 
 
 def merge_delta(model: nn.Cell, *, unload: bool = False) -> DeltaReport:
-    """Add every active LoRA to the weights, in place, so that the model runs at the base's speed.
+    """Put every active LoRA and IA3 into the weights, in place, so that the model runs at the base's speed.
 
     Args:
-        model: a model with LoRA on it. A layer whose delta keeps zeros stays as sparse as it was.
+        model: a model with LoRA or IA3 on it. A layer whose delta keeps zeros stays as sparse as it was.
         unload: also put the original layers back, now with merged weights, and forget the deltas. Otherwise a copy
             of each weight is kept, and `unmerge_delta` restores it bit for bit.
 
