@@ -63,7 +63,7 @@ def lesson(
     with bridge.evaluating(teacher.model):
         outputs = bridge.run(teacher.model, face.own_example(teacher, 2, seed))
     language = "logits" in outputs and outputs["logits"].ndim == 3
-    read = _to_imitate(reader, rows, language, face)
+    read = _to_imitate(reader, rows, language)
     seen = read.spread(max(1, MEASURED // reader.max_length), options.batch_size)
     sizes: dict[str, Any] = dict(cut.sizes)
     with face.seeded(seed):
@@ -76,7 +76,7 @@ def lesson(
     return Lesson(teacher, learner, read, config, {str(k): v for k, v in layers.items()})
 
 
-def _to_imitate(reader: Reader, rows: list[dict[str, Any]], language: bool, face: JobFramework) -> Supervised:
+def _to_imitate(reader: Reader, rows: list[dict[str, Any]], language: bool) -> Supervised:
     """Text as batches of inputs: a language model's documents in windows, another model's in pieces."""
     identity = {"text": _digest([repr(sorted(row.items())) for row in rows]), "length": reader.max_length}
     if not language:
