@@ -204,13 +204,15 @@ def run(model: torch.nn.Module, batch: Any) -> Any:
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
     """Eval mode without gradients; every module's own mode comes back afterwards, also after an error."""
     modes = {module: module.training for module in model.modules()}
-    model.eval()
+    if any(modes.values()):
+        model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
         for module, mode in modes.items():
-            module.training = mode
+            if module.training != mode:  # setting an attribute of a module is slow
+                module.training = mode
 
 
 @contextlib.contextmanager

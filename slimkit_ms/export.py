@@ -20,6 +20,7 @@ from slimkit.core.errors import UnsupportedError
 from slimkit.core.files import PathLike, as_path, atomic_directory, atomic_file, link_or_copy, place_file
 from slimkit.core.lazy import library
 from slimkit.core.onnxfile import OnnxReport, Proof, publish, unique
+from slimkit.core.showing import Shown
 from slimkit_ms import bridge
 
 import mindspore as ms
@@ -31,8 +32,8 @@ _GRAPH, _VARIABLES = "_graph.mindir", "_variables"
 _WRITABLE = re.compile(r"[0-9a-zA-Z@_\-.:]+")
 
 
-@dataclass(frozen=True)
-class MindirReport:
+@dataclass(frozen=True, repr=False)
+class MindirReport(Shown):
     """What was written and how well it agrees with the cell.
 
     Args:

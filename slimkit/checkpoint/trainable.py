@@ -13,12 +13,13 @@ from slimkit.core import check
 from slimkit.core.checkpoint.savepolicy import CheckpointConfig, SavePolicy, appended
 from slimkit.core.checkpoint.saving import Items, Saving
 from slimkit.core.files import PathLike
+from slimkit.core.showing import Shown
 from slimkit.torchfile import described
 
 import torch
 
 
-class TrainableParamsCheckPoint:
+class TrainableParamsCheckPoint(Shown):
     """Save the parameters that train, and nothing else, in the course of a training.
 
     One object serves four ways: in the callbacks of slimkit's `Trainer`, of Hugging Face's, of Lightning's, or in your

@@ -18,7 +18,7 @@ from slimkit.core.errors import (
 )
 from slimkit.core.files import readable_file
 from slimkit.core.match import demand, match, matcher
-from slimkit.core.showing import Shown
+from slimkit.core.showing import Shown, some
 from slimkit.core.yamltext import parse_yaml
 
 # A bias by the last part of its name: "bias", "in_proj_bias", "bias_ih_l0", and "beta", a norm's bias in MindSpore.
@@ -94,7 +94,7 @@ class Parameters:
         return name == self.names[place] or name in self.further.get(place, ())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class FreezeReport(Shown):
     """What a freezing call did, and what trains now; printing it gives a summary.
 
@@ -136,12 +136,12 @@ class FreezeReport(Shown):
             # Blocks of a stack differ in a number only, so their rows fold into one.
             folded = ".".join("*" if part.isdigit() else part for part in name.split("."))
             groups.setdefault(folded, []).append(size)
-        lines += [f"  {len(sizes):4d} x {name}  {sum(sizes):,}" for name, sizes in groups.items()]
+        rows = [f"  {len(sizes):4d} x {name}  {sum(sizes):,}" for name, sizes in groups.items()]
+        lines += some(rows, "report.trainable")
         for title, names in (("left alone", self.left_alone), ("cannot train", self.cannot_train)):
             if names:
                 lines.append(f"  {title}: {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}")
-        if self.unmatched:
-            lines.append(f"  matched nothing: {', '.join(self.unmatched)}")
+        lines += some([f"  matched nothing: {pattern}" for pattern in self.unmatched], "report.unmatched")
         return "\n".join(lines)
 
 

@@ -46,8 +46,6 @@ class Freezer(Shown, ABC):
             state = "frozen" if layer.is_frozen else "trains"
             yield f"group {layer.layer_group_idx[0]}", f"{type(layer.module).__name__}, {state}"
 
-    __repr__ = Shown.__str__
-
     @abstractmethod
     def _children(self, module: Any) -> list[Any]:
         """The direct children of a module."""

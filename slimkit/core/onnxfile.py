@@ -26,7 +26,7 @@ Array = np.ndarray[Any, Any]
 _LARGEST_BYTES = 2**31 - 2**24
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class OnnxReport(Shown):
     """What was written and how well it agrees with the model.
 

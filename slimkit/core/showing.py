@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
 _LONGEST = 88  # characters of one value in a table
+_LINES = 12  # lines of one kind in a report's text
 _NAMED = 4  # keys of a mapping that are written out
 
 
@@ -44,15 +45,28 @@ def _entries(number: int) -> str:
     return "1 entry" if number == 1 else f"{number:,} entries"
 
 
+def some(lines: Sequence[str], rest: str) -> list[str]:
+    """The first dozen of many lines, and how many more there are and where.
+
+    Example:
+        >>> some(["a"] * 14, "report.skipped")[-1], some(["a"], "report.skipped")
+        ('  ... and 2 more: report.skipped', ['a'])
+    """
+    left = len(lines) - _LINES
+    return list(lines) if left <= 0 else [*lines[:_LINES], f"  ... and {left:,} more: {rest}"]
+
+
 class Shown:
     """Prints as a title and a short table; a notebook gets the same as HTML."""
 
     def _rows(self) -> Iterable[tuple[str, Any]]:
-        """(word, value) of each row; a dataclass shows its public fields."""
+        """(word, value) of each row; a dataclass shows its public fields, anything else its public attributes."""
         if dataclasses.is_dataclass(self):
             for item in dataclasses.fields(self):
                 if not item.name.startswith("_"):
                     yield item.name, getattr(self, item.name)
+        else:
+            yield from ((name, value) for name, value in vars(self).items() if not name.startswith("_"))
 
     def _title(self) -> str:
         """The line above the table."""
@@ -62,6 +76,9 @@ class Shown:
         rows = [(str(word), brief(value)) for word, value in self._rows()]
         width = max((len(word) for word, _ in rows), default=0)
         return "\n".join([self._title(), *(f"  {word:<{width}}  {value}" for word, value in rows)])
+
+    def __repr__(self) -> str:
+        return str(self)
 
     def _repr_html_(self) -> str:
         rows = "".join(
@@ -95,8 +112,6 @@ class Report(Shown, dict[str, Any]):
 
     def _title(self) -> str:
         return self._what
-
-    __repr__ = Shown.__str__
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Report, (self._what, dict(self))

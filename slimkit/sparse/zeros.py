@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from slimkit import bridge
+from slimkit.core.showing import Shown
 from slimkit.core.sparse.masks import kept_masks
 from slimkit.core.sparse.skipped import adapter_parts
 from slimkit.sparse.slots import WeightSlot, slots_of
@@ -16,8 +17,13 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook  # torch.optim itself hides this module
 
 
-class FrozenZeros:
+class FrozenZeros(Shown):
     """A handle on zeros that stay; as a context manager it lets them go at its end.
+
+    Args:
+        model: the model that the layers belong to.
+        layers: layer name -> where its weight is.
+        masks: layer name -> boolean tensor, True where the entry may change.
 
     Attributes:
         masks: layer name -> boolean tensor, True where the entry may change.

@@ -10,6 +10,7 @@ from slimkit.core.checkpoint import saving
 from slimkit.core.checkpoint.savepolicy import SavePolicy
 from slimkit.core.checkpoint.saving import Items, Saving
 from slimkit.core.files import PathLike
+from slimkit.core.showing import Shown
 from slimkit_ms import kinds
 from slimkit_ms.checkpoint.byhand import described, parameter_items
 
@@ -18,7 +19,7 @@ from mindspore import nn
 from mindspore.train import CheckpointConfig, ModelCheckpoint
 
 
-class TrainableParamsCheckPoint(ModelCheckpoint):
+class TrainableParamsCheckPoint(Shown, ModelCheckpoint):
     """Save the parameters that train, and nothing else, in the course of a training.
 
     It is used as MindSpore's ModelCheckpoint is, in the callbacks of `Model.train`, and heeds all of CheckpointConfig:

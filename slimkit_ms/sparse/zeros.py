@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from slimkit.core.errors import UnsupportedError
+from slimkit.core.showing import Shown
 from slimkit.core.source.masked_reads import masked_methods
 from slimkit.core.sparse.masks import kept_masks
 from slimkit.core.sparse.skipped import adapter_parts
@@ -60,11 +61,16 @@ class MaskedAttention(PrunedMultiheadAttention):
         return y
 
 
-class FrozenZeros:
+class FrozenZeros(Shown):
     """A handle on zeros that stay; as a context manager it lets them go at its end.
 
     Hooks have no effect in compiled graphs, so the mask is part of each layer's forward: a zero gets no gradient, and
     an optimizer leaves it where it is.
+
+    Args:
+        model: the model that the layers belong to.
+        layers: layer name -> where its weight is.
+        masks: layer name -> boolean array, True where the entry may change.
 
     Attributes:
         masks: layer name -> boolean array, True where the entry may change.

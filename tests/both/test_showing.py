@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import importlib
+import inspect
 import json
 import pickle
+import re
 
 import numpy as np
 import pytest
 
+from slimkit.core import public
+from slimkit.core.ascend.w16a16s import W16A16S
 from slimkit.core.showing import Report, Shown, brief
 
 
@@ -82,8 +88,64 @@ def test_every_object_shows_a_short_table(kit):
     for word, thing in _shown(kit).items():
         assert isinstance(thing, Shown)
         text, html = str(thing), thing._repr_html_()
-        assert " at 0x" not in text + html
+        assert " at 0x" not in text + html + repr(thing)
         assert word in html, html
         assert 1 < len(text.splitlines()) < 40, text
         assert html.startswith("<table>")
         assert html.endswith("</table>")
+
+
+def _classes(kit) -> dict[str, type]:
+    """Every public class but the exceptions."""
+    package = importlib.import_module(kit.package)
+    found = {name: getattr(package, name) for name in public.homes(kit.package)}
+    return {n: v for n, v in found.items() if inspect.isclass(v) and not issubclass(v, BaseException)}
+
+
+def test_no_public_object_prints_as_an_address(kit):
+    """Layers print as their framework's do, a configuration as the call that makes it, all else as a table."""
+    for name, kind in _classes(kit).items():
+        assert kind.__repr__ is not object.__repr__, name
+        plain = issubclass(kind, kit.Module) or name in ("SparseMethod", "SparseProblem")
+        assert plain or hasattr(kind, "_repr_html_"), f"{name} has no table in a notebook"
+
+
+def test_a_report_prints_short_whatever_it_holds(kit):
+    """Thousands of names are a number in the table: a report is an answer at the prompt."""
+    package = importlib.import_module(kit.package)
+    long = {f"layer.{i}": i for i in range(5000)}
+    plain = {"str": "a name", "int": 5, "float": 0.5, "list": list(long), "tuple": tuple(long)}
+    shown = {n: k for n, k in _classes(kit).items() if n.endswith("Report") and dataclasses.is_dataclass(k)}
+    assert len(shown) >= 5
+    for name, kind in [*shown.items(), ("W16A16S", W16A16S)]:
+        fields = [f for f in dataclasses.fields(kind) if f.default is f.default_factory is dataclasses.MISSING]
+        text = repr(kind(**{f.name: plain.get(str(f.type).partition("[")[0], long) for f in fields}))
+        assert len(text.splitlines()) < 40, name
+        assert len(text) < 4000, name
+    assert repr(package.SparseConfig()).startswith("SparseConfig(mode=")
+
+
+def test_every_public_class_says_what_each_argument_is(kit):
+    """`__init__` is documented where people look: in the class."""
+    silent = []
+    for name, kind in _classes(kit).items():
+        told = f"{inspect.getdoc(kind)}\n{inspect.getdoc(kind.__init__)}"
+        assert len(told.split(".")[0].split()) > 2, name
+        takes = list(inspect.signature(kind.__init__).parameters.values())[1:]
+        for one in takes:
+            said = rf"^\s*[\w, ]*\b{one.name}\b[\w, ]*:|`{one.name}[`=]|\b{one.name}="
+            variable = one.kind in (one.VAR_POSITIONAL, one.VAR_KEYWORD)
+            if not variable and not re.search(said, told, re.MULTILINE):
+                silent.append(f"{name}.{one.name}")
+    assert silent == []
+
+
+def test_every_public_method_has_a_docstring(kit):
+    silent = []
+    for name, kind in _classes(kit).items():
+        for member, value in inspect.getmembers(kind, lambda v: inspect.isfunction(v) or isinstance(v, property)):
+            home = getattr(value, "__module__", None) or getattr(value.fget, "__module__", "")
+            ours = home.startswith("slimkit") and member not in ("extra_repr", "extend_repr", "construct", "forward")
+            if ours and not member.startswith("_") and not inspect.getdoc(value):
+                silent.append(f"{name}.{member}")
+    assert silent == []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.chain.imported import Imported
 from tests.conftest import INSTALLED
 
 ROOT = Path(__file__).parents[2]
@@ -33,8 +33,15 @@ def needs(code: str) -> set[str]:
     return found
 
 
+@pytest.fixture(scope="module")
+def imported():
+    process = Imported()
+    yield process
+    process.close()
+
+
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p)], ids=lambda p: str(p.relative_to(ROOT)))
-def test_code_blocks_run(page, tmp_path):
+def test_code_blocks_run(page, tmp_path, imported):
     runnable = [b for b in blocks(page) if needs(b) <= set(INSTALLED)]
     # Each block stands at its own line of the page, so that a traceback points into the documentation.
     parts = []
@@ -42,11 +49,8 @@ def test_code_blocks_run(page, tmp_path):
         parts.append(f"exec(compile({block!r}, '{page.name} block {number}', 'exec'), globals())")
     script = tmp_path / "page.py"
     script.write_text("import warnings\nwarnings.simplefilter('ignore')\n" + "\n".join(parts) + "\n", encoding="utf-8")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "GLOG_v": "3"}
-    done = subprocess.run(
-        [sys.executable, str(script)], capture_output=True, text=True, timeout=300, cwd=tmp_path, env=environment
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    code, said = imported.run(script, tmp_path)
+    assert code == 0, said[-3000:]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))

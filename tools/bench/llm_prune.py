@@ -10,6 +10,8 @@ are small re-implementations from the papers, for Llama-shaped models, without t
                 mean of what goes becomes a bias (An et al. 2024, sec. 3)
     2ssp        neurons by the norm of what they say, as many everywhere, then whole attentions (Sandri et al. 2025)
     taylor      |w g| of coupled groups, equally many in all blocks but the outer ones (Ma et al. 2023, sec. 3.2)
+    slicegpt    the residual stream between blocks on its principal axes, the least of them gone (Ashkboos et al. 2024,
+                sec. 3); in its favour a tied table counts once, though its two ends are turned differently
 """
 
 from __future__ import annotations
@@ -197,13 +199,56 @@ def taylor(model: Any, seen: Seen, shape: Shape, keep: float, ids: torch.Tensor)
     return left / shape.total
 
 
-PEERS = {"shortgpt": shortgpt, "flap": flap, "2ssp": two_stages, "taylor": taylor}
+def slicegpt(model: Any, seen: Seen, shape: Shape, keep: float, ids: torch.Tensor) -> float:
+    config, layers = model.config, model.model.layers
+    width, each = config.hidden_size, shape.block / config.hidden_size
+    # width x what one feature costs, and two shortcuts a block: the largest width within what is left.
+    per = config.vocab_size + len(layers) * each
+    new = int((-per + math.sqrt(per**2 + 8 * len(layers) * keep * shape.total)) / (4 * len(layers)))
+    norms = [n for block in layers for n in (block.input_layernorm, block.post_attention_layernorm)]
+    norms.append(model.model.norm)
+    products = [torch.zeros(width, width, dtype=torch.float64) for _ in norms]
+
+    def watching(number: int) -> Callable[..., None]:
+        def seen_by(_module: nn.Module, args: Any) -> None:
+            x = args[0].reshape(-1, width).double()
+            x = x / x.square().mean(-1, keepdim=True).sqrt()
+            products[number] += x.T @ x
+
+        return seen_by
+
+    handles = [norm.register_forward_pre_hook(watching(k)) for k, norm in enumerate(norms)]
+    with torch.no_grad():
+        for row in ids:
+            model(input_ids=row[None], use_cache=False)
+    for handle in handles:
+        handle.remove()
+    axes = [torch.linalg.eigh(product)[1][:, -new:].float() for product in products]
+
+    def sliced(block: Any, first: torch.Tensor, second: torch.Tensor) -> Callable[..., torch.Tensor]:
+        def forward(x: torch.Tensor, **given: Any) -> torch.Tensor:
+            x = x @ first @ first.T
+            x = x + block.self_attn(hidden_states=block.input_layernorm(x), **given)[0]
+            x = x @ second @ second.T
+            return x + block.mlp(block.post_attention_layernorm(x))
+
+        return forward
+
+    for k, block in enumerate(layers):
+        block.forward = sliced(block, axes[2 * k], axes[2 * k + 1])
+    model.model.norm.register_forward_pre_hook(lambda _module, args: (args[0] @ axes[-1] @ axes[-1].T,))
+    return (per * new + 2 * len(layers) * new**2) / shape.total
 
 
-def ours(model: Any, calib: torch.Tensor, keep: float) -> float:
+PEERS = {"shortgpt": shortgpt, "flap": flap, "2ssp": two_stages, "taylor": taylor, "slicegpt": slicegpt}
+
+
+def ours(model: Any, calib: torch.Tensor, keep: float, form: str | None) -> float:
     before = sum(p.numel() for p in model.parameters())
-    batches = [{"input_ids": rows} for rows in calib.split(4)]
+    batches = [{"input_ids": rows} for rows in calib.split(1)]  # few logits in memory at a time
     pruner = PruneTorch(model, {"input_ids": calib[:1, :16]})
+    if form is not None:
+        pruner.set_form(form)
     pruner.set_importance_evaluation_function("auto", calibration=batches).prune(keep, [])
     return sum(p.numel() for p in model.parameters()) / before
 
@@ -218,7 +263,7 @@ def main() -> None:
     parser.add_argument("--keep", type=float, nargs="+", default=[0.9, 0.8, 0.7, 0.5])
     parser.add_argument("--windows", type=int, default=32, help="of calibration, and of judging")
     parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--only", nargs="+", default=["slimkit", *PEERS])
+    parser.add_argument("--only", nargs="+", default=["slimkit", "free", *PEERS], help="free: slimkit, widths free")
     asked = parser.parse_args()
     tokenizer = transformers.AutoTokenizer.from_pretrained(asked.model)
     dense = transformers.AutoModelForCausalLM.from_pretrained(asked.model, dtype=torch.float32).eval()
@@ -226,12 +271,15 @@ def main() -> None:
     calib, held = (windows(tokenizer, path, asked.windows, asked.length) for path in (asked.calib, asked.held))
     base = perplexity(dense, held)
     print(f"dense {base:.2f}, {asked.windows} windows of {asked.length}", flush=True)
-    seen = Seen(dense, calib) if set(asked.only) - {"slimkit"} else None
+    seen = Seen(dense, calib) if set(asked.only) & PEERS.keys() else None
     shape = Shape(dense)
     for keep in asked.keep:
         for name in asked.only:
             start, model = time.perf_counter(), copy.deepcopy(dense)
-            left = ours(model, calib, keep) if name == "slimkit" else PEERS[name](model, seen, shape, keep, calib)
+            if name in PEERS:
+                left = PEERS[name](model, seen, shape, keep, calib)
+            else:
+                left = ours(model, calib, keep, "any" if name == "free" else None)
             seconds = time.perf_counter() - start
             found = perplexity(model, held)
             print(

@@ -40,7 +40,7 @@ class Finding:
     source: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class OnnxCheck(Shown):
     """What `check_onnx` found.
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from slimkit.core import check, files, match
 from slimkit.core.errors import ArgumentError, FileFormatError
+from slimkit.core.showing import Shown
 
 Array = np.ndarray[Any, Any]
 
@@ -37,8 +38,8 @@ _COMPANIONS = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class W16A16SReport:
+@dataclass(frozen=True, repr=False)
+class W16A16SReport(Shown):
     """What was written.
 
     Args:
@@ -68,8 +69,8 @@ class W16A16SReport:
         return asdict(self)
 
 
-@dataclass(frozen=True)
-class W16A16S:
+@dataclass(frozen=True, repr=False)
+class W16A16S(Shown):
     """A W16A16S folder in memory.
 
     Args:

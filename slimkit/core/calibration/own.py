@@ -24,6 +24,7 @@ from slimkit.core import check, files
 from slimkit.core.compare.scores import log_softmax
 from slimkit.core.errors import ArgumentError, FileFormatError
 from slimkit.core.log import logger, progress
+from slimkit.core.showing import Shown
 
 Array = np.ndarray[Any, Any]
 FORMAT, VERSION = "slimkit-own-text", 1
@@ -66,7 +67,7 @@ class OwnTextOptions:
         check.integer(self.start, "start", 0)
 
 
-class OwnText(Sequence[Any]):
+class OwnText(Shown, Sequence[Any]):
     """Rows of token numbers that a model wrote.
 
     Args:

@@ -15,11 +15,12 @@ from slimkit.core.calibration.documents import Encoder, TextSource, documents_of
 from slimkit.core.calibration.drawing import WindowForm, draw, shares
 from slimkit.core.errors import ArgumentError
 from slimkit.core.log import logger
+from slimkit.core.showing import Shown
 
 Array = np.ndarray[Any, Any]
 
 
-class CalibrationSet(Sequence[Any]):
+class CalibrationSet(Shown, Sequence[Any]):
     """Windows in batches, as `Compressor`, `Pruner` and the other methods take them.
 
     A batch is ``{"input_ids": (batch, length), "attention_mask": (batch, length)}``, or the tokens alone.
@@ -67,6 +68,11 @@ class CalibrationSet(Sequence[Any]):
         for at, row in enumerate(rows):
             ids[at, : len(row)], mask[at, : len(row)] = row, 1
         return ids, mask
+
+    def _rows(self) -> Iterable[tuple[str, Any]]:
+        yield "windows", len(self.windows)
+        yield "batches", len(self)
+        yield from self.record.items()
 
     def __repr__(self) -> str:
         return f"CalibrationSet({len(self.windows)} windows in {len(self)} batches, {self.record.get('tokens')} tokens)"

@@ -19,7 +19,7 @@ from slimkit.core.showing import Shown
 OPTIMIZER = "optimizer."
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LoadReport(Shown):
     """What a load did.
 

@@ -33,7 +33,7 @@ class ModelResult:
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Comparison:
     """A dense model and smaller ones on the same held-out data; prints as a table.
 
@@ -115,6 +115,8 @@ class Comparison:
             "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths))) for r in table
         ]
         return "\n".join([*(line.rstrip() for line in lines), "", self.sentence()])
+
+    __repr__ = __str__
 
     def headline(self, name: str) -> str:
         """What one model lost, in a sentence, by the figures of the task."""

@@ -34,7 +34,7 @@ TOKENS = "tokenizer.ggml.tokens"
 WriteTokenizer = Callable[[Path, Path], None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class GgufReport(Shown):
     """What a GGUF file became.
 

@@ -22,7 +22,7 @@ from slimkit.core.errors import ArgumentError
 from slimkit.core.showing import Shown
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ConvertReport(Shown):
     """What a conversion did.
 

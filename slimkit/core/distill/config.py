@@ -137,8 +137,6 @@ class KnowledgeDistillConfig(Shown):
         yield "hard label", f"{self._hard[0]:g}" if self._hard else None
         yield "teacher trains", self._teacher_trains
 
-    __repr__ = Shown.__str__
-
     def set_teacher_train(self) -> KnowledgeDistillConfig:
         """Let the teacher train too: it keeps its mode and its gradients, and moves with the distillation model."""
         self._teacher_trains = True

@@ -18,6 +18,7 @@ from slimkit.core.distill.sampling import draw, temperatures, undrawn
 from slimkit.core.errors import ConfigError, FileFormatError
 from slimkit.core.locks import locked
 from slimkit.core.log import progress
+from slimkit.core.showing import Shown
 
 VERSION = 1
 Array = np.ndarray[Any, Any]
@@ -96,7 +97,7 @@ def targets(spec: DistillSpec) -> list[dict[str, Any]]:
     return found
 
 
-class TeacherFiles(ABC):
+class TeacherFiles(Shown, ABC):
     """A cache of teacher answers, without a framework; `TeacherCache` is the wings' class.
 
     Args:

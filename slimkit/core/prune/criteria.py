@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from slimkit.core.errors import ArgumentError
 from slimkit.core.lazy import LateModule
 from slimkit.core.log import logger
+from slimkit.core.showing import Shown
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,7 +39,7 @@ class Evidence:
     activations: Mapping[str, Array]
 
 
-class Criterion:
+class Criterion(Shown):
     """One way to score what may be pruned; the lowest scores go first.
 
     To write one, give the score of each single weight; scores are gathered over every weight that an index would take
@@ -67,6 +68,9 @@ class Criterion:
     roles: tuple[str, ...] = ("out", "in")
     comparable = False
     whole_rows = False  # scores are of whole slices rather than sums over their weights
+
+    def _rows(self) -> Iterable[tuple[str, Any]]:
+        yield from (("name", self.name), ("needs", self.needs or "nothing"), ("roles", ", ".join(self.roles)))
 
     def elements(self, weight: Array, gradient: Array | None) -> Array:
         """The score of each weight.

@@ -14,6 +14,7 @@ from slimkit.core.prune import shape_rules
 from slimkit.core.prune.dims import Dim, factor, fix, product, total, unify
 from slimkit.core.prune.graph import Node
 from slimkit.core.prune.relations import Relations
+from slimkit.core.showing import Shown
 
 Axes = list[Dim]
 CustomRule = Callable[["OperatorCall"], Sequence[Sequence[Dim]]]
@@ -21,7 +22,7 @@ CustomRule = Callable[["OperatorCall"], Sequence[Sequence[Dim]]]
 CUSTOM: dict[Any, CustomRule] = {}
 
 
-class OperatorCall:
+class OperatorCall(Shown):
     """One call of a user's operator or layer, as its rule sees it.
 
     An axis is an opaque object with a `size`; what a rule says of axes holds index by index.

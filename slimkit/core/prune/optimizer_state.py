@@ -15,7 +15,7 @@ Index = np.ndarray[Any, np.dtype[np.int64]]
 Axes = list["Index | None"]
 
 
-@dataclass
+@dataclass(repr=False)
 class OptimizerReport(Shown):
     """What `migrate_optimizer` did.
 

@@ -20,7 +20,7 @@ from slimkit.core.showing import Shown
 Index = np.ndarray[Any, Any]
 
 
-@dataclass
+@dataclass(repr=False)
 class PruningCheck(Shown):
     """What `check_pruning` found.
 

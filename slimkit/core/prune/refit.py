@@ -94,7 +94,8 @@ def repair(models: Repair, layers: Sequence[str], plan: PrunePlan, damping: floa
     bar = iter(progress(suited, "layers"))
     for stage in models.stages(suited, behind):
         for path in stage.layers:
-            next(bar, None)
+            while next(bar, path) != path:
+                pass  # a layer that its stage leaves as it is
             weight, bias = models.values(path)
             kept = plan.indices.get(f"{path}.weight", [None, None])[models.made_axis(path)]
             some, held_out = (RefitMoments(weight.shape[1], weight.shape[0], bias is not None) for _ in range(2))

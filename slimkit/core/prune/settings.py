@@ -49,8 +49,6 @@ class PrunerSettings(Shown):
         yield "widths in steps of", self._alignment
         yield "compensation", self._repair is not None
 
-    __repr__ = Shown.__str__
-
     def set_importance_evaluation_function(
         self,
         function: str | Criterion | type[Criterion] | Callable[[Any], Any] = "auto",

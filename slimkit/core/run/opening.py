@@ -61,8 +61,6 @@ class Loaded(Shown):
         yield "next", self.next
         yield from self.facts.items()
 
-    __repr__ = Shown.__str__
-
 
 def open_folder(
     face: JobFramework,

@@ -127,8 +127,6 @@ class BaseCompressor(Shown):
         weights = sum(math.prod(mask.shape) for mask in self.masks.values())
         yield "done", f"{len(self.masks)} layers, {1 - kept / weights:.1%} zeros" if weights else "not yet"
 
-    __repr__ = Shown.__str__
-
     def _ask(self, model: Any) -> SparseFramework:
         raise NotImplementedError
 

@@ -11,9 +11,10 @@ from typing import Any
 from slimkit.core import check, files
 from slimkit.core.errors import ConfigError
 from slimkit.core.freezer import Freezer
+from slimkit.core.showing import Shown
 
 
-class TrainerCallback:
+class TrainerCallback(Shown):
     """What may be done at points of a training run; override the methods you need.
 
     Each method receives the trainer, whose `run_history`, `run_config`, `model`, `optimizer`, `epoch`, `global_step`
@@ -197,7 +198,8 @@ class GradualUnfreezing(TrainerCallback):
             trainer.add_parameters([p for group in found.values() for p in group["params"]])
 
     def on_resume(self, trainer: Any, state: Mapping[str, Any]) -> None:
-        # Before the optimizer's state is loaded: it is as long as the parameters that were open.
+        """Open the groups that were open, before the optimizer's state is loaded."""
+        # The state is as long as the parameters that were open.
         self._open(trainer, state["n_open"])
 
     def state_dict(self) -> dict[str, Any]:

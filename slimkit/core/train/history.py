@@ -10,7 +10,7 @@ from typing import Any
 from slimkit.core.showing import Shown, brief
 
 
-class RunHistory(ABC):
+class RunHistory(Shown, ABC):
     """What a trainer records about its run: the epoch it is in, and the values of each metric."""
 
     @property
@@ -43,7 +43,7 @@ class RunHistory(ABC):
         """Forget everything: epoch 1, no metrics."""
 
 
-class InMemoryRunHistory(Shown, RunHistory):
+class InMemoryRunHistory(RunHistory):
     """A run history held in memory.
 
     Example:
@@ -61,8 +61,6 @@ class InMemoryRunHistory(Shown, RunHistory):
         yield "epoch", self._current_epoch
         for name, values in self._metrics.items():
             yield name, f"{brief(values[-1])} (last of {len(values)})" if values else None
-
-    __repr__ = Shown.__str__
 
     @property
     def current_epoch(self) -> int:

@@ -96,8 +96,6 @@ class TrainerLoop(Shown, Resumable, Counting):
         yield "updates so far", self.global_step
         yield "stopped because", self.stop_reason
 
-    __repr__ = Shown.__str__
-
     # What a user calls.
 
     def train(

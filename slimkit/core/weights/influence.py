@@ -16,7 +16,7 @@ from slimkit.core.showing import Shown
 from slimkit.core.weights.heads import best
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LayerSuggestion(Shown):
     """Blocks worth keeping.
 
