@@ -205,9 +205,7 @@ class TorchJobs(JobFramework):
         self, opened: Opened, inputs: Any, out: Path, format: str, settings: Mapping[str, Any]
     ) -> dict[str, Any]:
         if format == "w16a16s":
-            if not opened.is_hf:
-                raise ConfigError("--format w16a16s needs a Hugging Face directory, whose config.json goes along")
-            return self.slim.save_w16a16s(out, opened.model, opened.directory).to_dict()
+            return self.slim.save_w16a16s(out, opened.model, opened.place.model).to_dict()
         return export.export_onnx(opened.model, inputs, out, **settings).to_dict()
 
     def judging(self) -> compare.TorchCompare:

@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from slimkit.cli import app
-from slimkit.core.errors import ConfigError, UnsupportedError
+from slimkit.core.errors import ConfigError
 from tests.chain import tiny_models
 from tests.conftest import INSTALLED
 
@@ -67,7 +67,7 @@ def test_what_mindspore_lacks_says_so(tmp_path):
         (("prune", "--framework", "mindspore", "-m", ".", "-o", "x"), ConfigError, "--factory"),
         (("sparsify", *CELL, "--calib", "t.jsonl", "-o", "x"), ConfigError, "tokenizer"),
         (("export", *CELL, "-o", "x.onnx"), ConfigError, "--example"),
-        (("export", *CELL, *SHAPE, "--format", "w16a16s", "-o", "x"), UnsupportedError, "mindir"),
+        (("export", *CELL, *SHAPE, "--format", "w16a16s", "-o", "x"), ConfigError, "config.json"),
         (
             ("distill", "-f", "mindspore", "-m", ".", "-d", "x.npy", "--student-arg", "a=1", "-o", "x"),
             ConfigError,

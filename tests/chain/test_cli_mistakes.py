@@ -142,7 +142,7 @@ EARLY = [
     (("sparsify", "-m", "bert", "--pattern", "4:2", "--sparsity", 0.7), "--sparsity must be 0.5"),
     (("sparsify", *ON_TORCH, "--method", "wanda"), "--calib DATA"),
     (("export", "-m", "bert", "--length", 500), "the model knows 32 positions"),
-    (("export", *ON_TORCH, "--format", "w16a16s"), "needs a Hugging Face directory"),
+    (("export", *ON_TORCH, "--format", "w16a16s"), "needs a --model folder with a config.json"),
 ]
 
 

@@ -67,6 +67,16 @@ def test_training_a_sparse_model_keeps_its_zeros_and_writes_what_it_read(tmp_pat
     assert "--data labelled.npz" in card
 
 
+@pytest.mark.parametrize("net", NETS)
+def test_a_sparse_network_of_either_framework_becomes_a_w16a16s_folder(tmp_path, net):
+    run("sparsify", *net, "--method", "magnitude", "-o", "sparse")
+    asked = ("export", *net, "-m", "sparse", "--format", "w16a16s", "-o", "w")
+    assert "config.json" in str(CliRunner().invoke(app, asked).exception)
+    files.write_json(tmp_path / "sparse" / "config.json", {"model_type": "own"})
+    assert set(run(*asked, "--json")["sparse"]) == {"fc1.weight", "fc2.weight"}
+    assert json.loads((tmp_path / "w" / "config.json").read_text())["model_type"] == "own"
+
+
 @pytest.mark.skipif("torch" not in INSTALLED, reason="Hugging Face folders")
 def test_cards_of_hugging_face_folders_say_how_to_load_them(tmp_path):
     import transformers

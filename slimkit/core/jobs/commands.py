@@ -253,10 +253,10 @@ def export(
     if format not in face.formats:
         raise UnsupportedError(
             f"--format {format} is not written here (choose from {', '.join(face.formats)}): mindir is for --framework "
-            "mindspore, w16a16s for Hugging Face directories"
+            "mindspore"
         )
-    if format == "w16a16s" and place.factory is not None:
-        raise ConfigError("--format w16a16s needs a Hugging Face directory, whose config.json goes along")
+    if format == "w16a16s" and not (place.model is not None and (place.model / "config.json").is_file()):
+        raise ConfigError("--format w16a16s needs a --model folder with a config.json, which goes along")
     if format == "mindir" and out is not None and out.suffix != ".mindir":
         raise ConfigError(f"--out must end in .mindir for --format mindir. Received: {out.name!r}")
     early.check(place, options)
