@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -68,7 +68,7 @@ def adapt(
         choice(format, ("slimkit", "peft"), "--format")
         place = places.model(network)
         talk.go_on = training.GO_ON
-        how = {"force": output.force, "dry_run": output.dry_run, "states": claim.TRAINING}
+        how: dict[str, Any] = {"force": output.force, "dry_run": output.dry_run, "states": claim.TRAINING}
         with claim.claimed(out, reads=(network.model,), **how) as target:
             face = places.framework(network)
             found = jobs.adapt(

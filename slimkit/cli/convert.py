@@ -125,7 +125,7 @@ def convert(
             raise ConfigError("--example needs --source-factory and --result-factory: the networks to run")
         nets = _networks(source_factory, result_factory)
         asked = {"to": to, "name_map": _name_map(name_map), "choice_func": _chosen(only), "strict": not loose}
-        how = {"force": output.force, "dry_run": output.dry_run, "option": "DST"}
+        how: dict[str, Any] = {"force": output.force, "dry_run": output.dry_run, "option": "DST"}
         place = dst / "model.safetensors" if dst.is_dir() else dst
         with claim.claimed(place, file=True, reads=(src,), **how) as target:
             if target is None:

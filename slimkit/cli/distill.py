@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -61,7 +61,7 @@ def distill(
         chosen = places.student(network, cut, student, student_factory, student_arguments)
         place = places.model(network)
         talk.go_on = training.GO_ON
-        how = {"force": output.force, "dry_run": output.dry_run, "states": claim.TRAINING}
+        how: dict[str, Any] = {"force": output.force, "dry_run": output.dry_run, "states": claim.TRAINING}
         with claim.claimed(out, reads=(network.model, student), **how) as target:
             face = places.framework(network)
             read = texts.place(data, asked.batch_size)

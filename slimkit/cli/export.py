@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -30,7 +30,7 @@ def export(
         Path | None,
         typer.Option("--delta", help="A delta to merge first (slimkit's or PEFT's folder).", show_default=False),
     ] = None,
-    length: Annotated[int, typer.Option("--length", min=1, help="Tokens of the example text.")] = 128,
+    length: options.Length = None,
     example: options.Example = None,
     seed: options.Seed = 0,
 ) -> None:
@@ -54,7 +54,7 @@ def export(
         place = places.model(network)
         if delta is not None and not delta.is_dir():
             raise ConfigError(f"--delta must be an existing folder. Received: {str(delta)!r}")
-        how = {"force": output.force, "dry_run": output.dry_run, "file": format != "w16a16s"}
+        how: dict[str, Any] = {"force": output.force, "dry_run": output.dry_run, "file": format != "w16a16s"}
         with claim.claimed(out, reads=(network.model, delta), **how) as target:
             found = commands.export(
                 places.framework(network),

@@ -31,7 +31,7 @@ def inspect(
     framework: options.Framework = "torch",
     device: options.Device = None,
     example: options.Example = None,
-    length: Annotated[int, typer.Option("--length", min=1, help="Tokens of the example text.")] = 128,
+    length: options.Length = None,
     show_all: Annotated[bool, typer.Option("--all", help="Every row of the table.")] = False,
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,

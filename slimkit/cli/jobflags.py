@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import inspect
+import re
 import types
+from collections.abc import Sequence
 from typing import Annotated, Any, Union, get_args, get_origin
 
 import typer
 
 from slimkit.core.errors import ConfigError
 from slimkit.core.jobs.fields import Strict, explained, flag_of, words_of
+
+# In the name of a parameter, between a key and the number of its former flag.
+_OLD = "__old"
+# Given alone for a list: none at all, where leaving it out means a choice of one's own.
+NONE = "none"
 
 _PANELS = {
     "Training": (
@@ -55,6 +62,11 @@ def parameters(options: type[Strict]) -> list[inspect.Parameter]:
         shown: Any = list[str] if many else kind
         annotation: Any = Annotated[shown if default is not None else shown | None, option]
         found.append(inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation))
+        for at, name in enumerate(flag.old):
+            former: Any = Annotated[shown | None, typer.Option(name, hidden=True, help=f"The old {flag.names[0]}.")]
+            found.append(
+                inspect.Parameter(f"{key}{_OLD}{at}", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=former)
+            )
     return found
 
 
@@ -73,10 +85,13 @@ def made(job: type[Strict], /, **given: Any) -> Any:
     from slimkit.core.jobs import sources
 
     asked: dict[str, Any] = {}
-    for key, value in given.items():
+    for key, value in _renamed(job, given).items():
         field, flag = job.model_fields[key], flag_of(job, key)
         if flag.sets is not None:
             value = flag.sets if value else field.default
+        elif value == [NONE] and field.default is None and _origin(field.annotation) is list:
+            asked[key] = []
+            continue
         elif isinstance(value, list):
             value = (
                 sources.settings(value, flag.names[0]) if _origin(field.annotation) is dict else _numbers(field, value)
@@ -92,6 +107,41 @@ def made(job: type[Strict], /, **given: Any) -> Any:
             f"{flag_of(job, str(at[0])).names[0] + ': ' if at else ''}{said}" for at, _, said, _ in explained(error)
         ]
         raise ConfigError("; ".join(dict.fromkeys(lines))) from None
+
+
+def spoken(message: str, jobs: Sequence[type[Strict]]) -> str:
+    """An error that begins with a key, as the Python functions call it, in the command line's words.
+
+    Example:
+        >>> from slimkit.core.jobs.options import SparsifyOptions
+        >>> spoken("SparseConfig.sparse_ratio must lie between 0 and 1.", [SparsifyOptions])
+        '--sparsity must lie between 0 and 1.'
+    """
+    found = re.match(r"(?:\w+\.)?(\w+)(?=:| must | is )", message)
+    if found is None:
+        return message
+    for job in jobs:
+        if found[1] in job.model_fields and (names := flag_of(job, found[1]).names):
+            return names[0] + message[found.end() :]
+    return message
+
+
+def _renamed(job: type[Strict], given: dict[str, Any]) -> dict[str, Any]:
+    """The same without former names, each of which says what it is called now."""
+    from slimkit.core.log import logger
+
+    found = {key: value for key, value in given.items() if _OLD not in key}
+    for former, value in given.items():
+        key, sign, at = former.partition(_OLD)
+        if not sign or value in (None, []):
+            continue
+        flag = flag_of(job, key)
+        new, old = flag.names[0], flag.old[int(at)]
+        if found[key] not in (None, [], job.model_fields[key].default):
+            raise ConfigError(f"{old} is the old name of {new}, and both are given")
+        logger.warning("%s is the old name of %s", old, new)
+        found[key] = value
+    return found
 
 
 def _completes(words: Any) -> Any:

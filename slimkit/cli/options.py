@@ -11,6 +11,8 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from slimkit.core.errors import SlimkitError
+
 
 def words(*choices: str) -> Callable[[str], list[str]]:
     """What the shell offers for an option that takes one of some words."""
@@ -98,6 +100,15 @@ MaxLength = Annotated[
     int, typer.Option("--max-length", min=1, help="Cut texts to so many tokens.", rich_help_panel="Data")
 ]
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Samples in a batch.", rich_help_panel="Data")]
+Length = Annotated[
+    int | None,
+    typer.Option(
+        "--length",
+        min=1,
+        help="Tokens of the example text; 128, or as many as the model knows positions for.",
+        show_default=False,
+    ),
+]
 Force = Annotated[
     bool,
     typer.Option(
@@ -163,12 +174,14 @@ def spread(command: Callable[..., None]) -> Callable[..., None]:
     """
     hints = get_type_hints(command, include_extras=True)
     groups: dict[str, tuple[Callable[..., Any], list[str]]] = {}
+    jobs: list[Any] = []
     taken: list[inspect.Parameter] = []
     for name, parameter in inspect.signature(command).parameters.items():
         kind = hints[name]
         if hasattr(kind, "model_fields"):
             from slimkit.cli import jobflags
 
+            jobs.append(kind)
             found = jobflags.parameters(kind)
             groups[name] = (functools.partial(jobflags.made, kind), [one.name for one in found])
             taken += found
@@ -185,7 +198,14 @@ def spread(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def call(**given: Any) -> None:
         made = {name: kind(**{one: given.pop(one) for one in names}) for name, (kind, names) in groups.items()}
-        command(**given, **made)
+        try:
+            command(**given, **made)
+        except SlimkitError as error:
+            if jobs and error.args and isinstance(error.args[0], str):
+                from slimkit.cli import jobflags
+
+                error.args = (jobflags.spoken(error.args[0], jobs), *error.args[1:])
+            raise
 
     call.__signature__ = inspect.Signature(taken)  # type: ignore[attr-defined]
     call.__annotations__ = {parameter.name: parameter.annotation for parameter in taken}

@@ -35,9 +35,9 @@ def prune(
     what its configuration can say, and the folder loads with from_pretrained; with --form any the commands here and
     load_pruned read it. Exit code 1: it keeps more than 1.05 times the ratio.
 
-    Example: slimkit prune --model bert --ratio 0.7 --out bert-70
+    Example: slimkit prune --model bert --keep-ratio 0.7 --out bert-70
 
-    Example: slimkit prune --factory nets.py:resnet --model resnet.pt --example 1,3,224,224 --ratio 0.5 --out small
+    Example: slimkit prune --factory nets.py:resnet --model resnet.pt --example 1,3,224,224 --keep-ratio 0.5 --out small
     """
     with session("prune", output) as talk:
         from slimkit.core.jobs import claim, commands
@@ -79,7 +79,7 @@ def _limits(report: dict[str, Any], asked: PruneOptions) -> str:
     if held and asked.node_reserved_ratio is not None:
         return f"--node-ratio {asked.node_reserved_ratio} holds {named}; a lower one lets them go on"
     if held:
-        return f"already at the least that --align {asked.alignment} and --parallel {asked.parallel} allow: {named}"
+        return f"already at the least that --alignment {asked.alignment} and --parallel {asked.parallel} allow: {named}"
     return "every other width stays whole; --verbose says why, and --form any allows more"
 
 

@@ -31,7 +31,7 @@ def sparsify(
     A Hugging Face directory is walked block by block, one in memory at a time. Stop it at any moment: the same command
     goes on from the last finished block, to the same bytes.
 
-    Example: slimkit sparsify --model llama --method par --ratio 0.5 --calib text.jsonl --out llama-sparse
+    Example: slimkit sparsify --model llama --method par --sparsity 0.5 --calib text.jsonl --out llama-sparse
 
     Example: slimkit sparsify --model llama --pattern 4:2 --calib text.jsonl --out llama-42 --dry-run
     """
@@ -41,7 +41,12 @@ def sparsify(
 
         place = places.model(network)
         data = places.calibration(calib, text_key, samples, max_length, batch_size, seed)
-        how = {"force": output.force, "dry_run": output.dry_run, "states": claim.BLOCKS, "reads": (network.model,)}
+        how: dict[str, Any] = {
+            "force": output.force,
+            "dry_run": output.dry_run,
+            "states": claim.BLOCKS,
+            "reads": (network.model,),
+        }
         with claim.claimed(out, **how) as folder:
             face = places.framework(network)
             if folder is None:

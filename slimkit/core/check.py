@@ -129,15 +129,66 @@ def function(value: Any, name: str) -> Callable[..., Any]:
     return value
 
 
+# Words of PEFT and of transformers' trainer -> ours.
+FOREIGN = {
+    "r": "rank",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "use_rslora": "rslora",
+    "use_dora": "dora",
+    "init_lora_weights": "init",
+    "rank_pattern": "ranks",
+    "alpha_pattern": "alphas",
+    "target_modules": "targets",
+    "exclude_modules": "exclude",
+    "modules_to_save": "also_train",
+    "adapter_name": "name",
+    "lr": "learning_rate",
+    "num_train_epochs": "epochs",
+    "per_device_train_batch_size": "batch_size",
+    "max_grad_norm": "gradient_clip_norm",
+    "warmup_steps": "warmup",
+    "lr_scheduler_type": "schedule",
+    "optim": "optimizer",
+}
+
+
 def near(value: Any, options: Sequence[Any]) -> str:
     """'. Did you mean ...?' for the nearest option, or the empty string.
 
     Example:
         >>> near("hesian", ["hessian", "par"])
         ". Did you mean 'hessian'?"
+        >>> near("lora_alpha", ["rank", "alpha"]), near("q_prj", ["layers.0.q_proj", "layers.1.q_proj"])
+        (". Did you mean 'alpha'?", ". Did you mean '*.q_proj'?")
     """
-    found = difflib.get_close_matches(str(value), [str(o) for o in options], n=1, cutoff=0.6)
-    return f". Did you mean {found[0]!r}?" if found else ""
+    found = _nearest(str(value), [str(o) for o in options])
+    return f". Did you mean {found!r}?" if found else ""
+
+
+def nears(values: Sequence[Any], options: Sequence[Any]) -> str:
+    """Several wrong names, and the nearest option of each in one sentence.
+
+    Example:
+        >>> nears(["hesian", "pa", "zzz"], ["hessian", "par"])
+        "'hesian', 'pa', 'zzz'. Did you mean 'hessian', 'par'?"
+    """
+    names = [str(o) for o in options]
+    found = dict.fromkeys(one for value in values if (one := _nearest(str(value), names)))
+    meant = f". Did you mean {', '.join(map(repr, found))}?" if found else ""
+    return ", ".join(map(repr, values)) + meant
+
+
+def _nearest(text: str, names: Sequence[str]) -> str:
+    """The name that a wrong one stands for: another library's word for it, a near spelling, or the end of paths."""
+    if FOREIGN.get(text) in names:
+        return FOREIGN[text]
+    if close := difflib.get_close_matches(text, names, n=1, cutoff=0.6):
+        return close[0]
+    ends = sorted({name.rpartition(".")[2] for name in names if "." in name})
+    wanted = text.rpartition(".")[2] if "*" in text else text
+    close = difflib.get_close_matches(wanted, ends, n=1, cutoff=0.6)
+    return f"*.{close[0]}" if close else ""
 
 
 def framework_of(value: Any) -> str | None:

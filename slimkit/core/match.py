@@ -111,7 +111,7 @@ def demand(found: Matches, names: Iterable[str], argument: str) -> None:
     """
     if found.unmatched:
         names = list(names)
-        shown = ", ".join(repr(p) + check.near(p, names) for p in found.unmatched)
+        shown = check.nears(found.unmatched, names)
         raise PatternError(f"{argument} must match at least one of the {len(names)} names. Received: {shown}")
 
 

@@ -16,7 +16,7 @@ from slimkit.core import files
 from slimkit.core.calibration.reading import TextReader
 from slimkit.core.calibration.record import record_of, write_record
 from slimkit.core.checkpoint import shards
-from slimkit.core.errors import ConfigError, UnsupportedError
+from slimkit.core.errors import ConfigError, SlimkitError, UnsupportedError
 from slimkit.core.jobs import calibrating, claim, commands, folders
 from slimkit.core.jobs.bar import LayerBar
 from slimkit.core.jobs.framework import ComputeLoss, JobFramework, Lesson, Opened, Task
@@ -24,12 +24,12 @@ from slimkit.core.jobs.measurement import Measurement
 from slimkit.core.jobs.options import AdaptOptions, DistillOptions, FitOptions
 from slimkit.core.jobs.sources import DataPlace, ModelPlace, StudentPlace
 from slimkit.core.jobs.tasks import TASKS
-from slimkit.core.locks import locked
+from slimkit.core.locks import BLOCKS, locked
+from slimkit.core.log import logger
 from slimkit.core.sparse import SparseConfig
 from slimkit.core.sparse.maths.layer import SparseLayer
 from slimkit.jobs import devices, models, teach, texts
 from slimkit.measurement import measure_model
-from slimkit.sparse import checkpoint as blocks
 from slimkit.sparse.checkpoint_framework import CheckpointSparse
 from slimkit.sparse.framework import TorchSparse
 
@@ -247,11 +247,11 @@ class TorchJobs(JobFramework):
         self, place: ModelPlace, out: Path, cfg: SparseConfig, calib: DataPlace | None, *, restart: bool, plan: bool
     ) -> dict[str, Any] | None:
         # What the folder holds stays until the new model is whole.
-        filled = out.is_dir() and any(entry.name != blocks.STATE for entry in out.iterdir())
-        stopped = (out / blocks.STATE / "job.json").exists()  # finished files may lie beside it
+        filled = out.is_dir() and any(entry.name != BLOCKS for entry in out.iterdir())
+        stopped = (out / BLOCKS / "job.json").exists()  # finished files may lie beside it
         work = out / folders.FORCED if filled and not stopped else out
-        if restart and not plan and (work / blocks.STATE).is_dir():
-            with locked(work / blocks.STATE, "--out", inside=True):  # a Python program may be at work there
+        if restart and not plan and (work / BLOCKS).is_dir():
+            with locked(work / BLOCKS, "--out", inside=True):  # a Python program may be at work there
                 shutil.rmtree(work)
         source = place.model
         if place.factory is not None or source is None or self.device.type != "cpu" or not cfg.uniform:
@@ -259,14 +259,30 @@ class TorchJobs(JobFramework):
         if not (source / "config.json").exists() or not any(source.glob("*.safetensors")):
             return None
         data = commands.needed(self._calibration(place, source, out, calib), cfg)
+        try:
+            return self._walked(source, out, work, cfg, data, plan=plan)
+        except (OSError, MemoryError):
+            raise
+        except Exception as error:
+            wrong = isinstance(error, SlimkitError) and not isinstance(error, UnsupportedError)
+            if wrong or stopped or any((work / BLOCKS).glob("block-*.json")):
+                raise
+            reason = " ".join(str(error).split())[:200]
+            logger.warning("no walk block by block (%s); the whole model is held in memory", reason)
+            shutil.rmtree(work / BLOCKS, ignore_errors=True)
+            return None
+
+    def _walked(
+        self, source: Path, out: Path, work: Path, cfg: SparseConfig, data: Any, *, plan: bool
+    ) -> dict[str, Any]:
         if plan:
-            found = CheckpointSparse(source, work / blocks.STATE, shards.locate(source), None).layers()
-            done = len(list((work / blocks.STATE).glob("block-*.json")))
+            found = CheckpointSparse(source, work / BLOCKS, shards.locate(source), None).layers()
+            done = len(list((work / BLOCKS).glob("block-*.json")))
             return {**commands.sparse_plan(*found, cfg, data), "blocks_done": done, "resumable": True}
         with LayerBar() as bar:
             report = self.slim.sparsify_checkpoint(source, work, cfg, data, on_progress=bar)
         write_record(work, "sparsify", record_of(data), source)
-        claim.finish(work / blocks.STATE)
+        claim.finish(work / BLOCKS)
         if work is not out:
             files.replace(work, out)
         return {**report, "written": "transformers", "resumable": True}

@@ -10,6 +10,7 @@ from slimkit import bridge, students
 from slimkit.core.distill.config import KnowledgeDistillConfig
 from slimkit.core.distill.masks import IGNORED
 from slimkit.core.errors import ConfigError
+from slimkit.core.jobs import fed
 from slimkit.core.jobs.documents import is_chat
 from slimkit.core.jobs.framework import JobFramework, Lesson, Opened, Supervised, Task
 from slimkit.core.jobs.options import AdaptOptions, DistillOptions
@@ -60,10 +61,13 @@ def lesson(
     assert teacher.directory is not None
     reader = Reader(teacher.directory, type(teacher.model), teacher.model.config, data.max_length)
     rows = data.rows(chats=True)
+    example = face.own_example(teacher, 2, seed)
+    fed.fitting_form(face, teacher, example, "the example that the model describes")
     with bridge.evaluating(teacher.model):
-        outputs = bridge.run(teacher.model, face.own_example(teacher, 2, seed))
+        outputs = bridge.run(teacher.model, example)
     language = "logits" in outputs and outputs["logits"].ndim == 3
     read = _to_imitate(reader, rows, language, face)
+    fed.fitting_form(face, teacher, read.first(1), "--data")
     seen = read.spread(max(1, MEASURED // reader.max_length), options.batch_size)
     sizes: dict[str, Any] = dict(cut.sizes)
     with face.seeded(seed):

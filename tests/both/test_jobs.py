@@ -224,7 +224,7 @@ def test_random_importance_follows_the_runs_seed(kit, task, tmp_path):
         kept[out] = [v["keep"] for v in edits[0]["prune"]["variables"].values()]
     assert kept["one"] == kept["again"] != kept["two"]
     for seed, out in ((1, "p1"), (2, "p2")):
-        given = ("--importance", "random", "--example", "2,8", "-r", 0.7, "--seed", seed, "-o", out)
+        given = ("--importance", "random", "--example", "2,8", "--keep-ratio", 0.7, "--seed", seed, "-o", out)
         command(kit, task, "prune", *given)
         plan = files.read_json(tmp_path / out / "plan.json")
         kept[out] = [v["keep"] for v in plan["variables"].values()]
@@ -293,7 +293,7 @@ def test_commands_clip_by_the_same_names(kit, task, tmp_path):
         ("norm", ("--gradient-clip-norm", 0.01)),
         ("value", ("--gradient-clip-norm", 0, "--gradient-clip-value", 1e-4)),
     ):
-        given = ("--optimizer", "sgd", "--lr", 1.0, "--schedule", "constant", "--max-steps", 1, *flags)
+        given = ("--optimizer", "sgd", "--learning-rate", 1.0, "--schedule", "constant", "--max-steps", 1, *flags)
         command(kit, task, "adapt", "--data", f"{task}:batches", "--target", "a", *given, "-o", name)
         tensors, _ = files.read_tensors(next((tmp_path / name).glob("*.safetensors")))
         found[name] = next(v for n, v in tensors.items() if n.endswith("lora_b"))  # begins at zero: what it moved
@@ -355,7 +355,7 @@ def test_the_pages_show_the_classes_tables():
 def test_an_importance_of_ones_own_scores_through_both_doors(kit, task, tmp_path):
     own = f"{task}:first"
     report = recipe(kit, task, tmp_path, {"prune": {"reserved_ratio": 0.7, "importance": own}})
-    done = command(kit, task, "prune", "--importance", own, "--example", "2,8", "-r", 0.7, "-o", "p")
+    done = command(kit, task, "prune", "--importance", own, "--example", "2,8", "--keep-ratio", 0.7, "-o", "p")
     assert done["parameters"] == report["stages"][1]["facts"]["parameters"] < done["parameters_before"]
 
 

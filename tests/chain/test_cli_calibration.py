@@ -49,8 +49,8 @@ def test_sources_are_mixed_by_weight_and_recorded_and_kept_from_judging(here):
 
 
 def test_the_record_goes_along_through_later_steps(here):
-    run("prune", "--model", "llama", "--ratio", "0.8", "--importance", "activation", "--calib", "a.jsonl",
-        "--samples", 4, "--out", "pruned", "--align", 8)  # fmt: skip
+    run("prune", "--model", "llama", "--keep-ratio", "0.8", "--importance", "activation", "--calib", "a.jsonl",
+        "--samples", 4, "--out", "pruned", "--alignment", 8)  # fmt: skip
     run("sparsify", "--model", "pruned", "--method", "wanda", "--calib", "b.jsonl", "--samples", 4, "--out", "both")
     assert [s["command"] for s in read_record(here / "both")] == ["prune", "sparsify"]
 

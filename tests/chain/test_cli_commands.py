@@ -64,7 +64,7 @@ def _inside(here, monkeypatch):
 def test_a_pruned_llama_loads_with_transformers(here, tmp_path):
     import transformers
 
-    how = ("-m", "llama", "--importance", "l1", "-r", 0.7, "--align", 8, "-o", tmp_path / "p", "--json")
+    how = ("-m", "llama", "--importance", "l1", "--keep-ratio", 0.7, "--alignment", 8, "-o", tmp_path / "p", "--json")
     planned = run("prune", *how, "--dry-run")
     assert planned["dry_run"] is True
     assert not (tmp_path / "p").exists()
@@ -80,7 +80,7 @@ def test_a_pruned_llama_loads_with_transformers(here, tmp_path):
     assert report["report"]["serves"]["transformers"]["meets"]
     assert {"config.json", "generation_config.json", "tokenizer_config.json"} <= set(tree(tmp_path / "p"))
     card = (tmp_path / "p" / "README.md").read_text()
-    assert "slimkit prune --model llama --ratio 0.7 --importance l1 --align 8" in card
+    assert "slimkit prune --model llama --keep-ratio 0.7 --importance l1 --alignment 8" in card
     assert 'LlamaForCausalLM.from_pretrained("this folder")' in card
     assert 'tags: ["slimkit", "pruned"]' in card
     assert run("inspect", tmp_path / "p" / "plan.json", "--json")["facts"]["left_params"] == done["parameters"]
@@ -88,8 +88,8 @@ def test_a_pruned_llama_loads_with_transformers(here, tmp_path):
 
 def test_a_pruned_bert_that_no_config_describes_goes_on_through_the_commands(here, tmp_path):
     pruned, sparse = tmp_path / "p", tmp_path / "s"
-    how = ("--importance", "l1", "--form", "any", "--align", 1)
-    done = run("prune", "-m", "bert", *how, "-r", 0.8, "-o", pruned, "--json")
+    how = ("--importance", "l1", "--form", "any", "--alignment", 1)
+    done = run("prune", "-m", "bert", *how, "--keep-ratio", 0.8, "-o", pruned, "--json")
     assert done["written"] == "slimkit"  # two blocks lose a head, the first none
     again = run(
         "sparsify", "-m", pruned, "--method", "wanda", "--calib", "plain.jsonl", "-o", sparse, "--samples", 8, "--json"
@@ -117,7 +117,7 @@ def test_a_card_keeps_the_licence_and_says_who_reads_the_folder(here, tmp_path):
         "l1",
         "-r",
         0.8,
-        "--align",
+        "--alignment",
         1,
         "--form",
         "any",
@@ -132,16 +132,16 @@ def test_a_card_keeps_the_licence_and_says_who_reads_the_folder(here, tmp_path):
 
 def test_an_ask_that_a_floor_holds_back_ends_with_one_and_the_layers(here, tmp_path):
     net = ("--factory", "nets.py:net", "--arg", "width=64", "--example", "2,3,8,8")
-    said = run("prune", *net, "-r", 0.1, "--node-ratio", 0.9, "--align", 1, "-o", tmp_path / "p", code=1)
+    said = run("prune", *net, "--keep-ratio", 0.1, "--node-ratio", 0.9, "--alignment", 1, "-o", tmp_path / "p", code=1)
     assert "Not reached: --node-ratio 0.9 holds 3 at 58; a lower one lets them go on" in said
-    done = run("prune", *net, "-r", 0.1, "--align", 1, "-o", tmp_path / "q", "--json")
+    done = run("prune", *net, "--keep-ratio", 0.1, "--alignment", 1, "-o", tmp_path / "q", "--json")
     assert done["kept"] == pytest.approx(0.1, abs=0.01)
 
 
 def test_a_factorys_net_prunes_sparsifies_exports_and_is_measured(here, tmp_path):
     net = ("--factory", "nets.py:net", "--arg", "width=64")
     shape = ("--example", "2,3,8,8")
-    done = run("prune", *net, *shape, "-r", 0.5, "-o", tmp_path / "p", "--json")
+    done = run("prune", *net, *shape, "--keep-ratio", 0.5, "-o", tmp_path / "p", "--json")
     run("sparsify", *net, "-m", tmp_path / "p", "--method", "magnitude", "-o", tmp_path / "s", "--quiet")
     measured = run("inspect", tmp_path / "s", *net, *shape, "--macs", "--json")["facts"]
     assert measured["parameters"] == done["parameters"]
@@ -157,7 +157,8 @@ def test_arrays_calibrate_importance_and_compensation(here, tmp_path):
     np.save(tmp_path / "x.npy", np.random.default_rng(0).standard_normal((12, 3, 8, 8)).astype(np.float32))
     done = run(
         "prune", "--factory", "nets:net", "--example", "1,3,8,8", "--importance", "taylor", "--calib",
-        tmp_path / "x.npy", "--compensate", "--keep", "0", "--keep=-1", "-r", 0.7, "-o", tmp_path / "p", "--json",
+        tmp_path / "x.npy", "--compensate", "--un-prune", "0", "--un-prune=-1", "--keep-ratio", 0.7,
+        "-o", tmp_path / "p", "--json",
     )  # fmt: skip
     assert "compensation" in done["report"]
 
@@ -168,7 +169,19 @@ def test_arrays_calibrate_importance_and_compensation(here, tmp_path):
 def test_the_everyday_form_of_sparsify(here, tmp_path):
     import transformers
 
-    everyday = ("sparsify", "-m", "llama", "--method", "par", "--ratio", 0.5, "--calib", "plain.jsonl", "--samples", 8)
+    everyday = (
+        "sparsify",
+        "-m",
+        "llama",
+        "--method",
+        "par",
+        "--sparsity",
+        0.5,
+        "--calib",
+        "plain.jsonl",
+        "--samples",
+        8,
+    )
     planned = run(*everyday, "-o", tmp_path / "s", "--dry-run", "--json")
     assert (planned["zeros"], planned["batches"], len(planned["layers"])) == (planned["weights"] // 2, 2, 21)
     assert not (tmp_path / "s").exists()
@@ -190,7 +203,19 @@ def test_adapt_learns_saves_and_exports_merged(here, tmp_path):
     import torch
     import transformers
 
-    adapt = ("adapt", "-m", "bert", "-d", "labelled.jsonl", "--eval", "labelled.jsonl", "--rank", 2, "--lr", 0.01)
+    adapt = (
+        "adapt",
+        "-m",
+        "bert",
+        "-d",
+        "labelled.jsonl",
+        "--eval",
+        "labelled.jsonl",
+        "--rank",
+        2,
+        "--learning-rate",
+        0.01,
+    )
     planned = run(*adapt, "-o", tmp_path / "a", "--dry-run", "--json")
     assert planned["task"] == "classification"
     assert 0 < planned["trained_share"] < 0.5
@@ -232,7 +257,7 @@ def test_distill_cuts_a_student_and_trains_it(here, tmp_path):
     kept = run(*distill[:3], "--layer-map", "0,2", *distill[-2:], "-o", tmp_path / "d", "--dry-run", "--json")
     assert kept["layers"] == {"0": 0, "1": 2}
     assert any("last_hidden_state" in term for term in planned["terms"])
-    done = run(*distill, "-o", tmp_path / "d", "--epochs", 2, "--lr", 0.003, "--json")
+    done = run(*distill, "-o", tmp_path / "d", "--epochs", 2, "--learning-rate", 0.003, "--json")
     assert done["loss_by_epoch"][-1] < done["loss_by_epoch"][0]
     seen = run("inspect", tmp_path / "d", "--json")
     assert seen["facts"]["parameters"] == done["parameters"] < done["teacher_parameters"]
@@ -240,9 +265,9 @@ def test_distill_cuts_a_student_and_trains_it(here, tmp_path):
 
 def test_a_loss_that_is_no_number_saves_nothing(here, tmp_path):
     adapt = ("adapt", "-m", "bert", "-d", "labelled.jsonl", "--rank", 2, "--samples", 16, "--batch-size", 8)
-    assert "--lr" in str(refused(*adapt, "--lr", 1e30, "--epochs", 2, "-o", tmp_path / "a"))
+    assert "--learning-rate" in str(refused(*adapt, "--learning-rate", 1e30, "--epochs", 2, "-o", tmp_path / "a"))
     assert not (tmp_path / "a").exists()
-    done = run(*adapt, "--lr", 1e-3, "--max-steps", 1, "-o", tmp_path / "a", "--json")
+    done = run(*adapt, "--learning-rate", 1e-3, "--max-steps", 1, "-o", tmp_path / "a", "--json")
     assert done["fresh"] == ["classifier.bias", "classifier.weight"]
 
 

@@ -51,7 +51,7 @@ def here(tmp_path, monkeypatch):
 
 @pytest.mark.skipif("torch" not in INSTALLED, reason="Hugging Face folders are PyTorch's")
 def test_folders_are_compared_on_a_text_and_conditions_fail_the_command(here):
-    run("sparsify", "--model", "llama", "--method", "magnitude", "--ratio", "0.5", "--out", "half")
+    run("sparsify", "--model", "llama", "--method", "magnitude", "--sparsity", "0.5", "--out", "half")
     found = run("compare", "llama", "half", "--text", "held.jsonl", "--length", "8", "--json")
     dense, half = found["results"]
     assert found["data"]["documents"] == len(SENTENCES)

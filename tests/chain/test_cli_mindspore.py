@@ -37,9 +37,9 @@ def refused(*arguments):
 
 
 def test_prune_sparsify_export_and_inspect_a_cell(tmp_path):
-    planned = run("prune", *CELL, *SHAPE, "-r", 0.6, "--align", 8, "-o", "p", "--dry-run", "--json")
+    planned = run("prune", *CELL, *SHAPE, "--keep-ratio", 0.6, "--alignment", 8, "-o", "p", "--dry-run", "--json")
     assert not (tmp_path / "p").exists()
-    done = run("prune", *CELL, *SHAPE, "-r", 0.6, "--align", 8, "-o", "p", "--json")
+    done = run("prune", *CELL, *SHAPE, "--keep-ratio", 0.6, "--alignment", 8, "-o", "p", "--json")
     assert done["parameters"] == planned["parameters"] < done["parameters_before"]
     assert run("sparsify", *CELL, "-m", "p", "--method", "magnitude", "-o", "s", "--dry-run", "--json")["weights"]
     sparse = run("sparsify", *CELL, "-m", "p", "--method", "magnitude", "-o", "s", "--json")

@@ -16,10 +16,24 @@ from slimkit.core.errors import ConfigError, FileFormatError, SlimkitError
 from tests.chain import tiny_models
 from tests.conftest import INSTALLED
 
-ADAPT = ("adapt", "--data", "x.npz", "--target", "fc1", "--rank", 2, "--lr", 0.05, "--epochs", 3, "--batch-size", 8)
+ADAPT = (
+    "adapt",
+    "--data",
+    "x.npz",
+    "--target",
+    "fc1",
+    "--rank",
+    2,
+    "--learning-rate",
+    0.05,
+    "--epochs",
+    3,
+    "--batch-size",
+    8,
+)
 DISTILL = (
-    "distill", "--data", "x.npz", "--student-arg", "width=4", "--match", "fc2=fc2", "--lr", 0.02, "--epochs", 3,
-    "--batch-size", 8,
+    "distill", "--data", "x.npz", "--student-arg", "width=4", "--match", "fc2=fc2", "--learning-rate", 0.02,
+    "--epochs", 3, "--batch-size", 8,
 )  # fmt: skip
 
 
@@ -66,7 +80,7 @@ def tree(folder):
 def saved(net, tmp_path):
     """The network's weights in a file, so that a teacher or base is the same in every command."""
     out = tmp_path / "dense"
-    run("sparsify", *net, "--method", "magnitude", "--ratio", 0.01, "-o", out)
+    run("sparsify", *net, "--method", "magnitude", "--sparsity", 0.01, "-o", out)
     return ("--model", out / ("model.safetensors" if net[1] == "torch" else "model.ckpt"))
 
 

@@ -27,7 +27,7 @@ SMALL = ("--student-arg", "width=8", "--match", "fc1=fc1", "--data", "x.npz")
 def rows(net):
     """Command -> its arguments, --out and its place left off, and whether the result is a file."""
     return [
-        (("prune", *net, "--ratio", 0.5, "--align", 1, "--keep", 1, "--example", "2,6"), False),
+        (("prune", *net, "--keep-ratio", 0.5, "--alignment", 1, "--un-prune", 1, "--example", "2,6"), False),
         (("sparsify", *net, "--method", "magnitude"), False),
         (("adapt", *net, "--data", "labelled.npz", "--rank", 2, "--max-steps", 1), False),
         (("distill", *net, *SMALL, "--hidden-weight", 0, "--max-steps", 1), False),

@@ -140,8 +140,23 @@ def hugging_face(folder: Path, family: str, **changes: int) -> Path:
         "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
         "vocab_size": len(vocabulary), "max_position_embeddings": 32, **changes,
     }  # fmt: skip
+    tower = {k: v for k, v in sizes.items() if k not in ("vocab_size", "max_position_embeddings")}
+    image = {**tower, "image_size": 16, "patch_size": 8}
+    speech = {
+        "vocab_size": len(vocabulary), "num_mel_bins": 8, "d_model": 32, "max_source_positions": 16,
+        "max_target_positions": 16, "bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0,
+        "decoder_start_token_id": 2, "suppress_tokens": None, "begin_suppress_tokens": None,
+        **{f"{half}_{what}": n for half in ("encoder", "decoder") for what, n in
+           (("layers", 2), ("attention_heads", 2), ("ffn_dim", 32))},
+    }  # fmt: skip
+    t5 = {"vocab_size": len(vocabulary), "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+    ends = {"bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0}
     torch.manual_seed(0)
     model = {
+        "t5": lambda: hf.T5ForConditionalGeneration(hf.T5Config(**t5, decoder_start_token_id=0)),
+        "whisper": lambda: hf.WhisperForConditionalGeneration(hf.WhisperConfig(**speech)),
+        "clip": lambda: hf.CLIPModel(hf.CLIPConfig(text_config={**sizes, **ends}, vision_config=image)),
+        "vit": lambda: hf.ViTForImageClassification(hf.ViTConfig(**image)),
         "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(num_key_value_heads=2, pad_token_id=0, **sizes)),
         "bert": lambda: hf.BertModel(hf.BertConfig(**sizes)),
     }[family]()

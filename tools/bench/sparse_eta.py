@@ -58,7 +58,7 @@ def by_command(model: Path, method: str, folder: Path) -> tuple[Told, float]:
         shown(self, step)
 
     bar.LayerBar.__call__ = noted  # type: ignore[method-assign]
-    words = ["sparsify", "--model", str(model), "--method", method, "--ratio", "0.5", "--max-length", "128"]
+    words = ["sparsify", "--model", str(model), "--method", method, "--sparsity", "0.5", "--max-length", "128"]
     with contextlib.suppress(SystemExit):
         app([*words, "--calib", str(calib), "--out", str(folder / method)])
     bar.LayerBar.__call__ = shown  # type: ignore[method-assign]

@@ -59,7 +59,7 @@ class Condition:
         if value is None:
             known = sorted(k for k, v in small.items() if v is not None)
             raise ConfigError(
-                f"fail_if names no figure of this comparison: {self.metric!r}.{check.near(self.metric, known)}"
+                f"fail_if names no figure of this comparison: {self.metric!r}{check.near(self.metric, known)}"
             )
         bound = self.bound
         if self.unit:

@@ -61,8 +61,13 @@ def apply_layers(
     Everything is decided and built before the model is touched.
     """
     rules.delta_name(name)
+    known = rules.OPTIONS[kind]
     for option in options:
-        check.choice(option, rules.OPTIONS[kind], f"option of {kind}")
+        if option not in known:
+            hint = check.near(option, [*known, "targets", "exclude", "also_train", "name"])
+            raise ArgumentError(
+                f"option of {kind} must be one of {', '.join(map(repr, known))}. Received: {option!r}{hint}"
+            )
     access.at_rest(model)
     sites = access.sites(model)
     standing = access.layers(model)
@@ -146,8 +151,13 @@ def apply_in_place(
     """Put a delta on a model that swaps no layer (prefix, prompt), in place; `put` does it and says where."""
     rules.delta_name(name)
     check.boolean(freeze, "freeze")
+    known = rules.OPTIONS[kind]
     for option in options:
-        check.choice(option, rules.OPTIONS[kind], f"option of {kind}")
+        if option not in known:
+            hint = check.near(option, [*known, "targets", "exclude", "also_train", "name"])
+            raise ArgumentError(
+                f"option of {kind} must be one of {', '.join(map(repr, known))}. Received: {option!r}{hint}"
+            )
     flags, trained = _planned_flags(access, model, freeze, also_train)
     described = put(name=name, **options)
     _remember_flags(access, model)

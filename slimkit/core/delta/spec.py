@@ -216,10 +216,7 @@ def choose(
         found = match(sites, patterns, whole_modules=True)
         unmatched = found.unmatched
         if unmatched and (strict or not found.names):
-            raise PatternError(
-                f"targets must match modules. Matched nothing: "
-                f"{', '.join(repr(p) + _hint(p, sites) for p in unmatched)}"
-            )
+            raise PatternError(f"targets must match modules. Matched nothing: {_hint(unmatched, sites)}")
         paths, skipped = [], {}
         for path in found.names:
             site = sites[path]
@@ -232,7 +229,8 @@ def choose(
     if exclude is not None:
         left_out = match([*paths, *skipped, *passed], check.strings(exclude, "exclude"), whole_modules=True)
         if strict and left_out.unmatched:
-            raise PatternError(f"exclude must match some of the targets. Matched none: {', '.join(left_out.unmatched)}")
+            wrong = check.nears(left_out.unmatched, [*paths, *skipped])
+            raise PatternError(f"exclude must match some of the targets. Matched none: {wrong}")
         paths = [p for p in paths if p not in left_out.names]
         passed = {p: why for p, why in passed.items() if p not in left_out.names}
         skipped = {p: why for p, why in skipped.items() if p not in left_out.names}
@@ -252,12 +250,13 @@ def _whole(paths: Collection[str], sites: Mapping[str, Site]) -> set[str]:
     return {p for p in paths if sites[p].kind == "multihead"}
 
 
-def _hint(pattern: str, sites: Collection[str]) -> str:
-    if "*" not in pattern and not pattern.startswith("re:"):
-        ends = [s for s in sites if s.endswith("." + pattern)]
+def _hint(patterns: Sequence[str], sites: Collection[str]) -> str:
+    """The patterns, and what may have been meant: the end of a path needs a star before it."""
+    if len(patterns) == 1 and not {"*", ":"} & set(patterns[0]):
+        ends = [s for s in sites if s.endswith("." + patterns[0])]
         if ends:
-            return f". Did you mean '*.{pattern}' ({len(ends)} modules)?"
-    return check.near(pattern, list(sites))
+            return f"{patterns[0]!r}. Did you mean '*.{patterns[0]}' ({len(ends)} modules)?"
+    return check.nears(patterns, list(sites))
 
 
 def lora_specs(
@@ -345,7 +344,7 @@ def _by_pattern(values: Any, paths: Sequence[str], name: str) -> dict[str, Any]:
     check.instance(values, Mapping, name, "a mapping of glob to number")
     found = match(paths, list(values), whole_modules=True)
     if found.unmatched:
-        raise PatternError(f"{name} must match chosen layers. Matched none: {', '.join(map(repr, found.unmatched))}")
+        raise PatternError(f"{name} must match chosen layers. Matched none: {check.nears(found.unmatched, paths)}")
     return {path: value for pattern, value in values.items() for path in found.by_pattern[pattern]}
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from slimkit.core import files
 from slimkit.core.calibration.record import record_of, write_record
 from slimkit.core.errors import ConfigError, UnsupportedError
-from slimkit.core.jobs import cards, fitting, folders, sources, work
+from slimkit.core.jobs import cards, early, fed, fitting, folders, sources, work
 from slimkit.core.jobs.calibrating import calibration_of
 from slimkit.core.jobs.fields import Strict, flag_of
 from slimkit.core.jobs.framework import ComputeLoss, FitRun, JobFramework, Opened, Supervised
@@ -116,10 +116,11 @@ def prune(
         parameters_before, parameters, kept, report, and with `out` written; where transformers reads the folder,
         reloaded: the largest difference of its model's outputs from the model in memory.
     """
+    early.check(place, options, calib=calib)
     opened = face.open(place)
     if opened.desc is not None:
         raise ConfigError("--model is a pruned model already; prune the original to the ratio wanted")
-    batches = calibration_of(face, opened, calib, out)
+    batches = proved(face, opened, calibration_of(face, opened, calib, out), calib)
     inputs = example_of(face, opened, example, seed=seed)
     context = CommandContext(face, seed, inputs, options, batches=batches)
     done = work.prune(opened.model, options, context, plan_only=out is None)
@@ -164,11 +165,12 @@ def sparsify(
         The report of the sparsity room, with "written" and "resumable"; for a plan the layers, the zeros, the data.
     """
     config = options.build()
+    early.check(place, options, calib=calib)
     found = face.sparsify_blocks(place, out, config, calib, restart=restart, plan=plan)
     if found is not None:
         return found
     opened = face.open(place)
-    batches = needed(calibration_of(face, opened, calib, out), config)
+    batches = needed(proved(face, opened, calibration_of(face, opened, calib, out), calib), config)
     if plan:
         return sparse_plan(*face.sparse_layers(opened.model), config, batches)
     context = CommandContext(face, 0, None, options, batches=batches)
@@ -178,6 +180,15 @@ def sparsify(
         files.write_json(folder / folders.SPARSE_REPORT, report)
         write_record(folder, "sparsify", record_of(batches), place.model)
     return {**report, "written": written, "resumable": False}
+
+
+def proved(face: JobFramework, opened: Opened, batches: Any, place: DataPlace | None) -> Any:
+    """Calibration batches in the form that the model takes; one call of it shows that it takes them."""
+    if not batches:
+        return batches
+    made = fed.fitted(face, opened, batches, "--calib")
+    own = place is not None and place.kind in ("arrays", "function")
+    return made if own else batches  # drawn text keeps its record
 
 
 def needed(batches: Sequence[Any] | None, config: SparseConfig) -> Sequence[Any] | None:
@@ -214,7 +225,7 @@ def export(
     *,
     format: str,
     example: str | None,
-    length: int,
+    length: int | None,
     delta_folder: Path | None,
     seed: int,
 ) -> dict[str, Any]:
@@ -227,7 +238,7 @@ def export(
         options: of the job.
         format: one of the framework's formats.
         example: one input, as in `prune`.
-        length: tokens of a made-up text.
+        length: tokens of a made-up text; None: 128, or as many as the model knows positions for.
         delta_folder: a delta to put on and merge first; the model's files stay as they are.
         seed: of made-up inputs.
 
@@ -242,6 +253,12 @@ def export(
             f"--format {format} is not written here (choose from {', '.join(face.formats)}): mindir is for --framework "
             "mindspore, w16a16s for Hugging Face directories"
         )
+    if format == "w16a16s" and place.factory is not None:
+        raise ConfigError("--format w16a16s needs a Hugging Face directory, whose config.json goes along")
+    if format == "mindir" and out is not None and out.suffix != ".mindir":
+        raise ConfigError(f"--out must end in .mindir for --format mindir. Received: {out.name!r}")
+    early.check(place, options)
+    length = early.text_length(place, length)
     opened = face.open(place, delta_folder)
     if delta_folder is not None:
         face.slim.merge_delta(opened.model, unload=True)
@@ -264,11 +281,12 @@ def measure(
     place: ModelPlace,
     *,
     example: str | None,
-    length: int,
+    length: int | None,
     delta_folder: Path | None,
     seed: int,
 ) -> Measurement:
     """Parameters, zeros, MACs, trainable share and latency of a model on one input."""
+    length = early.text_length(place, length)
     opened = face.open(place, delta_folder)
     return face.measure(opened.model, example_of(face, opened, example, length=length, seed=seed))
 
@@ -284,10 +302,13 @@ def example_of(face: JobFramework, opened: Opened, given: str | None, *, length:
             raise ConfigError(
                 "a model from a factory needs --example SHAPE (such as 1,3,224,224), a file, or a function"
             )
-        return own
-    if Path(given).exists():
-        return face.tensors(sources.read_arrays(Path(given)))
-    if ":" in given and not given.rpartition(":")[2].startswith(("float", "int", "bool")):
+        made = own
+    elif Path(given).exists():
+        made = face.tensors(sources.read_arrays(Path(given)))
+    elif ":" in given and not given.rpartition(":")[2].startswith(("float", "int", "bool")):
         made = sources.found(given, "--example")()
-        return made["example"] if isinstance(made, dict) and "example" in made else made
-    return face.tensors(sources.parse_example(given, seed))
+        made = made["example"] if isinstance(made, dict) and "example" in made else made
+    else:
+        made = face.tensors(sources.parse_example(given, seed))
+    option = "the example that the model describes" if given is None else "--example"
+    return fed.fitting_form(face, opened, made, option)(made)

@@ -24,11 +24,20 @@ class Strict(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _known_keys(cls, given: Any) -> Any:
-        for key in given if isinstance(given, Mapping) else ():
-            if key not in cls.model_fields:
-                near = {"key": str(key), "near": check.near(key, list(cls.model_fields))}
+        if not isinstance(given, Mapping):
+            return given
+        # A flag's word is as good as the key: one knob has one name through all doors.
+        flags = {word: key for key in cls.model_fields for word in flag_of(cls, key).keys if word != key}
+        made = {}
+        for key, value in given.items():
+            meant = flags.get(key, key)
+            if meant not in cls.model_fields:
+                near = {"key": str(key), "near": check.near(key, [*cls.model_fields, *flags])}
                 raise PydanticCustomError("unknown_key", "{key}: unknown key", near)
-        return given
+            if meant in made:
+                raise PydanticCustomError("twice", "{key} and {meant} are one option", {"key": key, "meant": meant})
+            made[meant] = value
+        return made
 
 
 @dataclass(frozen=True)
@@ -78,20 +87,39 @@ class Flag:
     """How the command line spells an option; without one it is spelt as its key, `batch_size` as --batch-size.
 
     Args:
-        names: of the option, such as --ratio and -r; none leaves it to recipes.
+        names: of the option, such as --sparsity; none leaves it to recipes.
         metavar: what stands for its value in the help.
         sets: for a switch, what the option becomes where the switch is given.
         help: for a switch, what it says of itself.
+        old: former names, which still work and say so.
     """
 
     names: tuple[str, ...]
     metavar: str | None
     sets: Any
     help: str | None
+    old: tuple[str, ...]
 
-    def __init__(self, *names: str, metavar: str | None = None, sets: Any = None, help: str | None = None) -> None:
-        for name, value in (("names", names), ("metavar", metavar), ("sets", sets), ("help", help)):
+    def __init__(
+        self,
+        *names: str,
+        metavar: str | None = None,
+        sets: Any = None,
+        help: str | None = None,
+        old: tuple[str, ...] = (),
+    ) -> None:
+        given = {"names": names, "metavar": metavar, "sets": sets, "help": help, "old": old}
+        for name, value in given.items():
             object.__setattr__(self, name, value)
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The names as a recipe's keys: --un-prune is un_prune; a switch is none, for it may say the opposite."""
+        return (
+            ()
+            if self.sets is not None
+            else tuple(name[2:].replace("-", "_") for name in self.names if name.startswith("--"))
+        )
 
 
 RECIPE_ONLY = Flag()

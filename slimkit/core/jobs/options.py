@@ -65,7 +65,7 @@ EVERY = 1_000_000_000
 class PruneOptions(JobOptions):
     """Drop the least important channels, heads and widths (``Pruner``)."""
 
-    reserved_ratio: Annotated[float, Field(gt=0, le=1), Flag("--ratio", "-r")] = Field(
+    reserved_ratio: Annotated[float, Field(gt=0, le=1), Flag("--keep-ratio", old=("--ratio", "-r"))] = Field(
         0.75, description="share of the parameters (or MACs) kept"
     )
     importance: Annotated[str, OneOf("slimkit.core.prune.criteria:CRITERIA", functions=True)] = Field(
@@ -79,7 +79,7 @@ class PruneOptions(JobOptions):
         description="uniform: each node keeps the same share; global: the least important go first; measured: what "
         "importance output foretells to cost least; unset: measured with output, else uniform",
     )
-    alignment: Annotated[PositiveInt, Flag("--align")] = Field(
+    alignment: Annotated[PositiveInt, Flag("--alignment", old=("--align",))] = Field(
         16, description="kept widths are multiples of it; 16 suits Ascend"
     )
     node_reserved_ratio: Annotated[Ratio | None, Flag("--node-ratio")] = Field(
@@ -95,8 +95,10 @@ class PruneOptions(JobOptions):
     parallel: PositiveInt = Field(
         1, description="devices that heads, key and value heads and inner widths must divide among"
     )
-    un_prune_list: Annotated[list[int | str] | None, Flag("--keep", metavar="LAYER")] = Field(
-        None, description="layers left whole, by number or name; unset: the first and the last, in the form config none"
+    un_prune_list: Annotated[list[int | str] | None, Flag("--un-prune", metavar="LAYER", old=("--keep",))] = Field(
+        None,
+        description="layers left whole, by number or name, or none; unset: the first and the last, in the form config "
+        "none",
     )
     calibration_batches: Annotated[PositiveInt | None, RECIPE_ONLY] = Field(
         None, description="batches for data-driven importance; unset: all there are"
@@ -213,7 +215,7 @@ class SparsifyOptions(JobOptions):
     method: Annotated[str, OneOf("slimkit.core.sparse.config:METHODS")] = Field(
         "par", description="how; all but magnitude read calibration data. Python's SparseConfig: magnitude"
     )
-    sparse_ratio: Annotated[Ratio, Flag("--ratio", "-r")] = Field(
+    sparse_ratio: Annotated[Ratio, Flag("--sparsity", old=("--ratio", "-r"))] = Field(
         0.5, description="share of each layer's weights set to zero; a pattern fixes it"
     )
     pattern: str | None = Field(None, description='n:m along input channels, for example "2:4" ("4:2" for Ascend)')

@@ -10,7 +10,7 @@ from typing import Any
 from slimkit.core import files
 from slimkit.core.delta.peft import KINDS as PEFT_KINDS
 from slimkit.core.errors import ConfigError, SlimkitError
-from slimkit.core.jobs import fitting, folders, teaching, work
+from slimkit.core.jobs import fed, fitting, folders, teaching, work
 from slimkit.core.jobs.commands import CommandContext
 from slimkit.core.jobs.framework import ComputeLoss, FitRun, JobFramework, Lesson, Opened, Task
 from slimkit.core.jobs.options import AdaptOptions, DistillOptions, FitOptions
@@ -58,8 +58,7 @@ def distill(
     )
     config = given.config
     if config is None:
-        for which in (teacher, learner):
-            _called(face, which, context.example)
+        _called(face, learner, context.example)
         if read.labelled:
             _prove(face, learner, *context.loss(options.loss), batch)
         config = work.compared(face, teacher.model, options, context.example)
@@ -185,6 +184,7 @@ def _lesson(
         )
     read = supervised(data, label_key, face, labels=bool(options.hard_weight))
     teacher = face.open(place)
+    read = fed.fitted_samples(face, teacher, read)
     with face.seeded(seed):
         learner = face.open(student.place)
     return Lesson(teacher, learner, read, None, {mine: theirs for theirs, mine in options.pairs()})
@@ -205,6 +205,9 @@ def _task(
     if evaluation is not None:
         held = supervised(evaluation, label_key, face, labels=True, option="--eval")
     opened = face.open(place)
+    read = fed.fitted_samples(face, opened, read)
+    if held is not None:
+        held = fed.fitted_samples(face, opened, held, "--eval")
     batch = read.first(options.batch_size)
     context = CommandContext(face, seed, batch[0], options, read=read, is_hf=opened.is_hf)
     name, loss = context.loss(options.loss)

@@ -53,7 +53,9 @@ class FitOptions(JobOptions):
     """How parameters are trained, by every job that trains."""
 
     epochs: PositiveInt = Field(1, description="passes over the training data")
-    learning_rate: Annotated[PositiveFloat, Flag("--lr")] = Field(description="peak learning rate")
+    learning_rate: Annotated[PositiveFloat, Flag("--learning-rate", old=("--lr",))] = Field(
+        description="peak learning rate"
+    )
     batch_size: PositiveInt = Field(16, description="samples per update; ready batches keep their own size")
     optimizer: Annotated[str, OneOf(("adamw", "sgd"))] = Field("adamw", description="adamw, or sgd with momentum 0.9")
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
@@ -97,7 +99,9 @@ class FitOptions(JobOptions):
 class TrainOptions(FitOptions):
     """Train (or fine-tune) all parameters."""
 
-    learning_rate: PositiveFloat = Field(1e-3, description="peak learning rate")
+    learning_rate: Annotated[PositiveFloat, Flag("--learning-rate", old=("--lr",))] = Field(
+        1e-3, description="peak learning rate"
+    )
     batch_size: PositiveInt = Field(64, description="samples per update; ready batches keep their own size")
     gradient_clip_norm: float | None = Field(
         None, ge=0, description="bound on the norm of all gradients together; unset or 0: none"
@@ -122,7 +126,9 @@ class DistillTerm(Strict):
 class DistillOptions(FitOptions):
     """Train the model to answer as the dense model does (``get_distill_model``)."""
 
-    learning_rate: Annotated[PositiveFloat, Flag("--lr")] = Field(2e-4, description="peak learning rate")
+    learning_rate: Annotated[PositiveFloat, Flag("--learning-rate", old=("--lr",))] = Field(
+        2e-4, description="peak learning rate"
+    )
     hidden: Annotated[list[DistillTerm], RECIPE_ONLY] = Field(
         default_factory=list, description="inner modules to compare, written out as terms"
     )
@@ -229,7 +235,9 @@ class DistillOptions(FitOptions):
 class AdaptOptions(FitOptions):
     """Freeze the model and train a small delta on top (``apply_delta``)."""
 
-    learning_rate: Annotated[PositiveFloat, Flag("--lr")] = Field(5e-4, description="peak learning rate")
+    learning_rate: Annotated[PositiveFloat, Flag("--learning-rate", old=("--lr",))] = Field(
+        5e-4, description="peak learning rate"
+    )
     kind: Annotated[str, OneOf("slimkit.core.delta.spec:KINDS")] = Field("lora", description="delta kind")
     targets: Annotated[list[str] | None, Flag("--target", metavar="GLOB")] = Field(
         None, description="globs of the layers that get a delta; unset: the kind's own (lora: all linear ones)"
