@@ -2,7 +2,8 @@
 # does all its set-up.
 # TORCH_INDEX  a pip index with a CPU build of torch, e.g. make test TORCH_INDEX=https://download.pytorch.org/whl/cpu
 #              Left empty, pip's own configuration decides; PyPI's Linux wheel brings CUDA libraries along.
-# PYTHON       Python 3.10, 3.11 or 3.12; the first one found by default.
+# PYTHON       Python 3.10 or newer; the first one found by default. MindSpore has wheels for 3.10 to 3.12 alone, and is left
+#              out beyond.
 # EXTRAS       what `make test` installs; EXTRAS=torch,onnx,hf,dev leaves MindSpore out.
 
 TORCH_INDEX ?=
@@ -10,8 +11,8 @@ EXTRAS ?= all
 VENV ?= .venv
 TORCH := torch==2.13.0
 PYTEST_ARGS ?= -n 2 --dist loadfile
-PYTHON ?= $(shell for p in python3.11 python3.12 python3.10 python3 python; do \
-	$$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && { echo $$p; break; }; done)
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.10 python3.13 python3.14 python3 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info[:2] < (3, 10))' 2>/dev/null && { echo $$p; break; }; done)
 
 PIP := $(VENV)/bin/pip --disable-pip-version-check install -q --no-compile -c constraints.txt
 export HF_HUB_OFFLINE := 1
@@ -20,13 +21,13 @@ export TOKENIZERS_PARALLELISM := false
 # Without bytecode every process of the tests would compile the frameworks again; many tests start one.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo demo-llm demo-ms hf-range test test-fast lint types docs bench release-check audit clean help
+.PHONY: demo demo-llm demo-ms hf-range test test-fast test-lowest lint types docs bench release-check audit clean help
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -6
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -7
 
 $(VENV)/bin/python:
-	@test -n "$(PYTHON)" || { echo "slimkit needs Python 3.10, 3.11 or 3.12: set PYTHON=/path/to/python"; exit 2; }
+	@test -n "$(PYTHON)" || { echo "slimkit needs Python 3.10 or newer: set PYTHON=/path/to/python"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 
 # The torch build is chosen first, so that no later package can draw in another one.
@@ -89,6 +90,21 @@ test: $(VENV)/.test lint types
 # The inner loop, under three minutes on two cores: core, walls, one test a feature and framework.
 test-fast: $(VENV)/.test
 	$(VENV)/bin/python -m pytest $(PYTEST_ARGS) -m fast tests/core tests/walls tests/both
+
+# Core and torch tests with the lowest versions that setup.cfg names, in an environment of their own; torch's CUDA
+# libraries come along unless TORCH_INDEX has a CPU build. LOWEST=onnx,demo leaves torch out: core tests alone.
+# transformers at both ends of its range: `make hf-range`.
+LOWEST ?= torch,onnx,hf,demo
+comma := ,
+test-lowest:
+	@test -n "$(PYTHON)" || { echo "slimkit needs Python 3.10 or newer: set PYTHON=/path/to/python"; exit 2; }
+	test -x $(VENV)-lowest/bin/python || $(PYTHON) -m venv $(VENV)-lowest
+	$(VENV)-lowest/bin/python tools/lowest.py $(subst $(comma), ,$(LOWEST)) > $(VENV)-lowest/pins.txt
+	$(VENV)-lowest/bin/pip --disable-pip-version-check install -q --no-compile setuptools wheel
+	$(VENV)-lowest/bin/pip --disable-pip-version-check install -q --no-compile -c $(VENV)-lowest/pins.txt \
+		$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --no-build-isolation -e '.[$(LOWEST)]' \
+		pytest hypothesis psutil
+	$(VENV)-lowest/bin/python -m pytest -q tests/core $(if $(findstring torch,$(LOWEST)),tests/only_torch tests/both)
 
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .

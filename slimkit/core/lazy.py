@@ -34,9 +34,15 @@ def require(framework: str) -> None:
         return
     label, extra, sibling = _FRAMEWORKS[framework]
     wing = "slimkit" if framework == "torch" else "slimkit_ms"
+    newest = "; MindSpore has wheels for Python 3.10 to 3.12" if _beyond(framework) else ""
     raise MissingFrameworkError(
-        f"{wing} needs {label}, which is not installed: pip install '{extra}' ({sibling}).", name=framework
+        f"{wing} needs {label}, which is not installed: pip install '{extra}' ({sibling}){newest}.", name=framework
     )
+
+
+def _beyond(framework: str) -> bool:
+    """Whether this Python is newer than those that a framework has wheels for."""
+    return framework == "mindspore" and sys.version_info >= (3, 13)
 
 
 class LateModule:

@@ -24,6 +24,29 @@ def leftovers(folder):
     return sorted(p.name for p in folder.rglob(".*"))
 
 
+def test_text_is_written_with_the_same_bytes_on_every_system(tmp_path, monkeypatch):
+    """Windows would make "\\r\\n" of it, and opens no folder to sync it."""
+    real, told = os.open, []
+
+    def opened(path, flags, *more, **how):
+        if os.path.isdir(path):
+            raise PermissionError(13, "Permission denied")
+        return real(path, flags, *more, **how)
+
+    def handle(descriptor, mode, **how):
+        told.append(how)
+        return fdopen(descriptor, mode, **how)
+
+    fdopen = os.fdopen
+    monkeypatch.setattr(os, "open", opened)
+    monkeypatch.setattr(os, "fdopen", handle)
+    files.write_json(tmp_path / "a.json", {"a": 1})
+    with files.atomic_file(tmp_path / "b.csv", "w") as out:
+        out.write("a\n")
+    assert [how.get("newline", "bytes") for how in told][-1] == "\n"
+    assert (tmp_path / "b.csv").read_bytes() == b"a\n"
+
+
 def test_a_file_appears_whole_and_keeps_ordinary_rights(tmp_path):
     target = tmp_path / "deep" / "a.json"
     files.write_json(target, {"b": 1, "ä": [1.5, None]})

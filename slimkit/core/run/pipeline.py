@@ -282,7 +282,9 @@ class _Run:
                 "samples": samples,
                 "digest": self.face.digest(result.model),
                 "files": {
-                    str(f.relative_to(temporary)): f.stat().st_size for f in sorted(temporary.rglob("*")) if f.is_file()
+                    f.relative_to(temporary).as_posix(): f.stat().st_size
+                    for f in sorted(temporary.rglob("*"))
+                    if f.is_file()
                 },
             }
             record = finite(record)  # one loss that is NaN does not end the run
