@@ -161,8 +161,8 @@ def storable(tensor: Any, name: str, torch: Any) -> Any:
         why = f"is {kind} and has no plain layout: save to_dense() of it, or the tensors that it consists of"
     elif tensor.is_quantized:
         why = f"is quantised ({_name(tensor)}): save its int_repr() with its scale and zero point, or dequantize()"
-    elif tensor.is_meta:
-        why = "has no values: it is on the meta device; load weights into the model first"
+    elif tensor.is_meta or isinstance(tensor, torch._subclasses.FakeTensor):
+        why = "has no values: it is fake or on the meta device; load weights into the model first"
     elif _name(tensor) not in _DTYPES:
         why = f"has elements of type {_name(tensor)}; files hold {', '.join(_DTYPES)}"
     else:

@@ -9,6 +9,7 @@ from typing import Any
 
 from slimkit.core import files
 from slimkit.core.delta.peft import KINDS as PEFT_KINDS
+from slimkit.core.delta.spec import MERGING
 from slimkit.core.errors import ConfigError, SlimkitError
 from slimkit.core.jobs import fed, fitting, folders, teaching, work
 from slimkit.core.jobs.commands import CommandContext
@@ -130,8 +131,9 @@ def adapt(
             or not be written in that format.
     """
     # Refused now, and not after hours of training.
-    if merge and options.kind != "lora":
-        raise ConfigError(f"--merge is for --kind lora: nothing else merges into weights. Received: {options.kind}")
+    if merge and options.kind not in MERGING:
+        kinds = " and ".join(MERGING)
+        raise ConfigError(f"--merge is for --kind {kinds}: nothing else merges into weights. Received: {options.kind}")
     if format == "peft" and options.kind not in (known := sorted(set(PEFT_KINDS.values()))):
         raise ConfigError(f"--format peft is for --kind {', '.join(known)}. Received: {options.kind}")
     if face.learns_text(place, data):
