@@ -74,6 +74,11 @@ class TorchFile(Weights):
         try:
             found = torch.load(self.path, map_location="cpu", weights_only=True, mmap=zipped)
         except _LOAD_ERRORS as error:
+            if "Unsupported global" in str(error) or "GLOBAL " in str(error):
+                raise FileFormatError(
+                    f"{self.path} holds more than tensors, as torch.save(model) writes it, and reading that would run "
+                    "code; save the weights alone: torch.save(model.state_dict(), ...)"
+                ) from None
             raise self._damaged(str(error).partition("\n")[0][:300]) from None
         if not isinstance(found, Mapping):
             raise self._damaged(f"it holds a {type(found).__name__}, not a dict of tensors")
