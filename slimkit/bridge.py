@@ -120,6 +120,7 @@ _WRAPPERS = {
     "OptimizedModule": "_orig_mod",  # torch.compile, whole or of a region
     "DistributedDataParallel": "module",
     "DataParallel": "module",
+    "AveragedModel": "module",
     "FullyShardedDataParallel": "_fsdp_wrapped_module",
     "CheckpointWrapper": "_checkpoint_wrapped_module",
 }

@@ -21,6 +21,7 @@ from slimkit.core.errors import ConfigError, FileFormatError, UnsupportedError
 from slimkit.core.lazy import door as _door
 from slimkit.core.lazy import library
 from slimkit.core.train import packing
+from slimkit.core.train.counting import one_number, refuse_several
 from slimkit.core.train.loading import LoaderOptions, samples_in, split_batch
 from slimkit.core.train.loop import TrainerLoop
 from slimkit.core.train.updates import UpdateOptions, factor_at
@@ -193,7 +194,7 @@ class Trainer(TrainerLoop):
         for i, batch in enumerate(batches):
             waits = contextlib.nullcontext() if i + 1 == len(batches) else run.no_sync(model)
             with waits:
-                loss = self._loss(model, bridge.to_device(batch, run.device))[0]
+                loss = _scalar(self._loss(model, bridge.to_device(batch, run.device))[0])
                 # Without labels that count, a mean is no number, and so would be its gradients.
                 loss = loss / shares[i] if math.isfinite(shares[i]) else torch.nan_to_num(loss) * 0.0
                 backward(loss)
@@ -240,8 +241,9 @@ class Trainer(TrainerLoop):
                 told = self._counts(batch)
                 if told != 0:
                     weight = n if told is None else told
-                    tokens += torch.tensor([weight * float(loss), weight], dtype=torch.float64)
-                values = [0.0, *(float(f(outputs, targets)) for f in self.metrics.values())]
+                    tokens += torch.tensor([weight * one_number(loss, "the loss"), weight], dtype=torch.float64)
+                found = (one_number(f(outputs, targets), f"metrics[{k!r}]") for k, f in self.metrics.items())
+                values = [0.0, *found]
                 sums += n * torch.tensor([*values, 1.0], dtype=torch.float64)
         if run.num_processes > 1:
             sums, tokens = (run.reduce(found.to(run.device), "sum").cpu() for found in (sums, tokens))
@@ -328,6 +330,13 @@ def _whole(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and not (
         value.is_floating_point() or value.is_complex() or value.dtype == torch.bool
     )
+
+
+def _scalar(loss: Any) -> torch.Tensor:
+    """A loss without axes; refused where it is several numbers, or none of a graph."""
+    if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+        refuse_several(loss, "the loss")
+    return loss.reshape(())
 
 
 def _state_of(scheduler: Any) -> dict[str, Any]:

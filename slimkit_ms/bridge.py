@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import re
+import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -64,19 +67,56 @@ def rename_parameters(model: nn.Cell) -> None:
                 parameter.name = f"{prefix}.{key}" if prefix else key
 
 
-def forget_graphs(model: nn.Cell, keep: Collection[str] = ()) -> None:
+def forget_graphs(model: nn.Cell, keep: Collection[str] | None = None) -> None:
     """Drop compiled graphs, in place: after surgery MindSpore would go on computing the old network.
+
+    Those of cells that hold the model, or a part of it, go as well (a loss cell, a training step), and those of
+    functions under `ms.jit`, which may call it.
 
     Args:
         model: the cell.
-        keep: compiled phases that stay.
+        keep: compiled phases of the model that stay, where it computes what it did and a graph of another use is
+            dropped: then nothing outside it is touched.
     """
     executor = getattr(nn.cell, "_cell_graph_executor", None)
-    for _, cell in model.cells_and_names():
-        gone = {phase for phase in cell.compile_cache if phase not in keep}
+    cells = [cell for _, cell in model.cells_and_names()]
+    if keep is None:
+        holders, others = _compiled_outside(cells)
+        _forget_functions(model, executor, others)
+        cells += holders
+    for cell in cells:
+        gone = {phase for phase in cell.compile_cache if phase not in (keep or ())}
         if gone and executor is not None:
             executor.del_net_res(cell, gone)
         cell.compile_cache.difference_update(gone)
+
+
+def _compiled_outside(cells: Sequence[nn.Cell]) -> tuple[list[nn.Cell], set[int]]:
+    """Living cells outside these that hold one of them and were compiled, and the ids of those that hold none."""
+    own = {id(cell) for cell in cells}
+    caches = getattr(nn.cell, "cells_compile_cache", {})
+    if not _jit_phases() and not any(phases and cell not in own for cell, phases in caches.items()):
+        return [], set()
+    # Nothing in a cell says who holds it. By its class, for a dead weak reference cannot be asked.
+    found = [o for o in gc.get_objects() if issubclass(type(o), nn.Cell) and id(o) not in own]
+    holders = [o for o in found if any(id(cell) in own for _, cell in o.cells_and_names())]
+    return holders, {id(o) for o in found} - {id(o) for o in holders}
+
+
+def _jit_phases() -> set[str]:
+    """What functions under `ms.jit` were compiled to; a set that MindSpore looks into before it compiles."""
+    executor = getattr(nn.cell, "_cell_graph_executor", None)
+    found: set[str] = getattr(sys.modules.get(type(executor).__module__), "ms_compile_cache", set())
+    return found
+
+
+def _forget_functions(model: nn.Cell, executor: Any, others: set[int]) -> None:
+    """Drop the graphs of functions under `ms.jit`, but for the methods of these other cells (an optimizer's)."""
+    phases = _jit_phases()
+    gone = {p for p in phases if not any(int(number) in others for number in re.findall(r"(?<=\.)\d+(?=\.)", p))}
+    if gone:
+        executor.del_net_res(model, gone)
+        phases.difference_update(gone)
 
 
 _ZEROS = "slimkit_made_zeros"

@@ -14,10 +14,9 @@ import numpy as np
 
 from slimkit.core import check, files
 from slimkit.core.batch import dataset as check_dataset
-from slimkit.core.delta.face import DeltaFace
 from slimkit.core.errors import ConfigError, UnsupportedError
 from slimkit.core.lazy import door as _door
-from slimkit.core.log import logger
+from slimkit.core.train.counting import one_number, refuse_several
 from slimkit.core.train.loading import LoaderOptions, is_samples, plan_batches, samples_in, split_batch
 from slimkit.core.train.loop import TrainerLoop
 from slimkit.core.train.packing import pack, unpack
@@ -75,7 +74,7 @@ class Trainer(TrainerLoop):
         self._gradient: Any = None
         self._reducer: Any = None
         self._scheduler: Any = None
-        self._rate: Any = None
+        self._began: list[float] = []  # the learning rate of each group before a schedule's factor
         self._clip: tuple[float | None, float | None] = (None, None)
         self._undo = _nothing
         self._kept_modes: list[tuple[nn.Cell, bool]] = []
@@ -108,8 +107,6 @@ class Trainer(TrainerLoop):
                 raise ConfigError("model: no parameter wants a gradient, so there is nothing to train")
             make = self.optimizer or _adamw
             self.optimizer = check.function(make, "optimizer")(wanted)
-        if any(isinstance(cell, DeltaFace) and cell.delta_is_merged for _, cell in self.model.cells_and_names()):
-            logger.warning("the deltas are merged and do not train: call unmerge_delta before training goes on")
         world = self._processes()[1]
         if world > 1:
             ms.set_auto_parallel_context(parallel_mode=ms.ParallelMode.DATA_PARALLEL, gradients_mean=True)
@@ -119,9 +116,11 @@ class Trainer(TrainerLoop):
         self._objective = Objective(self.model, self.loss_func, self.compute_loss)
         self._gradient = ms.value_and_grad(self._objective, None, self.optimizer.parameters)
         self._scheduler = options.scheduler(self.optimizer)
-        self._rate = None if self._scheduler is None or hasattr(self._scheduler, "step") else self._learning_rate()
-        if self._rate is not None:
-            self._set_rate(self.global_step)
+        if self._scheduler is not None and not hasattr(self._scheduler, "step"):
+            if not all(isinstance(rate, ms.Parameter) for rate in self._rates()):
+                raise ConfigError("create_scheduler_fn: the optimizer's learning rate is a schedule already")
+            self._began = [float(rate) for rate in self._rates()]
+            self._set_rates(self.global_step)
         self._clip = (options.clip_value, options.clip_norm)
 
     def _drive(self) -> None:
@@ -154,27 +153,24 @@ class Trainer(TrainerLoop):
             self._kept_modes = []
 
     def _learning_rate(self) -> float | None:
-        rate = getattr(self.optimizer, "learning_rate", None)
-        if rate is None and getattr(self.optimizer, "param_groups", None):
-            rate = self.optimizer.param_groups[0]["lr"]
+        rate = next(iter(self._rates()), None)
         if isinstance(rate, nn.Cell):  # a schedule of MindSpore's own
-            rate = rate(self.optimizer.global_step).asnumpy().reshape(-1)[0]
-        elif isinstance(rate, ms.Tensor):
-            rate = rate.asnumpy().reshape(-1)[0]
-        return None if rate is None else float(rate)
+            rate = rate(self.optimizer.global_step)
+        return None if rate is None else float(np.asarray(bridge.as_numpy(rate)).reshape(-1)[0])
 
-    def _set_rate(self, step: int) -> None:
-        rate = self._rate * factor_at(self._scheduler, step)
-        for held in self._rates():
-            if not isinstance(held, ms.Parameter):
-                raise ConfigError("create_scheduler_fn: the optimizer's learning rate is a schedule already")
+    def _set_rates(self, step: int) -> None:
+        factor = factor_at(self._scheduler, step)
+        for held, began in zip(self._rates(), self._began):
             # assign, for set_data is not seen by an optimizer that has run before.
-            ops.assign(held, ms.Tensor(rate, held.dtype).reshape(held.shape))
+            ops.assign(held, ms.Tensor(began * factor, held.dtype).reshape(held.shape))
 
     def _rates(self) -> list[Any]:
         """The learning rate of each group; an experimental optimizer does not name them among its parameters."""
         groups = getattr(self.optimizer, "param_groups", None)
-        return [g["lr"] for g in groups] if groups else [getattr(self.optimizer, "learning_rate", None)]
+        if groups:
+            return [g["lr"] for g in groups]
+        rate = getattr(self.optimizer, "learning_rate", None)
+        return list(rate) if isinstance(rate, (tuple, list, nn.CellList)) else [rate]
 
     def _optimized(self) -> list[Any]:
         return list(self.optimizer.parameters)
@@ -228,6 +224,8 @@ class Trainer(TrainerLoop):
         for batch, share in zip(batches, shares):
             with bridge.whole_gradient():
                 loss, found = self._gradient(*self._call(batch))
+            if isinstance(loss, ms.Tensor) and loss.size != 1:  # its gradients would be those of the sum
+                refuse_several(loss, "the loss")
             if share != 1.0:
                 # Without labels that count, a mean is no number, and so are its gradients.
                 counts = math.isfinite(share)
@@ -243,8 +241,8 @@ class Trainer(TrainerLoop):
         if norm is not None:
             gradients = ops.clip_by_global_norm(gradients, norm)
         self.optimizer(gradients)
-        if self._rate is not None:
-            self._set_rate(self.global_step + 1)
+        if self._began:
+            self._set_rates(self.global_step + 1)
         elif self._scheduler is not None:
             self._scheduler.step()
         return total
@@ -278,17 +276,19 @@ class Trainer(TrainerLoop):
                     raise ConfigError("metrics need loss_func and batches of (inputs, targets)")
                 if self.loss_func is not None:
                     outputs = lift(self.model(*arguments[:-1]))
-                    values = [self.loss_func(outputs, arguments[-1])]
-                    values += [f(outputs, arguments[-1]) for f in self.metrics.values()]
+                    values = [one_number(self.loss_func(outputs, arguments[-1]), "the loss")]
+                    values += [
+                        one_number(f(outputs, arguments[-1]), f"metrics[{k!r}]") for k, f in self.metrics.items()
+                    ]
                 else:
-                    values = [objective(*arguments)]
+                    values = [one_number(objective(*arguments), "the loss")]
                 n = samples_in(batch)
                 told = self._counts(batch)
                 if told != 0:
                     weight = n if told is None else told
-                    tokens += np.array([weight * float(values[0]), weight])
+                    tokens += np.array([weight * values[0], weight])
                     values[0] = 0.0
-                sums += n * np.array([*(float(v) for v in values), 1.0])
+                sums += n * np.array([*values, 1.0])
         sums, tokens = self._all_sum(sums), self._all_sum(tokens)
         if not sums[-1]:
             check.wrong_value("dataset", "a data set with at least one batch", batches)

@@ -13,7 +13,8 @@ import typer.main
 from slimkit.cli import exits
 
 _COMMANDS = (
-    "run", "report", "prune", "sparsify", "distill", "adapt", "compare", "convert", "export", "check", "inspect",
+    "run", "report", "prune", "sparsify", "distill", "adapt", "train",
+    "compare", "convert", "export", "check", "inspect",
     "migrate", "schema",
 )  # fmt: skip
 

@@ -20,24 +20,8 @@ def adapt(
     kept: training.Keeping,
     output: options.Writing,
     asked: AdaptOptions,
-    task: Annotated[
-        str,
-        typer.Option(
-            "--task",
-            autocompletion=options.words("auto", "classification", "causal-lm"),
-            help="Of text: classification (lines have a label), causal-lm, or auto: what the data says.",
-        ),
-    ] = "auto",
-    evaluation: Annotated[
-        str | None,
-        typer.Option(
-            "--eval",
-            metavar="FILE",
-            help="Held-out data of the same form.",
-            show_default=False,
-            rich_help_panel="Data",
-        ),
-    ] = None,
+    task: training.Task = "auto",
+    evaluation: training.Evaluation = None,
     format: Annotated[
         str,
         typer.Option(

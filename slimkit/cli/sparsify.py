@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from slimkit.cli import options, places
 from slimkit.cli.session import Session, session
 from slimkit.core.jobs.options import SparsifyOptions
+
+if TYPE_CHECKING:
+    from slimkit.core.jobs.sources import ModelPlace
 
 
 @options.spread
@@ -36,7 +39,7 @@ def sparsify(
     Example: slimkit sparsify --model llama --pattern 4:2 --calib text.jsonl --out llama-42 --dry-run
     """
     with session("sparsify", output) as talk:
-        from slimkit.core.jobs import claim, commands
+        from slimkit.core.jobs import cards, claim, commands
         from slimkit.core.jobs.work import sparse_headline
 
         place = places.model(network)
@@ -63,8 +66,24 @@ def sparsify(
         talk.line(sparse_headline(report))
         for name in report["fallbacks"]:
             talk.line(f"  {name}: {report['fallbacks'][name]}; by magnitude")
+        worst = cards.worst_layers(report, 3)
+        blocks = [(name, f"{mean:.4f}", f"{most:.4f}") for name, mean, most in cards.errors_by_block(report)]
+        if blocks:
+            talk.table("Output error by block", ("block", "mean", "largest"), blocks, limit=40)
+        if worst:
+            talk.line("Worst layers: " + ", ".join(f"{name} {error:.4f}" for name, error in worst))
         talk.line(f"Written: {out}")
+        talk.line(_measure(place, out, report))
         talk.result({"model": places.say_where(place), "out": out, **report})
+
+
+def _measure(place: ModelPlace, out: Path, report: dict[str, Any]) -> str:
+    """The line that measures what the model lost."""
+    if report["written"] == "transformers" and place.model is not None:
+        return f"Measure what it lost: slimkit compare {place.model} {out} --text HELD_OUT.jsonl"
+    weights = "model.ckpt" if (out / "model.ckpt").exists() else "model.safetensors"
+    made = place.factory or place.model
+    return f"Measure what it lost: slimkit compare {made} {made}={out / weights} --data MODULE:FUNCTION"
 
 
 def _plan(talk: Session, plan: dict[str, Any], asked: SparsifyOptions, out: Path) -> None:

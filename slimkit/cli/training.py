@@ -32,6 +32,24 @@ Data = Annotated[
     ),
 ]
 LabelKey = Annotated[str, typer.Option("--label-key", help="The array that holds the labels.", rich_help_panel="Data")]
+Task = Annotated[
+    str,
+    typer.Option(
+        "--task",
+        autocompletion=options.words("auto", "classification", "causal-lm"),
+        help="Of text: classification (lines have a label), causal-lm, or auto: what the data says.",
+    ),
+]
+Evaluation = Annotated[
+    str | None,
+    typer.Option(
+        "--eval",
+        metavar="FILE",
+        help="Held-out data of the same form.",
+        show_default=False,
+        rich_help_panel="Data",
+    ),
+]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for the result.", show_default=False)]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import PurePath
 from typing import Any, NoReturn, TypeVar
 
 from slimkit.core.errors import ArgumentError, ArgumentTypeError
@@ -13,6 +14,11 @@ T = TypeVar("T")
 
 
 def _shown(value: Any) -> str:
+    # A path is shown as the user wrote it, alone and in a list.
+    if isinstance(value, PurePath):
+        value = str(value)
+    elif type(value) in (list, tuple) and any(isinstance(item, PurePath) for item in value):
+        value = [str(item) if isinstance(item, PurePath) else item for item in value]
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
 

@@ -31,6 +31,7 @@ MODES: dict[str, str] = {
     "prefix": "*mindpet_delta_prefixtuning*",
     "adapter": "*mindpet_delta_adapter*",
     "low_rank_adapter": "*mindpet_delta_low_rank_adapter*",
+    "ia3": "*mindpet_delta_ia3*",
     "bitfit": _BIAS,
     "prompttuning": "*mindpet_delta_prompttuning*",
     "prompt": "*mindpet_delta_prompttuning*",

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from slimkit.core.errors import FileFormatError
+
+_INTEGER = re.compile(r"^[-+]?(?:0b[01_]+|0x[0-9a-fA-F_]+|0[0-7_]*|[1-9][0-9_]*)$")
+_FLOAT = re.compile(
+    r"^(?:[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?|[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+"
+    r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+)
 
 
 def parse_yaml(text: str) -> Any:
@@ -17,6 +24,8 @@ def parse_yaml(text: str) -> Any:
     Example:
         >>> parse_yaml("a: [1, b]")
         {'a': [1, 'b']}
+        >>> parse_yaml("{pattern: 2:4, rate: 1e-2}")
+        {'pattern': '2:4', 'rate': 0.01}
     """
     import yaml
 
@@ -32,6 +41,15 @@ def parse_yaml(text: str) -> Any:
                 seen.add(key) if isinstance(key, str | int) else None
             made: dict[Any, Any] = super().construct_mapping(node, deep=deep)
             return made
+
+    # YAML 1.1 reads 2:4 as sixty times two and four, and 1e-2 as text; people mean the pattern and the number.
+    numbers = {"tag:yaml.org,2002:int": _INTEGER, "tag:yaml.org,2002:float": _FLOAT}
+    UniqueKeys.yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in rows if tag not in numbers]
+        for first, rows in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    for tag, pattern in numbers.items():
+        UniqueKeys.add_implicit_resolver(tag, pattern, list("-+.0123456789"))
 
     try:
         return yaml.load(text, Loader=UniqueKeys)

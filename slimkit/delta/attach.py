@@ -46,6 +46,10 @@ class DeltaLayer(DeltaFace):
         """
         raise NotImplementedError
 
+    def taken(self, args: Any) -> Any:
+        """The arguments that the plain layer gets, where it is run by a forward of somebody else's."""
+        return args
+
     def without_bias(self, given: list[Any]) -> list[Any]:
         """The arguments of a call in `reads` without the layer's bias."""
         raise NotImplementedError
@@ -176,7 +180,7 @@ def _through(layer: Any, *args: Any, **kwargs: Any) -> Any:
         if not layer.delta_acts:
             return own(*args, **kwargs)
         if not layer.reads:
-            return layer.acted(own(*args, **kwargs))
+            return layer.acted(own(*layer.taken(args), **kwargs))
         # A compiler takes the mode apart, and counts the delta twice.
         inside = _not_compiled(_inside) if "torch._dynamo" in sys.modules else _inside
         return inside(layer, own, args, kwargs)

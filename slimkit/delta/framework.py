@@ -14,6 +14,7 @@ from slimkit.core.delta.spec import HELD, PREFIX, Site
 from slimkit.core.freeze import Parameters
 from slimkit.delta.adapter import AdaptedLinear, adapter_for
 from slimkit.delta.attach import DeltaLayer, attach, device_for, layer_class
+from slimkit.delta.ia3 import Factors, Scaled
 from slimkit.delta.layer import Adapted
 from slimkit.delta.lora_held import LoraHeld, held_parameters, rank_limit
 from slimkit.delta.lora_layers import LoraConv1D, LoraConv2d, LoraEmbedding, LoraLinear
@@ -38,6 +39,7 @@ _LORA: dict[str, type[LoraLayer]] = {
 _ADAPTERS: dict[str, tuple[type[Adapted], Any]] = {
     "adapter": (AdaptedLinear, adapter_for),
     "low_rank_adapter": (LowRankAdaptedLinear, low_rank_adapter_for),
+    "ia3": (Scaled, Factors),
 }
 
 
@@ -47,12 +49,17 @@ def kind_of(module: nn.Module) -> str:
         return held_parameters(module)[0]
     if isinstance(module, DeltaLayer):
         known = next((kind for kind, layer in _LORA.items() if isinstance(module, layer)), "")
-        return known or ("linear" if isinstance(module, nn.Linear) else "")
+        return known or _layer_kind(module)
     kind: Any = layer_class(module)
     family = kinds.kind_of(module)
     if family is None:
         return held_parameters(module)[0]
-    if not kinds.computes_as_its_kind(module, kind):
+    return _layer_kind(module) if kinds.computes_as_its_kind(module, kind) else ""
+
+
+def _layer_kind(module: nn.Module) -> str:
+    family = kinds.kind_of(module)
+    if family is None:
         return ""
     if family.word == "conv":
         return "conv2d" if kinds.is_ordinary_conv2d(module) else ""
@@ -113,7 +120,7 @@ class TorchDelta(DeltaFramework):
             attach(module, _LORA[kind_of(module)]).start()
             return
         mixin, make = _ADAPTERS[kind]
-        adapter = make(module.out_features, dtype or torch.float32, **options).to(device_for(module))
+        adapter = make(mixin.width_for(module, options), dtype or torch.float32, **options).to(device_for(module))
         in_step(module.weight, adapter.parameters())
         layer = attach(module, mixin)
         setattr(layer, f"{PREFIX}{kind}", adapter.train(module.training))

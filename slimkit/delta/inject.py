@@ -34,7 +34,7 @@ def apply_delta(
 
     Args:
         model: any model.
-        kind: lora, adapter or low_rank_adapter (swap layers), prefix or prompt (act on the whole model).
+        kind: lora, adapter, low_rank_adapter or ia3 (on layers), prefix or prompt (act on the whole model).
         targets: layers by globs over whole module paths (["*query", "*value"]), a plain path for everything below
             it, or "all-linear" (the default): every linear layer but the output embedding. For prefix the attention
             layers (None: all), for prompt the embedding of the tokens (None: found by itself).
@@ -47,7 +47,8 @@ def apply_delta(
         options: of the kind. lora: rank, alpha (None: twice the rank), dropout, rslora, dora, init ("kaiming",
             "gaussian", "pissa"), ranks and alphas ({glob: number}), keep_zeros (None: on sparse layers). adapter:
             bottleneck_size, non_linearity. low_rank_adapter: reduction_factor, low_rank_size, low_rank_w_init,
-            non_linearity. prefix: prefix_token_num, projection, mid_dim, dropout_rate, text_ids, inputs (one batch,
+            non_linearity. ia3: feedforward (globs of the targets whose inputs are scaled, not outputs).
+            prefix: prefix_token_num, projection, mid_dim, dropout_rate, text_ids, inputs (one batch,
             where a model has no dummy inputs of its own), or sizes ({path: (heads, width, query heads)}) instead of
             a run, positions (globs over the modules that are given position numbers, which then begin behind the
             prefix; None: those of Hugging Face models do, others stay as they are). prompt: num_virtual_tokens, init
@@ -87,10 +88,10 @@ def apply_delta(
 
 
 def merge_delta(model: nn.Module, *, unload: bool = False) -> DeltaReport:
-    """Add every active LoRA to the weights, in place, so that the model runs at the base's speed.
+    """Put every active LoRA and IA3 into the weights, in place, so that the model runs at the base's speed.
 
     Args:
-        model: a model with LoRA on it. A layer whose delta keeps zeros stays as sparse as it was.
+        model: a model with LoRA or IA3 on it. A layer whose delta keeps zeros stays as sparse as it was.
         unload: also put the original layers back, now with merged weights, and forget the deltas. Otherwise a copy
             of each weight is kept, and `unmerge_delta` restores it bit for bit.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from slimkit import bridge
@@ -75,6 +76,11 @@ class Adapted(OneAdapter, DeltaLayer):
     word = "Adapted"
     in_features: int
     out_features: int
+
+    @classmethod
+    def width_for(cls, layer: Any, options: Mapping[str, Any]) -> int:
+        """How wide what is put on a layer is."""
+        return int(layer.out_features)
 
     @property
     def adapter(self) -> nn.Module:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from slimkit import bridge
-from slimkit.core.delta.spec import PREFIX
-from slimkit.core.log import logger
+from slimkit.core.delta.merged import WATCH, MergedWatch
 from slimkit.delta.attach import DeltaLayer
 
 import torch
@@ -14,21 +13,13 @@ from torch import nn
 
 __all__ = ["bridge", "forget", "watch"]
 
-_WATCH = "watch_while_merged"
 
-
-class _Watch:
-    """A forward pre-hook of merged layers; a class, so that models with it can be copied and pickled."""
-
-    def __init__(self) -> None:
-        self.told = False
+class _Watch(MergedWatch):
+    """A forward pre-hook of merged layers."""
 
     def __call__(self, layer: Any, args: Any) -> None:
-        if self.told or not (layer.training and torch.is_grad_enabled() and layer.delta_is_merged):
-            return
-        if any(p.requires_grad for n, p in layer.named_parameters() if PREFIX in n):
-            self.told = True
-            logger.warning("the deltas are merged and do not train: call unmerge_delta before training goes on")
+        if not self.told and layer.training and torch.is_grad_enabled() and layer.delta_is_merged:
+            self.see(layer.named_parameters())
 
 
 def watch(model: nn.Module) -> None:
@@ -37,12 +28,12 @@ def watch(model: nn.Module) -> None:
     hook = _Watch()
     for module in model.modules():
         if isinstance(module, DeltaLayer) and module.delta_is_merged:
-            vars(module)[_WATCH] = module.register_forward_pre_hook(hook)
+            vars(module)[WATCH] = module.register_forward_pre_hook(hook)
 
 
 def forget(model: nn.Module) -> None:
     """Watch no longer, in place."""
     for module in model.modules():
-        handle = vars(module).pop(_WATCH, None)
+        handle = vars(module).pop(WATCH, None)
         if handle is not None:
             handle.remove()

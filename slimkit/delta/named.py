@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from slimkit import bridge
-from slimkit.core.delta.named import NamedLoras, Part
+from slimkit.core.delta.named import LORA_BOOK, MergingFace, NamedLoras, Part
 from slimkit.core.delta.spec import LoraSpec, key
 from slimkit.core.errors import UnsupportedError
 from slimkit.delta import initial
@@ -17,17 +17,80 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-__all__ = ["LoraLayer", "bridge"]
+__all__ = ["LoraLayer", "MergingLayer", "bridge"]
 
 
-class LoraLayer(NamedLoras, DeltaLayer):
+class MergingLayer(MergingFace, DeltaLayer):
+    """A layer with a weight that deltas can be merged into: its tensors."""
+
+    _parameters: dict[str, Any]
+    _buffers: dict[str, Any]
+
+    def copy_weight(self) -> torch.Tensor:
+        """A copy of the weight that shares nothing with it."""
+        return self.copy_of(self.weight)
+
+    def copy_of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy of a tensor that shares nothing with it."""
+        return tensor.detach().clone()
+
+    def sample_of(self, tensor: torch.Tensor) -> list[float]:
+        """Some 64 of a tensor's values; none of a distributed one, of which this process holds a part."""
+        if hasattr(tensor, "full_tensor"):
+            return []
+        flat = tensor.detach().reshape(-1)
+        found: list[float] = flat[:: max(1, len(flat) // 64)].float().cpu().tolist()
+        return found
+
+    def write(self, tensor: torch.Tensor, value: torch.Tensor) -> None:
+        """Overwrite a tensor's values, in place."""
+        with torch.no_grad():
+            tensor.copy_(value)
+
+    def sources(self) -> dict[str, Any]:
+        """Name -> parameter, of what the weight is made of: itself, or what it is computed from."""
+        if (held := self._parameters.get("weight")) is not None:
+            return {"weight": held}
+        if self._is_parametrized():
+            return dict(self.parametrizations["weight"].named_parameters())
+        return {n: p for n, p in self._parameters.items() if n.startswith("weight_")}
+
+    def write_weight(self, value: torch.Tensor) -> None:
+        """Give the weight these values, in place, through what it is made of."""
+        sources = MergingLayer.sources(self)
+        with torch.no_grad():
+            if "weight" in sources:
+                self.write(sources["weight"], value)
+                return
+            if self._is_parametrized():
+                try:
+                    self.weight = value  # each parametrisation is asked for its inverse
+                except (NotImplementedError, RuntimeError, ValueError) as error:
+                    raise UnsupportedError(f"the weight is parametrised and cannot be set: {error}") from error
+                got = self.weight
+            elif list(sources) == ["weight_orig"] and "weight_mask" in self._buffers:
+                sources["weight_orig"] += value - self.weight
+                got = sources["weight_orig"] * self._buffers["weight_mask"]
+                vars(self)["weight"] = got
+            else:
+                got = None
+        # float32: the inverse and back takes a few roundings, of numbers of the weight's own size
+        if got is None or not torch.allclose(
+            got.float(), value.float(), rtol=1e-4, atol=1e-5 * float(value.abs().max())
+        ):
+            raise UnsupportedError(
+                f"the weight is computed from {', '.join(sources) or 'other tensors'}, which cannot be made to give "
+                f"the merged one; take what computes it off first."
+            )
+
+    def _is_parametrized(self) -> bool:
+        return parametrize.is_parametrized(self, "weight")
+
+
+class LoraLayer(NamedLoras, MergingLayer):
     """Named LoRAs on one layer with a weight."""
 
     word = "LoRA"
-    _parameters: dict[str, Any]
-    _buffers: dict[str, Any]
-    _running: tuple[Part, ...]
-    _only: Part | None
 
     @property
     def delta_acts(self) -> bool:
@@ -81,16 +144,7 @@ class LoraLayer(NamedLoras, DeltaLayer):
         """Take every delta off, in place."""
         for name in list(self.delta_specs):
             self.drop_delta(name)
-        for attribute in (
-            "delta_specs",
-            "active_deltas",
-            "unmerged",
-            "unmerged_sources",
-            "merged_samples",
-            "_running",
-            "_only",
-            "strategies",
-        ):
+        for attribute in LORA_BOOK:
             vars(self).pop(attribute, None)
 
     @torch.no_grad()
@@ -104,66 +158,6 @@ class LoraLayer(NamedLoras, DeltaLayer):
         for part in self.active_parts():
             total = total + self.change(part, base)
         return (total.clone() if total is self.weight else total).to(self.weight.dtype)
-
-    def copy_weight(self) -> torch.Tensor:
-        """A copy of the weight that shares nothing with it."""
-        return self.copy_of(self.weight)
-
-    def copy_of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A copy of a tensor that shares nothing with it."""
-        return tensor.detach().clone()
-
-    def sample_of(self, tensor: torch.Tensor) -> list[float]:
-        """Some 64 of a tensor's values; none of a distributed one, of which this process holds a part."""
-        if hasattr(tensor, "full_tensor"):
-            return []
-        flat = tensor.detach().reshape(-1)
-        found: list[float] = flat[:: max(1, len(flat) // 64)].float().cpu().tolist()
-        return found
-
-    def write(self, tensor: torch.Tensor, value: torch.Tensor) -> None:
-        """Overwrite a tensor's values, in place."""
-        with torch.no_grad():
-            tensor.copy_(value)
-
-    def sources(self) -> dict[str, Any]:
-        """Name -> parameter, of what the weight is made of: itself, or what it is computed from."""
-        if (held := self._parameters.get("weight")) is not None:
-            return {"weight": held}
-        if self._is_parametrized():
-            return dict(self.parametrizations["weight"].named_parameters())
-        return {n: p for n, p in self._parameters.items() if n.startswith("weight_")}
-
-    def write_weight(self, value: torch.Tensor) -> None:
-        """Give the weight these values, in place, through what it is made of."""
-        sources = self.sources()
-        with torch.no_grad():
-            if "weight" in sources:
-                self.write(sources["weight"], value)
-                return
-            if self._is_parametrized():
-                try:
-                    self.weight = value  # each parametrisation is asked for its inverse
-                except (NotImplementedError, RuntimeError, ValueError) as error:
-                    raise UnsupportedError(f"the weight is parametrised and cannot be set: {error}") from error
-                got = self.weight
-            elif list(sources) == ["weight_orig"] and "weight_mask" in self._buffers:
-                sources["weight_orig"] += value - self.weight
-                got = sources["weight_orig"] * self._buffers["weight_mask"]
-                vars(self)["weight"] = got
-            else:
-                got = None
-        # float32: the inverse and back takes a few roundings, of numbers of the weight's own size
-        if got is None or not torch.allclose(
-            got.float(), value.float(), rtol=1e-4, atol=1e-5 * float(value.abs().max())
-        ):
-            raise UnsupportedError(
-                f"the weight is computed from {', '.join(sources) or 'other tensors'}, which cannot be made to give "
-                f"the merged one; take what computes it off first."
-            )
-
-    def _is_parametrized(self) -> bool:
-        return parametrize.is_parametrized(self, "weight")
 
     def change(self, part: Part, base: torch.Tensor) -> torch.Tensor:
         """What one delta adds to the base weight, in the weight's layout."""

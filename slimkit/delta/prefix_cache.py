@@ -166,6 +166,9 @@ def self_attention(
         ]
         runs = brings[0] if brings else model
         inputs = getattr(runs, "dummy_inputs", None)
+        wanted = "decoder_input_ids"
+        if inputs is not None and beside_encoder and wanted in library.parameters(type(runs)):
+            inputs = {wanted: inputs.get("input_ids"), **inputs}  # not every model makes them of its encoder's
     if inputs is None:
         check.wrong_value("inputs", "one batch to run the model on, to see where its attention is", inputs)
     name = library.demand(decoder, library.CACHE, "a prefix reaches the decoder")

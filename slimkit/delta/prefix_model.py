@@ -193,6 +193,7 @@ def _in_attention(
         seen = rules.chosen(seen, targets, strict)
         modules: dict[str, Any] = {path: bridge.get_module(model, path) for path in seen}
         rules.refuse_taken([p for p, m in modules.items() if isinstance(m, DeltaLayer) or hasattr(m, ROWS)])
+        rules.refuse_replaced([p for p, m in modules.items() if "forward" in vars(m)], "forward")
         made = {path: _rows(seen[path], plan, dtype or torch.float32) for path in seen}
         classes = {path: _prefixed_class(path, module) for path, module in modules.items()}
         places = counting(model, plan.prefix_token_num, plan.counting(p for p, _ in bridge.named_modules(model)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from slimkit import bridge
-from slimkit.core.delta.layers import IGNORED, check_class_numbers, check_pairs, check_rdrop_alpha
+from slimkit.core.delta.layers import IGNORED, IMPOSSIBLE, check_class_numbers, check_pairs, check_rdrop_alpha
 
 import torch
 from torch import nn
@@ -67,13 +67,14 @@ class RDropLoss(nn.Module):
         hard = label_ids.ndim != logits.ndim or label_ids.shape[-1] != logits.shape[-1]
         labels = label_ids.reshape(-1) if hard else label_ids
         check_pairs(logits.shape[0], labels.shape[0])
-        log_p = F.log_softmax(logits.float(), -1)  # (2 b, classes)
+        counts = labels != IGNORED if hard else torch.ones_like(logits[:, 0], dtype=torch.bool)
+        # What does not count may be no number at all, and times zero that is none either.
+        logits = logits.float().masked_fill(~counts.unsqueeze(-1), 0)
+        log_p = F.log_softmax(logits, -1).clamp_min(IMPOSSIBLE)  # (2 b, classes)
         if hard:
             check_class_numbers(labels.is_floating_point(), labels.dtype)
-            counts = labels != IGNORED
             cross = F.nll_loss(log_p, labels.long(), ignore_index=IGNORED, reduction="sum")
         else:
-            counts = torch.ones_like(log_p[:, 0], dtype=torch.bool)
             cross = -(labels.float() * log_p).sum()
         pairs = counts[0::2] & counts[1::2]  # (b,)
         first, second = log_p[0::2], log_p[1::2]

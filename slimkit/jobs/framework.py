@@ -17,7 +17,7 @@ from slimkit.core.calibration.reading import TextReader
 from slimkit.core.calibration.record import record_of, write_record
 from slimkit.core.checkpoint import shards
 from slimkit.core.errors import ConfigError, SlimkitError, UnsupportedError
-from slimkit.core.jobs import calibrating, claim, commands, folders
+from slimkit.core.jobs import calibrating, cards, claim, commands, folders
 from slimkit.core.jobs.bar import LayerBar
 from slimkit.core.jobs.framework import ComputeLoss, JobFramework, Lesson, Opened, Task
 from slimkit.core.jobs.measurement import Measurement
@@ -244,7 +244,15 @@ class TorchJobs(JobFramework):
         return found
 
     def sparsify_blocks(
-        self, place: ModelPlace, out: Path, cfg: SparseConfig, calib: DataPlace | None, *, restart: bool, plan: bool
+        self,
+        place: ModelPlace,
+        out: Path,
+        cfg: SparseConfig,
+        calib: DataPlace | None,
+        command: str,
+        *,
+        restart: bool,
+        plan: bool,
     ) -> dict[str, Any] | None:
         # What the folder holds stays until the new model is whole.
         filled = out.is_dir() and any(entry.name != BLOCKS for entry in out.iterdir())
@@ -260,7 +268,7 @@ class TorchJobs(JobFramework):
             return None
         data = commands.needed(self._calibration(place, source, out, calib), cfg)
         try:
-            return self._walked(source, out, work, cfg, data, plan=plan)
+            return self._walked(source, out, work, cfg, data, None if plan else command)
         except (OSError, MemoryError):
             raise
         except Exception as error:
@@ -273,15 +281,18 @@ class TorchJobs(JobFramework):
             return None
 
     def _walked(
-        self, source: Path, out: Path, work: Path, cfg: SparseConfig, data: Any, *, plan: bool
+        self, source: Path, out: Path, work: Path, cfg: SparseConfig, data: Any, command: str | None
     ) -> dict[str, Any]:
-        if plan:
+        if command is None:
             found = CheckpointSparse(source, work / BLOCKS, shards.locate(source), None).layers()
             done = len(list((work / BLOCKS).glob("block-*.json")))
             return {**commands.sparse_plan(*found, cfg, data), "blocks_done": done, "resumable": True}
         with LayerBar() as bar:
             report = self.slim.sparsify_checkpoint(source, work, cfg, data, on_progress=bar)
         write_record(work, "sparsify", record_of(data), source)
+        kind = models.architecture(source)[1].__name__
+        rows = cards.sparse_facts(report)
+        cards.write_card_of(work, "sparse", source, kind, command, rows, "transformers")
         claim.finish(work / BLOCKS)
         if work is not out:
             files.replace(work, out)

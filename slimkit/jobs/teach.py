@@ -66,7 +66,7 @@ def lesson(
     with bridge.evaluating(teacher.model):
         outputs = bridge.run(teacher.model, example)
     language = "logits" in outputs and outputs["logits"].ndim == 3
-    read = _to_imitate(reader, rows, language, face)
+    read = _to_imitate(reader, rows, language)
     fed.fitting_form(face, teacher, read.first(1), "--data")
     seen = read.spread(max(1, MEASURED // reader.max_length), options.batch_size)
     sizes: dict[str, Any] = dict(cut.sizes)
@@ -80,7 +80,7 @@ def lesson(
     return Lesson(teacher, learner, read, config, {str(k): v for k, v in layers.items()})
 
 
-def _to_imitate(reader: Reader, rows: list[dict[str, Any]], language: bool, face: JobFramework) -> Supervised:
+def _to_imitate(reader: Reader, rows: list[dict[str, Any]], language: bool) -> Supervised:
     """Text as batches of inputs: a language model's documents in windows, another model's in pieces."""
     identity = {"text": _digest([repr(sorted(row.items())) for row in rows]), "length": reader.max_length}
     if not language:

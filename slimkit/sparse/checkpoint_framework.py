@@ -98,7 +98,7 @@ class CheckpointSparse(TorchSparse):
                 stage = LentBlock(lend, path, block, dense, inputs, modules, found.feeds, found, last)
             stage.names = mine
             yield stage
-            self._write(index, path, block, stage, inputs)
+            self._write(index, stage, inputs)
             self._release(path)
             del block, dense, stage
 
@@ -234,7 +234,7 @@ class CheckpointSparse(TorchSparse):
             }
         return list(found)
 
-    def _write(self, index: int, path: str, block: torch.nn.Module, stage: Any, inputs: BlockInputs | None) -> None:
+    def _write(self, index: int, stage: Any, inputs: BlockInputs | None) -> None:
         changed: dict[str, torch.Tensor] = {}
         for name in dict.fromkeys([*self._parameters(stage.names), *stage.changed]):
             value = self.model.get_parameter(name).detach()

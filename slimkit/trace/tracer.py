@@ -229,7 +229,7 @@ class Recorder(TorchDispatchMode):
             if not self.real and "device" in kwargs:
                 kwargs["device"] = torch.device("cpu")
             return func(*args, **kwargs)
-        return self._run(func, name, args, kwargs, tensors)
+        return self._run(func, name, args, kwargs)
 
     def _followed_real(self, tensor: torch.Tensor) -> bool:
         number = self._numbers.get(id(tensor))
@@ -253,7 +253,7 @@ class Recorder(TorchDispatchMode):
             return [self._stand_in(v, tensors) for v in value]
         return value
 
-    def _run(self, func: Any, name: str, args: list[Any], kwargs: dict[str, Any], tensors: list[torch.Tensor]) -> Any:
+    def _run(self, func: Any, name: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
         if name == "nonzero":
             self.graph.notes.append(
                 f"{self.scopes[-1] or 'model'}: nonzero of an activation was taken to find every index"

@@ -14,6 +14,7 @@ from slimkit.core.freeze import Parameters
 from slimkit_ms import bridge, kinds
 from slimkit_ms.delta.adapter import AdaptedLinear, adapter_for
 from slimkit_ms.delta.attach import DeltaLayer, attach
+from slimkit_ms.delta.ia3 import Factors, Scaled
 from slimkit_ms.delta.layer import Adapted
 from slimkit_ms.delta.lora_layers import LoraConv2d, LoraDense, LoraEmbedding, LoraLinear, LoraMintConv2d, LoraTable
 from slimkit_ms.delta.low_rank_adapter import LowRankAdaptedLinear, low_rank_adapter_for
@@ -35,6 +36,7 @@ _LORA: dict[type, tuple[type[LoraLayer], str]] = {
 _ADAPTERS: dict[str, tuple[type[Adapted], Any]] = {
     "adapter": (AdaptedLinear, adapter_for),
     "low_rank_adapter": (LowRankAdaptedLinear, low_rank_adapter_for),
+    "ia3": (Scaled, Factors),
 }
 
 
@@ -104,7 +106,7 @@ class MindSporeDelta(DeltaFramework):
             attach(module, _LORA[base][0]).start()
             return
         mixin, make = _ADAPTERS[kind]
-        adapter = make(kinds.width_of(module), dtype or ms.float32, **options).set_train(module.training)
+        adapter = make(mixin.width_for(module, options), dtype or ms.float32, **options).set_train(module.training)
         layer = attach(module, mixin)
         layer.insert_child_to_cell(f"{PREFIX}{kind}", adapter)
         layer.carry_delta(dict(options), name)

@@ -9,6 +9,7 @@ from typing import Any
 from slimkit.core.delta import inject as steps
 from slimkit.core.delta.spec import DeltaReport
 from slimkit_ms import bridge
+from slimkit_ms.delta import merged
 from slimkit_ms.delta.framework import access
 from slimkit_ms.delta.prefix_model import put_prefix
 from slimkit_ms.delta.prompt_model import put_prompt
@@ -33,7 +34,7 @@ def apply_delta(
 
     Args:
         model: any model.
-        kind: lora, adapter or low_rank_adapter (swap layers), prefix or prompt (act on the whole model).
+        kind: lora, adapter, low_rank_adapter or ia3 (on layers), prefix or prompt (act on the whole model).
         targets: layers by globs over whole module paths (["*query", "*value"]), a plain path for everything below
             it, or "all-linear" (the default): every linear layer but the output embedding. For prefix the attention
             cells (None: all), for prompt the embedding of the tokens (None: found by itself).
@@ -46,7 +47,8 @@ def apply_delta(
         options: of the kind. lora: rank, alpha (None: twice the rank), dropout, rslora, dora, init ("kaiming",
             "gaussian", "pissa"), ranks and alphas ({glob: number}), keep_zeros (None: on sparse layers). adapter:
             bottleneck_size, non_linearity. low_rank_adapter: reduction_factor, low_rank_size, low_rank_w_init,
-            non_linearity. prefix: prefix_token_num, projection, mid_dim, dropout_rate, text_ids, inputs (one batch to
+            non_linearity. ia3: feedforward (globs of the targets whose inputs are scaled, not outputs).
+            prefix: prefix_token_num, projection, mid_dim, dropout_rate, text_ids, inputs (one batch to
             see the attention at work), or sizes ({path: (heads, width, query heads)}) instead of
             a run, positions (globs over the cells that are given position numbers, which then begin behind the prefix;
             None: positions stay). prompt: num_virtual_tokens,
@@ -86,10 +88,10 @@ def apply_delta(
 
 
 def merge_delta(model: nn.Cell, *, unload: bool = False) -> DeltaReport:
-    """Add every active LoRA to the weights, in place, so that the model runs at the base's speed.
+    """Put every active LoRA and IA3 into the weights, in place, so that the model runs at the base's speed.
 
     Args:
-        model: a model with LoRA on it. A layer whose delta keeps zeros stays as sparse as it was.
+        model: a model with LoRA or IA3 on it. A layer whose delta keeps zeros stays as sparse as it was.
         unload: also put the original layers back, now with merged weights, and forget the deltas. Otherwise a copy
             of each weight is kept, and `unmerge_delta` restores it bit for bit.
 
@@ -106,7 +108,9 @@ def merge_delta(model: nn.Cell, *, unload: bool = False) -> DeltaReport:
         >>> sorted(merge_delta(net, unload=True).layers)
         ['0']
     """
-    return steps.merge(access, bridge.check_model(model), unload=unload)
+    report = steps.merge(access, bridge.check_model(model), unload=unload)
+    merged.watch(model)
+    return report
 
 
 def unmerge_delta(model: nn.Cell) -> DeltaReport:
@@ -121,7 +125,9 @@ def unmerge_delta(model: nn.Cell) -> DeltaReport:
     Raises:
         ArgumentError: nothing is merged.
     """
-    return steps.unmerge(access, bridge.check_model(model))
+    report = steps.unmerge(access, bridge.check_model(model))
+    merged.watch(model)
+    return report
 
 
 def remove_delta(model: nn.Cell, names: str | Sequence[str] | None = None) -> DeltaReport:
@@ -138,7 +144,9 @@ def remove_delta(model: nn.Cell, names: str | Sequence[str] | None = None) -> De
         ArgumentError: no delta, or none of that name.
         UnsupportedError: a layer was built by hand as a delta layer, so that there is none to put back.
     """
-    return steps.remove(access, bridge.check_model(model), names)
+    report = steps.remove(access, bridge.check_model(model), names)
+    merged.watch(model)
+    return report
 
 
 def set_delta(model: nn.Cell, names: str | Sequence[str] | Mapping[str, float]) -> dict[str, float]:

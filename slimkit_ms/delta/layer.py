@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from slimkit.core import check
 from slimkit.core.delta import shard as rules
 from slimkit.core.delta.layers import size
 from slimkit.core.delta.named import OneAdapter
-from slimkit_ms import bridge
+from slimkit_ms import bridge, kinds
 from slimkit_ms.delta import initial
 from slimkit_ms.delta.attach import DeltaLayer, forget
 from slimkit_ms.delta.shard import check_only, record
@@ -79,6 +80,11 @@ class Adapted(OneAdapter, DeltaLayer):
 
     word = "Adapted"
     _cells: dict[str, Any]
+
+    @classmethod
+    def width_for(cls, layer: Any, options: Mapping[str, Any]) -> int:
+        """How wide what is put on a layer is."""
+        return int(kinds.width_of(layer))
 
     @property
     def adapter(self) -> nn.Cell:

@@ -6,19 +6,55 @@ from typing import Any
 
 import numpy as np
 
-from slimkit.core.delta.named import NamedLoras, Part
+from slimkit.core.delta.named import LORA_BOOK, MergingFace, NamedLoras, Part
 from slimkit.core.delta.spec import LoraSpec, key
 from slimkit_ms import bridge
-from slimkit_ms.delta import initial
+from slimkit_ms.delta import initial, merged
 from slimkit_ms.delta.attach import DeltaLayer, forget
 
 import mindspore as ms
 from mindspore import ops
 
-__all__ = ["LoraLayer", "bridge"]
+__all__ = ["LoraLayer", "MergingLayer", "bridge"]
 
 
-class LoraLayer(NamedLoras, DeltaLayer):
+class MergingLayer(MergingFace, DeltaLayer):
+    """A layer with a weight that deltas can be merged into: its tensors."""
+
+    def add_flags_recursive(self, **flags: Any) -> Any:
+        """As every cell; `set_train` comes this way."""
+        done = super().add_flags_recursive(**flags)  # type: ignore[misc]
+        merged.look(self)
+        return done
+
+    def copy_weight(self) -> Any:
+        """A copy of the weight that shares nothing with it."""
+        return bridge.as_numpy(self.weight)
+
+    def sources(self) -> dict[str, Any]:
+        """Name -> parameter, of what the weight is made of."""
+        return {"weight": self.weight}
+
+    def copy_of(self, tensor: Any) -> Any:
+        """A copy of a tensor that shares nothing with it."""
+        return bridge.as_numpy(tensor)
+
+    def sample_of(self, tensor: Any) -> list[float]:
+        """Some 64 of a tensor's values."""
+        flat = bridge.as_numpy(tensor).reshape(-1)
+        found: list[float] = flat[:: max(1, len(flat) // 64)].astype("float32").tolist()
+        return found
+
+    def write(self, tensor: Any, value: Any) -> None:
+        """Overwrite a tensor's values, in place."""
+        tensor.set_data(ms.Tensor(value, tensor.dtype))
+
+    def write_weight(self, value: Any) -> None:
+        """Give the weight these values, in place."""
+        self.write(self.weight, value)
+
+
+class LoraLayer(NamedLoras, MergingLayer):
     """Named LoRAs on one layer with a weight."""
 
     word = "LoRA"
@@ -51,17 +87,7 @@ class LoraLayer(NamedLoras, DeltaLayer):
         """Take every delta off, in place."""
         for name in list(self.delta_specs):
             self.drop_delta(name)
-        book = (
-            "delta_specs",
-            "active_deltas",
-            "unmerged",
-            "unmerged_sources",
-            "merged_samples",
-            "_running",
-            "_only",
-            "strategies",
-        )
-        forget(self, *book, *self.worked_out)
+        forget(self, *LORA_BOOK, *self.worked_out)
 
     def dropped(self, i: int, x: Any) -> Any:
         """The input of the i-th active delta, some of it dropped in training at that delta's own rate."""
@@ -115,32 +141,6 @@ class LoraLayer(NamedLoras, DeltaLayer):
         for part in self.active_parts():
             total = total + self.change(part, base.astype(np.float32))
         return total.astype(base.dtype)
-
-    def copy_weight(self) -> Any:
-        """A copy of the weight that shares nothing with it."""
-        return bridge.as_numpy(self.weight)
-
-    def sources(self) -> dict[str, Any]:
-        """Name -> parameter, of what the weight is made of."""
-        return {"weight": self.weight}
-
-    def copy_of(self, tensor: Any) -> Any:
-        """A copy of a tensor that shares nothing with it."""
-        return bridge.as_numpy(tensor)
-
-    def sample_of(self, tensor: Any) -> list[float]:
-        """Some 64 of a tensor's values."""
-        flat = bridge.as_numpy(tensor).reshape(-1)
-        found: list[float] = flat[:: max(1, len(flat) // 64)].astype("float32").tolist()
-        return found
-
-    def write(self, tensor: Any, value: Any) -> None:
-        """Overwrite a tensor's values, in place."""
-        tensor.set_data(ms.Tensor(value, tensor.dtype))
-
-    def write_weight(self, value: Any) -> None:
-        """Give the weight these values, in place."""
-        self.write(self.weight, value)
 
     def change(self, part: Part, base: Any) -> Any:
         """What one delta adds to the base weight, in the weight's layout, as NumPy."""

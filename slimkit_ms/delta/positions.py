@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from slimkit.core.delta import positions as rules
+from slimkit.core.delta.prefix import refuse_replaced
 from slimkit.core.errors import UnsupportedError
 from slimkit.core.source.generated import method_from
 from slimkit_ms import bridge
@@ -47,6 +48,7 @@ def shifted_classes(model: nn.Cell, paths: Sequence[str]) -> dict[str, type]:
         cell = bridge.get_module(model, path)
         if isinstance(cell, (DeltaLayer, _Shifted)):
             raise UnsupportedError(f"positions cannot be shifted in {path}: it carries a delta already.")
+        refuse_replaced([path] if "construct" in vars(cell) else [], "construct")
         construct = inspect.unwrap(type(cell).construct)
         parameters = list(inspect.signature(construct).parameters.values())
         source = rules.shifted_source(parameters, type(cell).__name__)

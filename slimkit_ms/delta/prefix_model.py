@@ -153,6 +153,7 @@ def _candidates(model: nn.Cell) -> tuple[dict[str, nn.Cell], dict[str, str]]:
         if not isinstance(cell, nn.MultiheadAttention) and softmax_method(type(cell), "mindspore") is None:
             continue
         try:
+            rules.refuse_replaced([path] if "construct" in vars(cell) else [], "construct")
             _extended(cell, _Watched)
         except UnsupportedError as error:
             unfit[path] = str(error)
@@ -234,6 +235,7 @@ def put_prefix(model: nn.Cell, targets: Any, *, name: str, dtype: Any, strict: b
     seen = rules.chosen(seen, targets, strict)
     cells = {path: bridge.get_module(model, path) for path in seen}
     rules.refuse_taken([p for p, c in cells.items() if isinstance(c, DeltaLayer)])
+    rules.refuse_replaced([p for p, c in cells.items() if "construct" in vars(c)], "construct")
     made = {path: _rows(seen[path], plan, dtype or ms.float32) for path in seen}
     classes = {path: _extended(cell, Prefixed) for path, cell in cells.items()}
     counting = shifted_classes(model, plan.counting(p for p, _ in model.cells_and_names()) or ())

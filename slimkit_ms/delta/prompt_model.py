@@ -9,7 +9,7 @@ import numpy as np
 
 from slimkit.core.delta import prompt as rules
 from slimkit.core.delta.named import OneAdapter
-from slimkit.core.delta.prefix import torch_name
+from slimkit.core.delta.prefix import refuse_replaced, torch_name
 from slimkit.core.source.generated import method_from
 from slimkit_ms import bridge, kinds
 from slimkit_ms.delta.layer import DeltaLayer
@@ -106,6 +106,8 @@ def put_prompt(
     tokens, ids = rules.checked(num_virtual_tokens, init, text_ids)
     embedding: Any = _embedding(model, targets)
     rules.refuse_taken(FRONT in embedding._cells or hasattr(model, "prompt_tokens"))
+    replaced = {"the token embedding": embedding, "": model}
+    refuse_replaced([path for path, cell in replaced.items() if "construct" in vars(cell)], "construct")
     inputs = list(inspect.signature(type(model).construct).parameters.values())
     source = rules.fronted_source(inputs, type(model).__name__)
     table = kinds.weight_of(embedding)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from slimkit.core.delta.layers import IGNORED, check_class_numbers, check_pairs, check_rdrop_alpha
+from slimkit.core.delta.layers import IGNORED, IMPOSSIBLE, check_class_numbers, check_pairs, check_rdrop_alpha
 from slimkit_ms import bridge
 
 import mindspore as ms
@@ -68,8 +68,11 @@ class RDropLoss(nn.Cell):
         hard = label_ids.ndim != logits.ndim or label_ids.shape[-1] != logits.shape[-1]
         labels = label_ids.reshape((-1,)) if hard else label_ids
         check_pairs(logits.shape[0], labels.shape[0])
-        log_p = ops.log_softmax(logits.astype(ms.float32), -1)  # (2 b, classes)
-        classes = log_p.shape[-1]
+        logits, classes = logits.astype(ms.float32), logits.shape[-1]
+        if hard:
+            # What does not count may be no number at all, and times zero that is none either.
+            logits = ops.where(ops.expand_dims(labels == IGNORED, -1), 0.0, logits)
+        log_p = ops.maximum(ops.log_softmax(logits, -1), IMPOSSIBLE)  # (2 b, classes)
         if hard:
             check_class_numbers(labels.is_floating_point(), labels.dtype)
             labels = labels.astype(ms.int32)

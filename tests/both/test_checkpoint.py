@@ -302,6 +302,7 @@ def _odd(kit):
             "rows": (torch.eye(3).to_sparse_csr(), "sparse_csr"),
             "quantised": (torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8), "quantised"),
             "meta": (torch.empty(3, device="meta"), "meta device"),
+            "fake": (torch._subclasses.FakeTensorMode().from_tensor(torch.ones(3)), "no values"),
             "complex": (torch.zeros(3, dtype=torch.complex128), "complex128"),
             "eights": (torch.zeros(3, dtype=torch.float8_e4m3fnuz), "float8_e4m3fnuz"),
             "nested": (torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]), "nested"),
@@ -326,7 +327,7 @@ def test_a_tensor_that_files_cannot_hold_is_one_clear_error(kit, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ["", "\ud800", "a\udfff"])
+@pytest.mark.parametrize("name", ["", "\ud800", "a\udfff", "__metadata__"])
 def test_a_name_that_no_file_can_hold_is_refused(kit, tmp_path, name):
     with pytest.raises(ArgumentError, match="name in save_obj"):
         kit.slim.save_checkpoint({name: kit.tensor(np.ones(2, np.float32))}, tmp_path / "x.safetensors")

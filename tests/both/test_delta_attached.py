@@ -8,7 +8,14 @@ import pytest
 from slimkit.core.errors import UnsupportedError
 
 LORA = [("lora", {"rank": 2}), ("lora", {"rank": 2, "dora": True}), ("lora", {"rank": 2, "init": "pissa"})]
-KINDS = [*LORA, ("adapter", {"bottleneck_size": 3}), ("low_rank_adapter", {"reduction_factor": 2})]
+KINDS = [
+    *LORA,
+    ("ia3", {"feedforward": ["body"]}),
+    ("ia3", {"feedforward": None}),
+    ("adapter", {"bottleneck_size": 3}),
+    ("low_rank_adapter", {"reduction_factor": 2}),
+]
+MERGED = ("lora", "ia3")
 IDS = [kind + "-" + next(reversed(options)) for kind, options in KINDS]
 
 
@@ -79,7 +86,7 @@ def test_a_parameter_that_was_replaced_is_the_layers_own(kit, net, x, kind, opti
         kit.assign(kit.params(plain)["body.weight"], value)
         np.testing.assert_array_equal(out(kit, net, x), out(kit, plain, x))
         return
-    if kind != "lora":
+    if kind not in MERGED:
         return
     kit.slim.merge_delta(net, unload=leave == "merge")
     np.testing.assert_allclose(out(kit, net, x), y, rtol=1e-5, atol=2e-5)  # float32, 8 terms of size 1
@@ -100,12 +107,12 @@ def test_hooks_stay_on(kit, net, x, kind, options):
     stir(kit, net)
     y1 = out(kit, net, x)
     assert np.abs(y1 - y).max() > 1e-2
-    if kind == "lora":
+    if kind in MERGED:
         kit.slim.merge_delta(net)
         np.testing.assert_allclose(out(kit, net, x), y1, rtol=1e-4, atol=1e-4)  # float32, inputs twice as large
     kit.slim.remove_delta(net)
     np.testing.assert_array_equal(out(kit, net, x), y)
-    assert len(seen) == (5 if kind == "lora" else 4)
+    assert len(seen) == (5 if kind in MERGED else 4)
 
 
 def test_a_copy_is_a_layer_of_its_own(kit, net, x):

@@ -1,6 +1,7 @@
 """Prefixes and prompts on attention models that nobody edits, in both frameworks."""
 
 import copy
+import functools
 
 import numpy as np
 import pytest
@@ -196,5 +197,31 @@ def test_the_base_runs_alone_while_it_is_off(kit, net, batch, kind, options, pos
     np.testing.assert_allclose(kit.array(net(*batch)), y0, atol=1e-6)
     kit.slim.set_delta(net, "default")
     np.testing.assert_array_equal(kit.array(net(*batch)), y1)
+    kit.slim.remove_delta(net)
+    np.testing.assert_array_equal(kit.array(net(*batch)), y0)
+
+
+@pytest.mark.parametrize("where", ["attention", "embedding", "model"])
+@pytest.mark.parametrize(("kind", "options"), FRONTS[::2], ids=IDS[::2])
+def test_a_method_replaced_on_an_object_never_takes_a_delta_away_in_silence(kit, net, batch, kind, options, where):
+    put(kit, net, kind, options, batch)
+    y1 = kit.array(net(*batch))
+    values = {n: kit.array(p) for n, p in kit.params(net).items() if "mindpet" in n}
+    kit.slim.remove_delta(net)
+    y0 = kit.array(net(*batch))
+    method = "forward" if kit.name == "torch" else "construct"
+    modules = {"attention": list(net.layers), "embedding": [net.words], "model": [net]}[where]
+    for module in modules:
+        setattr(module, method, functools.partial(getattr(module, method)))
+    goes_on = {"prefix": where != "attention", "prompt": kit.name == "torch" or where == "attention"}  # torch: hooks
+    if not goes_on[kind]:
+        with pytest.raises(UnsupportedError, match="was replaced on the object"):
+            put(kit, net, kind, options, batch)
+        np.testing.assert_array_equal(kit.array(net(*batch)), y0)
+        return
+    put(kit, net, kind, options, batch)
+    for name, value in values.items():
+        kit.assign(kit.params(net)[name], value)
+    np.testing.assert_allclose(kit.array(net(*batch)), y1, atol=1e-6)
     kit.slim.remove_delta(net)
     np.testing.assert_array_equal(kit.array(net(*batch)), y0)

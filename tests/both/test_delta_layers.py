@@ -361,6 +361,36 @@ def test_rdrop_counts_no_row_that_is_labelled_so(kit, rng, ignored):
     assert got == pytest.approx(want, rel=1e-6)  # float32: the same terms, and zeros
 
 
+def test_rdrop_rows_that_do_not_count_may_be_no_numbers(kit, rng):
+    logits = rng.standard_normal((4, 3)).astype(np.float32)
+    labels = np.array([0, 0, -100, -100], np.int32)
+    logits[2], logits[3] = np.inf, np.nan
+    loss, grads = rdrop_gradients(kit, logits, labels)
+    want, some = rdrop_gradients(kit, logits[:2], labels[:2])
+    assert loss == pytest.approx(want, rel=1e-6)
+    np.testing.assert_allclose(grads, np.concatenate((some, np.zeros((2, 3)))), rtol=1e-5)
+
+
+def test_rdrop_of_a_class_that_is_masked_away_is_that_of_the_others(kit, rng):
+    logits = rng.standard_normal((4, 3)).astype(np.float32)
+    labels = np.array([0, 0, 1, 1], np.int32)
+    logits[:, 2] = -np.inf
+    loss, grads = rdrop_gradients(kit, logits, labels)
+    want, some = rdrop_gradients(kit, logits[:, :2], labels)
+    assert loss == pytest.approx(want, rel=1e-6)
+    np.testing.assert_allclose(grads, np.concatenate((some, np.zeros((4, 1))), 1), rtol=1e-5, atol=1e-7)
+
+
+def rdrop_gradients(kit, logits, labels):
+    x, y = kit.tensor(logits), kit.tensor(labels)
+    if kit.name == "torch":
+        loss = kit.slim.RDropLoss()(x.requires_grad_(), y)
+        loss.backward()
+        return float(loss), kit.array(x.grad)
+    loss, grads = kit.ms.value_and_grad(lambda z: kit.slim.RDropLoss()(z, y, 4))(x)
+    return float(loss), kit.array(grads)
+
+
 def test_rdrop_labels_mean_classes_by_their_shape(kit, rng):
     logits = kit.tensor(rng.standard_normal((4, 4)).astype(np.float32))  # as many rows as classes
     loss = kit.slim.RDropLoss()

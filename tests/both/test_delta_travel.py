@@ -307,3 +307,24 @@ def test_a_file_without_a_layer_is_refused(kit, tmp_path):
     file = tmp_path / "a" / "adapter_model.safetensors"
     save_file({k: v for k, v in tensors.read(file, "file").items() if "value" not in k}, file, {"format": "pt"})
     refuse(kit, tmp_path / "a", build(kit), FileFormatError, r"missing: body\.value")
+
+
+def test_a_file_without_a_bias_or_token_rows_that_it_speaks_of_is_refused(kit, tmp_path):
+    from safetensors.numpy import save_file
+
+    from slimkit.core import files
+    from slimkit.core.delta import tensors
+
+    net = build(kit)
+    every = ["*bias"] if kit.name == "torch" else ["*bias", "*beta"]
+    kit.slim.apply_delta(net, "lora", ["*query"], rank=2, also_train=every)
+    kit.slim.save_delta(net, tmp_path, format="peft")
+    config = files.read_json(tmp_path / "adapter_config.json", "x")
+    assert config["bias"] == "all"
+    for said in ({"words": [1]}, [1]):
+        files.write_json(tmp_path / "adapter_config.json", {**config, "trainable_token_indices": said})
+        refuse(kit, tmp_path, build(kit), FileFormatError, "rows of.*trainable_token_indices")
+    files.write_json(tmp_path / "adapter_config.json", config)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({k: v for k, v in tensors.read(file, "file").items() if "head.bias" not in k}, file, {"format": "pt"})
+    refuse(kit, tmp_path, build(kit), FileFormatError, r"holds no values for head\.bias, which its bias='all'")

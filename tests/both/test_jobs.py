@@ -159,6 +159,7 @@ KINDS = {
     "lora": ({"rank": 2}, ("--rank", 2)),
     "adapter": ({"settings": {"bottleneck_size": 4}}, ("--set", "bottleneck_size=4")),
     "low_rank_adapter": ({}, ()),
+    "ia3": ({}, ()),
     "prefix": ({"settings": {"prefix_token_num": 2}}, ("--set", "prefix_token_num=2")),
     "prompt": ({"settings": {"num_virtual_tokens": 2}}, ("--set", "num_virtual_tokens=2")),
 }

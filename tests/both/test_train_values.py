@@ -263,3 +263,88 @@ def test_training_while_deltas_are_merged_says_so(kit, caplog):
     kit.slim.merge_delta(again.model)
     again.evaluate(Pairs(8))  # no training
     assert "merged" not in caplog.text
+
+
+def in_training(kit, model, on=True):
+    """A step of a loop of one's own: training mode, and a run of which gradients are taken."""
+    kit.train_mode(model, on)
+    x = kit.tensor(np.ones((2, 5), np.float32))
+    if kit.name == "torch":
+        model(x).sum()
+    else:
+        kit.ms.grad(lambda x: model(x).sum())(x)
+
+
+def test_a_loop_of_ones_own_is_told_as_well(kit, caplog):
+    model = made(kit).model
+    kit.train_mode(model, False)
+    kit.slim.apply_delta(model, "lora", rank=2)
+    kit.slim.merge_delta(model)
+    in_training(kit, model, on=False)
+    assert "merged" not in caplog.text
+    for _ in range(2):
+        in_training(kit, model)
+    assert caplog.text.count("merged and do not train") == 1
+    caplog.clear()
+    kit.slim.unmerge_delta(model)
+    in_training(kit, model)
+    assert "merged" not in caplog.text
+
+
+@pytest.mark.parametrize("value", ["0.5", None, 1 + 2j, np.zeros(2)], ids=repr)
+def test_a_metric_that_is_no_number_is_named(kit, value):
+    trainer = made(kit, metrics={"accuracy": lambda outputs, targets: value})
+    with pytest.raises(ArgumentTypeError, match=r"metrics\['accuracy'\] must be one number"):
+        trainer.evaluate(Pairs(8))
+
+
+@pytest.mark.parametrize("value", [True, 3, np.float32(2), np.full((1, 1), 2.0)], ids=repr)
+def test_a_metric_may_be_any_one_number(kit, value):
+    found = made(kit, metrics={"m": lambda outputs, targets: value}).evaluate(Pairs(8))["m"]
+    assert found == float(np.asarray(value).reshape(()))
+    tensor = kit.tensor(np.asarray(value, np.float32))
+    assert made(kit, metrics={"m": lambda outputs, targets: tensor}).evaluate(Pairs(8))["m"] == found
+
+
+def test_a_loss_has_one_element(kit):
+    def loss(shape):
+        def compute(model, batch):
+            error = (model(batch[0]) - batch[1]) ** 2
+            return error.reshape(-1) if shape is None else error.mean().reshape(shape)
+
+        return compute
+
+    plain = steps(made(kit, compute_loss=loss(())).train(Pairs(8), 1))
+    assert steps(made(kit, compute_loss=loss((1, 1))).train(Pairs(8), 1)) == plain
+    trainer = made(kit, compute_loss=loss(None))
+    before = kit.values(trainer.model)
+    with pytest.raises(ArgumentTypeError, match=r"the loss must be one number.*of shape \(16,\)"):
+        trainer.train(Pairs(8), 1)
+    assert all((kit.values(trainer.model)[n] == v).all() for n, v in before.items())
+
+
+@pytest.mark.parametrize("scheduled", [False, True])
+def test_each_group_of_parameters_keeps_its_rate(kit, scheduled):
+    def grouped(parameters):
+        first, *rest = parameters
+        groups = [{"params": [first], "lr": 0.2}, {"params": rest}]
+        return kit.torch.optim.SGD(groups, 0.1) if kit.name == "torch" else kit.ms.nn.SGD(groups, 0.1)
+
+    def halved(optimizer):
+        if kit.name == "torch":
+            return kit.torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5)
+        return lambda step: 0.5
+
+    trainer = made(kit, optimizer=grouped)
+    before = [kit.array(p) for p in kit.params(trainer.model).values()]
+    seen = trainer.train(Pairs(8), 1, create_scheduler_fn=halved if scheduled else None)
+    assert seen.get_latest_metric("learning_rate") == pytest.approx(0.1 if scheduled else 0.2)
+    moved = [kit.array(p) - b for p, b in zip(kit.params(trainer.model).values(), before)]
+    # One rate for all, against which each group is compared.
+    plain = made(kit)
+    plain.train(Pairs(8), 1)
+    same = [kit.array(p) - b for p, b in zip(kit.params(plain.model).values(), before)]
+    factor = 0.5 if scheduled else 1.0
+    np.testing.assert_allclose(moved[0], same[0] * 2 * factor, rtol=1e-4, atol=1e-7)
+    for ours, theirs in zip(moved[1:], same[1:]):
+        np.testing.assert_allclose(ours, theirs * factor, rtol=1e-4, atol=1e-7)

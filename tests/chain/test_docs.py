@@ -90,3 +90,10 @@ def test_every_page_is_in_the_navigation():
     for page in (ROOT / "docs").glob("**/*.md"):
         assert str(page.relative_to(ROOT / "docs")) in config, f"{page.name} is in no menu"
     assert yaml.safe_load(config.replace("!!python/name:", ""))["strict"] is True
+
+
+def test_the_recipe_that_run_md_shows_is_the_one_that_it_names():
+    page, shipped = (
+        (ROOT / place).read_text(encoding="utf-8") for place in ("docs/run.md", "tools/recipes/digits.yaml")
+    )
+    assert f"```yaml\n{shipped.strip()}\n```" in page

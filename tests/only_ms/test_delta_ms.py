@@ -137,6 +137,35 @@ def test_a_compiled_graph_notices_merging_switching_and_removal():
     np.testing.assert_array_equal(net(X).asnumpy(), y0)
 
 
+def test_graphs_around_the_model_notice_too():
+    """A cell that holds the model, and a function under ms.jit that calls it, were compiled before the delta came."""
+    net, other = build(), build()
+    holder = Loss(net)
+
+    @ms.jit
+    def function(x):
+        return net(x)
+
+    @ms.jit
+    def of_another(x):
+        return other(x)
+
+    ms.set_context(mode=ms.GRAPH_MODE)
+    before = float(holder(X)), function(X).asnumpy()
+    kept = of_another(X).asnumpy()
+    slimkit_ms.apply_delta(net, "lora", rank=2)
+    stir(net)
+    for _ in range(2):
+        y = net(X).asnumpy()
+        np.testing.assert_allclose(float(holder(X)), (y**2).mean(), rtol=1e-5)
+        np.testing.assert_allclose(function(X).asnumpy(), y, rtol=1e-5, atol=1e-6)
+        slimkit_ms.set_delta(net, {"default": 2.0})
+    slimkit_ms.remove_delta(net)
+    assert float(holder(X)) == before[0]
+    np.testing.assert_array_equal(function(X).asnumpy(), before[1])
+    np.testing.assert_array_equal(of_another(X).asnumpy(), kept)
+
+
 @pytest.mark.parametrize("mode", [ms.PYNATIVE_MODE, ms.GRAPH_MODE])
 def test_an_optimizer_trains_the_delta_alone(mode):
     ms.set_context(mode=mode)

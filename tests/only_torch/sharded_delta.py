@@ -32,6 +32,8 @@ def put_on(model, kind="lora"):
     torch.manual_seed(3)
     if kind in ("lora", "dora"):
         slimkit.apply_delta(model, "lora", ["0.0", "1.0"], rank=2, alpha=4, dora=kind == "dora", also_train=["2.*"])
+    elif kind == "ia3":
+        slimkit.apply_delta(model, "ia3", ["0.0", "1.0"], feedforward=["1.0"], also_train=["2.*"])
     else:
         slimkit.apply_delta(model, "adapter", ["0.0", "1.0"], bottleneck_size=3, also_train=["2.*"])
 
@@ -63,7 +65,7 @@ def close(a, b, what):
 def main():
     dist.init_process_group("gloo")
     rank = dist.get_rank()
-    for kind in ("lora", "dora", "adapter"):
+    for kind in ("lora", "dora", "ia3", "adapter"):
         alone = net()
         put_on(alone, kind)
         train(alone, 1)

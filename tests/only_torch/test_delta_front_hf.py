@@ -41,6 +41,14 @@ def bart():
     return transformers.BartForConditionalGeneration(config)
 
 
+def pegasus():
+    config = transformers.PegasusConfig(
+        vocab_size=64, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=64, **ENDS,
+    )  # fmt: skip
+    return transformers.PegasusForConditionalGeneration(config)  # takes its decoder's tokens and makes none of them
+
+
 def llama():
     config = transformers.LlamaConfig(
         hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
@@ -65,7 +73,7 @@ def opt():
     return transformers.OPTForCausalLM(config)
 
 
-MODELS = {"t5": t5, "t5 of three": lambda: t5(3), "t5 uneven": lambda: t5(1, 2), "bart": bart}
+MODELS = {"t5": t5, "t5 of three": lambda: t5(3), "t5 uneven": lambda: t5(1, 2), "bart": bart, "pegasus": pegasus}
 DECODERS = {"llama": llama, "gpt2": gpt2, "opt": opt}
 KINDS = [("prefix", {"prefix_token_num": 3}), ("prompt", {"num_virtual_tokens": 3})]
 
@@ -117,7 +125,7 @@ PEFTS = ["PrefixTuningConfig", "PromptTuningConfig", "PromptEncoderConfig"]
 
 
 @pytest.mark.parametrize("config", PEFTS)
-@pytest.mark.parametrize("name", ["t5", "t5 of three", "bart"])
+@pytest.mark.parametrize("name", ["t5", "t5 of three", "bart", "pegasus"])
 def test_peft_files_of_encoder_decoder_models(name, config, tmp_path):
     peft = pytest.importorskip("peft")
     made = getattr(peft, config)(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=3)

@@ -168,7 +168,6 @@ IMPOSSIBLE = {
 }  # fmt: skip
 # What slimkit refuses, and the word that the error names.
 REFUSED = {
-    **{(model, "ia3"): "IA3" for model in MODELS if model != "multihead"},
     ("mixtral", "all-linear"): "TopKRouter",
     ("multihead", "all-linear"): "never calls it",
     ("multihead", "lora_bias"): "lora_bias",
@@ -261,7 +260,7 @@ def test_further_kinds_of_peft_files(model, option, tmp_path):
 NAMED = [
     ("LORA", {"layer_replication": [[0, 2]]}, "layer_replication"), ("LORA", {"use_qalora": True}, "use_qalora"),
     ("LORA", {"init_lora_weights": "corda"}, "corda"), ("LORA", {"init_lora_weights": "loftq"}, "loftq"),
-    ("LORA", {"alora_invocation_tokens": [1]}, "alora_invocation_tokens"), ("IA3", {}, "IA3"), ("LOHA", {}, "LOHA"),
+    ("LORA", {"alora_invocation_tokens": [1]}, "alora_invocation_tokens"), ("LOHA", {}, "LOHA"),
 ]  # fmt: skip
 
 

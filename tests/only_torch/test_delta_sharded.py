@@ -13,6 +13,7 @@ import slimkit
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 ROOT = Path(__file__).parents[2]
 
@@ -44,6 +45,7 @@ WRAPPED = {
     "both": lambda m: torch.compile(region(m), backend="eager"),
     "in place": lambda m: (m.compile(backend="eager"), m)[1],
     "parallel": nn.DataParallel,
+    "averaged": AveragedModel,
     "parallel and compiled": lambda m: torch.compile(nn.DataParallel(m), backend="eager"),
 }
 X = torch.randn(4, 6, generator=torch.Generator().manual_seed(1))

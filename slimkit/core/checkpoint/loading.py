@@ -96,6 +96,10 @@ def chosen_names(
     return kept, [n for n in names if n not in set(kept)]
 
 
+# What DistributedDataParallel and torch.compile put before every name.
+WRAPPERS = ("module.", "_orig_mod.")
+
+
 def match_names(targets: Sequence[str], sources: Sequence[str], *, suffixes: bool) -> dict[str, str]:
     """Match a network's names with a checkpoint's: equal ones first, then those where one ends with the other.
 
@@ -110,9 +114,15 @@ def match_names(targets: Sequence[str], sources: Sequence[str], *, suffixes: boo
     Example:
         >>> match_names(["net.fc.weight", "bias"], ["fc.weight", "bias"], suffixes=True)
         {'bias': 'bias', 'net.fc.weight': 'fc.weight'}
+        >>> match_names(["fc.weight"], ["module.fc.weight"], suffixes=False)
+        {'fc.weight': 'module.fc.weight'}
     """
     have = set(sources)
     found = {t: t for t in targets if t in have}
+    for prefix in WRAPPERS if not found and sources else ():
+        if all(source.startswith(prefix) for source in sources):
+            bare = match_names(targets, [source.removeprefix(prefix) for source in sources], suffixes=suffixes)
+            return {target: prefix + source for target, source in bare.items()}
     if not suffixes:
         return found
     open_sources = [s for s in sources if s not in found]

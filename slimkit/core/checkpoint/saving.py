@@ -58,7 +58,8 @@ class Items:
     def _new(self, name: Any) -> None:
         if name in self.entries or name in self.values:
             raise ArgumentError(f"save_obj names {name!r} twice.")
-        check.text(name, "a name in save_obj")
+        if check.text(name, "a name in save_obj") == "__metadata__":  # the one name that safetensors keeps for itself
+            check.wrong_value("a name in save_obj", "another name than '__metadata__'", name)
 
     def chosen(self, choice_func: Choice | None) -> Items:
         """Those that the function wants, by name."""

@@ -74,6 +74,11 @@ class TorchFile(Weights):
         try:
             found = torch.load(self.path, map_location="cpu", weights_only=True, mmap=zipped)
         except _LOAD_ERRORS as error:
+            if "Unsupported global" in str(error) or "GLOBAL " in str(error):
+                raise FileFormatError(
+                    f"{self.path} holds more than tensors, as torch.save(model) writes it, and reading that would run "
+                    "code; save the weights alone: torch.save(model.state_dict(), ...)"
+                ) from None
             raise self._damaged(str(error).partition("\n")[0][:300]) from None
         if not isinstance(found, Mapping):
             raise self._damaged(f"it holds a {type(found).__name__}, not a dict of tensors")
@@ -161,8 +166,8 @@ def storable(tensor: Any, name: str, torch: Any) -> Any:
         why = f"is {kind} and has no plain layout: save to_dense() of it, or the tensors that it consists of"
     elif tensor.is_quantized:
         why = f"is quantised ({_name(tensor)}): save its int_repr() with its scale and zero point, or dequantize()"
-    elif tensor.is_meta:
-        why = "has no values: it is on the meta device; load weights into the model first"
+    elif tensor.is_meta or isinstance(tensor, torch._subclasses.FakeTensor):
+        why = "has no values: it is fake or on the meta device; load weights into the model first"
     elif _name(tensor) not in _DTYPES:
         why = f"has elements of type {_name(tensor)}; files hold {', '.join(_DTYPES)}"
     else:

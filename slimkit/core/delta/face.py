@@ -22,6 +22,8 @@ class DeltaFace:
     delta_specs: dict[str, Any]
     # name -> weight, of those that act
     active_deltas: dict[str, float]
+    # of a prefix: how many heads its keys and values have
+    prefix_heads: int
 
     @property
     def built_as_delta(self) -> bool:
@@ -32,6 +34,14 @@ class DeltaFace:
     def delta_is_merged(self) -> bool:
         """Whether its deltas are in the weight now."""
         return False
+
+    def add(self, name: str, spec: Any, dtype: Any = None, *, fresh: bool = True) -> None:
+        """Add one more named delta that changes nothing yet, in place, and let it act; LoRA layers take several."""
+        raise UnsupportedError(f"a layer takes one {self.delta_kind!r}")
+
+    def sources(self) -> dict[str, Any]:
+        """Name -> parameter, of what merging writes to: the weight, or what it is computed from."""
+        return {}
 
     @abstractmethod
     def delta_options(self, name: str) -> dict[str, Any]:
@@ -55,11 +65,15 @@ class DeltaFace:
 
     def refuse_merging_deltas(self) -> None:
         """Raise UnsupportedError where the deltas cannot be added to the weight."""
-        raise UnsupportedError(f"only lora can be merged; this layer carries {self.delta_kind!r}")
+        raise UnsupportedError(f"only lora and ia3 can be merged; this layer carries {self.delta_kind!r}")
 
     def merge_deltas(self) -> None:
         """Add the active deltas to the weight, in place."""
         self.refuse_merging_deltas()
+
+    def refuse_unmerging_deltas(self) -> None:
+        """Raise ArgumentError where an old weight would be put back over one that came after merging."""
+        return
 
     def unmerge_deltas(self) -> None:
         """Put back the weight as it was before `merge`, bit for bit, in place."""

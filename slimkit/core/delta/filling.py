@@ -174,6 +174,8 @@ def apply_record(access: DeltaStorage, model: Any, delta: Mapping[str, Any], fre
         specs = {p: spec_from_dict(r) for p, r in records.items()}
         return inject.apply_layers(access, model, kind, None, name=str(delta["name"]), freeze=freeze, specs=specs)
     options = dict(next(iter(records.values())))
+    if kind == "ia3":
+        options["feedforward"] = [path for path, record in records.items() if record.get("feedforward")] or None
     if options.pop("heads", None) is not None:
         options["sizes"] = {path: record["heads"] for path, record in records.items()}
     return access.apply_kind(model, kind, list(records), name=delta["name"], freeze=freeze, **options)

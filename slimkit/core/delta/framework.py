@@ -4,16 +4,25 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
+from slimkit.core.delta.face import DeltaFace
 from slimkit.core.delta.peft import task_type
 from slimkit.core.delta.positions import recognised
 from slimkit.core.delta.spec import DeltaReport, Site
 from slimkit.core.freeze import Parameters
 
 Array = np.ndarray[Any, Any]
+
+
+class DeltaTensor(Protocol):
+    """What the shared steps ask of a tensor of either framework itself: a parameter, or a statistic beside it."""
+
+    # Whether it trains; a statistic never does.
+    requires_grad: bool
+    shape: Any
 
 
 class DeltaFramework(ABC):
@@ -24,7 +33,7 @@ class DeltaFramework(ABC):
         """Every module path with what it is."""
 
     @abstractmethod
-    def layers(self, model: Any) -> dict[str, Any]:
+    def layers(self, model: Any) -> dict[str, DeltaFace]:
         """Path -> layer, of the layers that hold a delta; a shared layer under each of its paths."""
 
     @abstractmethod
@@ -36,7 +45,7 @@ class DeltaFramework(ABC):
         """Every module of the base with a path, each once; those inside a delta are left out."""
 
     @abstractmethod
-    def own_parameters(self, module: Any) -> dict[str, Any]:
+    def own_parameters(self, module: Any) -> dict[str, DeltaTensor]:
         """Attribute -> parameter of the base that a module holds itself."""
 
     def changed(self, model: Any) -> None:
@@ -167,7 +176,7 @@ class DeltaStorage(DeltaFramework):
         """Whether an optimizer may touch a tensor of the base: a parameter that is no running statistic."""
 
     @abstractmethod
-    def neutral(self, model: Any) -> dict[str, Any]:
+    def neutral(self, model: Any) -> dict[str, DeltaTensor]:
         """Base parameter and statistic -> tensor, by torch's names ("norm.weight", not "norm.gamma").
 
         A tensor that several places hold comes under the name of each.

@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 from slimkit.core import check
-from slimkit.core.delta import owned
+from slimkit.core.delta import ia3, owned
 from slimkit.core.delta import spec as rules
 from slimkit.core.delta.framework import DeltaFramework
 from slimkit.core.delta.spec import DeltaReport, LoraSpec
@@ -24,7 +24,6 @@ from slimkit.core.freeze import matched, report_of
 from slimkit.core.log import logger
 
 FLAGS = "slimkit_flags_before_delta"
-LAYER_KINDS = ("lora", "adapter", "low_rank_adapter")
 
 
 def apply_kind(
@@ -92,6 +91,7 @@ def apply_layers(
     check.boolean(freeze, "freeze")
     flags, trained = _planned_flags(access, model, freeze, also_train)
     notes: list[str] = []
+    layer_options: Mapping[str, Mapping[str, Any]] = {}
     fresh = specs is None  # values that come from a file need no start of their own
     if kind == "lora":
         if specs is None:
@@ -107,7 +107,8 @@ def apply_layers(
                 )
         described: dict[str, dict[str, Any]] = {p: {"type": sites[p].kind, **specs[p].to_dict()} for p in paths}
     else:
-        described = {p: {"type": sites[p].kind, **options} for p in paths}
+        layer_options = ia3.by_layer(paths, **options) if kind == "ia3" else dict.fromkeys(paths, options)
+        described = {p: {"type": sites[p].kind, **layer_options[p]} for p in paths}
     before = set(map(id, standing.values()))
     put: dict[int, Any] = {}  # a layer held under two paths carries one delta
     try:
@@ -115,7 +116,7 @@ def apply_layers(
             layer = access.module(model, path)
             if id(layer) not in put:
                 if id(layer) not in before:
-                    access.attach(kind, layer, name, dtype, options)
+                    access.attach(kind, layer, name, dtype, layer_options.get(path, {}))
                 put[id(layer)] = layer
                 if kind == "lora":
                     layer.add(name, (specs or {})[path], dtype, fresh=fresh)
@@ -233,7 +234,8 @@ def merge(access: DeltaFramework, model: Any, *, unload: bool = False) -> DeltaR
             )
     if unload:
         _refuse_built(layers)
-    described = {p: {n: s.to_dict() for n, s in layer.delta_specs.items()} for p, layer in layers.items()}
+    kinds = ", ".join(dict.fromkeys(layer.delta_kind for layer in layers.values()))
+    described = {p: {n: layer.delta_options(n) for n in layer.delta_specs} for p, layer in layers.items()}
     here: list[Any] = []
     try:
         for layer in {id(x): x for x in layers.values()}.values():
@@ -250,7 +252,7 @@ def merge(access: DeltaFramework, model: Any, *, unload: bool = False) -> DeltaR
         owned.keep_live(access, model)
         _detach(access, model, layers)
     access.changed(model)
-    return DeltaReport("lora", "merged", described)
+    return DeltaReport(kinds, "merged", described)
 
 
 def unmerge(access: DeltaFramework, model: Any) -> DeltaReport:
@@ -263,7 +265,8 @@ def unmerge(access: DeltaFramework, model: Any) -> DeltaReport:
     for layer in {id(x): x for x in layers.values()}.values():
         layer.unmerge_deltas()
     access.changed(model)
-    return DeltaReport("lora", "unmerged", {p: {"deltas": list(x.delta_specs)} for p, x in layers.items()})
+    kinds = ", ".join(dict.fromkeys(x.delta_kind for x in layers.values()))
+    return DeltaReport(kinds, "unmerged", {p: {"deltas": list(x.delta_specs)} for p, x in layers.items()})
 
 
 def _refuse_unmerging(layers: Mapping[str, Any]) -> None:

@@ -18,6 +18,8 @@ ACTIVATIONS = (
 
 # The label of a row that does not count, as in every framework's cross entropy.
 IGNORED = -100
+# The logarithm of a probability that is zero in float32; two of -inf, as a masked class has them, have no difference.
+IMPOSSIBLE = -104.0
 
 INITIALIZERS = (
     "zeros", "zero", "ones", "one", "normal", "uniform", "xavier_uniform", "xavier_normal", "he_uniform", "he_normal",

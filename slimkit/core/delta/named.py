@@ -31,35 +31,28 @@ class Part(NamedTuple):
     dropout: float
 
 
-class NamedLoras(DeltaFace):
-    """Named LoRAs on one layer; the wings add the tensors."""
+class MergingFace(DeltaFace):
+    """A layer whose deltas can be merged into its weight; the wings add the tensors.
 
-    delta_kind = "lora"
-    weight: Any
-    delta_specs: dict[str, LoraSpec]
+    While they are, it keeps the weight as it was and the tensors that it is made of.
+    """
 
-    def start(self) -> None:
-        """Begin without any delta."""
-        self.delta_specs = {}
-        self.active_deltas = {}
-        # while merged: the weight as it was, and the tensors it is made of
-        self.unmerged: Any = None
-        self.unmerged_sources: dict[str, Any] = {}
-        self.merged_samples: dict[str, list[float]] = {}
-        self.refresh()
+    unmerged: Any
+    unmerged_sources: dict[str, Any]
+    merged_samples: dict[str, list[float]]
+
+    def start_merging(self) -> None:
+        """Begin without anything merged."""
+        self.unmerged, self.unmerged_sources, self.merged_samples = None, {}, {}
+
+    @abstractmethod
+    def refresh(self) -> None:
+        """Work out once what a run would otherwise ask on every call; it differs while merged."""
 
     @property
     def delta_is_merged(self) -> bool:
         """Whether its deltas are in the weight now."""
         return self.unmerged is not None
-
-    @abstractmethod
-    def shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Shapes of a and b."""
-
-    @abstractmethod
-    def product(self, a: Any, b: Any) -> Any:
-        """b @ a in the layout of the weight."""
 
     @abstractmethod
     def merged_weight(self) -> Any:
@@ -93,38 +86,8 @@ class NamedLoras(DeltaFace):
             UnsupportedError: it is computed from tensors that cannot be made to give them.
         """
 
-    def take(self, name: str, spec: LoraSpec) -> None:
-        """Note a delta whose tensors are in place, and make it active."""
-        self.delta_specs[name] = spec
-        self.active_deltas[name] = 1.0
-        self.refresh()
-
-    def drop_delta(self, name: str) -> None:
-        """Take a delta away, in place."""
-        for part in self.delta_tensors(name):
-            delattr(self, part)
-        del self.delta_specs[name]
-        self.active_deltas.pop(name, None)
-        self.refresh()
-
-    def delta_tensors(self, name: str, spelled: str | None = None) -> dict[str, Any]:
-        """Attribute -> tensor of everything one delta consists of, the attributes as for a delta named `spelled`."""
-        parts = part_names(self.delta_specs[name])
-        return {key("lora", p, spelled or name): getattr(self, key("lora", p, name)) for p in parts}
-
-    def delta_options(self, name: str) -> dict[str, Any]:
-        """One delta's options as plain values."""
-        return self.delta_specs[name].to_dict()
-
-    def set_active_deltas(self, weights: dict[str, float]) -> None:
-        """Make these deltas active, each times its weight, and no other, in place."""
-        self.active_deltas = {n: w for n, w in weights.items() if n in self.delta_specs}
-        self.refresh()
-
     def refuse_merging_deltas(self) -> None:
-        """Refuse a LoRA whose b has a bias, which no weight can hold; see `write_weight` for what else may stop it."""
-        if any(spec.bias for spec in self.delta_specs.values()):
-            raise UnsupportedError("a LoRA with a bias of its own cannot be added to the weight")
+        """Nothing stands in the way; see `write_weight` for what may stop it."""
 
     def merge_deltas(self) -> None:
         """Add the active deltas to the weight, in place; a copy of the weight is kept for `unmerge_deltas`."""
@@ -170,6 +133,70 @@ class NamedLoras(DeltaFace):
         here = self.sources()
         for name, value in values.items():
             self.write(here[name], value)
+
+
+# What a layer of each sort keeps in its books, taken off with its last delta.
+MERGING_BOOK = ("unmerged", "unmerged_sources", "merged_samples")
+LORA_BOOK = ("delta_specs", "active_deltas", *MERGING_BOOK, "_running", "_only", "strategies")
+
+
+class NamedLoras(MergingFace):
+    """Named LoRAs on one layer; the wings add the tensors."""
+
+    delta_kind = "lora"
+    weight: Any
+    delta_specs: dict[str, LoraSpec]
+    # Those that act, and where a single plain one does, that one.
+    _running: tuple[Part, ...]
+    _only: Part | None
+
+    def start(self) -> None:
+        """Begin without any delta."""
+        self.delta_specs = {}
+        self.active_deltas = {}
+        self.start_merging()
+        self.refresh()
+
+    @abstractmethod
+    def shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of a and b."""
+
+    @abstractmethod
+    def product(self, a: Any, b: Any) -> Any:
+        """b @ a in the layout of the weight."""
+
+    def take(self, name: str, spec: LoraSpec) -> None:
+        """Note a delta whose tensors are in place, and make it active."""
+        self.delta_specs[name] = spec
+        self.active_deltas[name] = 1.0
+        self.refresh()
+
+    def drop_delta(self, name: str) -> None:
+        """Take a delta away, in place."""
+        for part in self.delta_tensors(name):
+            delattr(self, part)
+        del self.delta_specs[name]
+        self.active_deltas.pop(name, None)
+        self.refresh()
+
+    def delta_tensors(self, name: str, spelled: str | None = None) -> dict[str, Any]:
+        """Attribute -> tensor of everything one delta consists of, the attributes as for a delta named `spelled`."""
+        parts = part_names(self.delta_specs[name])
+        return {key("lora", p, spelled or name): getattr(self, key("lora", p, name)) for p in parts}
+
+    def delta_options(self, name: str) -> dict[str, Any]:
+        """One delta's options as plain values."""
+        return self.delta_specs[name].to_dict()
+
+    def set_active_deltas(self, weights: dict[str, float]) -> None:
+        """Make these deltas active, each times its weight, and no other, in place."""
+        self.active_deltas = {n: w for n, w in weights.items() if n in self.delta_specs}
+        self.refresh()
+
+    def refuse_merging_deltas(self) -> None:
+        """Refuse a LoRA whose b has a bias, which no weight can hold; see `write_weight` for what else may stop it."""
+        if any(spec.bias for spec in self.delta_specs.values()):
+            raise UnsupportedError("a LoRA with a bias of its own cannot be added to the weight")
 
     def active_parts(self) -> tuple[Part, ...]:
         """The deltas that count, merged or not."""

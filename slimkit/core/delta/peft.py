@@ -21,6 +21,7 @@ KINDS = {
     "ADALORA": "lora",
     "VERA": "lora",
     "TRAINABLE_TOKENS": "lora",
+    "IA3": "ia3",
     "PREFIX_TUNING": "prefix",
     "PROMPT_TUNING": "prompt",
     "P_TUNING": "prompt",

@@ -11,6 +11,7 @@ import numpy as np
 from slimkit.core import check
 from slimkit.core.delta.base import BaseValue
 from slimkit.core.delta.bundle import compare_keys
+from slimkit.core.delta.ia3 import PART, spec_of_file
 from slimkit.core.delta.peft_held import gather_held, pattern_value, spec_of_held
 from slimkit.core.delta.peft_targets import in_modules
 from slimkit.core.delta.spec import LoraSpec, Site, key
@@ -33,6 +34,7 @@ _PARTS: dict[str, dict[str, str]] = {
     "ADALORA": {".lora_A": "a", ".lora_B": "b", ".lora_E": "e", ".lora_embedding_A": "a", ".lora_embedding_B": "b"},
     "VERA": {".vera_lambda_b": "lambda_b", ".vera_lambda_d": "lambda_d"},
     "TRAINABLE_TOKENS": {},
+    "IA3": {".ia3_l": "l"},
 }
 FAMILY = tuple(_PARTS)
 _ROWS = (".token_adapter.trainable_tokens_delta", ".trainable_tokens_delta")
@@ -51,7 +53,8 @@ class Adapter:
     """One file, in slimkit's words.
 
     Args:
-        layers: path -> LoRA.
+        layers: path -> LoRA, or IA3.
+        kind: what they are.
         parts: tensors by slimkit's keys below a path.
         base: name of a base tensor -> its value.
         rows: path of an embedding -> (indices, values) of single rows.
@@ -59,7 +62,8 @@ class Adapter:
         notes: what is worth a line in the report.
     """
 
-    layers: dict[str, LoraSpec] = field(default_factory=dict)
+    layers: dict[str, Any] = field(default_factory=dict)
+    kind: str = "lora"
     parts: dict[str, dict[str, Array]] = field(default_factory=dict)
     base: dict[str, BaseValue] = field(default_factory=dict)
     rows: dict[str, tuple[list[int], Array]] = field(default_factory=dict)
@@ -69,12 +73,12 @@ class Adapter:
     def record(self, name: str) -> dict[str, Any]:
         """The delta's record, as a bundle holds it."""
         layers = {path: spec.to_dict() for path, spec in self.layers.items()}
-        return {"name": name, "file_name": name, "kind": "lora", "layers": layers}
+        return {"name": name, "file_name": name, "kind": self.kind, "layers": layers}
 
     def tensors(self, name: str) -> dict[str, Array]:
         """The tensors by the names that a bundle gives them."""
         return {
-            f"{path}.{key('lora', part, name)}": value
+            f"{path}.{PART if self.kind == 'ia3' else key('lora', part, name)}": value
             for path, parts in self.parts.items()
             for part, value in parts.items()
         }
@@ -120,11 +124,13 @@ def read_lora(
         elif row is not None:
             path = stem.removesuffix(row)
             adapter.rows[path] = (_indices(config, path, len(value)), value)
-        elif ".lora_" in stem or ".vera_" in stem:
+        elif ".lora_" in stem or ".vera_" in stem or ".ia3_" in stem:
             raise FileFormatError(f"the key {full!r} is none that slimkit knows{check.near(stem, list(suffixes))}.")
         else:
             adapter.base[stem.replace(".base_layer.", ".")] = _base_value(config, stem, value)
     held = gather_held(config, found, site_of)
+    if kind == "IA3":
+        _factors(config, found, adapter)
     if kind == "ADALORA":
         _singular_values(config, found, adapter)
     if kind == "VERA":
@@ -141,8 +147,8 @@ def read_lora(
             adapter.layers[path] = LoraSpec(**{**spec.to_dict(), "init": "pissa"})
     if init.startswith("pissa_niter"):
         adapter.notes.append(f"the base was taken apart by {init}, a random method; slimkit takes the exact one.")
-    if not (found or held or adapter.rows or adapter.notes):
-        raise FileFormatError("the adapter's file holds no LoRA factor.")
+    if not (adapter.layers or adapter.rows or adapter.notes):
+        raise FileFormatError(f"the adapter's file holds no {'factor of IA3' if kind == 'IA3' else 'LoRA factor'}.")
     return adapter
 
 
@@ -151,7 +157,9 @@ def _base_value(config: Mapping[str, Any], stem: str, value: Array) -> BaseValue
     below = ".base_layer." in stem
     if not below and (config.get("ensure_weight_tying") or in_modules(stem, config.get("modules_to_save"))):
         return BaseValue(value, own=True, group="tied" if config.get("ensure_weight_tying") else "")
-    trains = str(config.get("bias", "none")) != "none" and stem.endswith("bias")
+    # IA3 has no word for biases: one that is in its file was trained.
+    mode = config.get("bias", "all" if config["peft_type"] == "IA3" else "none")
+    trains = str(mode) != "none" and stem.endswith("bias")
     return BaseValue(value, trains=trains)
 
 
@@ -183,6 +191,15 @@ def _spec(config: Mapping[str, Any], path: str, parts: Mapping[str, Array], *, e
         dora=dora,
         bias=bias,
     )
+
+
+def _factors(config: Mapping[str, Any], found: dict[str, dict[str, Array]], adapter: Adapter) -> None:
+    """IA3's factors out of what was found, in place."""
+    adapter.kind = "ia3"
+    for path in list(found):
+        factors = found.pop(path)["l"]
+        adapter.layers[path] = spec_of_file(config, path, tuple(factors.shape))
+        adapter.parts[path] = {"l": factors.reshape(-1)}
 
 
 def _singular_values(config: Mapping[str, Any], found: dict[str, dict[str, Array]], adapter: Adapter) -> None:

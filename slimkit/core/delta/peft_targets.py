@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from slimkit.core.delta.peft_held import lacking_held
-from slimkit.core.delta.spec import Site
+from slimkit.core.delta.spec import PREFIX, Site
 from slimkit.core.errors import FileFormatError, PatternError
 from slimkit.core.match import bounded_regex
 
@@ -138,7 +138,28 @@ def refuse_headless(
         paths = tuple(f"{p}." for p in sites if p.endswith(module))
         lacking = [n for n in base if n.startswith(paths) and n not in there] if paths else []
         if lacking:
-            raise FileFormatError(
-                f"{where} holds no values for {', '.join(lacking[:5])}, which its modules_to_save "
-                f"({module!r}) mean; it was cut short or saved in part."
-            )
+            raise _cut_short(where, lacking, f"modules_to_save ({module!r})")
+    # PEFT writes every parameter of that name, in whatever module (but no `in_proj_bias` of multi-head attention).
+    every = [n for n in base if n.rpartition(".")[2] == "bias" and PREFIX not in n]
+    biases = every if config.get("bias") == "all" else []
+    if lacking := [n for n in biases if n not in there]:
+        raise _cut_short(where, lacking, "bias='all'")
+
+
+def refuse_rowless(config: Mapping[str, Any], found: Iterable[str], where: str) -> None:
+    """Refuse a file without the trained token rows of a table that its configuration names; `found` has theirs."""
+    there = list(found)
+    said = config.get("trainable_token_indices") or {}
+    tables = list(said) if isinstance(said, Mapping) else [""]
+    if config.get("peft_type") == "TRAINABLE_TOKENS" and not there:
+        raise _cut_short(where, ["the token rows"], "token_indices")
+    lacking = [f"the rows of {t or 'the table of tokens'}" for t in tables if not any(p.endswith(t) for p in there)]
+    if lacking:
+        raise _cut_short(where, lacking, "trainable_token_indices")
+
+
+def _cut_short(where: str, lacking: list[str], said: str) -> FileFormatError:
+    shown = ", ".join(lacking[:5])
+    return FileFormatError(
+        f"{where} holds no values for {shown}, which its {said} mean; it was cut short or saved in part."
+    )

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from slimkit.core import files
+from slimkit.core.delta.ia3 import Ia3Spec, shape_in_file
 from slimkit.core.delta.peft import write_files
 from slimkit.core.delta.peft_held import spell_held
 from slimkit.core.delta.peft_lora import ROOT
@@ -174,6 +175,31 @@ def write_lora(
         "rank_pattern": {f"^{re.escape(p)}": r for p, r in ranks.items() if r != next(iter(ranks.values()))},
         "alpha_pattern": {f"^{re.escape(p)}": a for p, a in alphas.items() if a != next(iter(alphas.values()))},
         **of_base,
+    }
+    write_files(folder, config, {**spelled, **arrays})
+
+
+def write_ia3(
+    folder: files.PathLike,
+    layers: Mapping[str, tuple[Ia3Spec, Array]],
+    sites: Mapping[str, Site],
+    facts: BaseFacts,
+    about: Mapping[str, Any],
+) -> None:
+    """Write an IA3 as PEFT's two files; `layers` is path -> (options, factors), the rest as for `write_lora`."""
+    spelled, of_base = spell_base(facts, layers, sites, ROOT)
+    arrays = {f"{ROOT}{p}.ia3_l": v.reshape(shape_in_file(sites[p].kind, spec)) for p, (spec, v) in layers.items()}
+    inner = [p for p, (spec, _) in layers.items() if spec.feedforward]
+    config = {
+        **with_head(about, of_base["modules_to_save"] or ()),
+        "peft_type": "IA3",
+        "inference_mode": True,
+        "init_ia3_weights": True,
+        "fan_in_fan_out": any(sites[p].kind == "conv1d" for p in layers),
+        "target_modules": _targets(list(layers), list(sites)),
+        # A regular expression: PEFT takes names here for endings of any kind.
+        "feedforward_modules": "|".join(re.escape(p) for p in inner) if inner else [],
+        "modules_to_save": of_base["modules_to_save"],
     }
     write_files(folder, config, {**spelled, **arrays})
 

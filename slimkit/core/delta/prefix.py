@@ -157,6 +157,15 @@ def refuse_taken(paths: Sequence[str]) -> None:
         raise UnsupportedError(f"{paths[0]} carries a delta already.")
 
 
+def refuse_replaced(paths: Sequence[str], method: str) -> None:
+    """Refuse modules whose method was replaced on the object: the class's own, which a prefix extends, may not run."""
+    if paths:
+        raise UnsupportedError(
+            f"the {method} of {paths[0] or 'the model'} was replaced on the object, so that what is put on its class "
+            f"may not run; put the delta on before, or take that {method} off."
+        )
+
+
 def nothing_found(wanted: str, unfit: Mapping[str, str]) -> str:
     """What to say where no attention was found that a prefix can extend, and why each candidate is none."""
     lines = "".join(f" {path or 'the model'}: {why}." for path, why in list(unfit.items())[:5])

@@ -21,6 +21,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "lora": ("linear", "conv1d", "embedding", "conv2d", "multihead", "experts"),
     "adapter": ("linear",),
     "low_rank_adapter": ("linear",),
+    "ia3": ("linear", "conv1d", "conv2d"),
     "prefix": (),
     "prompt": (),
 }
@@ -28,9 +29,11 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "lora": ("rank", "alpha", "dropout", "rslora", "dora", "init", "keep_zeros", "ranks", "alphas"),
     "adapter": ("bottleneck_size", "non_linearity"),
     "low_rank_adapter": ("reduction_factor", "low_rank_size", "low_rank_w_init", "non_linearity"),
+    "ia3": ("feedforward",),
     "prefix": ("prefix_token_num", "projection", "mid_dim", "dropout_rate", "text_ids", "inputs", "sizes", "positions"),
     "prompt": ("num_virtual_tokens", "init", "text_ids"),
 }
+MERGING = ("lora", "ia3")  # kinds that can be merged into weights
 _HEAD = "it is the output embedding; name it to adapt it"
 _RARE = ("parameters", "bias")  # fields of LoraSpec that only some layers have
 HELD = ("multihead", "experts")  # layers that read their parameters themselves

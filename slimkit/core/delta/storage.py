@@ -73,7 +73,7 @@ def _extra(access: DeltaStorage, model: Any, names: Sequence[str]) -> tuple[dict
             raise ArgumentError(
                 f"{here[0]!r} and {here[1]!r} each have values of their own for {first}; save one at a time with names."
             )
-        trains = getattr(every[first], "requires_grad", False)
+        trains = every[first].requires_grad
         if here:
             extra[first], owners[first] = access.value(own[here[0]][path]), here[0]
             one = records[path]

@@ -14,6 +14,7 @@ from slimkit.core.delta import filling, inject, owned, peft, peft_targets, peft_
 from slimkit.core.delta.base import BaseValue
 from slimkit.core.delta.bundle import compare_keys
 from slimkit.core.delta.framework import DeltaStorage
+from slimkit.core.delta.ia3 import PART, Ia3Spec
 from slimkit.core.delta.named import part_names
 from slimkit.core.delta.peft_held import slug
 from slimkit.core.delta.peft_lora import FAMILY, Adapter, read_lora, taken_out
@@ -82,6 +83,7 @@ def _load_peft_lora(
         adapter.notes += peft_targets.refuse_lacking(config, layers, found, rename, where)
     trainable = [n for n, t in base.items() if access.may_train(t)]
     peft_targets.refuse_headless(config, trainable, layers, adapter.base, where)
+    peft_targets.refuse_rowless(config, adapter.rows, where)
     for path, start in adapter.takes_out.items():
         weight = access.value(access.weight(model, path))
         if layers[path].kind not in peft_targets.LINEAR:
@@ -224,7 +226,9 @@ def write(access: DeltaStorage, model: Any, folder: Path, collected: Collected) 
             return
     if len(deltas) != 1 or deltas[0]["kind"] not in peft.KINDS.values():
         kinds = ", ".join(f"{d['kind']} {d['name']!r}" for d in deltas) or "none"
-        raise ArgumentError(f"PEFT's files hold one delta of lora, prefix or prompt; choose it by names. Here: {kinds}")
+        raise ArgumentError(
+            f"PEFT's files hold one delta of lora, ia3, prefix or prompt; choose it by names. Here: {kinds}"
+        )
     delta = deltas[0]
     about = access.about(model)
     still = set(base.get("still", ()))
@@ -248,6 +252,10 @@ def write(access: DeltaStorage, model: Any, folder: Path, collected: Collected) 
         held=[n for n in extra if n in still and n in whole],
         shared=base["shared"],
     )
+    if delta["kind"] == "ia3":
+        ia3s = {p: (Ia3Spec(**r), tensors[f"{p}.{PART}"]) for p, r in delta["layers"].items()}
+        peft_write.write_ia3(folder, ia3s, access.sites(model), facts, about)
+        return
     if delta["kind"] != "lora":
         rows, config = _prompt_rows(access, model, delta)
         peft_write.write_prompt(folder, rows, facts, about, config)

@@ -133,7 +133,7 @@ def prune(
         if facts["written"] == "transformers":
             # Only now it is more than a promise: the folder is read again by its library's own loader.
             facts["reloaded"] = face.reloaded(opened, folder, inputs)
-        command = cards.command_line("prune", place, options)
+        command = cards.command_line("prune", place, options, cards.data_flags(calib))
         cards.write_card(folder, "pruned", opened, command, cards.pruned_facts(facts, options), facts["written"])
         folders.write_report(folder, "prune", {"asked": options.reserved_ratio, "command": command, **facts})
         write_record(folder, "prune", record_of(batches), place.model)
@@ -166,7 +166,8 @@ def sparsify(
     """
     config = options.build()
     early.check(place, options, calib=calib)
-    found = face.sparsify_blocks(place, out, config, calib, restart=restart, plan=plan)
+    command = cards.command_line("sparsify", place, options, cards.data_flags(calib))
+    found = face.sparsify_blocks(place, out, config, calib, command, restart=restart, plan=plan)
     if found is not None:
         return found
     opened = face.open(place)
@@ -178,6 +179,7 @@ def sparsify(
     with files.atomic_directory(out) as folder:
         written = face.write_model(opened, folder)
         files.write_json(folder / folders.SPARSE_REPORT, report)
+        cards.write_card(folder, "sparse", opened, command, cards.sparse_facts(report), written)
         write_record(folder, "sparsify", record_of(batches), place.model)
     return {**report, "written": written, "resumable": False}
 

@@ -167,7 +167,7 @@ class Task:
     held: Supervised | None
     name: str
     loss: ComputeLoss
-    options: AdaptOptions
+    options: FitOptions
     labels: dict[str, int]
     classes: bool
 
@@ -359,7 +359,18 @@ class JobFramework(Protocol):
         raise UnsupportedError("text is learned by Hugging Face directories in PyTorch alone")
 
     def sparsify_blocks(
-        self, place: ModelPlace, out: Path, cfg: SparseConfig, calib: DataPlace | None, *, restart: bool, plan: bool
+        self,
+        place: ModelPlace,
+        out: Path,
+        cfg: SparseConfig,
+        calib: DataPlace | None,
+        command: str,
+        *,
+        restart: bool,
+        plan: bool,
     ) -> dict[str, Any] | None:
-        """Sparsify a folder block by block (or `plan` it); None where the model has to be in memory whole."""
+        """Sparsify a folder block by block (or `plan` it); None where the model has to be in memory whole.
+
+        `command` is for the model card.
+        """
         return None

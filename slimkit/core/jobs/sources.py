@@ -89,6 +89,16 @@ class StudentPlace:
     def __post_init__(self) -> None:
         check.choice(self.selection, ("importance", "first"), "--selection")
 
+    def flags(self) -> dict[str, Any]:
+        """The options of a command line that say the same."""
+        made: dict[str, Any] = {f"--{key}": value for key, value in self.sizes.items()}
+        if self.layer_map is not None:
+            made["--layer-map"] = ",".join(map(str, self.layer_map))
+        if self.place is not None:
+            made |= {"--student": self.place.model, "--student-factory": self.place.factory}
+            made["--student-arg"] = [f"{key}={value}" for key, value in self.place.arguments.items()]
+        return made
+
     def identity(self) -> dict[str, Any]:
         """What a resumed run must agree in, the student's weights apart."""
         made = None if self.place is None else [self.place.factory, dict(self.place.arguments)]

@@ -9,11 +9,12 @@ from typing import Any
 
 from slimkit.core import files
 from slimkit.core.delta.peft import KINDS as PEFT_KINDS
+from slimkit.core.delta.spec import MERGING
 from slimkit.core.errors import ConfigError, SlimkitError
-from slimkit.core.jobs import fed, fitting, folders, teaching, work
+from slimkit.core.jobs import cards, fed, fitting, folders, teaching, work
 from slimkit.core.jobs.commands import CommandContext
 from slimkit.core.jobs.framework import ComputeLoss, FitRun, JobFramework, Lesson, Opened, Task
-from slimkit.core.jobs.options import AdaptOptions, DistillOptions, FitOptions
+from slimkit.core.jobs.options import AdaptOptions, DistillOptions, FitOptions, TrainOptions
 from slimkit.core.jobs.sources import DataPlace, ModelPlace, StudentPlace
 from slimkit.core.jobs.supervised import supervised
 
@@ -90,6 +91,8 @@ def distill(
     with files.atomic_directory(out) as folder:
         facts["written"] = face.write_model(learner, folder)
         folders.write_report(folder, "distill", facts)
+        command = cards.command_line("distill", place, options, {"--data": data.reference, **student.flags()})
+        cards.write_card(folder, "distilled", learner, command, cards.distilled_facts(facts), facts["written"])
     return facts
 
 
@@ -130,15 +133,18 @@ def adapt(
             or not be written in that format.
     """
     # Refused now, and not after hours of training.
-    if merge and options.kind != "lora":
-        raise ConfigError(f"--merge is for --kind lora: nothing else merges into weights. Received: {options.kind}")
+    if merge and options.kind not in MERGING:
+        kinds = " and ".join(MERGING)
+        raise ConfigError(f"--merge is for --kind {kinds}: nothing else merges into weights. Received: {options.kind}")
     if format == "peft" and options.kind not in (known := sorted(set(PEFT_KINDS.values()))):
         raise ConfigError(f"--format peft is for --kind {', '.join(known)}. Received: {options.kind}")
     if face.learns_text(place, data):
         given = face.task(place, data, evaluation, task, options, run.seed)
     else:
         given = _task(face, place, data, evaluation, options, run.seed, label_key)
-    opened, read, options = given.opened, given.read, given.options
+    opened, read = given.opened, given.read
+    assert isinstance(given.options, AdaptOptions)
+    options = given.options
     inputs = read.first(options.batch_size)[0]
     context = CommandContext(face, run.seed, inputs, options, read=read, named_loss=(given.name, given.loss))
     facts: dict[str, Any] = {
@@ -159,6 +165,70 @@ def adapt(
             (folder / "merged").mkdir()
             facts["written"] = face.write_model(opened, folder / "merged")
         folders.write_report(folder, "adapt", facts)
+        more = {"--data": data.reference, "--format": "peft" if format == "peft" else None}
+        command = cards.command_line("adapt", place, options, more)
+        reads = "peft" if format == "peft" else "delta"
+        cards.write_card(folder, "delta", opened, command, cards.trained_facts(facts), reads)
+    return facts
+
+
+def train(
+    face: JobFramework,
+    place: ModelPlace,
+    data: DataPlace,
+    out: Path | None,
+    options: TrainOptions,
+    run: FitRun,
+    *,
+    task: str = "auto",
+    evaluation: DataPlace | None = None,
+    label_key: str = "labels",
+) -> dict[str, Any]:
+    """Train all parameters and write the model; with `out` None only say what would be done.
+
+    The zeros of a model that was made sparse stay, as with `keep_zeros`.
+
+    Args:
+        face, place, data, run, task, evaluation, label_key: as for `adapt`.
+        out: the model's folder, of the kind that was read.
+        options: of the job.
+
+    Returns:
+        What was done, as plain values.
+
+    Raises:
+        ConfigError: the network cannot be called with the data, or data and loss do not fit.
+    """
+    if face.learns_text(place, data):
+        shared = {key: getattr(options, key) for key in FitOptions.model_fields}
+        given = face.task(place, data, evaluation, task, AdaptOptions(**shared), run.seed)
+    else:
+        given = _task(face, place, data, evaluation, options, run.seed, label_key)
+    opened, read = given.opened, given.read
+    made = [] if place.model is None or not place.model.is_dir() else folders.made_sparse(place.model)
+    if made and not options.keep_zeros:
+        options = options.model_copy(update={"keep_zeros": True})
+    facts: dict[str, Any] = {
+        "task": given.name, "labels": given.labels, "fresh": list(opened.fresh), "samples": read.count, **read.facts,
+        "parameters": work.count(face, opened.model), "zero_layers": len(made),
+    }  # fmt: skip
+    if out is None:
+        return facts
+    inputs = read.first(options.batch_size)[0]
+    context = CommandContext(face, run.seed, inputs, options, read=read, named_loss=(given.name, given.loss))
+    job = {"command": "train", "task": given.name, **_identity(options), "label_key": label_key}
+    context.keeps = out, run, job | {"base": work.digest(face, opened.model), "data": read.identity}
+    done = work.train(opened.model, options, context)
+    facts |= {"steps": done.facts["steps"], "loss_by_epoch": done.curves["loss"]}
+    if given.held is not None:
+        facts["evaluation"] = _evaluate(face, opened.model, given, options.batch_size)
+    with files.atomic_directory(out) as folder:
+        facts["written"] = face.write_model(opened, folder)
+        if made and place.model is not None:  # what reads the folder knows which zeros were made
+            files.write_json(folder / folders.SPARSE_REPORT, files.read_json(place.model / folders.SPARSE_REPORT))
+        folders.write_report(folder, "train", facts)
+        command = cards.command_line("train", place, options, {"--data": data.reference})
+        cards.write_card(folder, "trained", opened, command, cards.trained_facts(facts), facts["written"])
     return facts
 
 
@@ -195,7 +265,7 @@ def _task(
     place: ModelPlace,
     data: DataPlace,
     evaluation: DataPlace | None,
-    options: AdaptOptions,
+    options: FitOptions,
     seed: int,
     label_key: str,
 ) -> Task:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
+from slimkit.core import check
 from slimkit.core.distill.masks import IGNORED, names_labels
+from slimkit.core.errors import ArgumentTypeError
 from slimkit.core.train.framework import TrainFramework
 
 
@@ -38,6 +41,35 @@ def counted(batch: Any, to_array: Callable[[Any], Any]) -> float | None:
     if array is None or np.asarray(array).dtype.kind not in "iu":
         return None
     return float((np.asarray(array) != IGNORED).sum())
+
+
+def one_number(value: Any, name: str) -> float:
+    """What a loss or metric gives, as a float: a number, or a tensor or array of one element.
+
+    Args:
+        value: what it gave.
+        name: how the message calls it.
+
+    Raises:
+        ArgumentTypeError: it is no number, or several.
+
+    Example:
+        >>> one_number(np.array([[0.5]]), "metrics['accuracy']")
+        0.5
+    """
+    try:
+        return float(value.reshape(()) if hasattr(value, "reshape") else operator.pos(value))
+    except (TypeError, ValueError, RuntimeError):
+        refuse_several(value, name)
+
+
+def refuse_several(value: Any, name: str) -> NoReturn:
+    """Refuse what is no number, or several; `name` is what gave it."""
+    shape = getattr(value, "shape", None)
+    allowed = "one number, or a tensor of one element"
+    if shape is None:
+        check.wrong_type(name, allowed, value)
+    raise ArgumentTypeError(f"{name} must be {allowed}. Received: a {type(value).__name__} of shape {tuple(shape)}")
 
 
 class Counting(TrainFramework):
