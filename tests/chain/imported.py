@@ -1,4 +1,4 @@
-"""Scripts run in processes of their own that find the frameworks imported already: importing them takes seconds each."""
+"""Scripts run in processes of their own that find the frameworks imported: importing them takes seconds each."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def _run(script: str, cwd: str, said: str) -> None:
         runpy.run_path(script, run_name="__main__")
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-    except BaseException:
+    except BaseException:  # noqa: BLE001  (a page may fail in any way)
         traceback.print_exc()
         code = 1
     sys.stdout.flush()
