@@ -92,15 +92,24 @@ def forget_graphs(model: nn.Cell, keep: Collection[str] | None = None) -> None:
 
 
 def _compiled_outside(cells: Sequence[nn.Cell]) -> tuple[list[nn.Cell], set[int]]:
-    """Living cells outside these that hold one of them and were compiled, and the ids of those that hold none."""
+    """Living cells outside these that hold one of them and were compiled, and the ids of those that hold none (only of
+    cells that a compiled function's phase names)."""
     own = {id(cell) for cell in cells}
     caches = getattr(nn.cell, "cells_compile_cache", {})
-    if not _jit_phases() and not any(phases and cell not in own for cell, phases in caches.items()):
+    asked = {cell for cell, phases in caches.items() if phases} | {n for p in _jit_phases() for n in _numbers(p)}
+    asked -= own
+    if not asked:
         return [], set()
-    # Nothing in a cell says who holds it. By its class, for a dead weak reference cannot be asked.
-    found = [o for o in gc.get_objects() if issubclass(type(o), nn.Cell) and id(o) not in own]
+    # Nothing in a cell says who holds it. By its class, for a dead weak reference cannot be asked; a cell whose
+    # constructor failed holds nothing.
+    found = [o for o in gc.get_objects() if id(o) in asked and issubclass(type(o), nn.Cell) and "_cells" in vars(o)]
     holders = [o for o in found if any(id(cell) in own for _, cell in o.cells_and_names())]
     return holders, {id(o) for o in found} - {id(o) for o in holders}
+
+
+def _numbers(phase: str) -> list[int]:
+    """The ids of objects that a phase names."""
+    return [int(number) for number in re.findall(r"(?<=\.)\d+(?=\.)", phase)]
 
 
 def _jit_phases() -> set[str]:
@@ -113,7 +122,7 @@ def _jit_phases() -> set[str]:
 def _forget_functions(model: nn.Cell, executor: Any, others: set[int]) -> None:
     """Drop the graphs of functions under `ms.jit`, but for the methods of these other cells (an optimizer's)."""
     phases = _jit_phases()
-    gone = {p for p in phases if not any(int(number) in others for number in re.findall(r"(?<=\.)\d+(?=\.)", p))}
+    gone = {p for p in phases if not any(number in others for number in _numbers(p))}
     if gone:
         executor.del_net_res(model, gone)
         phases.difference_update(gone)

@@ -175,7 +175,7 @@ def test_a_command_on_a_full_disk_goes_on_to_the_same_bytes(here, tmp_path, monk
     monkeypatch.chdir(here)
     command = JOBS[job] if job != "adapt" else (*JOBS[job], "--seed", 3)
     if job == "adapt":  # a factory draws its weights anew: here they come from a file
-        run("sparsify", "--factory", "nets.py:net", "--method", "magnitude", "--keep-ratio", 0.1, "-o", tmp_path / "w")
+        run("sparsify", "--factory", "nets.py:net", "--method", "magnitude", "--sparsity", 0.1, "-o", tmp_path / "w")
         command = (*command, "-m", tmp_path / "w" / "model.safetensors")
     run(*command, "-o", tmp_path / "whole")
     out = tmp_path / "cut"
@@ -203,7 +203,7 @@ def test_a_killed_training_command_goes_on_to_the_same_bytes(here, tmp_path, mon
     monkeypatch.chdir(here)
     command = JOBS[job]
     if job == "adapt":
-        run("sparsify", "--factory", "nets.py:net", "--method", "magnitude", "--keep-ratio", 0.1, "-o", tmp_path / "w")
+        run("sparsify", "--factory", "nets.py:net", "--method", "magnitude", "--sparsity", 0.1, "-o", tmp_path / "w")
         command = (*command, "-m", tmp_path / "w" / "model.safetensors")
     run(*command, "-o", tmp_path / "whole")
     out = tmp_path / "cut"

@@ -77,7 +77,8 @@ class TorchFile(Weights):
             if "Unsupported global" in str(error) or "GLOBAL " in str(error):
                 raise FileFormatError(
                     f"{self.path} holds more than tensors, as torch.save(model) writes it, and reading that would run "
-                    "code; save the weights alone: torch.save(model.state_dict(), ...)"
+                    "code; it is read with weights_only=True alone. Save the weights: torch.save(model.state_dict(), "
+                    "...)"
                 ) from None
             raise self._damaged(str(error).partition("\n")[0][:300]) from None
         if not isinstance(found, Mapping):
