@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
-from pathlib import Path
-from typing import Any
-
-from slimkit.core.errors import FileFormatError
 from slimkit.core.files import PathLike
 from slimkit.core.run.opening import Loaded, open_folder
-from slimkit.jobs import models
 from slimkit.jobs.framework import TorchJobs
 
-import torch
 from torch import nn
 
 
@@ -47,20 +40,4 @@ def load(folder: PathLike, network: nn.Module | PathLike | None = None, *, trust
         >>> load("/tmp/slimkit-small", make()).model[0].out_features
         32
     """
-    return open_folder(
-        TorchJobs("cpu"), folder, network, trust_factory, lambda: importlib.import_module("torch"), _made
-    )
-
-
-def _made(folder: Path, tensors: dict[str, Any]) -> nn.Module:
-    """The model of transformers that a folder's config.json describes, with these weights."""
-    config, kind = models.architecture(folder)
-    model: nn.Module = kind(config)
-    told = model.load_state_dict({name: torch.from_numpy(value) for name, value in tensors.items()}, strict=False)
-    own = model.state_dict()
-    held = {own[name].data_ptr() for name in tensors if name in own}
-    missing = [name for name in told.missing_keys if own[name].data_ptr() not in held]  # tied ones are stored once
-    odd = [*missing, *told.unexpected_keys]
-    if odd:
-        raise FileFormatError(f"{folder} must hold exactly the tensors of its model; these differ: {odd[:5]}")
-    return model.eval()
+    return open_folder(TorchJobs("cpu"), folder, network, trust_factory)

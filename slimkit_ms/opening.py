@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-from pathlib import Path
-from typing import Any
-
-from slimkit.core.errors import UnsupportedError
 from slimkit.core.files import PathLike
 from slimkit.core.run.opening import Loaded, open_folder
 from slimkit_ms.jobs import MindSporeJobs
@@ -45,10 +40,4 @@ def load(folder: PathLike, network: nn.Cell | PathLike | None = None, *, trust_f
         >>> load("/tmp/slimkit-small-ms", make()).model[0].out_channels
         32
     """
-    return open_folder(
-        MindSporeJobs(), folder, network, trust_factory, lambda: importlib.import_module("torch"), _refused
-    )
-
-
-def _refused(folder: Path, _tensors: dict[str, Any]) -> nn.Cell:
-    raise UnsupportedError(f"MindSpore cannot build the model of transformers that {folder / 'config.json'} describes")
+    return open_folder(MindSporeJobs(), folder, network, trust_factory)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -46,14 +46,12 @@ def adapt(
     """
     with session("adapt", output) as talk:
         from slimkit.core.check import choice
-        from slimkit.core.jobs import claim
         from slimkit.core.jobs import training as jobs
 
         choice(format, ("slimkit", "peft"), "--format")
         place = places.model(network)
         talk.go_on = training.GO_ON
-        how: dict[str, Any] = {"force": output.force, "dry_run": output.dry_run, "states": claim.TRAINING}
-        with claim.claimed(out, reads=(network.model,), **how) as target:
+        with training.claimed(out, output, network.model) as target:
             face = places.framework(network)
             found = jobs.adapt(
                 face,
@@ -76,8 +74,5 @@ def adapt(
         if found["fresh"]:
             talk.line(f"  fresh, trained whole: {', '.join(found['fresh'])}")
         if not output.dry_run:
-            talk.line(f"Loss by epoch: {training.losses(found)}")
-            for name, value in found.get("evaluation", {}).items():
-                talk.line(f"  held-out {name}: {value:.4g}")
-            talk.line(f"Written: {out}")
+            training.tell(talk, found, out)
         talk.result({"model": places.say_where(place), "out": out, "format": format, **found}, dry_run=output.dry_run)

@@ -224,12 +224,9 @@ def _inputs(example: str | None) -> Any:
 
 def _torch() -> Any:
     """PyTorch, only where a file of its own format is read or written."""
-    import importlib
+    from slimkit.core.lazy import imported
 
-    from slimkit.core.lazy import require
-
-    require("torch")
-    return importlib.import_module("torch")
+    return imported("torch")
 
 
 def _convert(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -54,15 +54,13 @@ def distill(
     Example: slimkit distill --factory nets.py:net --model net.pt --student-arg width=16 --data x.npz --out small
     """
     with session("distill", output) as talk:
-        from slimkit.core.jobs import claim
         from slimkit.core.jobs import training as jobs
         from slimkit.core.jobs.measurement import show
 
         chosen = places.student(network, cut, student, student_factory, student_arguments)
         place = places.model(network)
         talk.go_on = training.GO_ON
-        how: dict[str, Any] = {"force": output.force, "dry_run": output.dry_run, "states": claim.TRAINING}
-        with claim.claimed(out, reads=(network.model, student), **how) as target:
+        with training.claimed(out, output, network.model, student) as target:
             face = places.framework(network)
             read = texts.place(data, asked.batch_size)
             found = jobs.distill(face, place, read, target, asked, chosen, kept.run(), label_key=label_key)
@@ -72,8 +70,7 @@ def distill(
             f"{found['samples']} samples"
         )
         if not output.dry_run:
-            talk.line(f"Loss by epoch: {training.losses(found)}")
-            talk.line(f"Written: {out}")
+            training.tell(talk, found, out)
         talk.result(
             {"model": places.say_where(place), "out": out, "sizes": dict(chosen.sizes), **found}, dry_run=output.dry_run
         )

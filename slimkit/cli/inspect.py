@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -49,6 +48,7 @@ def inspect(
         from slimkit.core.errors import ConfigError
         from slimkit.core.jobs import commands
         from slimkit.core.jobs.inspecting import look
+        from slimkit.core.lazy import imported
 
         if path is None and factory is None:
             raise ConfigError("give a PATH, or --factory MODULE:FUNCTION")
@@ -62,7 +62,7 @@ def inspect(
             talk.result({"path": path, "kind": "measured", "facts": measured})
             return
         assert path is not None
-        found = look(path, _torch, values=not no_values)
+        found = look(path, lambda: imported("torch"), values=not no_values)
         from slimkit.core.jobs.inspecting import shown
 
         talk.line(f"{path}: {found.kind}")
@@ -71,13 +71,6 @@ def inspect(
         rows = [tuple(shown(cell, column) for cell, column in zip(row, found.columns)) for row in found.rows]
         talk.table("", found.columns, rows, limit=None if show_all else _ROWS)
         talk.result(found.to_dict())
-
-
-def _torch() -> Any:
-    from slimkit.core.lazy import require
-
-    require("torch")
-    return importlib.import_module("torch")
 
 
 def _measured(talk: Session, measured: dict[str, Any], name: str, limit: int | None) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from slimkit.cli import options, places, training
 from slimkit.cli.session import session
 from slimkit.core.jobs.options import TrainOptions
@@ -32,13 +30,11 @@ def train(
     Example: slimkit train --factory nets.py:net --model small --data labelled.npz --epochs 3 --out tuned
     """
     with session("train", output) as talk:
-        from slimkit.core.jobs import claim
         from slimkit.core.jobs import training as jobs
 
         place = places.model(network)
         talk.go_on = training.GO_ON
-        how: dict[str, Any] = {"force": output.force, "dry_run": output.dry_run, "states": claim.TRAINING}
-        with claim.claimed(out, reads=(network.model,), **how) as target:
+        with training.claimed(out, output, network.model) as target:
             face = places.framework(network)
             read = texts.place(data, asked.batch_size)
             held = None if evaluation is None else texts.place(evaluation, asked.batch_size)
@@ -51,8 +47,5 @@ def train(
             + (f"; the zeros of {found['zero_layers']} layers stay" if found["zero_layers"] else "")
         )
         if not output.dry_run:
-            talk.line(f"Loss by epoch: {training.losses(found)}")
-            for name, value in found.get("evaluation", {}).items():
-                talk.line(f"  held-out {name}: {value:.4g}")
-            talk.line(f"Written: {out}")
+            training.tell(talk, found, out)
         talk.result({"model": places.say_where(place), "out": out, **found}, dry_run=output.dry_run)

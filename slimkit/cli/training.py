@@ -11,6 +11,9 @@ import typer
 from slimkit.cli import options, places
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from slimkit.cli.session import Session
     from slimkit.core.jobs.framework import FitRun
     from slimkit.core.jobs.sources import DataPlace
 
@@ -100,6 +103,16 @@ class Keeping:
         return FitRun(self.seed, self.save_every, self.restart)
 
 
-def losses(found: dict[str, Any]) -> str:
-    """The loss of each epoch, for people."""
-    return ", ".join(f"{value:.4g}" for value in found["loss_by_epoch"])
+def claimed(out: Path, output: options.Writing, *reads: Path | None) -> AbstractContextManager[Path | None]:
+    """The place of a training command's result, which may hold the command's own unfinished state."""
+    from slimkit.core.jobs import claim
+
+    return claim.claimed(out, force=output.force, dry_run=output.dry_run, states=claim.TRAINING, reads=reads)
+
+
+def tell(talk: Session, found: dict[str, Any], out: Path) -> None:
+    """What a training came to, for people."""
+    talk.line("Loss by epoch: " + ", ".join(f"{value:.4g}" for value in found["loss_by_epoch"]))
+    for name, value in found.get("evaluation", {}).items():
+        talk.line(f"  held-out {name}: {value:.4g}")
+    talk.line(f"Written: {out}")

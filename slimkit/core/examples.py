@@ -63,7 +63,7 @@ def find_example(
     model: Any,
     takes: Collection[str],
     first: FirstLayer | None,
-    tensors: Callable[[Any], Any],
+    tensor: Callable[[Array], Any],
     attempts: Sequence[Callable[[Any], T]],
 ) -> tuple[Example, T]:
     """The first example on which a model runs, and what the run gave.
@@ -75,7 +75,7 @@ def find_example(
         model: the model.
         takes: names of its arguments.
         first: its first layer, if there is one that says what it takes.
-        tensors: makes the framework's tensors of NumPy arrays, alone or in a dict.
+        tensor: makes the framework's tensor of a NumPy array, floats in the model's own type.
         attempts: ways to run the model on an example, cheapest first; each raises where it does not run.
 
     Returns:
@@ -89,7 +89,7 @@ def find_example(
         made: list[tuple[str, Any]] = []
         for source, make in group:
             try:
-                inputs = tensors(make())
+                inputs = _tensors(make(), tensor)
             except Exception as error:  # noqa: BLE001  (a property of the model's own may raise anything)
                 tried[source] = _reason(error)
             else:
@@ -112,6 +112,13 @@ def find_example(
         )
     listed = "; ".join(f"{words} ({why})" for words, why in tried.items())
     raise ArgumentError(f"{what}the model ran on nothing that was tried. Received: None. Tried: {listed}")
+
+
+def _tensors(value: Any, tensor: Callable[[Array], Any]) -> Any:
+    """The same with tensors for its arrays; what the model held itself is left as it is."""
+    if isinstance(value, Mapping):
+        return {name: _tensors(inner, tensor) for name, inner in value.items()}
+    return tensor(value) if isinstance(value, np.ndarray) else value
 
 
 def shown(inputs: Any) -> str:

@@ -40,6 +40,20 @@ def require(framework: str) -> None:
     )
 
 
+def imported(framework: str) -> Any:
+    """Import "torch" or "mindspore", or say in one line how to get it.
+
+    Raises:
+        MissingFrameworkError: it is not installed.
+
+    Example:
+        >>> imported("torch").__name__  # doctest: +SKIP
+        'torch'
+    """
+    require(framework)
+    return importlib.import_module(framework)
+
+
 def _beyond(framework: str) -> bool:
     """Whether this Python is newer than those that a framework has wheels for."""
     return framework == "mindspore" and sys.version_info >= (3, 13)

@@ -21,7 +21,7 @@ from slimkit.core.jobs import calibrating, cards, claim, commands, folders
 from slimkit.core.jobs.bar import LayerBar
 from slimkit.core.jobs.framework import ComputeLoss, JobFramework, Lesson, Opened, Task
 from slimkit.core.jobs.measurement import Measurement
-from slimkit.core.jobs.options import AdaptOptions, DistillOptions, FitOptions
+from slimkit.core.jobs.options import DistillOptions, FitOptions
 from slimkit.core.jobs.sources import DataPlace, ModelPlace, StudentPlace
 from slimkit.core.jobs.tasks import TASKS
 from slimkit.core.locks import BLOCKS, locked
@@ -180,6 +180,9 @@ class TorchJobs(JobFramework):
             )
         return gap
 
+    def from_config(self, folder: Path, arrays: Mapping[str, Any]) -> Any:
+        return models.from_config(folder, arrays)
+
     def tensors(self, arrays: Any) -> Any:
         return bridge.to_device(models.tensors(arrays), self.device)
 
@@ -235,7 +238,7 @@ class TorchJobs(JobFramework):
         return teach.lesson(self, place, data, options, student, seed)
 
     def task(
-        self, place: ModelPlace, data: DataPlace, held: DataPlace | None, asked: str, options: AdaptOptions, seed: int
+        self, place: ModelPlace, data: DataPlace, held: DataPlace | None, asked: str, options: FitOptions, seed: int
     ) -> Task:
         found = teach.task(self, place, data, held, asked, options, seed)
         found.opened.model.to(self.device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +112,20 @@ def own_example(model: nn.Module, length: int, seed: int) -> Any:
         dummy: Any = model.dummy_inputs
         return {k: v for k, v in dummy.items() if isinstance(v, torch.Tensor)}
     return {**found, "attention_mask": torch.ones_like(found[main])} if [*found] == ["input_ids"] else found
+
+
+def from_config(folder: Path, arrays: Mapping[str, Any]) -> nn.Module:
+    """The model of transformers that a folder's config.json describes, with these values."""
+    config, kind = architecture(folder)
+    model: nn.Module = kind(config)
+    told = model.load_state_dict({name: torch.from_numpy(value) for name, value in arrays.items()}, strict=False)
+    own = model.state_dict()
+    held = {own[name].data_ptr() for name in arrays if name in own}
+    missing = [name for name in told.missing_keys if own[name].data_ptr() not in held]  # tied ones are stored once
+    odd = [*missing, *told.unexpected_keys]
+    if odd:
+        raise FileFormatError(f"{folder} must hold exactly the tensors of its model; these differ: {odd[:5]}")
+    return model.eval()
 
 
 def tensors(value: Any) -> Any:

@@ -13,7 +13,7 @@ from slimkit.core.errors import ConfigError
 from slimkit.core.jobs import fed
 from slimkit.core.jobs.documents import is_chat
 from slimkit.core.jobs.framework import JobFramework, Lesson, Opened, Supervised, Task
-from slimkit.core.jobs.options import AdaptOptions, DistillOptions
+from slimkit.core.jobs.options import AdaptOptions, DistillOptions, FitOptions
 from slimkit.core.jobs.sources import DataPlace, ModelPlace, StudentPlace
 from slimkit.core.jobs.tasks import TASKS, label_names, task_of
 from slimkit.core.weights.influence import find_stack
@@ -153,7 +153,7 @@ def task(
     data: DataPlace,
     held: DataPlace | None,
     asked: str,
-    options: AdaptOptions,
+    options: FitOptions,
     seed: int,
 ) -> Task:
     """Open a Hugging Face directory with the head that a text file's task needs, and read the file.
@@ -164,7 +164,8 @@ def task(
         data: text; for classification each line needs a "label".
         held: held-out text of the same form.
         asked: "auto", "classification" or "causal-lm".
-        options: of the delta; a classification head trains whole, and a delta on it would only stand in its way.
+        options: of the job; beside a delta a classification head trains whole, and a delta on it would only stand in
+            its way.
         seed: of a fresh head.
     """
     if options.loss is not None:
@@ -181,7 +182,7 @@ def task(
         opened.model.config.pad_token_id = reader.tokenizer.pad_token_id
     names = [n for n, _ in opened.model.named_parameters()]
     heads = [f"*{h}*" for h in HEADS if labels and any(h in n for n in names)]
-    if heads:
+    if heads and isinstance(options, AdaptOptions):
         more: dict[str, Any] = {"also_train": [*heads, *(options.also_train or ())]}
         if options.kind not in ("prefix", "prompt") and options.exclude is None:
             more["exclude"] = heads

@@ -25,7 +25,7 @@ def output_of(output: Any) -> torch.Tensor:
 
 
 def norm_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """The scales and shifts of a model's norms by name, each once: and of modules whose class is called so."""
+    """The scales and shifts of a model's norms by name, each once; what is called a norm is one."""
     found: dict[str, torch.nn.Parameter] = {}
     for path, module in model.named_modules():
         if kinds.is_norm(module):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -31,17 +30,13 @@ def find_example(model: nn.Module) -> tuple[Example, Trace]:
     """
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
-    def tensors(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {name: tensors(inner) for name, inner in value.items()}
-        if not isinstance(value, np.ndarray):
-            return value
-        made = torch.from_numpy(value)
+    def tensor(array: np.ndarray[Any, Any]) -> torch.Tensor:
+        made = torch.from_numpy(array)
         return made.to(dtype) if made.is_floating_point() else made
 
     attempts = [lambda inputs: trace(model, [inputs], real=False), lambda inputs: trace(model, [inputs], real=True)]
     takes = inspect.signature(model.forward).parameters
-    return examples.find_example(model, takes, first_layer(model), tensors, attempts)
+    return examples.find_example(model, takes, first_layer(model), tensor, attempts)
 
 
 def first_layer(model: nn.Module) -> FirstLayer | None:

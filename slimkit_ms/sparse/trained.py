@@ -21,7 +21,7 @@ Array = np.ndarray[Any, Any]
 
 
 def norm_parameters(model: nn.Cell) -> dict[str, ms.Parameter]:
-    """The scales and shifts of a model's norms by name, each once: and of cells whose class is called so."""
+    """The scales and shifts of a model's norms by name, each once; what is called a norm is one."""
     found: dict[str, ms.Parameter] = {}
     for path, cell in model.cells_and_names():
         if kinds.is_norm(cell):

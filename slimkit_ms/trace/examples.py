@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -31,17 +30,11 @@ def find_example(model: nn.Cell) -> tuple[Example, Traced]:
     """
     dtype = next((p.dtype for p in model.get_parameters() if p.is_floating_point()), ms.float32)
 
-    def tensors(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {name: tensors(inner) for name, inner in value.items()}
-        if not isinstance(value, np.ndarray):
-            return value
-        return ms.Tensor(value, dtype) if value.dtype.kind == "f" else ms.Tensor(value)
+    def tensor(array: np.ndarray[Any, Any]) -> ms.Tensor:
+        return ms.Tensor(array, dtype) if array.dtype.kind == "f" else ms.Tensor(array)
 
     takes = inspect.signature(model.construct).parameters
-    return examples.find_example(
-        model, takes, first_layer(model), tensors, [lambda inputs: trace_marked(model, inputs)]
-    )
+    return examples.find_example(model, takes, first_layer(model), tensor, [lambda inputs: trace_marked(model, inputs)])
 
 
 def first_layer(model: nn.Cell) -> FirstLayer | None:

@@ -60,13 +60,7 @@ def apply_layers(
     Everything is decided and built before the model is touched.
     """
     rules.delta_name(name)
-    known = rules.OPTIONS[kind]
-    for option in options:
-        if option not in known:
-            hint = check.near(option, [*known, "targets", "exclude", "also_train", "name"])
-            raise ArgumentError(
-                f"option of {kind} must be one of {', '.join(map(repr, known))}. Received: {option!r}{hint}"
-            )
+    _refuse_unknown(kind, options)
     access.at_rest(model)
     sites = access.sites(model)
     standing = access.layers(model)
@@ -152,13 +146,7 @@ def apply_in_place(
     """Put a delta on a model that swaps no layer (prefix, prompt), in place; `put` does it and says where."""
     rules.delta_name(name)
     check.boolean(freeze, "freeze")
-    known = rules.OPTIONS[kind]
-    for option in options:
-        if option not in known:
-            hint = check.near(option, [*known, "targets", "exclude", "also_train", "name"])
-            raise ArgumentError(
-                f"option of {kind} must be one of {', '.join(map(repr, known))}. Received: {option!r}{hint}"
-            )
+    _refuse_unknown(kind, options)
     flags, trained = _planned_flags(access, model, freeze, also_train)
     described = put(name=name, **options)
     _remember_flags(access, model)
@@ -267,6 +255,17 @@ def unmerge(access: DeltaFramework, model: Any) -> DeltaReport:
     access.changed(model)
     kinds = ", ".join(dict.fromkeys(x.delta_kind for x in layers.values()))
     return DeltaReport(kinds, "unmerged", {p: {"deltas": list(x.delta_specs)} for p, x in layers.items()})
+
+
+def _refuse_unknown(kind: str, options: Mapping[str, Any]) -> None:
+    """Refuse options that a kind does not have."""
+    known = rules.OPTIONS[kind]
+    for option in options:
+        if option not in known:
+            hint = check.near(option, [*known, "targets", "exclude", "also_train", "name"])
+            raise ArgumentError(
+                f"option of {kind} must be one of {', '.join(map(repr, known))}. Received: {option!r}{hint}"
+            )
 
 
 def _refuse_unmerging(layers: Mapping[str, Any]) -> None:

@@ -48,10 +48,16 @@ def fitting_form(face: JobFramework, opened: Opened, batch: Any, option: str) ->
             for words in said:
                 logger.warning("%s: %s", option, words)
             return form
+    assert first is not None
+    raise ConfigError(f"{option}: {uncallable(opened, first)}") from first
+
+
+def uncallable(opened: Opened, error: Exception) -> str:
+    """That a network cannot be called with the data, in one line, with the network's name and what it raised."""
     where = opened.place.factory or opened.place.model
-    reason = " ".join(str(first).split())[:300]
-    kind = "" if isinstance(first, SlimkitError) else f"{type(first).__name__}: "
-    raise ConfigError(f"{option}: {where} cannot be called with the data: {kind}{reason}") from first
+    reason = " ".join(str(error).split())[:300]
+    kind = "" if isinstance(error, SlimkitError) else f"{type(error).__name__}: "
+    return f"{where} cannot be called with the data: {kind}{reason}"
 
 
 def fitted(face: JobFramework, opened: Opened, batches: Any, option: str) -> Any:

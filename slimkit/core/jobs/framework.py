@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from slimkit.core.calibration.reading import TextReader
     from slimkit.core.compare.framework import CompareFramework
     from slimkit.core.distill.config import KnowledgeDistillConfig
-    from slimkit.core.jobs.options import AdaptOptions, DistillOptions, FitOptions
+    from slimkit.core.jobs.options import DistillOptions, FitOptions
     from slimkit.core.sparse import SparseConfig
 
 Array = np.ndarray[Any, Any]
@@ -284,6 +284,17 @@ class JobFramework(Protocol):
             ConfigError, FileFormatError: it cannot be opened, or the delta belongs to another one.
         """
 
+    def from_config(self, folder: Path, arrays: Mapping[str, Any]) -> Any:
+        """The model that a folder's config.json describes, in eval mode, with these values by name.
+
+        Raises:
+            UnsupportedError: the framework cannot make it.
+            FileFormatError: the model holds other tensors.
+        """
+        raise UnsupportedError(
+            f"MindSpore cannot build the model of transformers that {folder / 'config.json'} describes"
+        )
+
     @abstractmethod
     def tensors(self, arrays: Any) -> Any:
         """NumPy arrays, alone or in a dict, as the framework's tensors."""
@@ -352,7 +363,7 @@ class JobFramework(Protocol):
         data: DataPlace,
         held: DataPlace | None,
         asked: str,
-        options: AdaptOptions,
+        options: FitOptions,
         seed: int,
     ) -> Task:
         """Where `learns_text`: the model with the head that the text's task needs, and the text."""

@@ -138,10 +138,7 @@ def adapt(
         raise ConfigError(f"--merge is for --kind {kinds}: nothing else merges into weights. Received: {options.kind}")
     if format == "peft" and options.kind not in (known := sorted(set(PEFT_KINDS.values()))):
         raise ConfigError(f"--format peft is for --kind {', '.join(known)}. Received: {options.kind}")
-    if face.learns_text(place, data):
-        given = face.task(place, data, evaluation, task, options, run.seed)
-    else:
-        given = _task(face, place, data, evaluation, options, run.seed, label_key)
+    given = _task(face, place, data, evaluation, task, options, run.seed, label_key)
     opened, read = given.opened, given.read
     assert isinstance(given.options, AdaptOptions)
     options = given.options
@@ -199,11 +196,7 @@ def train(
     Raises:
         ConfigError: the network cannot be called with the data, or data and loss do not fit.
     """
-    if face.learns_text(place, data):
-        shared = {key: getattr(options, key) for key in FitOptions.model_fields}
-        given = face.task(place, data, evaluation, task, AdaptOptions(**shared), run.seed)
-    else:
-        given = _task(face, place, data, evaluation, options, run.seed, label_key)
+    given = _task(face, place, data, evaluation, task, options, run.seed, label_key)
     opened, read = given.opened, given.read
     made = [] if place.model is None or not place.model.is_dir() else folders.made_sparse(place.model)
     if made and not options.keep_zeros:
@@ -265,11 +258,14 @@ def _task(
     place: ModelPlace,
     data: DataPlace,
     evaluation: DataPlace | None,
+    task: str,
     options: FitOptions,
     seed: int,
     label_key: str,
 ) -> Task:
-    """A network of one's own, and labelled arrays that fit it."""
+    """A model and the text of its task, or a network of one's own and labelled arrays that fit it."""
+    if face.learns_text(place, data):
+        return face.task(place, data, evaluation, task, options, seed)
     read = supervised(data, label_key, face, labels=True)
     held = None
     if evaluation is not None:
@@ -287,16 +283,14 @@ def _task(
 
 def _called(face: JobFramework, opened: Opened, inputs: Any) -> list[Any]:
     """The arrays that a network answers with; whatever it raises is reported with the network's name."""
-    where = opened.place.factory or opened.place.model
     try:
         found: list[Any] = face.outputs(opened.model, inputs)
     except SlimkitError:
         raise
     except Exception as error:  # the user's network raises what it likes
-        reason = " ".join(str(error).split())[:300]
-        raise ConfigError(f"{where} cannot be called with the data: {type(error).__name__}: {reason}") from error
+        raise ConfigError(fed.uncallable(opened, error)) from error
     if not found:
-        raise ConfigError(f"{where} answers with no tensor")
+        raise ConfigError(f"{opened.place.factory or opened.place.model} answers with no tensor")
     return found
 
 

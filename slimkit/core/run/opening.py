@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from slimkit.core.errors import ConfigError, FileFormatError, UnsupportedError
 from slimkit.core.jobs import folders, inspecting
 from slimkit.core.jobs.framework import JobFramework
 from slimkit.core.jobs.sources import ModelPlace
+from slimkit.core.lazy import imported
 from slimkit.core.showing import Shown
 
 _GIVE = "load(folder, network) with a fresh network of the original make"
@@ -67,36 +68,35 @@ def open_folder(
     folder: files.PathLike,
     network: Any,
     trust_factory: bool,
-    torch: Callable[[], Any],
-    from_arrays: Callable[[Path, dict[str, Any]], Any],
 ) -> Loaded:
     """What `load` of both packages does.
 
     Args:
         face: the framework.
         folder, network, trust_factory: as the user gave them.
-        torch: imports PyTorch, asked for pickled weight files alone.
-        from_arrays: makes the model that a folder's config.json describes, with these tensors by name.
     """
     path = files.as_path(folder, "folder")
     if isinstance(network, (str, Path)):
-        network = open_folder(face, network, None, trust_factory, torch, from_arrays).needed("network")
+        network = open_folder(face, network, None, trust_factory).needed("network")
     elif network is not None:
         network = face.check_model(network)
     for name, (kind, words) in _OTHERS.items():
         if path.is_dir() and (path / name).exists() and not (path / "stages").exists():
             return Loaded(str(path), kind, None, words)
     kind = "run" if (path / "run.json").exists() else inspecting.kind_of(_file(path))
-    facts = _run_facts(path) if kind == "run" else inspecting.look(_file(path), torch, values=False).facts
+    if kind == "run":
+        facts = _run_facts(path)
+    else:
+        facts = inspecting.look(_file(path), lambda: imported("torch"), values=False).facts
     if path.is_dir() and kind in ("model", "weights"):
         kind = next((word for name, word in _MADE_BY.items() if (path / name).exists()), kind)
     found = Loaded(str(path), kind, facts=facts)
     if kind == "run":
         _run(face, path, network, trust_factory, found)
     elif kind in ("bundle", "peft"):
-        _delta(face, path, network, found, torch, from_arrays)
+        _delta(face, path, network, found)
     elif kind == "w16a16s":
-        _w16a16s(face, path, network, found, from_arrays)
+        _w16a16s(face, path, network, found)
     elif kind == "desc":
         found.next = "Pruner(network).prune_by_desc(desc) makes this cut on a fresh network"
     elif kind == "onnx":
@@ -152,13 +152,11 @@ def _evaluating(model: Any) -> Any:
     return model
 
 
-def _delta(
-    face: JobFramework, path: Path, network: Any, found: Loaded, torch: Callable[[], Any], from_arrays: Any
-) -> None:
+def _delta(face: JobFramework, path: Path, network: Any, found: Loaded) -> None:
     """A delta goes on its base."""
     base = found.facts.get("base_model")
     if network is None and isinstance(base, str) and Path(base).is_dir():
-        network = open_folder(face, base, None, False, torch, from_arrays).model
+        network = open_folder(face, base, None, False).model
     if network is None:
         found.next = "load(folder, base), a model or its folder, puts the delta on it"
         return
@@ -166,7 +164,7 @@ def _delta(
     found.model, found.next = _evaluating(network), "the delta is on its base; merge_delta folds it in"
 
 
-def _w16a16s(face: JobFramework, path: Path, network: Any, found: Loaded, from_arrays: Any) -> None:
+def _w16a16s(face: JobFramework, path: Path, network: Any, found: Loaded) -> None:
     from slimkit.core.ascend.w16a16s import load_w16a16s
 
     read = load_w16a16s(path)
@@ -176,7 +174,7 @@ def _w16a16s(face: JobFramework, path: Path, network: Any, found: Loaded, from_a
         return
     if read.config.get("architectures"):
         try:
-            found.model = from_arrays(path, read.tensors)
+            found.model = face.from_config(path, read.tensors)
             found.next = "made from config.json, the weights as float16 holds them"
             return
         except UnsupportedError as error:
