@@ -31,6 +31,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
+
 from slimkit import (
     Compressor,
     KnowledgeDistillConfig,
@@ -43,6 +45,7 @@ from slimkit import (
 )
 from slimkit.core.compare.intervals import draws
 from slimkit.core.compare.windows import Protocol, cut
+from slimkit.core.sparse.maths.grid import byte_entropy, on_grid
 from slimkit.core.sparse.methods import METHODS
 from tools.bench import llm_prune, sparse, sparse_text
 
@@ -55,6 +58,7 @@ SPARSE = (
     *(f"{method} {ratio}" for ratio in ("0.6", "4:8") for method in ("sparsegpt", "hessian", "par")),
     *("par 0.5 residual", "par 0.7 residual", "hessian 0.7 free", "par 0.7 free", "par 0.5 free"),
     *("hessian 0.5 swaps", "wanda 0.5 swaps", "par 0.5 swaps", "block 0.5", "block 2:4"),
+    *("par 0.3", "par 0.3 bits", "par 0.3 rounded"),  # 2 bits of mantissa, while solving or afterwards
 )
 CALIBRATION = (
     *("all 4x512", "all 16x512", "all 64x128", "all 16x128", "all 64x512"),
@@ -112,8 +116,8 @@ class Bench:
 
         Args:
             name: of the cell.
-            make: changes the copy of the dense model that it is given, or returns a model to be judged instead; a
-                number that it returns is the share of the parameters that is left.
+            make: changes the copy of the dense model that it is given, or returns a model to be judged instead, or
+                figures of its own: "kept", the share of the parameters that is left, "bits", bytes' entropy a weight.
             parts: of the text.
             spent: CPU seconds before this.
         """
@@ -124,7 +128,7 @@ class Bench:
         model = made if isinstance(made, nn.Module) else model
         seconds = spent + time.process_time() - begun
         row = {"name": name, "cpu_s": round(seconds, 1), **{part: self.judged(model, part) for part in parts}}
-        row["kept"] = made if isinstance(made, float) else None
+        row |= made if isinstance(made, dict) else {}
         self.cells[name] = row
         with self.out.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
@@ -150,8 +154,7 @@ def perplexity(documents: list[tuple[float, int]]) -> float:
 def line(row: dict[str, Any], found: dict[str, dict[str, Any]]) -> str:
     """One cell for people; with the dense model's, what its perplexity has lost, and that over documents drawn anew."""
     parts = [f"{row['name']:28} {row['cpu_s']:7.0f} CPU s"]
-    if row.get("kept"):
-        parts.append(f"kept {row['kept']:.3f}")
+    parts += [f"{key} {row[key]:.3f}" for key in ("kept", "bits") if key in row]
     for part in ("held_out", "other"):
         if part not in row:
             continue
@@ -167,7 +170,7 @@ def line(row: dict[str, Any], found: dict[str, dict[str, Any]]) -> str:
     return " | ".join(parts)
 
 
-def sparsified(text: str, batches: Any) -> Callable[[nn.Module], None]:
+def sparsified(text: str, batches: Any) -> Callable[[nn.Module], dict[str, float]]:
     """What makes a model sparse as a cell says: a method or peer, a ratio or n:m pattern, and switches."""
     method, ratio, *switches = text.split()
     peer = {"sparsegpt": sparse.plain, "admm": sparse_text.admm}.get(method)
@@ -178,14 +181,22 @@ def sparsified(text: str, batches: Any) -> Callable[[nn.Module], None]:
         residual="residual" in switches,
         uniform="free" not in switches,
         swaps=1_000 if "swaps" in switches else 0,
+        mantissa_bits=2 if "bits" in switches else None,
+        outliers=0.02 if "bits" in switches else 0.0,
     )
 
-    def make(model: nn.Module) -> None:
+    def make(model: nn.Module) -> dict[str, float]:
         with ExitStack() as stack:
             if peer:
                 row = replace(METHODS["hessian"], solver=sparse_text.as_solver(peer))
                 stack.enter_context(mock.patch.dict(METHODS, {"hessian": row}))
-            Compressor(model, config).compress(batches)
+            report = Compressor(model, config).compress(batches)
+        layers = [model.get_submodule(name) for name in report["layers"]]
+        for layer in layers if "rounded" in switches else ():
+            weight = layer.weight.data
+            layer.weight.data = on_grid(weight, weight, weight != 0, None, 2, 0.02)[0]
+        halves = np.concatenate([layer.weight.detach().half().numpy().reshape(-1) for layer in layers])
+        return {"bits": byte_entropy(halves)}
 
     return make
 
