@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from slimkit.core.errors import ConfigError
 from slimkit.core.sparse.config import SparseConfig
-from slimkit.core.sparse.maths.grid import byte_entropy, nearest, on_grid
+from slimkit.core.sparse.maths.grid import FloatGrid, IntegerGrid, byte_entropy, on_grid, steps_of
 from slimkit.core.sparse.maths.layer import SparseLayer
 from slimkit.core.sparse.maths.moments import Moments
 from slimkit.core.sparse.maths.solve import solve
@@ -35,7 +35,7 @@ def error(target, q, gram):
 
 @given(FLOATS, st.integers(1, 10), st.sampled_from([-1.0, 1.0]))
 def test_the_nearest_value_is_on_the_grid_and_no_other_is_nearer(size, bits, sign):
-    found = nearest(np.array([sign * size]), bits)[0]
+    found = FloatGrid(bits).nearest(np.array([sign * size]))[0]
     assert on(found, bits)
     exponent = np.floor(np.log2(size))
     steps = 2.0**exponent * (1 + np.arange(2 * 2**bits + 1) / 2**bits)  # up to the second next power
@@ -49,19 +49,18 @@ def test_descent_stays_on_the_mask_and_the_grid_and_beats_rounding(bits, outlier
         target, gram = problem(seed)
         keep = np.random.default_rng(seed + 10).random(target.shape) < 0.6
         weight = target * keep
-        found, facts = on_grid(target, weight, keep, gram, bits, outliers)
+        found, facts = on_grid(weight, keep, gram, FloatGrid(bits), outliers)
         assert np.array_equal(found != 0, keep)
         assert facts["outliers"] == int(outliers * keep.sum())
         assert np.count_nonzero(~on(found, bits)) <= facts["outliers"]
-        plain, _ = on_grid(target, weight, keep, None, bits, outliers)
-        before, after = error(target, plain, gram), error(target, found, gram)
-        # Every row is at least as good as plain rounding, and the sum is better by what the facts say.
-        rows = [error(target[i : i + 1], found[i : i + 1], gram) for i in range(len(target))]
-        others = [error(target[i : i + 1], plain[i : i + 1], gram) for i in range(len(target))]
-        assert all(a <= b * (1 + 1e-9) for a, b in zip(rows, others, strict=True))
-        if not outliers:  # without inputs others are left out of the rounding
-            assert facts["rounding_gain"] == pytest.approx(1 - after / before, abs=1e-6)
+        plain, _ = on_grid(weight, keep, None, FloatGrid(bits), outliers)
+        before, after = error(weight, plain, gram), error(weight, found, gram)
         assert after < before
+        if not outliers:  # without inputs others are left out of the rounding
+            rows = [error(weight[i : i + 1], found[i : i + 1], gram) for i in range(len(target))]
+            others = [error(weight[i : i + 1], plain[i : i + 1], gram) for i in range(len(target))]
+            assert all(a <= b * (1 + 1e-9) for a, b in zip(rows, others, strict=True))
+            assert facts["rounding_gain"] == pytest.approx(1 - after / before, abs=1e-6)
 
 
 def test_the_best_of_all_choices_is_found_or_nearly():
@@ -76,7 +75,7 @@ def test_the_best_of_all_choices_is_found_or_nearly():
         choices = np.array(np.meshgrid(*[[0, 1]] * 6)).reshape(6, -1).T
         every = down + np.sign(target) * choices * step
         best += min(error(target, q[None], gram) for q in every)
-        found += error(target, on_grid(target, target, keep, gram, 1, 0.0)[0], gram)
+        found += error(target, on_grid(target, keep, gram, FloatGrid(1))[0], gram)
     assert found < 1.5 * best
 
 
@@ -95,6 +94,41 @@ def test_every_method_rounds_what_it_keeps(method):
     assert byte_entropy(solved.weight.astype(np.float16)) < 0.6 * byte_entropy(zeros.astype(np.float16)) < 0.6 * dense
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("pattern", [None, "2:4"])
+def test_whole_numbers_stand_in_the_weight_itself(dtype, pattern):
+    """The step is the row's largest weight by 127; half floats still say every whole number."""
+    rng = np.random.default_rng(1)
+    layer, weight = SparseLayer("layer", "linear", (16, 32)), rng.standard_normal((16, 32)).astype(np.float32)
+    weight[3] = 0.0
+    moments = Moments(layer)
+    moments.add(rng.standard_normal((400, 32)).astype(np.float32))
+    found = {
+        bits: solve(layer, weight, moments, 0.5, SparseConfig(method="par", pattern=pattern, weight_bits=bits))
+        for bits in (None, 3, 8)
+    }
+    stored = found[8].weight.astype(dtype).astype(np.float64)
+    ratios = stored / steps_of(stored, 8)
+    assert np.abs(ratios - np.round(ratios)).max() < (0.07 if dtype == np.float16 else 1e-3)
+    assert np.array_equal(np.abs(np.round(ratios)).max(axis=1), np.where(np.any(stored, axis=1), 127, 0))
+    assert not np.any(stored[~found[8].keep.astype(bool)])
+    errors = [found[bits].account["output_error"] for bits in (None, 8, 3)]
+    assert 0.99 * errors[0] < errors[1] < 1.01 * errors[0] < errors[2]
+    assert 0 < found[8].account["rounding_gain"] < 1
+
+
+def test_descent_on_whole_numbers_beats_rounding_row_by_row():
+    for seed in range(5):
+        target, gram = problem(seed)
+        keep = np.random.default_rng(seed + 10).random(target.shape) < 0.6
+        weight = target * keep
+        grid = IntegerGrid(steps_of(weight, 4), 4)
+        plain, found = (on_grid(weight, keep, g, grid)[0] for g in (None, gram))
+        for i in range(len(target)):
+            row = slice(i, i + 1)
+            assert error(weight[row], found[row], gram) <= error(weight[row], plain[row], gram) * (1 + 1e-9)
+
+
 def test_entropy_is_that_of_the_bytes():
     assert byte_entropy(np.zeros(7, np.float16)) == 0.0
     rng = np.random.default_rng(0)
@@ -108,3 +142,7 @@ def test_what_cannot_be_asked_together():
         SparseConfig(outliers=0.1)
     with pytest.raises(ConfigError, match="mantissa_bits"):
         SparseConfig(method="block", mantissa_bits=2)
+    with pytest.raises(ConfigError, match="weight_bits"):
+        SparseConfig(method="block", weight_bits=8)
+    with pytest.raises(ConfigError, match="two grids"):
+        SparseConfig(mantissa_bits=2, weight_bits=8)

@@ -45,7 +45,7 @@ from slimkit import (
 )
 from slimkit.core.compare.intervals import draws
 from slimkit.core.compare.windows import Protocol, cut
-from slimkit.core.sparse.maths.grid import byte_entropy, on_grid
+from slimkit.core.sparse.maths.grid import FloatGrid, byte_entropy, on_grid
 from slimkit.core.sparse.methods import METHODS
 from tools.bench import llm_prune, sparse, sparse_text
 
@@ -194,7 +194,7 @@ def sparsified(text: str, batches: Any) -> Callable[[nn.Module], dict[str, float
         layers = [model.get_submodule(name) for name in report["layers"]]
         for layer in layers if "rounded" in switches else ():
             weight = layer.weight.data
-            layer.weight.data = on_grid(weight, weight, weight != 0, None, 2, 0.02)[0]
+            layer.weight.data = on_grid(weight, weight != 0, None, FloatGrid(2), 0.02)[0]
         halves = np.concatenate([layer.weight.detach().half().numpy().reshape(-1) for layer in layers])
         return {"bits": byte_entropy(halves)}
 

@@ -233,6 +233,9 @@ class SparsifyOptions(JobOptions):
     outliers: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.0, description="share of what stays that is not rounded: where it would cost most"
     )
+    weight_bits: PositiveInt | None = Field(
+        None, description="round what stays to whole numbers of so many bits, 2 to 8, by output channel; unset: not"
+    )
     targets: Annotated[list[str] | None, Flag("--target", metavar="GLOB")] = Field(
         None, description="globs of layers to sparsify; unset: all"
     )

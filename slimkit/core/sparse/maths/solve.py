@@ -22,7 +22,7 @@ from slimkit.core.sparse.config import SparseConfig
 from slimkit.core.sparse.maths import pattern as patterns
 from slimkit.core.sparse.maths.backend import Array, all_finite, namespace, own_copy, precision
 from slimkit.core.sparse.maths.factor import quadratic
-from slimkit.core.sparse.maths.grid import on_grid
+from slimkit.core.sparse.maths.grid import FloatGrid, Grid, IntegerGrid, on_grid, steps_of
 from slimkit.core.sparse.maths.layer import SparseLayer
 from slimkit.core.sparse.maths.moments import Moments
 from slimkit.core.sparse.maths.residue import alive, means_of, regress
@@ -107,7 +107,7 @@ def solve(
             account["fallback"] = reason
     ratio = min(round(ratio * layer.size), layer.size - 1) / layer.size if config.nm is None else ratio
     means = means_of(matrix, moments, config.paired and method.refits, last)
-    polished = config.swaps > 0 or config.mantissa_bits is not None
+    polished = config.swaps > 0 or config.rounds
     weights, keeps = [], []
     error = power = 0.0
     for g in range(layer.groups):
@@ -124,8 +124,8 @@ def solve(
         new, keep, facts = method.solve(
             SparseProblem(
                 weight=dense,
-                # Methods use up what they are given, and what polishes needs it once more.
-                target=own_copy(target) if polished and target is not dense else target,
+                # Methods use up what they are given, and swaps need it once more.
+                target=own_copy(target) if config.swaps and target is not dense else target,
                 gram=gram,
                 spend=(means.own or dead is not None) and not polished,
                 dead=dead,
@@ -142,8 +142,8 @@ def solve(
         if config.swaps and damped is not None:
             new, keep, more = swap(target, new, keep, damped, config.nm, config.swaps, method.refits)
             facts, loss = facts | more, None
-        if config.mantissa_bits is not None:
-            new, more = on_grid(target, new, keep, damped, config.mantissa_bits, config.outliers)
+        if (grid := _grid(new, config)) is not None:
+            new, more = on_grid(new, keep, damped, grid, config.outliers)
             facts, loss = facts | more, None
         account.update(facts)
         weights.append(new)
@@ -161,6 +161,12 @@ def solve(
         # (groups, out, 1) - (groups, out, n) @ (groups, n, 1): what the bias takes up
         shift = (means.gain[0] - new @ means.gain[1]).reshape(-1)
     return Solved(layer.from_matrix(new), layer.from_matrix(keep), shift, account)
+
+
+def _grid(weight: Array, config: SparseConfig) -> Grid | None:
+    if config.weight_bits is not None:
+        return IntegerGrid(steps_of(weight, config.weight_bits), config.weight_bits)
+    return None if config.mantissa_bits is None else FloatGrid(config.mantissa_bits)
 
 
 def _damped(gram: Array, dead: Array | None, damping: float) -> Array:
