@@ -17,7 +17,7 @@ def measure_model(model: nn.Module, inputs: Any, latency_budget_s: float = 0.5) 
     Args:
         model: any module.
         inputs: what `model(*inputs)` takes: a tensor, a tuple or list of arguments, or a dict of keyword arguments.
-        latency_budget_s: seconds to spend on timing forwards with one thread.
+        latency_budget_s: seconds to spend on timing forwards with one thread; 0 does not time them: NaN.
 
     Returns:
         The figures of the whole model and of each layer that holds a weight of two or more axes.
@@ -37,6 +37,7 @@ def measure_model(model: nn.Module, inputs: Any, latency_budget_s: float = 0.5) 
         with bridge.hooked(layers, seen):
             bridge.run(model, inputs)
         latency_ms = _latency_ms(model, inputs, latency_budget_s)
+    zeros = {id(w): w.numel() - int(torch.count_nonzero(w)) for layer in layers.values() for w in _weights(layer)}
     rows = tuple(
         LayerMeasurement(
             name=name,
@@ -44,14 +45,13 @@ def measure_model(model: nn.Module, inputs: Any, latency_budget_s: float = 0.5) 
             shape=tuple(_weights(layer)[0].shape),
             width=_width(layer),
             parameters=sum(p.numel() for p in layer.parameters(recurse=False)),
-            zeros=sum(int((w == 0).sum()) for w in _weights(layer)),
+            zeros=sum(zeros[id(w)] for w in _weights(layer)),
             macs=macs.get(name),
         )
         for name, layer in layers.items()
     )
-    distinct = {id(w): int((w == 0).sum()) for layer in layers.values() for w in _weights(layer)}
     parameters = [(p.numel(), p.numel() * p.element_size(), p.requires_grad) for p in model.parameters()]
-    return Measurement.of(rows, parameters, sum(distinct.values()), latency_ms)
+    return Measurement.of(rows, parameters, sum(zeros.values()), latency_ms)
 
 
 def _weights(module: nn.Module) -> list[nn.Parameter]:

@@ -17,7 +17,7 @@ def measure_model(model: nn.Cell, inputs: Any, latency_budget_s: float = 0.5) ->
     Args:
         model: any cell.
         inputs: what `model(*inputs)` takes: a tensor, a tuple or list of arguments, or a dict of keyword arguments.
-        latency_budget_s: seconds to spend on timing forwards.
+        latency_budget_s: seconds to spend on timing forwards; 0 does not time them: NaN.
 
     Returns:
         The figures of the whole model and of each layer that holds a weight of two or more axes.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -151,8 +152,10 @@ def median_ms(call: Callable[[], Any], budget_s: float) -> float:
 
     Args:
         call: what to time; it returns when the work is done.
-        budget_s: seconds to spend; at least three calls are made, and at most 200.
+        budget_s: seconds to spend; at least three calls are made, and at most 200. 0 makes none: NaN.
     """
+    if budget_s == 0:
+        return math.nan
     times: list[float] = []
     end = time.perf_counter() + budget_s
     while len(times) < 3 or (time.perf_counter() < end and len(times) < 200):

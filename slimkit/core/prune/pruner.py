@@ -131,7 +131,7 @@ class PrunerBase(PrunerPlanning):
         """
         return Report("frontier", frontier_of(self, reserved_ratios, un_prune_list, nested))
 
-    def prune_by_desc(self, desc: dict[str, Any], *, repair: bool = False) -> Any:
+    def prune_by_desc(self, desc: dict[str, Any], *, repair: bool = False, weights_follow: bool = False) -> Any:
         """Replay a plan on a fresh model of the same make, in place; weights that a repair changed are not in a plan.
 
         Args:
@@ -139,6 +139,7 @@ class PrunerBase(PrunerPlanning):
                 msModelSlim's, {layer: {"input" or "output": [number kept, mask]}}, which is proven on the example where
                 one was given.
             repair: repair the cut model on the calibration data that this pruner was given, as `prune` does.
+            weights_follow: the pruned model's weights are loaded next, so that nobody need be warned of a repair.
 
         Returns:
             The pruned model.
@@ -163,7 +164,7 @@ class PrunerBase(PrunerPlanning):
             return self._wing.model
         self._cut(PrunePlan(desc))
         made = desc.get("made", {})
-        if any(step.get("repaired") for step in made.get("steps", [made])):
+        if not weights_follow and any(step.get("repaired") for step in made.get("steps", [made])):
             logger.warning("%s", UNREPAIRED)
         return self._wing.model
 
