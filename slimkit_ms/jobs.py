@@ -70,8 +70,8 @@ class MindSporeJobs(JobFramework):
     def check_model(self, model: Any) -> nn.Cell:
         return bridge.check_model(model, "model")
 
-    def measure(self, model: nn.Cell, inputs: Any) -> Measurement:
-        return measure_model(model, _positional(model, inputs))
+    def measure(self, model: nn.Cell, inputs: Any, dense: nn.Cell | None = None) -> Measurement:
+        return measure_model(model, _positional(model, inputs), dense=dense)
 
     def states(self, model: nn.Cell) -> Iterator[tuple[str, str, np.ndarray]]:
         for parameter, paths in bridge.parameter_paths(model):
@@ -179,8 +179,7 @@ class MindSporeJobs(JobFramework):
             desc = files.read_json(place.model / folders.PLAN)
             self.slim.load_pruned(place.model, model)
         elif place.model is not None:
-            own = place.model / _WEIGHTS
-            self.slim.load_checkpoint(own if own.exists() else place.model, model, strict_load=True)
+            self.slim.load_checkpoint(place.model, model, strict_load=True)
         if place.model is not None:
             bridge.record_zeros_of(model, folders.made_sparse(place.model))
         if delta is not None:

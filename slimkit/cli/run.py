@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -62,13 +63,21 @@ def run(
 
         with claim.claimed(folder, force=asked.force, states=claim.RUN, reads=(recipe,), option="--output"):
             wing = Stages(places.framework(options.Network(framework=checked.framework)))
-            report = run_recipe(checked, recipe.parent, wing, folder, restart=restart)
+            report = run_recipe(
+                checked, recipe.parent, wing, folder, restart=restart, command=_command(recipe, output, set_ or [])
+            )
         _show(report, folder, talk)
+
+
+def _command(recipe: Path, output: Path | None, set_: list[str]) -> str:
+    """What makes the same run again."""
+    more = [word for one in set_ for word in ("--set", one)] + ([] if output is None else ["--output", str(output)])
+    return shlex.join(["slimkit", "run", str(recipe), *more])
 
 
 def _show(report: dict[str, Any], folder: Path, talk: Session) -> None:
     """The summary: dense against final, what the stages say, and where the report is."""
-    from slimkit.core.jobs.measurement import summary_rows
+    from slimkit.core.jobs.measurement import goals, summary_rows
     from slimkit.core.run.report import headline
 
     rows = summary_rows(report)
@@ -77,4 +86,5 @@ def _show(report: dict[str, Any], folder: Path, talk: Session) -> None:
         talk.line(f"  {name}: {text}")
     talk.line(f"Report: {folder / 'report.html'}")
     summary = [dict(zip(("what", "dense", "final", "change"), row)) for row in rows]
-    talk.result({"summary": summary, "report": folder / "report.html"})
+    asked = [{"stage": name, **goal} for name, goal in goals(report)]
+    talk.result({"goals": asked, "summary": summary, "report": folder / "report.html"})

@@ -72,8 +72,8 @@ class TorchJobs(JobFramework):
     def check_model(self, model: Any) -> nn.Module:
         return bridge.check_model(model, "model")
 
-    def measure(self, model: nn.Module, inputs: Any) -> Measurement:
-        return measure_model(model, bridge.to_device(inputs, bridge.device_of(model)))
+    def measure(self, model: nn.Module, inputs: Any, dense: nn.Module | None = None) -> Measurement:
+        return measure_model(model, bridge.to_device(inputs, bridge.device_of(model)), dense=dense)
 
     def states(self, model: nn.Module) -> Iterator[tuple[str, str, np.ndarray]]:
         for name, tensor in model.state_dict().items():

@@ -79,7 +79,7 @@ def task(kit, tmp_path, monkeypatch):
     (tmp_path / f"jobs_{kit.name}.py").write_text(text)
     monkeypatch.chdir(tmp_path)
     # Latency is not looked at here, and measuring it would take most of the time.
-    monkeypatch.setattr(kit.room("measurement"), "median_ms", lambda call, budget_s: 0.1)
+    monkeypatch.setattr(kit.room("measurement"), "medians_ms", lambda calls, budget_s: [0.1] * len(calls))
     return f"jobs_{kit.name}.py"
 
 
@@ -486,7 +486,7 @@ STACK = """
 def test_a_recipe_keeps_the_blocks_that_its_data_needs(kit, tmp_path, monkeypatch):
     (tmp_path / f"stack_{kit.name}.py").write_text(textwrap.dedent(STACK).replace("FRAMEWORK", repr(kit.name)))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(kit.room("measurement"), "median_ms", lambda call, budget_s: 0.1)
+    monkeypatch.setattr(kit.room("measurement"), "medians_ms", lambda calls, budget_s: [0.1] * len(calls))
     cut = {"arguments": {"layers": 2}, "keep_blocks": 2}
     facts = recipe(kit, f"stack_{kit.name}.py", tmp_path, {"cut": cut})["stages"][1]["facts"]
     assert facts["layers"] == {"0": 1, "1": 3}

@@ -124,7 +124,7 @@ def prune(
     inputs = example_of(face, opened, example, seed=seed)
     context = CommandContext(face, seed, inputs, options, batches=batches)
     done = work.prune(opened.model, options, context, plan_only=out is None)
-    facts = {key: value for key, value in done.facts.items() if key != "headline"}
+    facts = {key: value for key, value in done.facts.items() if key not in ("headline", "goal")}
     if out is None or done.edit is None:
         return facts
     opened.desc = done.edit["prune"]

@@ -205,8 +205,8 @@ class JobFramework(Protocol):
         """Refuse anything but a model of this framework."""
 
     @abstractmethod
-    def measure(self, model: Any, inputs: Any) -> Measurement:
-        """Parameters, zeros, MACs and latency on one input."""
+    def measure(self, model: Any, inputs: Any, dense: Any = None) -> Measurement:
+        """Parameters, zeros, MACs and latency on one input; `dense` is timed in turn with it."""
 
     @abstractmethod
     def states(self, model: Any) -> Iterator[tuple[str, str, Array]]:
