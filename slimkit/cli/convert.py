@@ -35,7 +35,7 @@ def convert(
     dst: Annotated[
         Path,
         typer.Argument(
-            help=".ckpt, .safetensors (MindSpore); .safetensors, .pt, .pth, .bin (torch); a folder for one or for .gguf.",
+            help=".ckpt, .safetensors (MindSpore); .safetensors, .pt, .pth, .bin (torch); a folder for one or .gguf.",
             show_default=False,
         ),
     ],

@@ -14,7 +14,7 @@ from slimkit.cli.session import Session, session
 
 @options.spread
 def run(
-    recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.")],
+    recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file, or run.json of an earlier run.")],
     asked: options.Writing,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder of the run; runs/NAME by default.")
@@ -36,7 +36,7 @@ def run(
     Example: slimkit run tools/recipes/digits.yaml --set seed=3 --output runs/digits-3
     """
     from slimkit.core.jobs.sources import settings
-    from slimkit.core.run.recipe import load_recipe
+    from slimkit.core.run.recipe import load_recipe, paths_begin
 
     with session("run", asked) as talk:
         checked = load_recipe(recipe, settings(set_ or [], "--set"))
@@ -47,7 +47,7 @@ def run(
                 from slimkit.core.run.checking import check_recipe
 
                 check_recipe(
-                    checked, recipe.parent, places.framework(options.Network(framework=checked.framework)).formats
+                    checked, paths_begin(recipe), places.framework(options.Network(framework=checked.framework)).formats
                 )
             found = "nothing wrong" if check else "well formed; --check looks at functions and data as well"
             talk.line(f"{recipe}: {len(steps)} stages, {found}")
@@ -64,7 +64,12 @@ def run(
         with claim.claimed(folder, force=asked.force, states=claim.RUN, reads=(recipe,), option="--output"):
             wing = Stages(places.framework(options.Network(framework=checked.framework)))
             report = run_recipe(
-                checked, recipe.parent, wing, folder, restart=restart, command=_command(recipe, output, set_ or [])
+                checked,
+                paths_begin(recipe),
+                wing,
+                folder,
+                restart=restart,
+                command=_command(recipe, output, set_ or []),
             )
         _show(report, folder, talk)
 

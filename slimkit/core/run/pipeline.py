@@ -22,7 +22,7 @@ from slimkit.core.locks import locked
 from slimkit.core.log import logger
 from slimkit.core.run.checking import check_data, check_stages
 from slimkit.core.run.language import Evaluation
-from slimkit.core.run.recipe import Recipe
+from slimkit.core.run.recipe import RUN_FORMAT, Recipe
 from slimkit.core.run.report import write_report
 
 SHRINKING = ("prune", "cut", "sparsify")
@@ -184,7 +184,7 @@ class _Run:
     def _open(self) -> None:
         """Claim the folder: a fresh one, or one that holds an earlier part of this very run."""
         identity = {
-            "format": "slimkit-run",
+            "format": RUN_FORMAT,
             "version": 1,
             "recipe": self.recipe.model_dump(mode="json"),
             "folder": str(self.folder.absolute()),
