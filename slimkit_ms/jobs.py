@@ -25,6 +25,7 @@ from slimkit_ms import bridge, compare, export, kinds, train
 from slimkit_ms.distill import taps
 from slimkit_ms.measurement import measure_model
 from slimkit_ms.sparse.framework import MindSporeSparse
+from slimkit_ms.trace.examples import find_example
 
 import mindspore as ms
 from mindspore import nn, ops
@@ -193,7 +194,7 @@ class MindSporeJobs(JobFramework):
         return ms.Tensor(np.ascontiguousarray(arrays))
 
     def own_example(self, opened: Opened, length: int, seed: int) -> Any:
-        return None
+        return find_example(opened.model)[0].inputs
 
     def text(self, opened: Opened, place: DataPlace) -> list[Any]:
         raise ConfigError("--calib: text needs the tokenizer of a Hugging Face directory; give arrays or a function")

@@ -32,6 +32,7 @@ from slimkit.jobs import devices, models, teach, texts
 from slimkit.measurement import measure_model
 from slimkit.sparse.checkpoint_framework import CheckpointSparse
 from slimkit.sparse.framework import TorchSparse
+from slimkit.trace.examples import find_example
 
 import torch
 from torch import nn
@@ -188,7 +189,7 @@ class TorchJobs(JobFramework):
 
     def own_example(self, opened: Opened, length: int, seed: int) -> Any:
         if not opened.is_hf:
-            return None
+            return bridge.to_device(find_example(opened.model)[0].inputs, self.device)
         return bridge.to_device(models.own_example(opened.model, length, seed), self.device)
 
     def text(self, opened: Opened, place: DataPlace) -> list[Any]:

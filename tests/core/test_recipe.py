@@ -197,7 +197,7 @@ def test_the_schema_allows_what_a_recipe_may_hold():
     schema = Recipe.model_json_schema()
     for name, part in [("Recipe", schema), *schema["$defs"].items()]:
         for key, about in part.get("properties", {}).items():
-            assert about.get("description"), f"{name}.{key} says nothing of itself"
+            assert about.get("description") or "$ref" in about, f"{name}.{key} says nothing of itself"
             if about.get("default", "") is None:
                 assert {"type": "null"} in about["anyOf"], f"{name}.{key} may be unset, and the schema refuses null"
     prune, sparsify = schema["$defs"]["PruneOptions"], schema["$defs"]["SparsifyOptions"]

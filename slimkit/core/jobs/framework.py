@@ -301,7 +301,7 @@ class JobFramework(Protocol):
 
     @abstractmethod
     def own_example(self, opened: Opened, length: int, seed: int) -> Any:
-        """An input that the model itself describes; None where it does not."""
+        """An input that the model itself describes, or on which it runs; NoExampleError where there is none."""
 
     @abstractmethod
     def text(self, opened: Opened, place: DataPlace) -> list[Any]:
