@@ -21,7 +21,7 @@ def measure_model(
     Args:
         model: any module.
         inputs: what `model(*inputs)` takes: a tensor, a tuple or list of arguments, or a dict of keyword arguments.
-        latency_budget_s: seconds to spend on timing forwards with one thread.
+        latency_budget_s: seconds to spend on timing forwards with one thread; 0 does not time them: NaN.
         dense: a model whose forwards are timed in turn with this one's.
 
     Returns:
@@ -42,6 +42,7 @@ def measure_model(
         with bridge.hooked(layers, seen):
             bridge.run(model, inputs)
         times = _latencies_ms([model] if dense is None else [model, dense], inputs, latency_budget_s)
+    zeros = {id(w): w.numel() - int(torch.count_nonzero(w)) for layer in layers.values() for w in _weights(layer)}
     rows = tuple(
         LayerMeasurement(
             name=name,
@@ -49,14 +50,13 @@ def measure_model(
             shape=tuple(_weights(layer)[0].shape),
             width=_width(layer),
             parameters=sum(p.numel() for p in layer.parameters(recurse=False)),
-            zeros=sum(int((w == 0).sum()) for w in _weights(layer)),
+            zeros=sum(zeros[id(w)] for w in _weights(layer)),
             macs=macs.get(name),
         )
         for name, layer in layers.items()
     )
-    distinct = {id(w): int((w == 0).sum()) for layer in layers.values() for w in _weights(layer)}
     parameters = [(p.numel(), p.numel() * p.element_size(), p.requires_grad) for p in model.parameters()]
-    return Measurement.of(rows, parameters, sum(distinct.values()), *times)
+    return Measurement.of(rows, parameters, sum(zeros.values()), *times)
 
 
 def _weights(module: nn.Module) -> list[nn.Parameter]:

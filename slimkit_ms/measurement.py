@@ -21,7 +21,7 @@ def measure_model(
     Args:
         model: any cell.
         inputs: what `model(*inputs)` takes: a tensor, a tuple or list of arguments, or a dict of keyword arguments.
-        latency_budget_s: seconds to spend on timing forwards.
+        latency_budget_s: seconds to spend on timing forwards; 0 does not time them: NaN.
         dense: a cell whose forwards are timed in turn with this one's.
 
     Returns:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from slimkit.core import files
+from slimkit.core.ascend import folder as ascend
 from slimkit.core.checkpoint.openweights import INDEXES, WHOLE, open_weights, source_config
 from slimkit.core.checkpoint.torchfile import TorchFile
 from slimkit.core.checkpoint.weightfile import Entry, Weights
@@ -34,7 +35,8 @@ class Look:
 
     Args:
         path: the file or folder.
-        kind: weights, model, pruned, desc, bundle, peft, w16a16s, onnx, run, trainer checkpoint or teacher cache.
+        kind: weights, model, pruned, desc, bundle, peft, w16a16s, w8a8s, onnx, run, trainer checkpoint or teacher
+            cache.
         facts: label -> value, for the lines above the table.
         columns: the table's columns.
         rows: the table, plain values; None is "not known".
@@ -71,8 +73,8 @@ def kind_of(path: Path) -> str:
     for name, kind in OTHERS.items():
         if (path / name).exists():
             return kind
-    if (path / "quant_model_description.json").exists():
-        return "w16a16s"
+    if (path / ascend.DESCRIPTION).exists():
+        return ascend.kind_of(path).lower()
     if (path / "manifest.json").exists():
         return "bundle"
     if (path / "adapter_config.json").exists():
@@ -84,8 +86,8 @@ def kind_of(path: Path) -> str:
     if (path / WHOLE[-1]).exists():
         return "weights"
     raise FileFormatError(
-        f"{path} holds neither weights ({', '.join(WHOLE)} or an index) nor a delta, a W16A16S model, a run, a "
-        "trainer's checkpoint or a teacher cache"
+        f"{path} holds neither weights ({', '.join(WHOLE)} or an index) nor a delta, a W16A16S or W8A8S model, a run, "
+        "a trainer's checkpoint or a teacher cache"
     )
 
 
@@ -107,8 +109,8 @@ def look(path: Path, torch: Callable[[], Any], *, values: bool = True) -> Look:
     if kind in ("weights", "model", "pruned"):
         return _weights(path, kind, torch, values)
     readers = {
-        "desc": _desc, "bundle": _bundle, "peft": _peft, "w16a16s": _w16a16s, "onnx": _onnx, "run": _run,
-        "trainer checkpoint": _trainer, "teacher cache": _cache,
+        "desc": _desc, "bundle": _bundle, "peft": _peft, "w16a16s": _w16a16s, "w8a8s": _w8a8s, "onnx": _onnx,
+        "run": _run, "trainer checkpoint": _trainer, "teacher cache": _cache,
     }  # fmt: skip
     return readers[kind](path)
 
@@ -229,7 +231,16 @@ def _peft(path: Path) -> Look:
 def _w16a16s(path: Path) -> Look:
     from slimkit.core.ascend.w16a16s import load_w16a16s
 
-    model = load_w16a16s(path)
+    return _described(path, "w16a16s", load_w16a16s(path))
+
+
+def _w8a8s(path: Path) -> Look:
+    from slimkit.core.ascend.w8a8s import load_w8a8s
+
+    return _described(path, "w8a8s", load_w8a8s(path))
+
+
+def _described(path: Path, kind: str, model: Any) -> Look:
     rows = []
     for name, value in model.tensors.items():
         zeros = int(value.size - np.count_nonzero(value))
@@ -246,7 +257,7 @@ def _w16a16s(path: Path) -> Look:
     sparse = [
         (value.size, value.size - np.count_nonzero(value))
         for n, value in model.tensors.items()
-        if model.kinds[n] != "FLOAT"
+        if model.kinds[n] != ascend.DENSE and value.ndim == 2
     ]
     facts = {
         "architecture": ", ".join(model.config.get("architectures") or []),
@@ -256,7 +267,7 @@ def _w16a16s(path: Path) -> Look:
         "bytes": sum(t.nbytes for t in model.tensors.values()),
         "sparsity_of_sparse_tensors": float(sum(z for _, z in sparse) / sum(n for n, _ in sparse)) if sparse else 0.0,
     }
-    return Look(str(path), "w16a16s", facts, ("tensor", "shape", "dtype", "kind", "parameters", "sparsity"), rows)
+    return Look(str(path), kind, facts, ("tensor", "shape", "dtype", "kind", "parameters", "sparsity"), rows)
 
 
 def _onnx(path: Path) -> Look:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -177,12 +178,14 @@ def medians_ms(calls: Sequence[Callable[[], Any]], budget_s: float) -> list[floa
 
     Args:
         calls: what to time; each returns when its work is done. The first round warms up and does not count.
-        budget_s: seconds to spend on all; at least three rounds are made, and at most 200.
+        budget_s: seconds to spend on all; at least three rounds are made, and at most 200. 0 makes none: NaN.
 
     Example:
-        >>> len(medians_ms([lambda: None, lambda: None], 0.0))
+        >>> len(medians_ms([lambda: None, lambda: None], 0.001))
         2
     """
+    if budget_s == 0:
+        return [math.nan] * len(calls)
     rounds: list[list[float]] = []
     end = time.perf_counter() + budget_s
     while len(rounds) < 3 or (time.perf_counter() < end and len(rounds) < 200):

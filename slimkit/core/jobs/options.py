@@ -234,6 +234,15 @@ class SparsifyOptions(JobOptions):
     swaps: NonNegativeInt = Field(
         0, description="afterwards exchange a kept and a dropped weight of a row, up to so many times, where that helps"
     )
+    mantissa_bits: PositiveInt | None = Field(
+        None, description="round what stays to floats with so many bits of mantissa, 1 to 10; unset: not"
+    )
+    outliers: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="share of what stays that is not rounded: where it would cost most"
+    )
+    weight_bits: PositiveInt | None = Field(
+        None, description="round what stays to whole numbers of so many bits, 2 to 8, by output channel; unset: not"
+    )
     targets: Annotated[list[str] | None, Flag("--target", metavar="GLOB")] = Field(
         None, description="globs of layers to sparsify; unset: all"
     )

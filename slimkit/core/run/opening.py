@@ -35,8 +35,8 @@ class Loaded(Shown):
 
     Args:
         path: the folder.
-        kind: "pruned", "sparse", "student", "model", "weights", "bundle" (a delta), "peft", "w16a16s", "run", "desc",
-            "onnx", "trainer checkpoint" or "teacher cache".
+        kind: "pruned", "sparse", "student", "model", "weights", "bundle" (a delta), "peft", "w16a16s", "w8a8s", "run",
+            "desc", "onnx", "trainer checkpoint" or "teacher cache".
         model: the model, in eval mode; None where the folder does not say how to make it.
         next: one line: how the model was made, or what makes it.
         facts: what the files say: tensors, parameters, bytes, dtypes, plan, layers.
@@ -96,6 +96,8 @@ def open_folder(
         _delta(face, path, network, found)
     elif kind == "w16a16s":
         _w16a16s(face, path, network, found)
+    elif kind == "w8a8s":
+        found.next = "vLLM-Ascend serves it on the 310P; emulate_w8a8s(model, folder) computes as the device does"
     elif kind == "desc":
         found.next = "Pruner(network).prune_by_desc(desc) makes this cut on a fresh network"
     elif kind == "onnx":
