@@ -121,7 +121,9 @@ def curves(fitted: Mapping[str, Any]) -> dict[str, list[float]]:
 def _trained(fitted: Mapping[str, Any]) -> str:
     losses, steps = fitted["loss_by_epoch"], fitted["steps"]
     took = f"{len(losses)} epoch{'s' if len(losses) != 1 else ''} of {steps} updates in all"
-    return f"{took}, loss {losses[0]:.4g} to {losses[-1]:.4g}" if losses else f"{steps} updates"
+    if not losses:
+        return f"{steps} updates"
+    return f"{took}, loss {losses[0]:.4g}" + (f" to {losses[-1]:.4g}" if len(losses) > 1 else " on average")
 
 
 # prune, cut, sparsify -----------------------------------------------------------------------------------------------

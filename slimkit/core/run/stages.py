@@ -104,7 +104,7 @@ class Stages:
             model = self.face.check_model(factory.make(made.model, folder, "model", **arguments))
         for edit in edits[cuts[-1] + 1 :] if cuts else edits:
             if "prune" in edit:
-                self.face.slim.Pruner(model, example).prune_by_desc(edit["prune"])
+                self.face.slim.Pruner(model, example).prune_by_desc(edit["prune"], weights_follow=True)
             elif "sparse" in edit:
                 self.face.record_zeros(model, edit["sparse"])
             else:
