@@ -21,7 +21,7 @@ export TOKENIZERS_PARALLELISM := false
 # Without bytecode every process of the tests would compile the frameworks again; many tests start one.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo demo-llm demo-ms hf-range test test-fast test-lowest lint types docs bench release-check audit clean help
+.PHONY: demo demo-llm demo-ms hf-range test test-fast test-lowest lint types docs notebooks bench release-check audit clean help
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -7
@@ -127,6 +127,10 @@ release-check: $(VENV)/.test
 audit: $(VENV)/.test
 	$(PIP) pip-audit
 	$(VENV)/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip --strict --progress-spinner off
+
+# The notebooks again from their first cells; what the cells show is kept in the files.
+notebooks: $(VENV)/.test
+	$(VENV)/bin/python tools/notebooks.py
 
 docs: $(VENV)/.test
 	$(VENV)/bin/mkdocs build --strict

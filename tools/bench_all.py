@@ -35,6 +35,10 @@ BENCHES = {
     "delta_train": ["tools/bench/delta_train.py"],
     "delta_train_ms": ["tools/bench/delta_train_ms.py"],
     "compare": ["tools/bench/compare.py"],
+    # Of the model and text that `make demo-llm` puts below runs/.
+    "llm_sparse": ["-m", "tools.bench.llm", "sparse", "--out", "{out}/llm.jsonl"],
+    "llm_calibration": ["-m", "tools.bench.llm", "calibration", "--out", "{out}/llm.jsonl"],
+    "llm_prune": ["-m", "tools.bench.llm", "prune", "--out", "{out}/llm.jsonl"],
     "checkpoint": ["tools/bench/checkpoint.py"],
 }
 

@@ -122,6 +122,9 @@ ROOMS: dict[str, dict[str, str]] = {
         "padded_waste": "core.ascend",
         "save_w16a16s": "ascend",
         "load_w16a16s": "core.ascend",
+        "save_w8a8s": "ascend",
+        "load_w8a8s": "core.ascend",
+        "emulate_w8a8s": "ascend",
     },
 }
 

@@ -11,7 +11,12 @@ import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-FRAMEWORKS = ("numpy", "scipy.optimize", "torch", "torch.fx", "transformers", "onnx", "onnxruntime", "mindspore")
+# What these import when they are first used is named too: every script would pay for it again.
+FRAMEWORKS = (
+    "numpy", "scipy.optimize", "torch", "torch.fx", "torch._dynamo", "torch.onnx.utils", "torch.optim",
+    "transformers", "transformers.models.auto.modeling_auto", "transformers.models.bert.modeling_bert",
+    "onnx", "onnxruntime", "mindspore",
+)  # fmt: skip
 
 
 class Imported:

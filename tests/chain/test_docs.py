@@ -15,12 +15,19 @@ from tests.conftest import INSTALLED
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("README*.md"), *(ROOT / "docs").glob("**/*.md")])
-BLOCK = re.compile(r"^```python[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^```python([^\n]*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+TITLE = re.compile(r'title="([^"]*)"')
 LINK = re.compile(r"\[[^\]]*\]\(([^)#\s]+)(?:#[^)]*)?\)")
 
 
+def titled(page: Path) -> list[tuple[str, str]]:
+    """Title and code of every block: a title that ends in .py is a file, "another process..." begins one."""
+    found = BLOCK.findall(page.read_text(encoding="utf-8"))
+    return [("".join(TITLE.findall(head)), textwrap.dedent(code)) for head, code in found]
+
+
 def blocks(page: Path) -> list[str]:
-    return [textwrap.dedent(b) for b in BLOCK.findall(page.read_text(encoding="utf-8"))]
+    return [code for _, code in titled(page)]
 
 
 def needs(code: str) -> set[str]:
@@ -42,15 +49,23 @@ def imported():
 
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p)], ids=lambda p: str(p.relative_to(ROOT)))
 def test_code_blocks_run(page, tmp_path, imported):
-    runnable = [b for b in blocks(page) if needs(b) <= set(INSTALLED)]
     # Each block stands at its own line of the page, so that a traceback points into the documentation.
-    parts = []
-    for number, block in enumerate(runnable, 1):
-        parts.append(f"exec(compile({block!r}, '{page.name} block {number}', 'exec'), globals())")
-    script = tmp_path / "page.py"
-    script.write_text("import warnings\nwarnings.simplefilter('ignore')\n" + "\n".join(parts) + "\n", encoding="utf-8")
-    code, said = imported.run(script, tmp_path)
-    assert code == 0, said[-3000:]
+    scripts: list[list[str]] = [[]]
+    for number, (title, block) in enumerate(titled(page), 1):
+        if not needs(block) <= set(INSTALLED):
+            continue
+        if title.endswith(".py"):
+            (tmp_path / title).write_text(block, encoding="utf-8")
+            continue
+        if title.startswith("another process"):
+            scripts.append([])
+        scripts[-1].append(f"exec(compile({block!r}, '{page.name} block {number}', 'exec'), globals())")
+    begin = "import sys, warnings\nsys.path.insert(0, '')\nwarnings.simplefilter('ignore')\n"
+    for number, parts in enumerate(scripts):
+        script = tmp_path / f"page-{number}.py"
+        script.write_text(begin + "\n".join(parts) + "\n", encoding="utf-8")
+        code, said = imported.run(script, tmp_path)
+        assert code == 0, said[-3000:]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))

@@ -1,6 +1,4 @@
-"""Pruning of a language model: slimkit's default against rules of papers, written anew, on the same windows.
-
-    python -m tools.bench.llm_prune --model DIR --calib text.jsonl --held other.jsonl --keep 0.8
+"""Pruning of a language model: slimkit's default, and rules of papers written anew; `llm.py prune` runs them.
 
 The peers zero what they would cut, which says the same as the cut, and count the parameters that would be left. They
 are small re-implementations from the papers, for Llama-shaped models, without their fine-tuning:
@@ -16,29 +14,14 @@ are small re-implementations from the papers, for Llama-shaped models, without t
 
 from __future__ import annotations
 
-import argparse
-import copy
-import json
 import math
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from slimkit import PruneTorch
 
 import torch
 from torch import nn
-
-
-def windows(tokenizer: Any, path: Path, number: int, length: int) -> torch.Tensor:
-    """The first windows of a JSON-lines file's texts, put end to end; of each document no more than two windows."""
-    ids: list[int] = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        ids += tokenizer(json.loads(line)["text"]).input_ids[: 2 * length] + [tokenizer.eos_token_id]
-        if len(ids) >= number * length:
-            break
-    return torch.tensor(ids[: number * length]).reshape(number, length)
 
 
 @torch.no_grad()
@@ -251,42 +234,3 @@ def ours(model: Any, calib: torch.Tensor, keep: float, form: str | None) -> floa
         pruner.set_form(form)
     pruner.set_importance_evaluation_function("auto", calibration=batches).prune(keep, [])
     return sum(p.numel() for p in model.parameters()) / before
-
-
-def main() -> None:
-    import transformers
-
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--calib", type=Path, required=True)
-    parser.add_argument("--held", type=Path, required=True)
-    parser.add_argument("--keep", type=float, nargs="+", default=[0.9, 0.8, 0.7, 0.5])
-    parser.add_argument("--windows", type=int, default=32, help="of calibration, and of judging")
-    parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--only", nargs="+", default=["slimkit", "free", *PEERS], help="free: slimkit, widths free")
-    asked = parser.parse_args()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(asked.model)
-    dense = transformers.AutoModelForCausalLM.from_pretrained(asked.model, dtype=torch.float32).eval()
-    dense.requires_grad_(False)
-    calib, held = (windows(tokenizer, path, asked.windows, asked.length) for path in (asked.calib, asked.held))
-    base = perplexity(dense, held)
-    print(f"dense {base:.2f}, {asked.windows} windows of {asked.length}", flush=True)
-    seen = Seen(dense, calib) if set(asked.only) & PEERS.keys() else None
-    shape = Shape(dense)
-    for keep in asked.keep:
-        for name in asked.only:
-            start, model = time.perf_counter(), copy.deepcopy(dense)
-            if name in PEERS:
-                left = PEERS[name](model, seen, shape, keep, calib)
-            else:
-                left = ours(model, calib, keep, "any" if name == "free" else None)
-            seconds = time.perf_counter() - start
-            found = perplexity(model, held)
-            print(
-                f"{keep} {name:9} kept {left:.3f} perplexity {found:,.2f} excess {found - base:,.2f} {seconds:.0f} s",
-                flush=True,
-            )
-
-
-if __name__ == "__main__":
-    main()

@@ -1,21 +1,25 @@
-"""Ascend: targets, padding, the check of ONNX files for ATC, and W16A16S folders; all from documents, on any CPU."""
+"""Ascend: targets, padding, the check of ONNX files for ATC, W16A16S and W8A8S folders; from documents, on any CPU."""
 
 from slimkit.core.ascend.findings import Finding, OnnxCheck
 from slimkit.core.ascend.onnxcheck import check_onnx
 from slimkit.core.ascend.padding import LayerWaste, padded_waste
 from slimkit.core.ascend.targets import TARGETS, AscendTarget, Source, target
+from slimkit.core.ascend.w8a8s import W8A8S, W8A8SReport, load_w8a8s
 from slimkit.core.ascend.w16a16s import W16A16S, W16A16SReport, load_w16a16s
 
 __all__ = [
     "TARGETS",
+    "W8A8S",
     "W16A16S",
     "AscendTarget",
     "Finding",
     "LayerWaste",
     "OnnxCheck",
     "Source",
+    "W8A8SReport",
     "W16A16SReport",
     "check_onnx",
+    "load_w8a8s",
     "load_w16a16s",
     "padded_waste",
     "target",

@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from slimkit.core import check, files, match
+from slimkit.core.ascend import folder as folders
+from slimkit.core.ascend.folder import CONFIG, DENSE, DESCRIPTION, HEAD, Array, config_told_by
 from slimkit.core.errors import ArgumentError, FileFormatError
 from slimkit.core.showing import Shown
 
-Array = np.ndarray[Any, Any]
+__all__ = ["CONFIG", "DESCRIPTION", "W16A16S", "W16A16SReport", "config_told_by", "load_w16a16s", "save_arrays"]
 
 WEIGHTS = "quant_model_weights.safetensors"
-DESCRIPTION = "quant_model_description.json"
-CONFIG = "config.json"
 KIND = "W16A16S"
-DENSE = "FLOAT"
-VERSION = "1.0.0"
-_HEAD = ("model_quant_type", "version")
 
 # What a tensor's share of zeros must be to be called sparse when no targets are given.
 _LEAST_ZEROS = 0.05
@@ -31,11 +25,6 @@ _LEAST_ZEROS = 0.05
 ADVISED_RATIO = 0.3
 _NEAR = 0.1
 _FLOAT16_MAX = 65504.0
-# What inference needs beside the weights, copied when the config comes from a folder.
-_COMPANIONS = (
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "vocab.json", "vocab.txt",
-    "merges.txt", "added_tokens.json", "generation_config.json", "chat_template.jinja",
-)  # fmt: skip
 
 
 @dataclass(frozen=True, repr=False)
@@ -114,9 +103,9 @@ def save_arrays(
     """
     folder = files.as_path(directory, "directory")
     check.instance(weights, Mapping, "weights", "a dict of tensor name -> array")
-    halves, underflowed = _halves(weights)
+    halves, underflowed = as_halves(weights)
     sparse = _sparse(halves, targets)
-    settings, companions = _config(config)
+    settings, companions = folders.settings_of(config)
     once = dict(tied or {}) if settings.get("tie_word_embeddings") is True else {}
     for name, first in once.items():
         del halves[name]
@@ -124,21 +113,7 @@ def save_arrays(
             share = sparse.pop(name)
             sparse[first] = share
     kinds = {name: KIND if name in sparse else DENSE for name in halves}
-    description = {"model_quant_type": KIND, "version": VERSION, **kinds}
-    # float16 is the only float on the 310P; the words differ between releases of transformers.
-    settings.update({key: "float16" for key in ("torch_dtype", "dtype") if key in settings})
-    settings.setdefault("torch_dtype", "float16")
-
-    copied = []
-    with files.atomic_directory(folder, keep=True) as new:
-        files.write_tensors(new / WEIGHTS, halves, {"format": "pt"})
-        files.write_json(new / CONFIG, settings)
-        for source in companions:
-            if source.parent.resolve() != folder.resolve():
-                with files.atomic_file(new / source.name) as handle, open(source, "rb") as reader:
-                    shutil.copyfileobj(reader, handle)
-            copied.append(source.name)
-        files.write_json(new / DESCRIPTION, description)
+    copied = folders.write(folder, WEIGHTS, halves, settings, companions, KIND, kinds)
     total = sum(halves[name].size for name in sparse)
     ratio = sum(share * halves[name].size for name, share in sparse.items()) / total
     return W16A16SReport(
@@ -154,13 +129,13 @@ def save_arrays(
     )
 
 
-def _halves(weights: Mapping[str, Array]) -> tuple[dict[str, Array], int]:
+def as_halves(weights: Mapping[str, Array]) -> tuple[dict[str, Array], int]:
     """The tensors with every float as float16, and how many values vanished on the way."""
     halves: dict[str, Array] = {}
     underflowed = 0
     for name, value in weights.items():
-        if not isinstance(name, str) or not name or name in _HEAD:
-            check.wrong_value("weights", f"named by non-empty str other than {', '.join(_HEAD)}", name)
+        if not isinstance(name, str) or not name or name in HEAD:
+            check.wrong_value("weights", f"named by non-empty str other than {', '.join(HEAD)}", name)
         array = np.asarray(value)
         # bfloat16 from ml_dtypes has no NumPy kind of its own.
         if array.dtype.kind == "f" or array.dtype.name == "bfloat16":
@@ -199,36 +174,6 @@ def _sparse(halves: Mapping[str, Array], targets: Sequence[str] | None) -> dict[
             f"{len(matrices)} matrices. Sparsify the model first."
         )
     return chosen
-
-
-def config_told_by(model: Any, config: Any) -> Any:
-    """The config that was given, or what a Hugging Face model says of itself.
-
-    Args:
-        model: the model; only `model.config.to_dict()` is asked.
-        config: a dict, a folder, or None.
-
-    Raises:
-        ArgumentError: None was given and the model has no such config.
-    """
-    if config is not None:
-        return config
-    own: Any = getattr(model, "config", None)
-    if not callable(getattr(own, "to_dict", None)):
-        check.wrong_value("config", "a dict or a Hugging Face folder, as the model has no config of its own", config)
-    # Through JSON, so that what cannot be written shows here and nothing of the model is shared.
-    return json.loads(json.dumps(own.to_dict(), default=str))
-
-
-def _config(config: Mapping[str, Any] | files.PathLike) -> tuple[dict[str, Any], list[Path]]:
-    """What config.json shall say, and the files to copy beside it."""
-    if isinstance(config, Mapping):
-        return dict(config), []
-    folder = files.as_path(config, "config")
-    settings = files.read_json(folder / CONFIG, "config.json")
-    if not isinstance(settings, dict):
-        raise FileFormatError(f"{folder / CONFIG} is not a JSON object.")
-    return settings, [folder / name for name in _COMPANIONS if (folder / name).is_file()]
 
 
 def _advice(ratio: float, sparse: Mapping[str, float], underflowed: int) -> list[str]:
@@ -273,29 +218,8 @@ def load_w16a16s(directory: files.PathLike) -> W16A16S:
         >>> load_w16a16s("/tmp/w16a16s").kinds
         {'fc.weight': 'W16A16S'}
     """
-    folder = files.as_path(directory, "directory")
-    description = files.read_json(folder / DESCRIPTION, DESCRIPTION)
-    if not isinstance(description, dict) or description.get("model_quant_type") != KIND:
-        raise FileFormatError(f"{folder / DESCRIPTION} does not describe a {KIND} model.")
-    # Older tools leave the version out.
-    if description.get("version", VERSION) != VERSION:
-        raise FileFormatError(
-            f"{folder / DESCRIPTION} is of version {description['version']!r}; this slimkit reads {VERSION}."
-        )
-    kinds = {name: kind for name, kind in description.items() if name not in _HEAD}
-    odd = next((name for name, kind in kinds.items() if kind not in (KIND, DENSE)), None)
-    if odd is not None:
-        raise FileFormatError(f"{folder / DESCRIPTION}: {odd!r} must be {KIND} or {DENSE}. Received: {kinds[odd]!r}")
-    tensors, _ = files.read_tensors(folder / WEIGHTS, WEIGHTS)
-    if set(tensors) != set(kinds):
-        missing, unknown = sorted(set(kinds) - set(tensors)), sorted(set(tensors) - set(kinds))
-        raise FileFormatError(
-            f"{folder}: described but not there: {missing[:3]}; there but not described: {unknown[:3]}"
-        )
+    folder, tensors, kinds, config = folders.read(directory, WEIGHTS, KIND)
     for name, value in tensors.items():
         if value.dtype.kind == "f" and value.dtype != np.float16:
             raise FileFormatError(f"{folder / WEIGHTS}: {name} must be float16. Received: {value.dtype.name}")
-    config = files.read_json(folder / CONFIG, CONFIG)
-    if not isinstance(config, dict):
-        raise FileFormatError(f"{folder / CONFIG} is not a JSON object.")
-    return W16A16S({name: tensors[name] for name in kinds}, kinds, config)
+    return W16A16S(tensors, kinds, config)

@@ -30,6 +30,8 @@ from slimkit.core.log import progress
 Array = np.ndarray[Any, Any]
 # The dense model's likeliest tokens that are kept where models are opened one after the other.
 TOP_K = 256
+# Tokens on which the work of one is counted.
+WEIGHED = 32
 # What is kept of the dense model for one window: log-probabilities, its likeliest tokens, the size of its vocabulary.
 _Answer = tuple[DenseAnswer, Array, int]
 
@@ -121,11 +123,12 @@ def judge(
             if not judged:
                 job.run(name, model)
             own = {n: float(f(model, dataset)) for n, f in (metrics or {}).items()}
-            weights = framework.figures(model, job.example)
+            example, positions = job.weighed()
+            weights = framework.figures(model, example)
         figures[name] = {
             **own,
             **weights,
-            "macs": None if weights["macs"] is None else weights["macs"] / job.positions,
+            "macs": None if weights["macs"] is None else weights["macs"] / positions,
             "peak_bytes": None if judged else peak.n_bytes,
         }
         del model
@@ -198,6 +201,12 @@ class LanguageJudge:
         }
         self._answers: list[_Answer] = []
         self._kl: dict[str, list[Array]] = {}
+
+    def weighed(self) -> tuple[Any, int]:
+        """What multiply-accumulates are counted on, and how many tokens it has: a few do, weights meet each alike."""
+        assert self.prompt is not None
+        few = self.prompt[:WEIGHED]
+        return self.framework.window(few), len(few)
 
     def documents(self) -> list[Array]:
         """The tokens of each document."""

@@ -61,6 +61,10 @@ class SampleJudge:
         """Whether a model has been judged."""
         return name in self.outputs
 
+    def weighed(self) -> tuple[Any, int]:
+        """What multiply-accumulates are counted on, and how many samples it has."""
+        return self.example, self.positions
+
     def run(self, name: str, model: Any) -> None:
         """One pass of a model over every batch."""
         outputs = np.concatenate([np.asarray(self._framework.outputs(model, b)) for b in self._batches])

@@ -43,6 +43,12 @@ class SparseConfig(Shown):
         min_tokens: a layer that saw fewer calibration rows falls back to magnitude, and the report says so.
         swaps: after the method, exchange a kept and a dropped weight of a row up to so many times where that lowers the
             row's error; 0 does not. Needs a method that reads data.
+        mantissa_bits: what stays is rounded to floats with so many bits of mantissa, 1 to 10, for codecs that store
+            fewer bytes then; the others of a row make up for each rounding. None does not round.
+        outliers: share of the weights that stay which keep any value: those whose rounding would cost most. With
+            `mantissa_bits`.
+        weight_bits: what stays is rounded to whole numbers of so many bits, 2 to 8, times one step for each output
+            channel, the others of a row making up for each rounding; `save_w8a8s` writes 8. None does not round.
         progressive_steps: how many steps `progressive` takes.
         strict: raise when a pattern matches no layer, or an n:m pattern does not fit a layer; False lists it in
             the report instead.
@@ -76,6 +82,9 @@ class SparseConfig(Shown):
     residual: bool = False
     min_tokens: int = 16
     swaps: int = 0
+    mantissa_bits: int | None = None
+    outliers: float = 0.0
+    weight_bits: int | None = None
     progressive_steps: int = 4
     strict: bool = True
     options: Mapping[str, Any] | None = None
@@ -92,6 +101,11 @@ class SparseConfig(Shown):
         check.positive(self.block_size, "SparseConfig.block_size")
         check.integer(self.min_tokens, "SparseConfig.min_tokens", minimum=0)
         check.integer(self.swaps, "SparseConfig.swaps", minimum=0)
+        if self.mantissa_bits is not None:
+            check.integer(self.mantissa_bits, "SparseConfig.mantissa_bits", minimum=1, maximum=10)
+        if self.weight_bits is not None:
+            check.integer(self.weight_bits, "SparseConfig.weight_bits", minimum=2, maximum=8)
+        check.ratio(self.outliers, "SparseConfig.outliers", zero=True)
         check.integer(self.progressive_steps, "SparseConfig.progressive_steps", minimum=2)
         if self.targets is not None:
             object.__setattr__(self, "targets", tuple(check.strings(self.targets, "SparseConfig.targets")))
@@ -137,8 +151,22 @@ class SparseConfig(Shown):
             raise ConfigError(
                 f"SparseConfig.residual must be False with method {self.method!r}: whole blocks make up for the stream."
             )
+        for name in ("mantissa_bits", "weight_bits"):
+            if self.row.reconstructs and getattr(self, name) is not None:
+                raise ConfigError(
+                    f"SparseConfig.{name} must be None with method {self.method!r}, whose training leaves any grid."
+                )
+        if self.mantissa_bits is not None and self.weight_bits is not None:
+            raise ConfigError("SparseConfig.mantissa_bits and weight_bits are two grids: set one of them.")
+        if self.outliers and self.mantissa_bits is None:
+            raise ConfigError("SparseConfig.outliers needs mantissa_bits: without it every weight keeps its value.")
         if self.residual and not self.paired:
             raise ConfigError("SparseConfig.residual needs the dense outputs: par, par_v2, or asymmetric=True.")
+
+    @property
+    def rounds(self) -> bool:
+        """Whether what stays goes to a grid."""
+        return self.mantissa_bits is not None or self.weight_bits is not None
 
     @property
     def row(self) -> SparseMethod:

@@ -8,8 +8,8 @@ gets in the sparse model so far, wanted is V (out, n) with a given number of zer
 
 R (out, n) are the mean products of what the layers before have lost of this layer's dense output with its inputs, so
 that T says that too as far as the inputs can (`residue`, with its ridge). The configuration's method finds V; kept and
-dropped weights may change places after it (`swaps`). Source: Frantar & Alistarh 2023, section 3, layer by layer; the
-files of the methods give theirs.
+dropped weights may change places after it (`swaps`), and those that stay go to a coarse grid (`grid`). Source: Frantar
+& Alistarh 2023, section 3, layer by layer; the files of the methods give theirs.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from slimkit.core.sparse.config import SparseConfig
 from slimkit.core.sparse.maths import pattern as patterns
 from slimkit.core.sparse.maths.backend import Array, all_finite, namespace, own_copy, precision
 from slimkit.core.sparse.maths.factor import quadratic
+from slimkit.core.sparse.maths.grid import FloatGrid, Grid, IntegerGrid, on_grid, steps_of
 from slimkit.core.sparse.maths.layer import SparseLayer
 from slimkit.core.sparse.maths.moments import Moments
 from slimkit.core.sparse.maths.residue import alive, means_of, regress
@@ -106,6 +107,7 @@ def solve(
             account["fallback"] = reason
     ratio = min(round(ratio * layer.size), layer.size - 1) / layer.size if config.nm is None else ratio
     means = means_of(matrix, moments, config.paired and method.refits, last)
+    polished = config.swaps > 0 or config.rounds
     weights, keeps = [], []
     error = power = 0.0
     for g in range(layer.groups):
@@ -125,7 +127,7 @@ def solve(
                 # Methods use up what they are given, and swaps need it once more.
                 target=own_copy(target) if config.swaps and target is not dense else target,
                 gram=gram,
-                spend=(means.own or dead is not None) and not config.swaps,
+                spend=(means.own or dead is not None) and not polished,
                 dead=dead,
                 ratios=steps_to(own, config),
                 nm=config.nm,
@@ -136,9 +138,12 @@ def solve(
             )
         )
         loss, own_power = facts.pop("loss", None), facts.pop("power", None)
-        if config.swaps and gram is not None:
-            damped = _damped(gram, dead, config.damping)
+        damped = None if gram is None or not polished else _damped(gram, dead, config.damping)
+        if config.swaps and damped is not None:
             new, keep, more = swap(target, new, keep, damped, config.nm, config.swaps, method.refits)
+            facts, loss = facts | more, None
+        if (grid := _grid(new, config)) is not None:
+            new, more = on_grid(new, keep, damped, grid, config.outliers)
             facts, loss = facts | more, None
         account.update(facts)
         weights.append(new)
@@ -156,6 +161,12 @@ def solve(
         # (groups, out, 1) - (groups, out, n) @ (groups, n, 1): what the bias takes up
         shift = (means.gain[0] - new @ means.gain[1]).reshape(-1)
     return Solved(layer.from_matrix(new), layer.from_matrix(keep), shift, account)
+
+
+def _grid(weight: Array, config: SparseConfig) -> Grid | None:
+    if config.weight_bits is not None:
+        return IntegerGrid(steps_of(weight, config.weight_bits), config.weight_bits)
+    return None if config.mantissa_bits is None else FloatGrid(config.mantissa_bits)
 
 
 def _damped(gram: Array, dead: Array | None, damping: float) -> Array:

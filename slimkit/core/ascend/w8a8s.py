@@ -1,0 +1,271 @@
+"""W8A8S folders: sparse int8 weights, static int8 inputs, as vLLM-Ascend and MindIE read them for the 310P."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from slimkit.core import batch as batches
+from slimkit.core import check, files, match
+from slimkit.core.ascend import folder as folders
+from slimkit.core.ascend.folder import DENSE, Array
+from slimkit.core.ascend.int8 import PARTS, Int8Layer, int8_layer, on_grid
+from slimkit.core.ascend.w16a16s import as_halves
+from slimkit.core.errors import ArgumentError, FileFormatError
+from slimkit.core.showing import Shown
+from slimkit.core.sparse.framework import SparseFramework
+from slimkit.core.sparse.maths.backend import to_numpy
+
+WEIGHTS = "quant_model_weight_w8a8s.safetensors"
+KIND = "W8A8S"
+RANGES = ("minmax", "percentile")
+
+# Of "percentile": this share of a batch's values lies below the low or above the high end, the batches' mean taken.
+TAIL = 1e-4
+# Layers that servers join into one, which then has one input step: all of them are int8, or none.
+JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+@dataclass(frozen=True, repr=False)
+class W8A8SReport(Shown):
+    """What was written.
+
+    Args:
+        directory: the folder.
+        layers: layer -> {"zeros": share, "low", "high": of its inputs, "input_scale", "input_offset"}.
+        dense: tensors that stay floats.
+        zero_ratio: share of zeros over all int8 weights.
+        weight_bytes: bytes of all tensors.
+        copied: files copied beside them.
+        tied: tensor that is not written -> the one that it is.
+    """
+
+    directory: str
+    layers: dict[str, dict[str, float]]
+    dense: list[str]
+    zero_ratio: float
+    weight_bytes: int
+    copied: list[str]
+    tied: dict[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, repr=False)
+class W8A8S(Shown):
+    """A W8A8S folder in memory.
+
+    Args:
+        tensors: name -> array.
+        kinds: name -> "W8A8S" or "FLOAT".
+        config: what config.json says.
+    """
+
+    tensors: dict[str, Array]
+    kinds: dict[str, str]
+    config: dict[str, Any]
+
+    @property
+    def layers(self) -> dict[str, Int8Layer]:
+        """The int8 layers by name."""
+        names = [n.removesuffix(".weight") for n, kind in self.kinds.items() if kind == KIND and n.endswith(".weight")]
+        return {name: Int8Layer(**{part: self.tensors[f"{name}.{part}"] for part in PARTS}) for name in names}
+
+
+def ranges_of(host: SparseFramework, dataset: Any, names: Iterable[str], how: str) -> dict[str, tuple[float, float]]:
+    """Between which values each layer's inputs lie, padding apart; layers that share one input have one range.
+
+    Args:
+        host: the model.
+        dataset: a re-iterable of batches.
+        names: linear layers.
+        how: "minmax", or "percentile": all but `TAIL` of a batch's values on either side, the batches' mean.
+
+    Returns:
+        Layer -> (low, high), for those that a batch has reached.
+    """
+    names = list(names)
+    found: dict[str, tuple[float, float]] = {}
+    for stage in host.stages(batches.Steady(batches.dataset(dataset)), names, False):
+        ends: dict[str, list[tuple[float, float]]] = {}
+
+        def seen(name: str, x: Any, *_: Any, ends: dict[str, list[tuple[float, float]]] = ends) -> None:
+            values = to_numpy(x).reshape(-1)
+            if values.size:
+                tails = (TAIL, 1 - TAIL) if how == "percentile" else (0.0, 1.0)
+                low, high = (float(v) for v in np.quantile(values.astype(np.float32), tails))
+                ends.setdefault(name, []).append((low, high))
+
+        if stage.feeds:
+            stage.replay([feed[0] for feed in stage.feeds], seen)
+        for feed in stage.feeds:
+            if feed[0] in ends:
+                lows, highs = zip(*ends[feed[0]], strict=True)
+                pair = (float(np.mean(lows)), float(np.mean(highs))) if how == "percentile" else (min(lows), max(highs))
+                found.update(dict.fromkeys((name for name in feed if name in names), pair))
+        stage.advance()
+    return found
+
+
+def save(
+    directory: files.PathLike,
+    host: SparseFramework,
+    arrays: Mapping[str, Array],
+    dataset: Any,
+    config: Any,
+    *,
+    targets: Sequence[str] | None = None,
+    ranges: str = "minmax",
+    tied: Mapping[str, str] | None = None,
+    named: Mapping[str, str] | None = None,
+) -> W8A8SReport:
+    """Write a model on the int8 grid as a W8A8S folder; the wings' `save_w8a8s` says the rest.
+
+    Args:
+        directory: the folder.
+        host: the model.
+        arrays: tensor's name in the folder -> array.
+        dataset: batches.
+        config: what config.json shall say, or a folder.
+        targets: globs over layer names; None takes every linear layer whose weight is on the grid.
+        ranges: "minmax" or "percentile".
+        tied: name -> the name of the same tensor, which stands before it.
+        named: layer -> its name in the folder, where that is another.
+    """
+    folder = files.as_path(directory, "directory")
+    check.choice(ranges, RANGES, "ranges")
+    settings, companions = folders.settings_of(config)
+    called = dict(named or {})
+    known, _ = host.layers(dataset)
+    linear = {n: called.get(n, n) for n, layer in known.items() if layer.kind == "linear"}
+    linear = {n: name for n, name in linear.items() if f"{name}.weight" in arrays}
+    if targets is None:
+        chosen = [n for n, name in linear.items() if on_grid(arrays[f"{name}.weight"])]
+    else:
+        found = match.match(list(linear), check.strings(targets, "targets"), whole_modules=True)
+        match.demand(found, list(linear), "targets")
+        chosen = list(found.names)
+    if not chosen:
+        raise ArgumentError(
+            f"model must hold a linear layer on the int8 grid. Received: none among {len(linear)}. Compress it with "
+            "SparseConfig(weight_bits=8)."
+        )
+    _demand_whole_groups(linear, set(chosen))
+    ends = ranges_of(host, dataset, chosen, ranges)
+    if missing := [n for n in chosen if n not in ends]:
+        raise ArgumentError(f"calibration must reach every layer: none of its batches reached {', '.join(missing[:3])}")
+    once = dict(tied or {}) if settings.get("tie_word_embeddings") is True else {}
+    made, tensors, kinds, rows = {}, dict[str, Array](), dict[str, str](), dict[str, dict[str, float]]()
+    for layer in chosen:
+        name = linear[layer]
+        made[name] = int8_layer(layer, arrays[f"{name}.weight"], arrays.get(f"{name}.bias"), *ends[layer])
+        rows[layer] = {
+            "zeros": 1 - np.count_nonzero(made[name].weight) / made[name].weight.size,
+            "low": ends[layer][0],
+            "high": ends[layer][1],
+            "input_scale": float(made[name].input_scale[0]),
+            "input_offset": int(made[name].input_offset[0]),
+        }
+    halves, _ = as_halves({n: v for n, v in arrays.items() if n not in once})
+    for name, value in halves.items():
+        layer, _, part = name.rpartition(".")
+        if part == "weight" and layer in made:
+            for own in PARTS:
+                tensors[f"{layer}.{own}"], kinds[f"{layer}.{own}"] = getattr(made[layer], own), KIND
+        else:
+            tensors[name], kinds[name] = value, DENSE
+    copied = folders.write(folder, WEIGHTS, tensors, settings, companions, KIND, kinds)
+    sizes = [made[linear[n]].weight.size for n in chosen]
+    return W8A8SReport(
+        directory=str(folder),
+        layers=rows,
+        dense=[name for name, kind in kinds.items() if kind == DENSE],
+        zero_ratio=float(np.average([rows[n]["zeros"] for n in chosen], weights=sizes)),
+        weight_bytes=sum(v.nbytes for v in tensors.values()),
+        copied=copied,
+        tied=once,
+    )
+
+
+def _demand_whole_groups(linear: Mapping[str, str], chosen: set[str]) -> None:
+    """Layers that a server joins must all be int8 or all be floats."""
+    for layer, name in linear.items():
+        head, _, own = name.rpartition(".")
+        for group in JOINED:
+            if own != group[0]:
+                continue
+            beside = [n for n, other in linear.items() if other in {f"{head}.{part}" for part in group}]
+            inside = [n for n in beside if n in chosen]
+            if inside and len(inside) < len(beside):
+                left = next(n for n in beside if n not in chosen)
+                raise ArgumentError(
+                    f"{layer!r} and its like are served as one layer, so all must be int8 or none. Received: "
+                    f"{left!r} is not on the int8 grid, or not among targets"
+                )
+
+
+def demand_linear(name: str, layer: Int8Layer, shape: Sequence[int] | None) -> None:
+    """Refuse to put an int8 layer in the place of what is no linear layer of its shape; None is such a thing."""
+    if shape is None or tuple(shape) != layer.weight.shape:
+        what = "no linear layer" if shape is None else f"one of shape {tuple(shape)}"
+        raise ArgumentError(f"model must hold a linear layer {name!r} of shape {layer.weight.shape}. Received: {what}")
+
+
+def load_w8a8s(directory: files.PathLike) -> W8A8S:
+    """Read a W8A8S folder and check that its files agree and every layer is whole.
+
+    Args:
+        directory: the folder.
+
+    Returns:
+        Tensors, their kinds, the config, and `layers`, which compute as the device does.
+
+    Raises:
+        FileFormatError: a file is missing or damaged, the description is of another kind, the two disagree, or a
+            layer's tensors are not those that the device reads.
+        LinkPathError: a file is a symbolic link.
+
+    Source:
+        MindIE's documentation of W8A8SC sparse quantization and vLLM-Ascend's W8A8S scheme for the 310P.
+
+    Example:
+        >>> from slimkit.core.ascend.folder import write
+        >>> layer = int8_layer("fc", np.eye(2), None, 0.0, 1.0)
+        >>> parts = {f"fc.{part}": getattr(layer, part) for part in PARTS}
+        >>> from pathlib import Path
+        >>> _ = write(Path("/tmp/w8a8s"), WEIGHTS, parts, {}, [], KIND, dict.fromkeys(parts, KIND))
+        >>> load_w8a8s("/tmp/w8a8s").layers["fc"](np.array([[1.0, 0.5]], np.float32)).round(2)
+        array([[1. , 0.5]], dtype=float32)
+    """
+    folder, tensors, kinds, config = folders.read(directory, WEIGHTS, KIND)
+    for name, kind in kinds.items():
+        layer, _, part = name.rpartition(".")
+        if kind != KIND:
+            if tensors[name].dtype.kind == "f" and tensors[name].dtype != np.float16:
+                raise FileFormatError(f"{folder / WEIGHTS}: {name} must be float16. Received: {tensors[name].dtype}")
+            continue
+        if part not in PARTS:
+            raise FileFormatError(f"{folder / WEIGHTS}: {name} is no tensor of a {KIND} layer: {', '.join(PARTS)}")
+        rows = len(tensors[f"{layer}.weight"]) if kinds.get(f"{layer}.weight") == KIND else None
+        wanted = {"input_scale": (1,), "input_offset": (1,), "quant_bias": (rows,), "deq_scale": (rows,)}
+        value = tensors[name]
+        lacks = [own for own in PARTS if kinds.get(f"{layer}.{own}") != KIND]
+        if lacks:
+            raise FileFormatError(f"{folder / WEIGHTS}: layer {layer} has no {', '.join(lacks)}")
+        if value.dtype != PARTS[part] or (value.ndim != 2 if part == "weight" else value.shape != wanted[part]):
+            raise FileFormatError(
+                f"{folder / WEIGHTS}: {name} must be {PARTS[part]} of shape {wanted.get(part, '(n, k)')}. Received: "
+                f"{value.dtype} {value.shape}"
+            )
+    found = W8A8S(tensors, kinds, config)
+    for name, int8 in found.layers.items():
+        scales = np.concatenate([int8.scale, int8.input_scale.astype(np.float32)])
+        inside = (int8.deq_scale >= 0) & (int8.deq_scale < 2**32)
+        if not (np.all(inside) and np.all(np.isfinite(scales)) and np.all(scales > 0)):
+            raise FileFormatError(f"{folder / WEIGHTS}: the scales of {name} must be positive float32 bits.")
+    return found

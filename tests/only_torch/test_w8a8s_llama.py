@@ -1,0 +1,79 @@
+"""A sparse int8 Llama: every tensor has its word, layers served as one agree, and int8 costs little."""
+
+import copy
+import json
+
+import pytest
+
+import slimkit
+from slimkit.core.errors import ArgumentError
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+
+@pytest.fixture(scope="module")
+def llama():
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=48, attention_bias=True, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).eval()
+    mask = torch.ones(4, 16, dtype=torch.int64)
+    mask[0, 10:] = 0
+    batches = [{"input_ids": torch.randint(0, 64, (4, 16)), "attention_mask": mask} for _ in range(6)]
+    sparse = copy.deepcopy(model)
+    config = slimkit.SparseConfig(method="par", sparse_ratio=0.3, weight_bits=8)
+    slimkit.Compressor(sparse, config).compress(batches)
+    return model, sparse, batches
+
+
+def test_the_folder_is_what_the_reader_asks_for(llama, tmp_path):
+    _, sparse, batches = llama
+    report = slimkit.save_w8a8s(tmp_path, sparse, batches)
+    assert len(report.layers) == 14
+    assert report.tied == {"lm_head.weight": "model.embed_tokens.weight"}
+    read = slimkit.load_w8a8s(tmp_path)
+    described = json.loads((tmp_path / "quant_model_description.json").read_text())
+    for name in sparse.state_dict():
+        if name != "lm_head.weight":
+            assert described[name] == ("W8A8S" if name.endswith("proj.weight") else "FLOAT")
+    # Query, key and value are served as one layer with one input step; so are gate and up.
+    for block in range(2):
+        for group in (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")):
+            steps = {
+                (float(read.layers[f"model.layers.{block}.{n}"].input_scale[0]),
+                 int(read.layers[f"model.layers.{block}.{n}"].input_offset[0]))
+                for n in group
+            }  # fmt: skip
+            assert len(steps) == 1
+    emulated = copy.deepcopy(sparse)
+    slimkit.emulate_w8a8s(emulated, tmp_path)
+    documents = [batch["input_ids"][1].tolist() for batch in batches]
+    found = slimkit.compare_models(sparse, {"int8": emulated}, documents, length=16, speed=False)
+    lost = found["int8"].figures["perplexity"] / found.dense.figures["perplexity"]
+    assert 0.97 < lost < 1.03
+
+
+def test_padding_does_not_widen_a_range(llama, tmp_path):
+    _, sparse, batches = llama
+    model = copy.deepcopy(sparse)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[63] *= 100
+    calm = [{**b, "input_ids": b["input_ids"].clamp(max=62)} for b in batches]
+    loud = copy.deepcopy(calm)
+    for batch in loud:
+        batch["input_ids"][0, 10:] = 63  # under the mask
+    ranges = [slimkit.save_w8a8s(tmp_path / str(k), model, b).layers for k, b in enumerate((calm, loud))]
+    for name, row in ranges[0].items():
+        assert ranges[1][name]["high"] == pytest.approx(row["high"], rel=1e-5)
+
+
+def test_layers_that_are_served_as_one_must_all_be_int8(llama, tmp_path):
+    _, sparse, batches = llama
+    with pytest.raises(ArgumentError, match="served as one"):
+        slimkit.save_w8a8s(tmp_path / "a", sparse, batches, targets=["*.q_proj", "*.down_proj"])
+    assert list(tmp_path.iterdir()) == []
+    report = slimkit.save_w8a8s(tmp_path / "b", sparse, batches, targets=["*.down_proj"])
+    assert len(report.layers) == 2
