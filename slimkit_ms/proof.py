@@ -78,7 +78,7 @@ def check_pruning(model: nn.Cell, inputs: Any, desc: dict[str, Any], *, toleranc
     names = plan.match(shapes)
     indices = {names[p]: aligned(shapes[names[p]], axes) for p, axes in plan.indices.items()}
     small, wide = copy.deepcopy(model), copy.deepcopy(model)
-    PruneMindSpore(small, inputs).prune_by_desc(desc)
+    PruneMindSpore(small, inputs).prune_by_desc(desc, weights_follow=True)
     statistics = _narrow(wide, indices)
     _zero(wide, indices)
     outputs = []

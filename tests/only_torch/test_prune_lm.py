@@ -233,6 +233,8 @@ def test_a_replay_says_that_a_repair_is_not_in_the_plan(llama, batches, caplog):
             fresh = pruner(copy.deepcopy(llama), batches).prune_by_desc(plan)
             assert all(a.shape == b.shape for a, b in zip(fresh.parameters(), small.parameters()))
         assert caplog.text.count("the replayed cut is not repaired") == 2 * said
+        pruner(copy.deepcopy(llama), batches).prune_by_desc(desc, weights_follow=True)
+        assert caplog.text.count("the replayed cut is not repaired") == 2 * said
 
 
 def test_whether_a_layer_joins_the_stream_is_found_for_each_layer(llama, batches):

@@ -9,6 +9,7 @@ from typing import Any
 from slimkit.core import files
 from slimkit.core.calibration.record import record_of, write_record
 from slimkit.core.errors import ConfigError, UnsupportedError
+from slimkit.core.examples import NoExampleError
 from slimkit.core.jobs import cards, early, fed, fitting, folders, sources, work
 from slimkit.core.jobs.calibrating import calibration_of
 from slimkit.core.jobs.fields import Strict, flag_of
@@ -124,7 +125,7 @@ def prune(
     inputs = example_of(face, opened, example, seed=seed)
     context = CommandContext(face, seed, inputs, options, batches=batches)
     done = work.prune(opened.model, options, context, plan_only=out is None)
-    facts = {key: value for key, value in done.facts.items() if key != "headline"}
+    facts = {key: value for key, value in done.facts.items() if key not in ("headline", "goal")}
     if out is None or done.edit is None:
         return facts
     opened.desc = done.edit["prune"]
@@ -299,12 +300,12 @@ def measure(
 def example_of(face: JobFramework, opened: Opened, given: str | None, *, length: int = 16, seed: int = 0) -> Any:
     """One input: what the user gave (a shape, a file of arrays, a function), or one the model describes."""
     if given is None:
-        own = face.own_example(opened, length, seed)
-        if own is None:
+        try:
+            made = face.own_example(opened, length, seed)
+        except NoExampleError as error:
             raise ConfigError(
-                "a model from a factory needs --example SHAPE (such as 1,3,224,224), a file, or a function"
-            )
-        made = own
+                f"--example SHAPE (such as 1,3,224,224), a file or a function is needed: {error.reason}"
+            ) from None
     elif Path(given).exists():
         made = face.tensors(sources.read_arrays(Path(given)))
     elif ":" in given and not given.rpartition(":")[2].startswith(("float", "int", "bool")):

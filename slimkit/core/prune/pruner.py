@@ -161,12 +161,13 @@ class PrunerBase(PrunerSettings):
             raise
         return desc
 
-    def prune_by_desc(self, desc: dict[str, Any]) -> Any:
+    def prune_by_desc(self, desc: dict[str, Any], *, weights_follow: bool = False) -> Any:
         """Replay a plan on a fresh model of the same make, in place; weights that a repair changed are not in a plan.
 
         Args:
             desc: what `prune` or `analysis` returned, possibly after a trip through JSON; or a desc of msModelSlim's,
                 {layer: {"input" or "output": [number kept, mask]}}, which is proven on the example where one was given.
+            weights_follow: the pruned model's weights are loaded next, so that nobody need be warned of a repair.
 
         Returns:
             The pruned model.
@@ -184,7 +185,7 @@ class PrunerBase(PrunerSettings):
                     raise PlanError(f"the masks of desc do not fit one another in this model: {error}")
         self._cut(PrunePlan(desc))
         made = desc.get("made", {})
-        if any(step.get("repaired") for step in made.get("steps", [made])):
+        if not weights_follow and any(step.get("repaired") for step in made.get("steps", [made])):
             logger.warning("%s", UNREPAIRED)
         return self._wing.model
 

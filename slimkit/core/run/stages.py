@@ -104,16 +104,16 @@ class Stages:
             model = self.face.check_model(factory.make(made.model, folder, "model", **arguments))
         for edit in edits[cuts[-1] + 1 :] if cuts else edits:
             if "prune" in edit:
-                self.face.slim.Pruner(model, example).prune_by_desc(edit["prune"])
+                self.face.slim.Pruner(model, example).prune_by_desc(edit["prune"], weights_follow=True)
             elif "sparse" in edit:
                 self.face.record_zeros(model, edit["sparse"])
             else:
                 work.put_on(self.face, model, edit["adapt"], example)
         return model
 
-    def measure(self, model: Any, example: Any) -> Measurement:
+    def measure(self, model: Any, example: Any, dense: Any = None) -> Measurement:
         """Parameters, zeros, MACs and latency."""
-        return self.face.measure(model, example)
+        return self.face.measure(model, example, dense)
 
     def save(self, model: Any, file: Path) -> None:
         """All parameters and buffers as safetensors."""
