@@ -18,7 +18,7 @@ from slimkit.core.locks import locked, same_job
 from slimkit.core.log import logger
 from slimkit.core.showing import Report
 from slimkit.core.sparse import SparseConfig
-from slimkit.core.sparse.compress import compress
+from slimkit.core.sparse.compress import compress, demand_whole_numbers
 from slimkit.core.sparse.remaining import Progress
 from slimkit.sparse import memory
 from slimkit.sparse.checkpoint_framework import CheckpointSparse
@@ -77,6 +77,8 @@ def sparsify_checkpoint(
     # A run killed in its first moments leaves its state folder and nothing else.
     if target.exists() and any(f.name != STATE for f in target.iterdir()) and not (state / "job.json").exists():
         check.wrong_value("dst", "absent, empty, or an unfinished run", str(target))
+    if cfg.weight_bits == 8:
+        demand_whole_numbers(name for name, place in places.items() if place.dtype == "BF16")
     compute = computing(places.values(), compute_dtype)
     host = CheckpointSparse(source, state, places, names, compute)
     if host.processes() > 1:

@@ -77,3 +77,17 @@ def test_layers_that_are_served_as_one_must_all_be_int8(llama, tmp_path):
     assert list(tmp_path.iterdir()) == []
     report = slimkit.save_w8a8s(tmp_path / "b", sparse, batches, targets=["*.down_proj"])
     assert len(report.layers) == 2
+
+
+def test_bfloat16_cannot_hold_the_grid_and_is_refused_before_anything_changes(llama, tmp_path):
+    dense, _, batches = llama
+    model = copy.deepcopy(dense).to(torch.bfloat16)
+    before = copy.deepcopy(model.state_dict())
+    config = slimkit.SparseConfig(method="hessian", weight_bits=8)
+    with pytest.raises(ArgumentError, match="bfloat16"):
+        slimkit.Compressor(model, config).compress(batches)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), before.values(), strict=True))
+    model.save_pretrained(tmp_path / "bf16")
+    with pytest.raises(ArgumentError, match="bfloat16"):
+        slimkit.sparsify_checkpoint(tmp_path / "bf16", tmp_path / "out", config, batches)
+    assert not (tmp_path / "out").exists()
