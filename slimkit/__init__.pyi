@@ -1,6 +1,8 @@
 # Written by `python tools/stubs.py` from slimkit/core/public.py; a test holds it current.
 
+from slimkit.ascend import emulate_w8a8s as emulate_w8a8s
 from slimkit.ascend import save_w16a16s as save_w16a16s
+from slimkit.ascend import save_w8a8s as save_w8a8s
 from slimkit.calib import calibration as calibration
 from slimkit.calib import own_text as own_text
 from slimkit.checkpoint import CheckpointConfig as CheckpointConfig
@@ -14,6 +16,7 @@ from slimkit.convert import convert_gguf as convert_gguf
 from slimkit.core.ascend import OnnxCheck as OnnxCheck
 from slimkit.core.ascend import check_onnx as check_onnx
 from slimkit.core.ascend import load_w16a16s as load_w16a16s
+from slimkit.core.ascend import load_w8a8s as load_w8a8s
 from slimkit.core.ascend import padded_waste as padded_waste
 from slimkit.core.calibration.own import OwnText as OwnText
 from slimkit.core.calibration.sets import CalibrationSet as CalibrationSet

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from typing import Any
 
 from slimkit import bridge, kinds
-from slimkit.core.jobs.measurement import LayerMeasurement, Measurement, median_ms
+from slimkit.core.jobs.measurement import LayerMeasurement, Measurement, medians_ms
 
 import torch
 from torch import nn
 
 
-def measure_model(model: nn.Module, inputs: Any, latency_budget_s: float = 0.5) -> Measurement:
+def measure_model(
+    model: nn.Module, inputs: Any, latency_budget_s: float = 0.5, dense: nn.Module | None = None
+) -> Measurement:
     """Measure a model on one example input; the model is left as it was.
 
     Args:
         model: any module.
         inputs: what `model(*inputs)` takes: a tensor, a tuple or list of arguments, or a dict of keyword arguments.
         latency_budget_s: seconds to spend on timing forwards with one thread; 0 does not time them: NaN.
+        dense: a model whose forwards are timed in turn with this one's.
 
     Returns:
         The figures of the whole model and of each layer that holds a weight of two or more axes.
@@ -36,7 +41,7 @@ def measure_model(model: nn.Module, inputs: Any, latency_budget_s: float = 0.5) 
     with bridge.evaluating(model):
         with bridge.hooked(layers, seen):
             bridge.run(model, inputs)
-        latency_ms = _latency_ms(model, inputs, latency_budget_s)
+        times = _latencies_ms([model] if dense is None else [model, dense], inputs, latency_budget_s)
     zeros = {id(w): w.numel() - int(torch.count_nonzero(w)) for layer in layers.values() for w in _weights(layer)}
     rows = tuple(
         LayerMeasurement(
@@ -51,7 +56,7 @@ def measure_model(model: nn.Module, inputs: Any, latency_budget_s: float = 0.5) 
         for name, layer in layers.items()
     )
     parameters = [(p.numel(), p.numel() * p.element_size(), p.requires_grad) for p in model.parameters()]
-    return Measurement.of(rows, parameters, sum(zeros.values()), latency_ms)
+    return Measurement.of(rows, parameters, sum(zeros.values()), *times)
 
 
 def _weights(module: nn.Module) -> list[nn.Parameter]:
@@ -79,17 +84,20 @@ def _macs(layer: nn.Module, args: Any, output: Any) -> int:
     return positions * sum(w.numel() for w in _weights(layer))
 
 
-def _latency_ms(model: nn.Module, inputs: Any, budget_s: float) -> float:
-    device = bridge.device_of(model)
+def _latencies_ms(models: list[nn.Module], inputs: Any, budget_s: float) -> list[float]:
     threads = torch.get_num_threads()
 
-    def forward() -> None:
-        bridge.run(model, inputs)
+    def forward(model: nn.Module) -> None:
+        device = bridge.device_of(model)
+        bridge.run(model, bridge.to_device(inputs, device))
         if device.type != "cpu":
             torch.accelerator.synchronize()
 
     torch.set_num_threads(1)
     try:
-        return median_ms(forward, budget_s)
+        with contextlib.ExitStack() as held:
+            for model in models[1:]:
+                held.enter_context(bridge.evaluating(model))
+            return medians_ms([functools.partial(forward, model) for model in models], budget_s)
     finally:
         torch.set_num_threads(threads)

@@ -33,7 +33,7 @@ def save_pruned(
     """Write a pruned model: `plan.json` and `model.safetensors`, no pickle; the folder appears whole or not at all.
 
     Args:
-        directory: an absolute path.
+        directory: the folder; made if missing.
         model: the pruned model.
         desc: the plan that pruned it; after several prunings the whole one, `pruner.whole_desc()`.
         factory: ``package.module:function`` that makes the uncut network, so that `load` can; kept in network.json.
@@ -47,7 +47,7 @@ def save_pruned(
     """
     from safetensors.torch import save_file
 
-    folder = files.save_directory(directory)
+    folder = files.save_directory(directory, relative=True)
     if factory is not None:
         checked(factory, arguments)
     plan, model = PrunePlan(desc), bridge.uncompiled(bridge.check_model(model))

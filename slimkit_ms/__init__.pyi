@@ -3,6 +3,7 @@
 from slimkit.core.ascend import OnnxCheck as OnnxCheck
 from slimkit.core.ascend import check_onnx as check_onnx
 from slimkit.core.ascend import load_w16a16s as load_w16a16s
+from slimkit.core.ascend import load_w8a8s as load_w8a8s
 from slimkit.core.ascend import padded_waste as padded_waste
 from slimkit.core.calibration.own import OwnText as OwnText
 from slimkit.core.calibration.sets import CalibrationSet as CalibrationSet
@@ -55,7 +56,9 @@ from slimkit.core.train.schedules import cosine_schedule as cosine_schedule
 from slimkit.core.train.schedules import linear_schedule as linear_schedule
 from slimkit.core.weights.blocks import PruneConfig as PruneConfig
 from slimkit.core.weights.influence import LayerSuggestion as LayerSuggestion
+from slimkit_ms.ascend import emulate_w8a8s as emulate_w8a8s
 from slimkit_ms.ascend import save_w16a16s as save_w16a16s
+from slimkit_ms.ascend import save_w8a8s as save_w8a8s
 from slimkit_ms.calib import calibration as calibration
 from slimkit_ms.calib import own_text as own_text
 from slimkit_ms.checkpoint import TrainableParamsCheckPoint as TrainableParamsCheckPoint

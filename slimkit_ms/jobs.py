@@ -25,6 +25,7 @@ from slimkit_ms import bridge, compare, export, kinds, train
 from slimkit_ms.distill import taps
 from slimkit_ms.measurement import measure_model
 from slimkit_ms.sparse.framework import MindSporeSparse
+from slimkit_ms.trace.examples import find_example
 
 import mindspore as ms
 from mindspore import nn, ops
@@ -37,7 +38,7 @@ class MindSporeJobs(JobFramework):
     """MindSpore's side of the jobs: cells from factories, with checkpoints or the commands' own folders."""
 
     slim = slimkit_ms
-    formats = ("onnx", "w16a16s", "mindir")
+    formats = ("onnx", "w16a16s", "w8a8s", "mindir")
     class_dtype = "int32"
     losses: ClassVar[Mapping[str, Callable[[Any, Any], Any]]] = {
         "cross_entropy": ops.cross_entropy,
@@ -70,8 +71,8 @@ class MindSporeJobs(JobFramework):
     def check_model(self, model: Any) -> nn.Cell:
         return bridge.check_model(model, "model")
 
-    def measure(self, model: nn.Cell, inputs: Any) -> Measurement:
-        return measure_model(model, _positional(model, inputs))
+    def measure(self, model: nn.Cell, inputs: Any, dense: nn.Cell | None = None) -> Measurement:
+        return measure_model(model, _positional(model, inputs), dense=dense)
 
     def states(self, model: nn.Cell) -> Iterator[tuple[str, str, np.ndarray]]:
         for parameter, paths in bridge.parameter_paths(model):
@@ -179,8 +180,7 @@ class MindSporeJobs(JobFramework):
             desc = files.read_json(place.model / folders.PLAN)
             self.slim.load_pruned(place.model, model)
         elif place.model is not None:
-            own = place.model / _WEIGHTS
-            self.slim.load_checkpoint(own if own.exists() else place.model, model, strict_load=True)
+            self.slim.load_checkpoint(place.model, model, strict_load=True)
         if place.model is not None:
             bridge.record_zeros_of(model, folders.made_sparse(place.model))
         if delta is not None:
@@ -194,7 +194,7 @@ class MindSporeJobs(JobFramework):
         return ms.Tensor(np.ascontiguousarray(arrays))
 
     def own_example(self, opened: Opened, length: int, seed: int) -> Any:
-        return None
+        return find_example(opened.model)[0].inputs
 
     def text(self, opened: Opened, place: DataPlace) -> list[Any]:
         raise ConfigError("--calib: text needs the tokenizer of a Hugging Face directory; give arrays or a function")
@@ -216,6 +216,8 @@ class MindSporeJobs(JobFramework):
     ) -> dict[str, Any]:
         if format == "w16a16s":
             return self.slim.save_w16a16s(out, opened.model, opened.place.model).to_dict()
+        if format == "w8a8s":
+            return self.slim.save_w8a8s(out, opened.model, inputs, opened.place.model).to_dict()
         given = _positional(opened.model, inputs)
         if format == "mindir":
             return self.slim.export_mindir(opened.model, given, out, tolerance=settings["tolerance"]).to_dict()

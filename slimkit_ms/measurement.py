@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from typing import Any
 
-from slimkit.core.jobs.measurement import LayerMeasurement, Measurement, median_ms
+from slimkit.core.jobs.measurement import LayerMeasurement, Measurement, medians_ms
 from slimkit_ms import bridge, kinds
 
 import mindspore as ms
 from mindspore import nn
 
 
-def measure_model(model: nn.Cell, inputs: Any, latency_budget_s: float = 0.5) -> Measurement:
+def measure_model(
+    model: nn.Cell, inputs: Any, latency_budget_s: float = 0.5, dense: nn.Cell | None = None
+) -> Measurement:
     """Measure a cell on one example input; the cell is left as it was.
 
     Args:
         model: any cell.
         inputs: what `model(*inputs)` takes: a tensor, a tuple or list of arguments, or a dict of keyword arguments.
         latency_budget_s: seconds to spend on timing forwards; 0 does not time them: NaN.
+        dense: a cell whose forwards are timed in turn with this one's.
 
     Returns:
         The figures of the whole model and of each layer that holds a weight of two or more axes.
@@ -36,7 +41,9 @@ def measure_model(model: nn.Cell, inputs: Any, latency_budget_s: float = 0.5) ->
     with bridge.evaluating(model), bridge.pynative():
         with bridge.hooked(layers, seen):
             bridge.run(model, inputs)
-        latency_ms = median_ms(lambda: _wait(bridge.run(model, inputs)), latency_budget_s)
+        with contextlib.nullcontext() if dense is None else bridge.evaluating(dense):
+            cells = [model] if dense is None else [model, dense]
+            times = medians_ms([functools.partial(_forward, cell, inputs) for cell in cells], latency_budget_s)
     zeros = {id(w): int((w.asnumpy() == 0).sum()) for cell in layers.values() for w in _weights(cell)}
     rows = [
         LayerMeasurement(
@@ -55,7 +62,7 @@ def measure_model(model: nn.Cell, inputs: Any, latency_budget_s: float = 0.5) ->
         for p, paths in bridge.parameter_paths(model)
         if bridge.is_weight(p, paths[0])
     ]
-    return Measurement.of(rows, parameters, sum(zeros.values()), latency_ms)
+    return Measurement.of(rows, parameters, sum(zeros.values()), *times)
 
 
 def _own(cell: nn.Cell) -> dict[str, ms.Parameter]:
@@ -82,6 +89,10 @@ def _macs(cell: nn.Cell, args: Any, output: Any) -> int:
     else:
         positions = output.size // max(_width(cell), 1)
     return positions * sum(w.size for w in _weights(cell))
+
+
+def _forward(cell: nn.Cell, inputs: Any) -> None:
+    _wait(bridge.run(cell, inputs))
 
 
 def _wait(output: Any) -> None:

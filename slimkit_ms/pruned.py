@@ -33,7 +33,7 @@ def save_pruned(
     """Write a pruned cell: `plan.json` and `model.safetensors`, no pickle; the folder appears whole or not at all.
 
     Args:
-        directory: an absolute path.
+        directory: the folder; made if missing.
         model: the pruned cell.
         desc: the plan that pruned it; after several prunings the whole one, `pruner.whole_desc()`.
         factory: ``package.module:function`` that makes the uncut network, so that `load` can; kept in network.json.
@@ -44,7 +44,7 @@ def save_pruned(
         FileFormatError: the cell's shapes are not those that the plan leaves, or the plan begins at a cell that was
             pruned already, so that `load_pruned` could not read the folder.
     """
-    folder = files.save_directory(directory)
+    folder = files.save_directory(directory, relative=True)
     if factory is not None:
         checked(factory, arguments)
     plan = PrunePlan(desc)

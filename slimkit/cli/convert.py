@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from slimkit.cli.session import Session
     from slimkit.core.convert.stream import ConvertReport
 
+# What DST ends in where it is a file; a folder becomes a folder elsewhere.
+_FILES = (".ckpt", ".safetensors", ".pt", ".pth", ".bin")
 # Between the names of a --name-map that become one tensor.
 _JOIN = " + "
 
@@ -32,7 +35,7 @@ def convert(
     dst: Annotated[
         Path,
         typer.Argument(
-            help=".ckpt or .safetensors (MindSpore); .safetensors, .pt, .pth or .bin (torch); a new folder for .gguf.",
+            help=".ckpt, .safetensors (MindSpore); .safetensors, .pt, .pth, .bin (torch); a folder for one or .gguf.",
             show_default=False,
         ),
     ],
@@ -96,9 +99,12 @@ def convert(
     """Convert a checkpoint from PyTorch to MindSpore or back: names, layouts, and every value bit by bit.
 
     With both networks given, tensors are matched layer by layer; with --example the two networks are run and compared.
-    safetensors and .ckpt files need neither framework. A .gguf file becomes a Hugging Face folder with its tokenizer.
+    safetensors and .ckpt files need neither framework. A directory becomes a directory: its shards, and beside them its
+    configuration and tokenizer as they are. A .gguf file becomes a Hugging Face folder with its tokenizer.
 
     Example: slimkit convert model.safetensors model.ckpt
+
+    Example: slimkit convert bert bert-ms --to mindspore
 
     Example: slimkit convert net.pt net.ckpt --source-factory nets.py:net --result-factory nets_ms.py:net
     --example 1,3,32,32
@@ -124,15 +130,21 @@ def convert(
         if example is not None and source_factory is None:
             raise ConfigError("--example needs --source-factory and --result-factory: the networks to run")
         nets = _networks(source_factory, result_factory)
-        asked = {"to": to, "name_map": _name_map(name_map), "choice_func": _chosen(only), "strict": not loose}
+        asked = {
+            "to": to,
+            "name_map": _name_map(name_map),
+            "choice_func": _Only(only) if only else None,
+            "strict": not loose,
+        }
         how: dict[str, Any] = {"force": output.force, "dry_run": output.dry_run, "option": "DST"}
-        place = dst / "model.safetensors" if dst.is_dir() else dst
-        with claim.claimed(place, file=True, reads=(src,), **how) as target:
-            if target is None:
-                found = _plan(src, place, nets, asked)
-            else:
-                report = _convert(src, target, nets, asked, _inputs(example), not no_manifest, tolerance)
-                found = report.as_dict()
+        whole = src.is_dir() and dst.suffix not in _FILES
+        place = dst / "model.safetensors" if dst.is_dir() and not whole else dst
+        with claim.claimed(place, file=not whole, reads=(src,), **how) as target:
+            if target is None or only:
+                found = _plan(src, place, nets, asked, whole=whole)
+            if target is not None:
+                work = _whole if whole else _convert
+                found = work(src, target, nets, asked, _inputs(example), not no_manifest, tolerance).as_dict()
         renamed, relaid, gap = len(found["renamed"]), len(found["relaid"]), found["largest_difference"]
         if output.dry_run:
             talk.line(f"would convert to {found['to']}: {renamed} names change, {relaid} layouts")
@@ -146,6 +158,8 @@ def convert(
             ("initialised", "made new"),
             ("unused", "without a place"),
             ("missing", "without a source"),
+            ("carried", "along as they are"),
+            ("left", "not taken along"),
         ):
             if found[key]:
                 talk.line(f"  {what}: {', '.join(found[key][:5])}{' ...' if len(found[key]) > 5 else ''}")
@@ -205,13 +219,26 @@ def _name_map(path: Path | None) -> dict[Any, Any] | None:
     return {tuple(name.split(_JOIN)) if _JOIN in name else name: new for name, new in value.items()}
 
 
-def _chosen(only: list[str] | None) -> Any:
-    from slimkit.core.match import matcher
+class _Only:
+    """The tensors that --only names; it remembers what it was asked, so that a glob that matched nothing is known."""
 
-    if not only:
-        return None
-    tests = [matcher(glob) for glob in only]
-    return lambda name: any(test(name) for test in tests)
+    def __init__(self, globs: list[str]) -> None:
+        from slimkit.core.match import matcher
+
+        self._tests = {glob: matcher(glob) for glob in globs}
+        self._names: list[str] = []
+
+    def __call__(self, name: str) -> bool:
+        self._names.append(name)
+        return any(test(name) for test in self._tests.values())
+
+    def refuse(self) -> None:
+        """ConfigError for globs that no tensor has met."""
+        from slimkit.core import check
+
+        idle = [glob for glob, test in self._tests.items() if not any(map(test, self._names))]
+        if idle and self._names:
+            raise ConfigError(f"--only: no tensor of SRC is named {check.nears(idle, self._names)}")
 
 
 def _inputs(example: str | None) -> Any:
@@ -240,23 +267,64 @@ def _convert(
 ) -> ConvertReport:
     from slimkit.core.convert import stream
 
+    return stream.convert(
+        src, dst, source_net=nets[0], result_net=nets[1], inputs=inputs, with_manifest=manifest, torch=_torch,
+        judge=_judge(tolerance), **asked,
+    )  # fmt: skip
+
+
+def _whole(
+    src: Path,
+    out: Path,
+    nets: tuple[Any, Any],
+    asked: dict[str, Any],
+    inputs: Any,
+    manifest: bool,
+    tolerance: float,
+) -> ConvertReport:
+    from slimkit.core.jobs.converting import convert_folder
+
+    return convert_folder(
+        src, out, source_net=nets[0], result_net=nets[1], inputs=inputs, with_manifest=manifest, torch=_torch,
+        judge=_judge(tolerance), **asked,
+    )  # fmt: skip
+
+
+def _judge(tolerance: float) -> Callable[[float], None]:
     def judge(gap: float) -> None:
         if not gap <= tolerance:
             raise ConfigError(f"the two networks differ by {gap:.3g}, more than --tolerance {tolerance:g}")
 
-    return stream.convert(
-        src, dst, source_net=nets[0], result_net=nets[1], inputs=inputs, with_manifest=manifest, torch=_torch,
-        judge=judge, **asked,
-    )  # fmt: skip
+    return judge
 
 
-def _plan(src: Path, dst: Path, nets: tuple[Any, Any], asked: dict[str, Any]) -> dict[str, Any]:
+def _plan(src: Path, dst: Path, nets: tuple[Any, Any], asked: dict[str, Any], *, whole: bool) -> dict[str, Any]:
     """What a conversion would do: the same plan from names and shapes, no value read and nothing written."""
+    from slimkit.core.errors import PatternError
+
+    only = asked["choice_func"]
+    try:
+        found = _planned(src, dst, nets, asked, whole=whole)
+    except PatternError:
+        if only is not None:
+            only.refuse()
+        raise
+    if only is not None:
+        only.refuse()
+    return found
+
+
+def _planned(src: Path, dst: Path, nets: tuple[Any, Any], asked: dict[str, Any], *, whole: bool) -> dict[str, Any]:
     from slimkit.core.checkpoint.openweights import open_weights
     from slimkit.core.checkpoint.torchfile import TorchFile
     from slimkit.core.convert.moves import plan_conversion
     from slimkit.core.convert.stream import ConvertReport, direction_of
 
+    if whole:
+        from slimkit.core.jobs.converting import convert_folder
+
+        how: dict[str, Any] = {"inputs": None, "with_manifest": False, "torch": _torch, "plan_only": True}
+        return convert_folder(src, dst, source_net=nets[0], result_net=nets[1], **how, **asked).as_dict()
     chosen = {k: asked[k] for k in ("name_map", "choice_func", "strict")}
     with open_weights(src, lambda p: TorchFile(p, _torch()), "src") as source:
         to = direction_of(source, dst, asked["to"], *nets)

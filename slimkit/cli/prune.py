@@ -11,9 +11,6 @@ from slimkit.cli import options, places
 from slimkit.cli.session import session
 from slimkit.core.jobs.options import PruneOptions
 
-# What lies further above the ratio asked for than steps of widths explain was not reached.
-MISSED = 1.05
-
 
 @options.spread
 def prune(
@@ -41,7 +38,7 @@ def prune(
     """
     with session("prune", output) as talk:
         from slimkit.core.jobs import claim, commands
-        from slimkit.core.jobs.measurement import show
+        from slimkit.core.jobs.measurement import MISSED, show
 
         talk.go_on = "nothing was written; give the same command again"
         place = places.model(network)

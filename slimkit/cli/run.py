@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,7 +14,7 @@ from slimkit.cli.session import Session, session
 
 @options.spread
 def run(
-    recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.")],
+    recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file, or run.json of an earlier run.")],
     asked: options.Writing,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder of the run; runs/NAME by default.")
@@ -35,7 +36,7 @@ def run(
     Example: slimkit run tools/recipes/digits.yaml --set seed=3 --output runs/digits-3
     """
     from slimkit.core.jobs.sources import settings
-    from slimkit.core.run.recipe import load_recipe
+    from slimkit.core.run.recipe import load_recipe, paths_begin
 
     with session("run", asked) as talk:
         checked = load_recipe(recipe, settings(set_ or [], "--set"))
@@ -46,7 +47,7 @@ def run(
                 from slimkit.core.run.checking import check_recipe
 
                 check_recipe(
-                    checked, recipe.parent, places.framework(options.Network(framework=checked.framework)).formats
+                    checked, paths_begin(recipe), places.framework(options.Network(framework=checked.framework)).formats
                 )
             found = "nothing wrong" if check else "well formed; --check looks at functions and data as well"
             talk.line(f"{recipe}: {len(steps)} stages, {found}")
@@ -62,13 +63,26 @@ def run(
 
         with claim.claimed(folder, force=asked.force, states=claim.RUN, reads=(recipe,), option="--output"):
             wing = Stages(places.framework(options.Network(framework=checked.framework)))
-            report = run_recipe(checked, recipe.parent, wing, folder, restart=restart)
+            report = run_recipe(
+                checked,
+                paths_begin(recipe),
+                wing,
+                folder,
+                restart=restart,
+                command=_command(recipe, output, set_ or []),
+            )
         _show(report, folder, talk)
+
+
+def _command(recipe: Path, output: Path | None, set_: list[str]) -> str:
+    """What makes the same run again."""
+    more = [word for one in set_ for word in ("--set", one)] + ([] if output is None else ["--output", str(output)])
+    return shlex.join(["slimkit", "run", str(recipe), *more])
 
 
 def _show(report: dict[str, Any], folder: Path, talk: Session) -> None:
     """The summary: dense against final, what the stages say, and where the report is."""
-    from slimkit.core.jobs.measurement import summary_rows
+    from slimkit.core.jobs.measurement import goals, summary_rows
     from slimkit.core.run.report import headline
 
     rows = summary_rows(report)
@@ -77,4 +91,5 @@ def _show(report: dict[str, Any], folder: Path, talk: Session) -> None:
         talk.line(f"  {name}: {text}")
     talk.line(f"Report: {folder / 'report.html'}")
     summary = [dict(zip(("what", "dense", "final", "change"), row)) for row in rows]
-    talk.result({"summary": summary, "report": folder / "report.html"})
+    asked = [{"stage": name, **goal} for name, goal in goals(report)]
+    talk.result({"goals": asked, "summary": summary, "report": folder / "report.html"})

@@ -19,6 +19,22 @@ SIZES = (224, 64, 32, 28)  # sides of images, in the order they are tried
 _TOKENS, _MORE_TOKENS, _FRAMES, _SAMPLES = 11, 64, 16, 16_000
 
 
+class NoExampleError(ArgumentError):
+    """No example was found; `reason` says why, in no door's words.
+
+    Args:
+        reason: why.
+        tried: what was tried -> why it did not run.
+    """
+
+    def __init__(self, reason: str, tried: Mapping[str, str] | None = None) -> None:
+        listed = "; ".join(f"{words} ({why})" for words, why in (tried or {}).items())
+        more = f". Tried: {listed}" if listed else ""
+        what = "inputs must be an example of what the model takes (a tensor, tuple, list or dict)"
+        super().__init__(f"{what}: {reason}. Received: None{more}")
+        self.reason = reason + more
+
+
 class FirstLayer(NamedTuple):
     """The first layer that a model defines and that says what it takes.
 
@@ -82,7 +98,7 @@ def find_example(
         (the example, what the attempt returned).
 
     Raises:
-        ArgumentError: the model ran on none; the message lists what was tried.
+        NoExampleError: the model ran on none; the message lists what was tried.
     """
     tried: dict[str, str] = {}
     for group in _groups(model, takes, first):
@@ -104,14 +120,12 @@ def find_example(
                 note = f"no inputs were given; the model was run on {words}"
                 logger.info("%s", note)
                 return Example(inputs, note), result
-    what = "inputs must be an example of what the model takes (a tensor, tuple, list or dict): "
     if not tried:
-        raise ArgumentError(
-            f"{what}nothing in this model says what that is (a configuration, example_input_array, a first Conv, "
-            "Linear or Embedding). Received: None"
+        raise NoExampleError(
+            "nothing in this model says what that is (a configuration, example_input_array, a first Conv, Linear or "
+            "Embedding)"
         )
-    listed = "; ".join(f"{words} ({why})" for words, why in tried.items())
-    raise ArgumentError(f"{what}the model ran on nothing that was tried. Received: None. Tried: {listed}")
+    raise NoExampleError("the model ran on nothing that was tried", tried)
 
 
 def _tensors(value: Any, tensor: Callable[[Array], Any]) -> Any:

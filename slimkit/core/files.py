@@ -35,15 +35,16 @@ def as_path(path: Any, name: str) -> Path:
     return Path(path)
 
 
-def save_directory(path: Any, name: str = "directory") -> Path:
-    """Check the folder a checkpoint is saved to; it must be absolute and no symbolic link.
+def save_directory(path: Any, name: str = "directory", *, relative: bool = False) -> Path:
+    """Check a folder to save to: no symbolic link, and absolute unless `relative` allows others.
 
     Args:
         path: the folder; it need not exist yet.
         name: the argument's name, for the message.
+        relative: take a relative path too, as seen from where the process is now.
 
     Returns:
-        The folder as a Path, not created.
+        The folder as an absolute Path, not created.
 
     Raises:
         ArgumentError: None or empty.
@@ -56,8 +57,10 @@ def save_directory(path: Any, name: str = "directory") -> Path:
         'run'
     """
     if path is None:
-        check.wrong_value(name, "an absolute path", path)
+        check.wrong_value(name, "a path" if relative else "an absolute path", path)
     folder = as_path(path, name)
+    if relative:
+        folder = folder.absolute()
     if not folder.is_absolute():
         raise AbsolutePathError(f"{name} must be an absolute path. Received: {str(folder)!r}")
     if folder.is_symlink():

@@ -32,6 +32,7 @@ from slimkit.jobs import devices, models, teach, texts
 from slimkit.measurement import measure_model
 from slimkit.sparse.checkpoint_framework import CheckpointSparse
 from slimkit.sparse.framework import TorchSparse
+from slimkit.trace.examples import find_example
 
 import torch
 from torch import nn
@@ -41,7 +42,7 @@ class TorchJobs(JobFramework):
     """PyTorch's side of the jobs: modules, Hugging Face directories, weight files, factories."""
 
     slim = slimkit
-    formats = ("onnx", "w16a16s")
+    formats = ("onnx", "w16a16s", "w8a8s")
     class_dtype = "int64"
     losses: ClassVar[Mapping[str, Callable[[Any, Any], Any]]] = {
         "cross_entropy": nn.functional.cross_entropy,
@@ -72,8 +73,8 @@ class TorchJobs(JobFramework):
     def check_model(self, model: Any) -> nn.Module:
         return bridge.check_model(model, "model")
 
-    def measure(self, model: nn.Module, inputs: Any) -> Measurement:
-        return measure_model(model, bridge.to_device(inputs, bridge.device_of(model)))
+    def measure(self, model: nn.Module, inputs: Any, dense: nn.Module | None = None) -> Measurement:
+        return measure_model(model, bridge.to_device(inputs, bridge.device_of(model)), dense=dense)
 
     def states(self, model: nn.Module) -> Iterator[tuple[str, str, np.ndarray]]:
         for name, tensor in model.state_dict().items():
@@ -188,7 +189,7 @@ class TorchJobs(JobFramework):
 
     def own_example(self, opened: Opened, length: int, seed: int) -> Any:
         if not opened.is_hf:
-            return None
+            return bridge.to_device(find_example(opened.model)[0].inputs, self.device)
         return bridge.to_device(models.own_example(opened.model, length, seed), self.device)
 
     def text(self, opened: Opened, place: DataPlace) -> list[Any]:
@@ -209,6 +210,8 @@ class TorchJobs(JobFramework):
     ) -> dict[str, Any]:
         if format == "w16a16s":
             return self.slim.save_w16a16s(out, opened.model, opened.place.model).to_dict()
+        if format == "w8a8s":
+            return self.slim.save_w8a8s(out, opened.model, inputs, opened.place.model).to_dict()
         return export.export_onnx(opened.model, inputs, out, **settings).to_dict()
 
     def judging(self) -> compare.TorchCompare:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import enum
 import functools
+import json
 import logging
 import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from slimkit.cli import app
 from slimkit.core.examples import FirstLayer, described, find_example
 
 
@@ -104,6 +107,28 @@ def test_the_error_lists_what_was_tried(kit):
     text = str(caught.value)
     tried = ["default_cfg['input_size']: (1, 3, 40) (", "(linear 0): (1, 4) (", "(linear 0): (1, 11, 4) ("]
     assert sorted(tried, key=text.index) == tried
+
+
+def test_commands_find_an_example_too(kit, tmp_path, monkeypatch):
+    (tmp_path / f"nets_{kit.name}.py").write_text(
+        "from tests import kits\n"
+        f"kit = kits.make({kit.name!r})\n"
+        "def net(n_in=8):\n"
+        "    layers = [kit.linear(8, 32), kit.relu(), kit.linear(n_in * 4, 4)]\n"
+        "    return kit.sequential(*layers)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    named = ["-f", kit.name, "--factory", f"nets_{kit.name}.py:net", "--json"]
+    done = CliRunner().invoke(app, ["prune", *named, "--keep-ratio", "0.5", "--un-prune", "none", "--out", "small"])
+    assert done.exit_code == 0, done.exception or done.stderr
+    notes = json.loads(done.stdout)["report"]["notes"]
+    assert (tmp_path / "small").is_dir()
+    done = CliRunner().invoke(app, ["inspect", *named])
+    assert json.loads(done.stdout)["facts"]["macs"] == 8 * 32 + 32 * 4, notes
+    wrong = CliRunner().invoke(app, ["inspect", *named, "--arg", "n_in=5"], standalone_mode=False)
+    text = str(wrong.exception)
+    assert text.startswith("--example SHAPE (such as 1,3,224,224), a file or a function is needed: the model ran on")
+    assert "the first layer (linear 0): (1, 8) (" in text
 
 
 def test_a_model_that_says_nothing_asks_for_an_example(kit):

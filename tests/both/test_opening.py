@@ -125,6 +125,17 @@ def test_a_delta_goes_on_its_base_given_as_a_model_or_a_folder(kit, tmp_path, ma
         kit.slim.load(tmp_path / "delta", tmp_path / "base")
 
 
+def test_a_pruned_network_is_saved_to_a_place_seen_from_here(kit, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = kit.fill(kit.named(one=kit.linear(8, 32), act=kit.relu(), two=kit.linear(32, 4)))
+    x = kit.tensor(np.ones((2, 8), np.float32))
+    desc = kit.slim.Pruner(model, x).prune(0.6, [])
+    kit.slim.save_pruned("small", model, desc)
+    fresh = kit.named(one=kit.linear(8, 32), act=kit.relu(), two=kit.linear(32, 4))
+    assert kit.slim.load("small", fresh).kind == "pruned"
+    np.testing.assert_allclose(kit.array(fresh(x)), kit.array(model(x)), rtol=1e-6)
+
+
 def test_a_w16a16s_folder_fills_a_network(kit, tmp_path):
     model = net(kit)
     kit.slim.Compressor(model, kit.slim.SparseConfig(method="magnitude")).compress([])

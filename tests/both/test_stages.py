@@ -95,6 +95,12 @@ def test_every_stage_runs_and_a_run_cut_short_goes_on_to_the_same_weights(kit, t
     assert stages["export"]["facts"]["onnx"]["zeros"] > 0, "zeros survive into the file"
     assert ("mindir" in stages["export"]["facts"]) == (kit.name == "mindspore")
     assert stages["export"]["facts"]["latency_ratio"] > 0
+    assert dense["dense_ms"] is None
+    assert stages["prune"]["measurement"]["dense_ms"] > 0, "timed in turn with the dense model"
+    assert final == stages["adapt"]["measurement"] or final["dense_ms"] == stages["finetune"]["measurement"]["dense_ms"]
+    goals = {s["kind"]: s["facts"]["goal"] for s in found["stages"] if "goal" in s["facts"]}
+    assert goals["prune"]["reached"] == pytest.approx(goals["prune"]["asked"], abs=0.25)
+    assert goals["sparsify"]["reached"] == pytest.approx(goals["sparsify"]["asked"], abs=0.02)
     assert [layer["sparsity"] > 0.3 for layer in final["layers"] if layer["name"] == "hidden"] == [True]
     assert "Layer by layer" in (task / "run" / "report.html").read_text()
 

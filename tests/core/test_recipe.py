@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+import json
 import textwrap
+from pathlib import Path
 
 import pytest
 
 from slimkit.core.errors import ConfigError, FileFormatError
 from slimkit.core.jobs import factory
+from slimkit.core.jobs.options import JOBS
 from slimkit.core.run import checking
-from slimkit.core.run.recipe import Recipe, load_recipe, parse_recipe
+from slimkit.core.run.recipe import Recipe, load_recipe, parse_recipe, paths_begin
 
 GOOD = {
     "version": 1,
@@ -162,3 +165,44 @@ def test_the_page_on_recipes_names_every_key():
             assert f"`{key}`" in page, f"docs/run.md says nothing about {model.__name__}.{key}"
     for kind in recipe._STAGES:
         assert f"`{kind}`" in page
+
+
+MINIMAL = {
+    "train": {"epochs": 1}, "finetune": {"epochs": 1, "keep_zeros": True}, "export": {}, "compare": {},
+    "prune": {"keep_ratio": 0.5, "un_prune": [0]}, "sparsify": {"sparsity": 0.5},
+    "adapt": {"epochs": 1, "kind": "lora", "targets": ["a"]},
+    "cut": {"arguments": {"layers": 2}, "pattern": "h.([0-9]+)", "layers": {0: 1, 1: 3}},
+    "distill": {"epochs": 1, "hidden": [{"teacher": "a", "student": "b", "loss": "HiddenMse"}]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", JOBS)
+def test_a_recipe_as_a_run_keeps_it_is_read_again(kind, tmp_path):
+    made = parse_recipe({"version": 1, "name": "x", "model": "m:f", "data": "m:d", "stages": [{kind: MINIMAL[kind]}]})
+    kept = json.loads(json.dumps(made.model_dump(mode="json")))
+    assert parse_recipe(kept) == made
+    (tmp_path / "run.json").write_text(json.dumps({"format": "slimkit-run", "recipe": kept, "folder": "/elsewhere"}))
+    assert load_recipe(tmp_path / "run.json", {"seed": 3}).seed == 3
+    assert paths_begin(tmp_path / "run.json") == Path("/elsewhere")
+    assert paths_begin(tmp_path / "a.yaml") == tmp_path
+
+
+def test_a_key_that_another_contradicts_is_still_refused():
+    terms = {"epochs": 1, "outputs": [{"teacher": 0, "student": 0, "loss": "KDMse"}], "temperature": 2.0}
+    with pytest.raises(ConfigError, match="temperature is for a stage without written terms"):
+        parse_recipe({"version": 1, "name": "x", "model": "m:f", "data": "m:d", "stages": [{"distill": terms}]})
+
+
+def test_the_schema_allows_what_a_recipe_may_hold():
+    schema = Recipe.model_json_schema()
+    for name, part in [("Recipe", schema), *schema["$defs"].items()]:
+        for key, about in part.get("properties", {}).items():
+            assert about.get("description") or "$ref" in about, f"{name}.{key} says nothing of itself"
+            if about.get("default", "") is None:
+                assert {"type": "null"} in about["anyOf"], f"{name}.{key} may be unset, and the schema refuses null"
+    prune, sparsify = schema["$defs"]["PruneOptions"], schema["$defs"]["SparsifyOptions"]
+    assert {"keep_ratio", "un_prune", "node_ratio"} <= set(prune["properties"])
+    assert "sparsity" in sparsify["properties"]
+    # Either word will do, one must be there.
+    assert "reserved_ratio" not in prune.get("required", [])
+    assert prune["anyOf"] == [{"required": ["reserved_ratio"]}, {"required": ["keep_ratio"]}]

@@ -43,9 +43,10 @@ from slimkit import (
     get_distill_model,
     own_text,
 )
+from slimkit.core.ascend.entropy import byte_entropy
 from slimkit.core.compare.intervals import draws
 from slimkit.core.compare.windows import Protocol, cut
-from slimkit.core.sparse.maths.grid import FloatGrid, byte_entropy, on_grid
+from slimkit.core.sparse.maths.grid import FloatGrid, on_grid
 from slimkit.core.sparse.methods import METHODS
 from tools.bench import llm_prune, sparse, sparse_text
 
@@ -95,7 +96,7 @@ class Bench:
 
     def calibration(self, texts: Any = None, number: int | None = None, length: int | None = None) -> Any:
         """Batches of one window: few logits in memory at a time."""
-        number, length = number or self.asked.windows, length or self.asked.length
+        number, length = number or self.asked.calibration, length or self.asked.length
         given = self.texts("calibration") if texts is None else texts
         return calibration(given, self.tokenizer, number, length, batch_size=1, masks=False)
 
@@ -284,7 +285,8 @@ def main() -> None:
     parser.add_argument("--model", default="runs/smollm2")
     parser.add_argument("--text", default="runs/smollm-text")
     parser.add_argument("--out", default="llm.jsonl")
-    parser.add_argument("--windows", type=int, default=32, help="of calibration, and of judging")
+    parser.add_argument("--windows", type=int, default=32, help="of judging")
+    parser.add_argument("--calibration", type=int, default=32, help="windows of calibration")
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--only", nargs="+", help="cells of the job, such as 'par 2:4'; all of them by default")
     parser.add_argument("--cells", nargs="+", default=["hessian 0.5", "hessian 2:4"], help="what calibration judges by")

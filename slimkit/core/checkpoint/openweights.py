@@ -13,7 +13,8 @@ from slimkit.core.checkpoint.weightfile import Safetensors, Sharded, Weights
 from slimkit.core.errors import FileFormatError
 
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-WHOLE = ("model.safetensors", "pytorch_model.bin")
+# Commands write the last one of a MindSpore model.
+WHOLE = ("model.safetensors", "pytorch_model.bin", "model.ckpt")
 
 
 def open_weights(path: files.PathLike, torch_reader: Callable[[Path], Weights], name: str = "path") -> Weights:
@@ -66,7 +67,7 @@ def locate(path: files.PathLike, name: str = "weight_file_path") -> Path:
     """The file that holds or indexes the weights of a path, which may be a Hugging Face directory.
 
     Args:
-        path: a file, or a folder with model.safetensors, pytorch_model.bin or the index of either.
+        path: a file, or a folder with model.safetensors, pytorch_model.bin, the index of either, or model.ckpt.
         name: the argument's name, for the message.
 
     Returns:
@@ -78,7 +79,7 @@ def locate(path: files.PathLike, name: str = "weight_file_path") -> Path:
     """
     found = files.as_path(path, name)
     if found.is_dir():
-        candidates = [found / n for n in (INDEXES[0], WHOLE[0], INDEXES[1], WHOLE[1])]
+        candidates = [found / n for n in (INDEXES[0], WHOLE[0], INDEXES[1], *WHOLE[1:])]
         whole = next((c for c in candidates if c.is_file() or c.is_symlink()), None)
         if whole is None:
             raise FileFormatError(

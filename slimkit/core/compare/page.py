@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from slimkit.core.compare.figures import FIGURES
-from slimkit.core.page import BLUE, GREY, RED, rendered, svg
+from slimkit.core.page import BLUE, GREY, RED, picture, rendered
 
 # What is drawn of each task: the first against the size, those with intervals with their intervals.
 DRAWN = {
@@ -43,8 +43,9 @@ def _differences(found: Any) -> str:
     if not names:
         return ""
 
-    def draw(figure: Any) -> None:
-        grid = figure.subplots(1, len(names), squeeze=False, sharey=True)[0]
+    def draw(figure: Any, narrow: bool) -> None:
+        shape = (len(names), 1) if narrow else (1, len(names))
+        grid = figure.subplots(*shape, squeeze=False, sharey=True).flatten()
         for axes, name in zip(grid, names):
             about = FIGURES[name]
             for row, result in enumerate(small):
@@ -60,7 +61,8 @@ def _differences(found: Any) -> str:
             axes.set_yticks(range(len(small)), [r.name for r in small])
             axes.set_ylim(len(small) - 0.5, -0.5)
 
-    return svg(8.4, max(1.4, 0.7 + 0.32 * len(small)), draw, "what each model lost")
+    height = max(1.4, 0.7 + 0.32 * len(small))
+    return picture(draw, "what each model lost", height, height * len(names))
 
 
 def _drawn(found: Any, value: float | None, name: str) -> float:
@@ -76,13 +78,13 @@ def _sizes(found: Any, main: str) -> str:
     if len(known) < 2:
         return ""
 
-    def draw(figure: Any) -> None:
+    def draw(figure: Any, narrow: bool) -> None:
         axes = figure.subplots()
         for size, value, name in known:
             axes.plot([size], [value], marker="o", color=RED if name == found.dense.name else BLUE)
             axes.annotate(name, (size, value), xytext=(6, 3), textcoords="offset points", fontsize=8)
         axes.set_xlabel("MB")
         axes.set_ylabel(FIGURES[main].label)
-        axes.margins(x=0.15, y=0.2)
+        axes.margins(x=0.3 if narrow else 0.15, y=0.2)
 
-    return svg(8.4, 2.8, draw, f"{FIGURES[main].label} against size")
+    return picture(draw, f"{FIGURES[main].label} against size", 2.8)

@@ -40,7 +40,9 @@ class ConvertReport(Shown):
         missing: tensors of the network without a source (only with strict=False).
         largest_difference: between the outputs of the two networks, where inputs were given.
         path: the file that was written.
-        bytes_written: its size.
+        bytes_written: its size; of a folder, that of its weights.
+        carried: files of a folder that came along as they are.
+        left: files of a folder that did not.
     """
 
     to: str
@@ -57,6 +59,8 @@ class ConvertReport(Shown):
     largest_difference: float | None = None
     path: str = ""
     bytes_written: int = 0
+    carried: list[str] = field(default_factory=list)
+    left: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         """The report as plain values."""
@@ -100,7 +104,7 @@ def convert(
         one = job.piece if writer is None else job.one
         items.fetch = {n: partial(one, source, m) for n, m in job.moves.items()}
         metadata = {"format": "pt" if direction == "torch" else "ms"}
-        largest = _prove(job, source, source_net, result_net, inputs)
+        largest = prove(job, source, source_net, result_net, inputs)
         if largest is not None:
             judge(largest)
         saving.write_items(path, items, with_manifest=with_manifest, writer=writer, metadata=metadata)
@@ -150,7 +154,8 @@ def direction_of(source: Weights, path: Path, to: str | None, source_net: Any, r
     return told
 
 
-def _prove(job: Job, source: Weights, source_net: Any, result_net: Any, inputs: Any) -> float | None:
+def prove(job: Job, source: Weights, source_net: Any, result_net: Any, inputs: Any) -> float | None:
+    """The largest difference of the two networks' outputs, each with its weights; None without inputs."""
     if inputs is None:
         return None
     assign(source_net, {name: source.read(origin) for name, origin in job.origins.items()})

@@ -109,7 +109,7 @@ class TeacherFiles(Shown, ABC):
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = files.as_path(directory, "directory")
-        self.facts = _read_facts(self.directory)
+        self.facts = read_facts(self.directory)
         if not self.facts["complete"]:
             raise FileFormatError(f"{self.directory} is not finished: call build again, it goes on where it stopped")
         self._place: dict[bytes, tuple[int, int, int]] = {}
@@ -176,7 +176,7 @@ class TeacherFiles(Shown, ABC):
             identity |= {"sampled": sampled, "seed": seed, "temperatures": heats}
         facts: dict[str, Any] = {"version": VERSION, **identity, "complete": False, "widths": [], "shards": []}
         if (folder / "cache.json").exists():
-            facts = _read_facts(folder)
+            facts = read_facts(folder)
             for name in (*identity, "sampled"):
                 if facts.get(name) != identity.get(name):
                     raise ConfigError(f"directory holds a cache of another {name}: {folder}")
@@ -337,7 +337,7 @@ def _kept(array: Array, logits: bool, facts: Mapping[str, Any], place: int, keys
     return {part: np.stack([one[part] for one in found]) for part in ("ids", "weights")}
 
 
-def _read_facts(folder: Path) -> dict[str, Any]:
+def read_facts(folder: Path) -> dict[str, Any]:
     facts = files.read_json(folder / "cache.json", "directory", limit_bytes=4 << 30)
     if not isinstance(facts, dict) or facts.get("version") != VERSION:
         raise FileFormatError(f"{folder} holds no teacher cache of version {VERSION}")

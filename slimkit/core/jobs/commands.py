@@ -9,6 +9,7 @@ from typing import Any
 from slimkit.core import files
 from slimkit.core.calibration.record import record_of, write_record
 from slimkit.core.errors import ConfigError, UnsupportedError
+from slimkit.core.examples import NoExampleError
 from slimkit.core.jobs import cards, early, fed, fitting, folders, sources, work
 from slimkit.core.jobs.calibrating import calibration_of
 from slimkit.core.jobs.fields import Strict, flag_of
@@ -23,6 +24,9 @@ from slimkit.core.jobs.options import (
 from slimkit.core.jobs.sources import DataPlace, ModelPlace
 from slimkit.core.sparse import SparseConfig
 from slimkit.core.sparse.select import select
+
+# Formats that are a folder with the model's configuration beside the weights.
+FOLDERS = ("w16a16s", "w8a8s")
 
 
 class CommandContext(work.JobContext):
@@ -124,7 +128,7 @@ def prune(
     inputs = example_of(face, opened, example, seed=seed)
     context = CommandContext(face, seed, inputs, options, batches=batches)
     done = work.prune(opened.model, options, context, plan_only=out is None)
-    facts = {key: value for key, value in done.facts.items() if key != "headline"}
+    facts = {key: value for key, value in done.facts.items() if key not in ("headline", "goal")}
     if out is None or done.edit is None:
         return facts
     opened.desc = done.edit["prune"]
@@ -229,6 +233,7 @@ def export(
     example: str | None,
     length: int | None,
     delta_folder: Path | None,
+    calib: DataPlace | None = None,
     seed: int,
 ) -> dict[str, Any]:
     """Write a model for deployment; with `out` None only prepare.
@@ -242,6 +247,7 @@ def export(
         example: one input, as in `prune`.
         length: tokens of a made-up text; None: 128, or as many as the model knows positions for.
         delta_folder: a delta to put on and merge first; the model's files stay as they are.
+        calib: of w8a8s: what shows between which values each layer's inputs lie.
         seed: of made-up inputs.
 
     Returns:
@@ -255,8 +261,12 @@ def export(
             f"--format {format} is not written here (choose from {', '.join(face.formats)}): mindir is for --framework "
             "mindspore"
         )
-    if format == "w16a16s" and not (place.model is not None and (place.model / "config.json").is_file()):
-        raise ConfigError("--format w16a16s needs a --model folder with a config.json, which goes along")
+    if format in FOLDERS and not (place.model is not None and (place.model / "config.json").is_file()):
+        raise ConfigError(f"--format {format} needs a --model folder with a config.json, which goes along")
+    if (format == "w8a8s") != (calib is not None):
+        raise ConfigError(
+            "--calib is needed for --format w8a8s, whose inputs get their steps from it, and for no other"
+        )
     if format == "mindir" and out is not None and out.suffix != ".mindir":
         raise ConfigError(f"--out must end in .mindir for --format mindir. Received: {out.name!r}")
     early.check(place, options)
@@ -266,12 +276,14 @@ def export(
         face.slim.merge_delta(opened.model, unload=True)
     facts: dict[str, Any] = {"format": format, "parameters": work.count(face, opened.model)}
     inputs = None
-    if format != "w16a16s":
+    if format == "w8a8s":
+        inputs = proved(face, opened, calibration_of(face, opened, calib), calib)
+    elif format not in FOLDERS:
         inputs = example_of(face, opened, example, length=length, seed=seed)
         facts["shapes"] = face.input_shapes(inputs)
     if out is None:
         return facts
-    if format != "w16a16s":
+    if format not in FOLDERS:
         return {**facts, **face.export(opened, inputs, out, format, options.build())}
     with files.atomic_directory(out) as folder:
         written = face.export(opened, inputs, folder, format, options.build())
@@ -299,12 +311,12 @@ def measure(
 def example_of(face: JobFramework, opened: Opened, given: str | None, *, length: int = 16, seed: int = 0) -> Any:
     """One input: what the user gave (a shape, a file of arrays, a function), or one the model describes."""
     if given is None:
-        own = face.own_example(opened, length, seed)
-        if own is None:
+        try:
+            made = face.own_example(opened, length, seed)
+        except NoExampleError as error:
             raise ConfigError(
-                "a model from a factory needs --example SHAPE (such as 1,3,224,224), a file, or a function"
-            )
-        made = own
+                f"--example SHAPE (such as 1,3,224,224), a file or a function is needed: {error.reason}"
+            ) from None
     elif Path(given).exists():
         made = face.tensors(sources.read_arrays(Path(given)))
     elif ":" in given and not given.rpartition(":")[2].startswith(("float", "int", "bool")):

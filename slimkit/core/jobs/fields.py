@@ -39,6 +39,24 @@ class Strict(BaseModel):
             made[meant] = value
         return made
 
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: Any, handler: Any) -> dict[str, Any]:
+        """The schema with a flag's words beside the keys, for a recipe takes either."""
+        made: dict[str, Any] = handler.resolve_ref_schema(handler(schema))
+        known, required = made.get("properties", {}), made.get("required", [])
+        for key in list(known):
+            others = [word for word in flag_of(cls, key).keys if word != key]
+            known |= {word: {**known[key], "description": f"{key}, as the command spells it"} for word in others}
+            if others and key in required:
+                required.remove(key)
+                made["anyOf"] = [{"required": [word]} for word in (key, *others)]
+        return made
+
+    def changed(self) -> set[str]:
+        """The keys whose values are not the defaults: a recipe as a run keeps it writes out all of them."""
+        unset = {key: field.get_default(call_default_factory=True) for key, field in type(self).model_fields.items()}
+        return {key for key, value in unset.items() if getattr(self, key) != value}
+
 
 @dataclass(frozen=True)
 class OneOf:
@@ -63,7 +81,9 @@ class OneOf:
         place, _, name = self.table.partition(":")
         return (*self.first, *getattr(importlib.import_module(place), name))
 
-    def _known(self, value: str) -> str:
+    def _known(self, value: str | None) -> str | None:
+        if value is None:  # the type has said whether that may be
+            return None
         words = self.words
         if value in words or (self.functions and ":" in value):
             return value
@@ -78,8 +98,12 @@ class OneOf:
         return core_schema.no_info_after_validator_function(self._known, handler(source))
 
     def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> dict[str, Any]:
-        words = {"type": "string", "enum": list(self.words)}
-        return {"anyOf": [words, {"type": "string", "pattern": ":"}]} if self.functions else words
+        allowed: list[dict[str, Any]] = [{"type": "string", "enum": list(self.words)}]
+        if self.functions:
+            allowed.append({"type": "string", "pattern": ":"})
+        if schema["schema"]["type"] == "nullable":
+            allowed.append({"type": "null"})
+        return {"anyOf": allowed} if len(allowed) > 1 else allowed[0]
 
 
 @dataclass(frozen=True, init=False)

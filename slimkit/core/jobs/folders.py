@@ -20,7 +20,8 @@ STATE = ".slimkit-train"
 # Where a walk block by block makes what will replace the files of its folder.
 FORCED = ".slimkit-forced"
 
-_WEIGHTS = (".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".safetensors", ".ckpt", ".gguf", ".mindir")
+# Endings of files that hold weights.
+WEIGHTS = (".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".safetensors", ".ckpt", ".gguf", ".mindir")
 
 
 def made_sparse(directory: Path) -> list[str]:
@@ -39,7 +40,7 @@ def copy_companions(source: Path, target: Path) -> list[str]:
     """
     copied = []
     for file in sorted(source.iterdir()):
-        weights = file.suffix in _WEIGHTS or file.name.endswith((".index.json", ".manifest.json"))
+        weights = file.suffix in WEIGHTS or file.name.endswith((".index.json", ".manifest.json"))
         ours = file.name in (PLAN, "config.json") or file.name.endswith("_report.json") or file.name.startswith(".")
         if file.is_file() and not weights and not ours and not (target / file.name).exists():
             with open(file, "rb") as old, files.atomic_file(target / file.name) as new:

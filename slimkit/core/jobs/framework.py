@@ -205,8 +205,8 @@ class JobFramework(Protocol):
         """Refuse anything but a model of this framework."""
 
     @abstractmethod
-    def measure(self, model: Any, inputs: Any) -> Measurement:
-        """Parameters, zeros, MACs and latency on one input."""
+    def measure(self, model: Any, inputs: Any, dense: Any = None) -> Measurement:
+        """Parameters, zeros, MACs and latency on one input; `dense` is timed in turn with it."""
 
     @abstractmethod
     def states(self, model: Any) -> Iterator[tuple[str, str, Array]]:
@@ -301,7 +301,7 @@ class JobFramework(Protocol):
 
     @abstractmethod
     def own_example(self, opened: Opened, length: int, seed: int) -> Any:
-        """An input that the model itself describes; None where it does not."""
+        """An input that the model itself describes, or on which it runs; NoExampleError where there is none."""
 
     @abstractmethod
     def text(self, opened: Opened, place: DataPlace) -> list[Any]:
@@ -319,7 +319,7 @@ class JobFramework(Protocol):
     def export(
         self, opened: Opened, inputs: Any, out: Path, format: str, settings: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """Write one file or folder of a format, proven where the format can be run."""
+        """Write one file or folder of a format, proven where the format can be run; for w8a8s `inputs` are batches."""
 
     @abstractmethod
     def judging(self) -> CompareFramework:

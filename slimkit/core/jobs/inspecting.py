@@ -22,6 +22,9 @@ from slimkit.core.log import progress
 
 Array = np.ndarray[Any, Any]
 
+# Folders that hold no model's weights alone: the file that tells them -> what they are.
+OTHERS = {"trainer.json": "trainer checkpoint", "cache.json": "teacher cache"}
+
 # Bits of a number's sign, which make no difference to whether it is zero.
 _SIGNLESS = {"BF16": 0x7FFF, "F8_E4M3": 0x7F, "F8_E5M2": 0x7F}
 
@@ -32,7 +35,8 @@ class Look:
 
     Args:
         path: the file or folder.
-        kind: weights, model, pruned, desc, bundle, peft, w16a16s, w8a8s, onnx or run.
+        kind: weights, model, pruned, desc, bundle, peft, w16a16s, w8a8s, onnx, run, trainer checkpoint or teacher
+            cache.
         facts: label -> value, for the lines above the table.
         columns: the table's columns.
         rows: the table, plain values; None is "not known".
@@ -64,21 +68,26 @@ def kind_of(path: Path) -> str:
         return "onnx" if path.suffix == ".onnx" else "weights"
     if not path.is_dir():
         raise FileFormatError(f"path must be an existing file or folder. Received: {str(path)!r}")
+    if (path / "report.json").exists() or (path / "run.json").exists():
+        return "run"
+    for name, kind in OTHERS.items():
+        if (path / name).exists():
+            return kind
     if (path / ascend.DESCRIPTION).exists():
         return ascend.kind_of(path).lower()
     if (path / "manifest.json").exists():
         return "bundle"
     if (path / "adapter_config.json").exists():
         return "peft"
-    if (path / "report.json").exists():
-        return "run"
     if (path / folders.PLAN).exists():
         return "pruned"
-    if any((path / name).exists() for name in (*INDEXES, *WHOLE)):
+    if any((path / name).exists() for name in (*INDEXES, *WHOLE[:-1])):
         return "model"
+    if (path / WHOLE[-1]).exists():
+        return "weights"
     raise FileFormatError(
-        f"{path} holds neither weights (model.safetensors, pytorch_model.bin or an index) nor a delta, a W16A16S or "
-        "W8A8S model or a report"
+        f"{path} holds neither weights ({', '.join(WHOLE)} or an index) nor a delta, a W16A16S or W8A8S model, a run, "
+        "a trainer's checkpoint or a teacher cache"
     )
 
 
@@ -99,15 +108,11 @@ def look(path: Path, torch: Callable[[], Any], *, values: bool = True) -> Look:
     kind = kind_of(path)
     if kind in ("weights", "model", "pruned"):
         return _weights(path, kind, torch, values)
-    return {
-        "desc": _desc,
-        "bundle": _bundle,
-        "peft": _peft,
-        "w16a16s": _w16a16s,
-        "w8a8s": _w8a8s,
-        "onnx": _onnx,
-        "run": _run,
-    }[kind](path)
+    readers = {
+        "desc": _desc, "bundle": _bundle, "peft": _peft, "w16a16s": _w16a16s, "w8a8s": _w8a8s, "onnx": _onnx,
+        "run": _run, "trainer checkpoint": _trainer, "teacher cache": _cache,
+    }  # fmt: skip
+    return readers[kind](path)
 
 
 def _weights(path: Path, kind: str, torch: Callable[[], Any], values: bool) -> Look:
@@ -286,7 +291,30 @@ def _onnx(path: Path) -> Look:
     return Look(str(path), "onnx", facts, ("tensor", "shape", "dtype", "parameters", "sparsity"), rows)
 
 
+def _trainer(path: Path) -> Look:
+    kept = files.read_json(path / "trainer.json", "path")
+    if not isinstance(kept, dict) or not isinstance(kept.get("history"), dict):
+        raise FileFormatError(f"{path / 'trainer.json'} is no state of a trainer.")
+    facts = {key: kept.get(key) for key in ("framework", "epoch", "step_in_epoch", "global_step", "seed")}
+    rows = [(name, len(values), values[-1] if values else None) for name, values in kept["history"].items()]
+    return Look(str(path), "trainer checkpoint", facts, ("metric", "values", "last"), rows)
+
+
+def _cache(path: Path) -> Look:
+    from slimkit.core.distill.teacher_cache import read_facts
+
+    facts = read_facts(path)
+    samples = [len(keys) for shard in facts["shards"] for keys in shard["keys"]]
+    told = {"samples": sum(samples), "shards": len(facts["shards"]), "targets": len(facts["targets"])}
+    size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
+    return Look(str(path), "teacher cache", {**told, "bytes": size})
+
+
 def _run(path: Path) -> Look:
+    if not (path / "report.json").exists():
+        recipe = files.read_json(path / "run.json", "run.json")
+        name = recipe.get("recipe", {}).get("name") if isinstance(recipe, dict) else None
+        return Look(str(path), "run", {"name": name, "complete": False, "stages": []})
     report = files.read_json(path / "report.json", "report.json")
     if not isinstance(report, dict) or report.get("format") != "slimkit-report":
         raise FileFormatError(f"{path / 'report.json'} is not the report of a slimkit run.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -54,6 +54,8 @@ class Measurement:
         latency_ms: median time of one forward on the example input, in the framework itself; with one thread in
             PyTorch, with MindSpore's own choice of threads there, which a running process cannot change.
         layers: the layers with weights, in the model's order.
+        dense_ms: the same of the dense model, taken in turn with this one, so that a busy machine slows both; None
+            where there was none to compare with.
     """
 
     parameters: int
@@ -63,6 +65,7 @@ class Measurement:
     parameter_bytes: int
     latency_ms: float
     layers: tuple[LayerMeasurement, ...]
+    dense_ms: float | None = None
 
     @classmethod
     def of(
@@ -71,6 +74,7 @@ class Measurement:
         parameters: Iterable[tuple[int, int, bool]],
         zeros: int,
         latency_ms: float,
+        dense_ms: float | None = None,
     ) -> Measurement:
         """Add up a model's layers and parameters.
 
@@ -79,6 +83,7 @@ class Measurement:
             parameters: each parameter once as (number of entries, bytes, whether it trains).
             zeros: exact zeros in the layers' weights, a shared weight counted once.
             latency_ms: median time of one forward.
+            dense_ms: that of the dense model, taken in turn.
         """
         rows, counts = tuple(layers), list(parameters)
         return cls(
@@ -89,6 +94,7 @@ class Measurement:
             parameter_bytes=sum(size for _, size, _ in counts),
             latency_ms=latency_ms,
             layers=rows,
+            dense_ms=dense_ms,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -130,12 +136,32 @@ def figures(stage: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
+# More than this times what was asked for may not stay: widths come in steps, and a plan lands within a few percent.
+MISSED = 1.05
+
+
+def goal(what: str, asked: float, reached: float, missed: bool) -> dict[str, Any]:
+    """What a stage was asked for against what it reached, as its facts hold it under "goal"."""
+    return {"what": what, "asked": asked, "reached": reached, "missed": missed}
+
+
+def goals(report: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """(Stage, what it was asked for and what it reached) of each stage that was asked for a share."""
+    return [(stage["name"], stage["facts"]["goal"]) for stage in report["stages"] if stage["facts"].get("goal")]
+
+
+def before_and_after(dense: Mapping[str, Any], stage: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, float]]:
+    """The figures of the dense model and of a stage's; the dense latency is the one that was taken in turn with it."""
+    before, in_turn = figures(dense), stage["measurement"].get("dense_ms")
+    return before if in_turn is None else {**before, "latency_ms": in_turn}, figures(stage)
+
+
 def summary_rows(report: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     """Dense against final: (what, dense, final, final / dense), the figures first and then the metrics."""
     stages = report["stages"]
     dense, final = stages[report["dense"]], stages[-1]
     rows = []
-    before, after = figures(dense), figures(final)
+    before, after = before_and_after(dense, final)
     for key, (label, unit) in FIGURES.items():
         share = f"{after[key] / before[key]:.3f}x" if before[key] else ""
         rows.append((label, show(before[key], unit), show(after[key], unit), share))
@@ -147,22 +173,28 @@ def summary_rows(report: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     return rows
 
 
-def median_ms(call: Callable[[], Any], budget_s: float) -> float:
-    """Median milliseconds of a call; the first one warms up and does not count.
+def medians_ms(calls: Sequence[Callable[[], Any]], budget_s: float) -> list[float]:
+    """Median milliseconds of each call, taken in turn, so that a drift of the machine's speed meets all of them alike.
 
     Args:
-        call: what to time; it returns when the work is done.
-        budget_s: seconds to spend; at least three calls are made, and at most 200. 0 makes none: NaN.
+        calls: what to time; each returns when its work is done. The first round warms up and does not count.
+        budget_s: seconds to spend on all; at least three rounds are made, and at most 200. 0 makes none: NaN.
+
+    Example:
+        >>> len(medians_ms([lambda: None, lambda: None], 0.001))
+        2
     """
     if budget_s == 0:
-        return math.nan
-    times: list[float] = []
+        return [math.nan] * len(calls)
+    rounds: list[list[float]] = []
     end = time.perf_counter() + budget_s
-    while len(times) < 3 or (time.perf_counter() < end and len(times) < 200):
-        began = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - began)
-    return round(1000 * statistics.median(times[1:]), 4)
+    while len(rounds) < 3 or (time.perf_counter() < end and len(rounds) < 200):
+        rounds.append([])
+        for call in calls:
+            began = time.perf_counter()
+            call()
+            rounds[-1].append(time.perf_counter() - began)
+    return [round(1000 * statistics.median(times), 4) for times in zip(*rounds[1:])]
 
 
 def show(value: float, unit: str) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import AfterValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from pydantic_core import PydanticCustomError
 
 from slimkit.core.jobs.factory import Factory, Reference
@@ -46,6 +46,11 @@ def numbers_of(text: str) -> tuple[int, ...]:
             raise ValueError(part)
         found += range(int(first), int(last) + 1)
     return tuple(found)
+
+
+def _number(value: Any) -> Any:
+    """A block's number as JSON has it, whose keys are text."""
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
 
 
 def _blocks(text: str) -> str:
@@ -138,7 +143,9 @@ class CutOptions(JobOptions):
         default=["prune_blocks"], description="prune_blocks, prune_bert_intra_block"
     )
     pattern: str | None = Field(None, description="regular expression of a block's name; group 1 is its number")
-    layers: dict[int, int] | None = Field(None, description="new block number: old block number")
+    layers: dict[Annotated[int, BeforeValidator(_number)], int] | None = Field(
+        None, description="new block number: old block number"
+    )
     keep_blocks: PositiveInt | None = Field(
         None, description="instead of layers: how many blocks stay, those that the calibration data needs most"
     )

@@ -156,7 +156,7 @@ class DistillOptions(FitOptions):
 
     @model_validator(mode="after")
     def _one_form(self) -> DistillOptions:
-        short = {"match", "temperature", "hidden_weight", "output_weight", "output_loss"} & self.model_fields_set
+        short = {"match", "temperature", "hidden_weight", "output_weight", "output_loss"} & self.changed()
         if short and (self.hidden or self.outputs):
             raise PydanticCustomError(
                 "one_form", "{short} is for a stage without written terms", {"short": ", ".join(sorted(short))}

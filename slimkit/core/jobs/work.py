@@ -19,7 +19,7 @@ from slimkit.core.errors import ConfigError
 from slimkit.core.files import digest_array
 from slimkit.core.jobs import fitting
 from slimkit.core.jobs.framework import Array, ComputeLoss, JobFramework, JobResult
-from slimkit.core.jobs.measurement import show
+from slimkit.core.jobs.measurement import MISSED, goal, show
 from slimkit.core.jobs.options import (
     AdaptOptions,
     CutOptions,
@@ -129,6 +129,10 @@ def _trained(fitted: Mapping[str, Any]) -> str:
 # prune, cut, sparsify -----------------------------------------------------------------------------------------------
 
 
+# What the words of a budget count.
+_COUNTED = {"params": "parameters", "macs": "MACs"}
+
+
 def prune(model: Any, options: PruneOptions, context: JobContext, *, plan_only: bool = False) -> JobResult:
     """Drop channels, heads and widths, in place; with `plan_only` the model is left as it is."""
     face = context.face
@@ -175,6 +179,12 @@ def prune(model: Any, options: PruneOptions, context: JobContext, *, plan_only: 
         said += f"; of the {options.budget} {report['reached']:.3f}"
     facts = {
         "headline": f"{said}, {options.reserved_ratio} asked for",
+        "goal": goal(
+            f"{_COUNTED[options.budget]} kept",
+            options.reserved_ratio,
+            report["reached"],
+            report["reached"] > MISSED * options.reserved_ratio,
+        ),
         "parameters_before": before,
         "parameters": after,
         "kept": after / before,
@@ -207,7 +217,13 @@ def sparsify(model: Any, options: SparsifyOptions, context: JobContext) -> JobRe
     config = options.build()
     batches = context.calibration(options.calibration_batches) if config.needs_data else None
     report = _plain(context.face.slim.Compressor(model, config).compress(batches))
-    facts = {"headline": sparse_headline(report), "report": report}
+    asked, reached = config.sparse_ratio, report["zeros"] / report["weights"] if report["weights"] else 0.0
+    short = report["zeros"] < asked * report["weights"] - len(report["layers"])  # a layer's share is rounded
+    facts = {
+        "headline": sparse_headline(report),
+        "goal": goal("weights set to zero", asked, reached, short),
+        "report": report,
+    }
     return JobResult(model, edit={"sparse": list(report["layers"])}, facts=facts)
 
 

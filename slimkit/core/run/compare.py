@@ -9,7 +9,7 @@ from typing import Any
 from slimkit.core import check
 from slimkit.core.errors import FileFormatError
 from slimkit.core.files import as_path, atomic_file, read_json
-from slimkit.core.jobs.measurement import FIGURES, figures, show
+from slimkit.core.jobs.measurement import FIGURES, before_and_after, show
 from slimkit.core.page import rendered
 from slimkit.core.run import plots
 
@@ -49,7 +49,7 @@ def compare_rows(reports: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[s
     for key, (label, unit) in FIGURES.items():
         cells = []
         for dense, final in zip(denses, finals):
-            before, after = figures(dense)[key], figures(final)[key]
+            before, after = (found[key] for found in before_and_after(dense, final))
             cells.append(show(after, unit) + (f" ({after / before:.3f}x)" if before else ""))
         rows.append((label, cells))
     for name in dict.fromkeys(name for final in finals for name in final["metrics"]):

@@ -204,7 +204,7 @@ def compared(
     built = replace(options.build(), seed=seed)
     if options.task == "language" and recipe.evaluate is not None:
         for name in ("length", "bos"):
-            if name in options.model_fields_set and getattr(options, name) != getattr(recipe.evaluate, name):
+            if name in options.changed() and getattr(options, name) != getattr(recipe.evaluate, name):
                 raise ConfigError(f"{key}.{name}: differs from evaluate.{name}; say it there")
         built = replace(built, length=recipe.evaluate.length, bos=recipe.evaluate.bos)
     return judge(face.judging(), dense, candidates, data["held_out"], built, None, named_metrics(options.metrics))

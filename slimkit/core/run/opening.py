@@ -22,10 +22,10 @@ _TRUST = "load(folder, trust_factory=True) calls it"
 # Reports of commands beside a model's weights -> what that model is.
 _MADE_BY = {folders.SPARSE_REPORT: "sparse", "distill_report.json": "student"}
 
-# Folders without a model's weights.
-_OTHERS = {
-    "trainer.json": ("trainer checkpoint", "Trainer.train(resume_from=...) goes on from it"),
-    "cache.json": ("teacher cache", "TeacherCache.open reads it"),
+# What goes on from folders that hold no model's weights alone.
+_READERS = {
+    "trainer checkpoint": "Trainer.train(resume_from=...) goes on from it",
+    "teacher cache": "TeacherCache.open reads it",
 }
 
 
@@ -80,14 +80,13 @@ def open_folder(
         network = open_folder(face, network, None, trust_factory).needed("network")
     elif network is not None:
         network = face.check_model(network)
-    for name, (kind, words) in _OTHERS.items():
-        if path.is_dir() and (path / name).exists() and not (path / "stages").exists():
-            return Loaded(str(path), kind, None, words)
-    kind = "run" if (path / "run.json").exists() else inspecting.kind_of(_file(path))
+    kind = inspecting.kind_of(path)
+    if kind in _READERS:
+        return Loaded(str(path), kind, None, _READERS[kind])
     if kind == "run":
         facts = _run_facts(path)
     else:
-        facts = inspecting.look(_file(path), lambda: imported("torch"), values=False).facts
+        facts = inspecting.look(path, lambda: imported("torch"), values=False).facts
     if path.is_dir() and kind in ("model", "weights"):
         kind = next((word for name, word in _MADE_BY.items() if (path / name).exists()), kind)
     found = Loaded(str(path), kind, facts=facts)
@@ -119,7 +118,7 @@ def _weights(face: JobFramework, path: Path, network: Any, trust_factory: bool, 
         if found.kind == "pruned":
             face.slim.load_pruned(path, network)
         else:
-            face.slim.load_checkpoint(_file(path), network, strict_load=True)
+            face.slim.load_checkpoint(path, network, strict_load=True)
         if whole:
             face.record_zeros(network, folders.made_sparse(path))
         found.model = _evaluating(network)
@@ -141,11 +140,6 @@ def _weights(face: JobFramework, path: Path, network: Any, trust_factory: bool, 
         found.next = f"{made[0]} makes its network: {_TRUST}, and so does {_GIVE}"
     elif not found.next:
         found.next = f"nothing here says which network these weights are of: {_GIVE}"
-
-
-def _file(path: Path) -> Path:
-    own = path / "model.ckpt"  # MindSpore's commands write it
-    return own if own.exists() else path
 
 
 def _evaluating(model: Any) -> Any:

@@ -22,7 +22,7 @@ from slimkit.core.locks import locked
 from slimkit.core.log import logger
 from slimkit.core.run.checking import check_data, check_stages
 from slimkit.core.run.language import Evaluation
-from slimkit.core.run.recipe import Recipe
+from slimkit.core.run.recipe import RUN_FORMAT, Recipe
 from slimkit.core.run.report import write_report
 
 SHRINKING = ("prune", "cut", "sparsify")
@@ -101,7 +101,7 @@ class RunFramework(Protocol):
 
     def run(self, kind: str, options: Any, model: Any, context: StageContext) -> JobResult: ...
 
-    def measure(self, model: Any, example: Any) -> Measurement: ...
+    def measure(self, model: Any, example: Any, dense: Any = None) -> Measurement: ...
 
     def save(self, model: Any, file: Path) -> None: ...
 
@@ -115,7 +115,13 @@ class RunFramework(Protocol):
 
 
 def run_recipe(
-    recipe: Recipe, folder: Path, face: RunFramework, output: Path, *, restart: bool = False
+    recipe: Recipe,
+    folder: Path,
+    face: RunFramework,
+    output: Path,
+    *,
+    restart: bool = False,
+    command: str | None = None,
 ) -> dict[str, Any]:
     """Run a recipe's stages, or what is left of them.
 
@@ -125,6 +131,7 @@ def run_recipe(
         face: the framework that does the work.
         output: the run's folder; stages/, report.html and report.json appear in it.
         restart: throw away an earlier run in that folder instead of resuming it.
+        command: the command line that asked for it, which the report shows.
 
     Returns:
         The report, as written to report.json.
@@ -132,15 +139,17 @@ def run_recipe(
     Raises:
         SlimkitError: something in the recipe or the folder is wrong; the message names the key or the file.
     """
-    return _Run(recipe, Path(folder), face, Path(output), restart).go()
+    return _Run(recipe, Path(folder), face, Path(output), restart, command).go()
 
 
 class _Run:
     """One run in one folder."""
 
-    def __init__(self, recipe: Recipe, folder: Path, face: RunFramework, output: Path, restart: bool) -> None:
+    def __init__(
+        self, recipe: Recipe, folder: Path, face: RunFramework, output: Path, restart: bool, command: str | None
+    ) -> None:
         self.recipe, self.folder, self.face, self.output = recipe, folder, face, output
-        self.restart = restart
+        self.restart, self.command = restart, command
         self.kinds = ["load", *(kind for kind, _ in recipe.steps())]
         shrinks = [i for i, kind in enumerate(self.kinds) if kind in SHRINKING]
         self.dense_at = (shrinks[0] if shrinks else len(self.kinds)) - 1
@@ -175,7 +184,7 @@ class _Run:
     def _open(self) -> None:
         """Claim the folder: a fresh one, or one that holds an earlier part of this very run."""
         identity = {
-            "format": "slimkit-run",
+            "format": RUN_FORMAT,
             "version": 1,
             "recipe": self.recipe.model_dump(mode="json"),
             "folder": str(self.folder.absolute()),
@@ -266,9 +275,12 @@ class _Run:
             edits = [*edits, result.edit] if result.edit is not None else edits
             if kind in LOOKING:
                 # The model is the one that the stage before it judged.
-                metrics, samples = self.records[-1]["metrics"], self.records[-1]["samples"]
+                last = self.records[-1]
+                metrics, samples, measured = last["metrics"], last["samples"], last["measurement"]
             else:
                 metrics, samples = self._metrics(result.model, at), self._samples(result.model)
+                beside = self.dense() if at > self.dense_at else None
+                measured = self.face.measure(result.model, self.data["example"], beside).to_dict()
             record = {
                 "name": directory.name,
                 "kind": kind,
@@ -277,7 +289,7 @@ class _Run:
                 "seconds": round(seconds, 3),
                 "facts": result.facts,
                 "curves": result.curves,
-                "measurement": self.face.measure(result.model, self.data["example"]).to_dict(),
+                "measurement": measured,
                 "metrics": metrics,
                 "samples": samples,
                 "digest": self.face.digest(result.model),
@@ -323,6 +335,8 @@ class _Run:
             "title": self.recipe.title or self.recipe.name,
             "recipe": self.recipe.model_dump(mode="json"),
             "environment": self.environment,
+            "output": str(self.output),
+            "command": self.command,
             "seed": self.recipe.seed,
             "dense": min(self.dense_at, len(self.records) - 1),
             "complete": len(self.records) == len(self.kinds),

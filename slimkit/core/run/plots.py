@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from slimkit.core.jobs.measurement import FIGURES, figures
-from slimkit.core.page import BLUE, GREEN, GREY, RED, svg
+from slimkit.core.jobs.measurement import FIGURES, before_and_after, figures
+from slimkit.core.page import BLUE, GREEN, GREY, OCHRE, PALE, RED, SKY, VIOLET, picture
 
+# Rows of a picture; the table of layers has them all.
 MAX_LAYERS = 60
+PICTURES = ("shares", "metrics", "widths", "sparsity", "errors", "curves")
+# Letters of a layer's name that a phone's picture has room for.
+_NARROW_NAME = 20
 
 
 def all_plots(report: Mapping[str, Any]) -> dict[str, str]:
@@ -20,29 +25,49 @@ def all_plots(report: Mapping[str, Any]) -> dict[str, str]:
         "metrics": metrics(stages),
         "widths": widths(dense, final),
         "sparsity": sparsity(final),
+        "errors": errors(stages),
         "curves": curves(stages),
     }
 
 
+def output_errors(stages: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Layer -> its output error, as the last stage that measured it says, in the layers' order."""
+    found = {}
+    for stage in stages:
+        for name, row in (stage["facts"].get("report") or {}).get("layers", {}).items():
+            if "output_error" in row:
+                found[name] = float(row["output_error"])
+    return found
+
+
+def _legend(axes: Any, narrow: bool) -> None:
+    axes.legend(frameon=False, ncols=2 if narrow else 4, loc="lower center", bbox_to_anchor=(0.5, 1.0), fontsize=8)
+
+
+def _stage_ticks(axes: Any, stages: Sequence[Mapping[str, Any]], narrow: bool) -> None:
+    turned = {"rotation": 60, "ha": "right", "rotation_mode": "anchor"} if narrow else {"rotation": 20, "ha": "right"}
+    axes.set_xticks(range(len(stages)), [s["name"] for s in stages], **turned)
+
+
 def shares(stages: Sequence[Mapping[str, Any]], dense_at: int) -> str:
     """Parameters, non-zero parameters, MACs and latency after each stage, as a share of the dense model's."""
-    base = figures(stages[dense_at])
-    keys = [k for k in ("parameters", "nonzero", "macs", "latency_ms") if base[k]]
-    colours = dict(zip(("parameters", "nonzero", "macs", "latency_ms"), (BLUE, "#8db4f5", GREEN, RED)))
+    colours = {"parameters": BLUE, "nonzero": SKY, "macs": GREEN, "latency_ms": RED}
+    keys = [k for k in colours if figures(stages[dense_at])[k]]
+    pairs = [before_and_after(stages[dense_at], s) for s in stages]
 
-    def draw(figure: Any) -> None:
+    def draw(figure: Any, narrow: bool) -> None:
         axes = figure.subplots()
         wide = 0.8 / len(keys)
         for at, key in enumerate(keys):
-            values = [figures(s)[key] / base[key] for s in stages]
+            values = [after[key] / before[key] for before, after in pairs]
             places = [i - 0.4 + wide * (at + 0.5) for i in range(len(stages))]
             axes.bar(places, values, wide * 0.92, color=colours[key], label=FIGURES[key][0])
         axes.axhline(1.0, color=GREY, linewidth=1, linestyle="--")
-        axes.set_xticks(range(len(stages)), [s["name"] for s in stages], rotation=20, ha="right")
+        _stage_ticks(axes, stages, narrow)
         axes.set_ylabel("share of the dense model")
-        axes.legend(frameon=False, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0), fontsize=8)
+        _legend(axes, narrow)
 
-    return svg(8.4, 3.1, draw, "share of the dense model after each stage")
+    return picture(draw, "share of the dense model after each stage", 3.1)
 
 
 def metrics(stages: Sequence[Mapping[str, Any]]) -> str:
@@ -51,21 +76,45 @@ def metrics(stages: Sequence[Mapping[str, Any]]) -> str:
     if not names:
         return ""
 
-    def draw(figure: Any) -> None:
+    def draw(figure: Any, narrow: bool) -> None:
         axes = figure.subplots()
-        for name, colour in zip(names, (BLUE, RED, GREEN, "#8a5bd0", "#c58a00")):
+        for name, colour in zip(names, (BLUE, RED, GREEN, VIOLET, OCHRE)):
             points = [(i, s["metrics"][name]) for i, s in enumerate(stages) if name in s["metrics"]]
             axes.plot(*zip(*points), marker="o", color=colour, label=name, linewidth=1.6)
             axes.annotate(f"{points[-1][1]:.4g}", points[-1], xytext=(6, 0), textcoords="offset points", va="center")
-        axes.set_xticks(range(len(stages)), [s["name"] for s in stages], rotation=20, ha="right")
+        _stage_ticks(axes, stages, narrow)
         axes.margins(x=0.08)
-        axes.legend(frameon=False, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0), fontsize=8)
+        _legend(axes, narrow)
 
-    return svg(8.4, 2.9, draw, "metrics after each stage")
+    return picture(draw, "metrics after each stage", 2.9)
 
 
-def _layer_figure(count: int) -> tuple[float, float]:
-    return 8.4, max(1.6, 0.5 + 0.17 * count)
+def _rows(figure: Any, names: Sequence[str], narrow: bool) -> tuple[Any, range]:
+    """Axes with a row for each layer, the first on top; a phone's has the ends of the names, which tell them apart."""
+    axes, rows = figure.subplots(), range(len(names))
+    shown = _endings(names, _NARROW_NAME) if narrow else names
+    axes.set_yticks(rows, shown, fontsize=8 if narrow else 7)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    return axes, rows
+
+
+def _endings(names: Sequence[str], most: int) -> list[str]:
+    """Names of at most so many letters: without the path that all share, and then their ends.
+
+    Example:
+        >>> _endings(["model.layers.0.q", "model.layers.0.k"], 12), _endings(["a.q", "b.k"], 12)
+        (['…q', '…k'], ['a.q', 'b.k'])
+    """
+    paths = [name.split(".")[:-1] for name in names]
+    shared = list(itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*paths)))
+    cut = sum(len(parts[0]) + 1 for parts in shared) if max(map(len, names), default=0) > most else 0
+    left = [name[cut:] for name in names]
+    return [f"…{name[1 - most :]}" if len(name) + bool(cut) > most else "…" * bool(cut) + name for name in left]
+
+
+def _height(count: int) -> tuple[float, float]:
+    """Inches of a picture with so many rows, and of the narrow one."""
+    return max(1.6, 0.5 + 0.17 * count), max(1.6, 0.6 + 0.16 * count)
 
 
 def widths(dense: Mapping[str, Any], final: Mapping[str, Any]) -> str:
@@ -76,35 +125,52 @@ def widths(dense: Mapping[str, Any], final: Mapping[str, Any]) -> str:
     if not names or before == after:
         return ""
 
-    def draw(figure: Any) -> None:
-        axes = figure.subplots()
-        rows = range(len(names))
-        axes.barh(rows, [before.get(n, 0) for n in names], 0.78, color="#dfe4ec", label="dense")
+    def draw(figure: Any, narrow: bool) -> None:
+        axes, rows = _rows(figure, names, narrow)
+        axes.barh(rows, [before.get(n, 0) for n in names], 0.78, color=PALE, label="dense")
         axes.barh(rows, [after.get(n, 0) for n in names], 0.44, color=BLUE, label="final")
-        axes.set_yticks(rows, names, fontsize=7)
-        axes.set_ylim(len(names) - 0.4, -0.6)
         axes.set_xlabel("output width")
-        axes.legend(frameon=False, ncols=2, loc="lower right", fontsize=8)
+        _legend(axes, narrow)
 
-    return svg(*_layer_figure(len(names)), draw, "width of each layer before and after")
+    return picture(draw, "width of each layer before and after", *_height(len(names)))
+
+
+def _bars(values: Mapping[str, float], colour: str, said: str, label: str, limit: float | None = None) -> str:
+    """One bar for each layer."""
+    drawn = dict(list(values.items())[:MAX_LAYERS])
+
+    def draw(figure: Any, narrow: bool) -> None:
+        axes, rows = _rows(figure, list(drawn), narrow)
+        axes.barh(rows, list(drawn.values()), 0.7, color=colour)
+        axes.set_xlim(0, limit)
+        axes.set_xlabel(said)
+
+    return picture(draw, label, *_height(len(drawn)))
 
 
 def sparsity(final: Mapping[str, Any]) -> str:
     """Share of zeros in each layer's weight."""
-    layers = [la for la in final["measurement"]["layers"] if la["shape"]][:MAX_LAYERS]
-    if not any(la["sparsity"] > 0.01 for la in layers):
+    values = {la["name"]: la["sparsity"] for la in final["measurement"]["layers"] if la["shape"]}
+    if not any(value > 0.01 for value in values.values()):
         return ""
+    return _bars(values, GREEN, "share of zero weights", "sparsity of each layer", 1)
 
-    def draw(figure: Any) -> None:
-        axes = figure.subplots()
-        rows = range(len(layers))
-        axes.barh(rows, [la["sparsity"] for la in layers], 0.7, color=GREEN)
-        axes.set_yticks(rows, [la["name"] for la in layers], fontsize=7)
-        axes.set_ylim(len(layers) - 0.4, -0.6)
-        axes.set_xlim(0, 1)
-        axes.set_xlabel("share of zero weights")
 
-    return svg(*_layer_figure(len(layers)), draw, "sparsity of each layer")
+def errors(stages: Sequence[Mapping[str, Any]]) -> str:
+    """Output error of each layer that a stage measured."""
+    values = output_errors(stages)
+    return _bars(values, RED, "share of the output's own size", "output error of each layer") if values else ""
+
+
+def drawn_of(layers: Iterable[Any]) -> str:
+    """What a picture of so many layers leaves out, for its caption; empty where it shows all.
+
+    Example:
+        >>> drawn_of(range(3)), drawn_of(range(70))
+        ('', '; the first 60 of 70, the table has all')
+    """
+    count = len(list(layers))
+    return f"; the first {MAX_LAYERS} of {count}, the table has all" if count > MAX_LAYERS else ""
 
 
 def curves(stages: Sequence[Mapping[str, Any]]) -> str:
@@ -113,8 +179,9 @@ def curves(stages: Sequence[Mapping[str, Any]]) -> str:
     if not trained:
         return ""
 
-    def draw(figure: Any) -> None:
-        grid = figure.subplots(1, len(trained), squeeze=False)[0]
+    def draw(figure: Any, narrow: bool) -> None:
+        shape = (len(trained), 1) if narrow else (1, len(trained))
+        grid = figure.subplots(*shape, squeeze=False).flatten()
         for axes, stage in zip(grid, trained):
             # One point says nothing: a stage of few epochs shows its steps.
             by_step = len(stage["curves"]["loss"]) < 4 and stage["curves"].get("loss_by_step")
@@ -127,4 +194,4 @@ def curves(stages: Sequence[Mapping[str, Any]]) -> str:
             axes.set_xlabel("step" if by_step else "epoch")
         grid[0].set_ylabel("loss")
 
-    return svg(8.4, 2.2, draw, "training loss of each stage")
+    return picture(draw, "training loss of each stage", 2.2, 1.9 * len(trained))

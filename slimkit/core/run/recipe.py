@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, Discriminator, Field, Tag, ValidationError, create_model, model_validator
@@ -12,12 +13,15 @@ from pydantic_core import PydanticCustomError
 
 from slimkit.core import check
 from slimkit.core.errors import ConfigError, FileFormatError
-from slimkit.core.files import readable_file
+from slimkit.core.files import read_json, readable_file
 from slimkit.core.jobs import factory
 from slimkit.core.jobs.factory import LossReference, Reference
 from slimkit.core.jobs.fields import Strict, explained
 from slimkit.core.jobs.options import JOBS, CalibrateOptions, EvaluateOptions, JobOptions
 from slimkit.core.yamltext import parse_yaml
+
+# What a run's record says of itself.
+RUN_FORMAT = "slimkit-run"
 
 # A recipe is written by hand; a few lines of YAML aliases can stand for more values than fit into memory.
 _MOST_BYTES = 1 << 20
@@ -37,7 +41,7 @@ def _stage(kind: str, options: type[Strict]) -> type[Strict]:
             for key in stated
         }
         options = create_model(options.__name__, __base__=options, __doc__=options.__doc__, **asked)
-    fields: dict[str, Any] = {kind: (options, ...)}
+    fields: dict[str, Any] = {kind: (options, Field(description=(options.__doc__ or "").partition(" (``")[0]))}
     return create_model(f"{kind.capitalize()}Stage", __base__=Strict, **fields)
 
 
@@ -98,11 +102,20 @@ class Recipe(Strict):
         return [(kind, getattr(stage, kind)) for stage in self.stages for kind in type(stage).model_fields]
 
 
+def paths_begin(path: Path) -> Path:
+    """The folder in which a recipe's paths begin: its own, and for the record of a run that of the run's recipe."""
+    if path.name == "run.json":
+        told = read_json(path, "run record")
+        if isinstance(told, dict) and isinstance(told.get("folder"), str):
+            return Path(told["folder"])
+    return path.parent
+
+
 def load_recipe(path: Any, overrides: Mapping[str, Any] | None = None) -> Recipe:
     """Read and check a recipe.
 
     Args:
-        path: a YAML file.
+        path: a YAML file, or the run.json of a run.
         overrides: dotted key -> value, for example {"seed": 3, "stages.0.train.epochs": 1}.
 
     Returns:
@@ -121,6 +134,8 @@ def load_recipe(path: Any, overrides: Mapping[str, Any] | None = None) -> Recipe
         raise ConfigError(f"{file} is not a YAML file: {error}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{file} must hold a mapping of keys. Received: {type(content).__name__}")
+    if content.get("format") == RUN_FORMAT and isinstance(content.get("recipe"), dict):
+        content = content["recipe"]  # the record of a run holds the whole recipe
     if _values(content, {}) > _MOST_VALUES:
         raise ConfigError(f"{file}: its aliases make more than {_MOST_VALUES:,} values, or lead back to themselves")
     for key, value in (overrides or {}).items():
@@ -128,7 +143,7 @@ def load_recipe(path: Any, overrides: Mapping[str, Any] | None = None) -> Recipe
     # What they register, such as a method of sparsity, is a word that the stages may then take.
     asked = content.get("imports")
     for place in asked if isinstance(asked, list) else ():
-        factory.load(str(place), file.parent, "imports")
+        factory.load(str(place), paths_begin(file), "imports")
     return parse_recipe(content, source=str(file))
 
 

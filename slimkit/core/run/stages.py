@@ -111,9 +111,9 @@ class Stages:
                 work.put_on(self.face, model, edit["adapt"], example)
         return model
 
-    def measure(self, model: Any, example: Any) -> Measurement:
+    def measure(self, model: Any, example: Any, dense: Any = None) -> Measurement:
         """Parameters, zeros, MACs and latency."""
-        return self.face.measure(model, example)
+        return self.face.measure(model, example, dense)
 
     def save(self, model: Any, file: Path) -> None:
         """All parameters and buffers as safetensors."""
