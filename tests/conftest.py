@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 
@@ -16,8 +17,15 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # the cores are shared by file
 import numpy as np
 import pytest
 
+from slimkit.core import onnxfile
+from slimkit.core.jobs import measurement
 from tests import kits
 from tests.fast import is_fast
+from tests.order import longest_first
+
+# Timing a model takes half a second, and two files two: where speed is not what is tested, a few calls say as much.
+measurement.medians_ms = lambda calls, budget_s, timed=measurement.medians_ms: timed(calls, budget_s / 50)
+onnxfile.onnx_latency.__defaults__ = (0.05,)
 
 INSTALLED = [name for name in kits.KITS if importlib.util.find_spec(name)]
 _made: dict[str, object] = {}
@@ -48,12 +56,22 @@ def _seeds():
 
 
 def pytest_collection_modifyitems(items):
-    """Folders named after a framework need it; a run without it leaves them out and says so in the header."""
+    """Folders named after a framework need it; a run without it leaves them out and says so in the header.
+
+    Files that take long are begun first, so that two workers end together.
+    """
     for item in items:
         if is_fast(item.path.parent.name, item.path.name, getattr(item, "originalname", item.name)):
             item.add_marker("fast")
     missing = [folder for folder, name in (("only_torch", "torch"), ("only_ms", "mindspore")) if name not in INSTALLED]
     items[:] = [item for item in items if not any(folder in item.path.parts for folder in missing)]
+    items[:] = [items[at] for at in longest_first(["/".join(item.path.parts[-2:]) for item in items])]
+
+
+def pytest_collection_finish():
+    """What collecting imported stays: MindSpore collects garbage before each compilation, and need not look there."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_report_header():

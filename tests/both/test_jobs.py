@@ -14,6 +14,7 @@ from slimkit.cli import adapt, app, distill, export, prune, sparsify
 from slimkit.core import files
 from slimkit.core.errors import ConfigError
 from slimkit.core.jobs.options import JOBS, AdaptOptions, CutOptions, FitOptions
+from slimkit.core.run import report
 from slimkit.core.run.recipe import Recipe, parse_recipe
 
 TASK = """
@@ -78,8 +79,9 @@ def task(kit, tmp_path, monkeypatch):
     text = textwrap.dedent(TASK).replace("FRAMEWORK", repr(kit.name)).replace("LABELS", labels)
     (tmp_path / f"jobs_{kit.name}.py").write_text(text)
     monkeypatch.chdir(tmp_path)
-    # Latency is not looked at here, and measuring it would take most of the time.
+    # Latency and pages are not looked at here, and measuring and drawing would take most of the time.
     monkeypatch.setattr(kit.room("measurement"), "medians_ms", lambda calls, budget_s: [0.1] * len(calls))
+    monkeypatch.setattr(report, "render", lambda _: "")
     return f"jobs_{kit.name}.py"
 
 
@@ -176,8 +178,8 @@ def test_every_kind_adapts_through_both_doors(kit, task, tmp_path, kind):
     stages = [{"adapt": stage}]
     if kind == "prefix":
         stages.append({"finetune": {"max_steps": 1, "learning_rate": 1e-4}})
-    report = recipe(kit, task, tmp_path, *stages, **how)
-    facts = report["stages"][1]["facts"]
+    found = recipe(kit, task, tmp_path, *stages, **how)
+    facts = found["stages"][1]["facts"]
     assert facts["kind"] == kind
     assert facts["reload_difference"] <= 1e-5  # what the stage itself demands
     given = ["adapt", "--kind", kind, "--data", f"{task}:{train}", "--max-steps", 2, "-o", "d", *flags]
@@ -189,7 +191,7 @@ def test_every_kind_adapts_through_both_doors(kit, task, tmp_path, kind):
         # A run cut short after the delta goes on to the same weights: its structure is made again from the files.
         (tmp_path / "run" / "stages" / "02-finetune" / "stage.json").unlink()
         again = recipe(kit, task, tmp_path, *stages, **how)
-        assert again["stages"][2]["digest"] == report["stages"][2]["digest"]
+        assert again["stages"][2]["digest"] == found["stages"][2]["digest"]
 
 
 def test_a_lora_without_alpha_has_the_same_scale_through_every_door(kit, task, tmp_path):
@@ -355,9 +357,9 @@ def test_the_pages_show_the_classes_tables():
 
 def test_an_importance_of_ones_own_scores_through_both_doors(kit, task, tmp_path):
     own = f"{task}:first"
-    report = recipe(kit, task, tmp_path, {"prune": {"reserved_ratio": 0.7, "importance": own}})
+    found = recipe(kit, task, tmp_path, {"prune": {"reserved_ratio": 0.7, "importance": own}})
     done = command(kit, task, "prune", "--importance", own, "--example", "2,8", "--keep-ratio", 0.7, "-o", "p")
-    assert done["parameters"] == report["stages"][1]["facts"]["parameters"] < done["parameters_before"]
+    assert done["parameters"] == found["stages"][1]["facts"]["parameters"] < done["parameters_before"]
 
 
 # run --check. --------------------------------------------------------------------------------------------------------
@@ -487,6 +489,7 @@ def test_a_recipe_keeps_the_blocks_that_its_data_needs(kit, tmp_path, monkeypatc
     (tmp_path / f"stack_{kit.name}.py").write_text(textwrap.dedent(STACK).replace("FRAMEWORK", repr(kit.name)))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(kit.room("measurement"), "medians_ms", lambda calls, budget_s: [0.1] * len(calls))
+    monkeypatch.setattr(report, "render", lambda _: "")
     cut = {"arguments": {"layers": 2}, "keep_blocks": 2}
     facts = recipe(kit, f"stack_{kit.name}.py", tmp_path, {"cut": cut})["stages"][1]["facts"]
     assert facts["layers"] == {"0": 1, "1": 3}

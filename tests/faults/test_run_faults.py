@@ -16,9 +16,14 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 DIGITS = ROOT / "tools" / "recipes" / "digits.yaml"
-# One epoch per stage: the point is what survives, not the accuracy.
-SMALL = "model={factory: digits.py:build, arguments: {width: 16}}"
-QUICK = ["--set", "stages.0.train.epochs=1", "--set", "stages.2.finetune.epochs=1", "--set", SMALL]
+# Few digits, one epoch per stage: the point is what survives, not the accuracy.
+SMALL = [
+    "model={factory: digits.py:build, arguments: {width: 16}}",
+    "data={factory: digits.py:data, arguments: {limit: 128}}",
+    "stages.0.train.epochs=1",
+    "stages.2.finetune.epochs=1",
+]
+QUICK = [x for pair in SMALL for x in ("--set", pair)]
 
 
 def slimkit(*arguments, cwd, file_limit=None, wait=True):

@@ -39,9 +39,10 @@ def mobilenet():
 def vgg():
     from mindcv.models import vgg
 
-    net = vgg.VGG("vgg11", batch_norm=True, num_classes=10)
-    # The features as they are; a classifier that reads 32 instead of 224 pixels and is a thousandth of the size.
-    net.classifier = nn.SequentialCell(nn.Dense(512, 64), nn.ReLU(), nn.Dense(64, 10))
+    # VGG-11 at a quarter of its width; a classifier that reads 32 instead of 224 pixels.
+    vgg.cfgs["quarter"] = [n if n == "M" else n // 4 for n in vgg.cfgs["vgg11"]]
+    net = vgg.VGG("quarter", batch_norm=True, num_classes=10)
+    net.classifier = nn.SequentialCell(nn.Dense(128, 64), nn.ReLU(), nn.Dense(64, 10))
     net.update_parameters_name("")
     return net
 
@@ -69,7 +70,7 @@ def swin():
     from mindcv.models.swintransformer import SwinTransformer
 
     return SwinTransformer(
-        image_size=32, patch_size=2, num_classes=10, embed_dim=48, depths=[2, 2], num_heads=[3, 6], window_size=4
+        image_size=32, patch_size=2, num_classes=10, embed_dim=48, depths=[1, 2], num_heads=[3, 6], window_size=4
     )
 
 

@@ -66,13 +66,17 @@ def build(width: int = 40) -> nn.Module:
     return DigitsNet(width)
 
 
-def data() -> dict[str, Any]:
-    """1,438 digits to train on, 359 to test on, the same split every time; training pixels are shifted at random."""
+def data(limit: int | None = None) -> dict[str, Any]:
+    """1,438 digits to train on, 359 to test on, the same split every time; training pixels are shifted at random.
+
+    Args:
+        limit: train on so many digits only.
+    """
     digits = load_digits()
     images = torch.from_numpy(digits.images.astype(np.float32) / 16.0)[:, None]
     labels = torch.from_numpy(digits.target)
     order = torch.from_numpy(np.random.default_rng(0).permutation(len(images)))
-    test, train = order[:359], order[359:]
+    test, train = order[:359], order[359:][:limit]
     return {
         "train": Shifted(images[train], labels[train]),
         "test": (images[test], labels[test]),
