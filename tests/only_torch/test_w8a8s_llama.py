@@ -91,3 +91,32 @@ def test_bfloat16_cannot_hold_the_grid_and_is_refused_before_anything_changes(ll
     with pytest.raises(ArgumentError, match="bfloat16"):
         slimkit.sparsify_checkpoint(tmp_path / "bf16", tmp_path / "out", config, batches)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_commands_make_a_folder_out_of_a_folder(tmp_path, monkeypatch):
+    from typer.testing import CliRunner
+
+    from slimkit.cli import app
+    from tests.chain import tiny_models
+
+    monkeypatch.chdir(tmp_path)
+    tiny_models.hugging_face(tmp_path, "llama")
+    tiny_models.text(tmp_path / "t.jsonl")
+    calib = ("--calib", "t.jsonl", "--samples", "8", "--max-length", "8")
+
+    def run(*arguments):
+        return CliRunner().invoke(app, [*arguments, *calib])
+
+    done = run("sparsify", "-m", "llama", "--method", "hessian", "--weight-bits", "8", "-o", "int8")
+    assert done.exit_code == 0, done.output
+    done = run("export", "-m", "int8", "--format", "w8a8s", "-o", "npu")
+    assert done.exit_code == 0, done.output
+    assert "int8 layers, 50." in done.stdout
+    assert len(slimkit.load_w8a8s("npu").layers) == 21
+    assert CliRunner().invoke(app, ["inspect", "npu"]).exit_code == 0
+    for arguments in (
+        ("export", "-m", "int8", "-o", "m.onnx", *calib),
+        ("export", "-m", "int8", "--format", "w8a8s", "-o", "x"),
+    ):
+        refused = CliRunner().invoke(app, arguments)
+        assert "--calib is needed for --format w8a8s" in str(refused.exception)
