@@ -179,9 +179,9 @@ def set_module(model: torch.nn.Module, path: str, module: torch.nn.Module) -> No
 
 def device_of(model: torch.nn.Module) -> torch.device:
     """The device of the first parameter or buffer; the CPU for a model without any."""
-    for tensor in (*model.parameters(), *model.buffers()):
-        return tensor.device
-    return torch.device("cpu")
+    first = next(model.parameters(), None)
+    first = next(model.buffers(), None) if first is None else first
+    return torch.device("cpu") if first is None else first.device
 
 
 def to_device(value: Any, device: torch.device | str) -> Any:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, cast
 
 from slimkit import bridge
 from slimkit.core.errors import ArgumentError
@@ -13,6 +13,9 @@ from slimkit.replay import replaying
 
 import torch
 from torch import nn
+
+# (what the model takes, what leaves the block before) -> what leaves the block
+Send = Callable[[Any, "torch.Tensor | None"], "torch.Tensor | None"]
 
 
 class _Arrived(Exception):
@@ -38,14 +41,22 @@ class BlockChain:
     def run(
         self, batch: Any, block: int, hidden: torch.Tensor | None, until: nn.Module | None = None
     ) -> torch.Tensor | None:
-        """Send a batch through one block; returns the hidden states that leave it.
+        """Send one batch through one block; see `at`."""
+        with self.at(block, until) as send:
+            return send(batch, hidden)
+
+    @contextlib.contextmanager
+    def at(self, block: int, until: nn.Module | None = None) -> Iterator[Send]:
+        """A function that sends a batch through one block, while the context is open.
+
+        It takes what the model takes and what leaves the block before it, which is None for the first one; it returns
+        the hidden states that leave the block.
 
         Args:
-            batch: what the model takes.
             block: the block's number.
-            hidden: what leaves the block before it; None for the first one.
             until: a layer in it after whose call the forward ends; then nothing is returned.
         """
+        entering, nothing = cast("torch.Tensor | None", None), contextlib.nullcontext()
         left: list[torch.Tensor] = []
 
         def after(_module: nn.Module, _args: Any, output: Any) -> None:
@@ -62,8 +73,8 @@ class BlockChain:
         def passing(number: int) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 x = hidden_of((*args, *kwargs.values()))
-                if number == block - 1 and hidden is not None:
-                    x = hidden.clone()  # a block may add to what it is given, in place, and will be run again
+                if number == block - 1 and entering is not None:
+                    x = entering.clone()  # a block may add to what it is given, in place, and will be run again
                 return (x,) if self._wraps else x
 
             return forward
@@ -73,11 +84,22 @@ class BlockChain:
                 early.__dict__["forward"] = passing(number)
                 stack.callback(early.__dict__.pop, "forward")
             stack.callback(self._modules[block].register_forward_hook(after).remove)
-            if until is not None:
-                stack.callback(until.register_forward_hook(enough).remove)
-            with replaying(self._model) as run, contextlib.suppress(_Arrived):
-                run(batch)
-        return left[0] if left else None
+            idle = [m for m in self._modules if m is not self._modules[block]]
+            run = stack.enter_context(replaying(self._model, idle))
+
+            def send(batch: Any, hidden: torch.Tensor | None) -> torch.Tensor | None:
+                nonlocal entering
+                entering = hidden
+                left.clear()
+                # Registered now, so that hooks registered before this batch see the layer's call.
+                with (
+                    contextlib.suppress(_Arrived),
+                    until.register_forward_hook(enough) if until is not None else nothing,
+                ):
+                    run(batch)
+                return left[0] if left else None
+
+            yield send
 
 
 def hidden_of(value: Any) -> torch.Tensor | None:

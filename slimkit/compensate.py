@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -116,11 +116,14 @@ class WholePair:
     def __init__(self, dense: nn.Module, pruned: nn.Module, layers: Sequence[str], data: Iterable[Any]) -> None:
         self._dense, self._pruned, self.layers, self._data = dense, pruned, list(layers), data
 
-    def calls(self, path: str) -> Iterator[tuple[Array, Array]]:
-        for batch in self._data:
-            dense = _whole(self._dense, path, batch, False)
-            for wanted, given in zip(dense, _whole(self._pruned, path, batch, True)):
-                yield given, wanted
+    def calls(self, path: str) -> Generator[tuple[Array, Array], None, None]:
+        with replaying(self._dense, ()) as before, replaying(self._pruned, ()) as after:
+            for batch in self._data:
+                with _watching(self._dense, [path], batch, False) as said:
+                    before(batch)
+                with _watching(self._pruned, [path], batch, True) as seen:
+                    after(batch)
+                yield from zip(seen.get(path, []), said.get(path, []))
 
 
 class ChainPair:
@@ -149,23 +152,25 @@ class ChainPair:
 
     def advance(self, which: int, number: int) -> None:
         """What leaves a block becomes what enters the next one."""
-        for index, batch in enumerate(self.data):
-            self.hidden[which][index] = self.chains[which].run(batch, number, self.hidden[which][index])
+        with self.chains[which].at(number) as send:
+            for index, batch in enumerate(self.data):
+                self.hidden[which][index] = send(batch, self.hidden[which][index])
 
     def joins(self, number: int, path: str) -> bool:
         """Whether a layer's output is added to what else leaves its block."""
         if path not in self._joins:
             layer, batch, hidden = bridge.get_module(self.pruned, path), self.data[0], self.hidden[1][0]
-            calm = self.chains[1].run(batch, number, hidden)
-            assert calm is not None
-            noise = torch.randn(calm.shape, generator=torch.Generator().manual_seed(0)).to(calm) * calm.std()
-            hook = layer.register_forward_hook(
-                lambda _m, _a, output: output + noise if output.shape == noise.shape else output
-            )
-            try:
-                moved = self.chains[1].run(batch, number, hidden)
-            finally:
-                hook.remove()
+            with self.chains[1].at(number) as send:
+                calm = send(batch, hidden)
+                assert calm is not None
+                noise = torch.randn(calm.shape, generator=torch.Generator().manual_seed(0)).to(calm) * calm.std()
+                hook = layer.register_forward_hook(
+                    lambda _m, _a, output: output + noise if output.shape == noise.shape else output
+                )
+                try:
+                    moved = send(batch, hidden)
+                finally:
+                    hook.remove()
             assert moved is not None
             self._joins[path] = bool((moved - calm - noise).norm() < _SAME * noise.norm())
         return self._joins[path]
@@ -186,37 +191,34 @@ class BlockPair:
     def __init__(self, pair: ChainPair, number: int, layers: Sequence[str]) -> None:
         self._pair, self._number, self.layers = pair, number, list(layers)
         self._wanted: dict[tuple[str, int], list[Array]] = {}
-        for index, batch in enumerate(pair.data):
-            with _watching(pair.dense, self.layers, batch, False) as seen:
-                pair.hidden[0][index] = pair.chains[0].run(batch, number, pair.hidden[0][index])
-            for path, rows in seen.items():
-                self._wanted[path, index] = rows
+        with pair.chains[0].at(number) as send:
+            for index, batch in enumerate(pair.data):
+                with _watching(pair.dense, self.layers, batch, False) as seen:
+                    pair.hidden[0][index] = send(batch, pair.hidden[0][index])
+                for path, rows in seen.items():
+                    self._wanted[path, index] = rows
 
-    def calls(self, path: str) -> Iterator[tuple[Array, Array]]:
+    def calls(self, path: str) -> Generator[tuple[Array, Array], None, None]:
         pair, number = self._pair, self._number
         layer = bridge.get_module(pair.pruned, path)
         whole = path == self.layers[-1] and pair.joins(number, path)
-        for index, batch in enumerate(pair.data):
-            hidden, said = pair.hidden[1][index], contextlib.nullcontext(dict[str, list[Array]]())
-            with (
-                _watching(pair.pruned, [path], batch, True) as seen,
-                _watching(pair.pruned, [path], batch, False) if whole else said as own,
-            ):
-                left = pair.chains[1].run(batch, number, hidden, None if whole else layer)
-            wanted = self._wanted.pop((path, index), [])
-            before = pair.hidden[0][index]
-            # Not where the stream itself was cut: its lost features are wanted nowhere.
-            if left is not None and before is not None and left.shape == before.shape and len(own.get(path, [])) == 1:
-                padding = padding_of(pair.pruned, batch)
-                lost, now = (_rows_of(real_rows(padding, path, x)) for x in (before, left))
-                wanted = [lost - now + own[path][0]]
-            yield from zip(seen.get(path, []), wanted)
-
-
-def _whole(model: nn.Module, path: str, batch: Any, given: bool) -> list[Array]:
-    with replaying(model) as run, _watching(model, [path], batch, given) as seen:
-        run(batch)
-    return seen.get(path, [])
+        with pair.chains[1].at(number, None if whole else layer) as send:
+            for index, batch in enumerate(pair.data):
+                said = contextlib.nullcontext(dict[str, list[Array]]())
+                with (
+                    _watching(pair.pruned, [path], batch, True) as seen,
+                    _watching(pair.pruned, [path], batch, False) if whole else said as own,
+                ):
+                    left = send(batch, pair.hidden[1][index])
+                wanted = self._wanted.pop((path, index), [])
+                before = pair.hidden[0][index]
+                # Not where the stream itself was cut: its lost features are wanted nowhere.
+                same = left is not None and before is not None and left.shape == before.shape
+                if same and len(own.get(path, [])) == 1:
+                    padding = padding_of(pair.pruned, batch)
+                    lost, now = (_rows_of(real_rows(padding, path, x)) for x in (before, left))
+                    wanted = [lost - now + own[path][0]]
+                yield from zip(seen.get(path, []), wanted)
 
 
 class _watching:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from slimkit import bridge
@@ -13,7 +13,7 @@ from slimkit.core.batch import Call, as_call
 import torch
 
 # What every module has is no state of a forward; its buffers are asked for by themselves.
-_EVERY = frozenset(vars(torch.nn.Module())) | {"_hf_hook", "_old_forward"}
+_EVERY = frozenset(vars(torch.nn.Module())) | {"_hf_hook", "_old_forward", replay.PLANS}
 _NONE: frozenset[str] = frozenset()
 
 
@@ -52,11 +52,24 @@ class _Tensors:
 TENSORS = _Tensors()
 
 
-def state_of(model: torch.nn.Module) -> replay.State:
-    """What a forward in eval mode may change of a model: buffers, plain attributes, and parameters that count."""
+def running(model: torch.nn.Module, idle: Iterable[torch.nn.Module] = ()) -> list[torch.nn.Module]:
+    """The modules of a model, without some and what only these hold."""
+    seen = {id(module) for module in idle}
+    found, waiting = [], [model]
+    while waiting:
+        module = waiting.pop()
+        if id(module) not in seen:
+            seen.add(id(module))
+            found.append(module)
+            waiting += module.children()
+    return found
+
+
+def state_of(modules: Iterable[torch.nn.Module]) -> replay.State:
+    """What a forward in eval mode may change of modules: buffers, plain attributes, and parameters that count."""
     holders: list[tuple[dict[str, Any], frozenset[str]]] = []
     counts: list[torch.Tensor] = []
-    for module in model.modules():
+    for module in modules:
         if not replay.is_own(type(module)):
             holders += [(vars(module), _EVERY), (module._buffers, _NONE)]
             # A counter or a position is a parameter only in that it never trains.
@@ -68,7 +81,13 @@ def state_of(model: torch.nn.Module) -> replay.State:
 @contextlib.contextmanager
 def unchanged(model: torch.nn.Module) -> Iterator[None]:
     """Put the state that a forward leaves behind back afterwards, also after an error."""
-    state = state_of(model)
+    with _unchanged(model.modules()):
+        yield
+
+
+@contextlib.contextmanager
+def _unchanged(modules: Iterable[torch.nn.Module]) -> Iterator[None]:
+    state = state_of(modules)
     try:
         yield
     finally:
@@ -88,18 +107,25 @@ def quiet(model: torch.nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def replaying(model: torch.nn.Module) -> Iterator[Callable[[Any], Any]]:
+def replaying(
+    model: torch.nn.Module, idle: Collection[torch.nn.Module] | None = None
+) -> Iterator[Callable[[Any], Any]]:
     """In `quiet`, a function that sends a batch through the model as if it were the first.
 
     Nothing that an earlier batch left in the model (a cache, a counter, a hidden state) is there, and nothing that it
     was given is changed.
+
+    Args:
+        model: the model.
+        idle: modules that do not run; where they are known, the others are looked for once and not for every batch.
     """
+    known = None if idle is None else running(model, idle)
 
     def run(batch: Any) -> Any:
         args, kwargs = replay.fresh(as_call(batch), TENSORS)
         if not isinstance(batch, Call):  # what one part of the model gave another is where it belongs
             args, kwargs = bridge.to_device((args, kwargs), bridge.device_of(model))
-        with unchanged(model):
+        with _unchanged(model.modules() if known is None else known):
             return model(*args, **kwargs)
 
     with quiet(model):

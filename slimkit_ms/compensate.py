@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+import contextlib
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -90,13 +91,14 @@ class WholePair:
     def __init__(self, dense: nn.Cell, pruned: nn.Cell, layers: Sequence[str], data: Iterable[Any]) -> None:
         self._dense, self._pruned, self.layers, self._data = dense, pruned, list(layers), data
 
-    def calls(self, path: str) -> Iterator[tuple[Array, Array]]:
+    def calls(self, path: str) -> Generator[tuple[Array, Array], None, None]:
         cell = bridge.get_module(self._pruned, path)
-        for batch in self._data:
-            padding = padding_of(self._pruned, batch)
-            for (_, wanted), (given, _) in zip(_seen(self._dense, path, batch), _seen(self._pruned, path, batch)):
-                given, wanted = (real_rows(padding, path, x) for x in (given, wanted))
-                yield input_rows(cell, given), output_rows(cell, wanted)
+        with _seeing(self._dense, path) as before, _seeing(self._pruned, path) as after:
+            for batch in self._data:
+                padding = padding_of(self._pruned, batch)
+                for (_, wanted), (given, _) in zip(before(batch), after(batch)):
+                    given, wanted = (real_rows(padding, path, x) for x in (given, wanted))
+                    yield input_rows(cell, given), output_rows(cell, wanted)
 
 
 def _numbers(tensor: ms.Tensor) -> Array:
@@ -110,13 +112,19 @@ def _put(parameter: ms.Parameter, values: Array) -> None:
     parameter.set_data(ms.Tensor(whole).astype(parameter.dtype))
 
 
-def _seen(model: nn.Cell, path: str, batch: Any) -> list[tuple[Array, Array]]:
-    """Input and output of one layer at each of its calls."""
+@contextlib.contextmanager
+def _seeing(model: nn.Cell, path: str) -> Iterator[Callable[[Any], list[tuple[Array, Array]]]]:
+    """A function that sends a batch through and returns input and output of one layer at each of its calls."""
     calls: list[tuple[Array, Array]] = []
 
     def seen(_name: str, inputs: Any, output: Any) -> None:
         calls.append((_numbers(inputs[0]), _numbers(output)))
 
     with replaying(model) as run, bridge.hooked({path: bridge.get_module(model, path)}, seen):
-        run(batch)
-    return calls
+
+        def send(batch: Any) -> list[tuple[Array, Array]]:
+            calls.clear()
+            run(batch)
+            return list(calls)
+
+        yield send

@@ -38,7 +38,7 @@ class MindSporeJobs(JobFramework):
     """MindSpore's side of the jobs: cells from factories, with checkpoints or the commands' own folders."""
 
     slim = slimkit_ms
-    formats = ("onnx", "w16a16s", "mindir")
+    formats = ("onnx", "w16a16s", "w8a8s", "mindir")
     class_dtype = "int32"
     losses: ClassVar[Mapping[str, Callable[[Any, Any], Any]]] = {
         "cross_entropy": ops.cross_entropy,
@@ -216,6 +216,8 @@ class MindSporeJobs(JobFramework):
     ) -> dict[str, Any]:
         if format == "w16a16s":
             return self.slim.save_w16a16s(out, opened.model, opened.place.model).to_dict()
+        if format == "w8a8s":
+            return self.slim.save_w8a8s(out, opened.model, inputs, opened.place.model).to_dict()
         given = _positional(opened.model, inputs)
         if format == "mindir":
             return self.slim.export_mindir(opened.model, given, out, tolerance=settings["tolerance"]).to_dict()

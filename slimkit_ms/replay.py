@@ -13,7 +13,7 @@ import mindspore as ms
 from mindspore import nn
 
 # What every cell has is no state of a forward.
-_EVERY = frozenset(vars(nn.Cell()))
+_EVERY = frozenset(vars(nn.Cell())) | {replay.PLANS}
 
 
 class _Tensors:

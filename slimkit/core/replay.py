@@ -14,6 +14,9 @@ import numpy as np
 # Objects of these packages hold no state of a user's forward; some would lead to whole trainers or stored weights.
 FOREIGN = {"torch", "mindspore", "numpy", "accelerate", "lightning", "pytorch_lightning", "slimkit", "slimkit_ms"}
 
+# Where a pruned model keeps its plans: many thousands of numbers, which no forward changes.
+PLANS = "_slimkit_plans"
+
 # How many objects deep a cache may lie in an attribute: a cache holds layers, and they hold tensors.
 DEPTH = 4
 

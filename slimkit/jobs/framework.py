@@ -42,7 +42,7 @@ class TorchJobs(JobFramework):
     """PyTorch's side of the jobs: modules, Hugging Face directories, weight files, factories."""
 
     slim = slimkit
-    formats = ("onnx", "w16a16s")
+    formats = ("onnx", "w16a16s", "w8a8s")
     class_dtype = "int64"
     losses: ClassVar[Mapping[str, Callable[[Any, Any], Any]]] = {
         "cross_entropy": nn.functional.cross_entropy,
@@ -210,6 +210,8 @@ class TorchJobs(JobFramework):
     ) -> dict[str, Any]:
         if format == "w16a16s":
             return self.slim.save_w16a16s(out, opened.model, opened.place.model).to_dict()
+        if format == "w8a8s":
+            return self.slim.save_w8a8s(out, opened.model, inputs, opened.place.model).to_dict()
         return export.export_onnx(opened.model, inputs, out, **settings).to_dict()
 
     def judging(self) -> compare.TorchCompare:

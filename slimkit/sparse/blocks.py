@@ -136,7 +136,7 @@ def trace(
             _ending(None if watched else head),
             contextlib.suppress(Enough),
         ):
-            before = {path: state_of(block) for path, block in chain.items()}
+            before = {path: state_of(block.modules()) for path, block in chain.items()}
             with entering(chain, began):
                 run(batch)
         if not complete:

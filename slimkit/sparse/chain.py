@@ -94,17 +94,28 @@ class LentBlock(ModelBlock):
 
     Args:
         lend: a context in which the twin has its weights.
+        rounding: leaves in parameters, by name, what their files will hold.
         others: as for ModelBlock.
     """
 
-    def __init__(self, lend: Callable[[], contextlib.AbstractContextManager[None]], *others: Any) -> None:
+    def __init__(
+        self,
+        lend: Callable[[], contextlib.AbstractContextManager[None]],
+        rounding: Callable[[Sequence[str]], None],
+        *others: Any,
+    ) -> None:
         super().__init__(*others)
-        self._lend = lend
+        self._lend, self._round = lend, rounding
 
     def replay(self, names: Sequence[str], seen: Seen) -> None:
         """Send every batch through, as any stage does."""
         with self._lend():
             super().replay(names, seen)
+
+    def advance(self) -> None:
+        """The block's outputs become the next block's inputs, with its weights as the files will hold them."""
+        self._round(self.changed)
+        super().advance()
 
     def _advance(self, dense: bool) -> None:
         with self._lend() if dense else contextlib.nullcontext():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,17 @@ from slimkit.core.errors import UnsupportedError
 from slimkit.core.files import PathLike
 from slimkit.core.locks import BLOCKS as STATE
 from slimkit.core.locks import locked, same_job
+from slimkit.core.log import logger
 from slimkit.core.showing import Report
 from slimkit.core.sparse import SparseConfig
-from slimkit.core.sparse.compress import compress
+from slimkit.core.sparse.compress import compress, demand_whole_numbers
 from slimkit.core.sparse.remaining import Progress
 from slimkit.sparse import memory
 from slimkit.sparse.checkpoint_framework import CheckpointSparse
 
 import torch
+
+_COMPUTED = {"float32": torch.float32, "float64": torch.float64}
 
 
 @memory.returned_at_once()
@@ -33,6 +36,7 @@ def sparsify_checkpoint(
     dataset: Any,
     *,
     names: Callable[[str], str] | None = None,
+    compute_dtype: str | None = "auto",
     on_progress: Callable[[Progress], None] | None = None,
 ) -> Report:
     """Make a Hugging Face checkpoint directory sparse, holding one block of it in memory at a time.
@@ -47,6 +51,9 @@ def sparsify_checkpoint(
         dataset: a list (or any re-iterable that repeats itself) of batches of CPU tensors; not needed for "magnitude".
         names: parameter name of the transformers class -> tensor name in the files, for checkpoints whose names
             differ by more than the base model's prefix.
+        compute_dtype: what blocks are computed in: "float32", "float64", or None for what is stored; "auto" takes
+            float32 for float16 and bfloat16, in which CPUs are slow. Files keep their own types, and weights are
+            rounded to them as soon as they are solved.
         on_progress: called after every layer with a `Progress` (layer, done, total, seconds, seconds_left); None shows
             a bar on a terminal and log lines elsewhere.
 
@@ -70,13 +77,36 @@ def sparsify_checkpoint(
     # A run killed in its first moments leaves its state folder and nothing else.
     if target.exists() and any(f.name != STATE for f in target.iterdir()) and not (state / "job.json").exists():
         check.wrong_value("dst", "absent, empty, or an unfinished run", str(target))
-    host = CheckpointSparse(source, state, places, names)
+    if cfg.weight_bits == 8:
+        demand_whole_numbers(name for name, place in places.items() if place.dtype == "BF16")
+    compute = computing(places.values(), compute_dtype)
+    host = CheckpointSparse(source, state, places, names, compute)
     if host.processes() > 1:
         raise UnsupportedError("sparsify_checkpoint needs one process: all would write the same files.")
     digests = {f.name: files.digest_file(f) for f in sorted({p.file for p in places.values()})}
     job = {"config": cfg.to_dict(), "source": digests, "dataset": _digest(data), "threads": torch.get_num_threads()}
+    job |= {"compute": str(compute)}
     with locked(state, "dst", inside=True):
         return _resume(host, cfg, data, source, target, job, on_progress)
+
+
+def computing(places: Iterable[shards.Place], asked: str | None) -> torch.dtype | None:
+    """What blocks are computed in; None where that is what is stored.
+
+    Args:
+        places: the tensors of the files.
+        asked: "auto", "float32", "float64" or None.
+    """
+    if asked is None:
+        return None
+    check.choice(asked, ("auto", *_COMPUTED), "compute_dtype")
+    if asked != "auto":
+        return _COMPUTED[asked]
+    halves = sorted({place.dtype for place in places} & {"F16", "BF16"})
+    if not halves:
+        return None
+    logger.info("blocks are computed in float32, the files stay %s", " and ".join(halves))
+    return torch.float32
 
 
 def _resume(
@@ -90,7 +120,7 @@ def _resume(
 ) -> Report:
     """Begin a job in `target`, or go on with it; the caller holds its lock."""
     state = target / STATE
-    same_job(state, job)
+    same_job(state, job, {"config": SparseConfig().to_dict(), "compute": "None"})
     files.settle(target)
     for part in target.rglob(".*.part"):  # a killed writer cannot clean up after itself
         shutil.rmtree(part) if part.is_dir() else part.unlink()

@@ -33,12 +33,27 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 
 class CheckpointSparse(TorchSparse):
-    """A model whose blocks come from files one by one, and go back to files."""
+    """A model whose blocks come from files one by one, and go back to files.
+
+    Args:
+        source: the folder.
+        state: where the run's own files lie.
+        places: where each tensor's bytes lie.
+        names: parameter name -> tensor name, or None.
+        compute: what floats are computed in, or None: as they are stored. Solved weights are rounded to what is stored
+            at once, so that later layers see what the files will hold.
+    """
 
     def __init__(
-        self, source: Path, state: Path, places: dict[str, shards.Place], names: Callable[[str], str] | None
+        self,
+        source: Path,
+        state: Path,
+        places: dict[str, shards.Place],
+        names: Callable[[str], str] | None,
+        compute: torch.dtype | None = None,
     ) -> None:
         super().__init__(_empty_model(source))
+        self._compute = compute
         self._state, self._places, self._names = state, places, names
         self._layouts = Layouts(self.model)
         self._blocks: list[str] = []
@@ -95,7 +110,7 @@ class CheckpointSparse(TorchSparse):
                 found = trace_block(path, block, inputs, modules)
                 lend = partial(self._dense_weights, path, block, dense)
                 last = index == len(self._blocks) - 1
-                stage = LentBlock(lend, path, block, dense, inputs, modules, found.feeds, found, last)
+                stage = LentBlock(lend, self._round, path, block, dense, inputs, modules, found.feeds, found, last)
             stage.names = mine
             yield stage
             self._write(index, stage, inputs)
@@ -120,8 +135,16 @@ class CheckpointSparse(TorchSparse):
 
     def store(self, name: str, weight: torch.Tensor, bias_shift: torch.Tensor | None) -> None:
         """Put a weight in place and shift the bias."""
-        self._changed.update(self._parameters([name]))
+        changed = self._parameters([name])
+        self._changed.update(changed)
         super().store(name, weight, bias_shift)
+        self._round(changed)
+
+    def _round(self, parameters: Iterable[str]) -> None:
+        """Leave in parameters what their files will hold, in place."""
+        for name in parameters if self._compute is not None else ():
+            value = self.model.get_parameter(name).detach()
+            value.copy_(value.to(DTYPES[self._places[self._keys(name)[0]].dtype]))
 
     def finished(self) -> dict[str, shards.Place]:
         """Where the new bytes of every changed tensor lie."""
@@ -184,7 +207,8 @@ class CheckpointSparse(TorchSparse):
         with open(place.file, "rb") as handle:
             handle.seek(place.start)
             handle.readinto(data)
-        return torch.frombuffer(data, dtype=DTYPES[place.dtype]).reshape(place.shape)
+        stored = torch.frombuffer(data, dtype=DTYPES[place.dtype]).reshape(place.shape)
+        return stored if self._compute is None else stored.to(self._compute)
 
     def _load(self, path: str) -> torch.nn.Module:
         block = bridge.get_module(self.model, path)
@@ -239,7 +263,8 @@ class CheckpointSparse(TorchSparse):
         for name in dict.fromkeys([*self._parameters(stage.names), *stage.changed]):
             value = self.model.get_parameter(name).detach()
             pieces = [value] if self._is_whole(name) else self._layouts.split(name, value).values()
-            changed |= {key: piece.contiguous() for key, piece in zip(self._keys(name), pieces)}
+            for key, piece in zip(self._keys(name), pieces):
+                changed[key] = piece.to(DTYPES[self._places[key].dtype]).contiguous()
         with files.atomic_file(self._state / f"block-{index:05d}.safetensors") as handle:
             _save(handle, changed)
         if inputs is not None and index < len(self._blocks) - 1:

@@ -40,6 +40,7 @@ def test_the_folder_holds_what_the_document_shows(tmp_path):
     }
     assert json.loads((tmp_path / "out" / CONFIG).read_text()) == {"model_type": "qwen3", "torch_dtype": "float16"}
     assert report.sparse == {"model.layers.0.q_proj.weight": pytest.approx(0.3)}
+    assert 0 < report.entropy_bits < 16
     assert report.zero_ratio == pytest.approx(0.3)
     assert report.advice == []
     assert json.loads(json.dumps(report.to_dict()))["underflowed"] == 0

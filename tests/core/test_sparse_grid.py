@@ -5,9 +5,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from slimkit.core.ascend.entropy import byte_entropy
 from slimkit.core.errors import ConfigError
 from slimkit.core.sparse.config import SparseConfig
-from slimkit.core.sparse.maths.grid import FloatGrid, IntegerGrid, byte_entropy, on_grid, steps_of
+from slimkit.core.sparse.maths.grid import FloatGrid, IntegerGrid, on_grid, steps_of
 from slimkit.core.sparse.maths.layer import SparseLayer
 from slimkit.core.sparse.maths.moments import Moments
 from slimkit.core.sparse.maths.solve import solve

@@ -12,6 +12,8 @@ import pytest
 from slimkit import PruneTorch, chain, compensate
 from slimkit.core.errors import ArgumentError
 from slimkit.core.prune.plan import PrunePlan
+from slimkit.core.prune.refit import RefitMoments
+from slimkit.replay import running
 from slimkit.signals import layer_signals
 
 import torch
@@ -315,6 +317,48 @@ def test_a_walk_costs_less_than_three_forwards_a_layer_and_leaves_ties_alone(lla
     assert "lm_head" in report["left"]
     assert torch.equal(small.model.embed_tokens.weight, table)
     assert small.lm_head.weight is small.model.embed_tokens.weight
+
+
+def test_a_block_is_made_ready_once_for_all_batches(llama, batches, monkeypatch):
+    entered = [0]
+    ready = chain.replaying
+
+    def counted(*args):
+        entered[0] += 1
+        return ready(*args)
+
+    monkeypatch.setattr(chain, "replaying", counted)
+    found = []
+    for data in (batches[:2], batches):
+        small, plan = pair(llama, batches)
+        entered[0] = 0
+        compensate.compensate(llama, small, plan, BEHIND, data, None)
+        found.append(entered[0])
+    assert found[0] == found[1] > 0
+
+
+def test_an_error_in_the_midst_of_a_repair_leaves_the_blocks_running(llama, batches, monkeypatch):
+    small, plan = pair(llama, batches)
+
+    def broken(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(RefitMoments, "add", broken)
+    small.train()
+    with pytest.raises(MemoryError):
+        compensate.compensate(llama, small, plan, BEHIND, batches, None)
+    assert all("forward" not in vars(m) and m.training for m in small.modules())
+    assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("held", ["inside", "outside too"])
+def test_modules_that_do_not_run_are_not_looked_at_unless_others_hold_them(held):
+    shared = torch.nn.BatchNorm1d(4)
+    idle = torch.nn.Sequential(torch.nn.Linear(4, 4), shared)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), idle, *([shared] if held == "outside too" else []))
+    found = running(model, [idle])
+    assert found.count(shared) == (held == "outside too")
+    assert idle not in found and model[0] in found  # noqa: PT018
 
 
 def test_blocks_that_read_one_another_are_no_chain(batches):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import random
 import shutil
@@ -114,6 +115,84 @@ def test_block_by_block_equals_the_whole_model(family, source, data, tmp_path):
     for (name, a), b in zip(ours.state_dict().items(), whole.state_dict().values()):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=0, msg=name)  # the same text on the same numbers
     assert report["ratio"] == 0.5
+
+
+@pytest.fixture(scope="module")
+def halves(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bfloat16")
+    build("llama").to(torch.bfloat16).save_pretrained(folder, max_shard_size="30KB")
+    return folder
+
+
+@pytest.mark.parametrize("method", ["hessian", "par", "block"])
+def test_a_bfloat16_folder_is_computed_in_float32_and_stays_bfloat16(method, halves, data, tmp_path, monkeypatch):
+    """Later layers see rounded weights: the walk is that of a float32 model whose layers are rounded one by one."""
+    from slimkit.sparse import Compressor, checkpoint
+    from slimkit.sparse.framework import TorchSparse
+
+    seen = set()
+    step = torch.nn.functional.linear
+
+    def linear(x, *rest):
+        seen.add(x.dtype)
+        return step(x, *rest)
+
+    config = SparseConfig(method=method)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.functional, "linear", linear)
+        report = checkpoint.sparsify_checkpoint(halves, tmp_path / "out", config, data)
+    assert seen == {torch.float32}
+    kind = type(build("llama"))
+    ours = kind.from_pretrained(tmp_path / "out", dtype="auto")
+    assert {p.dtype for p in ours.parameters()} == {torch.bfloat16}
+    if method == "block":
+        return
+    store = TorchSparse.store
+
+    def rounded(self, name, weight, shift):
+        store(self, name, weight.to(torch.bfloat16), shift)
+
+    whole = kind.from_pretrained(halves, dtype=torch.float32).eval()
+    left = [n for n, why in report["skipped"].items() if "tied" not in why]
+    with monkeypatch.context() as patch:
+        patch.setattr(TorchSparse, "store", rounded)
+        Compressor(whole, SparseConfig(method=method, ignore=left)).compress(data)
+    for (name, a), b in zip(ours.state_dict().items(), whole.state_dict().values()):
+        assert torch.equal(a == 0, b == 0), name
+        torch.testing.assert_close(a.float(), b, atol=0, rtol=2**-7, msg=name)  # a bit where the sum fell on an edge
+
+
+def test_a_run_begun_before_an_option_came_goes_on(source, data, tmp_path, monkeypatch):
+    from slimkit.sparse import checkpoint
+
+    config = SparseConfig(method="hessian")
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_finish", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            checkpoint.sparsify_checkpoint(source("llama"), tmp_path / "out", config, data)
+    (job,) = (tmp_path / "out").rglob("job.json")
+    kept = json.loads(job.read_text())
+    del kept["config"]["weight_bits"], kept["config"]["outliers"], kept["compute"]
+    job.write_text(json.dumps(kept))
+    with pytest.raises(UnsupportedError, match="another config"):
+        changed = SparseConfig(method="hessian", weight_bits=8)
+        checkpoint.sparsify_checkpoint(source("llama"), tmp_path / "out", changed, data)
+    assert checkpoint.sparsify_checkpoint(source("llama"), tmp_path / "out", config, data)["ratio"] == 0.5
+
+
+def test_what_is_computed_in_is_part_of_the_job(halves, data, tmp_path, caplog):
+    from slimkit.sparse import sparsify_checkpoint
+
+    caplog.set_level("INFO", logger="slimkit")
+    config = SparseConfig(method="hessian")
+    sparsify_checkpoint(halves, tmp_path / "auto", config, data)
+    assert "computed in float32, the files stay BF16" in caplog.text
+    sparsify_checkpoint(halves, tmp_path / "named", config, data, compute_dtype="float32")
+    assert tree(tmp_path / "auto") == tree(tmp_path / "named")
+    sparsify_checkpoint(halves, tmp_path / "stored", config, data, compute_dtype=None)
+    assert tree(tmp_path / "auto") != tree(tmp_path / "stored")
+    with pytest.raises(ArgumentError, match="compute_dtype"):
+        sparsify_checkpoint(halves, tmp_path / "other", config, data, compute_dtype="int8")
 
 
 def test_trained_blocks_resume_to_the_same_bytes_and_equal_the_whole_model(source, data, tmp_path, monkeypatch):

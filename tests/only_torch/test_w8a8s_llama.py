@@ -77,3 +77,46 @@ def test_layers_that_are_served_as_one_must_all_be_int8(llama, tmp_path):
     assert list(tmp_path.iterdir()) == []
     report = slimkit.save_w8a8s(tmp_path / "b", sparse, batches, targets=["*.down_proj"])
     assert len(report.layers) == 2
+
+
+def test_bfloat16_cannot_hold_the_grid_and_is_refused_before_anything_changes(llama, tmp_path):
+    dense, _, batches = llama
+    model = copy.deepcopy(dense).to(torch.bfloat16)
+    before = copy.deepcopy(model.state_dict())
+    config = slimkit.SparseConfig(method="hessian", weight_bits=8)
+    with pytest.raises(ArgumentError, match="bfloat16"):
+        slimkit.Compressor(model, config).compress(batches)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), before.values(), strict=True))
+    model.save_pretrained(tmp_path / "bf16")
+    with pytest.raises(ArgumentError, match="bfloat16"):
+        slimkit.sparsify_checkpoint(tmp_path / "bf16", tmp_path / "out", config, batches)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_commands_make_a_folder_out_of_a_folder(tmp_path, monkeypatch):
+    from typer.testing import CliRunner
+
+    from slimkit.cli import app
+    from tests.chain import tiny_models
+
+    monkeypatch.chdir(tmp_path)
+    tiny_models.hugging_face(tmp_path, "llama")
+    tiny_models.text(tmp_path / "t.jsonl")
+    calib = ("--calib", "t.jsonl", "--samples", "8", "--max-length", "8")
+
+    def run(*arguments):
+        return CliRunner().invoke(app, [*arguments, *calib])
+
+    done = run("sparsify", "-m", "llama", "--method", "hessian", "--weight-bits", "8", "-o", "int8")
+    assert done.exit_code == 0, done.output
+    done = run("export", "-m", "int8", "--format", "w8a8s", "-o", "npu")
+    assert done.exit_code == 0, done.output
+    assert "int8 layers, 50." in done.stdout
+    assert len(slimkit.load_w8a8s("npu").layers) == 21
+    assert CliRunner().invoke(app, ["inspect", "npu"]).exit_code == 0
+    for arguments in (
+        ("export", "-m", "int8", "-o", "m.onnx", *calib),
+        ("export", "-m", "int8", "--format", "w8a8s", "-o", "x"),
+    ):
+        refused = CliRunner().invoke(app, arguments)
+        assert "--calib is needed for --format w8a8s" in str(refused.exception)

@@ -43,9 +43,10 @@ from slimkit import (
     get_distill_model,
     own_text,
 )
+from slimkit.core.ascend.entropy import byte_entropy
 from slimkit.core.compare.intervals import draws
 from slimkit.core.compare.windows import Protocol, cut
-from slimkit.core.sparse.maths.grid import FloatGrid, byte_entropy, on_grid
+from slimkit.core.sparse.maths.grid import FloatGrid, on_grid
 from slimkit.core.sparse.methods import METHODS
 from tools.bench import llm_prune, sparse, sparse_text
 

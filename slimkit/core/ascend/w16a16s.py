@@ -10,6 +10,7 @@ import numpy as np
 
 from slimkit.core import check, files, match
 from slimkit.core.ascend import folder as folders
+from slimkit.core.ascend.entropy import mean_entropy
 from slimkit.core.ascend.folder import CONFIG, DENSE, DESCRIPTION, HEAD, Array, config_told_by
 from slimkit.core.errors import ArgumentError, FileFormatError
 from slimkit.core.showing import Shown
@@ -38,6 +39,8 @@ class W16A16SReport(Shown):
         zero_ratio: share of zeros over all W16A16S tensors.
         underflowed: values that were not zero and are in float16.
         weight_bytes: bytes of all tensors.
+        entropy_bits: bits a weight that the W16A16S tensors' bytes hold, of 16: what a codec of single bytes needs at
+            least. Zeros lower it, and few bits of mantissa (`SparseConfig.mantissa_bits`) more.
         copied: files copied beside them.
         advice: what to consider; may be empty.
         tied: tensor that is not written -> the one that it is: an output layer that config.json ties to the table.
@@ -49,6 +52,7 @@ class W16A16SReport(Shown):
     zero_ratio: float
     underflowed: int
     weight_bytes: int
+    entropy_bits: float
     copied: list[str]
     advice: list[str]
     tied: dict[str, str] = field(default_factory=dict)
@@ -123,6 +127,7 @@ def save_arrays(
         zero_ratio=ratio,
         underflowed=underflowed,
         weight_bytes=sum(v.nbytes for v in halves.values()),
+        entropy_bits=mean_entropy(halves[name] for name in sparse),
         copied=copied,
         advice=_advice(ratio, sparse, underflowed),
         tied=once,

@@ -11,6 +11,7 @@ import numpy as np
 from slimkit.core import batch as batches
 from slimkit.core import check, files, match
 from slimkit.core.ascend import folder as folders
+from slimkit.core.ascend.entropy import mean_entropy
 from slimkit.core.ascend.folder import DENSE, Array
 from slimkit.core.ascend.int8 import PARTS, Int8Layer, int8_layer, on_grid
 from slimkit.core.ascend.w16a16s import as_halves
@@ -39,6 +40,7 @@ class W8A8SReport(Shown):
         dense: tensors that stay floats.
         zero_ratio: share of zeros over all int8 weights.
         weight_bytes: bytes of all tensors.
+        entropy_bits: bits a weight that the int8 weights hold, of 8: what a codec of single bytes needs at least.
         copied: files copied beside them.
         tied: tensor that is not written -> the one that it is.
     """
@@ -48,6 +50,7 @@ class W8A8SReport(Shown):
     dense: list[str]
     zero_ratio: float
     weight_bytes: int
+    entropy_bits: float
     copied: list[str]
     tied: dict[str, str]
 
@@ -187,6 +190,7 @@ def save(
         dense=[name for name, kind in kinds.items() if kind == DENSE],
         zero_ratio=float(np.average([rows[n]["zeros"] for n in chosen], weights=sizes)),
         weight_bytes=sum(v.nbytes for v in tensors.values()),
+        entropy_bits=mean_entropy(layer.weight for layer in made.values()),
         copied=copied,
         tied=once,
     )

@@ -25,6 +25,9 @@ from slimkit.core.jobs.sources import DataPlace, ModelPlace
 from slimkit.core.sparse import SparseConfig
 from slimkit.core.sparse.select import select
 
+# Formats that are a folder with the model's configuration beside the weights.
+FOLDERS = ("w16a16s", "w8a8s")
+
 
 class CommandContext(work.JobContext):
     """A command as the job sees it.
@@ -230,6 +233,7 @@ def export(
     example: str | None,
     length: int | None,
     delta_folder: Path | None,
+    calib: DataPlace | None = None,
     seed: int,
 ) -> dict[str, Any]:
     """Write a model for deployment; with `out` None only prepare.
@@ -243,6 +247,7 @@ def export(
         example: one input, as in `prune`.
         length: tokens of a made-up text; None: 128, or as many as the model knows positions for.
         delta_folder: a delta to put on and merge first; the model's files stay as they are.
+        calib: of w8a8s: what shows between which values each layer's inputs lie.
         seed: of made-up inputs.
 
     Returns:
@@ -256,8 +261,12 @@ def export(
             f"--format {format} is not written here (choose from {', '.join(face.formats)}): mindir is for --framework "
             "mindspore"
         )
-    if format == "w16a16s" and not (place.model is not None and (place.model / "config.json").is_file()):
-        raise ConfigError("--format w16a16s needs a --model folder with a config.json, which goes along")
+    if format in FOLDERS and not (place.model is not None and (place.model / "config.json").is_file()):
+        raise ConfigError(f"--format {format} needs a --model folder with a config.json, which goes along")
+    if (format == "w8a8s") != (calib is not None):
+        raise ConfigError(
+            "--calib is needed for --format w8a8s, whose inputs get their steps from it, and for no other"
+        )
     if format == "mindir" and out is not None and out.suffix != ".mindir":
         raise ConfigError(f"--out must end in .mindir for --format mindir. Received: {out.name!r}")
     early.check(place, options)
@@ -267,12 +276,14 @@ def export(
         face.slim.merge_delta(opened.model, unload=True)
     facts: dict[str, Any] = {"format": format, "parameters": work.count(face, opened.model)}
     inputs = None
-    if format != "w16a16s":
+    if format == "w8a8s":
+        inputs = proved(face, opened, calibration_of(face, opened, calib), calib)
+    elif format not in FOLDERS:
         inputs = example_of(face, opened, example, length=length, seed=seed)
         facts["shapes"] = face.input_shapes(inputs)
     if out is None:
         return facts
-    if format != "w16a16s":
+    if format not in FOLDERS:
         return {**facts, **face.export(opened, inputs, out, format, options.build())}
     with files.atomic_directory(out) as folder:
         written = face.export(opened, inputs, folder, format, options.build())

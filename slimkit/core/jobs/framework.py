@@ -319,7 +319,7 @@ class JobFramework(Protocol):
     def export(
         self, opened: Opened, inputs: Any, out: Path, format: str, settings: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """Write one file or folder of a format, proven where the format can be run."""
+        """Write one file or folder of a format, proven where the format can be run; for w8a8s `inputs` are batches."""
 
     @abstractmethod
     def judging(self) -> CompareFramework:

@@ -187,6 +187,7 @@ def allocate(
     tolerance: float = 0.005,
     level: bool = False,
     gives_way: bool = False,
+    most: Sequence[int] | None = None,
 ) -> Allocation:
     """Choose kept counts so that the account comes as near to the target as the steps allow.
 
@@ -202,15 +203,17 @@ def allocate(
         tolerance: relative distance from the target at which to stop improving.
         level: equally labelled variables keep equal numbers, whatever that costs.
         gives_way: the floors may be lowered where the target is not reached otherwise.
+        most: the most that each variable may keep, where that is not all.
 
     Returns:
         The counts.
     """
     full = np.asarray(sizes, dtype=np.int64)
+    ceilings = full if most is None else np.asarray(most, dtype=np.int64)
     steps = account.steps(alignment, full)
-    floors = account.floors(sizes, floor_ratio, alignment)
-    if not len(full) or account.count(full) <= target:
-        return Allocation(dict(zip(account.names, full.tolist())), account.count(full), target, [])
+    floors = np.minimum(account.floors(sizes, floor_ratio, alignment), ceilings)
+    if not len(full) or account.count(ceilings) <= target:
+        return Allocation(dict(zip(account.names, ceilings.tolist())), account.count(ceilings), target, [])
     if account.count(floors) >= target:
         counts = floors
     else:
@@ -221,10 +224,12 @@ def allocate(
             counts = _search(account, rank, least, most, target)
             return _improve(account, counts, least, most, steps, target, tolerance, together, level)
 
-        counts = near(floors, full)
+        counts = near(floors, ceilings)
         bounds = _with_coarse_fixed(account, counts, full, target, floor_ratio, alignment, together, gives_way)
-        for least, most in bounds if _misses(account, counts, full, target) else ():
-            other = near(least, most)
+        for low, high in bounds if _misses(account, counts, full, target) else ():
+            if (low > ceilings).any():
+                continue
+            other = near(low, np.minimum(high, ceilings))
             if not _misses(account, other, full, target):
                 counts = other
                 break

@@ -82,7 +82,9 @@ class CutForm:
             return None
         return self._said.changes(view, levers, steps)
 
-    def settled(self, levers: Sequence[Lever], steps: Mapping[str, int], least: Mapping[str, int]) -> dict[str, int]:
+    def settled(
+        self, levers: Sequence[Lever], steps: Mapping[str, int], least: Mapping[str, int], most: Mapping[str, int]
+    ) -> dict[str, int]:
         """Levers that must stand elsewhere, with those they must fit: a hidden size that its number of heads divides
         today is divided by it afterwards, as configurations are checked for.
 
@@ -90,6 +92,7 @@ class CutForm:
             levers: what was turned.
             steps: where each stands.
             least: the smallest step of each.
+            most: where a lever must not stand beyond, if anywhere.
 
         Returns:
             Lever -> where it is to stand; empty where all is well.
@@ -116,14 +119,14 @@ class CutForm:
             common = math.lcm(1, *map(after, heads))
             if after(hidden) % common == 0:
                 continue
-            places = range(least[lever.name], lever.size + 1, least[lever.name])
+            places = range(least[lever.name], most.get(lever.name, lever.size) + 1, least[lever.name])
             fits = [k for k in places if after(hidden, k) % common == 0]
             others = {by_field[n].name: by_field[n] for n in heads if n in by_field}
             if fits:
                 fixed[lever.name] = min(fits, key=lambda k: abs(k - steps[lever.name]))
                 fixed.update({name: steps[name] for name in others})
             else:
-                fixed.update({x.name: x.size for x in (lever, *others.values())})
+                fixed.update({x.name: most.get(x.name, x.size) for x in (lever, *others.values())})
         return fixed
 
     def contradicts(self, view: View, plan: PrunePlan) -> bool:

@@ -23,6 +23,7 @@ def measured(
     alignment: int,
     losses: Mapping[str, Array],
     alike: Sequence[Any] | None,
+    most: Sequence[int] | None = None,
 ) -> Allocation:
     """Choose kept counts of least loss.
 
@@ -34,17 +35,21 @@ def measured(
         alignment: kept widths are multiples of it.
         losses: variable -> loss at which each of its indices goes; a variable without any keeps all it has.
         alike: a label each; equally labelled variables keep equal numbers. None: each its own.
+        most: the most that each variable may keep, where that is not all.
 
     Returns:
         The counts.
     """
     full = np.asarray(sizes, dtype=np.int64)
+    ceilings = full if most is None else np.asarray(most, dtype=np.int64)
     floors = np.where([n in losses for n in account.names], account.floors(sizes, floor_ratio, alignment), full)
+    floors = np.minimum(floors, ceilings)
     labels = list(alike) if alike is not None else list(range(len(full)))
     together = [np.flatnonzero([x == label for x in labels]) for label in dict.fromkeys(labels)]
-    counts = full
-    if len(full) and account.count(full) > target:
-        counts = cheapest(account, full, floors, account.steps(alignment, full), target, losses, together)
+    counts = ceilings
+    if len(full) and account.count(ceilings) > target:
+        steps = account.steps(alignment, full)
+        counts = cheapest(account, full, floors, steps, target, losses, together, ceilings)
     held = [n for n, k, f in zip(account.names, counts, floors) if k == f]
     total = account.count(counts)
     return Allocation(dict(zip(account.names, counts.tolist())), total, target, held if total > target * 1.005 else [])
@@ -58,6 +63,7 @@ def cheapest(
     target: float,
     losses: Mapping[str, Array],
     together: Sequence[Array],
+    ceilings: Array,
 ) -> Array:
     """The counts of least loss whose account is no more than the target.
 
@@ -73,6 +79,7 @@ def cheapest(
         target: the number not to exceed.
         losses: variable -> loss at which each of its indices goes, as `eliminate` gives them.
         together: places of variables that keep equal numbers.
+        ceilings: (n,) the most that each keeps.
 
     Returns:
         (n,) counts; the floors where even these exceed the target.
@@ -81,15 +88,15 @@ def cheapest(
     if account.count(floors) >= target:
         return floors
     groups = [g[known[g]] for g in together if known[g].any()]
-    choices = [_choices(int(full[g[0]]), int(floors[g[0]]), int(steps[g[0]])) for g in groups]
+    choices = [_choices(int(ceilings[g[0]]), int(floors[g[0]]), int(steps[g[0]])) for g in groups]
     prices: list[Array] = []
     for group, numbers in zip(groups, choices):
         rising = [np.concatenate([[0.0], np.sort(losses[account.names[k]])]) for k in group]
         prices.append(np.sum([[r[full[group[0]] - n] for n in numbers] for r in rising], axis=0))
-    around, asked = full, target
+    around, asked = ceilings, target
     best: Array | None = None
     for _ in range(_ROUNDS):
-        found = _solve(account, around, full, groups, choices, prices, asked)
+        found = _solve(account, around, ceilings, groups, choices, prices, asked)
         if found is None:
             break
         over = account.count(found) - target
@@ -102,8 +109,21 @@ def cheapest(
     return floors if best is None else best
 
 
-def _choices(full: int, floor: int, step: int) -> list[int]:
-    numbers = sorted({*range(-(-floor // step) * step, full, step), floor, full})
+def foretold(full: Mapping[str, int], keep: Mapping[str, int], losses: Mapping[str, Array]) -> float | None:
+    """The loss that a cut is foretold to cost, one width by itself; None where that of a width is unknown.
+
+    Example:
+        >>> foretold({"d0": 3, "d1": 2}, {"d0": 1, "d1": 2}, {"d0": np.array([4.0, 1.0, 2.0])})
+        2.0
+    """
+    cut = [name for name, number in keep.items() if number < full[name]]
+    if any(name not in losses for name in cut):
+        return None
+    return float(sum(np.sort(losses[name])[full[name] - keep[name] - 1] for name in cut))
+
+
+def _choices(most: int, floor: int, step: int) -> list[int]:
+    numbers = sorted({*range(-(-floor // step) * step, most, step), floor, most})
     if len(numbers) > _LEVELS:
         numbers = sorted({numbers[k] for k in np.linspace(0, len(numbers) - 1, _LEVELS).round().astype(int)})
     return numbers

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,11 @@ Signals = Callable[[Sequence[str]], dict[str, LayerSignal]]
 
 
 def output_losses(
-    view: View, variables: Iterable[Variable], signals: Signals, read: Callable[[str], Array]
+    view: View,
+    variables: Iterable[Variable],
+    signals: Signals,
+    read: Callable[[str], Array],
+    known: dict[Hashable, Array | None],
 ) -> dict[str, Array]:
     """The loss at which each index of some variables goes.
 
@@ -30,21 +34,31 @@ def output_losses(
         variables: those wanted.
         signals: layers -> what calibration tells of them, one pass over the data a call.
         read: path -> a parameter's values.
+        known: losses by what they were made of, of the same weights and data; what is made now is added.
 
     Returns:
         variable -> (size,) as `eliminate` gives it; one that no layer with a signal reads is left out.
     """
     wanted = {v.name: (v, _readers(view, v)) for v in variables}
-    losses: dict[str, Array] = {}
+    keys = {name: _made_of(view, *pair) for name, pair in wanted.items()}
+    losses = {name: found for name, key in keys.items() if (found := known.get(key)) is not None}
+    wanted = {name: pair for name, pair in wanted.items() if keys[name] not in known}
     for names in _passes(view, {n: [path for path, _ in places] for n, (_, places) in wanted.items()}):
         layers = dict.fromkeys(path.rpartition(".")[0] for n in names for path, _ in wanted[n][1])
-        found = signals(list(layers))
+        told = signals(list(layers))
         for name in progress(names, "widths"):
             variable, places = wanted[name]
-            readers = [r for path, axis in places if (r := _reader(view, variable, path, axis, found, read))]
+            readers = [r for path, axis in places if (r := _reader(view, variable, path, axis, told, read))]
+            known[keys[name]] = None
             if readers:
-                losses[name] = eliminate(readers, variable.size)
+                losses[name] = known[keys[name]] = eliminate(readers, variable.size)
     return losses
+
+
+def _made_of(view: View, variable: Variable, places: list[tuple[str, int]]) -> Hashable:
+    """What the losses of a variable follow from, beside weights and data: its readers, and which inputs it owns."""
+    owned = [owners(view.axes[path][axis], view.counts, variable.name) for path, axis in places]
+    return variable.size, *((*place, None if o is None else o.tobytes()) for place, o in zip(places, owned))
 
 
 def _readers(view: View, variable: Variable) -> list[tuple[str, int]]:

@@ -8,25 +8,24 @@ from typing import Any
 from slimkit.core.errors import FileFormatError, PlanError
 from slimkit.core.prune.merging import merge_desc
 from slimkit.core.prune.plan import PrunePlan
-
-_NAME = "_slimkit_plans"
+from slimkit.core.replay import PLANS
 
 
 def plans_of(model: Any) -> list[dict[str, Any]]:
     """The plans that cut a model, in order; the list is a copy."""
-    return list(vars(model).get(_NAME, ()))
+    return list(vars(model).get(PLANS, ()))
 
 
 def record_plan(model: Any, desc: dict[str, Any]) -> Callable[[], None]:
     """Note that a plan has cut a model, in place; returns a call that takes the note back."""
     before = plans_of(model)
-    vars(model)[_NAME] = [*before, desc]  # past __setattr__: frameworks look into what they are given
+    vars(model)[PLANS] = [*before, desc]  # past __setattr__: frameworks look into what they are given
 
     def take_back() -> None:
         if before:
-            vars(model)[_NAME] = before
+            vars(model)[PLANS] = before
         else:
-            del vars(model)[_NAME]
+            del vars(model)[PLANS]
 
     return take_back
 

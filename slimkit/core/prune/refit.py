@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
+from contextlib import closing
 from typing import Any, Protocol
 
 import numpy as np
@@ -30,7 +31,7 @@ class RepairStage(Protocol):
     layers: list[str]
 
     @abstractmethod
-    def calls(self, path: str) -> Iterable[tuple[Array, Array]]:
+    def calls(self, path: str) -> Generator[tuple[Array, Array], None, None]:
         """For each call of a layer on each batch: its inputs after the cut (n, n_in), its outputs before (n, all)."""
 
 
@@ -99,12 +100,14 @@ def repair(models: Repair, layers: Sequence[str], plan: PrunePlan, damping: floa
             weight, bias = models.values(path)
             kept = plan.indices.get(f"{path}.weight", [None, None])[models.made_axis(path)]
             some, held_out = (RefitMoments(weight.shape[1], weight.shape[0], bias is not None) for _ in range(2))
-            for given, wanted in stage.calls(path):
-                wanted = wanted if kept is None else wanted[:, kept]
-                # The last rows of each batch are held out where the damping is to be chosen.
-                held = len(given) // HELD_OUT if damping is None else 0
-                some.add(given[: len(given) - held], wanted[: len(given) - held])
-                held_out.add(given[len(given) - held :], wanted[len(given) - held :])
+            # Closed also after an error: while it is open, parts of the model do not run.
+            with closing(stage.calls(path)) as calls:
+                for given, wanted in calls:
+                    wanted = wanted if kept is None else wanted[:, kept]
+                    # The last rows of each batch are held out where the damping is to be chosen.
+                    held = len(given) // HELD_OUT if damping is None else 0
+                    some.add(given[: len(given) - held], wanted[: len(given) - held])
+                    held_out.add(given[len(given) - held :], wanted[len(given) - held :])
             for moments in (some, held_out):
                 demand_finite(path, moments.inputs, moments.outputs)
             models.write(path, *_fitted(some, held_out, weight, bias, damping))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -44,12 +44,14 @@ class Scoring:
         self.scores: dict[str, Array] = {}
         self.losses: dict[str, Array] = {}
         self._made_from: Any = None
+        self._known: dict[Hashable, Array | None] = {}  # losses of the same weights, by what they were made of
         self._weights_seen: Any = None
         self._warned = False
 
     def forget(self) -> None:
         """The model or what was set is another: score anew."""
         self._made_from = None
+        self._known.clear()
 
     def look(self, paths: Iterable[str]) -> None:
         """Forget scores of weights that were trained since the last look; what data said of the same weights is kept.
@@ -108,7 +110,7 @@ class Scoring:
             def signals(layers: Sequence[str]) -> dict[str, LayerSignal]:
                 return self._wing.signals(self.calibration, layers, self.loss, self.seed)
 
-            self.losses = output_losses(view, variables, signals, read)
+            self.losses = output_losses(view, variables, signals, read, self._known)
             made = {v.name: self.losses.get(v.name, np.ones(v.size)) for v in view.variables}
         else:
             evidence = Evidence(read, self._wing.rows, gradients, activations)

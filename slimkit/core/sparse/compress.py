@@ -42,6 +42,8 @@ def compress(
         dataset = batches.Steady(batches.dataset(dataset))
     layers, skipped = host.layers(dataset if config.needs_data else None)
     names, unmatched = select(layers, skipped, config)
+    if config.weight_bits == 8:
+        demand_whole_numbers(name for name in names if str(host.weight(name).dtype).endswith("bfloat16"))
     restore = host.snapshot(names)
     try:
         _demand_finite(host, names)
@@ -58,6 +60,20 @@ def compress(
         raise
     report = _report(config, layers, names, walk.solved, skipped, unmatched, time.perf_counter() - began)
     return report | ({"allocation": allocation} if allocation else {}), walk.masks
+
+
+def demand_whole_numbers(bfloats: Iterable[str]) -> None:
+    """Refuse 8 bits for what is stored in bfloat16: its 8 digits cannot tell 127 whole numbers and their step apart.
+
+    Args:
+        bfloats: what is stored so.
+    """
+    name = next(iter(bfloats), None)
+    if name is not None:
+        raise ArgumentError(
+            f"SparseConfig.weight_bits=8 needs float16 or float32 weights. {name!r} is bfloat16, which cannot hold "
+            "every whole number up to 127 times a step: convert the model first"
+        )
 
 
 def _demand_finite(host: SparseFramework, names: Sequence[str]) -> None:

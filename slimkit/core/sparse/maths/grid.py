@@ -91,7 +91,8 @@ class IntegerGrid:
     def nearest(self, values: Array) -> Array:
         xp = namespace(values)
         step, most = self.step if values.ndim == 2 else self.step[:, 0], 2 ** (self.bits - 1) - 1
-        return xp.clip(xp.round(values / step), -most, most) * step
+        limit = float(most)  # array-api-compat 1.9 clips numbers of another type by no int
+        return xp.clip(xp.round(values / step), -limit, limit) * step
 
     def pinned(self, weight: Array) -> Array:
         xp = namespace(weight)
@@ -184,27 +185,3 @@ def _descend(weight: Array, keep: Array, free: Array, gram: Array, grid: Grid) -
 def _errors(weight: Array, q: Array, gram: Array) -> Array:
     missing = weight - q
     return row_products(missing, missing @ gram)  # (out, 1)
-
-
-def byte_entropy(halves: Any) -> float:
-    """Bits a weight that the bytes of float16 values hold, each of the two bytes coded by its own frequencies.
-
-    A bound for codecs that look at single bytes, as those of devices do; one that finds repetitions may go below.
-
-    Args:
-        halves: NumPy float16, any shape.
-
-    Example:
-        >>> import numpy as np
-        >>> byte_entropy(np.array([0, 0, 1, 1], np.float16))
-        1.0
-    """
-    import numpy as np
-
-    streams = np.ascontiguousarray(halves).reshape(-1).view(np.uint8).reshape(-1, 2)
-    total = 0.0
-    for stream in streams.T:
-        share = np.bincount(stream, minlength=256) / max(len(stream), 1)
-        share = share[share > 0]
-        total -= float(np.sum(share * np.log2(share)))
-    return total + 0.0

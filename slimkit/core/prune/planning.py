@@ -1,0 +1,259 @@
+"""How a pruner comes to a plan: couple, share the budget, choose indices, rehearse, and again where code objects."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from itertools import count
+from typing import Any
+
+import numpy as np
+
+from slimkit.core import check
+from slimkit.core.errors import ArgumentError
+from slimkit.core.match import demand, match
+from slimkit.core.prune.allocate import Account, Allocation, allocate
+from slimkit.core.prune.attributes import config_changes, new_values, scope_sizes
+from slimkit.core.prune.criteria import CRITERIA, Criterion
+from slimkit.core.prune.expressions import Index
+from slimkit.core.prune.forms import CutForm, parallel_steps
+from slimkit.core.prune.framework import PruneFramework
+from slimkit.core.prune.importance import best
+from slimkit.core.prune.knapsack import foretold, measured
+from slimkit.core.prune.levers import Lever, joined_losses, joined_scores, lever_matrix
+from slimkit.core.prune.narrowing import Narrowing, alike_levers
+from slimkit.core.prune.plan import PrunePlan, make_desc
+from slimkit.core.prune.reporting import allocated
+from slimkit.core.prune.settings import PrunerSettings
+from slimkit.core.prune.solve import Coupling, Variable, View
+
+_ROUNDS = 200
+_LEAST, _LEAST_MEASURED = 0.5, 0.1
+
+Array = np.ndarray[Any, Any]
+
+
+class PrunerPlanning(PrunerSettings):
+    """The part of a pruner that makes plans; the model is untouched.
+
+    Args:
+        wing: the framework's side.
+    """
+
+    def __init__(self, wing: PruneFramework) -> None:
+        super().__init__(wing)
+        self._narrowing: Narrowing | None = None
+        self._made: dict[str, Any] = {}  # what this plan's settings came to
+        self._report: dict[str, Any] = {}
+        self._cut_form: CutForm | None = None
+        self._levers: list[Lever] = []
+        self._steps: dict[str, int] = {}
+        self._most: Mapping[str, int] = {}  # steps that levers may keep at most, where less than all
+
+    @property
+    def is_language_model(self) -> bool:
+        """Whether the model has a table of embeddings and attention, so that only data tells what it can lose."""
+        return self._solved().is_language_model
+
+    def _planned(self, ratio: float, whole: list[str], most: Mapping[str, int] | None = None) -> dict[str, Any]:
+        """A plan, and the report that belongs to it.
+
+        Args:
+            ratio: share of the budget to keep.
+            whole: layers whose outputs stay whole.
+            most: lever -> steps that it may keep at most.
+        """
+        narrowing, form = self._begun(), self._form_begun()
+        narrowing.begin()
+        self._most = most or {}
+        # Each round ties or pins something, or tries another of a few numbers; after many, the rest is not worth it.
+        for rounds in count():
+            view = narrowing.coupling.view(whole)
+            allocation, account = self._allocate(view, ratio)
+            desc = self._describe(view, allocation, ratio, whole)
+            if not form.contradicts(view, PrunePlan(desc)) and self._rehearse(view, desc):
+                break
+            if rounds == _ROUNDS:
+                narrowing.keep_everything(f"its code contradicted {rounds} plans")
+        left = Account(view).count(np.array([allocation.keep[n] for n in view.counts], dtype=np.int64))
+        self._report = allocated(view, allocation, account, left, ratio, self._budget)
+        self._report["form"] = {"name": form.name, "because": form.because}
+        desc["made"]["left_params"] = left
+        desc["made"]["reached"] = self._report["reached"]
+        if self._made["importance"] == "output":
+            desc["made"]["foretold_loss"] = foretold(view.counts, allocation.keep, self._scoring.losses)
+        return desc
+
+    def _begun(self) -> Narrowing:
+        if self._narrowing is None:
+            coupling = Coupling(self._wing.trace())
+            if self._wing.one_head_size:
+                coupling.keep_head_sizes()
+            self._narrowing = Narrowing(coupling)
+        return self._narrowing
+
+    def _solved(self) -> Coupling:
+        return self._begun().coupling
+
+    def _wanted_whole(self, un_prune_list: Sequence[int | str] | None) -> list[str]:
+        """The layers whose outputs stay whole; weights that were trained since the last look are noticed."""
+        if un_prune_list is None:
+            un_prune_list = [0, -1] if self._solved().graph.layers and self._form_begun().name == "any" else []
+        whole = self._layers(un_prune_list)
+        self._scoring.look(self._solved().graph.shapes)
+        return whole
+
+    def _layers(self, wanted: Sequence[int | str]) -> list[str]:
+        layers = self._solved().graph.layers
+        if isinstance(wanted, (str, bytes)) or not isinstance(wanted, (list, tuple)):
+            check.wrong_type("un_prune_list", "a list of ints or names", wanted)
+        out: list[str] = []
+        for item in wanted:
+            if isinstance(item, str):
+                named = [*layers, *(p for p in self._solved().graph.further if p not in layers)]
+                found = match(named, [item], whole_modules=True)
+                demand(found, named, "un_prune_list")
+                out.extend(found.names)
+                continue
+            if not layers:
+                check.wrong_value("un_prune_list", "empty: no Conv or Linear layer ran in this model", item)
+            check.integer(item, "un_prune_list", -len(layers), len(layers) - 1)
+            out.append(layers[item])
+        return out
+
+    def _form_begun(self) -> CutForm:
+        if self._cut_form is None or self._cut_form.wanted != self._form:
+            self._cut_form = CutForm(self._form, self._wing, self._solved())
+        return self._cut_form
+
+    def _allocate(self, view: View, ratio: float) -> tuple[Allocation, Account]:
+        account = Account(view, self._budget)
+        full = np.array(list(view.counts.values()), dtype=np.int64)
+        target = ratio * account.count(full)
+        criterion = self._scoring.suited(self.is_language_model)
+        allocation = self._allocation or ("measured" if criterion is CRITERIA["output"] else "uniform")
+        if allocation == "measured" and criterion is not CRITERIA["output"]:
+            raise ArgumentError(
+                'allocation "measured" needs the importance "output" and calibration data, for only these foretell the '
+                f"loss of a cut. Received: the importance {criterion.name!r}"
+            )
+        self._made = {"importance": criterion.name, "allocation": allocation}
+        self._levers = self._form_begun().levers(view)
+        multiples = dict(zip((x.name for x in self._levers), parallel_steps(view, self._levers, self._parallel)))
+        fixed: dict[str, int] = {}
+        while True:
+            # Levers that had to be put elsewhere stay there, and the others make up for it.
+            free = [x for x in self._levers if x.name not in fixed]
+            offsets, matrix = lever_matrix(account.names, view.counts, self._levers, fixed)
+            musts = [multiples[x.name] for x in free]
+            joined = account.joined([x.name for x in free], offsets, matrix, musts)
+            sizes = [x.size // m * m for x, m in zip(free, musts)]
+            found = self._turned(view, joined, free, sizes, target, criterion, allocation)
+            if fixed:
+                break
+            steps = joined.steps(self._alignment, np.array(sizes, dtype=np.int64)).tolist()
+            fixed = self._form_begun().settled(self._levers, found.keep, dict(zip(joined.names, steps)), self._most)
+            if not fixed:
+                break
+        self._steps = {**found.keep, **fixed}
+        counts = offsets + matrix @ np.array([found.keep[n] for n in joined.names], dtype=np.int64)
+        held = {v for x in self._levers if x.name in found.held_back for v in x.members}
+        found.keep = dict(zip(account.names, counts.tolist()))
+        found.held_back = [n for n in account.names if n in held]
+        return found, account
+
+    def _turned(
+        self,
+        view: View,
+        account: Account,
+        levers: list[Lever],
+        sizes: list[int],
+        target: float,
+        criterion: Criterion,
+        allocation: str,
+    ) -> Allocation:
+        """Where each lever is to stand, by the scores or losses of what it cuts."""
+        least = _LEAST_MEASURED if allocation == "measured" else _LEAST
+        self._made["node_reserved_ratio"] = self._node_ratio or least
+        least = self._node_ratio or account.floor_for(sizes, least, self._alignment, target)
+        limits, level = (target, least, self._alignment), self._begun().level
+        labels = alike_levers(view, levers)
+        most = [min(size, self._most.get(x.name, size)) for x, size in zip(levers, sizes)]
+        if allocation == "measured":
+            self._scoring.score(view, criterion, self._open(view, account, levers, sizes, *limits))
+            losses = joined_losses(levers, sizes, self._scoring.losses)
+            return measured(account, sizes, *limits, losses, labels if level else None, most)
+        scores = self._scoring.score(view, criterion, view.variables)
+        chunks = None
+        if allocation == "global":
+            comparable = criterion.comparable
+            chunks = {n: s if comparable else s / max(s.mean(), 1e-30) for n, s in scores.items()}
+            chunks = {x.name: joined_scores(x, chunks)[x.size - size :] for x, size in zip(levers, sizes)}
+        gives_way = self._node_ratio is None
+        return allocate(account, sizes, *limits, chunks, labels, level=level, gives_way=gives_way, most=most)
+
+    @staticmethod
+    def _open(
+        view: View, account: Account, levers: list[Lever], sizes: list[int], target: float, least: float, alignment: int
+    ) -> list[Variable]:
+        """The variables that a measured cut may touch: the hidden width only where all else would not do, since every
+        layer of the model reads it."""
+        hidden = {v.name for v in view.variables if v.kind == "hidden"}
+        stays = [bool(hidden & x.members.keys()) for x in levers]
+        floors = account.floors(sizes, least, alignment)
+        counts = [size if whole else int(f) for size, whole, f in zip(sizes, stays, floors)]
+        if account.count(np.array(counts, dtype=np.int64)) > target:
+            return view.variables
+        inner = {v for x, whole in zip(levers, stays) if not whole for v in x.members}
+        return [v for v in view.variables if v.name in inner]
+
+    def _describe(self, view: View, allocation: Allocation, ratio: float, whole: list[str]) -> dict[str, Any]:
+        keep: dict[str, Index] = {n: best(self._scoring.scores[n], k) for n, k in allocation.keep.items()}
+        integers, fields = self._wing.integers(), self._wing.config()
+        sizes = scope_sizes(view, allocation.keep) if integers or fields else {}
+        candidates = {
+            module: {name: new_values(name, old, sizes.get(module, {})) for name, old in numbers.items()}
+            for module, numbers in integers.items()
+        }
+        chosen = self._begun().choose(candidates)
+        attributes = {
+            module: changed
+            for module, numbers in integers.items()
+            if (changed := {n: (old, new) for n, old in numbers.items() if (new := chosen[module][n]) != old})
+        }
+        form = self._form_begun()
+        config = form.fields(view, self._levers, self._steps)
+        if config is None:
+            config = config_changes(fields, view, allocation.keep, sizes)
+        made = {
+            "framework": self._wing.framework,
+            "reserved_ratio": ratio,
+            "budget": self._budget,
+            **self._made,
+            "form": form.name,
+            "parallel": self._parallel,
+            "alignment": self._alignment,
+            "un_prune": whole,
+        }
+        return make_desc(view, keep, attributes, config, made)
+
+    def _rehearse(self, view: View, desc: dict[str, Any]) -> bool:
+        """Try the plan on the framework's side; where the model's code contradicts it, narrow what the next may do."""
+        plan = PrunePlan(desc)
+        if not plan.keep:
+            return True
+        found = self._wing.rehearse(plan, view)
+        if found.contradiction is None:
+            for module, changes in found.attributes.items():
+                desc["attributes"].setdefault(module, {}).update({name: list(pair) for name, pair in changes.items()})
+            return True
+
+        def works(names: Collection[str]) -> bool:
+            variables = {
+                name: v if name in names else {**v, "keep": list(range(v["size"]))}
+                for name, v in desc["variables"].items()
+            }
+            part = PrunePlan({**desc, "variables": variables})
+            return self._wing.rehearse(part, view).contradiction is None
+
+        self._begun().narrow(found.contradiction, view, view.counts | plan.counts, works)
+        return False
