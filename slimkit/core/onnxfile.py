@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import statistics
 import tempfile
 import time
 from collections import Counter
@@ -235,7 +236,9 @@ def _gap(want: Array, got: Array) -> float:
 
 
 def onnx_latency(files: Mapping[str, Any], inputs: Mapping[str, Array], budget_s: float = 2.0) -> dict[str, float]:
-    """Milliseconds of the fastest run of each ONNX file in onnxruntime on this CPU, one thread, runs taken in turn.
+    """Median milliseconds of each ONNX file in onnxruntime on this CPU, runs taken in turn.
+
+    They are the one thread's own, in which the session runs: what other programs take of the processor is not in them.
 
     Args:
         files: label -> path; all take the same inputs.
@@ -243,17 +246,16 @@ def onnx_latency(files: Mapping[str, Any], inputs: Mapping[str, Array], budget_s
         budget_s: seconds to spend on all of them together.
 
     Returns:
-        label -> milliseconds; of the fastest run, for a busy machine stops a process for longer than a run takes.
+        label -> median milliseconds.
     """
     sessions = {label: _session(str(path)) for label, path in files.items()}
     feeds = {label: {i.name: inputs[i.name] for i in session.get_inputs()} for label, session in sessions.items()}
     times: dict[str, list[float]] = {label: [] for label in sessions}
     end = time.perf_counter() + budget_s
     while len(next(iter(times.values()))) < 5 or time.perf_counter() < end:
-        # In turn, so that a drift of the machine's speed meets all of them alike; every other round backwards, so that
-        # no rhythm of the machine's meets the same one each time.
-        for label in list(sessions)[:: 1 if min(map(len, times.values())) % 2 else -1]:
-            began = time.perf_counter()
-            sessions[label].run(None, feeds[label])
-            times[label].append(1000 * (time.perf_counter() - began))
-    return {label: min(values[1:]) for label, values in times.items()}
+        # In turn, so that a drift of the machine's speed meets all of them alike.
+        for label, session in sessions.items():
+            began = time.thread_time()
+            session.run(None, feeds[label])
+            times[label].append(1000 * (time.thread_time() - began))
+    return {label: statistics.median(values[1:]) for label, values in times.items()}
