@@ -7,7 +7,7 @@ import functools
 from typing import Any
 
 from slimkit import bridge, kinds
-from slimkit.core.jobs.measurement import LayerMeasurement, Measurement, medians_ms
+from slimkit.core.jobs.measurement import LayerMeasurement, Measurement, fastest_ms
 
 import torch
 from torch import nn
@@ -98,6 +98,6 @@ def _latencies_ms(models: list[nn.Module], inputs: Any, budget_s: float) -> list
         with contextlib.ExitStack() as held:
             for model in models[1:]:
                 held.enter_context(bridge.evaluating(model))
-            return medians_ms([functools.partial(forward, model) for model in models], budget_s)
+            return fastest_ms([functools.partial(forward, model) for model in models], budget_s)
     finally:
         torch.set_num_threads(threads)

@@ -6,7 +6,7 @@ import contextlib
 import functools
 from typing import Any
 
-from slimkit.core.jobs.measurement import LayerMeasurement, Measurement, medians_ms
+from slimkit.core.jobs.measurement import LayerMeasurement, Measurement, fastest_ms
 from slimkit_ms import bridge, kinds
 
 import mindspore as ms
@@ -43,7 +43,7 @@ def measure_model(
             bridge.run(model, inputs)
         with contextlib.nullcontext() if dense is None else bridge.evaluating(dense):
             cells = [model] if dense is None else [model, dense]
-            times = medians_ms([functools.partial(_forward, cell, inputs) for cell in cells], latency_budget_s)
+            times = fastest_ms([functools.partial(_forward, cell, inputs) for cell in cells], latency_budget_s)
     zeros = {id(w): int((w.asnumpy() == 0).sum()) for cell in layers.values() for w in _weights(cell)}
     rows = [
         LayerMeasurement(

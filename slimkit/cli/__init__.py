@@ -19,6 +19,20 @@ _COMMANDS = (
 )  # fmt: skip
 
 
+class _Command(typer.core.TyperCommand):
+    """A command that knows where a word belongs which stands alone."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read the arguments; a model without its flag is told the flag."""
+        try:
+            return super().parse_args(ctx, args)
+        except Exception as error:  # UsageError of typer's own click, or of click where typer brings none
+            extra = "unexpected extra argument" in str(getattr(error, "message", ""))
+            if extra and any("--model" in option.opts for option in self.params):
+                error.message += ". A model is given by --model, data and the like by flags of their own"  # type: ignore[attr-defined]
+            raise
+
+
 class _Commands(dict[str, Any]):
     """The commands by name, each made when it is first looked at: its options may be those of a job."""
 
@@ -27,7 +41,7 @@ class _Commands(dict[str, Any]):
             raise KeyError(name)
         function = getattr(importlib.import_module(f"slimkit.cli.{name}"), name)
         alone = typer.Typer(add_completion=False, context_settings={"help_option_names": ["-h", "--help"]})
-        alone.command(name)(function)
+        alone.command(name, cls=_Command)(function)
         self[name] = typer.main.get_command(alone)
         return self[name]
 
@@ -39,6 +53,9 @@ class _Commands(dict[str, Any]):
 
     def __len__(self) -> int:
         return len(_COMMANDS)
+
+    def keys(self) -> Any:
+        return dict.fromkeys(_COMMANDS).keys()
 
     def items(self) -> Any:
         return [(name, self[name]) for name in _COMMANDS]

@@ -116,6 +116,10 @@ def convert(
         from slimkit.core.jobs.measurement import show
 
         talk.go_on = "nothing was written; give the same command again"
+        if not src.exists():
+            from slimkit.core import files
+
+            raise ConfigError(f"SRC must be an existing file or folder. Received: {str(src)!r}{files.meant(src)}")
         if src.suffix == ".gguf":
             others = {
                 "--to": to, "--name-map": name_map, "--source-factory": source_factory, "--example": example,

@@ -62,7 +62,9 @@ def export(
         talk.go_on = "nothing was written; give the same command again"
         place = places.model(network)
         if delta is not None and not delta.is_dir():
-            raise ConfigError(f"--delta must be an existing folder. Received: {str(delta)!r}")
+            from slimkit.core import files
+
+            raise ConfigError(f"--delta must be an existing folder. Received: {str(delta)!r}{files.meant(delta)}")
         how: dict[str, Any] = {"force": output.force, "dry_run": output.dry_run, "file": format not in commands.FOLDERS}
         with claim.claimed(out, reads=(network.model, delta), **how) as target:
             found = commands.export(

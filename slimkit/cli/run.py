@@ -71,7 +71,9 @@ def run(
                 restart=restart,
                 command=_command(recipe, output, set_ or []),
             )
-        _show(report, folder, talk)
+        missed = _show(report, folder, talk)
+    if missed:
+        raise typer.Exit(1)
 
 
 def _command(recipe: Path, output: Path | None, set_: list[str]) -> str:
@@ -80,8 +82,8 @@ def _command(recipe: Path, output: Path | None, set_: list[str]) -> str:
     return shlex.join(["slimkit", "run", str(recipe), *more])
 
 
-def _show(report: dict[str, Any], folder: Path, talk: Session) -> None:
-    """The summary: dense against final, what the stages say, and where the report is."""
+def _show(report: dict[str, Any], folder: Path, talk: Session) -> bool:
+    """The summary: dense against final, what the stages say, and where the report is; whether a stage fell short."""
     from slimkit.core.jobs.measurement import goals, summary_rows
     from slimkit.core.run.report import headline
 
@@ -89,7 +91,11 @@ def _show(report: dict[str, Any], folder: Path, talk: Session) -> None:
     talk.table(report["title"], ("", "dense", "final", "change"), rows)
     for name, text in headline(report):
         talk.line(f"  {name}: {text}")
+    missed = [(name, goal) for name, goal in goals(report) if goal["missed"]]
+    for name, goal in missed:
+        talk.line(f"Not reached: {name}: {goal['what']} {goal['reached']:.3f}, asked for {goal['asked']}")
     talk.line(f"Report: {folder / 'report.html'}")
     summary = [dict(zip(("what", "dense", "final", "change"), row)) for row in rows]
     asked = [{"stage": name, **goal} for name, goal in goals(report)]
     talk.result({"goals": asked, "summary": summary, "report": folder / "report.html"})
+    return bool(missed)

@@ -185,16 +185,26 @@ def nears(values: Sequence[Any], options: Sequence[Any]) -> str:
     return ", ".join(map(repr, values)) + meant
 
 
+def nearest(text: str, names: Sequence[str]) -> str:
+    """The name that is spelt most like a text, or the empty string.
+
+    Example:
+        >>> nearest("brt", ["bert", "gpt2"]), nearest("llama", ["bert"])
+        ('bert', '')
+    """
+    return next(iter(difflib.get_close_matches(text, names, n=1, cutoff=0.6)), "")
+
+
 def _nearest(text: str, names: Sequence[str]) -> str:
     """The name that a wrong one stands for: another library's word for it, a near spelling, or the end of paths."""
     if FOREIGN.get(text) in names:
         return FOREIGN[text]
-    if close := difflib.get_close_matches(text, names, n=1, cutoff=0.6):
-        return close[0]
+    if close := nearest(text, names):
+        return close
     ends = sorted({name.rpartition(".")[2] for name in names if "." in name})
     wanted = text.rpartition(".")[2] if "*" in text else text
-    close = difflib.get_close_matches(wanted, ends, n=1, cutoff=0.6)
-    return f"*.{close[0]}" if close else ""
+    close = nearest(wanted, ends)
+    return f"*.{close}" if close else ""
 
 
 def framework_of(value: Any) -> str | None:

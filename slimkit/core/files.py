@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -18,6 +19,9 @@ import numpy as np
 from slimkit.core import check
 from slimkit.core.errors import AbsolutePathError, FileFormatError, LinkPathError
 from slimkit.core.exchange import exchange
+
+# Files of a folder that are looked at for one of a near name.
+_MOST_NAMES = 1000
 
 PathLike = str | os.PathLike[str]
 Array = np.ndarray[Any, Any]
@@ -87,8 +91,16 @@ def readable_file(path: Any, name: str) -> Path:
     if file.is_symlink() and not is_hub_link(file):
         raise LinkPathError(f"{name} must not be a symbolic link. Received: {str(file)!r}")
     if not file.is_file():
-        raise FileFormatError(f"{name} must be an existing file. Received: {str(file)!r}")
+        raise FileFormatError(f"{name} must be an existing file. Received: {str(file)!r}{meant(file)}")
     return file
+
+
+def meant(path: Path) -> str:
+    """'. Did you mean ...?' for the file or folder that a path which does not exist stands for, or the empty string."""
+    beside = path.parent
+    names = [entry.name for entry in itertools.islice(beside.iterdir(), _MOST_NAMES)] if beside.is_dir() else []
+    found = "" if path.exists() else check.nearest(path.name, names)
+    return f". Did you mean {str(beside / found)!r}?" if found else ""
 
 
 def is_hub_link(path: Path) -> bool:

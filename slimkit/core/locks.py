@@ -61,12 +61,13 @@ def locked(folder: Path, option: str, *, inside: bool = False) -> Iterator[None]
                 file.unlink(missing_ok=True)
 
 
-def same_job(state: Path, job: Mapping[str, Any]) -> None:
+def same_job(state: Path, job: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> None:
     """Begin a job's state directory, or make sure that the one there is of the same job.
 
     Args:
         state: the directory.
         job: configuration and digests of everything that goes in, as plain JSON values.
+        defaults: what options that came since the job was begun mean where nobody sets them, in the shape of `job`.
 
     Raises:
         UnsupportedError: it was begun with something else; the message names what differs.
@@ -75,10 +76,34 @@ def same_job(state: Path, job: Mapping[str, Any]) -> None:
     if not file.exists():
         files.write_json(file, dict(job))
         return
-    found = files.read_json(file)
+    found = filled(files.read_json(file), job, defaults or {})
     changed = [k for k in job if found.get(k) != job[k]] + [k for k in found if k not in job]
     if changed:
         raise UnsupportedError(
             f"dst holds a run begun with another {', '.join(changed)}; resume with the same inputs, or remove "
             f"{str(state.parent)!r} to start over."
         )
+
+
+def filled(old: Any, new: Mapping[str, Any], defaults: Mapping[str, Any]) -> Any:
+    """What was kept of an earlier run, with the defaults of keys that it did not know: a key that came is no change.
+
+    Args:
+        old: as it was kept.
+        new: the same of today.
+        defaults: of today's keys, as far as they have one.
+
+    Example:
+        >>> filled({"plan": {"rate": 1}}, {"plan": {"rate": 1, "clip": 0}}, {"plan": {"rate": 3, "clip": 0}})
+        {'plan': {'rate': 1, 'clip': 0}}
+    """
+    if not isinstance(old, dict):
+        return old
+    whole = dict(old)
+    for key, value in new.items():
+        if key not in old:
+            if key in defaults:
+                whole[key] = defaults[key]
+        elif isinstance(value, Mapping) and isinstance(defaults.get(key), Mapping):
+            whole[key] = filled(old[key], value, defaults[key])
+    return whole

@@ -236,7 +236,9 @@ def _gap(want: Array, got: Array) -> float:
 
 
 def onnx_latency(files: Mapping[str, Any], inputs: Mapping[str, Array], budget_s: float = 2.0) -> dict[str, float]:
-    """Median milliseconds of each ONNX file in onnxruntime on this CPU, one thread, runs taken in turn.
+    """Median milliseconds of each ONNX file in onnxruntime on this CPU, runs taken in turn.
+
+    They are the one thread's own, in which the session runs: what other programs take of the processor is not in them.
 
     Args:
         files: label -> path; all take the same inputs.
@@ -253,7 +255,7 @@ def onnx_latency(files: Mapping[str, Any], inputs: Mapping[str, Array], budget_s
     while len(next(iter(times.values()))) < 5 or time.perf_counter() < end:
         # In turn, so that a drift of the machine's speed meets all of them alike.
         for label, session in sessions.items():
-            began = time.perf_counter()
+            began = time.thread_time()
             session.run(None, feeds[label])
-            times[label].append(1000 * (time.perf_counter() - began))
+            times[label].append(1000 * (time.thread_time() - began))
     return {label: statistics.median(values[1:]) for label, values in times.items()}

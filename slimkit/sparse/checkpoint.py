@@ -120,7 +120,7 @@ def _resume(
 ) -> Report:
     """Begin a job in `target`, or go on with it; the caller holds its lock."""
     state = target / STATE
-    same_job(state, job)
+    same_job(state, job, {"config": SparseConfig().to_dict(), "compute": "None"})
     files.settle(target)
     for part in target.rglob(".*.part"):  # a killed writer cannot clean up after itself
         shutil.rmtree(part) if part.is_dir() else part.unlink()

@@ -80,7 +80,7 @@ def task(kit, tmp_path, monkeypatch):
     (tmp_path / f"jobs_{kit.name}.py").write_text(text)
     monkeypatch.chdir(tmp_path)
     # Latency and pages are not looked at here, and measuring and drawing would take most of the time.
-    monkeypatch.setattr(kit.room("measurement"), "medians_ms", lambda calls, budget_s: [0.1] * len(calls))
+    monkeypatch.setattr(kit.room("measurement"), "fastest_ms", lambda calls, budget_s: [0.1] * len(calls))
     monkeypatch.setattr(report, "render", lambda _: "")
     return f"jobs_{kit.name}.py"
 
@@ -488,7 +488,7 @@ STACK = """
 def test_a_recipe_keeps_the_blocks_that_its_data_needs(kit, tmp_path, monkeypatch):
     (tmp_path / f"stack_{kit.name}.py").write_text(textwrap.dedent(STACK).replace("FRAMEWORK", repr(kit.name)))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(kit.room("measurement"), "medians_ms", lambda calls, budget_s: [0.1] * len(calls))
+    monkeypatch.setattr(kit.room("measurement"), "fastest_ms", lambda calls, budget_s: [0.1] * len(calls))
     monkeypatch.setattr(report, "render", lambda _: "")
     cut = {"arguments": {"layers": 2}, "keep_blocks": 2}
     facts = recipe(kit, f"stack_{kit.name}.py", tmp_path, {"cut": cut})["stages"][1]["facts"]

@@ -31,6 +31,34 @@ def refused(arguments, place):
     return str(done.exception)
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (("prun", "--model", "bert"), "Did you mean 'prune'"),
+        (("prune", "bert", "--keep-ratio", "0.5"), "A model is given by --model"),
+        (("prune", "--modle", "bert", "--keep-ratio", "0.5"), "--model"),
+        (("prune", "--model", "brt", "--keep-ratio", "0.5"), "Received: 'brt'. Did you mean 'bert'?"),
+        (("sparsify", "--model", "bert", "--method", "hesian"), "Did you mean 'hessian'?"),
+        (("inspect", "other/brt"), "Received: 'other/brt'"),
+        (("inspect", "brt"), "Did you mean 'bert'?"),
+        (("convert", "brt", "new"), "Did you mean 'bert'?"),
+        (("run", "recipe.yml"), "Did you mean 'recipe.yaml'?"),
+        (("schema", "--out", "recipe.yaml"), "--force replaces it"),
+    ],
+    ids=lambda value: " ".join(value[:3]) if isinstance(value, tuple) else "",
+)
+def test_what_is_mistyped_is_answered_by_what_was_meant(given, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    (tmp_path / "bert").mkdir()
+    (tmp_path / "recipe.yaml").write_text("version: 1\n")
+    out = ("--out", "x") if given[0] in ("prune", "prun", "sparsify") else ()
+    done = CliRunner().invoke(app, [*given, *out])
+    assert done.exit_code != 0
+    assert said in " ".join(f"{done.exception} {done.output}".replace("│", " ").split())
+    assert not (tmp_path / "x").exists()
+
+
 @pytest.fixture(scope="module")
 def here(tmp_path_factory):
     folder = tmp_path_factory.mktemp("mistakes")

@@ -158,6 +158,11 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(net, tmp_path, monkeypatch, com
     assert (type(stop), stop.code) == (Interrupted, 143)
     assert [f.name for f in (tmp_path / "cut").iterdir()] == [".slimkit-train"]
     assert "begun with another" in str(refused(*command, *net, *base, "--seed", 1, "-o", "cut"))
+    # As a version left it that did not know an option, on either level: at its default that is no other job.
+    job = tmp_path / "cut" / ".slimkit-train" / "job.json"
+    kept = json.loads(job.read_text())
+    del kept["plan"]["gradient_clip_value"]
+    job.write_text(json.dumps(kept))
     run(*command, *net, *base, "-o", "cut")
     assert tree(tmp_path / "cut") == tree(tmp_path / "whole")
 

@@ -199,3 +199,20 @@ def test_force_never_replaces_what_is_read_or_worked_in(tmp_path, monkeypatch):
     with pytest.raises(SlimkitError, match="symbolic link"), claim.claimed(tmp_path / "link", force=True):
         pass
     assert json.loads((model / "config.json").read_text()) == {}
+
+
+@TORCH
+def test_a_run_whose_stage_falls_short_says_so_and_ends_with_1(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = "\n\ndef data():\n    return {'train': batches(), 'example': inputs()[0]}\n"
+    (tmp_path / "m.py").write_text(tiny_models.TORCH_PLAIN + data)
+    for floor, code in ((0.9, 1), (0.1, 0)):
+        stage = f"prune: {{reserved_ratio: 0.4, node_reserved_ratio: {floor}, importance: l1}}"
+        (tmp_path / "r.yaml").write_text(
+            "version: 1\nname: r\nmodel: {factory: m.py:net, arguments: {width: 128}}\ndata: m.py:data\n"
+            f"stages:\n  - {stage}\n"
+        )
+        done = called(("run", "r.yaml"), f"out-{floor}")
+        assert done.exit_code == code, done.output
+        assert ("Not reached: 01-prune: parameters kept" in done.stdout) == bool(code)
+        assert (tmp_path / f"out-{floor}" / "report.html").exists()

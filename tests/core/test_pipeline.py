@@ -206,6 +206,23 @@ def test_another_recipe_in_the_same_folder_is_refused_and_restart_clears_it(fold
     assert found["stages"][2]["metrics"]["share"] == 0.75
 
 
+def test_options_that_came_since_a_run_was_begun_are_no_other_recipe(folder):
+    """Every option at its default is taken out of the record, as an earlier version would have left it."""
+    run_recipe(recipe(), folder, NumpyWing(), folder / "run")
+    marker = folder / "run" / "run.json"
+    record = json.loads(marker.read_text())
+    record["recipe"] = recipe().model_dump(mode="json", exclude_unset=True)
+    assert record["recipe"] != recipe().model_dump(mode="json")
+    marker.write_text(json.dumps(record))
+    idle = NumpyWing()
+    run_recipe(recipe(), folder, idle, folder / "run")
+    assert idle.ran == []
+    record["recipe"]["seed"] = 7
+    marker.write_text(json.dumps(record))
+    with pytest.raises(ConfigError, match="first difference: seed"):
+        run_recipe(recipe(), folder, NumpyWing(), folder / "run")
+
+
 def test_a_model_factory_that_changed_is_noticed_on_resume(folder):
     with pytest.raises(KeyboardInterrupt):
         run_recipe(recipe(), folder, NumpyWing(stop_at="prune"), folder / "run")

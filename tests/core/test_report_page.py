@@ -12,8 +12,9 @@ import textwrap
 import pytest
 
 from slimkit.core import files
+from slimkit.core.jobs import measurement
 from slimkit.core.jobs.framework import JobResult
-from slimkit.core.jobs.measurement import goal, medians_ms, summary_rows
+from slimkit.core.jobs.measurement import fastest_ms, goal, summary_rows
 from slimkit.core.run import report
 from slimkit.core.run.compare import compare_rows, render_comparison
 from slimkit.core.run.pipeline import run_recipe
@@ -84,8 +85,18 @@ def test_dense_and_final_are_timed_in_turn_and_a_look_is_no_new_measurement(made
 
 def test_calls_are_timed_in_turn():
     order = []
-    medians_ms([lambda: order.append("dense"), lambda: order.append("final")], 1e-9)
-    assert order == ["dense", "final"] * 3
+    fastest_ms([lambda: order.append("dense"), lambda: order.append("final")], 1e-9)
+    assert order == ["dense", "final", "final", "dense", "dense", "final"]
+
+
+def test_what_else_runs_on_the_machine_is_in_no_figure(monkeypatch):
+    clock, waits = [0.0], iter([0, 0, 20, 0, 20, 0] * 100)
+
+    def call(seconds):
+        clock[0] += seconds + next(waits)
+
+    monkeypatch.setattr(measurement.time, "perf_counter", lambda: clock[0])
+    assert fastest_ms([lambda: call(0.002), lambda: call(0.001)], 50) == pytest.approx([2, 1])
 
 
 def test_a_report_of_an_earlier_version_shows_what_it_has(made):

@@ -16,7 +16,7 @@ from slimkit.core.match import match
 from slimkit.core.run.pipeline import run_recipe
 from slimkit.core.run.recipe import load_recipe
 from slimkit.core.weights.blocks import PruneConfig
-from tests.core.test_pipeline import NumpyWing, folder, recipe  # noqa: F401  # `folder` is a fixture
+from tests.core.test_pipeline import NumpyWing, folder, pictures, recipe  # noqa: F401  # two are fixtures
 
 RECIPE = """
 version: 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import random
 import shutil
@@ -159,6 +160,24 @@ def test_a_bfloat16_folder_is_computed_in_float32_and_stays_bfloat16(method, hal
     for (name, a), b in zip(ours.state_dict().items(), whole.state_dict().values()):
         assert torch.equal(a == 0, b == 0), name
         torch.testing.assert_close(a.float(), b, atol=0, rtol=2**-7, msg=name)  # a bit where the sum fell on an edge
+
+
+def test_a_run_begun_before_an_option_came_goes_on(source, data, tmp_path, monkeypatch):
+    from slimkit.sparse import checkpoint
+
+    config = SparseConfig(method="hessian")
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_finish", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            checkpoint.sparsify_checkpoint(source("llama"), tmp_path / "out", config, data)
+    (job,) = (tmp_path / "out").rglob("job.json")
+    kept = json.loads(job.read_text())
+    del kept["config"]["weight_bits"], kept["config"]["outliers"], kept["compute"]
+    job.write_text(json.dumps(kept))
+    with pytest.raises(UnsupportedError, match="another config"):
+        changed = SparseConfig(method="hessian", weight_bits=8)
+        checkpoint.sparsify_checkpoint(source("llama"), tmp_path / "out", changed, data)
+    assert checkpoint.sparsify_checkpoint(source("llama"), tmp_path / "out", config, data)["ratio"] == 0.5
 
 
 def test_what_is_computed_in_is_part_of_the_job(halves, data, tmp_path, caplog):

@@ -3,7 +3,7 @@
     OMP_WAIT_POLICY=PASSIVE python tools/bench/sparse.py --widths 1024 2048
     python tools/bench/sparse.py --speed --widths 1024  times in turn: plain loop, hessian, par and the lower bound
     python tools/bench/sparse.py --memory               memory of sparsify_checkpoint on a Llama of eight blocks
-    python tools/bench/sparse.py --allocation           equal against measured ratios on MiniLM, on other text
+    python tools/bench/sparse.py --allocation           equal, OWL's and measured ratios on MiniLM, on other text
 
 What is left of the pretrained MiniLM's sentence embeddings is measured by tools/bench/sparse_text.py.
 
@@ -14,6 +14,7 @@ log-normal channel scales (sigma 0.9) and 0.5 % of the channels 20 times larger.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import resource
 import statistics
@@ -24,6 +25,7 @@ import threading
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from slimkit.core.sparse.config import SparseConfig
 from slimkit.core.sparse.maths.layer import SparseLayer
@@ -215,20 +217,57 @@ def solve_once(method: str) -> None:
     solve(layer, torch.randn(300, 300), moments, 0.5, SparseConfig(method=method))
 
 
+def by_outliers(model: torch.nn.Module, batches: Any, ratio: float, reach: float = 0.08, above: float = 5) -> Any:
+    """Ratios by block as OWL chooses them (Yin et al. 2024, section 3.2): blocks with many outliers keep more.
+
+    An outlier is a weight times its input's norm that is more than `above` times the block's mean.
+    """
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    squares = dict.fromkeys(layers, 0.0)
+
+    def seen(name: str) -> Any:
+        def hook(_module: Any, args: Any) -> None:
+            squares[name] = squares[name] + args[0].reshape(-1, args[0].shape[-1]).square().sum(0)
+
+        return hook
+
+    hooks = [m.register_forward_pre_hook(seen(n)) for n, m in layers.items()]
+    with torch.no_grad():
+        for batch in batches:
+            model(**batch)
+    for handle in hooks:
+        handle.remove()
+    blocks: dict[str, list[torch.Tensor]] = {}
+    for name, layer in layers.items():
+        scores = (layer.weight.detach().abs() * squares[name].sqrt()).reshape(-1)
+        blocks.setdefault(name.split("layer.")[1].split(".")[0], []).append(scores)
+    together = {block: torch.cat(parts) for block, parts in blocks.items()}
+    found = {block: float((s > above * s.mean()).float().mean()) for block, s in together.items()}
+    low, high = min(found.values()), max(found.values())
+    moved = {block: (share - low) / (high - low) * 2 * reach for block, share in found.items()}
+    middle = statistics.mean(moved.values())
+    return {n: ratio - moved[n.split("layer.")[1].split(".")[0]] + middle for n in layers}
+
+
 def allocation(methods: list[str], ratios: list[float]) -> None:
-    """Cosine of MiniLM's embeddings to the dense model's with equal and with measured ratios, and which was kept."""
+    """Cosine of MiniLM's embeddings to the dense model's with equal ratios, OWL's and measured ones; which was kept."""
     from sparse_text import Texts, fresh
 
     from slimkit.sparse import Compressor
 
     texts = Texts(seed=0, batches=5, held_out=256)
-    print("| method, ratio | equal | uniform=False | kept |\n|---|---|---|---|")
+    print("| method, ratio | equal | OWL | uniform=False | kept |\n|---|---|---|---|---|")
     for method, ratio in itertools.product(methods, ratios):
         cells = []
-        for uniform in (True, False):
+        for how in ("equal", "owl", "measured"):
             model = fresh()
-            config = SparseConfig(method=method, sparse_ratio=ratio, uniform=uniform)
-            report = Compressor(model, config).compress(texts.calibration)
+            config = SparseConfig(method=method, sparse_ratio=ratio, uniform=how == "equal")
+            with contextlib.ExitStack() as stack:
+                if how == "owl":
+                    chosen = by_outliers(model, texts.calibration, ratio)
+                    given = lambda *_, chosen=chosen: (chosen, {"kept": "owl"})
+                    stack.enter_context(mock.patch("slimkit.core.sparse.compress.measured", given))
+                report = Compressor(model, config).compress(texts.calibration)
             cells.append(f"{texts.cosine(model):.4f}")
         print(f"| {method}, {ratio} |", " | ".join(cells), f"| {report['allocation']['kept']} |", flush=True)
 

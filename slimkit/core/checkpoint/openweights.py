@@ -87,7 +87,9 @@ def locate(path: files.PathLike, name: str = "weight_file_path") -> Path:
             )
         found = whole
     elif not (found.is_file() or found.is_symlink()):
-        raise FileFormatError(f"{name} must be an existing file or folder. Received: {str(found)!r}")
+        raise FileFormatError(
+            f"{name} must be an existing file or folder. Received: {str(found)!r}{files.meant(found)}"
+        )
     plain_file(found)
     return found
 

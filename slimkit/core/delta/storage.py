@@ -128,7 +128,7 @@ def load(
     """Put saved deltas on a model, in place; see `load_delta` of the wings."""
     folder = files.as_path(directory, "directory")
     if not folder.is_dir():
-        raise FileFormatError(f"directory must be an existing folder. Received: {str(folder)!r}")
+        raise FileFormatError(f"directory must be an existing folder. Received: {str(folder)!r}{files.meant(folder)}")
     if name is not None:
         delta_name(name)
     check.boolean(freeze, "freeze")

@@ -90,6 +90,15 @@ def fit(
     }
 
 
+def defaults(kind: type[FitOptions]) -> dict[str, Any]:
+    """What options that may be left out are then, as plain JSON values."""
+    from pydantic_core import to_jsonable_python
+
+    fields = {k: f for k, f in kind.model_fields.items() if not f.is_required()}
+    found: dict[str, Any] = to_jsonable_python({k: f.get_default(call_default_factory=True) for k, f in fields.items()})
+    return found
+
+
 def begin(options: FitOptions, out: Path, run: FitRun, job: Mapping[str, Any]) -> Path:
     """Begin a run's state in its folder, or make sure that the one there is of the same job.
 
@@ -104,7 +113,8 @@ def begin(options: FitOptions, out: Path, run: FitRun, job: Mapping[str, Any]) -
         shutil.rmtree(state)
     plan = {key: getattr(options, key) for key in FitOptions.model_fields} | {"seed": run.seed}
     # As JSON gives it back, so that tuples compare like the lists that were read.
-    same_job(state, json.loads(json.dumps({**job, "plan": plan})))
+    usual = defaults(type(options))
+    same_job(state, json.loads(json.dumps({**job, "plan": plan})), {**usual, "plan": usual})
     return state
 
 

@@ -67,7 +67,7 @@ def kind_of(path: Path) -> str:
             return "desc"
         return "onnx" if path.suffix == ".onnx" else "weights"
     if not path.is_dir():
-        raise FileFormatError(f"path must be an existing file or folder. Received: {str(path)!r}")
+        raise FileFormatError(f"path must be an existing file or folder. Received: {str(path)!r}{files.meant(path)}")
     if (path / "report.json").exists() or (path / "run.json").exists():
         return "run"
     for name, kind in OTHERS.items():

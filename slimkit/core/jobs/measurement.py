@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -51,7 +50,7 @@ class Measurement:
         zeros: how many entries of layer weights are exactly zero.
         macs: multiply-accumulates of its layers for the example input.
         parameter_bytes: memory of the parameters.
-        latency_ms: median time of one forward on the example input, in the framework itself; with one thread in
+        latency_ms: time of the fastest forward on the example input, in the framework itself; with one thread in
             PyTorch, with MindSpore's own choice of threads there, which a running process cannot change.
         layers: the layers with weights, in the model's order.
         dense_ms: the same of the dense model, taken in turn with this one, so that a busy machine slows both; None
@@ -82,7 +81,7 @@ class Measurement:
             layers: the layers with weights, in the model's order.
             parameters: each parameter once as (number of entries, bytes, whether it trains).
             zeros: exact zeros in the layers' weights, a shared weight counted once.
-            latency_ms: median time of one forward.
+            latency_ms: time of the fastest forward.
             dense_ms: that of the dense model, taken in turn.
         """
         rows, counts = tuple(layers), list(parameters)
@@ -173,15 +172,18 @@ def summary_rows(report: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     return rows
 
 
-def medians_ms(calls: Sequence[Callable[[], Any]], budget_s: float) -> list[float]:
-    """Median milliseconds of each call, taken in turn, so that a drift of the machine's speed meets all of them alike.
+def fastest_ms(calls: Sequence[Callable[[], Any]], budget_s: float) -> list[float]:
+    """Milliseconds of the fastest of each call's runs, taken in turn, every other round backwards.
+
+    A busy machine stops a process for longer than a small forward takes: means and medians then tell of the neighbours,
+    and always hit the same one of two calls where their rhythm meets the scheduler's.
 
     Args:
         calls: what to time; each returns when its work is done. The first round warms up and does not count.
         budget_s: seconds to spend on all; at least three rounds are made, and at most 200. 0 makes none: NaN.
 
     Example:
-        >>> len(medians_ms([lambda: None, lambda: None], 0.001))
+        >>> len(fastest_ms([lambda: None, lambda: None], 0.001))
         2
     """
     if budget_s == 0:
@@ -189,12 +191,12 @@ def medians_ms(calls: Sequence[Callable[[], Any]], budget_s: float) -> list[floa
     rounds: list[list[float]] = []
     end = time.perf_counter() + budget_s
     while len(rounds) < 3 or (time.perf_counter() < end and len(rounds) < 200):
-        rounds.append([])
-        for call in calls:
+        rounds.append([0.0] * len(calls))
+        for at in range(len(calls))[:: 1 if len(rounds) % 2 else -1]:
             began = time.perf_counter()
-            call()
-            rounds[-1].append(time.perf_counter() - began)
-    return [round(1000 * statistics.median(times), 4) for times in zip(*rounds[1:])]
+            calls[at]()
+            rounds[-1][at] = time.perf_counter() - began
+    return [round(1000 * min(times), 4) for times in zip(*rounds[1:])]
 
 
 def show(value: float, unit: str) -> str:

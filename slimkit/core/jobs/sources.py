@@ -19,7 +19,7 @@ import numpy as np
 from slimkit.core import check
 from slimkit.core.calibration import OWN
 from slimkit.core.errors import ConfigError, FileFormatError
-from slimkit.core.files import read_tensors, readable_file
+from slimkit.core.files import meant, read_tensors, readable_file
 from slimkit.core.jobs.documents import is_chat
 from slimkit.core.lazy import library
 from slimkit.core.yamltext import parse_yaml
@@ -60,7 +60,9 @@ class ModelPlace:
         if self.arguments and self.factory is None:
             raise ConfigError("--arg is for the function of --factory")
         if self.model is not None and not self.model.exists():
-            raise FileFormatError(f"--model must be an existing file or directory. Received: {str(self.model)!r}")
+            raise FileFormatError(
+                f"--model must be an existing file or directory. Received: {str(self.model)!r}{meant(self.model)}"
+            )
 
     def make(self) -> Any:
         """Call the factory."""

@@ -22,7 +22,7 @@ from slimkit.core.locks import locked
 from slimkit.core.log import logger
 from slimkit.core.run.checking import check_data, check_stages
 from slimkit.core.run.language import Evaluation
-from slimkit.core.run.recipe import RUN_FORMAT, Recipe
+from slimkit.core.run.recipe import RUN_FORMAT, Recipe, parse_recipe
 from slimkit.core.run.report import write_report
 
 SHRINKING = ("prune", "cut", "sparsify")
@@ -196,8 +196,8 @@ class _Run:
             marker.unlink(missing_ok=True)
         if marker.exists():
             earlier = read_json(marker, "run record")
-            if earlier.get("recipe") != identity["recipe"]:
-                changed = _first_difference(earlier.get("recipe"), identity["recipe"])
+            if (recipe := _of_today(earlier.get("recipe"))) != identity["recipe"]:
+                changed = _first_difference(recipe, identity["recipe"])
                 raise ConfigError(
                     f"output: {self.output} holds a run of another recipe (first difference: {changed}). "
                     "Choose another output, or pass --restart to throw that run away."
@@ -369,6 +369,14 @@ def environment(versions: Mapping[str, str]) -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "versions": dict(versions),
     }
+
+
+def _of_today(recipe: Any) -> Any:
+    """A recipe that an earlier version kept, with the options that came since at their defaults."""
+    try:
+        return parse_recipe(recipe).model_dump(mode="json")
+    except (ConfigError, TypeError, ValueError):  # an option that went, or a file that is no recipe: told below
+        return recipe
 
 
 def _first_difference(old: Any, new: Any, path: str = "") -> str:

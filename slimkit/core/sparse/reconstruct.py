@@ -119,7 +119,7 @@ def token_weights(target: Array, valid: Array | None) -> tuple[Array, Array]:
     counts = xp.ones_like(power)
     if valid is not None and valid.shape == power.shape[:-1] and target.ndim == 3:
         counts = counts * xp.astype(valid, power.dtype)[..., None]
-    mean = xp.sum(power * counts) / xp.clip(xp.sum(counts), 1, None)
+    mean = xp.sum(power * counts) / xp.clip(xp.sum(counts), 1.0, None)
     return counts / (power + FLOOR * mean + TINY), counts
 
 

@@ -91,7 +91,8 @@ class IntegerGrid:
     def nearest(self, values: Array) -> Array:
         xp = namespace(values)
         step, most = self.step if values.ndim == 2 else self.step[:, 0], 2 ** (self.bits - 1) - 1
-        return xp.clip(xp.round(values / step), -most, most) * step
+        limit = float(most)  # array-api-compat 1.9 clips numbers of another type by no int
+        return xp.clip(xp.round(values / step), -limit, limit) * step
 
     def pinned(self, weight: Array) -> Array:
         xp = namespace(weight)
