@@ -99,6 +99,26 @@ def test_alike_variables_keep_equal_numbers_and_unknown_ones_all(rng):
     assert found.total <= 180
 
 
+def test_a_width_that_all_layers_share_comes_as_near_as_its_steps_allow(rng):
+    losses = {f"d{k}": rng.random(1536).cumsum() for k in range(30)}
+    counted = account(dict.fromkeys(losses, 1536))
+    total = counted.count(np.full(30, 1536))
+    for keep in np.linspace(0.5, 0.97, 12):
+        found = knapsack.measured(counted, [1536] * 30, keep * total, 0.1, 16, losses, [0] * 30)
+        assert 0 <= keep - found.total / total < 16 / 1536
+
+
+def test_no_variable_keeps_more_than_it_may(rng):
+    losses = {f"d{k}": rng.random(8).cumsum() for k in range(3)}
+    counted = account(dict.fromkeys(losses, 8))
+    free = knapsack.measured(counted, [8] * 3, 0.9 * counted.count(np.full(3, 8)), 0.1, 1, losses, None)
+    for target in (free.total, 0.6 * free.total):
+        most = [min(5, n) for n in free.keep.values()]
+        found = knapsack.measured(counted, [8] * 3, target, 0.1, 1, losses, None, most)
+        assert all(n <= m for n, m in zip(found.keep.values(), most))
+        assert found.total <= target
+
+
 def test_widths_that_multiply_one_another_stay_within_the_target(rng):
     sizes = {f"d{k}": 16 for k in range(4)}
     chain = Account.of_terms([["d0", "d1"], ["d1", "d2"], ["d2", "d3"]], sizes)

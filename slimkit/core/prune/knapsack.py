@@ -11,7 +11,9 @@ from slimkit.core.prune.allocate import Account, Allocation
 
 Array = np.ndarray[Any, Any]
 
-_LEVELS = 48  # choices of one variable; more than these differ by less than a loss can be foretold
+# Choices of one variable at least, and of all together where few variables stand for many layers: coarser ones would
+# miss the target by a step of all those layers.
+_LEVELS, _ALL_LEVELS = 48, 2880
 _ROUNDS = 8
 
 
@@ -88,7 +90,8 @@ def cheapest(
     if account.count(floors) >= target:
         return floors
     groups = [g[known[g]] for g in together if known[g].any()]
-    choices = [_choices(int(ceilings[g[0]]), int(floors[g[0]]), int(steps[g[0]])) for g in groups]
+    levels = max(_LEVELS, _ALL_LEVELS // max(1, len(groups)))
+    choices = [_choices(int(ceilings[g[0]]), int(floors[g[0]]), int(steps[g[0]]), levels) for g in groups]
     prices: list[Array] = []
     for group, numbers in zip(groups, choices):
         rising = [np.concatenate([[0.0], np.sort(losses[account.names[k]])]) for k in group]
@@ -122,10 +125,10 @@ def foretold(full: Mapping[str, int], keep: Mapping[str, int], losses: Mapping[s
     return float(sum(np.sort(losses[name])[full[name] - keep[name] - 1] for name in cut))
 
 
-def _choices(most: int, floor: int, step: int) -> list[int]:
+def _choices(most: int, floor: int, step: int, levels: int) -> list[int]:
     numbers = sorted({*range(-(-floor // step) * step, most, step), floor, most})
-    if len(numbers) > _LEVELS:
-        numbers = sorted({numbers[k] for k in np.linspace(0, len(numbers) - 1, _LEVELS).round().astype(int)})
+    if len(numbers) > levels:
+        numbers = sorted({numbers[k] for k in np.linspace(0, len(numbers) - 1, levels).round().astype(int)})
     return numbers
 
 
