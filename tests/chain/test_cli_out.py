@@ -207,7 +207,7 @@ def test_a_run_whose_stage_falls_short_says_so_and_ends_with_1(tmp_path, monkeyp
     data = "\n\ndef data():\n    return {'train': batches(), 'example': inputs()[0]}\n"
     (tmp_path / "m.py").write_text(tiny_models.TORCH_PLAIN + data)
     for floor, code in ((0.9, 1), (0.1, 0)):
-        stage = f"prune: {{reserved_ratio: 0.4, node_reserved_ratio: {floor}, importance: l1}}"
+        stage = f"prune: {{reserved_ratio: 0.4, node_reserved_ratio: {floor}, importance: l1, un_prune_list: []}}"
         (tmp_path / "r.yaml").write_text(
             "version: 1\nname: r\nmodel: {factory: m.py:net, arguments: {width: 128}}\ndata: m.py:data\n"
             f"stages:\n  - {stage}\n"
