@@ -14,7 +14,7 @@ from slimkit.core.jobs.signals import Terminated, terminating
 EXITS = {
     0: "done",
     1: "done, and something was found that a person must look at (`check`, `migrate`, `compare --fail-if`, a ratio "
-    "that `prune` did not reach)",
+    "that `prune`, `sparsify` or a stage of `run` did not reach)",
     2: "something given is wrong, missing or cannot be read or written; nothing was half written",
     70: "a bug in slimkit or in a library: the traceback is printed",
     130: "interrupted (Ctrl-C); the message says how to go on",

@@ -40,7 +40,7 @@ def sparsify(
     """
     with session("sparsify", output) as talk:
         from slimkit.core.jobs import cards, claim, commands
-        from slimkit.core.jobs.work import sparse_headline
+        from slimkit.core.jobs.work import sparse_goal, sparse_headline
 
         place = places.model(network)
         data = places.calibration(calib, text_key, samples, max_length, batch_size, seed)
@@ -72,9 +72,14 @@ def sparsify(
             talk.table("Output error by block", ("block", "mean", "largest"), blocks, limit=40)
         if worst:
             talk.line("Worst layers: " + ", ".join(f"{name} {error:.4f}" for name, error in worst))
+        goal = sparse_goal(report)
+        if goal["missed"]:
+            talk.line(f"Not reached: {goal['what']} {goal['reached']:.3f}, asked for {goal['asked']}")
         talk.line(f"Written: {out}")
         talk.line(_measure(place, out, report))
         talk.result({"model": places.say_where(place), "out": out, **report})
+    if goal["missed"]:
+        raise typer.Exit(1)
 
 
 def _measure(place: ModelPlace, out: Path, report: dict[str, Any]) -> str:

@@ -441,7 +441,7 @@ def test_a_registered_method_is_a_word_of_both_doors(kit, task, tmp_path):
             register_sparse_method("every", SparseMethod(every, needs_data=False, options={"step": 2}))
         """)
     )
-    stage = {"sparsify": {"method": "every", "options": {"step": 4}}}
+    stage = {"sparsify": {"method": "every", "options": {"step": 4}, "sparse_ratio": 0.25}}
     assert "must be one of" in str(checked(kit, task, tmp_path, stage).exception)
     try:
         facts = recipe(kit, task, tmp_path, stage, imports=["mine.py"])["stages"][1]["facts"]
@@ -449,7 +449,10 @@ def test_a_registered_method_is_a_word_of_both_doors(kit, task, tmp_path):
         del METHODS["every"]
         given = ["--import", "mine.py", "sparsify", "-f", kit.name, "--factory", f"{task}:net", "--method", "every"]
         (tmp_path / "mine.py").rename(tmp_path / "again.py")
-        done = CliRunner().invoke(app, ["--import", "again.py", *given[2:], "--set", "step=4", "-o", "s", "--json"])
+        given = ["--import", "again.py", *given[2:], "--set", "step=4", "--json"]
+        done = CliRunner().invoke(app, [*given, "-o", "short"])
+        assert (done.exit_code, json.loads(done.stdout)["ratio"]) == (1, 0.25)  # half was asked for
+        done = CliRunner().invoke(app, [*given, "--sparsity", "0.25", "-o", "s"])
         assert done.exit_code == 0, done.exception
         assert json.loads(done.stdout)["ratio"] == 0.25
     finally:

@@ -66,7 +66,6 @@ def test_what_mindspore_lacks_says_so(tmp_path):
     for arguments, kind, words in (
         (("prune", "--framework", "mindspore", "-m", ".", "-o", "x"), ConfigError, "--factory"),
         (("sparsify", *CELL, "--calib", "t.jsonl", "-o", "x"), ConfigError, "tokenizer"),
-        (("export", *CELL, "-o", "x.onnx"), ConfigError, "--example"),
         (("export", *CELL, *SHAPE, "--format", "w16a16s", "-o", "x"), ConfigError, "config.json"),
         (
             ("distill", "-f", "mindspore", "-m", ".", "-d", "x.npy", "--student-arg", "a=1", "-o", "x"),

@@ -18,8 +18,9 @@ NUMBER = re.compile(r"\d+(?:\.\d+)?%?")
 
 def shown(cell) -> str:
     """What a cell shows, as text."""
+    # A stream comes in as many pieces as the kernel happened to send.
     parts = [o["text"] if o.output_type == "stream" else o.get("data", {}).get("text/plain", "") for o in cell.outputs]
-    return "\n".join(parts).strip()
+    return "\n".join(line for part in parts for line in part.splitlines() if line)
 
 
 def alike(kept: str, today: str) -> bool:

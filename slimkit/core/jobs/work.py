@@ -217,19 +217,20 @@ def sparsify(model: Any, options: SparsifyOptions, context: JobContext) -> JobRe
     config = options.build()
     batches = context.calibration(options.calibration_batches) if config.needs_data else None
     report = _plain(context.face.slim.Compressor(model, config).compress(batches))
-    asked, reached = config.sparse_ratio, report["zeros"] / report["weights"] if report["weights"] else 0.0
-    short = report["zeros"] < asked * report["weights"] - len(report["layers"])  # a layer's share is rounded
-    facts = {
-        "headline": sparse_headline(report),
-        "goal": goal("weights set to zero", asked, reached, short),
-        "report": report,
-    }
+    facts = {"headline": sparse_headline(report), "goal": sparse_goal(report), "report": report}
     return JobResult(model, edit={"sparse": list(report["layers"])}, facts=facts)
 
 
 def _plain(report: Any) -> Mapping[str, Any]:
     plain: Mapping[str, Any] = report if isinstance(report, dict) else report.to_dict()
     return plain
+
+
+def sparse_goal(report: Mapping[str, Any]) -> dict[str, Any]:
+    """The share of zeros that a report of sparsity was asked for, and what it reached."""
+    asked, reached = report["config"]["sparse_ratio"], report["zeros"] / report["weights"] if report["weights"] else 0.0
+    short = report["zeros"] < asked * report["weights"] - len(report["layers"])  # a layer's share is rounded
+    return goal("weights set to zero", asked, reached, short)
 
 
 def sparse_headline(report: Mapping[str, Any]) -> str:
