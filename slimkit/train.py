@@ -120,7 +120,9 @@ class Trainer(TrainerLoop):
                 raise ConfigError("model: no parameter wants a gradient, so there is nothing to train")
             make = self.optimizer or (lambda parameters: torch.optim.AdamW(parameters, lr=1e-3))
             self.optimizer = check.function(make, "optimizer")(wanted)
-        asked = inspect.signature(self.optimizer.step).parameters.values()
+        # The class is asked: a scheduler puts a function of its own in the place of the object's method.
+        step = getattr(type(self.optimizer), "step", None)
+        asked = [] if step is None else list(inspect.signature(step).parameters.values())[1:]
         if any(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in asked):
             name = type(self.optimizer).__name__
             raise ConfigError(f"optimizer: {name}.step needs a closure that runs the model again; Trainer gives none")

@@ -226,7 +226,7 @@ def run_calibration(bench: Bench) -> None:
 
 def run_prune(bench: Bench) -> None:
     batches = bench.calibration()
-    ids = torch.cat([batch["input_ids"] for batch in batches])
+    ids = torch.cat(list(batches))
     only = bench.asked.only or ["slimkit", "free", *llm_prune.PEERS]
     seen = llm_prune.Seen(bench.dense, ids) if set(only) & llm_prune.PEERS.keys() else None
     shape = llm_prune.Shape(bench.dense)
