@@ -147,8 +147,9 @@ def convert(
             if target is None or only:
                 found = _plan(src, place, nets, asked, whole=whole)
             if target is not None:
-                work = _whole if whole else _convert
-                found = work(src, target, nets, asked, _inputs(example), not no_manifest, tolerance).as_dict()
+                found = _convert(
+                    src, target, nets, asked, _inputs(example), not no_manifest, tolerance, whole=whole
+                ).as_dict()
         renamed, relaid, gap = len(found["renamed"]), len(found["relaid"]), found["largest_difference"]
         if output.dry_run:
             talk.line(f"would convert to {found['to']}: {renamed} names change, {relaid} layouts")
@@ -268,28 +269,16 @@ def _convert(
     inputs: Any,
     manifest: bool,
     tolerance: float,
+    *,
+    whole: bool,
 ) -> ConvertReport:
+    """Convert a file, or with `whole` a directory and what lies beside its weights."""
     from slimkit.core.convert import stream
-
-    return stream.convert(
-        src, dst, source_net=nets[0], result_net=nets[1], inputs=inputs, with_manifest=manifest, torch=_torch,
-        judge=_judge(tolerance), **asked,
-    )  # fmt: skip
-
-
-def _whole(
-    src: Path,
-    out: Path,
-    nets: tuple[Any, Any],
-    asked: dict[str, Any],
-    inputs: Any,
-    manifest: bool,
-    tolerance: float,
-) -> ConvertReport:
     from slimkit.core.jobs.converting import convert_folder
 
-    return convert_folder(
-        src, out, source_net=nets[0], result_net=nets[1], inputs=inputs, with_manifest=manifest, torch=_torch,
+    work = convert_folder if whole else stream.convert
+    return work(
+        src, dst, source_net=nets[0], result_net=nets[1], inputs=inputs, with_manifest=manifest, torch=_torch,
         judge=_judge(tolerance), **asked,
     )  # fmt: skip
 
