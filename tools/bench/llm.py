@@ -23,6 +23,7 @@ import json
 import logging
 import math
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
@@ -40,8 +41,10 @@ from slimkit import (
     TeacherCache,
     Trainer,
     calibration,
+    emulate_w8a8s,
     get_distill_model,
     own_text,
+    save_w8a8s,
 )
 from slimkit.core.ascend.entropy import byte_entropy
 from slimkit.core.compare.intervals import draws
@@ -60,6 +63,7 @@ SPARSE = (
     *("par 0.5 residual", "par 0.7 residual", "hessian 0.7 free", "par 0.7 free", "par 0.5 free"),
     *("hessian 0.5 swaps", "wanda 0.5 swaps", "par 0.5 swaps", "block 0.5", "block 2:4"),
     *("par 0.3", "par 0.3 bits", "par 0.3 rounded"),  # 2 bits of mantissa, while solving or afterwards
+    *("par 0.4", "par 0.4 int8", "par 0.4 w8a8s", "par 0.4 w8a8s percentile"),  # whole numbers; inputs too, by ranges
 )
 CALIBRATION = (
     *("all 4x512", "all 16x512", "all 64x128", "all 16x128", "all 64x512"),
@@ -184,6 +188,7 @@ def sparsified(text: str, batches: Any) -> Callable[[nn.Module], dict[str, float
         swaps=1_000 if "swaps" in switches else 0,
         mantissa_bits=2 if "bits" in switches else None,
         outliers=0.02 if "bits" in switches else 0.0,
+        weight_bits=8 if {"int8", "w8a8s"} & set(switches) else None,
     )
 
     def make(model: nn.Module) -> dict[str, float]:
@@ -197,6 +202,12 @@ def sparsified(text: str, batches: Any) -> Callable[[nn.Module], dict[str, float
             weight = layer.weight.data
             layer.weight.data = on_grid(weight, weight != 0, None, FloatGrid(2), 0.02)[0]
         halves = np.concatenate([layer.weight.detach().half().numpy().reshape(-1) for layer in layers])
+        if "w8a8s" in switches:
+            ranges = "percentile" if "percentile" in switches else "minmax"
+            with tempfile.TemporaryDirectory() as folder:
+                entropy = save_w8a8s(folder, model, batches, ranges=ranges).entropy_bits
+                emulate_w8a8s(model, folder)
+            return {"bits": entropy}
         return {"bits": byte_entropy(halves)}
 
     return make
