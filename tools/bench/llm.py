@@ -3,7 +3,7 @@
     python -m tools.bench.llm sparse --model DIR --text FOLDER --out llm.jsonl
     python -m tools.bench.llm prune --keep 0.9 0.8 0.7 0.5 ...
     python -m tools.bench.llm calibration ...
-    python -m tools.bench.llm distill --student SMALL ...   SMALL: a folder that transformers opens
+    python -m tools.bench.llm distill --student SMALL ...   SMALL: a folder that transformers opens, or 'par 2:4'...
     python -m tools.bench.llm table ...                     what the file holds
 
 DIR is a language model's folder, FOLDER what `tools/recipes/smollm_text.py FOLDER` wrote. Judged as `slimkit compare`
@@ -42,6 +42,7 @@ from slimkit import (
     Trainer,
     calibration,
     emulate_w8a8s,
+    freeze_zeros,
     get_distill_model,
     own_text,
     save_w8a8s,
@@ -252,10 +253,19 @@ def run_prune(bench: Bench) -> None:
 
 
 def run_distill(bench: Bench) -> None:
-    """A smaller model taught by the dense one's logits on the training text, kept on disk; judged on the way."""
+    """A smaller model taught by the dense one's logits on the training text, kept on disk; judged on the way.
+
+    A folder's model learns as it is, a cell of `sparse` with its zeros kept.
+    """
     import transformers
 
-    student = transformers.AutoModelForCausalLM.from_pretrained(bench.asked.student, dtype=torch.float32)
+    name = Path(bench.asked.student).name
+    if Path(bench.asked.student).is_dir():
+        student = transformers.AutoModelForCausalLM.from_pretrained(bench.asked.student, dtype=torch.float32)
+    else:
+        student = copy.deepcopy(bench.dense)
+        sparsified(bench.asked.student, bench.calibration())(student)
+        freeze_zeros(student.requires_grad_(True))
     number = max(bench.asked.tokens) // bench.asked.length
     batches = list(bench.calibration(bench.texts("training"), number))
     outputs = {"t_output_idx": "logits", "s_output_idx": "logits"}
@@ -266,7 +276,6 @@ def run_distill(bench: Bench) -> None:
     spent, done = time.process_time() - begun, 0
     dual = get_distill_model(teacher, student, config)
     optimizer = torch.optim.AdamW(student.parameters(), lr=bench.asked.learning_rate, weight_decay=0.0)
-    name = Path(bench.asked.student).name
     bench.measure(f"{name} + 0 tokens", lambda _: student)
     for tokens in sorted(bench.asked.tokens):
         until, begun = tokens // bench.asked.length, time.process_time()
@@ -302,7 +311,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", help="cells of the job, such as 'par 2:4'; all of them by default")
     parser.add_argument("--cells", nargs="+", default=["hessian 0.5", "hessian 2:4"], help="what calibration judges by")
     parser.add_argument("--keep", type=float, nargs="+", default=[0.9, 0.8, 0.7, 0.5], help="shares for prune")
-    parser.add_argument("--student", help="folder for distill")
+    parser.add_argument("--student", help="of distill: a folder, or a cell of sparse such as 'par 2:4'")
     parser.add_argument("--tokens", type=int, nargs="+", default=[16_384, 65_536, 262_144], help="to distil on")
     parser.add_argument("--learning-rate", type=float, default=1e-4)
     asked = parser.parse_args()
