@@ -107,6 +107,7 @@ from slimkit.prune import PruneTorch as PruneTorch
 from slimkit.prune import Pruner as Pruner
 from slimkit.pruned import load_pruned as load_pruned
 from slimkit.pruned import save_pruned as save_pruned
+from slimkit.pruned_folder import prune_checkpoint as prune_checkpoint
 from slimkit.sparse import Compressor as Compressor
 from slimkit.sparse import FrozenZeros as FrozenZeros
 from slimkit.sparse import freeze_zeros as freeze_zeros

@@ -34,6 +34,7 @@ class StoredModel:
         names: parameter name -> tensor name in the files, where they differ by more than the base model's prefix.
         compute: what floats are read as, or None: as they are stored.
         places: where each tensor's bytes lie, if that is known already.
+        cache: whether the model keeps `use_cache` as its configuration says it.
 
     Attributes:
         model: the model; its parameters have shapes and no values.
@@ -46,8 +47,9 @@ class StoredModel:
         names: Callable[[str], str] | None = None,
         compute: torch.dtype | None = None,
         places: Mapping[str, shards.Place] | None = None,
+        cache: bool = False,
     ) -> None:
-        self.model = empty_model(source)
+        self.model = empty_model(source, cache)
         self.places = dict(shards.locate(source) if places is None else places)
         self.compute = compute
         self._names = names
@@ -214,8 +216,13 @@ def to_meta(module: torch.nn.Module, names: Iterable[str] | None = None) -> None
     module.load_state_dict(meta, strict=False, assign=True)
 
 
-def empty_model(source: Path) -> torch.nn.Module:
-    """The checkpoint's model without weights; buffers are real, for they are computed, not stored."""
+def empty_model(source: Path, cache: bool = False) -> torch.nn.Module:
+    """The checkpoint's model without weights; buffers are real, for they are computed, not stored.
+
+    Args:
+        source: the folder.
+        cache: whether `use_cache` stays what the configuration says.
+    """
     transformers = library("transformers", "hf")
     accelerate = library("accelerate", "torch")
     if not (source / "config.json").is_file():
@@ -232,6 +239,6 @@ def empty_model(source: Path) -> torch.nn.Module:
     own: Any = model
     own.tie_weights()  # making a model without weights makes each parameter anew
     own = model.config
-    if hasattr(own, "use_cache"):
+    if hasattr(own, "use_cache") and not cache:
         own.use_cache = False
     return model.eval()

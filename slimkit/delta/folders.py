@@ -220,7 +220,7 @@ def merge_checkpoint(
         "name": merger.report.name,
         "layers": sorted(merger.report.layers),
     }
-    return Report("merge", stepwise.write_folder(target, job, plan, make, rest, REPORT))
+    return Report("merge", stepwise.write_folder(target, job, lambda _: stepwise.Work(plan, make, rest), REPORT))
 
 
 def _plan(places: Mapping[str, shards.Place], merger: _Merger) -> list[stepwise.Shard]:

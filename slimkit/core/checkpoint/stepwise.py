@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,7 +12,7 @@ from typing import Any
 
 from slimkit.core import check, files
 from slimkit.core.checkpoint.shards import Place
-from slimkit.core.checkpoint.weightfile import Entry, stream_safetensors
+from slimkit.core.checkpoint.weightfile import STORED, Entry, stream_safetensors
 from slimkit.core.errors import UnsupportedError
 from slimkit.core.locks import SHARDS, locked, same_job
 from slimkit.core.log import progress
@@ -28,17 +29,24 @@ class Shard:
     entries: Mapping[str, Entry]
 
 
-# A shard in, its tensors out in order: (name, stored array or Piece), each written and forgotten.
-Make = Callable[[Shard], Iterable[tuple[str, Any]]]
+@dataclass(frozen=True)
+class Work:
+    """What is to be written, known once everything that decides it has been looked at.
+
+    Args:
+        shards: the files of weights.
+        make: gives a shard's tensors in order, (name, stored array or Piece); each is written and forgotten.
+        rest: writes what belongs to the weights (configuration, tokenizer) into the folder of finished files, and
+            returns the report, which must be the same in every run.
+    """
+
+    shards: Sequence[Shard]
+    make: Callable[[Shard], Iterable[tuple[str, Any]]]
+    rest: Callable[[Path], dict[str, Any]]
 
 
 def write_folder(
-    target: Path,
-    job: Mapping[str, Any],
-    shards: Sequence[Shard],
-    make: Make,
-    rest: Callable[[Path], dict[str, Any]],
-    report_name: str,
+    target: Path, job: Mapping[str, Any], begin: Callable[[Path], Work], report_name: str
 ) -> dict[str, Any]:
     """Write a folder of weights and what belongs to them; the same call after a kill goes on to the same bytes.
 
@@ -47,10 +55,8 @@ def write_folder(
     Args:
         target: the folder, absent, empty, or holding an unfinished run of the same job.
         job: what goes in, as plain JSON values.
-        shards: what to write.
-        make: gives a shard's tensors.
-        rest: writes what belongs to the weights (configuration, tokenizer) into the folder of finished files, and
-            returns the report, which must be the same in every run.
+        begin: given the folder of the job's state, in which it may keep what took time; says what to write. Where it
+            raises an error and kept nothing, `target` is as it was.
         report_name: the report's file.
 
     Returns:
@@ -65,25 +71,42 @@ def write_folder(
     # A run killed in its first moments leaves its state folder and nothing else.
     if target.exists() and any(f.name != SHARDS for f in target.iterdir()) and not (state / "job.json").exists():
         check.wrong_value("dst", "absent, empty, or an unfinished run", str(target))
-    with locked(state, "dst", inside=True):
-        same_job(state, job)
-        files.settle(target)
-        for part in state.rglob(".*.part"):  # a killed writer cannot clean up after itself
-            part.unlink()
-        if (target / report_name).exists():
-            tidy(state)  # the kill may have come while tidying
-            report: dict[str, Any] = files.read_json(target / report_name)
-            return report
-        finished = state / "finished"
-        finished.mkdir(exist_ok=True)
-        for shard in progress(shards, "shards"):
-            if not (finished / shard.name).exists():
-                stream_safetensors(finished / shard.name, shard.entries, make(shard), {"format": "pt"})
-        report = rest(finished)
-        write_index(finished, shards)
-        files.write_json(finished / report_name, report)
-        files.commit(finished, target)
-        tidy(state)
+    missing = [p for p in (target, *target.absolute().parents) if not p.exists()]
+    try:
+        with locked(state, "dst", inside=True):
+            same_job(state, job)
+            files.settle(target)
+            for part in state.rglob(".*.part"):  # a killed writer cannot clean up after itself
+                part.unlink()
+            if (target / report_name).exists():
+                tidy(state)  # the kill may have come while tidying
+                report: dict[str, Any] = files.read_json(target / report_name)
+                return report
+            try:
+                work = begin(state)
+            except Exception:
+                if {entry.name for entry in state.iterdir()} <= {"job.json", ".lock"}:
+                    shutil.rmtree(state)
+                raise
+            return _write(target, state, work, report_name)
+    except BaseException:
+        for folder in missing:
+            with contextlib.suppress(OSError):  # something is in it
+                folder.rmdir()
+        raise
+
+
+def _write(target: Path, state: Path, work: Work, report_name: str) -> dict[str, Any]:
+    finished = state / "finished"
+    finished.mkdir(exist_ok=True)
+    for shard in progress(work.shards, "shards"):
+        if not (finished / shard.name).exists():
+            stream_safetensors(finished / shard.name, shard.entries, work.make(shard), {"format": "pt"})
+    report = work.rest(finished)
+    write_index(finished, work.shards)
+    files.write_json(finished / report_name, report)
+    files.commit(finished, target)
+    tidy(state)
     return report
 
 
@@ -143,8 +166,6 @@ def another_folder(source: Path, target: Path) -> None:
 
 def copied(name: str, place: Place) -> Entry:
     """The entry of a tensor that is copied as it is."""
-    from slimkit.core.checkpoint.weightfile import STORED
-
     if place.dtype not in STORED:
         raise UnsupportedError(f"tensor {name!r} has the unknown element type {place.dtype!r}")
     return Entry(place.dtype, place.shape)
