@@ -69,6 +69,7 @@ ROOMS: dict[str, dict[str, str]] = {
         "remove_delta": "delta",
         "set_delta": "delta",
         "disable_delta": "delta",
+        "combine_delta": "delta",
         "lora_plus_groups": "delta",
         "save_delta": "delta",
         "load_delta": "delta",

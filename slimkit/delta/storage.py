@@ -149,7 +149,7 @@ def _as_tensor(value: Any) -> torch.Tensor:
     return torch.from_numpy(arrays.bits(value)).view(getattr(torch, value.dtype.name))
 
 
-_STORAGE = TorchStorage()
+STORAGE = TorchStorage()
 
 
 def save_delta(
@@ -187,7 +187,7 @@ def save_delta(
     plain = bridge.unwrapped(bridge.check_model(model))
     peft = check.choice(format, FORMATS, "format") == "peft"
     with written_once(model, directory) as place:
-        folder = (storage.save_peft if peft else storage.save)(_STORAGE, plain, place, names)
+        folder = (storage.save_peft if peft else storage.save)(STORAGE, plain, place, names)
     return folder if place is directory else Path(directory)
 
 
@@ -226,7 +226,7 @@ def load_delta(
     """
     model = bridge.unwrapped(bridge.check_model(model))
     return storage.load(
-        _STORAGE,
+        STORAGE,
         model,
         directory,
         name=name,

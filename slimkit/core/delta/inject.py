@@ -338,10 +338,11 @@ def activate(access: DeltaFramework, model: Any, names: Any) -> dict[str, float]
                 f"Received: {weights[parts[0]]}"
             )
     acting = [n for n, w in weights.items() if w]
-    owned.refuse_clash(access, model, acting)
+    found = list(owned.owned(access, model))
+    owned.refuse_clash(found, acting)
     for layer in layers.values():
         layer.set_active_deltas(weights)
-    owned.show(access, model, acting)
+    owned.show_found(access, found, acting)
     access.activated(model)
     access.changed(model)
     return weights
