@@ -10,6 +10,7 @@ ROOMS: dict[str, dict[str, str]] = {
         "PruneMindSpore": "prune",
         "save_pruned": "pruned",
         "load_pruned": "pruned",
+        "prune_checkpoint": "pruned_folder",
         "merge_desc": "core.prune.merging",
         "register_operator_rule": "operators",
         "OperatorCall": "core.prune.custom",
@@ -65,6 +66,7 @@ ROOMS: dict[str, dict[str, str]] = {
         "DeltaReport": "core.delta.spec",
         "apply_delta": "delta",
         "merge_delta": "delta",
+        "merge_checkpoint": "delta",
         "unmerge_delta": "delta",
         "remove_delta": "delta",
         "set_delta": "delta",
@@ -162,6 +164,8 @@ ONLY: dict[str, tuple[str, str]] = {
     "PruneMindSpore": ("slimkit_ms", "named after its framework; Pruner is the name that both share"),
     "convert_gguf": ("slimkit", "transformers reads a GGUF file's tokenizer with PyTorch alone; both read the folder"),
     "export_mindir": ("slimkit_ms", "MINDIR is MindSpore's own format"),
+    "merge_checkpoint": ("slimkit", "reads models of transformers, which MindSpore cannot build"),
+    "prune_checkpoint": ("slimkit", "reads models of transformers, which MindSpore cannot build"),
     "sparsify_checkpoint": ("slimkit", "walks models of transformers, which MindSpore cannot build"),
 }
 

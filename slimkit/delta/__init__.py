@@ -3,6 +3,7 @@
 from slimkit.core.delta.spec import DeltaReport
 from slimkit.delta.adapter import AdapterDense, AdapterLayer
 from slimkit.delta.combine import combine_delta
+from slimkit.delta.folders import merge_checkpoint
 from slimkit.delta.inject import (
     apply_delta,
     disable_delta,
@@ -35,6 +36,7 @@ __all__ = [
     "disable_delta",
     "load_delta",
     "lora_plus_groups",
+    "merge_checkpoint",
     "merge_delta",
     "rdrop_repeat",
     "remove_delta",

@@ -44,10 +44,10 @@ class TorchStorage(TorchDelta, DeltaStorage):
 
     def fill(self, tensor: torch.Tensor, value: Any) -> None:
         with torch.no_grad():
-            tensor.copy_(like_parts_of(tensor, _as_tensor(value)))
+            tensor.copy_(like_parts_of(tensor, as_tensor(value)))
 
     def take_dtype(self, tensor: torch.Tensor, value: Any) -> None:
-        kind = _as_tensor(value).dtype
+        kind = as_tensor(value).dtype
         if tensor.dtype != kind:
             tensor.data = tensor.data.to(kind)
 
@@ -142,7 +142,7 @@ class TorchStorage(TorchDelta, DeltaStorage):
         return apply_delta(model, kind, targets, **options)
 
 
-def _as_tensor(value: Any) -> torch.Tensor:
+def as_tensor(value: Any) -> torch.Tensor:
     """A NumPy array as a tensor that shares its memory, the types that NumPy lacks included."""
     if value.dtype.name not in arrays.FURTHER:
         return torch.from_numpy(value)
