@@ -13,7 +13,9 @@ from slimkit.checkpoint import save_checkpoint as save_checkpoint
 from slimkit.compare import compare_models as compare_models
 from slimkit.convert import convert_checkpoint as convert_checkpoint
 from slimkit.convert import convert_gguf as convert_gguf
+from slimkit.core.ascend import AdapterCheck as AdapterCheck
 from slimkit.core.ascend import OnnxCheck as OnnxCheck
+from slimkit.core.ascend import check_adapter as check_adapter
 from slimkit.core.ascend import check_onnx as check_onnx
 from slimkit.core.ascend import load_w16a16s as load_w16a16s
 from slimkit.core.ascend import load_w8a8s as load_w8a8s
@@ -22,6 +24,8 @@ from slimkit.core.calibration.own import OwnText as OwnText
 from slimkit.core.calibration.sets import CalibrationSet as CalibrationSet
 from slimkit.core.checkpoint.loading import LoadReport as LoadReport
 from slimkit.core.compare.comparison import Comparison as Comparison
+from slimkit.core.convert.adapters import AdapterReport as AdapterReport
+from slimkit.core.convert.adapters import convert_adapter as convert_adapter
 from slimkit.core.convert.gguffile import GgufReport as GgufReport
 from slimkit.core.convert.stream import ConvertReport as ConvertReport
 from slimkit.core.delta.shard import ShardError as ShardError
@@ -79,9 +83,11 @@ from slimkit.delta import PrefixLayer as PrefixLayer
 from slimkit.delta import PromptTuning as PromptTuning
 from slimkit.delta import RDropLoss as RDropLoss
 from slimkit.delta import apply_delta as apply_delta
+from slimkit.delta import combine_delta as combine_delta
 from slimkit.delta import disable_delta as disable_delta
 from slimkit.delta import load_delta as load_delta
 from slimkit.delta import lora_plus_groups as lora_plus_groups
+from slimkit.delta import merge_checkpoint as merge_checkpoint
 from slimkit.delta import merge_delta as merge_delta
 from slimkit.delta import rdrop_repeat as rdrop_repeat
 from slimkit.delta import remove_delta as remove_delta
@@ -105,6 +111,7 @@ from slimkit.prune import PruneTorch as PruneTorch
 from slimkit.prune import Pruner as Pruner
 from slimkit.pruned import load_pruned as load_pruned
 from slimkit.pruned import save_pruned as save_pruned
+from slimkit.pruned_folder import prune_checkpoint as prune_checkpoint
 from slimkit.sparse import Compressor as Compressor
 from slimkit.sparse import FrozenZeros as FrozenZeros
 from slimkit.sparse import freeze_zeros as freeze_zeros
