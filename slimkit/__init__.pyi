@@ -79,9 +79,11 @@ from slimkit.delta import PrefixLayer as PrefixLayer
 from slimkit.delta import PromptTuning as PromptTuning
 from slimkit.delta import RDropLoss as RDropLoss
 from slimkit.delta import apply_delta as apply_delta
+from slimkit.delta import combine_delta as combine_delta
 from slimkit.delta import disable_delta as disable_delta
 from slimkit.delta import load_delta as load_delta
 from slimkit.delta import lora_plus_groups as lora_plus_groups
+from slimkit.delta import merge_checkpoint as merge_checkpoint
 from slimkit.delta import merge_delta as merge_delta
 from slimkit.delta import rdrop_repeat as rdrop_repeat
 from slimkit.delta import remove_delta as remove_delta
@@ -105,6 +107,7 @@ from slimkit.prune import PruneTorch as PruneTorch
 from slimkit.prune import Pruner as Pruner
 from slimkit.pruned import load_pruned as load_pruned
 from slimkit.pruned import save_pruned as save_pruned
+from slimkit.pruned_folder import prune_checkpoint as prune_checkpoint
 from slimkit.sparse import Compressor as Compressor
 from slimkit.sparse import FrozenZeros as FrozenZeros
 from slimkit.sparse import freeze_zeros as freeze_zeros

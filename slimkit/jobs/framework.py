@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 import slimkit
-from slimkit import bridge, compare, export, train
+from slimkit import bridge, compare, export, pruned_folder, train
 from slimkit.core import files
 from slimkit.core.calibration.reading import TextReader
 from slimkit.core.calibration.record import record_of, write_record
@@ -42,7 +42,7 @@ class TorchJobs(JobFramework):
     """PyTorch's side of the jobs: modules, Hugging Face directories, weight files, factories."""
 
     slim = slimkit
-    formats = ("onnx", "w16a16s", "w8a8s")
+    formats = ("onnx", "w16a16s", "w8a8s", "hf")
     class_dtype = "int64"
     losses: ClassVar[Mapping[str, Callable[[Any, Any], Any]]] = {
         "cross_entropy": nn.functional.cross_entropy,
@@ -246,6 +246,9 @@ class TorchJobs(JobFramework):
         found = teach.task(self, place, data, held, asked, options, seed)
         found.opened.model.to(self.device)
         return found
+
+    def folder_pruner(self, source: Path) -> pruned_folder.FolderPruner:
+        return pruned_folder.folder_pruner(source)
 
     def sparsify_blocks(
         self,

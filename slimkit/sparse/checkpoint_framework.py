@@ -17,7 +17,6 @@ from slimkit.core import batch as batches
 from slimkit.core import files
 from slimkit.core.checkpoint import shards
 from slimkit.core.errors import UnsupportedError
-from slimkit.core.lazy import library
 from slimkit.core.sparse.call_order import CallOrder
 from slimkit.core.sparse.framework import CalibratedBlock
 from slimkit.core.sparse.processes import demand_tokens
@@ -25,11 +24,9 @@ from slimkit.sparse import memory
 from slimkit.sparse.chain import LentBlock, trace_block
 from slimkit.sparse.framework import TorchSparse, block_paths
 from slimkit.sparse.inputs import BlockInputs, valid_tokens
-from slimkit.sparse.layouts import Layouts
+from slimkit.stored import DTYPES, StoredModel, fill, stored_dtype, to_meta
 
 import torch
-
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class CheckpointSparse(TorchSparse):
@@ -52,10 +49,9 @@ class CheckpointSparse(TorchSparse):
         names: Callable[[str], str] | None,
         compute: torch.dtype | None = None,
     ) -> None:
-        super().__init__(_empty_model(source))
-        self._compute = compute
-        self._state, self._places, self._names = state, places, names
-        self._layouts = Layouts(self.model)
+        self._stored = StoredModel(source, names, compute, places)
+        super().__init__(self._stored.model)
+        self._state = state
         self._blocks: list[str] = []
         self._own: dict[str, Any] = {}
         self._changed: set[str] = set()  # parameters of the block in work that are no longer what the files hold
@@ -124,14 +120,14 @@ class CheckpointSparse(TorchSparse):
             yield
             return
         own = {f"{path}.{n}": p for n, p in block.named_parameters()}
-        values = {n: p for n, p in own.items() if n not in self._changed} | self._read(
+        values = {n: p for n, p in own.items() if n not in self._changed} | self._stored.read(
             n for n in own if n in self._changed
         )
         try:
-            _fill(dense, path, values)
+            fill(dense, path, values)
             yield
         finally:
-            _to_meta(dense)
+            to_meta(dense)
 
     def store(self, name: str, weight: torch.Tensor, bias_shift: torch.Tensor | None) -> None:
         """Put a weight in place and shift the bias."""
@@ -142,9 +138,9 @@ class CheckpointSparse(TorchSparse):
 
     def _round(self, parameters: Iterable[str]) -> None:
         """Leave in parameters what their files will hold, in place."""
-        for name in parameters if self._compute is not None else ():
+        for name in parameters if self._stored.compute is not None else ():
             value = self.model.get_parameter(name).detach()
-            value.copy_(value.to(DTYPES[self._places[self._keys(name)[0]].dtype]))
+            value.copy_(value.to(stored_dtype(self._stored.places[self._stored.keys(name)[0]])))
 
     def finished(self) -> dict[str, shards.Place]:
         """Where the new bytes of every changed tensor lie."""
@@ -164,59 +160,13 @@ class CheckpointSparse(TorchSparse):
             done += 1
         return done
 
-    def _find(self, name: str) -> str | None:
-        """The tensor of the files that a name stands for, with the base model's prefix added or left out."""
-        prefix = getattr(self.model, "base_model_prefix", "") + "."
-        for key in (name, name.removeprefix(prefix), prefix + name):
-            for old, new in (("", ""), (".weight", ".gamma"), (".bias", ".beta")):
-                if key.endswith(old) and key.removesuffix(old) + new in self._places:
-                    return key.removesuffix(old) + new
-        return None
-
-    def _keys(self, name: str) -> list[str]:
-        """The tensors of the files that make up a parameter: one, unless experts lie in the files one by one."""
-        if self._names is not None:
-            name = self._names(name)
-        whole = self._find(name)
-        if whole is not None:
-            return [whole]
-        pieces = self._layouts.split(name, self.model.get_parameter(name).to("meta")) if self._names is None else {}
-        found = [self._find(piece) for piece in pieces]
-        if not found or None in found:
-            raise UnsupportedError(
-                f"src must hold a tensor for {name!r}, under this name or with the base model's prefix added or left "
-                "out; pass `names` for files that name it otherwise."
-            )
-        return [key for key in found if key is not None]
-
-    def _read(self, parameters: Iterable[str]) -> dict[str, torch.Tensor]:
-        values: dict[str, torch.Tensor] = {}
-        for name in parameters:
-            pieces = {key: self._tensor(name, self._places[key]) for key in self._keys(name)}
-            values[name] = next(iter(pieces.values())) if self._is_whole(name) else self._layouts.join(pieces)
-        return values
-
-    def _is_whole(self, name: str) -> bool:
-        return self._names is not None or self._find(name) is not None
-
-    def _tensor(self, name: str, place: shards.Place) -> torch.Tensor:
-        # A plain read: a mapped shard would stay in memory, page by page, for as long as it is open.
-        if place.dtype not in DTYPES:
-            raise UnsupportedError(f"src must hold floating tensors; {name!r} is {place.dtype}.")
-        data = bytearray(place.stop - place.start)
-        with open(place.file, "rb") as handle:
-            handle.seek(place.start)
-            handle.readinto(data)
-        stored = torch.frombuffer(data, dtype=DTYPES[place.dtype]).reshape(place.shape)
-        return stored if self._compute is None else stored.to(self._compute)
-
     def _load(self, path: str) -> torch.nn.Module:
         block = bridge.get_module(self.model, path)
-        values = self._read(f"{path}.{n}" for n, _ in block.named_parameters())
-        return _fill(block, path, values)
+        values = self._stored.read(f"{path}.{n}" for n, _ in block.named_parameters())
+        return fill(block, path, values)
 
     def _release(self, path: str) -> None:
-        _to_meta(bridge.get_module(self.model, path))
+        to_meta(bridge.get_module(self.model, path))
 
     def _capture(self, dataset: Iterable[Any], paired: bool) -> BlockInputs:
         """Run what comes before the blocks, then note how each block is called."""
@@ -232,9 +182,9 @@ class CheckpointSparse(TorchSparse):
         early = []
         for name in outside:
             with contextlib.suppress(UnsupportedError):  # a fresh head has no weights, and runs after the blocks
-                self._keys(name)
+                self._stored.keys(name)
                 early.append(name)
-        self.model.load_state_dict(self._read(early), strict=False, assign=True)
+        self.model.load_state_dict(self._stored.read(early), strict=False, assign=True)
         self._load(self._blocks[0])
         inputs = BlockInputs.of_stubs(
             self.model,
@@ -245,7 +195,7 @@ class CheckpointSparse(TorchSparse):
             paired,
         )
         self._release(self._blocks[0])
-        _to_meta(self.model, early)
+        to_meta(self.model, early)
         return inputs
 
     def _parameters(self, names: Sequence[str]) -> list[str]:
@@ -262,9 +212,7 @@ class CheckpointSparse(TorchSparse):
         changed: dict[str, torch.Tensor] = {}
         for name in dict.fromkeys([*self._parameters(stage.names), *stage.changed]):
             value = self.model.get_parameter(name).detach()
-            pieces = [value] if self._is_whole(name) else self._layouts.split(name, value).values()
-            for key, piece in zip(self._keys(name), pieces):
-                changed[key] = piece.to(DTYPES[self._places[key].dtype]).contiguous()
+            changed |= self._stored.pieces(name, value)
         with files.atomic_file(self._state / f"block-{index:05d}.safetensors") as handle:
             _save(handle, changed)
         if inputs is not None and index < len(self._blocks) - 1:
@@ -325,19 +273,6 @@ def _save(handle: Any, tensors: dict[str, torch.Tensor]) -> None:
         handle.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
 
 
-def _fill(module: torch.nn.Module, path: str, values: dict[str, torch.Tensor]) -> torch.nn.Module:
-    """Put weights, named by whole paths, into the module at a path, without gradients."""
-    module.load_state_dict({n[len(path) + 1 :]: v for n, v in values.items()}, strict=False, assign=True)
-    return module.requires_grad_(False)
-
-
-def _to_meta(module: torch.nn.Module, names: Iterable[str] | None = None) -> None:
-    """Let a module's weights go, all or those named; their shapes stay."""
-    names = [n for n, _ in module.named_parameters()] if names is None else names
-    meta = {n: torch.empty_like(module.get_parameter(n), device="meta") for n in names}
-    module.load_state_dict(meta, strict=False, assign=True)
-
-
 def _without_weights(module: torch.nn.Module) -> torch.nn.Module:
     """A copy of a module whose weights are shapes only."""
     meta = {id(p): torch.nn.Parameter(torch.empty_like(p, device="meta"), False) for p in module.parameters()}
@@ -346,17 +281,3 @@ def _without_weights(module: torch.nn.Module) -> torch.nn.Module:
 
 def _call(batch: Any) -> batches.Call:
     return batches.Call(*batches.as_call(batch))
-
-
-def _empty_model(source: Path) -> torch.nn.Module:
-    """The checkpoint's model without weights; buffers are real, for they are computed, not stored."""
-    transformers = library("transformers", "hf")
-    accelerate = library("accelerate", "torch")
-    config = transformers.AutoConfig.from_pretrained(str(source))
-    kinds = getattr(config, "architectures", None) or []
-    kind = next((getattr(transformers, k) for k in kinds if hasattr(transformers, k)), None)
-    with accelerate.init_empty_weights(include_buffers=False):
-        model = kind(config) if kind is not None else transformers.AutoModel.from_config(config)
-    if hasattr(model.config, "use_cache"):
-        model.config.use_cache = False
-    return model.eval()
