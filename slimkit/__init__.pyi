@@ -79,9 +79,11 @@ from slimkit.delta import PrefixLayer as PrefixLayer
 from slimkit.delta import PromptTuning as PromptTuning
 from slimkit.delta import RDropLoss as RDropLoss
 from slimkit.delta import apply_delta as apply_delta
+from slimkit.delta import combine_delta as combine_delta
 from slimkit.delta import disable_delta as disable_delta
 from slimkit.delta import load_delta as load_delta
 from slimkit.delta import lora_plus_groups as lora_plus_groups
+from slimkit.delta import merge_checkpoint as merge_checkpoint
 from slimkit.delta import merge_delta as merge_delta
 from slimkit.delta import rdrop_repeat as rdrop_repeat
 from slimkit.delta import remove_delta as remove_delta

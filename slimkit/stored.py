@@ -8,7 +8,7 @@ from typing import Any
 
 from slimkit import bridge  # noqa: F401  (says in one line that torch is missing)
 from slimkit.core.checkpoint import shards
-from slimkit.core.errors import UnsupportedError
+from slimkit.core.errors import FileFormatError, UnsupportedError
 from slimkit.core.lazy import library
 from slimkit.layouts import Layouts
 
@@ -86,6 +86,33 @@ class StoredModel:
         """Whether one tensor of the files is the parameter."""
         return self._names is not None or self.find(name) is not None
 
+    def owners(self) -> dict[str, str]:
+        """Tensor of the files -> the parameter or buffer that it is part of, by the first name of a tied one.
+
+        Tensors that the model has no place for are not among them.
+
+        Raises:
+            UnsupportedError: the files hold none for a parameter.
+        """
+        first: dict[int, str] = {}
+        found: dict[str, str] = {}
+        state = self.model.state_dict(keep_vars=True)
+        lost: dict[str, Exception] = {}
+        for name, tensor in state.items():
+            if not isinstance(tensor, torch.Tensor):
+                continue
+            own = first.setdefault(id(tensor), name)
+            try:
+                found.update(dict.fromkeys(self.keys(name), own))
+            except UnsupportedError as error:
+                if isinstance(tensor, torch.nn.Parameter):
+                    lost[name] = error
+        known = set(found.values())
+        for name, reason in lost.items():
+            if first[id(state[name])] not in known:
+                raise reason
+        return found
+
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """The values of parameters or buffers, as they are stored or as `compute` says."""
         return {name: self.value(name) for name in names}
@@ -114,6 +141,37 @@ class StoredModel:
             raise UnsupportedError(f"src must hold floating tensors; {name!r} is {place.dtype}.")
         stored = read_place(place)
         return stored if self.compute is None or place.dtype not in DTYPES else stored.to(self.compute)
+
+
+def to_stubs(stored: StoredModel) -> None:
+    """Let every parameter be of the CPU and of its stored type, in place; all its values are one zero.
+
+    Layers that are put on it get parameters of their own that are real, as beside weights in memory.
+    """
+    made: dict[int, torch.nn.Parameter] = {}
+    for path, module in stored.model.named_modules():
+        for key, old in module._parameters.items():
+            if old is None:
+                continue
+            if id(old) not in made:
+                name = f"{path}.{key}" if path else key
+                try:
+                    dtype = stored_dtype(stored.places[stored.keys(name)[0]])
+                except UnsupportedError:
+                    dtype = old.dtype  # a tied one's second name
+                made[id(old)] = torch.nn.Parameter(torch.zeros(1, dtype=dtype).expand(old.shape), old.requires_grad)
+            module._parameters[key] = made[id(old)]
+
+
+def as_stored(tensor: torch.Tensor) -> Any:
+    """A tensor's values as weight files keep them: an array of its memory, of bits where NumPy lacks the type."""
+    plain = tensor.detach().cpu().contiguous()
+    return (plain.view(torch.uint16) if plain.dtype == torch.bfloat16 else plain).numpy()
+
+
+def tag_of(dtype: torch.dtype) -> str:
+    """The name of a type in a file."""
+    return next(tag for tag, one in {**DTYPES, **_WHOLE}.items() if one == dtype)
 
 
 def read_place(place: shards.Place) -> torch.Tensor:
@@ -160,12 +218,20 @@ def empty_model(source: Path) -> torch.nn.Module:
     """The checkpoint's model without weights; buffers are real, for they are computed, not stored."""
     transformers = library("transformers", "hf")
     accelerate = library("accelerate", "torch")
-    config: Any = transformers.AutoConfig.from_pretrained(str(source))
+    if not (source / "config.json").is_file():
+        raise FileFormatError(f"src must be a Hugging Face folder with a config.json. Received: {str(source)!r}")
+    try:
+        config: Any = transformers.AutoConfig.from_pretrained(str(source))
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise FileFormatError(f"{source} cannot be opened by transformers: {reason}") from None
     kinds = getattr(config, "architectures", None) or []
     kind = next((getattr(transformers, k) for k in kinds if hasattr(transformers, k)), None)
     with accelerate.init_empty_weights(include_buffers=False):
         model: torch.nn.Module = kind(config) if kind is not None else transformers.AutoModel.from_config(config)
-    own: Any = model.config
+    own: Any = model
+    own.tie_weights()  # making a model without weights makes each parameter anew
+    own = model.config
     if hasattr(own, "use_cache"):
         own.use_cache = False
     return model.eval()

@@ -65,10 +65,12 @@ ROOMS: dict[str, dict[str, str]] = {
         "DeltaReport": "core.delta.spec",
         "apply_delta": "delta",
         "merge_delta": "delta",
+        "merge_checkpoint": "delta",
         "unmerge_delta": "delta",
         "remove_delta": "delta",
         "set_delta": "delta",
         "disable_delta": "delta",
+        "combine_delta": "delta",
         "lora_plus_groups": "delta",
         "save_delta": "delta",
         "load_delta": "delta",
@@ -157,6 +159,7 @@ ONLY: dict[str, tuple[str, str]] = {
     "PruneMindSpore": ("slimkit_ms", "named after its framework; Pruner is the name that both share"),
     "convert_gguf": ("slimkit", "transformers reads a GGUF file's tokenizer with PyTorch alone; both read the folder"),
     "export_mindir": ("slimkit_ms", "MINDIR is MindSpore's own format"),
+    "merge_checkpoint": ("slimkit", "reads models of transformers, which MindSpore cannot build"),
     "sparsify_checkpoint": ("slimkit", "walks models of transformers, which MindSpore cannot build"),
 }
 

@@ -110,7 +110,16 @@ class TorchDelta(DeltaFramework):
         return found
 
     def layers(self, model: nn.Module) -> dict[str, Any]:
-        return {p: m for p, m in bridge.named_modules(model, remove_duplicate=False) if isinstance(m, DeltaLayer)}
+        found: dict[str, Any] = {}
+        left: list[tuple[str, nn.Module]] = [("", model)]
+        while left:  # quicker than generators in one another, and every switch comes by here
+            path, held = left.pop()
+            module = bridge.unwrapped(held)
+            if isinstance(module, DeltaLayer):
+                found[path] = module
+            children = reversed(module._modules.items())
+            left += [(f"{path}.{name}" if path else name, child) for name, child in children if child is not None]
+        return found
 
     def module(self, model: nn.Module, path: str) -> nn.Module:
         return bridge.get_module(model, path)
@@ -136,8 +145,9 @@ class TorchDelta(DeltaFramework):
         at_rest(model)
 
     def activated(self, model: nn.Module) -> None:
-        layers = self.layers(model).values()
-        shift_positions(model, any(layer.delta_acts for layer in layers if layer.delta_kind == "prefix"))
+        shift_positions(
+            model, lambda: any(x.delta_acts for x in self.layers(model).values() if x.delta_kind == "prefix")
+        )
 
     def keeps_zeros(self, module: nn.Module) -> bool:
         return bridge.has_made_zeros(module)

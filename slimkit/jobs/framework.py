@@ -42,7 +42,7 @@ class TorchJobs(JobFramework):
     """PyTorch's side of the jobs: modules, Hugging Face directories, weight files, factories."""
 
     slim = slimkit
-    formats = ("onnx", "w16a16s", "w8a8s")
+    formats = ("onnx", "w16a16s", "w8a8s", "hf")
     class_dtype = "int64"
     losses: ClassVar[Mapping[str, Callable[[Any, Any], Any]]] = {
         "cross_entropy": nn.functional.cross_entropy,

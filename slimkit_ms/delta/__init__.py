@@ -2,6 +2,7 @@
 
 from slimkit.core.delta.spec import DeltaReport
 from slimkit_ms.delta.adapter import AdapterDense, AdapterLayer
+from slimkit_ms.delta.combine import combine_delta
 from slimkit_ms.delta.inject import (
     apply_delta,
     disable_delta,
@@ -30,6 +31,7 @@ __all__ = [
     "PromptTuning",
     "RDropLoss",
     "apply_delta",
+    "combine_delta",
     "disable_delta",
     "load_delta",
     "lora_plus_groups",

@@ -201,9 +201,8 @@ def _set_flags(access: DeltaFramework, model: Any, flags: Mapping[str, bool]) ->
             parameter.requires_grad = flags[name]
 
 
-def merge(access: DeltaFramework, model: Any, *, unload: bool = False) -> DeltaReport:
-    """Add every active LoRA to the weights, in place; see `merge_delta` of the wings."""
-    check.boolean(unload, "unload")
+def mergeable(access: DeltaFramework, model: Any) -> dict[str, Any]:
+    """Path -> layer with deltas, where all of them can be put into weights that nothing else uses."""
     access.at_rest(model)
     layers = _layers(access, model)
     for path, layer in layers.items():
@@ -211,15 +210,22 @@ def merge(access: DeltaFramework, model: Any, *, unload: bool = False) -> DeltaR
             layer.refuse_merging_deltas()
         except UnsupportedError as error:
             raise UnsupportedError(f"{path}: {error}") from None
-    done = [p for p, layer in layers.items() if layer.delta_is_merged]
-    if done and not unload:
-        raise ArgumentError(f"the deltas are merged already ({done[0]}); unmerge_delta puts the weights back.")
     sources = [(path, source) for path, layer in layers.items() for source in layer.sources().values()]
     for (path, _), owners in zip(sources, access.owners(model, [source for _, source in sources])):
         if owners > 1:
             raise UnsupportedError(
                 f"the weight of {path} is shared with another module, which merging would change; untie them first."
             )
+    return layers
+
+
+def merge(access: DeltaFramework, model: Any, *, unload: bool = False) -> DeltaReport:
+    """Add every active LoRA to the weights, in place; see `merge_delta` of the wings."""
+    check.boolean(unload, "unload")
+    layers = mergeable(access, model)
+    done = [p for p, layer in layers.items() if layer.delta_is_merged]
+    if done and not unload:
+        raise ArgumentError(f"the deltas are merged already ({done[0]}); unmerge_delta puts the weights back.")
     if unload:
         _refuse_built(layers)
     kinds = ", ".join(dict.fromkeys(layer.delta_kind for layer in layers.values()))
@@ -338,10 +344,11 @@ def activate(access: DeltaFramework, model: Any, names: Any) -> dict[str, float]
                 f"Received: {weights[parts[0]]}"
             )
     acting = [n for n, w in weights.items() if w]
-    owned.refuse_clash(access, model, acting)
+    found = list(owned.owned(access, model))
+    owned.refuse_clash(found, acting)
     for layer in layers.values():
         layer.set_active_deltas(weights)
-    owned.show(access, model, acting)
+    owned.show_found(access, found, acting)
     access.activated(model)
     access.changed(model)
     return weights

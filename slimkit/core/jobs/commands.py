@@ -26,7 +26,7 @@ from slimkit.core.sparse import SparseConfig
 from slimkit.core.sparse.select import select
 
 # Formats that are a folder with the model's configuration beside the weights.
-FOLDERS = ("w16a16s", "w8a8s")
+FOLDERS = ("w16a16s", "w8a8s", "hf")
 
 
 class CommandContext(work.JobContext):

@@ -177,6 +177,8 @@ def prune(model: Any, options: PruneOptions, context: JobContext, *, plan_only: 
     said = f"{show(before, 'count')} to {show(after, 'count')} parameters: {after / before:.3f} kept"
     if options.budget != "params":
         said += f"; of the {options.budget} {report['reached']:.3f}"
+    if "padding" in report:
+        said += f"; {show(report['padding']['zeros'], 'count')} of them are padding"
     facts = {
         "headline": f"{said}, {options.reserved_ratio} asked for",
         "goal": goal(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -64,3 +65,24 @@ def allocated(
             report["reached"],
         )
     return report
+
+
+def padding(view: View, kept: Mapping[str, int], held: Mapping[str, int], live: int, params: int) -> dict[str, Any]:
+    """What a padded cut costs: parameters that are kept and held, and the layers whose widths hold zeros.
+
+    Args:
+        view: the coupling.
+        kept: variable -> indices that stay.
+        held: variable -> indices that the cut model has, the others zero.
+        live: parameters that belong to what stays.
+        params: parameters of the cut model.
+    """
+    widths = {n: [kept[n], held[n]] for n in held if kept[n] < held[n]}
+    whole = [v.layers[0] for v in view.variables if v.kind == "hidden" and v.layers and held[v.name] == v.size]
+    return {
+        "params": params,
+        "live_params": live,
+        "zeros": params - live,
+        "widths": {layer: widths[v.name] for v in view.variables if v.name in widths for layer in v.layers},
+        "not_padded": whole,
+    }

@@ -119,8 +119,10 @@ class PrunerSettings(Shown):
 
         Args:
             form: "config": only what the model's Hugging Face configuration can say, so that `from_pretrained` loads
-                the result without slimkit; "any": any shape. Unset: "config" for a model with such a
-                configuration, "any" for others.
+                the result without slimkit; "padded": any number of heads and inner channels in each block, filled up
+                with zeros to what the configuration can say, so that `from_pretrained` loads it as well: the ratio
+                counts what stays, and `report()["padding"]` what the zeros cost; "any": any shape. Unset: "config" for
+                a model with such a configuration, "any" for others.
 
         Returns:
             This pruner.
