@@ -94,6 +94,8 @@ ROOMS: dict[str, dict[str, str]] = {
         "LoadReport": "core.checkpoint.loading",
         "convert_checkpoint": "convert",
         "ConvertReport": "core.convert.stream",
+        "convert_adapter": "core.convert.adapters",
+        "AdapterReport": "core.convert.adapters",
         "convert_gguf": "convert",
         "GgufReport": "core.convert.gguffile",
         "save_delta": "delta",
@@ -122,6 +124,8 @@ ROOMS: dict[str, dict[str, str]] = {
     },
     "ascend": {
         "check_onnx": "core.ascend",
+        "check_adapter": "core.ascend",
+        "AdapterCheck": "core.ascend",
         "OnnxCheck": "core.ascend",
         "padded_waste": "core.ascend",
         "save_w16a16s": "ascend",
