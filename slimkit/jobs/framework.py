@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 import slimkit
-from slimkit import bridge, compare, export, train
+from slimkit import bridge, compare, export, pruned_folder, train
 from slimkit.core import files
 from slimkit.core.calibration.reading import TextReader
 from slimkit.core.calibration.record import record_of, write_record
@@ -246,6 +246,9 @@ class TorchJobs(JobFramework):
         found = teach.task(self, place, data, held, asked, options, seed)
         found.opened.model.to(self.device)
         return found
+
+    def folder_pruner(self, source: Path) -> pruned_folder.FolderPruner:
+        return pruned_folder.folder_pruner(source)
 
     def sparsify_blocks(
         self,

@@ -133,15 +133,12 @@ def _trained(fitted: Mapping[str, Any]) -> str:
 _COUNTED = {"params": "parameters", "macs": "MACs"}
 
 
-def prune(model: Any, options: PruneOptions, context: JobContext, *, plan_only: bool = False) -> JobResult:
-    """Drop channels, heads and widths, in place; with `plan_only` the model is left as it is."""
-    face = context.face
-    before = count(face, model)
+def set_up(pruner: Any, options: PruneOptions, context: JobContext) -> Any:
+    """Set on a pruner what the options ask for; returns it."""
     importance: Any = options.importance
     if ":" in importance:
         importance = context.function(importance, "importance")
     own = isinstance(importance, type) and issubclass(importance, Criterion) and importance.needs
-    pruner = face.slim.Pruner(model, context.example)
     measured = None
     if options.scored_by_data or own:
         measured = context.calibration(options.calibration_batches)
@@ -153,12 +150,8 @@ def prune(model: Any, options: PruneOptions, context: JobContext, *, plan_only: 
                 f"{error}. Weights alone do not tell what a language model can lose; {context.spell('importance')} l1 "
                 "goes by them all the same"
             ) from None
-    pruner = (
-        pruner.set_importance_evaluation_function(importance, calibration=measured, seed=context.seed)
-        .set_parallel(options.parallel)
-        .set_alignment(options.alignment)
-        .set_budget(options.budget)
-    )
+    pruner.set_importance_evaluation_function(importance, calibration=measured, seed=context.seed)
+    pruner.set_parallel(options.parallel).set_alignment(options.alignment).set_budget(options.budget)
     if options.form is not None:
         pruner.set_form(options.form)
     if options.node_reserved_ratio is not None:
@@ -167,6 +160,14 @@ def prune(model: Any, options: PruneOptions, context: JobContext, *, plan_only: 
         pruner.set_allocation(options.allocation)
     if options.compensation_batches:
         pruner.set_compensation(context.calibration(options.compensation_batches))
+    return pruner
+
+
+def prune(model: Any, options: PruneOptions, context: JobContext, *, plan_only: bool = False) -> JobResult:
+    """Drop channels, heads and widths, in place; with `plan_only` the model is left as it is."""
+    face = context.face
+    before = count(face, model)
+    pruner = set_up(face.slim.Pruner(model, context.example), options, context)
     desc = None
     if plan_only:
         after, _ = pruner.analysis(options.reserved_ratio, options.un_prune_list)
