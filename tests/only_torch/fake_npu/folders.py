@@ -31,9 +31,9 @@ def tensors(folder):
 
 def sparsified_block_by_block_in_little_memory(device):
     """The device holds 1.3 blocks, the sums of a layer and a batch at most, and finds what the CPU finds."""
-    import transformers as hf
-
     from slimkit import SparseConfig, sparsify_checkpoint
+
+    import transformers as hf
 
     torch.manual_seed(0)
     torch.set_num_threads(1)
