@@ -15,6 +15,7 @@ from slimkit.core import check, files
 from slimkit.core.checkpoint import shards
 from slimkit.core.errors import UnsupportedError
 from slimkit.core.files import PathLike
+from slimkit.core.joblog import JobLog
 from slimkit.core.locks import BLOCKS as STATE
 from slimkit.core.locks import locked, same_job
 from slimkit.core.log import logger
@@ -195,7 +196,12 @@ def _resume(
     report = first(host, begin)
     if report is not None:
         return Report("sparsity", report)
-    report, _ = compress(host, cfg, data, on_progress)
+    try:
+        report, _ = compress(host, cfg, data, on_progress, _logging(host, state, cfg, data))
+    except BaseException as error:
+        if host.rank() == 0:
+            JobLog(state).note("stopped", why=" ".join(f"{type(error).__name__} {error}".split())[:300])
+        raise
     for row in report["layers"].values():
         row.pop("seconds", None)  # the same job writes the same bytes
     report = {k: v for k, v in report.items() if k != "seconds"}
@@ -218,6 +224,24 @@ def _resume(
     host.gather(None)  # all are written
     first(host, commit)
     return Report("sparsity", report)
+
+
+def _logging(
+    host: CheckpointSparse, state: Path, cfg: SparseConfig, data: Sequence[Any]
+) -> Callable[[Progress, dict[str, Any]], None] | None:
+    """Begin the job's log, in process 0; what writes a line for each layer."""
+    if host.rank() > 0:
+        return None
+    log = JobLog(state)
+    host.layers()
+    facts = {"batches": len(data), "blocks": host.n_blocks, "processes": host.processes()}
+    log.begun("sparsify", method=cfg.method, device=host.device, **facts)
+
+    def layer(step: Progress, row: dict[str, Any]) -> None:
+        where = {"layer": step.layer, "done": step.done, "total": step.total, "rows": row.get("rows")}
+        log.note("layer", **where, seconds=round(step.seconds, 3), seconds_left=round(step.seconds_left, 1))
+
+    return layer
 
 
 def _tidy(state: Path) -> None:

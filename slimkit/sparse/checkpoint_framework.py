@@ -78,6 +78,16 @@ class CheckpointSparse(TorchSparse):
         self._layers = found
         return dict(found), skipped
 
+    @property
+    def n_blocks(self) -> int:
+        """How many blocks there are, once `layers` has looked."""
+        return len(self._blocks)
+
+    @property
+    def device(self) -> str:
+        """Where blocks compute."""
+        return str(self._device)
+
     def snapshot(self, names: Sequence[str]) -> Callable[[], None]:
         """Remember the layers of the block in memory; elsewhere nothing has to be: the source stays as it is."""
         return super().snapshot([n for n in names if not self.weight(n).is_meta])
