@@ -17,14 +17,14 @@ from slimkit.core.errors import UnsupportedError
 from slimkit.core.sparse.call_order import CallOrder
 from slimkit.core.sparse.framework import CalibratedBlock
 from slimkit.core.sparse.processes import demand_tokens, first, in_order, merged
+from slimkit.core.sparse.unwalked import DatalessBlock, FinishedBlock
 from slimkit.sparse import memory, stored_outputs
 from slimkit.sparse.chain import LentBlock, trace_block
 from slimkit.sparse.framework import TorchSparse, block_paths
 from slimkit.sparse.inputs import valid_tokens
 from slimkit.sparse.stored_blocks import StoredBlocks
 from slimkit.sparse.stored_inputs import StoredInputs
-from slimkit.sparse.stored_stages import DatalessBlock, FinishedBlock, write_tensors
-from slimkit.stored import StoredModel, stored_dtype, to_meta
+from slimkit.stored import StoredModel, stored_dtype, to_meta, write_tensors
 
 import torch
 
@@ -80,7 +80,9 @@ class CheckpointSparse(TorchSparse):
 
     @property
     def n_blocks(self) -> int:
-        """How many blocks there are, once `layers` has looked."""
+        """How many blocks there are."""
+        if not self._blocks:
+            self.layers()
         return len(self._blocks)
 
     @property

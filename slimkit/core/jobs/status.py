@@ -54,10 +54,15 @@ def status(out: Path) -> dict[str, Any]:
     raise ConfigError(f"no job has left a trace in {str(out)!r}")
 
 
+def _begun(log: list[dict[str, Any]]) -> dict[str, Any]:
+    """The last time that somebody began the job, or went on with it."""
+    return next((event for event in reversed(log) if event["event"] == "begun"), {})
+
+
 def _found(job: str, out: Path, lock: Path | None, log: list[dict[str, Any]]) -> dict[str, Any]:
     """What is told of every job."""
     held = holder(lock) if lock is not None else None
-    begun = next((event for event in reversed(log) if event["event"] == "begun"), {})
+    begun = _begun(log)
     if held is not None:
         held = {"pid": held.get("pid") or begun.get("pid"), "host": begun.get("host")}
     last = log[-1] if log else {}
@@ -83,7 +88,7 @@ def _found(job: str, out: Path, lock: Path | None, log: list[dict[str, Any]]) ->
 def _blocks(base: Path, state: Path) -> dict[str, Any]:
     log = read_log(state)
     found = _found("sparsify", base, state / ".lock", log)
-    begun = next((event for event in reversed(log) if event["event"] == "begun"), {})
+    begun = _begun(log)
     layers = [event for event in log if event["event"] == "layer"]
     found["done"] = {"blocks": [len(list(state.glob("block-*.json"))), begun.get("blocks")]}
     if layers:
@@ -98,7 +103,7 @@ def _blocks(base: Path, state: Path) -> dict[str, Any]:
 def _shards(base: Path, state: Path) -> dict[str, Any]:
     log = read_log(state)
     found = _found("a folder shard by shard", base, state / ".lock", log)
-    begun = next((event for event in reversed(log) if event["event"] == "begun"), {})
+    begun = _begun(log)
     found["done"] = {"shards": [len(list((state / "finished").glob("*.safetensors"))), begun.get("shards")]}
     if found["holder"] is None and (base / "config.json").exists():
         found["state"] = "finished"
