@@ -11,6 +11,8 @@ ROOMS: dict[str, dict[str, str]] = {
         "save_pruned": "pruned",
         "load_pruned": "pruned",
         "merge_desc": "core.prune.merging",
+        "measure_latency": "latency",
+        "LatencyTable": "core.prune.latency",
         "register_operator_rule": "operators",
         "OperatorCall": "core.prune.custom",
         "check_pruning": "proof",
