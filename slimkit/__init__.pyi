@@ -13,7 +13,9 @@ from slimkit.checkpoint import save_checkpoint as save_checkpoint
 from slimkit.compare import compare_models as compare_models
 from slimkit.convert import convert_checkpoint as convert_checkpoint
 from slimkit.convert import convert_gguf as convert_gguf
+from slimkit.core.ascend import AdapterCheck as AdapterCheck
 from slimkit.core.ascend import OnnxCheck as OnnxCheck
+from slimkit.core.ascend import check_adapter as check_adapter
 from slimkit.core.ascend import check_onnx as check_onnx
 from slimkit.core.ascend import load_w16a16s as load_w16a16s
 from slimkit.core.ascend import load_w8a8s as load_w8a8s
@@ -22,6 +24,8 @@ from slimkit.core.calibration.own import OwnText as OwnText
 from slimkit.core.calibration.sets import CalibrationSet as CalibrationSet
 from slimkit.core.checkpoint.loading import LoadReport as LoadReport
 from slimkit.core.compare.comparison import Comparison as Comparison
+from slimkit.core.convert.adapters import AdapterReport as AdapterReport
+from slimkit.core.convert.adapters import convert_adapter as convert_adapter
 from slimkit.core.convert.gguffile import GgufReport as GgufReport
 from slimkit.core.convert.stream import ConvertReport as ConvertReport
 from slimkit.core.delta.shard import ShardError as ShardError
@@ -70,6 +74,7 @@ from slimkit.core.train.schedules import cosine_schedule as cosine_schedule
 from slimkit.core.train.schedules import linear_schedule as linear_schedule
 from slimkit.core.weights.blocks import PruneConfig as PruneConfig
 from slimkit.core.weights.influence import LayerSuggestion as LayerSuggestion
+from slimkit.cut_folder import cut_checkpoint as cut_checkpoint
 from slimkit.delta import AdapterDense as AdapterDense
 from slimkit.delta import AdapterLayer as AdapterLayer
 from slimkit.delta import LoRADense as LoRADense
@@ -109,6 +114,7 @@ from slimkit.prune import PruneTorch as PruneTorch
 from slimkit.prune import Pruner as Pruner
 from slimkit.pruned import load_pruned as load_pruned
 from slimkit.pruned import save_pruned as save_pruned
+from slimkit.pruned_folder import prune_checkpoint as prune_checkpoint
 from slimkit.sparse import Compressor as Compressor
 from slimkit.sparse import FrozenZeros as FrozenZeros
 from slimkit.sparse import freeze_zeros as freeze_zeros

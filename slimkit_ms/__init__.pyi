@@ -1,6 +1,8 @@
 # Written by `python tools/stubs.py` from slimkit/core/public.py; a test holds it current.
 
+from slimkit.core.ascend import AdapterCheck as AdapterCheck
 from slimkit.core.ascend import OnnxCheck as OnnxCheck
+from slimkit.core.ascend import check_adapter as check_adapter
 from slimkit.core.ascend import check_onnx as check_onnx
 from slimkit.core.ascend import load_w16a16s as load_w16a16s
 from slimkit.core.ascend import load_w8a8s as load_w8a8s
@@ -9,6 +11,8 @@ from slimkit.core.calibration.own import OwnText as OwnText
 from slimkit.core.calibration.sets import CalibrationSet as CalibrationSet
 from slimkit.core.checkpoint.loading import LoadReport as LoadReport
 from slimkit.core.compare.comparison import Comparison as Comparison
+from slimkit.core.convert.adapters import AdapterReport as AdapterReport
+from slimkit.core.convert.adapters import convert_adapter as convert_adapter
 from slimkit.core.convert.gguffile import GgufReport as GgufReport
 from slimkit.core.convert.stream import ConvertReport as ConvertReport
 from slimkit.core.delta.shard import ShardError as ShardError

@@ -10,6 +10,7 @@ ROOMS: dict[str, dict[str, str]] = {
         "PruneMindSpore": "prune",
         "save_pruned": "pruned",
         "load_pruned": "pruned",
+        "prune_checkpoint": "pruned_folder",
         "merge_desc": "core.prune.merging",
         "measure_latency": "latency",
         "LatencyTable": "core.prune.latency",
@@ -22,6 +23,7 @@ ROOMS: dict[str, dict[str, str]] = {
         "Criterion": "core.prune.criteria",
         "PruneConfig": "core.weights.blocks",
         "prune_model_weight": "weights",
+        "cut_checkpoint": "cut_folder",
         "suggest_layer_map": "weights",
         "measure_activations": "weights",
         "LayerSuggestion": "core.weights.influence",
@@ -94,6 +96,8 @@ ROOMS: dict[str, dict[str, str]] = {
         "LoadReport": "core.checkpoint.loading",
         "convert_checkpoint": "convert",
         "ConvertReport": "core.convert.stream",
+        "convert_adapter": "core.convert.adapters",
+        "AdapterReport": "core.convert.adapters",
         "convert_gguf": "convert",
         "GgufReport": "core.convert.gguffile",
         "save_delta": "delta",
@@ -122,6 +126,8 @@ ROOMS: dict[str, dict[str, str]] = {
     },
     "ascend": {
         "check_onnx": "core.ascend",
+        "check_adapter": "core.ascend",
+        "AdapterCheck": "core.ascend",
         "OnnxCheck": "core.ascend",
         "padded_waste": "core.ascend",
         "save_w16a16s": "ascend",
@@ -162,6 +168,8 @@ ONLY: dict[str, tuple[str, str]] = {
     "convert_gguf": ("slimkit", "transformers reads a GGUF file's tokenizer with PyTorch alone; both read the folder"),
     "export_mindir": ("slimkit_ms", "MINDIR is MindSpore's own format"),
     "merge_checkpoint": ("slimkit", "reads models of transformers, which MindSpore cannot build"),
+    "cut_checkpoint": ("slimkit", "reads models of transformers, which MindSpore cannot build"),
+    "prune_checkpoint": ("slimkit", "reads models of transformers, which MindSpore cannot build"),
     "sparsify_checkpoint": ("slimkit", "walks models of transformers, which MindSpore cannot build"),
 }
 

@@ -214,13 +214,13 @@ def merge_checkpoint(
         }
 
     job = {
-        "base": stepwise.identity(stored.places),
+        "base": stepwise.identity(p.file for p in stored.places.values()),
         "config": files.digest_file(source / "config.json"),
         "delta": {f.name: files.digest_file(f) for f in sorted(folder.iterdir()) if f.is_file()},
         "name": merger.report.name,
         "layers": sorted(merger.report.layers),
     }
-    return Report("merge", stepwise.write_folder(target, job, plan, make, rest, REPORT))
+    return Report("merge", stepwise.write_folder(target, job, lambda _: stepwise.Work(plan, make, rest), REPORT))
 
 
 def _plan(places: Mapping[str, shards.Place], merger: _Merger) -> list[stepwise.Shard]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,13 +12,14 @@ from typing import Any
 
 from slimkit.core import check, files
 from slimkit.core.checkpoint.shards import Place
-from slimkit.core.checkpoint.weightfile import Entry, stream_safetensors
+from slimkit.core.checkpoint.weightfile import STORED, Entry, stream_safetensors
 from slimkit.core.errors import UnsupportedError
 from slimkit.core.locks import SHARDS, locked, same_job
 from slimkit.core.log import progress
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _PIECES, _PIECE_BYTES = 64, 4096
+LIMIT_BYTES = 5_000_000_000  # of one file, as transformers has it
 
 
 @dataclass(frozen=True)
@@ -28,17 +30,24 @@ class Shard:
     entries: Mapping[str, Entry]
 
 
-# A shard in, its tensors out in order: (name, stored array or Piece), each written and forgotten.
-Make = Callable[[Shard], Iterable[tuple[str, Any]]]
+@dataclass(frozen=True)
+class Work:
+    """What is to be written, known once everything that decides it has been looked at.
+
+    Args:
+        shards: the files of weights.
+        make: gives a shard's tensors in order, (name, stored array or Piece); each is written and forgotten.
+        rest: writes what belongs to the weights (configuration, tokenizer) into the folder of finished files, and
+            returns the report, which must be the same in every run.
+    """
+
+    shards: Sequence[Shard]
+    make: Callable[[Shard], Iterable[tuple[str, Any]]]
+    rest: Callable[[Path], dict[str, Any]]
 
 
 def write_folder(
-    target: Path,
-    job: Mapping[str, Any],
-    shards: Sequence[Shard],
-    make: Make,
-    rest: Callable[[Path], dict[str, Any]],
-    report_name: str,
+    target: Path, job: Mapping[str, Any], begin: Callable[[Path], Work], report_name: str
 ) -> dict[str, Any]:
     """Write a folder of weights and what belongs to them; the same call after a kill goes on to the same bytes.
 
@@ -47,10 +56,8 @@ def write_folder(
     Args:
         target: the folder, absent, empty, or holding an unfinished run of the same job.
         job: what goes in, as plain JSON values.
-        shards: what to write.
-        make: gives a shard's tensors.
-        rest: writes what belongs to the weights (configuration, tokenizer) into the folder of finished files, and
-            returns the report, which must be the same in every run.
+        begin: given the folder of the job's state, in which it may keep what took time; says what to write. Where it
+            raises an error and kept nothing, `target` is as it was.
         report_name: the report's file.
 
     Returns:
@@ -65,25 +72,42 @@ def write_folder(
     # A run killed in its first moments leaves its state folder and nothing else.
     if target.exists() and any(f.name != SHARDS for f in target.iterdir()) and not (state / "job.json").exists():
         check.wrong_value("dst", "absent, empty, or an unfinished run", str(target))
-    with locked(state, "dst", inside=True):
-        same_job(state, job)
-        files.settle(target)
-        for part in state.rglob(".*.part"):  # a killed writer cannot clean up after itself
-            part.unlink()
-        if (target / report_name).exists():
-            tidy(state)  # the kill may have come while tidying
-            report: dict[str, Any] = files.read_json(target / report_name)
-            return report
-        finished = state / "finished"
-        finished.mkdir(exist_ok=True)
-        for shard in progress(shards, "shards"):
-            if not (finished / shard.name).exists():
-                stream_safetensors(finished / shard.name, shard.entries, make(shard), {"format": "pt"})
-        report = rest(finished)
-        write_index(finished, shards)
-        files.write_json(finished / report_name, report)
-        files.commit(finished, target)
-        tidy(state)
+    missing = [p for p in (target, *target.absolute().parents) if not p.exists()]
+    try:
+        with locked(state, "dst", inside=True):
+            same_job(state, job)
+            files.settle(target)
+            for part in state.rglob(".*.part"):  # a killed writer cannot clean up after itself
+                part.unlink()
+            if (target / report_name).exists():
+                tidy(state)  # the kill may have come while tidying
+                report: dict[str, Any] = files.read_json(target / report_name)
+                return report
+            try:
+                work = begin(state)
+            except Exception:
+                if {entry.name for entry in state.iterdir()} <= {"job.json", ".lock"}:
+                    shutil.rmtree(state)
+                raise
+            return _write(target, state, work, report_name)
+    except BaseException:
+        for folder in missing:
+            with contextlib.suppress(OSError):  # something is in it
+                folder.rmdir()
+        raise
+
+
+def _write(target: Path, state: Path, work: Work, report_name: str) -> dict[str, Any]:
+    finished = state / "finished"
+    finished.mkdir(exist_ok=True)
+    for shard in progress(work.shards, "shards"):
+        if not (finished / shard.name).exists():
+            stream_safetensors(finished / shard.name, shard.entries, work.make(shard), {"format": "pt"})
+    report = work.rest(finished)
+    write_index(finished, work.shards)
+    files.write_json(finished / report_name, report)
+    files.commit(finished, target)
+    tidy(state)
     return report
 
 
@@ -109,14 +133,14 @@ def write_index(folder: Path, shards: Sequence[Shard]) -> None:
     files.write_json(folder / INDEX, {"metadata": total, "weight_map": dict(sorted(homes.items()))})
 
 
-def identity(places: Mapping[str, Place]) -> dict[str, str]:
-    """What tells the weight files of a folder from others: name -> digest.
+def identity(weight_files: Iterable[Path]) -> dict[str, str]:
+    """What tells weight files from others: name -> digest.
 
     Sizes, times of change and pieces of the contents go in, not every byte: what runs as fast as a copy cannot read
     its source twice.
     """
     found = {}
-    for file in sorted({place.file for place in places.values()}):
+    for file in sorted(set(weight_files)):
         about = file.stat()
         digest = hashlib.sha256(f"{about.st_size} {about.st_mtime_ns}".encode())
         with open(file, "rb") as handle:
@@ -135,6 +159,23 @@ def layout(places: Mapping[str, Place]) -> dict[str, list[str]]:
     return found
 
 
+def shared_out(entries: Mapping[str, Entry], limit: int = LIMIT_BYTES) -> list[Shard]:
+    """Tensors in new files of at most so many bytes (or one tensor), named as transformers names them.
+
+    Example:
+        >>> [s.name for s in shared_out({"a": Entry("F32", (2,)), "b": Entry("F32", (2,))}, 8)]
+        ['model-00001-of-00002.safetensors', 'model-00002-of-00002.safetensors']
+    """
+    parts: list[dict[str, Entry]] = [{}]
+    for name, entry in entries.items():
+        if parts[-1] and sum(e.nbytes for e in parts[-1].values()) + entry.nbytes > limit:
+            parts.append({})
+        parts[-1][name] = entry
+    if len(parts) == 1:
+        return [Shard(SINGLE, parts[0])]
+    return [Shard(f"model-{k:05d}-of-{len(parts):05d}.safetensors", part) for k, part in enumerate(parts, 1)]
+
+
 def another_folder(source: Path, target: Path) -> None:
     """Refuse to write over what is read."""
     if source.resolve() == target.resolve():
@@ -143,8 +184,6 @@ def another_folder(source: Path, target: Path) -> None:
 
 def copied(name: str, place: Place) -> Entry:
     """The entry of a tensor that is copied as it is."""
-    from slimkit.core.checkpoint.weightfile import STORED
-
     if place.dtype not in STORED:
         raise UnsupportedError(f"tensor {name!r} has the unknown element type {place.dtype!r}")
     return Entry(place.dtype, place.shape)
