@@ -19,11 +19,13 @@ from slimkit.delta.layer import Adapted
 from slimkit.delta.lora_held import LoraHeld, held_parameters, rank_limit
 from slimkit.delta.lora_layers import LoraConv1D, LoraConv2d, LoraEmbedding, LoraLinear
 from slimkit.delta.low_rank_adapter import LowRankAdaptedLinear, low_rank_adapter_for
+from slimkit.delta.miss import ShardSum, SharedMatrix
 from slimkit.delta.multihead import call_layers, without_call_layers
 from slimkit.delta.named import LoraLayer
 from slimkit.delta.positions import shift_positions
 from slimkit.delta.prefix_model import forget_prefixes
 from slimkit.delta.sharded import at_rest, forget_deltas, in_step
+from slimkit.delta.shira import Entries, EntryValues
 
 import torch
 from torch import nn
@@ -40,6 +42,8 @@ _ADAPTERS: dict[str, tuple[type[Adapted], Any]] = {
     "adapter": (AdaptedLinear, adapter_for),
     "low_rank_adapter": (LowRankAdaptedLinear, low_rank_adapter_for),
     "ia3": (Scaled, Factors),
+    "miss": (ShardSum, SharedMatrix),
+    "shira": (Entries, EntryValues),
 }
 
 

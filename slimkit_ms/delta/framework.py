@@ -18,8 +18,10 @@ from slimkit_ms.delta.ia3 import Factors, Scaled
 from slimkit_ms.delta.layer import Adapted
 from slimkit_ms.delta.lora_layers import LoraConv2d, LoraDense, LoraEmbedding, LoraLinear, LoraMintConv2d, LoraTable
 from slimkit_ms.delta.low_rank_adapter import LowRankAdaptedLinear, low_rank_adapter_for
+from slimkit_ms.delta.miss import ShardSum, SharedMatrix
 from slimkit_ms.delta.named import LoraLayer
 from slimkit_ms.delta.positions import shift_positions, start_at_zero
+from slimkit_ms.delta.shira import Entries, EntryValues
 
 import mindspore as ms
 from mindspore import mint, nn
@@ -37,6 +39,8 @@ _ADAPTERS: dict[str, tuple[type[Adapted], Any]] = {
     "adapter": (AdaptedLinear, adapter_for),
     "low_rank_adapter": (LowRankAdaptedLinear, low_rank_adapter_for),
     "ia3": (Scaled, Factors),
+    "miss": (ShardSum, SharedMatrix),
+    "shira": (Entries, EntryValues),
 }
 
 

@@ -15,10 +15,10 @@ from dataclasses import replace
 from typing import Any
 
 from slimkit.core import check
-from slimkit.core.delta import ia3, owned
+from slimkit.core.delta import layered, owned
 from slimkit.core.delta import spec as rules
 from slimkit.core.delta.framework import DeltaFramework
-from slimkit.core.delta.spec import DeltaReport, LoraSpec
+from slimkit.core.delta.spec import DeltaReport
 from slimkit.core.errors import ArgumentError, UnsupportedError
 from slimkit.core.freeze import matched, report_of
 from slimkit.core.log import logger
@@ -52,7 +52,7 @@ def apply_layers(
     also_train: Any = None,
     strict: bool = True,
     dtype: Any = None,
-    specs: Mapping[str, LoraSpec] | None = None,
+    specs: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> DeltaReport:
     """Put a delta of a layer kind on a model, in place; see `apply_delta` of the wings.
@@ -85,7 +85,7 @@ def apply_layers(
     check.boolean(freeze, "freeze")
     flags, trained = _planned_flags(access, model, freeze, also_train)
     notes: list[str] = []
-    layer_options: Mapping[str, Mapping[str, Any]] = {}
+    layer_options: dict[str, dict[str, Any]] = {}
     fresh = specs is None  # values that come from a file need no start of their own
     if kind == "lora":
         if specs is None:
@@ -101,7 +101,9 @@ def apply_layers(
                 )
         described: dict[str, dict[str, Any]] = {p: {"type": sites[p].kind, **specs[p].to_dict()} for p in paths}
     else:
-        layer_options = ia3.by_layer(paths, **options) if kind == "ia3" else dict.fromkeys(paths, options)
+        if specs is None:
+            specs = layered.specs(kind, sites, paths, options)
+        layer_options = {p: dict(options) if specs is None else specs[p].to_dict() for p in paths}
         described = {p: {"type": sites[p].kind, **layer_options[p]} for p in paths}
     before = set(map(id, standing.values()))
     put: dict[int, Any] = {}  # a layer held under two paths carries one delta
@@ -114,6 +116,7 @@ def apply_layers(
                 put[id(layer)] = layer
                 if kind == "lora":
                     layer.add(name, (specs or {})[path], dtype, fresh=fresh)
+            described[path] |= layer.delta_options(name)  # what putting it on decided is in there too
     except Exception:
         for layer in put.values():
             if id(layer) not in before:
@@ -391,18 +394,3 @@ def _layers(access: DeltaFramework, model: Any) -> dict[str, Any]:
     if not layers:
         raise ArgumentError("the model carries no delta; apply_delta puts one on.")
     return layers
-
-
-def plus_groups(
-    named: Sequence[tuple[str, Any]], lr: Any, ratio: Any = 16.0, weight_decay: Any = 0.0
-) -> list[dict[str, Any]]:
-    """Optimizer groups in which LoRA's b learns faster than a; see `lora_plus_groups` of the wings."""
-    check.number(lr, "lr", minimum=0)
-    check.number(ratio, "ratio", minimum=0)
-    check.number(weight_decay, "weight_decay", minimum=0)
-    fast = [p for n, p in named if f"{rules.PREFIX}lora_b" in n]
-    slow = [p for n, p in named if f"{rules.PREFIX}lora_b" not in n]
-    if not fast:
-        raise ArgumentError("no lora_b trains in this model; call apply_delta(model, 'lora', ...) first.")
-    groups = [{"params": fast, "lr": lr * ratio, "weight_decay": weight_decay}]
-    return groups + ([{"params": slow, "lr": lr, "weight_decay": weight_decay}] if slow else [])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from slimkit.core import check
@@ -22,6 +22,8 @@ KINDS: dict[str, tuple[str, ...]] = {
     "adapter": ("linear",),
     "low_rank_adapter": ("linear",),
     "ia3": ("linear", "conv1d", "conv2d"),
+    "miss": ("linear",),
+    "shira": ("linear",),
     "prefix": (),
     "prompt": (),
 }
@@ -30,10 +32,12 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "adapter": ("bottleneck_size", "non_linearity"),
     "low_rank_adapter": ("reduction_factor", "low_rank_size", "low_rank_w_init", "non_linearity"),
     "ia3": ("feedforward",),
+    "miss": ("rank", "repeat", "dropout"),
+    "shira": ("rank", "support", "seed"),
     "prefix": ("prefix_token_num", "projection", "mid_dim", "dropout_rate", "text_ids", "inputs", "sizes", "positions"),
     "prompt": ("num_virtual_tokens", "init", "text_ids"),
 }
-MERGING = ("lora", "ia3")  # kinds that can be merged into weights
+MERGING = ("lora", "ia3", "miss", "shira")  # kinds that can be merged into weights
 _HEAD = "it is the output embedding; name it to adapt it"
 _RARE = ("parameters", "bias")  # fields of LoraSpec that only some layers have
 HELD = ("multihead", "experts")  # layers that read their parameters themselves
@@ -103,16 +107,6 @@ class LoraSpec:
         """The fields as plain JSON values; what only some layers have is left out elsewhere."""
         plain = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(self).items()}
         return {k: v for k, v in plain.items() if k not in _RARE or v}
-
-
-def spec_from_dict(value: Any) -> LoraSpec:
-    """A LoraSpec from `to_dict`'s values; an unknown key is refused with the nearest known one."""
-    check.instance(value, Mapping, "spec", "a mapping")
-    known = [f.name for f in fields(LoraSpec)]
-    for name in value:
-        check.choice(name, known, "LoRA option")
-    listed: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in value.items()}
-    return LoraSpec(**listed)
 
 
 @dataclass(frozen=True)
