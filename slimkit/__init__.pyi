@@ -73,6 +73,7 @@ from slimkit.core.train.schedules import cosine_schedule as cosine_schedule
 from slimkit.core.train.schedules import linear_schedule as linear_schedule
 from slimkit.core.weights.blocks import PruneConfig as PruneConfig
 from slimkit.core.weights.influence import LayerSuggestion as LayerSuggestion
+from slimkit.cut_folder import cut_checkpoint as cut_checkpoint
 from slimkit.delta import AdapterDense as AdapterDense
 from slimkit.delta import AdapterLayer as AdapterLayer
 from slimkit.delta import LoRADense as LoRADense

@@ -168,7 +168,7 @@ class FolderPruner(PrunerBase):
             The report; see `prune_checkpoint`.
         """
         job = {
-            "source": stepwise.identity(self._stored.places),
+            "source": stepwise.identity(p.file for p in self._stored.places.values()),
             "config": files.digest_file(self._source / "config.json"),
             "settings": {"reserved_ratio": ratio, "un_prune_list": None if whole is None else list(whole), **settings},
         }

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from slimkit import bridge  # noqa: F401  (says in one line that torch is missing)
+from slimkit.core import check
 from slimkit.core.checkpoint import shards
-from slimkit.core.errors import FileFormatError, UnsupportedError
+from slimkit.core.errors import ConfigError, FileFormatError, UnsupportedError
 from slimkit.core.lazy import library
 from slimkit.layouts import Layouts
 
@@ -216,12 +217,17 @@ def to_meta(module: torch.nn.Module, names: Iterable[str] | None = None) -> None
     module.load_state_dict(meta, strict=False, assign=True)
 
 
-def empty_model(source: Path, cache: bool = False) -> torch.nn.Module:
+def empty_model(source: Path, cache: bool = False, fields: Mapping[str, Any] | None = None) -> torch.nn.Module:
     """The checkpoint's model without weights; buffers are real, for they are computed, not stored.
 
     Args:
         source: the folder.
         cache: whether `use_cache` stays what the configuration says.
+        fields: of the configuration, to be other than it says.
+
+    Raises:
+        FileFormatError: `source` is no folder of transformers.
+        ConfigError: the configuration has no such field, or builds no model with it.
     """
     transformers = library("transformers", "hf")
     accelerate = library("accelerate", "torch")
@@ -230,15 +236,27 @@ def empty_model(source: Path, cache: bool = False) -> torch.nn.Module:
     try:
         config: Any = transformers.AutoConfig.from_pretrained(str(source))
     except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise FileFormatError(f"{source} cannot be opened by transformers: {reason}") from None
+        raise FileFormatError(f"{source} cannot be opened by transformers: {_line(error)}") from None
+    for name, value in (fields or {}).items():
+        if not hasattr(config, name):
+            known = [n for n in vars(config) if n[0] != "_"]
+            raise ConfigError(f"{source / 'config.json'} has no field {name!r}{check.near(name, known)}")
+        setattr(config, name, value)
     kinds = getattr(config, "architectures", None) or []
     kind = next((getattr(transformers, k) for k in kinds if hasattr(transformers, k)), None)
-    with accelerate.init_empty_weights(include_buffers=False):
-        model: torch.nn.Module = kind(config) if kind is not None else transformers.AutoModel.from_config(config)
-    own: Any = model
-    own.tie_weights()  # making a model without weights makes each parameter anew
-    own = model.config
-    if hasattr(own, "use_cache") and not cache:
-        own.use_cache = False
+    try:
+        with accelerate.init_empty_weights(include_buffers=False):
+            made = kind(config) if kind is not None else transformers.AutoModel.from_config(config)
+    except (ValueError, TypeError, RuntimeError, AssertionError) as error:
+        if not fields:
+            raise
+        raise ConfigError(f"the configuration builds no model with {dict(fields)}: {_line(error)}") from None
+    model: torch.nn.Module = made
+    made.tie_weights()  # making a model without weights makes each parameter anew
+    if hasattr(made.config, "use_cache") and not cache:
+        made.config.use_cache = False
     return model.eval()
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

@@ -21,6 +21,7 @@ ROOMS: dict[str, dict[str, str]] = {
         "Criterion": "core.prune.criteria",
         "PruneConfig": "core.weights.blocks",
         "prune_model_weight": "weights",
+        "cut_checkpoint": "cut_folder",
         "suggest_layer_map": "weights",
         "measure_activations": "weights",
         "LayerSuggestion": "core.weights.influence",
@@ -166,6 +167,7 @@ ONLY: dict[str, tuple[str, str]] = {
     "convert_gguf": ("slimkit", "transformers reads a GGUF file's tokenizer with PyTorch alone; both read the folder"),
     "export_mindir": ("slimkit_ms", "MINDIR is MindSpore's own format"),
     "merge_checkpoint": ("slimkit", "reads models of transformers, which MindSpore cannot build"),
+    "cut_checkpoint": ("slimkit", "reads models of transformers, which MindSpore cannot build"),
     "prune_checkpoint": ("slimkit", "reads models of transformers, which MindSpore cannot build"),
     "sparsify_checkpoint": ("slimkit", "walks models of transformers, which MindSpore cannot build"),
 }

@@ -214,7 +214,7 @@ def merge_checkpoint(
         }
 
     job = {
-        "base": stepwise.identity(stored.places),
+        "base": stepwise.identity(p.file for p in stored.places.values()),
         "config": files.digest_file(source / "config.json"),
         "delta": {f.name: files.digest_file(f) for f in sorted(folder.iterdir()) if f.is_file()},
         "name": merger.report.name,

@@ -12,6 +12,7 @@ from slimkit import bridge, kinds
 from slimkit.core.delta.framework import DeltaFramework
 from slimkit.core.delta.spec import HELD, PREFIX, Site
 from slimkit.core.freeze import Parameters
+from slimkit.delta import starts
 from slimkit.delta.adapter import AdaptedLinear, adapter_for
 from slimkit.delta.attach import DeltaLayer, attach, device_for, layer_class
 from slimkit.delta.ia3 import Factors, Scaled
@@ -168,6 +169,15 @@ class TorchDelta(DeltaFramework):
             before = parameter.detach().clone()
             parameter.copy_(value)
             return before
+
+    def gradients(self, model: nn.Module, paths: Sequence[str], batches: Sequence[Any], loss: Any) -> Any:
+        for path, found in starts.gradients(model, {p: bridge.get_module(model, p) for p in paths}, batches, loss):
+            yield path, found.T if kind_of(bridge.get_module(model, path)) == "conv1d" else found
+
+    def given(
+        self, model: nn.Module, paths: Sequence[str], batches: Sequence[Any], seen: Any, loss: Any = None
+    ) -> None:
+        starts.given(model, {p: bridge.get_module(model, p) for p in paths}, batches, seen, loss)
 
     def holders(self, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         return ((path, module) for path, module in bridge.named_modules(model) if PREFIX not in path)

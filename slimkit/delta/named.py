@@ -100,7 +100,9 @@ class LoraLayer(NamedLoras, MergingLayer):
         """Whether a run of the layer differs from the plain layer's."""
         return bool(self._running)
 
-    def add(self, name: str, spec: LoraSpec, dtype: torch.dtype | None = None, *, fresh: bool = True) -> None:
+    def add(
+        self, name: str, spec: LoraSpec, dtype: torch.dtype | None = None, *, fresh: bool = True, start: Any = None
+    ) -> None:
         """Add a delta that changes nothing yet, in place, and make it active.
 
         Args:
@@ -108,6 +110,7 @@ class LoraLayer(NamedLoras, MergingLayer):
             spec: its rank, scale and start.
             dtype: of its parameters; None means float32, or float64 over a float64 base.
             fresh: whether to compute its start; not needed when values are filled in afterwards.
+            start: rows that a begins with, (at most rank, inputs); None for those of its spec alone.
 
         Raises:
             UnsupportedError: its start is read from the weight, and the weight is not in memory.
@@ -121,6 +124,8 @@ class LoraLayer(NamedLoras, MergingLayer):
         a, b = (torch.zeros(s, dtype=kind, device=place) for s in (a_shape, b_shape))
         if fresh and not a.is_meta:
             self.fill_start(a, b, spec)
+            if start is not None:
+                a[: len(start)] = torch.from_numpy(start)
         # A compressed delta is made, not trained; its halves have few bits.
         made: dict[str, Any] = {n: nn.Parameter(t, requires_grad=not spec.rest) for n, t in (("a", a), ("b", b))}
         if spec.dora:

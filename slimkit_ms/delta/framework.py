@@ -12,6 +12,7 @@ from slimkit.core.delta.framework import DeltaFramework
 from slimkit.core.delta.spec import PREFIX, Site
 from slimkit.core.freeze import Parameters
 from slimkit_ms import bridge, kinds
+from slimkit_ms.delta import starts
 from slimkit_ms.delta.adapter import AdaptedLinear, adapter_for
 from slimkit_ms.delta.attach import DeltaLayer, attach
 from slimkit_ms.delta.ia3 import Factors, Scaled
@@ -134,6 +135,12 @@ class MindSporeDelta(DeltaFramework):
         if value is not None:
             parameter.set_data(value)
         return before
+
+    def gradients(self, model: nn.Cell, paths: Sequence[str], batches: Sequence[Any], loss: Any) -> Any:
+        return starts.gradients(model, {p: self.module(model, p) for p in paths}, batches, loss)
+
+    def given(self, model: nn.Cell, paths: Sequence[str], batches: Sequence[Any], seen: Any, loss: Any = None) -> None:
+        starts.given(model, {p: self.module(model, p) for p in paths}, batches, seen, loss)
 
     def holders(self, model: nn.Cell) -> Iterator[tuple[str, nn.Cell]]:
         return ((path, cell) for path, cell in model.cells_and_names() if PREFIX not in path)

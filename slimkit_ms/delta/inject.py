@@ -47,10 +47,12 @@ def apply_delta(
         strict: whether an unmatched pattern or an unfit layer is an error; otherwise it is in the report.
         dtype: of the new parameters; None means float32, also over a half-precision base, which trains stably.
         options: of the kind. lora: rank, alpha (None: twice the rank), dropout, rslora, dora, init ("kaiming",
-            "gaussian", "pissa"), ranks and alphas ({glob: number}), keep_zeros (None: on sparse layers). adapter:
-            bottleneck_size, non_linearity. low_rank_adapter: reduction_factor, low_rank_size, low_rank_w_init,
-            non_linearity. ia3: feedforward (globs of the targets whose inputs are scaled, not outputs). miss: rank,
-            repeat, dropout. shira: rank, support ("nonzero", "magnitude", "random"), seed.
+            "gaussian", "pissa"; "gradient" and "activations" read it from calibration=, a list of batches, the first
+            with loss=f(model, batch), None: the loss that the model gives itself), ranks and alphas ({glob: number}),
+            keep_zeros (None: on sparse layers). adapter: bottleneck_size, non_linearity. low_rank_adapter:
+            reduction_factor, low_rank_size, low_rank_w_init, non_linearity. ia3: feedforward (globs of the targets
+            whose inputs are scaled, not outputs). miss: rank, repeat, dropout. shira: rank, support ("nonzero",
+            "magnitude", "random"), seed.
             prefix: prefix_token_num, projection, mid_dim, dropout_rate, text_ids, inputs (one batch to
             see the attention at work), or sizes ({path: (heads, width, query heads)}) instead of
             a run, positions (globs over the cells that are given position numbers, which then begin behind the prefix;

@@ -14,9 +14,10 @@ from slimkit.core.errors import UnsupportedError
 from slimkit.core.sparse.call_order import CallOrder, batch_shape
 from slimkit.core.sparse.experts import LayerCall, Pairs
 from slimkit_ms import bridge, kinds
+from slimkit_ms.chain import block_paths, first_tensor, hooks, valid_tokens
 from slimkit_ms.replay import replaying
 from slimkit_ms.sparse.reads import Reads
-from slimkit_ms.sparse.residual import arriving, block_paths, chained, first_tensor, hooks, joints
+from slimkit_ms.sparse.residual import arriving, chained, joints
 from slimkit_ms.sparse.slots import PARTS, WeightSlot, attended
 from slimkit_ms.sparse.trained import MindSporeTrained
 
@@ -138,15 +139,6 @@ def trace(
         if not complete:
             calls.ran()
     return calls
-
-
-def valid_tokens(batch: Any) -> Array | None:
-    """Which tokens of a batch are no padding: its 2-D attention mask of zeros and ones, if it has one."""
-    mask = bridge.tensors(batch.get("attention_mask")) if isinstance(batch, Mapping) else None
-    if not isinstance(mask, ms.Tensor) or mask.ndim != 2:
-        return None
-    found: Array = bridge.as_numpy(mask) != 0
-    return found
 
 
 def as_input(cell: nn.Cell, x: ms.Tensor, valid: Array | None = None) -> Array:

@@ -15,10 +15,10 @@ from slimkit.core.sparse.maths.layer import SparseLayer
 from slimkit.core.sparse.processes import agreed, demand_tokens
 from slimkit.core.sparse.skipped import adapter_parts, other_matrices
 from slimkit_ms import bridge, kinds
-from slimkit_ms.sparse.blocks import WholeModel, as_input, trace, unwatched, valid_tokens, watching
-from slimkit_ms.sparse.chain import ChainInputs, ModelBlock
+from slimkit_ms.chain import ChainInputs, block_paths, first_tensor, valid_tokens
+from slimkit_ms.sparse.blocks import WholeModel, as_input, trace, unwatched, watching
+from slimkit_ms.sparse.chain import ModelBlock
 from slimkit_ms.sparse.reads import Reads
-from slimkit_ms.sparse.residual import block_paths, first_tensor
 from slimkit_ms.sparse.slots import WeightSlot, own_matrices, parts, slots_of, unclear
 from slimkit_ms.sparse.trained import norm_parameters
 

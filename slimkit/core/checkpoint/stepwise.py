@@ -19,6 +19,7 @@ from slimkit.core.log import progress
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _PIECES, _PIECE_BYTES = 64, 4096
+LIMIT_BYTES = 5_000_000_000  # of one file, as transformers has it
 
 
 @dataclass(frozen=True)
@@ -132,14 +133,14 @@ def write_index(folder: Path, shards: Sequence[Shard]) -> None:
     files.write_json(folder / INDEX, {"metadata": total, "weight_map": dict(sorted(homes.items()))})
 
 
-def identity(places: Mapping[str, Place]) -> dict[str, str]:
-    """What tells the weight files of a folder from others: name -> digest.
+def identity(weight_files: Iterable[Path]) -> dict[str, str]:
+    """What tells weight files from others: name -> digest.
 
     Sizes, times of change and pieces of the contents go in, not every byte: what runs as fast as a copy cannot read
     its source twice.
     """
     found = {}
-    for file in sorted({place.file for place in places.values()}):
+    for file in sorted(set(weight_files)):
         about = file.stat()
         digest = hashlib.sha256(f"{about.st_size} {about.st_mtime_ns}".encode())
         with open(file, "rb") as handle:
@@ -156,6 +157,23 @@ def layout(places: Mapping[str, Place]) -> dict[str, list[str]]:
     for name, place in sorted(places.items(), key=lambda item: (item[1].file.name, item[1].start, item[0])):
         found.setdefault(place.file.name, []).append(name)
     return found
+
+
+def shared_out(entries: Mapping[str, Entry], limit: int = LIMIT_BYTES) -> list[Shard]:
+    """Tensors in new files of at most so many bytes (or one tensor), named as transformers names them.
+
+    Example:
+        >>> [s.name for s in shared_out({"a": Entry("F32", (2,)), "b": Entry("F32", (2,))}, 8)]
+        ['model-00001-of-00002.safetensors', 'model-00002-of-00002.safetensors']
+    """
+    parts: list[dict[str, Entry]] = [{}]
+    for name, entry in entries.items():
+        if parts[-1] and sum(e.nbytes for e in parts[-1].values()) + entry.nbytes > limit:
+            parts.append({})
+        parts[-1][name] = entry
+    if len(parts) == 1:
+        return [Shard(SINGLE, parts[0])]
+    return [Shard(f"model-{k:05d}-of-{len(parts):05d}.safetensors", part) for k, part in enumerate(parts, 1)]
 
 
 def another_folder(source: Path, target: Path) -> None:

@@ -37,7 +37,7 @@ class DeltaFace:
         """Whether its deltas are in the weight now."""
         return False
 
-    def add(self, name: str, spec: Any, dtype: Any = None, *, fresh: bool = True) -> None:
+    def add(self, name: str, spec: Any, dtype: Any = None, *, fresh: bool = True, start: Any = None) -> None:
         """Add one more named delta that changes nothing yet, in place, and let it act; LoRA layers take several."""
         raise UnsupportedError(f"a layer takes one {self.delta_kind!r}")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -96,6 +96,26 @@ class DeltaFramework(ABC):
         """Give a parameter another value, in place; gives the value it had, which shares nothing with it.
 
         `value` is what an earlier exchange gave, or None to leave the parameter as it is.
+        """
+
+    @abstractmethod
+    def gradients(
+        self, model: Any, paths: Sequence[str], batches: Sequence[Any], loss: Callable[..., Any] | None
+    ) -> Iterator[tuple[str, Array]]:
+        """Path and dL/dW (outputs, inputs) of linear layers, summed over batches; the model is as it was."""
+
+    @abstractmethod
+    def given(
+        self,
+        model: Any,
+        paths: Sequence[str],
+        batches: Sequence[Any],
+        seen: Callable[[str, Array], None],
+        loss: Callable[..., Any] | None = None,
+    ) -> None:
+        """Call ``seen(path, rows)`` with what each layer is given, (n, inputs), rows of padding left out.
+
+        `loss` is what calls the model with a batch, where the model cannot be called with it as it is.
         """
 
     @abstractmethod

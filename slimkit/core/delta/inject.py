@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 from slimkit.core import check
-from slimkit.core.delta import layered, owned
+from slimkit.core.delta import layered, owned, starts
 from slimkit.core.delta import spec as rules
 from slimkit.core.delta.framework import DeltaFramework
 from slimkit.core.delta.spec import DeltaReport
@@ -86,11 +86,14 @@ def apply_layers(
     flags, trained = _planned_flags(access, model, freeze, also_train)
     notes: list[str] = []
     layer_options: dict[str, dict[str, Any]] = {}
+    begun: dict[str, Any] = {}
     fresh = specs is None  # values that come from a file need no start of their own
     if kind == "lora":
         if specs is None:
             sites.update({p: replace(sites[p], zeros=access.keeps_zeros(access.module(model, p))) for p in paths})
+            calibration, loss = options.pop("calibration", None), options.pop("loss", None)
             specs = rules.lora_specs(sites, paths, **options)
+            batches = starts.check_data(specs[paths[0]].init, calibration, loss)
             kept = [p for p in paths if specs[p].keep_zeros]
             if kept and options.get("keep_zeros") is None:
                 notes.append(f"{len(kept)} layers were made sparse: their deltas keep the zeros (keep_zeros=False)")
@@ -99,6 +102,9 @@ def apply_layers(
                 notes.append(
                     f"{len(filled)} sparse layers get deltas that fill their zeros when merged: {filled[0]} ..."
                 )
+            if batches:
+                begun, said = starts.work_out(access, model, sites, specs, batches, loss)
+                notes += said
         described: dict[str, dict[str, Any]] = {p: {"type": sites[p].kind, **specs[p].to_dict()} for p in paths}
     else:
         if specs is None:
@@ -115,7 +121,7 @@ def apply_layers(
                     access.attach(kind, layer, name, dtype, layer_options.get(path, {}))
                 put[id(layer)] = layer
                 if kind == "lora":
-                    layer.add(name, (specs or {})[path], dtype, fresh=fresh)
+                    layer.add(name, (specs or {})[path], dtype, fresh=fresh, start=begun.get(path))
             described[path] |= layer.delta_options(name)  # what putting it on decided is in there too
     except Exception:
         for layer in put.values():

@@ -29,7 +29,19 @@ KINDS: dict[str, tuple[str, ...]] = {
     "prompt": (),
 }
 OPTIONS: dict[str, tuple[str, ...]] = {
-    "lora": ("rank", "alpha", "dropout", "rslora", "dora", "init", "keep_zeros", "ranks", "alphas"),
+    "lora": (
+        "rank",
+        "alpha",
+        "dropout",
+        "rslora",
+        "dora",
+        "init",
+        "keep_zeros",
+        "ranks",
+        "alphas",
+        "calibration",
+        "loss",
+    ),
     "adapter": ("bottleneck_size", "non_linearity"),
     "low_rank_adapter": ("reduction_factor", "low_rank_size", "low_rank_w_init", "non_linearity"),
     "ia3": ("feedforward",),
@@ -42,7 +54,7 @@ MERGING = ("lora", "ia3", "miss", "shira")  # kinds that can be merged into weig
 _HEAD = "it is the output embedding; name it to adapt it"
 _RARE = ("parameters", "bias", "rest", "count")  # fields of LoraSpec that only some layers have
 HELD = ("multihead", "experts")  # layers that read their parameters themselves
-LORA_INITS = ("kaiming", "gaussian", "pissa")
+LORA_INITS = ("kaiming", "gaussian", "pissa", "gradient", "activations")
 
 
 def delta_name(value: Any) -> str:
@@ -73,8 +85,9 @@ class LoraSpec:
         dropout: share of the input dropped on the way into a, in training.
         rslora: divide alpha by sqrt(rank) instead of rank, so that high ranks learn as fast (Kalajdzievski 2023).
         dora: learn the length of each output's weight apart from its direction (Liu et al. 2024).
-        init: "kaiming" (a Kaiming-uniform, b zero), "gaussian" (a normal with deviation 1/rank, b zero), or "pissa":
-            a and b from the largest singular vectors, which are taken out of the base (Meng et al. 2024).
+        init: "kaiming" (a Kaiming-uniform, b zero), "gaussian" (a normal with deviation 1/rank, b zero), "pissa" (a and
+            b from the largest singular vectors, which are taken out of the base: Meng et al. 2024), or one that is read
+            from data (`starts`): "gradient", "activations" (b zero).
         keep_zeros: the delta is zero wherever the base weight is, so that a sparse base stays sparse when merged.
         parameters: of a module that reads them itself (multi-head attention, experts): those the LoRA is on.
         bias: b has a bias of its own, which the scale multiplies as well (PEFT's lora_bias).
