@@ -147,3 +147,17 @@ def test_the_random_range_is_about_as_near_as_the_decomposition(rng):
     best = np.linalg.norm(matrix - (u[:, :10] * s[:10]) @ vt[:10])
     a, b = rest.nearest(matrix, 10, rng)
     assert np.linalg.norm(matrix - b.astype(np.float32) @ a.astype(np.float32)) < 1.01 * best
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_convolutions_too(kit, rng, kind):
+    def net(seed):
+        made = kit.named(conv=kit.conv(8, 24, 3), act=kit.relu())
+        kit.train_mode(kit.fill(made, seed), False)
+        return made
+
+    base, images = net(0), kit.tensor(rng.standard_normal((2, 8, 6, 6)).astype(np.float32))
+    kit.slim.compress_delta(base, net(1), kind, bytes_ratio=0.4)
+    got = out(kit, base, images)
+    kit.slim.merge_delta(base, unload=True)
+    np.testing.assert_allclose(out(kit, base, images), got, atol=2e-4)  # float32, 72 terms, values of 5

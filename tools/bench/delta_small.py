@@ -41,14 +41,13 @@ def digits():
     y = torch.tensor(data.target[order])
     rest = slice(0, 1000), slice(1000, None)
     base = nn.Sequential(
-        nn.Conv2d(1, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Conv2d(64, 128, 3, padding=1), nn.BatchNorm2d(128), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
-        nn.Linear(512, 256), nn.ReLU(), nn.Linear(256, 10),
+        nn.Flatten(), nn.Linear(64, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(),
+        nn.Linear(512, 10),
     )  # fmt: skip
-    learn(base, lambda m, rows: m(x[rest[0]][rows]), y[rest[0]], 200, 1e-3)
+    learn(base, lambda m, rows: m(x[rest[0]][rows]), y[rest[0]], 600, 1e-3)
     tuned = copy.deepcopy(base)
     x = x.flip(-1)  # seen in a mirror
-    learn(tuned, lambda m, rows: m(x[rest[0]][rows]), y[rest[0]], 200, 3e-4)
+    learn(tuned, lambda m, rows: m(x[rest[0]][rows]), y[rest[0]], 600, 3e-4)
 
     def right(model):
         with torch.no_grad():
