@@ -15,6 +15,7 @@ from slimkit.core.freeze import Parameters
 from slimkit.delta import starts
 from slimkit.delta.adapter import AdaptedLinear, adapter_for
 from slimkit.delta.attach import DeltaLayer, attach, device_for, layer_class
+from slimkit.delta.held_base import HeldLora
 from slimkit.delta.ia3 import Factors, Scaled
 from slimkit.delta.layer import Adapted
 from slimkit.delta.lora_held import LoraHeld, held_parameters, rank_limit
@@ -131,7 +132,11 @@ class TorchDelta(DeltaFramework):
 
     def attach(self, kind: str, module: nn.Module, name: str, dtype: Any, options: Mapping[str, Any]) -> None:
         if kind == "lora":
-            attach(module, _LORA[kind_of(module)]).start()
+            held = options.get("base_dtype")
+            layer = attach(module, HeldLora if held else _LORA[kind_of(module)])
+            layer.start()
+            if held:
+                layer.hold(held)
             return
         mixin, make = _ADAPTERS[kind]
         adapter = make(mixin.width_for(module, options), dtype or torch.float32, **options).to(device_for(module))
@@ -169,6 +174,10 @@ class TorchDelta(DeltaFramework):
             before = parameter.detach().clone()
             parameter.copy_(value)
             return before
+
+    def holdable(self, module: nn.Module) -> bool:
+        weight: Any = module._parameters.get("weight")
+        return type(weight) is nn.Parameter and not weight.is_meta and "forward" not in vars(module)
 
     def gradients(self, model: nn.Module, paths: Sequence[str], batches: Sequence[Any], loss: Any) -> Any:
         for path, found in starts.gradients(model, {p: bridge.get_module(model, p) for p in paths}, batches, loss):

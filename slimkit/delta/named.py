@@ -100,6 +100,12 @@ class LoraLayer(NamedLoras, MergingLayer):
         """Whether a run of the layer differs from the plain layer's."""
         return bool(self._running)
 
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """The weight's type."""
+        found: torch.dtype = self.weight.dtype
+        return found
+
     def add(
         self, name: str, spec: LoraSpec, dtype: torch.dtype | None = None, *, fresh: bool = True, start: Any = None
     ) -> None:
@@ -218,7 +224,7 @@ class LoraLayer(NamedLoras, MergingLayer):
 
     def _factors(self, part: Part, device: torch.device | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         a, b = getattr(self, part.a), getattr(self, part.b)
-        kind = computing(self.weight.dtype, a.dtype)
+        kind = computing(self.weight_dtype, a.dtype)
         a, b = a.to(kind), b.to(kind)
         if self.delta_specs[part.name].init == "pissa":
             # What PiSSA took out of the base is subtracted here, so the base itself is never touched.

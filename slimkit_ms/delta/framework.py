@@ -15,6 +15,7 @@ from slimkit_ms import bridge, kinds
 from slimkit_ms.delta import starts
 from slimkit_ms.delta.adapter import AdaptedLinear, adapter_for
 from slimkit_ms.delta.attach import DeltaLayer, attach
+from slimkit_ms.delta.held_base import HeldLora
 from slimkit_ms.delta.ia3 import Factors, Scaled
 from slimkit_ms.delta.layer import Adapted
 from slimkit_ms.delta.lora_layers import LoraConv2d, LoraDense, LoraEmbedding, LoraLinear, LoraMintConv2d, LoraTable
@@ -107,8 +108,12 @@ class MindSporeDelta(DeltaFramework):
 
     def attach(self, kind: str, module: nn.Cell, name: str, dtype: Any, options: Mapping[str, Any]) -> None:
         if kind == "lora":
+            held = options.get("base_dtype")
             base = next(kind for kind in type(module).__mro__ if kind in _LORA)
-            attach(module, _LORA[base][0]).start()
+            layer = attach(module, HeldLora if held else _LORA[base][0])
+            layer.start()
+            if held:
+                layer.hold(held)
             return
         mixin, make = _ADAPTERS[kind]
         adapter = make(mixin.width_for(module, options), dtype or ms.float32, **options).set_train(module.training)
@@ -135,6 +140,9 @@ class MindSporeDelta(DeltaFramework):
         if value is not None:
             parameter.set_data(value)
         return before
+
+    def holdable(self, module: nn.Cell) -> bool:
+        return module._params.get("weight") is not None
 
     def gradients(self, model: nn.Cell, paths: Sequence[str], batches: Sequence[Any], loss: Any) -> Any:
         return starts.gradients(model, {p: self.module(model, p) for p in paths}, batches, loss)

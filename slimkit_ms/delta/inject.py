@@ -49,10 +49,10 @@ def apply_delta(
         options: of the kind. lora: rank, alpha (None: twice the rank), dropout, rslora, dora, init ("kaiming",
             "gaussian", "pissa"; "gradient" and "activations" read it from calibration=, a list of batches, the first
             with loss=f(model, batch), None: the loss that the model gives itself), ranks and alphas ({glob: number}),
-            keep_zeros (None: on sparse layers). adapter: bottleneck_size, non_linearity. low_rank_adapter:
-            reduction_factor, low_rank_size, low_rank_w_init, non_linearity. ia3: feedforward (globs of the targets
-            whose inputs are scaled, not outputs). miss: rank, repeat, dropout. shira: rank, support ("nonzero",
-            "magnitude", "random"), seed.
+            keep_zeros (None: on sparse layers), base_dtype ("int8", "bfloat16": the layers' own weights are held in
+            it). adapter: bottleneck_size, non_linearity. low_rank_adapter: reduction_factor, low_rank_size,
+            low_rank_w_init, non_linearity. ia3: feedforward (globs of the targets whose inputs are scaled, not
+            outputs). miss: rank, repeat, dropout. shira: rank, support ("nonzero", "magnitude", "random"), seed.
             prefix: prefix_token_num, projection, mid_dim, dropout_rate, text_ids, inputs (one batch to
             see the attention at work), or sizes ({path: (heads, width, query heads)}) instead of
             a run, positions (globs over the cells that are given position numbers, which then begin behind the prefix;

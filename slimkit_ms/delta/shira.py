@@ -25,7 +25,8 @@ class EntryValues(nn.Cell):
         super().__init__()
         name = "mindpet_delta_shira_values"
         self.mindpet_delta_shira_values = ms.Parameter(ops.zeros((len(index),), dtype), name=name)
-        self.mindpet_delta_shira_index = ms.Tensor(index)
+        place = "mindpet_delta_shira_index"  # a parameter, so that it is saved with the cell
+        self.mindpet_delta_shira_index = ms.Parameter(ms.Tensor(index), name=place, requires_grad=False)
 
 
 class Entries(Summed):
@@ -50,11 +51,6 @@ class Entries(Summed):
         """Take the delta off, in place."""
         super().leave()
         forget(self, "entry_shape")
-
-    def delta_tensors(self, name: str, spelled: str | None = None) -> dict[str, Any]:
-        """Path below the layer -> values and indices."""
-        index = self.adapter.mindpet_delta_shira_index
-        return super().delta_tensors(name, spelled) | {"mindpet_delta_shira.mindpet_delta_shira_index": index}
 
     def refuse_values(self, parts: Mapping[str, Any], where: str) -> None:
         """Refuse indices that are no places of the weight in rising order."""

@@ -181,10 +181,11 @@ class WholeModel:
         self.joined: dict[str, str] = {}
         self._blocks: list[str] = []
 
-    def replay(self, names: Sequence[str], seen: Seen) -> None:
+    def replay(self, names: Sequence[str], seen: Seen, ended: Callable[[], None] | None = None) -> None:
         """Send every batch through, calling ``seen(name, x, dense x, drift)`` at each use of the layers.
 
         The drift is what else reaches the sum that the layer's output joins: the dense model's minus this one's.
+        `ended` is called after each batch.
         """
         joined = any(name in self.joined for name in names)
         last = None if joined else self._traced.last(names)
@@ -195,6 +196,8 @@ class WholeModel:
             if self.dense is not None:
                 self._watch(self.dense, names, dense_batch, valid, until, last, pairs.dense)
             self._watch(self.model, names, batch, valid, until, last, pairs.sparse)
+            if ended is not None:
+                ended()
 
     def batches(self) -> Iterator[tuple[Any, Any, Array | None]]:
         """Each batch for the sparse model, for the dense one, and which of its tokens are no padding."""

@@ -44,7 +44,8 @@ WAYS: dict[str, tuple[str, dict[str, Any], float]] = {
     "shira": ("shira", {"rank": 8}, 5e-3),
     "shira magnitude": ("shira", {"rank": 8, "support": "magnitude"}, 5e-3),
     "lora+": ("lora", LORA, 5e-4),
-    "bfloat16 base": ("lora", LORA, 2e-3),
+    "int8 base": ("lora", {**LORA, "base_dtype": "int8"}, 2e-3),
+    "bfloat16 base": ("lora", {**LORA, "base_dtype": "bfloat16"}, 2e-3),
     "full": ("", {}, 1e-4),
 }
 _BATCHES = 8  # that a start is read from
@@ -98,9 +99,6 @@ def measured(way: str, rate: float, seed: int, options: argparse.Namespace, data
             settings["loss"] = loss_of
         else:
             settings["calibration"] = [{"input_ids": ids} for ids in settings["calibration"]]
-    if way == "bfloat16 base":
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(torch.bfloat16)
     if kind:
         slimkit.apply_delta(model, kind, **settings)
     start_s = time.process_time() - began
@@ -140,6 +138,7 @@ def measured(way: str, rate: float, seed: int, options: argparse.Namespace, data
         "train": round(float(np.mean(losses)), 4),
         "step_s": round(spent / len(losses), 3),
         "start_s": round(start_s, 1),
+        "resident_mb": round(before),
         "training_mb": round(peak.memory_mb("VmHWM") - before),
         "steps": options.steps, "length": options.length, "batch": options.batch,
     }  # fmt: skip

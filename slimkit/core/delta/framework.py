@@ -99,6 +99,10 @@ class DeltaFramework(ABC):
         """
 
     @abstractmethod
+    def holdable(self, module: Any) -> bool:
+        """Whether a linear layer's weight can be held in fewer bits: whole, in memory, a plain parameter."""
+
+    @abstractmethod
     def gradients(
         self, model: Any, paths: Sequence[str], batches: Sequence[Any], loss: Callable[..., Any] | None
     ) -> Iterator[tuple[str, Array]]:
@@ -153,6 +157,11 @@ class DeltaStorage(DeltaFramework):
     @abstractmethod
     def weight(self, model: Any, path: str) -> Any:
         """The weight of the layer at a path, as it was before any merging."""
+
+    def base_sample(self, model: Any, path: str, weight: Any) -> Array:
+        """A sample of the weight of the layer at a path, as it was before it was held in fewer bits."""
+        known: Array | None = vars(self.module(model, path)).get("plain_sample")
+        return self.sample(weight) if known is None else known
 
     @abstractmethod
     def apply_kind(self, model: Any, kind: str, targets: list[str] | None, **options: Any) -> DeltaReport:

@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 from slimkit.core import check
-from slimkit.core.delta import layered, owned, starts
+from slimkit.core.delta import held_base, layered, owned, starts
 from slimkit.core.delta import spec as rules
 from slimkit.core.delta.framework import DeltaFramework
 from slimkit.core.delta.spec import DeltaReport
@@ -94,23 +94,17 @@ def apply_layers(
             calibration, loss = options.pop("calibration", None), options.pop("loss", None)
             specs = rules.lora_specs(sites, paths, **options)
             batches = starts.check_data(specs[paths[0]].init, calibration, loss)
-            kept = [p for p in paths if specs[p].keep_zeros]
-            if kept and options.get("keep_zeros") is None:
-                notes.append(f"{len(kept)} layers were made sparse: their deltas keep the zeros (keep_zeros=False)")
-            filled = [p for p in paths if sites[p].zeros and not specs[p].keep_zeros]
-            if filled:
-                notes.append(
-                    f"{len(filled)} sparse layers get deltas that fill their zeros when merged: {filled[0]} ..."
-                )
+            notes += layered.told_of_zeros(sites, specs, options.get("keep_zeros"))
+            held_base.check(access, model, sites, specs)
             if batches:
                 begun, said = starts.work_out(access, model, sites, specs, batches, loss)
                 notes += said
-        described: dict[str, dict[str, Any]] = {p: {"type": sites[p].kind, **specs[p].to_dict()} for p in paths}
+        layer_options = {p: specs[p].to_dict() for p in paths}
     else:
         if specs is None:
             specs = layered.specs(kind, sites, paths, options)
         layer_options = {p: dict(options) if specs is None else specs[p].to_dict() for p in paths}
-        described = {p: {"type": sites[p].kind, **layer_options[p]} for p in paths}
+    described: dict[str, dict[str, Any]] = {p: {"type": sites[p].kind, **layer_options[p]} for p in paths}
     before = set(map(id, standing.values()))
     put: dict[int, Any] = {}  # a layer held under two paths carries one delta
     try:
@@ -118,7 +112,7 @@ def apply_layers(
             layer = access.module(model, path)
             if id(layer) not in put:
                 if id(layer) not in before:
-                    access.attach(kind, layer, name, dtype, layer_options.get(path, {}))
+                    access.attach(kind, layer, name, dtype, layer_options[path])
                 put[id(layer)] = layer
                 if kind == "lora":
                     layer.add(name, (specs or {})[path], dtype, fresh=fresh, start=begun.get(path))

@@ -42,3 +42,15 @@ def spec_of_record(kind: str, value: Any) -> Any:
     for name in value:
         check.choice(name, known, f"{kind} option")
     return SPECS[kind](**{k: tuple(v) if isinstance(v, list) else v for k, v in value.items()})
+
+
+def told_of_zeros(sites: Mapping[str, Site], specs: Mapping[str, LoraSpec], asked: Any) -> list[str]:
+    """A line where LoRAs keep the zeros of sparse layers without being asked, and one where they fill them."""
+    kept = [p for p, spec in specs.items() if spec.keep_zeros]
+    filled = [p for p, spec in specs.items() if sites[p].zeros and not spec.keep_zeros]
+    notes = []
+    if kept and asked is None:
+        notes.append(f"{len(kept)} layers were made sparse: their deltas keep the zeros (keep_zeros=False)")
+    if filled:
+        notes.append(f"{len(filled)} sparse layers get deltas that fill their zeros when merged: {filled[0]} ...")
+    return notes

@@ -41,6 +41,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
         "alphas",
         "calibration",
         "loss",
+        "base_dtype",
     ),
     "adapter": ("bottleneck_size", "non_linearity"),
     "low_rank_adapter": ("reduction_factor", "low_rank_size", "low_rank_w_init", "non_linearity"),
@@ -52,8 +53,9 @@ OPTIONS: dict[str, tuple[str, ...]] = {
 }
 MERGING = ("lora", "ia3", "miss", "shira")  # kinds that can be merged into weights
 _HEAD = "it is the output embedding; name it to adapt it"
-_RARE = ("parameters", "bias", "rest", "count")  # fields of LoraSpec that only some layers have
+_RARE = ("parameters", "bias", "rest", "count", "base_dtype")  # fields of LoraSpec that only some layers have
 HELD = ("multihead", "experts")  # layers that read their parameters themselves
+BASE_DTYPES = ("int8", "bfloat16")
 LORA_INITS = ("kaiming", "gaussian", "pissa", "gradient", "activations")
 
 
@@ -94,6 +96,8 @@ class LoraSpec:
         rest: what a compressed delta holds beside the low rank: "signs" (of every entry, with a scale a row), "entries"
             (the largest), or nothing.
         count: how many entries.
+        base_dtype: what the layer's own weight is held in: "int8" with a scale for each output, "bfloat16", or "" for
+            what it is.
     """
 
     rank: int = 8
@@ -107,6 +111,7 @@ class LoraSpec:
     bias: bool = False
     rest: str = ""
     count: int = 0
+    base_dtype: str = ""
 
     def __post_init__(self) -> None:
         check.positive(self.rank, "rank")
@@ -117,6 +122,7 @@ class LoraSpec:
         check.choice(self.init, LORA_INITS, "init")
         check.choice(self.rest, RESTS, "rest")
         check.integer(self.count, "count", minimum=0)
+        check.choice(self.base_dtype, ("", *BASE_DTYPES), "base_dtype")
         check.strings(self.parameters, "parameters") if self.parameters else None
 
     @property
@@ -290,6 +296,7 @@ def lora_specs(
     keep_zeros: Any = None,
     ranks: Any = None,
     alphas: Any = None,
+    base_dtype: Any = None,
 ) -> dict[str, LoraSpec]:
     """The LoRA of each chosen layer, by the options of apply_delta.
 
@@ -298,7 +305,7 @@ def lora_specs(
         paths: the chosen ones.
         rank: rank of every layer that `ranks` does not name.
         alpha: likewise for `alphas`; None means twice the layer's rank.
-        dropout, rslora, dora, init: see LoraSpec.
+        dropout, rslora, dora, init, base_dtype: see LoraSpec.
         keep_zeros: see LoraSpec; None means True on sparse layers only.
         ranks: {glob over paths: rank}; the last glob that matches wins.
         alphas: {glob over paths: alpha}.
@@ -321,7 +328,9 @@ def lora_specs(
         check.boolean(keep_zeros, "keep_zeros")
     rank_of = _by_pattern(ranks, paths, "ranks")
     alpha_of = _by_pattern(alphas, paths, "alphas")
-    base = LoraSpec(dropout=dropout, rslora=rslora, dora=dora, init=init)
+    if base_dtype is not None:
+        check.choice(base_dtype, BASE_DTYPES, "base_dtype")
+    base = LoraSpec(dropout=dropout, rslora=rslora, dora=dora, init=init, base_dtype=base_dtype or "")
     specs = {}
     for path in paths:
         site, layer_rank = sites[path], rank_of.get(path, rank)
