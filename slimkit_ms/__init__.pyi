@@ -83,6 +83,7 @@ from slimkit_ms.delta import PromptTuning as PromptTuning
 from slimkit_ms.delta import RDropLoss as RDropLoss
 from slimkit_ms.delta import apply_delta as apply_delta
 from slimkit_ms.delta import combine_delta as combine_delta
+from slimkit_ms.delta import compress_delta as compress_delta
 from slimkit_ms.delta import disable_delta as disable_delta
 from slimkit_ms.delta import load_delta as load_delta
 from slimkit_ms.delta import lora_plus_groups as lora_plus_groups

@@ -75,6 +75,7 @@ ROOMS: dict[str, dict[str, str]] = {
         "set_delta": "delta",
         "disable_delta": "delta",
         "combine_delta": "delta",
+        "compress_delta": "delta",
         "lora_plus_groups": "delta",
         "save_delta": "delta",
         "load_delta": "delta",
