@@ -54,7 +54,7 @@ def plain(weight: torch.Tensor, gram: torch.Tensor, ratio: float, nm: Any, block
     """The published algorithm, column after column, as a reference for error and time."""
     w, n = weight.clone(), weight.shape[1]
     damped = gram + 0.01 * gram.diagonal().mean() * torch.eye(n)
-    factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
+    factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True).to(w.dtype)
     for start in range(0, n, block):
         stop = min(start + block, n)
         part, own = w[:, start:stop].clone(), factor[start:stop, start:stop]
