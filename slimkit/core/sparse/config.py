@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from slimkit.core import check
 from slimkit.core.errors import ArgumentTypeError, ConfigError
 from slimkit.core.showing import Shown
-from slimkit.core.sparse.methods import METHODS, SparseMethod
+from slimkit.core.sparse.methods import METHODS, STARTS, SparseMethod
 
 if TYPE_CHECKING:
     from slimkit.core.sparse.maths.pattern import NM
@@ -121,7 +121,19 @@ class SparseConfig(Shown):
                     raise ConfigError(f"SparseConfig.options must be left out: {self.method!r} has none of its own.")
                 check.choice(key, list(self.row.options), "a key of SparseConfig.options")
             object.__setattr__(self, "options", dict(self.options))
+        self._check_training()
         self._check_together()
+
+    def _check_training(self) -> None:
+        """What a block's training takes."""
+        if not self.row.reconstructs:
+            return
+        given = self.settings
+        for key in ("passes", "patience"):
+            check.positive(given.get(key, 1), f"SparseConfig.options[{key!r}]")
+        check.number(given.get("rate", 0.0), "SparseConfig.options['rate']", minimum=0.0)
+        if "start" in given:
+            check.choice(given["start"], STARTS, "SparseConfig.options['start']")
 
     def _check_together(self) -> None:
         nm = self.nm
