@@ -266,7 +266,7 @@ class TorchJobs(JobFramework):
             with locked(work / BLOCKS, "--out", inside=True):  # a Python program may be at work there
                 shutil.rmtree(work)
         source = place.model
-        if place.factory is not None or source is None or self.device.type != "cpu" or not cfg.uniform:
+        if place.factory is not None or source is None or self.device.type != "cpu" or cfg.allocation:
             return None
         if not (source / "config.json").exists() or not any(source.glob("*.safetensors")):
             return None

@@ -67,7 +67,7 @@ def sparsify_checkpoint(
     """
     source, target = files.as_path(src, "src"), files.as_path(dst, "dst")
     check.instance(cfg, SparseConfig, "cfg")
-    if not cfg.uniform:
+    if cfg.allocation:
         raise UnsupportedError("sparsify_checkpoint needs uniform=True: sensitivities are measured on a whole model.")
     if source.resolve() == target.resolve():
         check.wrong_value("dst", "another directory than src", str(target))

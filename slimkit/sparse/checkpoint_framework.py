@@ -296,7 +296,7 @@ class _Undata:
         """No batches."""
         return iter(())
 
-    def trained(self) -> None:
+    def trained(self, inherited: float = 1.0) -> None:
         """Nothing to train by."""
 
     def advance(self) -> None:

@@ -143,6 +143,11 @@ class BlockInputs:
         self._others: list[Others] = []
         self._dense_others: list[Others] = []
         self._copies = _Copies()
+        self._folder: Path | None = None
+
+    def room(self, name: str) -> Any:
+        """An empty list for one tensor a batch; in files where the hidden states lie in files."""
+        return [] if self._folder is None else Spilled(self._folder, name)
 
     def begin(self, batch: Any) -> None:
         """A batch enters the model."""
@@ -206,6 +211,7 @@ class BlockInputs:
         self = cls.__new__(cls)
         self.valid, self._hidden, self._others, self.paired = list(valid), {}, [], paired
         self._dense_others = self._others  # what comes before the blocks is dense in both
+        self._folder = folder
         self._hidden = {dense: Spilled(folder, "dense" if dense else "sparse") for dense in (False, True)}
         modules = {b: bridge.get_module(model, b) for b in blocks}
         wraps: list[bool] = []

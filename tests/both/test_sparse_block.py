@@ -213,7 +213,7 @@ def test_the_dense_outputs_are_needed(kit):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"passes": 0}, {"patience": 1.5}, {"rate": -1.0}, {"rate": "fast"}, {"start": "mean"}]
+    "wrong", [{"passes": 0}, {"patience": 1.5}, {"rate": -1.0}, {"rate": "fast"}, {"inherited": 2.0}, {"start": "mean"}]
 )
 def test_options_are_checked_at_the_door(wrong):
     with pytest.raises((ArgumentError, ArgumentTypeError), match=next(iter(wrong))):
@@ -228,6 +228,18 @@ def test_it_may_begin_with_par_v2s_masks(kit):
         assert (np.asarray(mask) == np.asarray(plain[name])).all()
     for name, value in kit.values(one).items():
         np.testing.assert_array_equal(value, kit.values(other)[name])
+
+
+def test_only_a_block_whose_inputs_lost_something_makes_up_for_it(kit, monkeypatch):
+    monkeypatch.setattr(reconstruction, "LEAST", 10**6)
+    monkeypatch.setattr(reconstruction, "HOLD_OUT", 10**6)
+    found = []
+    for inherited in (0.0, 1.0):
+        model, options = chain(kit), {"passes": 2, "inherited": inherited}
+        run(kit, model, batches(kit)[:4], ignore=["first", "last", "blocks.2.*"], options=options)
+        found.append(kit.values(model))
+    np.testing.assert_array_equal(found[0]["blocks.0.up.weight"], found[1]["blocks.0.up.weight"])
+    assert not np.array_equal(found[0]["blocks.1.up.weight"], found[1]["blocks.1.up.weight"])
 
 
 def test_measured_ratios_are_kept_through_training(kit):

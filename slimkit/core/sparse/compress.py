@@ -47,7 +47,9 @@ def compress(
     restore = host.snapshot(names)
     try:
         _demand_finite(host, names)
-        ratios, allocation = (None, None) if config.uniform else measured(host, config, dataset, layers, names)
+        ratios, allocation = (
+            (None, None) if config.allocation is None else measured(host, config, dataset, layers, names)
+        )
         walk = SequentialPass(host, config, layers, names, ratios, on_progress)
         walk.run(dataset)
     except SpoiltError as error:

@@ -85,7 +85,7 @@ METHODS: dict[str, SparseMethod] = {
         refits=True,
         paired=True,
         cost=(3.2e-5, 2.1e-8, 1.1e-11, 2e-10),
-        options={"start": "par", "passes": 8, "rate": 0.004, "patience": 3},
+        options={"start": "par", "passes": 8, "rate": 0.004, "patience": 3, "inherited": 0.3},
         reconstructs=True,
     ),
 }

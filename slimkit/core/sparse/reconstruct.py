@@ -7,7 +7,9 @@ dense model gives it, and t over tokens that are no padding:
 
 by Adam (Kingma & Ba 2015, algorithm 1), an update a batch. The error is relative token by token, because the norm
 before the next block makes it so; a few tokens with huge activations would be all of it otherwise. The rate rises over
-the first WARM of the updates and falls to nothing along a half cosine (Loshchilov & Hutter 2017, section 3). One of
+the first WARM of the updates and falls to nothing along a half cosine (Loshchilov & Hutter 2017, section 3). While it
+trains, y is z + inherited (y - z), z what the dense block makes of x: little of what the blocks before have lost can
+be foretold from x, and with all of it in y the training rows gain and others lose. What judges is y itself. One of
 HOLD_OUT samples is kept apart to judge by: a pass that makes it worse is taken back, and the next goes on from the
 best values at a FALL of the rate. With few calibration rows a block learns their noise within a pass or two: only what
 helps other rows stays. Sources: reconstruction of blocks after pruning, Guo et al. 2024 (EBFT); this loss is ours.
