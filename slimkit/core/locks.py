@@ -15,6 +15,9 @@ from slimkit.core.errors import ConfigError, UnsupportedError
 # Where a walk block by block keeps what it has finished, in the folder that it fills.
 BLOCKS = ".slimkit-sparse"
 
+# Where a folder written shard by shard keeps those that are whole, until all are.
+SHARDS = ".slimkit-shards"
+
 
 @contextlib.contextmanager
 def locked(folder: Path, option: str, *, inside: bool = False) -> Iterator[None]:

@@ -67,7 +67,9 @@ class ModelBlock(WholeModel):
         self._advance(dense=True)
         slots = [slot for _, slot in self.modules.values()]
         inputs, path = self.inputs, self.path
-        aim = inputs.dense_hidden if inherited == 1 else self._aims(inherited).__getitem__
+        if inherited < 1:
+            self._put_aims(inherited)
+        aim = inputs.aim if inherited < 1 else inputs.dense_hidden
         found = TorchTrained(
             self.model, slots, len(inputs.valid), partial(inputs.call, path), inputs.dense_hidden, inputs.valid, aim
         )
@@ -81,15 +83,13 @@ class ModelBlock(WholeModel):
             if self.dense is not None and not self.changed:
                 self._advance(dense=True)
 
-    def _aims(self, inherited: float) -> Any:
+    def _put_aims(self, inherited: float) -> None:
         """Between what the dense block makes of the sparse model's inputs and, by that share, of its own."""
         assert self.dense is not None  # a method that reconstructs is paired
-        found = self.inputs.room("aim")
         with replaying(self.dense) as run:
             for index in range(len(self.inputs.valid)):
                 out = first_tensor(run(self.inputs.call(self.path, index)))
-                found.append(out + inherited * (self.inputs.dense_hidden(index) - out))
-        return found
+                self.inputs.put_aim(index, out + inherited * (self.inputs.dense_hidden(index) - out))
 
     def _advance(self, dense: bool) -> None:
         model = self.dense if dense else self.model
@@ -118,19 +118,23 @@ class LentBlock(ModelBlock):
         super().__init__(*others)
         self._lend, self._round = lend, rounding
 
-    def replay(self, names: Sequence[str], seen: Seen) -> None:
+    def replay(self, names: Sequence[str], seen: Seen, ended: Callable[[], None] | None = None) -> None:
         """Send every batch through, as any stage does."""
         with self._lend():
-            super().replay(names, seen)
+            super().replay(names, seen, ended)
 
     def advance(self) -> None:
         """The block's outputs become the next block's inputs, with its weights as the files will hold them."""
         self._round(self.changed)
         super().advance()
 
-    def _aims(self, inherited: float) -> Any:
+    def _put_aims(self, inherited: float) -> None:
         with self._lend():
-            return super()._aims(inherited)
+            super()._put_aims(inherited)
+
+    def pass_on(self) -> None:
+        """Send every batch through the block as it is, also through the last one."""
+        self._advance(dense=False)
 
     def _advance(self, dense: bool) -> None:
         with self._lend() if dense else contextlib.nullcontext():
