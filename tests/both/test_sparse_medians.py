@@ -28,8 +28,7 @@ def ratios(kit, uniform, method="wanda", **kw):
 
 @pytest.mark.parametrize("method", ["wanda", "magnitude"])
 def test_the_block_with_the_largest_median_loses_most(kit, monkeypatch, method):
-    errors = iter([1.0, 0.5])  # of equal ratios and of the others
-    monkeypatch.setattr(allocate._Judge, "error", lambda *_: next(errors))
+    monkeypatch.setattr(allocate, "_errors", lambda *_: [1.0, 0.5])  # of equal ratios and of the others
     report, found = ratios(kit, "dlp", method)
     assert report["allocation"] | {"kept": "dlp", "uniform_error": 1.0, "dlp_error": 0.5} == report["allocation"]
     assert report["zeros"] == round(0.6 * report["weights"])
@@ -41,8 +40,7 @@ def test_the_block_with_the_largest_median_loses_most(kit, monkeypatch, method):
 
 
 def test_equal_ratios_stay_where_they_are_better(kit, monkeypatch):
-    errors = iter([0.5, 1.0])
-    monkeypatch.setattr(allocate._Judge, "error", lambda *_: next(errors))
+    monkeypatch.setattr(allocate, "_errors", lambda *_: [0.5, 1.0])  # of equal ratios and of the others
     report, found = ratios(kit, "dlp")
     assert report["allocation"]["kept"] == "uniform"
     assert found == ratios(kit, True)[1]
