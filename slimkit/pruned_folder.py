@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from slimkit import renorm, surgery
 from slimkit.core import check, files
 from slimkit.core.checkpoint import shards, stepwise
-from slimkit.core.checkpoint.weightfile import Entry
+from slimkit.core.checkpoint.weightfile import Entry, Piece
 from slimkit.core.errors import ConfigError, UnsupportedError
 from slimkit.core.files import PathLike
 from slimkit.core.jobs.folders import PLAN, copy_companions
@@ -22,7 +22,7 @@ from slimkit.core.prune.plan import PrunePlan
 from slimkit.core.prune.pruner import PrunerBase
 from slimkit.core.showing import Report
 from slimkit.prune import TorchPrune
-from slimkit.stored import StoredModel, as_stored, held
+from slimkit.stored import FileArray, StoredModel, as_stored, floats, held, read_rows
 
 import torch
 
@@ -39,6 +39,8 @@ NO_DATA = (
 
 Array = np.ndarray[Any, Any]
 
+_CUT_BYTES = 16 << 20  # read at once of what is cut
+
 
 class StoredPrune(TorchPrune):
     """A model whose values stay in files, as the pruner of the core sees it.
@@ -53,12 +55,20 @@ class StoredPrune(TorchPrune):
         self._stored = stored
 
     def read(self, path: str) -> Array | None:
+        if self._is_own(path):
+            return self._values(path).numpy()
+        keys = self._stored.keys(path)
+        if len(keys) == 1 and self._found[path].dim() > 1:
+            place: Any = FileArray(self._stored.places[keys[0]])
+            return cast("Array", place)
         return self._values(path).numpy()
 
     def _values(self, path: str) -> torch.Tensor:
-        own = self._found[path].detach()
-        tensor = self._stored.value(path) if own.device.type == "meta" or self._stored.find(path) else own
-        return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
+        return floats(self._found[path].detach() if self._is_own(path) else self._stored.value(path))
+
+    def _is_own(self, path: str) -> bool:
+        """Whether a tensor is computed when the model is made, and in no file."""
+        return self._found[path].device.type != "meta" and self._stored.find(path) is None
 
 
 class _Cutter:
@@ -101,6 +111,10 @@ class _Cutter:
         if path not in self._indices:
             return shards.piece_of(self._stored.places[key])
         name = self._owners[key]
+        rows = self._indices[path][0]
+        # Where rows change their order, or a parameter lies in several tensors, it is cut whole.
+        if self._stored.is_whole(name) and (rows is None or bool((np.diff(rows) > 0).all())):
+            return _cut_piece(self._stored.places[key], self._indices[path], self._sizes[path])
         if self._last[0] != name:
             self._last = ("", {})
             cut = surgery.select(self._stored.value(name), self._indices[path])
@@ -109,6 +123,21 @@ class _Cutter:
         if not self._last[1]:
             self._last = ("", {})
         return made
+
+
+def _cut_piece(place: shards.Place, axes: Sequence[Array | None], shape: tuple[int, ...]) -> Piece:
+    """What is kept of a tensor, cut while it passes from file to file."""
+    first = axes[0] if axes[0] is not None else np.arange(place.shape[0])
+    rows = max(1, _CUT_BYTES * place.shape[0] // max(1, place.stop - place.start))
+
+    def chunks() -> Iterator[memoryview]:
+        for start in range(0, place.shape[0], rows):
+            kept = first[(first >= start) & (first < start + rows)] - start
+            if len(kept):
+                part = read_rows(place, start, min(start + rows, place.shape[0]))
+                yield as_stored(surgery.select(part, [kept, *axes[1:]])).reshape(-1).view(np.uint8).data
+
+    return Piece(shape, chunks)
 
 
 class FolderPruner(PrunerBase):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from slimkit import bridge  # noqa: F401  (says in one line that torch is missing)
 from slimkit.core import check
@@ -187,6 +190,50 @@ def read_place(place: shards.Place) -> torch.Tensor:
     if not data:
         return torch.empty(place.shape, dtype=stored_dtype(place))
     return torch.frombuffer(data, dtype=stored_dtype(place)).reshape(place.shape)
+
+
+def read_rows(place: shards.Place, start: int, stop: int) -> torch.Tensor:
+    """Some indices of the first axis of the tensor whose bytes lie at a place."""
+    row = (place.stop - place.start) // max(1, place.shape[0])
+    part = place.start + start * row, place.start + stop * row
+    return read_place(shards.Place(place.file, *part, place.dtype, (stop - start, *place.shape[1:])))
+
+
+class FileArray:
+    """A tensor in a file as scoring reads an array, slice after slice of its first axis, in float32 or wider.
+
+    Args:
+        place: where its bytes lie.
+    """
+
+    def __init__(self, place: shards.Place) -> None:
+        self._place = place
+        self.shape, self.ndim = place.shape, len(place.shape)
+        self.size = math.prod(place.shape)
+
+    def __getitem__(self, index: int | slice) -> Any:
+        if isinstance(index, int):
+            return self[index : index + 1][0]
+        start, stop, step = index.indices(self.shape[0])
+        if step != 1:
+            return np.asarray(self)[index]
+        return floats(read_rows(self._place, start, max(start, stop))).numpy()
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
+        whole = floats(read_place(self._place)).numpy()
+        return whole if dtype is None else whole.astype(dtype)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def sum(self, dtype: Any = None) -> Any:
+        """The sum of all values."""
+        return np.asarray(self).sum(dtype=dtype)
+
+
+def floats(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor in float32, or as it is in float64."""
+    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
 
 
 def stored_dtype(place: shards.Place) -> torch.dtype:
