@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 
 from slimkit import bridge  # noqa: F401  (says in one line that torch is missing)
 from slimkit.core import check
-from slimkit.core.checkpoint import shards
+from slimkit.core.checkpoint import shards, weightfile
 from slimkit.core.errors import ConfigError, FileFormatError, UnsupportedError
 from slimkit.core.lazy import library
 from slimkit.layouts import Layouts
@@ -128,6 +129,12 @@ class StoredModel:
         pieces = {key: self._tensor(name, self.places[key]) for key in self.keys(name)}
         return next(iter(pieces.values())) if self.is_whole(name) else self._layouts.join(pieces)
 
+    def held_value(self, name: str) -> torch.Tensor | None:
+        """The same; None for a buffer that the files do not hold."""
+        if not isinstance(held(self.model, name), torch.nn.Parameter) and self.find(name) is None:
+            return None
+        return self.value(name)
+
     def pieces(self, name: str, value: torch.Tensor) -> dict[str, torch.Tensor]:
         """What the files hold for a parameter's values, in the types that they store now, by their own names.
 
@@ -183,13 +190,10 @@ def tag_of(dtype: torch.dtype) -> str:
 def read_place(place: shards.Place) -> torch.Tensor:
     """The tensor whose bytes lie at a place."""
     # A plain read: a mapped shard would stay in memory, page by page, for as long as it is open.
-    data = bytearray(place.stop - place.start)
-    with open(place.file, "rb") as handle:
-        handle.seek(place.start)
-        handle.readinto(data)
-    if not data:
-        return torch.empty(place.shape, dtype=stored_dtype(place))
-    return torch.frombuffer(data, dtype=stored_dtype(place)).reshape(place.shape)
+    data = torch.empty(place.stop - place.start, dtype=torch.uint8)
+    with open(place.file, "rb", buffering=0) as handle:
+        weightfile.read_into(handle, place.start, data.numpy(), f"{place.file}: a tensor")
+    return data.view(stored_dtype(place)).reshape(place.shape)
 
 
 def read_rows(place: shards.Place, start: int, stop: int) -> torch.Tensor:
@@ -226,6 +230,15 @@ class FileArray:
     def __len__(self) -> int:
         return self.shape[0]
 
+    def reshape(self, *shape: int) -> Any:
+        """The values in another shape."""
+        return np.asarray(self).reshape(*shape)
+
+    @property
+    def T(self) -> Any:
+        """The values with their axes the other way round."""
+        return np.asarray(self).T
+
     def sum(self, dtype: Any = None) -> Any:
         """The sum of all values."""
         return np.asarray(self).sum(dtype=dtype)
@@ -234,6 +247,30 @@ class FileArray:
 def floats(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor in float32, or as it is in float64."""
     return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
+
+
+def digest_of(data: Iterable[Any]) -> str:
+    """SHA-256 over all tensors and plain values of batches, in hexadecimal."""
+    digest = hashlib.sha256()
+
+    def feed(value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        elif isinstance(value, dict) or hasattr(value, "items"):
+            for key, item in value.items():
+                digest.update(str(key).encode())
+                feed(item)
+        elif isinstance(value, (tuple, list)):
+            for item in value:
+                feed(item)
+        else:
+            digest.update(repr(value).encode())
+
+    for batch in data:
+        feed(batch)
+        digest.update(b"|")
+    return digest.hexdigest()
 
 
 def stored_dtype(place: shards.Place) -> torch.dtype:

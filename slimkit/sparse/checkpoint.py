@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from slimkit.core.sparse.compress import compress, demand_whole_numbers
 from slimkit.core.sparse.remaining import Progress
 from slimkit.sparse import memory
 from slimkit.sparse.checkpoint_framework import CheckpointSparse
+from slimkit.stored import digest_of
 
 import torch
 
@@ -84,7 +84,7 @@ def sparsify_checkpoint(
     if host.processes() > 1:
         raise UnsupportedError("sparsify_checkpoint needs one process: all would write the same files.")
     digests = {f.name: files.digest_file(f) for f in sorted({p.file for p in places.values()})}
-    job = {"config": cfg.to_dict(), "source": digests, "dataset": _digest(data), "threads": torch.get_num_threads()}
+    job = {"config": cfg.to_dict(), "source": digests, "dataset": digest_of(data), "threads": torch.get_num_threads()}
     job |= {"compute": str(compute)}
     with locked(state, "dst", inside=True):
         return _resume(host, cfg, data, source, target, job, on_progress)
@@ -148,29 +148,6 @@ def _tidy(state: Path) -> None:
             shutil.rmtree(leftover)
         elif leftover.name not in ("job.json", ".lock"):
             leftover.unlink()
-
-
-def _digest(data: Sequence[Any]) -> str:
-    digest = hashlib.sha256()
-
-    def feed(value: Any) -> None:
-        if isinstance(value, torch.Tensor):
-            digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
-            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        elif isinstance(value, dict) or hasattr(value, "items"):
-            for key, item in value.items():
-                digest.update(str(key).encode())
-                feed(item)
-        elif isinstance(value, (tuple, list)):
-            for item in value:
-                feed(item)
-        else:
-            digest.update(repr(value).encode())
-
-    for batch in data:
-        feed(batch)
-        digest.update(b"|")
-    return digest.hexdigest()
 
 
 def _finish(source: Path, target: Path, replaced: dict[str, shards.Place]) -> None:
