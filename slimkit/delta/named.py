@@ -97,7 +97,15 @@ class LoraLayer(NamedLoras, MergingLayer):
         """Whether a run of the layer differs from the plain layer's."""
         return bool(self._running)
 
-    def add(self, name: str, spec: LoraSpec, dtype: torch.dtype | None = None, *, fresh: bool = True) -> None:
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """The weight's type."""
+        found: torch.dtype = self.weight.dtype
+        return found
+
+    def add(
+        self, name: str, spec: LoraSpec, dtype: torch.dtype | None = None, *, fresh: bool = True, start: Any = None
+    ) -> None:
         """Add a delta that changes nothing yet, in place, and make it active.
 
         Args:
@@ -105,6 +113,7 @@ class LoraLayer(NamedLoras, MergingLayer):
             spec: its rank, scale and start.
             dtype: of its parameters; None means float32, or float64 over a float64 base.
             fresh: whether to compute its start; not needed when values are filled in afterwards.
+            start: rows that a begins with, (at most rank, inputs); None for those of its spec alone.
 
         Raises:
             UnsupportedError: its start is read from the weight, and the weight is not in memory.
@@ -118,6 +127,8 @@ class LoraLayer(NamedLoras, MergingLayer):
         a, b = (torch.zeros(s, dtype=kind, device=place) for s in (a_shape, b_shape))
         if fresh and not a.is_meta:
             self.fill_start(a, b, spec)
+            if start is not None:
+                a[: len(start)] = torch.from_numpy(start)
         made: dict[str, Any] = {"a": nn.Parameter(a), "b": nn.Parameter(b)}
         if spec.dora:
             made["magnitude"] = nn.Parameter(self._lengths(whole(weight).float()).to(kind))
@@ -193,7 +204,7 @@ class LoraLayer(NamedLoras, MergingLayer):
 
     def _factors(self, part: Part, device: torch.device | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         a, b = getattr(self, part.a), getattr(self, part.b)
-        kind = computing(self.weight.dtype, a.dtype)
+        kind = computing(self.weight_dtype, a.dtype)
         a, b = a.to(kind), b.to(kind)
         if self.delta_specs[part.name].init == "pissa":
             # What PiSSA took out of the base is subtracted here, so the base itself is never touched.

@@ -166,7 +166,7 @@ def save_delta(
         directory: a folder; made if missing.
         names: the named deltas to save; None means all.
         format: "slimkit" (a bundle that opens in either framework) or "peft" (files that Hugging Face PEFT loads; one
-            delta of lora, ia3, prefix or prompt).
+            delta of lora, ia3, miss, shira, prefix or prompt).
 
     Returns:
         The folder.

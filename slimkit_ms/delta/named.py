@@ -95,7 +95,7 @@ class LoraLayer(NamedLoras, MergingLayer):
             return ops.dropout(x, p=self.part_rates[i], training=True)
         return x
 
-    def add(self, name: str, spec: LoraSpec, dtype: Any = None, *, fresh: bool = True) -> None:
+    def add(self, name: str, spec: LoraSpec, dtype: Any = None, *, fresh: bool = True, start: Any = None) -> None:
         """Add a delta that changes nothing yet, in place, and make it active.
 
         Args:
@@ -103,6 +103,7 @@ class LoraLayer(NamedLoras, MergingLayer):
             spec: its rank, scale and start.
             dtype: of its parameters; None means float32.
             fresh: whether to compute its start; not needed when values are filled in afterwards.
+            start: rows that a begins with, (at most rank, inputs); None for those of its spec alone.
         """
         kind = dtype or ms.float32
         a_shape, b_shape = self.shapes(spec.rank)
@@ -112,7 +113,12 @@ class LoraLayer(NamedLoras, MergingLayer):
             a, b = self.start_of(spec)
         a_key, b_key = key("lora", "a", name), key("lora", "b", name)
         # Looked up by name, the class attribute of another delta must never answer for one that is missing.
-        self.insert_param_to_cell(a_key, initial.parameter(a, a_shape, kind, a_key))
+        first = initial.parameter(a, a_shape, kind, a_key)
+        if start is not None:
+            rows = bridge.as_numpy(first.init_data())
+            rows[: len(start)] = start
+            first = initial.parameter(ms.Tensor(rows), a_shape, kind, a_key)
+        self.insert_param_to_cell(a_key, first)
         self.insert_param_to_cell(b_key, initial.parameter(b, b_shape, kind, b_key))
         if spec.init == "pissa":
             for part, source in (("a0", a_key), ("b0", b_key)):

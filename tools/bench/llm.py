@@ -122,8 +122,8 @@ class Bench:
 
         Args:
             name: of the cell.
-            make: changes the copy of the dense model that it is given, or returns a model to be judged instead, or
-                figures of its own: "kept", the share of the parameters that is left, "bits", bytes' entropy a weight.
+            make: changes the copy of the dense model that it is given, or returns a model to be judged instead, the
+                share of the parameters that is left, or figures by name: "bits", bytes' entropy a weight.
             parts: of the text.
             spent: CPU seconds before this.
         """
@@ -134,7 +134,7 @@ class Bench:
         model = made if isinstance(made, nn.Module) else model
         seconds = spent + time.process_time() - begun
         row = {"name": name, "cpu_s": round(seconds, 1), **{part: self.judged(model, part) for part in parts}}
-        row |= made if isinstance(made, dict) else {}
+        row |= made if isinstance(made, dict) else {"kept": made} if isinstance(made, float) else {}
         self.cells[name] = row
         with self.out.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")

@@ -72,6 +72,10 @@ class CommandContext(work.JobContext):
             raise ConfigError("--calib DATA is needed: calibration batches, which nothing else gives")
         return self._batches
 
+    def lessons(self, count: int, size: int) -> list[Any]:
+        assert self._read is not None
+        return self._read.spread(count if self._read.collate is None else count * size, size)
+
     def loss(self, asked: Any) -> tuple[str, ComputeLoss]:
         if self._loss is not None:
             return self._loss

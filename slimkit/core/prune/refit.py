@@ -18,6 +18,7 @@ Array = np.ndarray[Any, Any]
 DAMPINGS = (1e-4, 1e-3, 1e-2, 1e-1)
 HELD_OUT = 8  # one row in so many is held out to choose among them
 NARROW = 256
+SAME = 1e-2  # a disturbance that arrives changed by less than this share was only added to something
 MAX_INPUTS = 6000  # second moments of more inputs than this do not fit beside a model
 
 

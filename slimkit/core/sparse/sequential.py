@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from slimkit.core.log import progress
@@ -14,6 +15,7 @@ from slimkit.core.sparse.maths.backend import Array
 from slimkit.core.sparse.maths.layer import SparseLayer
 from slimkit.core.sparse.maths.moments import Moments
 from slimkit.core.sparse.maths.solve import Solved, solve
+from slimkit.core.sparse.ordered import OrderedSums
 from slimkit.core.sparse.reconstruct import reconstruct
 from slimkit.core.sparse.remaining import Estimate, Progress
 from slimkit.core.sparse.totals import counts
@@ -125,19 +127,22 @@ class SequentialPass:
     def _moments(self, feed: tuple[str, ...]) -> Moments:
         layer, paired = self._layers[feed[0]], self._config.paired
         alone = paired and len(feed) == 1 and layer.n_out <= layer.n_in
-        return Moments(layer, paired, self._host.weight(feed[0]) if alone else None)
+        return Moments(layer, paired, self._host.weight(feed[0]) if alone else None, self._host.deals)
 
     def _calibrate(self, stage: CalibratedBlock, feeds: Sequence[tuple[str, ...]]) -> None:
         moments = {feed[0]: self._moments(feed) for feed in feeds}
+        ordered = OrderedSums(self._host, moments) if self._host.deals else None
 
         def add(name: str, *inputs: Array) -> None:
             start = time.perf_counter()
-            moments[name].add(*inputs)
+            (moments[name].add if ordered is None else partial(ordered.add, name))(*inputs)
             self._estimate.added(time.perf_counter() - start)
 
-        stage.replay(list(moments), add)
+        stage.replay(list(moments), add, ordered.ended if ordered is not None else None)
+        if ordered is not None:
+            ordered.close()
         self._estimate.replayed(feeds[0][0])
-        for name, sums in moments.items():
+        for name, sums in moments.items() if ordered is None else ():
             processes.add_up(self._host, sums, self._host.weight(name))
         together = [self._layers[name] for feed in feeds for name in feed]
         owner = processes.owners(together, self._config.method, self._host.processes())
