@@ -228,26 +228,6 @@ def _tidy(state: Path) -> None:
             leftover.unlink()
 
 
-def feed(value: Any) -> None:
-        if isinstance(value, torch.Tensor):
-            digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
-            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        elif isinstance(value, dict) or hasattr(value, "items"):
-            for key, item in value.items():
-                digest.update(str(key).encode())
-                feed(item)
-        elif isinstance(value, (tuple, list)):
-            for item in value:
-                feed(item)
-        else:
-            digest.update(repr(value).encode())
-
-    for batch in data:
-        feed(batch)
-        digest.update(b"|")
-    return digest.hexdigest()
-
-
 def _copy_others(source: Path, target: Path) -> None:
     """Copy what is no weights: configuration, tokenizer and the like."""
     weights = {p.file for p in shards.locate(source).values()}
