@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
+import json
 import math
+import struct
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from slimkit.core import check
 from slimkit.core.checkpoint import shards, weightfile
 from slimkit.core.errors import ConfigError, FileFormatError, UnsupportedError
 from slimkit.core.lazy import library
+from slimkit.core.sparse.folderwalk import digest
 from slimkit.layouts import Layouts
 
 import torch
@@ -251,26 +253,15 @@ def floats(tensor: torch.Tensor) -> torch.Tensor:
 
 def digest_of(data: Iterable[Any]) -> str:
     """SHA-256 over all tensors and plain values of batches, in hexadecimal."""
-    digest = hashlib.sha256()
+    return digest(list(data), bytes_of)
 
-    def feed(value: Any) -> None:
-        if isinstance(value, torch.Tensor):
-            digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
-            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        elif isinstance(value, dict) or hasattr(value, "items"):
-            for key, item in value.items():
-                digest.update(str(key).encode())
-                feed(item)
-        elif isinstance(value, (tuple, list)):
-            for item in value:
-                feed(item)
-        else:
-            digest.update(repr(value).encode())
 
-    for batch in data:
-        feed(batch)
-        digest.update(b"|")
-    return digest.hexdigest()
+def bytes_of(value: Any) -> tuple[str, bytes] | None:
+    """A tensor's type and shape, and its bytes; None for anything else."""
+    if not isinstance(value, torch.Tensor):
+        return None
+    raw = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return f"{value.dtype}{tuple(value.shape)}", raw.tobytes()
 
 
 def stored_dtype(place: shards.Place) -> torch.dtype:
@@ -344,3 +335,17 @@ def empty_model(source: Path, cache: bool = False, fields: Mapping[str, Any] | N
 
 def _line(error: Exception) -> str:
     return " ".join(str(error).split())[:300]
+
+
+def write_tensors(handle: Any, tensors: dict[str, torch.Tensor]) -> None:
+    """Write a safetensors file from the tensors' own memory: its library would hold the whole block a second time."""
+    written = {dtype: name for name, dtype in DTYPES.items()}
+    entries, stop = {}, 0
+    for name, tensor in tensors.items():
+        start, stop = stop, stop + tensor.numel() * tensor.element_size()
+        entries[name] = {"dtype": written[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, stop]}
+    head = json.dumps(entries).encode()
+    head += b" " * (-len(head) % 8)
+    handle.write(struct.pack("<Q", len(head)) + head)
+    for tensor in tensors.values():
+        handle.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))

@@ -275,11 +275,11 @@ def test_one_block_has_values_at_a_time(tmp_path, monkeypatch):
 def test_a_folder_is_pruned_in_a_fraction_of_its_size(tmp_path, monkeypatch):
     from slimkit import prune_checkpoint
     from slimkit.core.compare.memory import Peak
-    from tools.bench import scale
+    from tools.bench import folders
     from tools.bench.peak import memory_mb
 
-    monkeypatch.setitem(scale.SHAPES, "test", (512, 2048, 8, 8, 8, 32000))  # 133 MB, the largest tensor 33
-    size = scale.write_model("test", tmp_path / "base", 50_000_000)
+    monkeypatch.setitem(folders.SHAPES, "test", (512, 2048, 8, 8, 8, 32000))  # 133 MB, the largest tensor 33
+    size = folders.write_model("test", tmp_path / "base", 50_000_000)
     assert size > 130e6
     prune_checkpoint(tmp_path / "base", tmp_path / "first", 0.8, importance="l1")  # libraries are loaded by now
     before = memory_mb("VmRSS") * 2**20

@@ -1,156 +1,161 @@
-"""Folders larger than memory: peak memory and time of merging, pruning and cutting one, against copying its bytes.
+"""Work on folders measured: CPU seconds and memory of streaming against the model in memory, and several processes.
 
-    python -m tools.bench.scale --shape 3b --place DIR     a random bfloat16 Llama of that shape, written by this tool
+    python -m tools.bench.scale walk --widths 512 1024 2048      a folder, fp32 and bf16, and the model in memory
+    python -m tools.bench.scale processes --widths 1024 4096     one process and two, and whether bytes agree
 
-Every job runs in a process of its own. Memory is VmHWM, all of it: interpreter, libraries and work. DIR needs room for
-three such folders at once; they are taken away again.
+Models are random Llamas of --blocks blocks (inner width 2.75 times the width), data random tokens. `walk` takes the
+three in turn in processes of their own and gives CPU seconds without imports and the making of the model. `processes`
+times whole commands by the clock: it means something only on a machine with idle cores.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
-import shutil
+import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
-
-from slimkit.core import files
-from slimkit.core.checkpoint import stepwise
-from slimkit.core.checkpoint.weightfile import Entry, stream_safetensors
-from tools.bench.peak import memory_mb
-
-# hidden, inner, blocks, heads, key and value heads, vocabulary
-SHAPES = {
-    "tiny": (256, 512, 2, 4, 2, 1000),
-    "1b": (2048, 8192, 16, 32, 8, 32000),
-    "3b": (3072, 8192, 28, 24, 8, 128256),
-    "7b": (4096, 11008, 32, 32, 32, 32000),
-}
-RATIO, RANK = 0.8, 16
-JOBS = ("copy", "merge", "prune", "cut", "copy-again")
+BATCHES, ROWS, LENGTH = 8, 2, 256
 
 
-def fields(shape: str) -> dict[str, object]:
-    hidden, inner, blocks, heads, keys, words = SHAPES[shape]
-    return {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "bfloat16", "hidden_size": hidden,
-        "intermediate_size": inner, "num_hidden_layers": blocks, "num_attention_heads": heads,
-        "num_key_value_heads": keys, "head_dim": hidden // heads, "vocab_size": words, "rms_norm_eps": 1e-5,
-        "tie_word_embeddings": False, "max_position_embeddings": 2048,
-    }  # fmt: skip
+def shape(width: int, blocks: int) -> dict[str, int]:
+    """Of a Llama."""
+    inner = width * 11 // 4
+    return {"hidden_size": width, "intermediate_size": inner, "num_hidden_layers": blocks, "num_attention_heads": 8,
+            "num_key_value_heads": 4, "vocab_size": 1000, "max_position_embeddings": LENGTH}  # fmt: skip
 
 
-def write_model(shape: str, folder: Path, limit: int) -> int:
-    """Write the folder shard by shard; its bytes."""
-    hidden, inner, blocks, heads, keys, words = SHAPES[shape]
-    kv = hidden // heads * keys
-    entries = {"model.embed_tokens.weight": (words, hidden)}
-    for k in range(blocks):
-        path = f"model.layers.{k}."
-        entries |= {path + f"self_attn.{n}_proj.weight": (kv if n in "kv" else hidden, hidden) for n in "qkvo"}
-        entries |= {path + f"mlp.{n}_proj.weight": (inner, hidden) for n in ("gate", "up")}
-        entries[path + "mlp.down_proj.weight"] = (hidden, inner)
-        entries |= {path + f"{n}_layernorm.weight": (hidden,) for n in ("input", "post_attention")}
-    entries |= {"model.norm.weight": (hidden,), "lm_head.weight": (words, hidden)}
-    draw = np.random.default_rng(0).standard_normal(1 << 22, dtype=np.float32) * 0.02
-    bits = (draw.view(np.uint32) >> 16).astype(np.uint16)  # one stretch of numbers, each tensor begins elsewhere in it
-    shards = stepwise.shared_out({n: Entry("BF16", s) for n, s in entries.items()}, limit)
-    number = 0
-    for shard in shards:
+def make(folder: str, width: int, blocks: int) -> None:
+    """Write a random model twice: FOLDER/fp32 and FOLDER/bf16."""
+    import torch
+    import transformers as hf
 
-        def tensors(shard=shard):
-            nonlocal number
-            for name, entry in shard.entries.items():
-                number += 1
-                if len(entry.shape) == 1:
-                    yield name, np.full(entry.shape, 0x3F80, np.uint16)
-                    continue
-                values = np.resize(np.roll(bits, 7919 * number), entry.size)
-                yield name, values.reshape(entry.shape)
-
-        stream_safetensors(folder / shard.name, shard.entries, tensors(), {"format": "pt"})
-    stepwise.write_index(folder, shards)
-    files.write_json(folder / "config.json", fields(shape))
-    return sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+    torch.manual_seed(0)
+    model = hf.LlamaForCausalLM(hf.LlamaConfig(**shape(width, blocks)))
+    model.save_pretrained(f"{folder}/fp32", max_shard_size="200MB")
+    model.to(torch.bfloat16).save_pretrained(f"{folder}/bf16", max_shard_size="200MB")
 
 
-def write_delta(shape: str, folder: Path) -> None:
-    """A LoRA as PEFT writes it, on queries and values of every block."""
-    hidden, _, blocks, heads, keys, _ = SHAPES[shape]
-    rng, tensors = np.random.default_rng(1), {}
-    for k in range(blocks):
-        for name, out in (("q_proj", hidden), ("v_proj", hidden // heads * keys)):
-            path = f"base_model.model.model.layers.{k}.self_attn.{name}.lora_"
-            tensors[path + "A.weight"] = rng.standard_normal((RANK, hidden), dtype=np.float32)
-            tensors[path + "B.weight"] = rng.standard_normal((out, RANK), dtype=np.float32) * 0.01
-    folder.mkdir(parents=True, exist_ok=True)
-    files.write_tensors(folder / "adapter_model.safetensors", tensors)
-    about = {"peft_type": "LORA", "r": RANK, "lora_alpha": RANK, "target_modules": ["q_proj", "v_proj"]}
-    files.write_json(folder / "adapter_config.json", {**about, "task_type": "CAUSAL_LM"})
+def batches() -> list[dict[str, object]]:
+    """Random tokens."""
+    import torch
+
+    generator = torch.Generator().manual_seed(1)
+    return [{"input_ids": torch.randint(0, 1000, (ROWS, LENGTH), generator=generator)} for _ in range(BATCHES)]
 
 
-def job(name: str, shape: str, place: Path) -> None:
-    """One job in this process; prints what it took."""
-    base, out = place / "base", place / "out"
-    began, worked = time.perf_counter(), time.process_time()
-    if name.startswith("copy"):
-        for file in sorted(base.iterdir()):
-            with open(file, "rb") as old, files.atomic_file(out / file.name) as new:
-                shutil.copyfileobj(old, new, 4 << 20)
+def one(folder: str, how: str, method: str) -> dict[str, float]:
+    """CPU seconds and peak memory above the start: of "memory", "fp32" or "bf16", in this process."""
+    from slimkit import Compressor, SparseConfig, sparsify_checkpoint
+    from tools.bench.peak import begin_anew, memory_mb
+
+    import torch
+    import transformers as hf
+
+    torch.set_num_threads(1)
+    config, data = SparseConfig(method=method), batches()
+    small = hf.LlamaForCausalLM(hf.LlamaConfig(**shape(32, 2)))  # imports and first calls do not count
+    Compressor(small, config).compress(data[:1])
+    with tempfile.TemporaryDirectory() as scratch:
+        small.save_pretrained(f"{scratch}/in")
+        sparsify_checkpoint(f"{scratch}/in", f"{scratch}/out", config, data[:1])
+    before, start = begin_anew(), time.process_time()
+    if how == "memory":
+        model = hf.LlamaForCausalLM.from_pretrained(f"{folder}/fp32").eval()
+        Compressor(model, SparseConfig(method=method, ignore=["lm_head"])).compress(data)
+        model.save_pretrained(f"{folder}/saved")
     else:
-        import slimkit
+        sparsify_checkpoint(f"{folder}/{how}", f"{folder}/out-{how}-{method}", config, data)
+    return {"cpu_s": time.process_time() - start, "peak_mb": memory_mb("VmHWM") - before}
 
-        if name == "merge":
-            slimkit.merge_checkpoint(base, place / "delta", out)
-        elif name == "prune":
-            slimkit.prune_checkpoint(base, out, RATIO, importance="l1")
-        else:
-            kept = [k for k in range(SHAPES[shape][2]) if k % 5 != 4]
-            config = slimkit.PruneConfig().set_steps(["prune_blocks"])
-            config = config.add_blocks_params(r"layers\.(\d+)\.", dict(enumerate(kept)))
-            slimkit.cut_checkpoint(base, out, {"num_hidden_layers": len(kept)}, config)
-    took = {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - worked}
-    print(json.dumps({**took, "peak_mb": memory_mb("VmHWM")}))
+
+def walk(widths: list[int], blocks: int, method: str, rounds: int) -> None:
+    """The model in memory, its fp32 folder and its bf16 folder, in turn."""
+    for width in widths:
+        found: dict[str, list[dict[str, float]]] = {"memory": [], "fp32": [], "bf16": []}
+        for _ in range(rounds):
+            with tempfile.TemporaryDirectory() as folder:
+                run("make", folder, str(width), str(blocks))
+                for how in found:
+                    found[how].append(json.loads(run("one", folder, how, method)))
+        best = {how: min(rows, key=lambda row: row["cpu_s"]) for how, rows in found.items()}
+        cells = [f"{how} {row['cpu_s']:.1f} s, {row['peak_mb']:.0f} MB" for how, row in best.items()]
+        ratios = [best[how]["cpu_s"] / best["memory"]["cpu_s"] for how in ("fp32", "bf16")]
+        text = f"{width} wide, {blocks} blocks, {method}: {'; '.join(cells)}"
+        print(f"{text}; folder / memory {ratios[0]:.2f} (fp32), {ratios[1]:.2f} (bf16)", flush=True)
+
+
+def share(folder: str, out: str, method: str) -> None:
+    """The folder, by this process or by those that torchrun began."""
+    from slimkit import SparseConfig, sparsify_checkpoint
+
+    import torch
+
+    torch.set_num_threads(1)
+    sparsify_checkpoint(f"{folder}/fp32", out, SparseConfig(method=method), batches())
+
+
+def processes(widths: list[int], blocks: int, method: str) -> None:
+    """One process, and two, by the clock."""
+    for width in widths:
+        with tempfile.TemporaryDirectory() as folder:
+            run("make", folder, str(width), str(blocks))
+            took, made = {}, {}
+            for n in (1, 2):
+                out = f"{folder}/out{n}"
+                begin = [
+                    sys.executable,
+                    "-m",
+                    *(["torch.distributed.run", "--nproc-per-node=2", "-m"] if n > 1 else []),
+                ]
+                start = time.perf_counter()
+                subprocess.run([*begin, "tools.bench.scale", "share", folder, out, method], check=True, env=quiet())
+                took[n] = time.perf_counter() - start
+                made[n] = {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in Path(out).glob("*.*")}
+        same = "the same bytes" if made[1] == made[2] else "OTHER BYTES"
+        print(f"{width} wide, {blocks} blocks, {method}: {took[1]:.1f} s by one, {took[2]:.1f} s by two: "
+              f"{took[1] / took[2]:.2f} times as fast; {same}", flush=True)  # fmt: skip
+
+
+def run(*arguments: str) -> str:
+    """This program in a process of its own; its last line."""
+    command = [sys.executable, "-m", "tools.bench.scale", *arguments]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=quiet())
+    return (done.stdout.splitlines() or [""])[-1]
+
+
+def quiet() -> dict[str, str]:
+    """One thread a process."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="tiny")
-    parser.add_argument("--place", type=Path, required=True)
-    parser.add_argument("--jobs", nargs="*", choices=JOBS, default=JOBS)
-    parser.add_argument("--limit", type=int, default=5_000_000_000, help="bytes of one shard")
-    parser.add_argument("--job", choices=JOBS, help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.job:
-        job(given.job, given.shape, given.place)
+    """Run what is asked for."""
+    if len(sys.argv) > 1 and sys.argv[1] in ("make", "one", "share"):
+        job, *rest = sys.argv[1:]
+        if job == "make":
+            make(rest[0], int(rest[1]), int(rest[2]))
+        elif job == "one":
+            print(json.dumps(one(*rest)))
+        else:
+            share(*rest)
         return
-    home = given.place / f"scale-{given.shape}"
-    n_bytes = write_model(given.shape, home / "base", given.limit)
-    write_delta(given.shape, home / "delta")
-    print(f"{given.shape}: {n_bytes / 1e9:.2f} GB, written with a peak of {memory_mb('VmHWM'):.0f} MB")
-    copies = []
-    try:
-        for name in given.jobs:
-            shutil.rmtree(home / "out", ignore_errors=True)
-            words = [sys.executable, "-m", "tools.bench.scale", "--job", name, "--shape", given.shape]
-            done = subprocess.run([*words, "--place", str(home)], capture_output=True, text=True, check=False)
-            if done.returncode:
-                sys.exit(done.stderr)
-            took = json.loads(done.stdout.splitlines()[-1])
-            copies += [took["seconds"]] if name.startswith("copy") else []
-            written = sum(f.stat().st_size for f in (home / "out").glob("*.safetensors")) / 1e9
-            times = took["seconds"] * len(copies) / sum(copies) if copies else float("nan")
-            print(
-                f"{name:>10}: {took['seconds']:7.1f} s, {took['cpu_seconds']:6.1f} CPU s, "
-                f"peak {took['peak_mb']:6.0f} MB, {written:.2f} GB written, {times:.2f} times a copy",
-                flush=True,
-            )
-    finally:
-        shutil.rmtree(home)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("job", choices=("walk", "processes"))
+    parser.add_argument("--widths", type=int, nargs="+", default=[1024])
+    parser.add_argument("--blocks", type=int, default=4)
+    parser.add_argument("--method", default="hessian")
+    parser.add_argument("--rounds", type=int, default=1)
+    asked = parser.parse_args()
+    if asked.job == "walk":
+        walk(asked.widths, asked.blocks, asked.method, asked.rounds)
+    else:
+        processes(asked.widths, asked.blocks, asked.method)
 
 
 if __name__ == "__main__":
