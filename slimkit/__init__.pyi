@@ -49,6 +49,7 @@ from slimkit.core.freeze import FreezeReport as FreezeReport
 from slimkit.core.log import set_logger_level as set_logger_level
 from slimkit.core.prune.criteria import Criterion as Criterion
 from slimkit.core.prune.custom import OperatorCall as OperatorCall
+from slimkit.core.prune.latency import LatencyTable as LatencyTable
 from slimkit.core.prune.merging import merge_desc as merge_desc
 from slimkit.core.prune.optimizer_state import OptimizerReport as OptimizerReport
 from slimkit.core.prune.proof import PruningCheck as PruningCheck
@@ -104,6 +105,7 @@ from slimkit.freeze import freeze_delta as freeze_delta
 from slimkit.freeze import freeze_from_config as freeze_from_config
 from slimkit.freeze import freeze_modules as freeze_modules
 from slimkit.freeze import trainable_summary as trainable_summary
+from slimkit.latency import measure_latency as measure_latency
 from slimkit.opening import load as load
 from slimkit.operators import register_operator_rule as register_operator_rule
 from slimkit.optimizers import migrate_optimizer as migrate_optimizer

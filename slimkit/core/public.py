@@ -12,6 +12,8 @@ ROOMS: dict[str, dict[str, str]] = {
         "load_pruned": "pruned",
         "prune_checkpoint": "pruned_folder",
         "merge_desc": "core.prune.merging",
+        "measure_latency": "latency",
+        "LatencyTable": "core.prune.latency",
         "register_operator_rule": "operators",
         "OperatorCall": "core.prune.custom",
         "check_pruning": "proof",

@@ -19,6 +19,7 @@ from slimkit.core.prune.forms import CutForm, parallel_steps
 from slimkit.core.prune.framework import PruneFramework
 from slimkit.core.prune.importance import best
 from slimkit.core.prune.knapsack import foretold, measured
+from slimkit.core.prune.latency import LatencyAccount
 from slimkit.core.prune.levers import Lever, joined_losses, joined_scores, lever_matrix
 from slimkit.core.prune.narrowing import Narrowing, alike_levers
 from slimkit.core.prune.plan import PrunePlan, make_desc
@@ -47,6 +48,7 @@ class PrunerPlanning(PrunerSettings):
         self._cut_form: CutForm | None = None
         self._levers: list[Lever] = []
         self._steps: dict[str, int] = {}
+        self._quiet = False  # whether a ratio that is missed is of no interest
         self._most: Mapping[str, int] = {}  # steps that levers may keep at most, where less than all
 
     @property
@@ -76,12 +78,16 @@ class PrunerPlanning(PrunerSettings):
                 narrowing.keep_everything(f"its code contradicted {rounds} plans")
         parameters, held = Account(view), form.held_at(view, allocation.keep)
         left = parameters.count(np.array([held[n] for n in view.counts], dtype=np.int64))
-        self._report = allocated(view, allocation, account, left, ratio, self._budget)
+        self._report = allocated(view, allocation, account, left, ratio, self._budget, self._quiet)
         self._report["form"] = {"name": form.name, "because": form.because}
         if form.name == "padded":
             live = parameters.count(np.array([allocation.keep[n] for n in view.counts], dtype=np.int64))
             self._report["padding"] = padding(view, allocation.keep, held, live, left)
             desc["made"]["live_params"] = live
+        if self._budget == "latency":
+            full = account.count(np.array(list(view.counts.values()), dtype=np.int64))
+            told = {"before_ms": full / 1e6, "after_ms": allocation.total / 1e6}
+            self._report["latency"] = desc["made"]["latency"] = told
         desc["made"]["left_params"] = left
         desc["made"]["reached"] = self._report["reached"]
         if self._made["importance"] == "output":
@@ -130,8 +136,15 @@ class PrunerPlanning(PrunerSettings):
             self._cut_form = CutForm(self._form, self._wing, self._solved())
         return self._cut_form
 
+    def _account(self, view: View) -> Account:
+        """What the ratio counts."""
+        if self._budget == "latency":
+            assert self._table is not None
+            return LatencyAccount(view, self._table)
+        return Account(view, self._budget)
+
     def _allocate(self, view: View, ratio: float) -> tuple[Allocation, Account]:
-        account = Account(view, self._budget)
+        account = self._account(view)
         full = np.array(list(view.counts.values()), dtype=np.int64)
         target = ratio * account.count(full)
         criterion = self._scoring.suited(self.is_language_model)

@@ -33,7 +33,7 @@ def coupled(view: View) -> dict[str, Any]:
 
 
 def allocated(
-    view: View, allocation: Allocation, account: Account, left: int, ratio: float, budget: str
+    view: View, allocation: Allocation, account: Account, left: int, ratio: float, budget: str, quiet: bool = False
 ) -> dict[str, Any]:
     """The same, with what each variable keeps and how near that comes to what was asked."""
     report = coupled(view)
@@ -54,10 +54,11 @@ def allocated(
     if allocation.total < allocation.target * 0.98:
         wide = "the widths that alignment and heads allow lie too far apart to come nearer"
         report["notes"].append(f"asked to keep {ratio:.3f}, keeps {report['reached']:.3f}: {wide}")
-        logger.warning("asked to keep %.3f of the %s, keeps %.3f: %s", ratio, budget, report["reached"], wide)
+        if not quiet:
+            logger.warning("asked to keep %.3f of the %s, keeps %.3f: %s", ratio, budget, report["reached"], wide)
     if missed and not allocation.held_back:
         report["notes"].append("nothing more can be pruned: every other axis stays whole")
-    if missed:
+    if missed and not quiet:
         logger.warning(
             "asked to keep %.3f of the %s, reached %.3f; report() says what holds it back",
             ratio,

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from slimkit.core import check
 from slimkit.core.batch import dataset
+from slimkit.core.files import PathLike
 from slimkit.core.prune.criteria import CRITERIA, NEEDS, Criterion, OfRows
 from slimkit.core.prune.forms import FORMS
 from slimkit.core.prune.framework import PruneFramework
+from slimkit.core.prune.latency import LatencyTable, table_of
 from slimkit.core.prune.scoring import Scoring
 from slimkit.core.showing import Shown
 
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
+BUDGETS = ("params", "macs", "latency")
 ALLOCATIONS = ("uniform", "global", "measured")
 
 
@@ -35,6 +38,7 @@ class PrunerSettings(Shown):
         self._parallel = 1
         self._alignment = 16
         self._budget = "params"
+        self._table: LatencyTable | None = None
         self._allocation: str | None = None
         self._repair: Any = None
         self._repair_set = False
@@ -143,16 +147,26 @@ class PrunerSettings(Shown):
         self._parallel = check.positive(number, "number")
         return self
 
-    def set_budget(self, budget: str) -> Self:
+    def set_budget(self, budget: str, table: LatencyTable | PathLike | None = None) -> Self:
         """Choose what the ratio counts.
 
         Args:
-            budget: "params", or "macs" for multiplications of one forward pass on the example.
+            budget: "params", "macs" for multiplications of one forward pass on the example, or "latency" for
+                milliseconds as a table foretells them.
+            table: for "latency": what `measure_latency` returned, or the file that it wrote.
 
         Returns:
             This pruner.
+
+        Raises:
+            ArgumentError: "latency" without a table, or a table with another budget.
+            FileFormatError: the file is no table.
         """
-        self._budget = check.choice(budget, ("params", "macs"), "budget")
+        check.choice(budget, BUDGETS, "budget")
+        if (budget == "latency") != (table is not None):
+            check.wrong_value("table", 'what measure_latency returned for "latency", and None otherwise', table)
+        self._table = None if table is None else table_of(table)
+        self._budget = budget
         return self
 
     def set_allocation(self, allocation: str) -> Self:
