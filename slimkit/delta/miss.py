@@ -53,7 +53,7 @@ class ShardSum(Summed):
         block: Any = self.adapter.mindpet_delta_miss_block
         if not (block.shape[1] == out.shape[-1] and out.dtype == x.dtype == block.dtype and out.device == block.device):
             return super().acted(out, x, low)
-        sums: Any = self.adapter.sums(x)  # type: ignore[operator]
+        sums: Any = self.adapter.sums(x)
         flat = torch.addmm(out.reshape(-1, out.shape[-1]), sums.reshape(-1, sums.shape[-1]), block)
         return flat.view(out.shape)
 
