@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import struct
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -260,3 +262,17 @@ def empty_model(source: Path, cache: bool = False, fields: Mapping[str, Any] | N
 
 def _line(error: Exception) -> str:
     return " ".join(str(error).split())[:300]
+
+
+def write_tensors(handle: Any, tensors: dict[str, torch.Tensor]) -> None:
+    """Write a safetensors file from the tensors' own memory: its library would hold the whole block a second time."""
+    written = {dtype: name for name, dtype in DTYPES.items()}
+    entries, stop = {}, 0
+    for name, tensor in tensors.items():
+        start, stop = stop, stop + tensor.numel() * tensor.element_size()
+        entries[name] = {"dtype": written[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, stop]}
+    head = json.dumps(entries).encode()
+    head += b" " * (-len(head) % 8)
+    handle.write(struct.pack("<Q", len(head)) + head)
+    for tensor in tensors.values():
+        handle.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
