@@ -175,7 +175,6 @@ class ChainPair:
             self._joins[path] = bool((moved - calm - noise).norm() < SAME * noise.norm())
         return self._joins[path]
 
-
     def norms(self, number: int) -> list[str]:
         """The norms of a block."""
         block = self._blocks[number]
@@ -271,9 +270,9 @@ class BlockPair:
                     lost, now = (_rows_of(real_rows(padding, path, x)) for x in (before, left))
                     wanted = [lost - now + own[path][0]]
                 if norm and len(own.get(path, [])) == 1:
-                    full, now = self._normed.get((norm, index), []), normed.get(norm, [])
-                    if len(full) == len(now) == 1 and full[0].shape == now[0].shape:
-                        wanted = [full[0] - now[0] + own[path][0]]
+                    full, short = self._normed.get((norm, index), []), normed.get(norm, [])
+                    if len(full) == len(short) == 1 and full[0].shape == short[0].shape:
+                        wanted = [full[0] - short[0] + own[path][0]]
                 yield from zip(seen.get(path, []), wanted)
 
 
