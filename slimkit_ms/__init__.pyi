@@ -115,6 +115,7 @@ from slimkit_ms.pruned import save_pruned as save_pruned
 from slimkit_ms.sparse import Compressor as Compressor
 from slimkit_ms.sparse import FrozenZeros as FrozenZeros
 from slimkit_ms.sparse import freeze_zeros as freeze_zeros
+from slimkit_ms.sparse import sparsify_checkpoint as sparsify_checkpoint
 from slimkit_ms.students import make_student as make_student
 from slimkit_ms.train import Trainer as Trainer
 from slimkit_ms.weights import measure_activations as measure_activations

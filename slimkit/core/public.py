@@ -171,7 +171,6 @@ ONLY: dict[str, tuple[str, str]] = {
     "merge_checkpoint": ("slimkit", "reads models of transformers, which MindSpore cannot build"),
     "cut_checkpoint": ("slimkit", "reads models of transformers, which MindSpore cannot build"),
     "prune_checkpoint": ("slimkit", "reads models of transformers, which MindSpore cannot build"),
-    "sparsify_checkpoint": ("slimkit", "walks models of transformers, which MindSpore cannot build"),
 }
 
 

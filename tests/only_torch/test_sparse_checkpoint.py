@@ -341,6 +341,31 @@ def test_a_second_run_in_the_same_folder_is_refused_and_spoils_nothing(source, d
         pass
 
 
+def test_a_run_tells_how_far_it_is_and_what_stopped_it(source, data, tmp_path):
+    from slimkit.core.jobs.status import status
+    from slimkit.sparse import sparsify_checkpoint
+
+    target, config, seen = tmp_path / "out", SparseConfig(method="hessian"), []
+
+    def look(step):
+        seen.append(status(target))
+        if step.done == 10:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sparsify_checkpoint(source("llama"), target, config, data, on_progress=look)
+    assert {found["state"] for found in seen} == {"running"}
+    assert [found["done"]["layers"] for found in seen] == [[i, 21] for i in range(1, 11)]
+    assert seen[-1]["done"]["blocks"] == [1, 3]
+    assert seen[-1]["rows"] == 3 * 64
+    stopped = status(target)
+    assert (stopped["state"], stopped["why"], stopped["processes"]) == ("stopped", "KeyboardInterrupt", 1)
+    sparsify_checkpoint(source("llama"), target, config, data)
+    assert status(target)["state"] == "finished"
+    sparsify_checkpoint(source("llama"), tmp_path / "alone", config, data)
+    assert tree(target) == tree(tmp_path / "alone")
+
+
 def test_a_changed_job_is_refused_by_name(source, data, tmp_path, monkeypatch):
     from slimkit.sparse import checkpoint
 

@@ -254,7 +254,7 @@ class AdaptOptions(FitOptions):
     alpha: PositiveFloat | None = Field(None, description="a LoRA is scaled by alpha / rank; unset: twice the rank")
     dropout: float | None = Field(None, ge=0, lt=1, description="dropout before the delta; unset: none")
     settings: Annotated[dict[str, Any], Flag("--set", metavar="KEY=VALUE")] = Field(
-        default_factory=dict, description="other options of the kind, such as dora: true or bottleneck_size: 32"
+        default_factory=dict, description="other options of the kind, such as init: gradient or bottleneck_size: 32"
     )
     rdrop: float = Field(
         0.0,
