@@ -117,7 +117,7 @@ def test_a_killed_pruning_goes_on_to_the_same_bytes(tmp_path):
     while kill_at(work, tmp_path / f"k{turn}", turn):
         work(tmp_path / f"k{turn}")
         assert digests(tmp_path / f"k{turn}") == wanted
-        turn += 9
+        turn += 13
     assert turn > 20
 
 

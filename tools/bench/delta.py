@@ -31,11 +31,9 @@ import peak
 
 QV = {"query", "value", "q_proj", "v_proj"}
 options = argparse.Namespace()
-VARIANTS = (
-    "bitfit", "peft_qv", "slimkit_qv", "peft_all", "slimkit_all", "peft_dora", "slimkit_dora", "dense",
-    "peft_miss", "slimkit_miss", "peft_shira", "slimkit_shira", "slimkit_int8", "slimkit_bfloat16",
-)  # fmt: skip
-# variant -> kind and options, where it is no LoRA over the base as it is; on all linear layers
+VARIANTS = ("bitfit", "peft_qv", "slimkit_qv", "peft_all", "slimkit_all", "peft_dora", "slimkit_dora", "dense")
+# Further ones, when asked for by --variants: these, and peft_miss and peft_shira. Variant -> kind and options, on all
+# linear layers.
 OTHERS = {
     "slimkit_miss": ("miss", {"rank": 16}),
     "slimkit_shira": ("shira", {"rank": 8}),
