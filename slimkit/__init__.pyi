@@ -86,6 +86,7 @@ from slimkit.delta import PromptTuning as PromptTuning
 from slimkit.delta import RDropLoss as RDropLoss
 from slimkit.delta import apply_delta as apply_delta
 from slimkit.delta import combine_delta as combine_delta
+from slimkit.delta import compress_delta as compress_delta
 from slimkit.delta import disable_delta as disable_delta
 from slimkit.delta import load_delta as load_delta
 from slimkit.delta import lora_plus_groups as lora_plus_groups

@@ -58,7 +58,12 @@ def unsuited(module: nn.Module) -> str | None:
 
 
 def layer_signals(
-    model: nn.Module, data: Iterable[Any], layers: Sequence[str], loss: Callable[..., Any] | None, seed: int
+    model: nn.Module,
+    data: Iterable[Any],
+    layers: Sequence[str],
+    loss: Callable[..., Any] | None,
+    seed: int,
+    again: Callable[[], bool] = lambda: False,
 ) -> dict[str, LayerSignal]:
     """Send calibration data through a model and its loss back, watching some layers.
 
@@ -69,6 +74,7 @@ def layer_signals(
         loss: (outputs, batch) -> scalar. Unset: of a model with logits, how far its answers move (the divergence of its
             own probabilities); of another, the square of its first output.
         seed: of the random signs that stand for the second derivative of the loss.
+        again: whether a layer is being run once more for the way back, and was seen already.
 
     Returns:
         layer -> its signal.
@@ -80,9 +86,10 @@ def layer_signals(
 
     def seen(path: str, args: Any, kwargs: Any, output: torch.Tensor) -> torch.Tensor:
         module = modules[path]
-        x = (args[0] if args else kwargs["input"]).detach()
-        rows = input_rows(module, real_rows(padding, path, x)).float()
-        sums.given(path, (rows.T @ rows).double().cpu().numpy(), len(rows))
+        if not again():
+            x = (args[0] if args else kwargs["input"]).detach()
+            rows = input_rows(module, real_rows(padding, path, x)).float()
+            sums.given(path, (rows.T @ rows).double().cpu().numpy(), len(rows))
 
         def back(slope: torch.Tensor) -> None:
             slopes = output_rows(module, real_rows(padding, path, slope))

@@ -83,6 +83,7 @@ from slimkit_ms.delta import PromptTuning as PromptTuning
 from slimkit_ms.delta import RDropLoss as RDropLoss
 from slimkit_ms.delta import apply_delta as apply_delta
 from slimkit_ms.delta import combine_delta as combine_delta
+from slimkit_ms.delta import compress_delta as compress_delta
 from slimkit_ms.delta import disable_delta as disable_delta
 from slimkit_ms.delta import load_delta as load_delta
 from slimkit_ms.delta import lora_plus_groups as lora_plus_groups
@@ -114,6 +115,7 @@ from slimkit_ms.pruned import save_pruned as save_pruned
 from slimkit_ms.sparse import Compressor as Compressor
 from slimkit_ms.sparse import FrozenZeros as FrozenZeros
 from slimkit_ms.sparse import freeze_zeros as freeze_zeros
+from slimkit_ms.sparse import sparsify_checkpoint as sparsify_checkpoint
 from slimkit_ms.students import make_student as make_student
 from slimkit_ms.train import Trainer as Trainer
 from slimkit_ms.weights import measure_activations as measure_activations

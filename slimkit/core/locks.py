@@ -64,6 +64,40 @@ def locked(folder: Path, option: str, *, inside: bool = False) -> Iterator[None]
                 file.unlink(missing_ok=True)
 
 
+def holder(lock: Path) -> dict[str, Any] | None:
+    """Who holds a lock file: {"pid": its process, or None where that is not known}; None where nobody does.
+
+    Args:
+        lock: the file that `locked` made.
+
+    Example:
+        >>> holder(Path("/no such folder/.lock")) is None
+        True
+    """
+    try:
+        import fcntl
+
+        handle = open(lock)  # noqa: SIM115  # closed below
+    except (ImportError, OSError):
+        return None
+    with handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return {"pid": _pid_of(os.fstat(handle.fileno()).st_ino)}
+    return None
+
+
+def _pid_of(inode: int) -> int | None:
+    """The process that Linux's list of locks names for a file."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        for line in Path("/proc/locks").read_text().splitlines():
+            words = line.split()
+            if words[1] == "FLOCK" and words[5].endswith(f":{inode}"):
+                return int(words[4])
+    return None
+
+
 def same_job(state: Path, job: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> None:
     """Begin a job's state directory, or make sure that the one there is of the same job.
 

@@ -75,6 +75,7 @@ ROOMS: dict[str, dict[str, str]] = {
         "set_delta": "delta",
         "disable_delta": "delta",
         "combine_delta": "delta",
+        "compress_delta": "delta",
         "lora_plus_groups": "delta",
         "save_delta": "delta",
         "load_delta": "delta",
@@ -170,7 +171,6 @@ ONLY: dict[str, tuple[str, str]] = {
     "merge_checkpoint": ("slimkit", "reads models of transformers, which MindSpore cannot build"),
     "cut_checkpoint": ("slimkit", "reads models of transformers, which MindSpore cannot build"),
     "prune_checkpoint": ("slimkit", "reads models of transformers, which MindSpore cannot build"),
-    "sparsify_checkpoint": ("slimkit", "walks models of transformers, which MindSpore cannot build"),
 }
 
 

@@ -3,6 +3,7 @@
 from slimkit.core.delta.spec import DeltaReport
 from slimkit.delta.adapter import AdapterDense, AdapterLayer
 from slimkit.delta.combine import combine_delta
+from slimkit.delta.compress import compress_delta
 from slimkit.delta.folders import merge_checkpoint
 from slimkit.delta.inject import (
     apply_delta,
@@ -33,6 +34,7 @@ __all__ = [
     "RDropLoss",
     "apply_delta",
     "combine_delta",
+    "compress_delta",
     "disable_delta",
     "load_delta",
     "lora_plus_groups",

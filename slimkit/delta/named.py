@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from slimkit import bridge
+from slimkit.core.delta import rest
 from slimkit.core.delta.named import LORA_BOOK, MergingFace, NamedLoras, Part
+from slimkit.core.delta.rest import PARTS
 from slimkit.core.delta.spec import LoraSpec, key
 from slimkit.core.errors import UnsupportedError
 from slimkit.delta import initial
@@ -129,17 +132,23 @@ class LoraLayer(NamedLoras, MergingLayer):
             self.fill_start(a, b, spec)
             if start is not None:
                 a[: len(start)] = torch.from_numpy(start)
-        made: dict[str, Any] = {"a": nn.Parameter(a), "b": nn.Parameter(b)}
+        # A compressed delta is made, not trained; its halves have few bits.
+        made: dict[str, Any] = {n: nn.Parameter(t, requires_grad=not spec.rest) for n, t in (("a", a), ("b", b))}
         if spec.dora:
             made["magnitude"] = nn.Parameter(self._lengths(whole(weight).float()).to(kind))
         if spec.bias:
             made["bias"] = nn.Parameter(torch.zeros(b_shape[0], dtype=kind, device=place))
+        if spec.rest and hasattr(weight, "full_tensor"):
+            raise UnsupportedError("compressed deltas go on whole weights; put them on before the model is sharded.")
         in_step(weight, made.values())
         for part, parameter in made.items():
             setattr(self, key("lora", part, name), parameter)
         if spec.init == "pissa":
             self._buffer(key("lora", "a0", name), a.clone())
             self._buffer(key("lora", "b0", name), b.clone())
+        for part, (shape, word) in rest.shapes(spec.rest, tuple(weight.shape), spec.count).items():
+            empty = torch.zeros(shape, dtype=getattr(torch, word), device=place)
+            self._buffer(key("lora", part, name), empty)
         self.take(name, spec)
 
     def fill_start(self, a: torch.Tensor, b: torch.Tensor, spec: LoraSpec) -> None:
@@ -179,10 +188,21 @@ class LoraLayer(NamedLoras, MergingLayer):
         if spec.keep_zeros:
             return part.scale * delta * (base != 0)
         if not spec.dora:
-            return part.scale * delta
+            return part.scale * delta + self.rest(part, base) if spec.rest else part.scale * delta
         turned = base + spec.scaling * delta
         length = beside(getattr(self, key("lora", "magnitude", part.name)).to(base.device, base.dtype), base)
         return weight * (self._per_output(length / self._lengths(turned)) * turned - base)
+
+    def rest(self, part: Part, like: torch.Tensor) -> torch.Tensor:
+        """What a compressed delta adds beside its low rank, in the weight's layout; where and as `like` is."""
+        shape, weight = tuple(self.weight.shape), self.active_deltas[part.name]
+        first, second = (getattr(self, key("lora", p, part.name)) for p in PARTS[self.delta_specs[part.name].rest])
+        if self.delta_specs[part.name].rest == "signs":
+            rows = signed(first, second, shape).to(like)
+            return weight * rows.view(shape)
+        filled = torch.zeros(math.prod(shape), dtype=like.dtype, device=like.device)
+        filled[first.to(like.device, torch.int64)] = second.to(like)
+        return weight * filled.view(shape)
 
     def own_bias(self, part: Part, like: torch.Tensor) -> torch.Tensor | None:
         """(outputs,) that a LoRA's b adds by itself, where and as `like` is; None where it has none."""
@@ -227,3 +247,10 @@ class LoraLayer(NamedLoras, MergingLayer):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.words()}"  # type: ignore[misc]
+
+
+def signed(signs: torch.Tensor, scale: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """(..., columns) of float32: packed signs of rows of a weight of that shape, times each row's scale."""
+    table = torch.from_numpy(rest.sign_table()).to(signs.device)
+    rows = table[signs.int()].flatten(-2)[..., : math.prod(shape[1:])]
+    return rows * scale.unsqueeze(-1)

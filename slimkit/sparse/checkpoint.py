@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +14,15 @@ from slimkit.core.checkpoint import shards
 from slimkit.core.errors import UnsupportedError
 from slimkit.core.files import PathLike
 from slimkit.core.locks import BLOCKS as STATE
-from slimkit.core.locks import locked, same_job
 from slimkit.core.log import logger
 from slimkit.core.showing import Report
 from slimkit.core.sparse import SparseConfig
-from slimkit.core.sparse.compress import compress, demand_whole_numbers
-from slimkit.core.sparse.processes import first
+from slimkit.core.sparse.compress import demand_whole_numbers
+from slimkit.core.sparse.folderwalk import copy_others, sparsify_folder
 from slimkit.core.sparse.remaining import Progress
 from slimkit.sparse import memory
 from slimkit.sparse.checkpoint_framework import CheckpointSparse
+from slimkit.stored import digest_of
 
 import torch
 
@@ -111,40 +109,15 @@ def _walked(
     host = CheckpointSparse(source, state, places, names, compute, device, offload)
     if host.processes() > 1 and cfg.row.reconstructs:
         raise UnsupportedError(f"method {cfg.method!r} trains blocks, which sparsify_checkpoint does in one process.")
-    digests = _digests(host, sorted({p.file for p in places.values()}))
-    job = {"config": cfg.to_dict(), "source": digests, "dataset": _digest(data), "threads": torch.get_num_threads()}
+    weights = sorted({p.file for p in places.values()})
+    job = {"dataset": digest_of(data), "threads": torch.get_num_threads()}
     job |= {"compute": str(compute), "device": device.type}
-    told = host.gather(job)
-    if any(other != told[0] for other in told):
-        raise UnsupportedError("all processes must be given the same model, data, configuration and threads.")
-    quiet = logger.disabled
-    with contextlib.ExitStack() as held:
-        try:
-            logger.disabled = quiet or host.rank() > 0
-            first(host, lambda: _claim(held, target))
-            return _resume(host, cfg, data, source, target, job, on_progress if host.rank() == 0 else _unseen)
-        finally:
-            logger.disabled = quiet
 
+    def rewrite(file: Path, out: Path) -> None:
+        shards.rewrite(file, out, host.finished())
 
-def _unseen(_step: Progress) -> None:
-    """The progress of a process that does not speak."""
-
-
-def _claim(held: contextlib.ExitStack, target: Path) -> None:
-    """Make sure that the folder is free, and lock it."""
-    state = target / STATE
-    # A run killed in its first moments leaves its state folder and nothing else.
-    if target.exists() and any(f.name != STATE for f in target.iterdir()) and not (state / "job.json").exists():
-        check.wrong_value("dst", "absent, empty, or an unfinished run", str(target))
-    held.enter_context(locked(state, "dst", inside=True))
-
-
-def _digests(host: CheckpointSparse, weights: Sequence[Path]) -> dict[str, str]:
-    """The digest of each file, which one process reads."""
-    n, rank = host.processes(), host.rank()
-    every = host.gather([files.digest_file(file) for file in weights[rank::n]])
-    return {file.name: every[i % n][i // n] for i, file in enumerate(weights)}
+    copy = partial(_copy_others, source)
+    return sparsify_folder(host, cfg, data, target, weights, job, copy, rewrite, on_progress)
 
 
 def computing(
@@ -169,94 +142,6 @@ def computing(
     return torch.float32
 
 
-def _resume(
-    host: CheckpointSparse,
-    cfg: SparseConfig,
-    data: Sequence[Any],
-    source: Path,
-    target: Path,
-    job: Mapping[str, Any],
-    on_progress: Callable[[Progress], None] | None,
-) -> Report:
-    """Begin a job in `target`, or go on with it; process 0 holds its lock."""
-    state = target / STATE
-    report_file = target / "sparse_report.json"
-
-    def begin() -> Any:
-        same_job(state, job, {"config": SparseConfig().to_dict(), "compute": "None", "device": "cpu"})
-        files.settle(target)
-        for part in target.rglob(".*.part"):  # a killed writer cannot clean up after itself
-            shutil.rmtree(part) if part.is_dir() else part.unlink()
-        if not report_file.exists():
-            return None
-        _tidy(state)  # the kill may have come while tidying
-        return files.read_json(report_file)
-
-    report = first(host, begin)
-    if report is not None:
-        return Report("sparsity", report)
-    report, _ = compress(host, cfg, data, on_progress)
-    for row in report["layers"].values():
-        row.pop("seconds", None)  # the same job writes the same bytes
-    report = {k: v for k, v in report.items() if k != "seconds"}
-    finished = state / "finished"
-
-    def prepare() -> None:
-        shutil.rmtree(finished, ignore_errors=True)
-        finished.mkdir()
-        _copy_others(source, finished)
-        files.write_json(finished / report_file.name, report)
-
-    def commit() -> None:
-        files.commit(finished, target)
-        _tidy(state)
-
-    first(host, prepare)
-    replaced = host.finished()
-    for file in sorted({p.file for p in shards.locate(source).values()})[host.rank() :: host.processes()]:
-        shards.rewrite(file, finished / file.name, replaced)
-    host.gather(None)  # all are written
-    first(host, commit)
-    return Report("sparsity", report)
-
-
-def _tidy(state: Path) -> None:
-    for leftover in state.iterdir():
-        if leftover.is_dir():
-            shutil.rmtree(leftover)
-        elif leftover.name not in ("job.json", ".lock"):
-            leftover.unlink()
-
-
-def _digest(data: Sequence[Any]) -> str:
-    digest = hashlib.sha256()
-
-    def feed(value: Any) -> None:
-        if isinstance(value, torch.Tensor):
-            digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
-            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        elif isinstance(value, dict) or hasattr(value, "items"):
-            for key, item in value.items():
-                digest.update(str(key).encode())
-                feed(item)
-        elif isinstance(value, (tuple, list)):
-            for item in value:
-                feed(item)
-        else:
-            digest.update(repr(value).encode())
-
-    for batch in data:
-        feed(batch)
-        digest.update(b"|")
-    return digest.hexdigest()
-
-
 def _copy_others(source: Path, target: Path) -> None:
-    """Copy what is no weights: configuration, tokenizer and the like."""
-    weights = {p.file for p in shards.locate(source).values()}
-    for file in sorted(source.iterdir()):
-        if file in weights or not file.is_file():
-            continue
-        if file.suffix not in (".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".safetensors"):
-            with open(file, "rb") as old, files.atomic_file(target / file.name) as new:
-                shutil.copyfileobj(old, new)
+    """Copy what is no weights."""
+    copy_others(source, target, sorted({p.file for p in shards.locate(source).values()}))

@@ -17,14 +17,14 @@ from slimkit.core.errors import UnsupportedError
 from slimkit.core.sparse.call_order import CallOrder
 from slimkit.core.sparse.framework import CalibratedBlock
 from slimkit.core.sparse.processes import demand_tokens, first, in_order, merged
+from slimkit.core.sparse.unwalked import DatalessBlock, FinishedBlock
 from slimkit.sparse import memory, stored_outputs
 from slimkit.sparse.chain import LentBlock, trace_block
 from slimkit.sparse.framework import TorchSparse, block_paths
 from slimkit.sparse.inputs import valid_tokens
 from slimkit.sparse.stored_blocks import StoredBlocks
 from slimkit.sparse.stored_inputs import StoredInputs
-from slimkit.sparse.stored_stages import DatalessBlock, FinishedBlock, write_tensors
-from slimkit.stored import StoredModel, stored_dtype, to_meta
+from slimkit.stored import StoredModel, stored_dtype, to_meta, write_tensors
 
 import torch
 
@@ -77,6 +77,18 @@ class CheckpointSparse(TorchSparse):
                 del found[name]
         self._layers = found
         return dict(found), skipped
+
+    @property
+    def n_blocks(self) -> int:
+        """How many blocks there are."""
+        if not self._blocks:
+            self.layers()
+        return len(self._blocks)
+
+    @property
+    def device(self) -> str:
+        """Where blocks compute."""
+        return str(self._device)
 
     def snapshot(self, names: Sequence[str]) -> Callable[[], None]:
         """Remember the layers of the block in memory; elsewhere nothing has to be: the source stays as it is."""

@@ -3,6 +3,7 @@
 from slimkit.core.delta.spec import DeltaReport
 from slimkit_ms.delta.adapter import AdapterDense, AdapterLayer
 from slimkit_ms.delta.combine import combine_delta
+from slimkit_ms.delta.compress import compress_delta
 from slimkit_ms.delta.inject import (
     apply_delta,
     disable_delta,
@@ -32,6 +33,7 @@ __all__ = [
     "RDropLoss",
     "apply_delta",
     "combine_delta",
+    "compress_delta",
     "disable_delta",
     "load_delta",
     "lora_plus_groups",

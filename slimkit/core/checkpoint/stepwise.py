@@ -14,6 +14,7 @@ from slimkit.core import check, files
 from slimkit.core.checkpoint.shards import Place
 from slimkit.core.checkpoint.weightfile import STORED, Entry, stream_safetensors
 from slimkit.core.errors import UnsupportedError
+from slimkit.core.joblog import JobLog
 from slimkit.core.locks import SHARDS, locked, same_job
 from slimkit.core.log import progress
 
@@ -100,9 +101,12 @@ def write_folder(
 def _write(target: Path, state: Path, work: Work, report_name: str) -> dict[str, Any]:
     finished = state / "finished"
     finished.mkdir(exist_ok=True)
+    log = JobLog(state)
+    log.begun(report_name.removesuffix("_report.json"), shards=len(work.shards))
     for shard in progress(work.shards, "shards"):
         if not (finished / shard.name).exists():
             stream_safetensors(finished / shard.name, shard.entries, work.make(shard), {"format": "pt"})
+            log.note("shard", file=shard.name)
     report = work.rest(finished)
     write_index(finished, work.shards)
     files.write_json(finished / report_name, report)

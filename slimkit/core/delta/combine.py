@@ -105,6 +105,7 @@ def _one(
     specs: dict[str, LoraSpec] = {n: layer.delta_specs[n] for n in weights}
     for name, spec in specs.items():
         what = next((w for w, there in (("dora", spec.dora), ("lora_bias", spec.bias)) if there), "")
+        what = what or ("a compressed delta" if spec.rest else "")
         what = what or ("a module that reads its weights itself" if spec.parameters else "")
         what = what or ("init='pissa' by the factors" if spec.init == "pissa" and merge.on == "factors" else "")
         if what:

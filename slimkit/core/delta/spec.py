@@ -9,6 +9,7 @@ from typing import Any
 
 from slimkit.core import check
 from slimkit.core.delta.layers import check_alpha, check_dropout
+from slimkit.core.delta.rest import RESTS
 from slimkit.core.errors import ArgumentError, PatternError, UnsupportedError
 from slimkit.core.match import match
 from slimkit.core.showing import Shown, some
@@ -52,7 +53,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
 }
 MERGING = ("lora", "ia3", "miss", "shira")  # kinds that can be merged into weights
 _HEAD = "it is the output embedding; name it to adapt it"
-_RARE = ("parameters", "bias", "base_dtype")  # fields of LoraSpec that only some layers have
+_RARE = ("parameters", "bias", "rest", "count", "base_dtype")  # fields of LoraSpec that only some layers have
 HELD = ("multihead", "experts")  # layers that read their parameters themselves
 BASE_DTYPES = ("int8", "bfloat16")
 LORA_INITS = ("kaiming", "gaussian", "pissa", "gradient", "activations")
@@ -92,6 +93,9 @@ class LoraSpec:
         keep_zeros: the delta is zero wherever the base weight is, so that a sparse base stays sparse when merged.
         parameters: of a module that reads them itself (multi-head attention, experts): those the LoRA is on.
         bias: b has a bias of its own, which the scale multiplies as well (PEFT's lora_bias).
+        rest: what a compressed delta holds beside the low rank: "signs" (of every entry, with a scale a row), "entries"
+            (the largest), or nothing.
+        count: how many entries.
         base_dtype: what the layer's own weight is held in: "int8" with a scale for each output, "bfloat16", or "" for
             what it is.
     """
@@ -105,6 +109,8 @@ class LoraSpec:
     keep_zeros: bool = False
     parameters: tuple[str, ...] = ()
     bias: bool = False
+    rest: str = ""
+    count: int = 0
     base_dtype: str = ""
 
     def __post_init__(self) -> None:
@@ -114,6 +120,8 @@ class LoraSpec:
         for name in ("rslora", "dora", "keep_zeros", "bias"):
             check.boolean(getattr(self, name), name)
         check.choice(self.init, LORA_INITS, "init")
+        check.choice(self.rest, RESTS, "rest")
+        check.integer(self.count, "count", minimum=0)
         check.choice(self.base_dtype, ("", *BASE_DTYPES), "base_dtype")
         check.strings(self.parameters, "parameters") if self.parameters else None
 

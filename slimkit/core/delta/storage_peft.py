@@ -263,6 +263,8 @@ def write(access: DeltaStorage, model: Any, folder: Path, collected: Collected) 
         peft_write.write_prompt(folder, rows, facts, about, config)
         return
     specs = {p: spec_of_record(delta["kind"], r) for p, r in delta["layers"].items()}
+    if any(getattr(spec, "rest", "") for spec in specs.values()):
+        raise UnsupportedError("PEFT's files have no place for a compressed delta; save it with format='slimkit'.")
     if delta["kind"] == "ia3":
         ia3s = {p: (spec, tensors[f"{p}.{PART}"]) for p, spec in specs.items()}
         peft_write.write_ia3(folder, ia3s, access.sites(model), facts, about)

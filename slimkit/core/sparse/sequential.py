@@ -31,6 +31,7 @@ class SequentialPass:
         names: the layers that are to change, in the model's order.
         ratios: layer -> ratio; None gives every layer the configuration's.
         on_progress: called after every layer; None shows a bar on a terminal and log lines elsewhere.
+        on_layer: called after every layer besides, with its row of the report.
 
     Attributes:
         solved: layer -> its row of the report, as far as the walk has come.
@@ -45,6 +46,7 @@ class SequentialPass:
         names: Sequence[str],
         ratios: Mapping[str, float] | None = None,
         on_progress: Callable[[Progress], None] | None = None,
+        on_layer: Callable[[Progress, dict[str, Any]], None] | None = None,
     ) -> None:
         self.solved: dict[str, dict[str, Any]] = {}
         self.masks: dict[str, Array] = {}
@@ -52,7 +54,7 @@ class SequentialPass:
         sizes = {n: layers[n].size for n in names}
         self._counts = counts(sizes, ratios or dict.fromkeys(names, config.sparse_ratio))
         self._estimate = Estimate({n: layers[n] for n in names}, config.method, 2 if config.paired else 1)
-        self._on_progress = on_progress
+        self._on_progress, self._on_layer = on_progress, on_layer
         self._bar = iter(progress(list(names), "layers")) if on_progress is None else iter(())
 
     def run(self, dataset: Any) -> None:
@@ -87,6 +89,8 @@ class SequentialPass:
         self._host.settled(name, self.solved[name])
         next(self._bar, None)
         step = self._estimate.finished(name, self.solved[name]["seconds"])
+        if self._on_layer is not None:
+            self._on_layer(step, self.solved[name])
         if self._on_progress is not None:
             self._on_progress(step)
 
@@ -118,9 +122,10 @@ class SequentialPass:
             self._estimate.closed()
 
     def _reconstruct(self, stage: CalibratedBlock) -> None:
-        block = stage.trained()
+        settings = self._config.settings
+        block = stage.trained(float(settings.get("inherited", 1.0)))
         if block is not None:
-            facts = reconstruct(self._host, block, self._config.settings)
+            facts = reconstruct(self._host, block, settings)
             for name in (n for feed in stage.feeds for n in feed):
                 self.solved[name].update(facts)
 

@@ -1,15 +1,11 @@
-"""Blocks of a walk over files for which nothing is replayed, and how a block's new weights are written."""
+"""Blocks of a walk over files for which nothing is replayed."""
 
 from __future__ import annotations
 
-import json
-import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from slimkit.stored import DTYPES
-
-import torch
+from slimkit.core.sparse.maths.backend import Array
 
 
 class DatalessBlock:
@@ -29,11 +25,11 @@ class DatalessBlock:
     def join(self) -> None:
         """No stream."""
 
-    def outputs(self) -> Iterator[torch.Tensor]:
+    def outputs(self) -> Iterator[Array]:
         """No batches."""
         return iter(())
 
-    def trained(self) -> None:
+    def trained(self, inherited: float = 1.0) -> None:
         """Nothing to train by."""
 
     def advance(self) -> None:
@@ -46,17 +42,3 @@ class FinishedBlock(DatalessBlock):
     def __init__(self, names: list[str], rows: dict[str, Any]) -> None:
         super().__init__(names)
         self.rows = rows
-
-
-def write_tensors(handle: Any, tensors: dict[str, torch.Tensor]) -> None:
-    """Write a safetensors file from the tensors' own memory: its library would hold the whole block a second time."""
-    written = {dtype: name for name, dtype in DTYPES.items()}
-    entries, stop = {}, 0
-    for name, tensor in tensors.items():
-        start, stop = stop, stop + tensor.numel() * tensor.element_size()
-        entries[name] = {"dtype": written[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, stop]}
-    head = json.dumps(entries).encode()
-    head += b" " * (-len(head) % 8)
-    handle.write(struct.pack("<Q", len(head)) + head)
-    for tensor in tensors.values():
-        handle.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
