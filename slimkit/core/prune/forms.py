@@ -153,7 +153,8 @@ class CutForm:
 def parallel_steps(view: View, levers: Sequence[Lever], number: int) -> list[int]:
     """The multiples of each lever's steps that so many devices divide among themselves.
 
-    Heads, key and value heads and inner widths divide; the hidden width is held by every device. Where there are fewer
+    Heads, key and value heads and inner widths divide, those of each expert too; the hidden width is held by every
+    device, and so are the experts, each in part. Where there are fewer
     key and value heads than devices, each is held by several, and none of them is cut.
 
     Args:
@@ -173,7 +174,7 @@ def parallel_steps(view: View, levers: Sequence[Lever], number: int) -> list[int
         step = 1
         for name, each in lever.members.items():
             variable = known[name]
-            if number == 1 or variable.kind == "hidden":
+            if number == 1 or variable.kind in ("hidden", "experts"):
                 continue
             if variable.kind == "heads" and variable.size < number and number % variable.size == 0:
                 step = lever.size
