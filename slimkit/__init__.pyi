@@ -13,7 +13,9 @@ from slimkit.checkpoint import save_checkpoint as save_checkpoint
 from slimkit.compare import compare_models as compare_models
 from slimkit.convert import convert_checkpoint as convert_checkpoint
 from slimkit.convert import convert_gguf as convert_gguf
+from slimkit.core.ascend import AdapterCheck as AdapterCheck
 from slimkit.core.ascend import OnnxCheck as OnnxCheck
+from slimkit.core.ascend import check_adapter as check_adapter
 from slimkit.core.ascend import check_onnx as check_onnx
 from slimkit.core.ascend import load_w16a16s as load_w16a16s
 from slimkit.core.ascend import load_w8a8s as load_w8a8s
@@ -22,6 +24,8 @@ from slimkit.core.calibration.own import OwnText as OwnText
 from slimkit.core.calibration.sets import CalibrationSet as CalibrationSet
 from slimkit.core.checkpoint.loading import LoadReport as LoadReport
 from slimkit.core.compare.comparison import Comparison as Comparison
+from slimkit.core.convert.adapters import AdapterReport as AdapterReport
+from slimkit.core.convert.adapters import convert_adapter as convert_adapter
 from slimkit.core.convert.gguffile import GgufReport as GgufReport
 from slimkit.core.convert.stream import ConvertReport as ConvertReport
 from slimkit.core.delta.shard import ShardError as ShardError
@@ -45,6 +49,7 @@ from slimkit.core.freeze import FreezeReport as FreezeReport
 from slimkit.core.log import set_logger_level as set_logger_level
 from slimkit.core.prune.criteria import Criterion as Criterion
 from slimkit.core.prune.custom import OperatorCall as OperatorCall
+from slimkit.core.prune.latency import LatencyTable as LatencyTable
 from slimkit.core.prune.merging import merge_desc as merge_desc
 from slimkit.core.prune.optimizer_state import OptimizerReport as OptimizerReport
 from slimkit.core.prune.proof import PruningCheck as PruningCheck
@@ -69,6 +74,7 @@ from slimkit.core.train.schedules import cosine_schedule as cosine_schedule
 from slimkit.core.train.schedules import linear_schedule as linear_schedule
 from slimkit.core.weights.blocks import PruneConfig as PruneConfig
 from slimkit.core.weights.influence import LayerSuggestion as LayerSuggestion
+from slimkit.cut_folder import cut_checkpoint as cut_checkpoint
 from slimkit.delta import AdapterDense as AdapterDense
 from slimkit.delta import AdapterLayer as AdapterLayer
 from slimkit.delta import LoRADense as LoRADense
@@ -79,9 +85,12 @@ from slimkit.delta import PrefixLayer as PrefixLayer
 from slimkit.delta import PromptTuning as PromptTuning
 from slimkit.delta import RDropLoss as RDropLoss
 from slimkit.delta import apply_delta as apply_delta
+from slimkit.delta import combine_delta as combine_delta
+from slimkit.delta import compress_delta as compress_delta
 from slimkit.delta import disable_delta as disable_delta
 from slimkit.delta import load_delta as load_delta
 from slimkit.delta import lora_plus_groups as lora_plus_groups
+from slimkit.delta import merge_checkpoint as merge_checkpoint
 from slimkit.delta import merge_delta as merge_delta
 from slimkit.delta import rdrop_repeat as rdrop_repeat
 from slimkit.delta import remove_delta as remove_delta
@@ -97,6 +106,7 @@ from slimkit.freeze import freeze_delta as freeze_delta
 from slimkit.freeze import freeze_from_config as freeze_from_config
 from slimkit.freeze import freeze_modules as freeze_modules
 from slimkit.freeze import trainable_summary as trainable_summary
+from slimkit.latency import measure_latency as measure_latency
 from slimkit.opening import load as load
 from slimkit.operators import register_operator_rule as register_operator_rule
 from slimkit.optimizers import migrate_optimizer as migrate_optimizer
@@ -105,6 +115,7 @@ from slimkit.prune import PruneTorch as PruneTorch
 from slimkit.prune import Pruner as Pruner
 from slimkit.pruned import load_pruned as load_pruned
 from slimkit.pruned import save_pruned as save_pruned
+from slimkit.pruned_folder import prune_checkpoint as prune_checkpoint
 from slimkit.sparse import Compressor as Compressor
 from slimkit.sparse import FrozenZeros as FrozenZeros
 from slimkit.sparse import freeze_zeros as freeze_zeros

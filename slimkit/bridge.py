@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import gc
 import importlib.util
 import os
@@ -128,8 +129,13 @@ _WRAPPERS = {
 
 def _wrapped_child(module: torch.nn.Module) -> str | None:
     """The child's name if a module only wraps another one, else None."""
-    found = (_WRAPPERS[k.__name__] for k in type(module).__mro__ if k.__name__ in _WRAPPERS)
-    return next((name for name in found if module._modules.get(name) is not None), None)
+    kind: Any = type(module)
+    return next((name for name in _inner_names(kind) if module._modules.get(name) is not None), None)
+
+
+@functools.lru_cache(4096)  # every walk asks it of every module
+def _inner_names(kind: Any) -> tuple[str, ...]:
+    return tuple(_WRAPPERS[k.__name__] for k in kind.__mro__ if k.__name__ in _WRAPPERS)
 
 
 def unwrapped(module: torch.nn.Module) -> torch.nn.Module:

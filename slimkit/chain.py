@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any, cast
 
 from slimkit import bridge
@@ -100,6 +101,24 @@ class BlockChain:
                 return left[0] if left else None
 
             yield send
+
+    def rest(self, batch: Any, hidden: torch.Tensor) -> Any:
+        """What the model gives for a batch of which these hidden states leave the last block; no block runs.
+
+        Args:
+            batch: what the model takes.
+            hidden: what left the last block, after `at` has run one.
+        """
+
+        def forward(number: int, *args: Any, **kwargs: Any) -> Any:
+            x = hidden if number == len(self._modules) - 1 else hidden_of((*args, *kwargs.values()))
+            return (x,) if self._wraps else x
+
+        with contextlib.ExitStack() as stack:
+            for number, module in enumerate(self._modules):
+                module.__dict__["forward"] = partial(forward, number)
+                stack.callback(module.__dict__.pop, "forward")
+            return stack.enter_context(replaying(self._model, self._modules))(batch)
 
 
 def hidden_of(value: Any) -> torch.Tensor | None:

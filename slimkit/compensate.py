@@ -11,7 +11,7 @@ import numpy as np
 from slimkit import bridge, kinds
 from slimkit.chain import BlockChain, find_blocks
 from slimkit.core.prune.plan import PrunePlan
-from slimkit.core.prune.refit import RepairStage, repair
+from slimkit.core.prune.refit import SAME, RepairStage, repair
 from slimkit.replay import replaying
 from slimkit.signals import input_rows, output_rows, padding_of, real_rows, unsuited
 
@@ -19,8 +19,6 @@ import torch
 from torch import nn
 
 Array = np.ndarray[Any, Any]
-
-_SAME = 1e-2  # a disturbance that arrives changed by less than this share was only added to something
 
 
 def compensate(
@@ -172,7 +170,7 @@ class ChainPair:
                 finally:
                     hook.remove()
             assert moved is not None
-            self._joins[path] = bool((moved - calm - noise).norm() < _SAME * noise.norm())
+            self._joins[path] = bool((moved - calm - noise).norm() < SAME * noise.norm())
         return self._joins[path]
 
 

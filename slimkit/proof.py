@@ -63,7 +63,7 @@ def check_pruning(model: nn.Module, inputs: Any, desc: dict[str, Any], *, tolera
     shapes = {p: tuple(t.shape) for p, t in surgery.tensors(model).items()}
     names = plan.match(shapes)
     given = example(model, inputs)
-    indices = {names[p]: axes for p, axes in plan.indices.items()}
+    indices = {names[p]: axes for p, axes in plan.filled().items()}
     small = copy.deepcopy(model)
     surgery.cut(small, plan, names)
     wide = zeroed(model, indices)
@@ -90,17 +90,13 @@ def zeroed(model: nn.Module, indices: dict[str, list[Any]]) -> nn.Module:
     """
     twin = copy.deepcopy(model)
     found = surgery.tensors(twin)
-    before = {n: renorm.lengths(found[n.direction].detach(), n.axis) for n in renorm.weight_norms(twin)}
-    directions = {n.direction: n.axis for n in before}
+    gone = {
+        path: [None if i is None else np.setdiff1d(np.arange(n), i) for i, n in zip(axes, found[path].shape)]
+        for path, axes in indices.items()
+    }
     with torch.no_grad():
-        for path, axes in indices.items():
-            for axis, index in enumerate(axes):
-                if index is not None and directions.get(path) != axis:
-                    gone = np.setdiff1d(np.arange(found[path].shape[axis]), index)
-                    found[path].index_fill_(axis, torch.from_numpy(gone).to(found[path].device), 0.0)
-        for normed, old in before.items():
-            new = renorm.lengths(found[normed.direction].detach(), normed.axis)
-            found[normed.length].mul_(torch.where(old > 0, new / old, torch.ones_like(old)))
+        for path, values in renorm.with_zeros(twin, found, gone).items():
+            found[path].copy_(values)
     return twin
 
 

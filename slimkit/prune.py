@@ -197,7 +197,7 @@ class TorchPrune:
 
     def cut(self, plan: PrunePlan, names: Mapping[str, str]) -> Callable[[], None]:
         undo = surgery.cut(self.model, plan, names)
-        if plan.config and plan.desc.get("made", {}).get("form") == "config":
+        if plan.config and plan.desc.get("made", {}).get("form") in ("config", "padded"):
             undo = _follow(self.model, undo)
         for kind in bridge.data_parallel_around(self.model):
             logger.warning(

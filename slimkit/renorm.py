@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from slimkit import bridge  # noqa: F401  (a missing framework gives one line)
 
@@ -71,3 +71,33 @@ def follow(
         if before.shape == after.shape and not torch.equal(before, after):
             factors[normed.length] = torch.where(before > 0, after / before, torch.ones_like(after))
     return factors
+
+
+def with_zeros(
+    model: nn.Module, found: Mapping[str, torch.Tensor], zeros: Mapping[str, Sequence[Any]]
+) -> dict[str, torch.Tensor]:
+    """Tensors with some indices set to zero; other weights under weight normalisation stay what they are.
+
+    Args:
+        model: the model; it stays as it is.
+        found: its tensors by path.
+        zeros: path -> for each axis the indices to set to zero, as an array, or None.
+
+    Returns:
+        Path -> new values, of those that change.
+    """
+    out: dict[str, torch.Tensor] = {}
+    normed = {n.direction: n for n in weight_norms(model)}
+    for path, axes in zeros.items():
+        values = found[path].detach().clone()
+        for axis, index in enumerate(axes):
+            # A direction of length zero is no direction: there the length alone is zero.
+            if index is not None and not (path in normed and normed[path].axis == axis):
+                values.index_fill_(axis, torch.from_numpy(index).to(values.device), 0.0)
+        out[path] = values
+    for path, weight in normed.items():
+        if path in out and weight.length in found:
+            old, new = (lengths(t.detach(), weight.axis) for t in (found[path], out[path]))
+            length = out.get(weight.length, found[weight.length].detach())
+            out[weight.length] = length * torch.where(old > 0, new / old, torch.ones_like(old))
+    return out

@@ -277,6 +277,11 @@ def cut(model: nn.Module, plan: PrunePlan, names: Mapping[str, str]) -> Callable
             done.append(_resize(found[names[path]], axes))
         for path, factor in factors.items():
             done.append(_scale(found[path], factor))
+        zeros = {
+            names[path]: axes for path, axes in plan.zeros().items() if isinstance(found[names[path]], nn.Parameter)
+        }
+        for path, filled in renorm.with_zeros(model, found, zeros).items():
+            done.append(_put(found[path], filled))
     except BaseException:
         undo()
         raise
@@ -285,8 +290,13 @@ def cut(model: nn.Module, plan: PrunePlan, names: Mapping[str, str]) -> Callable
 
 def _scale(tensor: torch.Tensor, factor: torch.Tensor) -> Callable[[], None]:
     """Multiply a tensor's values, in place; returns a call that takes it back."""
+    return _put(tensor, tensor.data * factor.to(tensor.dtype))
+
+
+def _put(tensor: torch.Tensor, values: torch.Tensor) -> Callable[[], None]:
+    """Give a tensor other values of the same shape, in place; returns a call that takes it back."""
     old = tensor.data
-    tensor.data = old * factor.to(old.dtype)
+    tensor.data = values
 
     def take_back() -> None:
         tensor.data = old

@@ -1,6 +1,8 @@
 # Written by `python tools/stubs.py` from slimkit/core/public.py; a test holds it current.
 
+from slimkit.core.ascend import AdapterCheck as AdapterCheck
 from slimkit.core.ascend import OnnxCheck as OnnxCheck
+from slimkit.core.ascend import check_adapter as check_adapter
 from slimkit.core.ascend import check_onnx as check_onnx
 from slimkit.core.ascend import load_w16a16s as load_w16a16s
 from slimkit.core.ascend import load_w8a8s as load_w8a8s
@@ -9,6 +11,8 @@ from slimkit.core.calibration.own import OwnText as OwnText
 from slimkit.core.calibration.sets import CalibrationSet as CalibrationSet
 from slimkit.core.checkpoint.loading import LoadReport as LoadReport
 from slimkit.core.compare.comparison import Comparison as Comparison
+from slimkit.core.convert.adapters import AdapterReport as AdapterReport
+from slimkit.core.convert.adapters import convert_adapter as convert_adapter
 from slimkit.core.convert.gguffile import GgufReport as GgufReport
 from slimkit.core.convert.stream import ConvertReport as ConvertReport
 from slimkit.core.delta.shard import ShardError as ShardError
@@ -32,6 +36,7 @@ from slimkit.core.freeze import FreezeReport as FreezeReport
 from slimkit.core.log import set_logger_level as set_logger_level
 from slimkit.core.prune.criteria import Criterion as Criterion
 from slimkit.core.prune.custom import OperatorCall as OperatorCall
+from slimkit.core.prune.latency import LatencyTable as LatencyTable
 from slimkit.core.prune.merging import merge_desc as merge_desc
 from slimkit.core.prune.optimizer_state import OptimizerReport as OptimizerReport
 from slimkit.core.prune.proof import PruningCheck as PruningCheck
@@ -77,6 +82,8 @@ from slimkit_ms.delta import PrefixLayer as PrefixLayer
 from slimkit_ms.delta import PromptTuning as PromptTuning
 from slimkit_ms.delta import RDropLoss as RDropLoss
 from slimkit_ms.delta import apply_delta as apply_delta
+from slimkit_ms.delta import combine_delta as combine_delta
+from slimkit_ms.delta import compress_delta as compress_delta
 from slimkit_ms.delta import disable_delta as disable_delta
 from slimkit_ms.delta import load_delta as load_delta
 from slimkit_ms.delta import lora_plus_groups as lora_plus_groups
@@ -96,6 +103,7 @@ from slimkit_ms.freeze import freeze_delta as freeze_delta
 from slimkit_ms.freeze import freeze_from_config as freeze_from_config
 from slimkit_ms.freeze import freeze_modules as freeze_modules
 from slimkit_ms.freeze import trainable_summary as trainable_summary
+from slimkit_ms.latency import measure_latency as measure_latency
 from slimkit_ms.opening import load as load
 from slimkit_ms.operators import register_operator_rule as register_operator_rule
 from slimkit_ms.optimizers import migrate_optimizer as migrate_optimizer
@@ -107,6 +115,7 @@ from slimkit_ms.pruned import save_pruned as save_pruned
 from slimkit_ms.sparse import Compressor as Compressor
 from slimkit_ms.sparse import FrozenZeros as FrozenZeros
 from slimkit_ms.sparse import freeze_zeros as freeze_zeros
+from slimkit_ms.sparse import sparsify_checkpoint as sparsify_checkpoint
 from slimkit_ms.students import make_student as make_student
 from slimkit_ms.train import Trainer as Trainer
 from slimkit_ms.weights import measure_activations as measure_activations

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from slimkit.core.batch import Call
 from slimkit.core.prune.plan import PrunePlan
-from slimkit.core.prune.refit import RepairStage, repair
+from slimkit.core.prune.refit import SAME, RepairStage, repair
 from slimkit_ms import bridge, kinds
+from slimkit_ms.chain import ChainInputs, block_paths, first_tensor, hooks
 from slimkit_ms.replay import replaying
 from slimkit_ms.signals import input_rows, output_rows, padding_of, real_rows, unsuited
 
@@ -67,7 +69,22 @@ class MindSporeRepair:
         return _numbers(weight).reshape(len(weight), -1), None if bias is None else _numbers(bias)
 
     def stages(self, layers: Sequence[str], behind: Collection[str]) -> Iterator[RepairStage]:
-        yield WholePair(self._dense, self._pruned, layers, self._data)
+        batches = list(self._data)
+        blocks = block_paths(self._dense, layers)
+        if not is_chain(self._dense, blocks, batches[:1]) or not is_chain(self._pruned, blocks, batches[:1]):
+            blocks = []
+        place = {path: next((k for k, b in enumerate(blocks) if path.startswith(b + ".")), None) for path in layers}
+        inside = [k for k, path in enumerate(layers) if place[path] is not None]
+        first, last = (inside[0], inside[-1]) if inside else (len(layers), len(layers))
+        if layers[:first]:
+            yield WholePair(self._dense, self._pruned, layers[:first], batches)
+        if inside:
+            pair = ChainPair(self._dense, self._pruned, blocks, batches)
+            for number in range(len(blocks)):
+                yield BlockPair(pair, number, [p for p in layers if place[p] == number and p in behind])
+                pair.advance(1, number)
+        if layers[last + 1 :]:
+            yield WholePair(self._dense, self._pruned, layers[last + 1 :], batches)
 
     def write(self, path: str, weight: Array, bias: Array | None) -> None:
         cell = bridge.get_module(self._pruned, path)
@@ -93,38 +110,142 @@ class WholePair:
 
     def calls(self, path: str) -> Generator[tuple[Array, Array], None, None]:
         cell = bridge.get_module(self._pruned, path)
-        with _seeing(self._dense, path) as before, _seeing(self._pruned, path) as after:
+        before: dict[str, list[tuple[Array, Array]]] = {}
+        after: dict[str, list[tuple[Array, Array]]] = {}
+        with (
+            replaying(self._dense) as run_dense,
+            replaying(self._pruned) as run_pruned,
+            _noting(self._dense, [path], before),
+            _noting(self._pruned, [path], after),
+        ):
             for batch in self._data:
+                run_dense(batch)
+                run_pruned(batch)
                 padding = padding_of(self._pruned, batch)
-                for (_, wanted), (given, _) in zip(before(batch), after(batch)):
+                for (_, wanted), (given, _) in zip(before.pop(path, []), after.pop(path, [])):
                     given, wanted = (real_rows(padding, path, x) for x in (given, wanted))
                     yield input_rows(cell, given), output_rows(cell, wanted)
 
 
-def _numbers(tensor: ms.Tensor) -> Array:
+def is_chain(model: nn.Cell, blocks: Sequence[str], batches: Sequence[Any]) -> bool:
+    """Whether each block is fed by the one before it and reads nothing else that a forward makes."""
+    inputs = ChainInputs(blocks)
+    with replaying(model) as run:
+        for batch in inputs.note(model, batches if inputs.chained else ()):
+            run(batch)
+    return inputs.chained
+
+
+class ChainPair:
+    """Both cells as chains of the same blocks, and what every batch gives each block.
+
+    Args:
+        dense: the cell before the cut.
+        pruned: the cell after it.
+        blocks: the blocks' paths.
+        data: calibration batches.
+    """
+
+    def __init__(self, dense: nn.Cell, pruned: nn.Cell, blocks: Sequence[str], data: Sequence[Any]) -> None:
+        self.cells, self.blocks, self.data = (dense, pruned), blocks, data
+        self.inputs = ChainInputs(blocks), ChainInputs(blocks)
+        for cell, inputs in zip(self.cells, self.inputs):
+            inputs.capture(cell, data)
+
+    def hidden(self, which: int) -> list[Any]:
+        """What each batch gives the block that is next."""
+        return self.inputs[which].hidden[False]
+
+    def sent(self, which: int, number: int) -> Iterator[ms.Tensor]:
+        """What leaves a block for each batch in turn."""
+        path = self.blocks[number]
+        with replaying(bridge.get_module(self.cells[which], path)) as run:
+            for index in range(len(self.data)):
+                yield first_tensor(run(Call(*self.inputs[which].call(path, index))))
+
+    def advance(self, which: int, number: int) -> None:
+        """What leaves a block becomes what enters the next one."""
+        for index, output in enumerate(self.sent(which, number)):
+            self.hidden(which)[index] = output
+
+    def joins(self, number: int, layer: nn.Cell) -> bool:
+        """Whether a layer's output is added to what else leaves its block."""
+        calm = _single(next(self.sent(1, number)))
+        noise = np.random.default_rng(0).standard_normal(calm.shape) * calm.std()
+
+        def disturbed(_cell: nn.Cell, _inputs: Any, output: ms.Tensor) -> ms.Tensor:
+            return output + ms.Tensor(noise).astype(output.dtype) if output.shape == noise.shape else output
+
+        with hooks() as handles:
+            handles.append(layer.register_forward_hook(disturbed))
+            moved = _single(next(self.sent(1, number)))
+        return bool(np.linalg.norm(moved - calm - noise) < SAME * np.linalg.norm(noise))
+
+
+class BlockPair:
+    """One block before and after the cut: the dense one runs once, the cut one once for each layer.
+
+    The last layer, where its output joins the residual stream, is asked to make up as well for what the stream has lost
+    before it.
+
+    Args:
+        pair: both cells.
+        number: of the block.
+        layers: of this block.
+    """
+
+    def __init__(self, pair: ChainPair, number: int, layers: Sequence[str]) -> None:
+        self._pair, self._number, self.layers = pair, number, list(layers)
+        self._wanted: dict[tuple[str, int], list[Array]] = {}
+        seen: dict[str, list[tuple[Array, Array]]] = {}
+        with _noting(pair.cells[0], self.layers, seen):
+            for index, output in enumerate(pair.sent(0, number)):
+                for path, calls in seen.items():
+                    self._wanted[path, index] = [said for _, said in calls]
+                seen.clear()
+                pair.hidden(0)[index] = output
+
+    def calls(self, path: str) -> Generator[tuple[Array, Array], None, None]:
+        pair, cell = self._pair, bridge.get_module(self._pair.cells[1], path)
+        whole = path == self.layers[-1] and pair.joins(self._number, cell)
+        seen: dict[str, list[tuple[Array, Array]]] = {}
+        with _noting(pair.cells[1], [path], seen):
+            for index, output in enumerate(pair.sent(1, self._number)):
+                calls, wanted = seen.pop(path, []), self._wanted.pop((path, index), [])
+                before, left = _single(pair.hidden(0)[index]), _single(output)
+                # Not where the stream itself was cut: its lost features are wanted nowhere.
+                if whole and before.shape == left.shape and len(calls) == 1 and calls[0][1].shape == left.shape:
+                    wanted = [before - left + calls[0][1]]
+                padding = padding_of(pair.cells[1], pair.data[index])
+                for (given, _), said in zip(calls, wanted):
+                    yield (
+                        input_rows(cell, real_rows(padding, path, given)),
+                        output_rows(cell, real_rows(padding, path, said)),
+                    )
+
+
+@contextlib.contextmanager
+def _noting(model: nn.Cell, paths: Sequence[str], seen: dict[str, list[tuple[Array, Array]]]) -> Iterator[None]:
+    """Note input and output of some layers at each of their calls."""
+
+    def note(path: str, inputs: Any, output: Any) -> None:
+        seen.setdefault(path, []).append((_single(inputs[0]), _single(output)))
+
+    cells: Mapping[str, nn.Cell] = {path: bridge.get_module(model, path) for path in paths}
+    with bridge.hooked(cells, note):
+        yield
+
+
+def _single(tensor: ms.Tensor) -> Array:
     # By way of float32: bfloat16 tensors give no array.
-    found: Array = tensor.astype(ms.float32).asnumpy().astype(np.float64)
+    found: Array = tensor.astype(ms.float32).asnumpy()
     return found
+
+
+def _numbers(tensor: ms.Tensor) -> Array:
+    return _single(tensor).astype(np.float64)
 
 
 def _put(parameter: ms.Parameter, values: Array) -> None:
     whole = np.ascontiguousarray(values.reshape(parameter.shape), dtype=np.float32)
     parameter.set_data(ms.Tensor(whole).astype(parameter.dtype))
-
-
-@contextlib.contextmanager
-def _seeing(model: nn.Cell, path: str) -> Iterator[Callable[[Any], list[tuple[Array, Array]]]]:
-    """A function that sends a batch through and returns input and output of one layer at each of its calls."""
-    calls: list[tuple[Array, Array]] = []
-
-    def seen(_name: str, inputs: Any, output: Any) -> None:
-        calls.append((_numbers(inputs[0]), _numbers(output)))
-
-    with replaying(model) as run, bridge.hooked({path: bridge.get_module(model, path)}, seen):
-
-        def send(batch: Any) -> list[tuple[Array, Array]]:
-            calls.clear()
-            run(batch)
-            return list(calls)
-
-        yield send

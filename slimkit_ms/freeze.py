@@ -70,8 +70,8 @@ def freeze_delta(
 
     Args:
         model: the model, its delta layers already in place.
-        mode: lora, prefixtuning (or prefix), adapter, low_rank_adapter, ia3, bitfit, prompttuning (or prompt) or
-            ptuning2, in any letter case.
+        mode: lora, prefixtuning (or prefix), adapter, low_rank_adapter, ia3, miss, shira, bitfit, prompttuning (or
+            prompt) or ptuning2, in any letter case.
         include: further globs or names to freeze, applied after the mode.
         exclude: further globs or names to train, for example ["*head*"]. What both lists match stays as the mode
             left it.

@@ -76,7 +76,7 @@ def check_pruning(model: nn.Cell, inputs: Any, desc: dict[str, Any], *, toleranc
     plan = PrunePlan(desc)
     shapes = {paths[0]: tuple(p.shape) for p, paths in bridge.parameter_paths(model)}
     names = plan.match(shapes)
-    indices = {names[p]: aligned(shapes[names[p]], axes) for p, axes in plan.indices.items()}
+    indices = {names[p]: aligned(shapes[names[p]], axes) for p, axes in plan.filled().items()}
     small, wide = copy.deepcopy(model), copy.deepcopy(model)
     PruneMindSpore(small, inputs).prune_by_desc(desc, weights_follow=True)
     statistics = _narrow(wide, indices)

@@ -191,6 +191,7 @@ class MindSporePrune:
             except RefusedError as error:
                 raise GraphError(f"the pruned model would not run: {error.why}") from None
         undo.settle()
+        self._pad(plan, names, undo)
         self._write_config(plan)
         self.traced = self.knife = self._proven = None
         return undo.take_back
@@ -216,6 +217,21 @@ class MindSporePrune:
     def _keep(self, plan: PrunePlan, names: Mapping[str, str]) -> Keep:
         shapes = self.shapes()
         return {names[p]: aligned(shapes[names[p]], index) for p, index in plan.indices.items()}
+
+    def _pad(self, plan: PrunePlan, names: Mapping[str, str], undo: Undo) -> None:
+        """Set to zero what a padded plan keeps among what it holds, in place; `undo` learns of it."""
+        held = _by_path(self.model) if plan.padded else {}
+        for path, axes in plan.zeros().items():
+            parameter = held[names[path]]
+            if not bridge.is_weight(parameter, names[path]):
+                continue
+            values = parameter.asnumpy().copy()
+            if all(parameter is not p for p, _ in undo.resized):
+                undo.resized.append((parameter, values.copy()))
+            for axis, index in enumerate(aligned(values.shape, axes)):
+                if index is not None:
+                    values[(slice(None),) * axis + (index,)] = 0
+            parameter.set_data(ms.Tensor(values))
 
     def _write_config(self, plan: PrunePlan) -> None:
         config = getattr(self.model, "config", None)

@@ -14,7 +14,7 @@ from slimkit.cli import exits
 
 _COMMANDS = (
     "run", "report", "prune", "sparsify", "distill", "adapt", "train",
-    "compare", "convert", "export", "check", "inspect",
+    "compare", "convert", "export", "check", "inspect", "status",
     "migrate", "schema",
 )  # fmt: skip
 

@@ -1,12 +1,13 @@
-"""`slimkit check`: ONNX files against an Ascend target, for people and for CI."""
+"""`slimkit check`: ONNX files against an Ascend target, adapters against a server, for people and for CI."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from slimkit.cli import adapters
 from slimkit.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -17,8 +18,11 @@ _ROWS = 15
 
 
 def check(
-    files: Annotated[list[Path], typer.Argument(help="ONNX files.", show_default=False)],
-    target: Annotated[str, typer.Option("--target", "-t", help="310P, A2 or A3.")] = "310P",
+    files: Annotated[list[Path], typer.Argument(help="ONNX files, or folders of LoRA adapters.", show_default=False)],
+    target: Annotated[
+        str,
+        typer.Option("--target", "-t", help="310P, A2 or A3; of an adapter vllm-ascend, mindie-a2 or mindie-300i-duo."),
+    ] = "310P",
     cann: Annotated[str, typer.Option("--cann", help="The CANN version that will convert it.")] = "8.0",
     soc_version: Annotated[
         str | None, typer.Option("--soc-version", help="The chip, as npu-smi info names it.", show_default=False)
@@ -36,16 +40,27 @@ def check(
     ignore: Annotated[
         list[str] | None, typer.Option("--ignore", metavar="RULE", help="Leave a rule out.", show_default=False)
     ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", help="Of an adapter's base: config.json or its folder.", show_default=False),
+    ] = None,
+    tensor_parallel: Annotated[
+        int, typer.Option("--tensor-parallel", min=1, help="Devices that an adapter's base is cut over.")
+    ] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Errors and warnings only.")] = False,
 ) -> None:
     """Check ONNX files for an Ascend target: operators, opset, types, shapes, padding, sparsity, and the atc line.
+
+    Folders of LoRA adapters are checked for a server: ranks, matrices, types, scales, heads by devices.
 
     No device and no CANN is needed: everything is compared with public documents, which each finding names.
 
     Exit codes: 0 nothing found, 1 a finding as severe as --fail-on, 2 a file that cannot be read or a wrong option.
 
     Example: slimkit check model.onnx --target 310P --cann 8.0 --shape input:1,3,224,224
+
+    Example: slimkit check lora --target vllm-ascend --config llama --tensor-parallel 4
     """
     import json
 
@@ -55,18 +70,19 @@ def check(
 
     counted = SEVERITIES[: SEVERITIES.index(choice(fail_on, SEVERITIES, "--fail-on")) + 1]
     shapes = _shapes(shape or [])
-    found = [
-        without(
-            check_onnx(file, target, cann, soc_version=soc_version, precision=precision, shapes=shapes), ignore or []
-        )
-        for file in files
-    ]
+    found: list[Any] = []
+    for file in files:
+        if file.is_dir():
+            found.append(adapters.check(file, target, config, tensor_parallel, ignore or []))
+        else:
+            one = check_onnx(file, target, cann, soc_version=soc_version, precision=precision, shapes=shapes)
+            found.append(without(one, ignore or []))
     if as_json:
         plain = [one.to_dict() for one in found]
         typer.echo(json.dumps(plain[0] if len(plain) == 1 else plain, indent=1, ensure_ascii=False))
     else:
         for one in found:
-            _show(one, quiet)
+            _show(one, quiet) if hasattr(one, "opset") else adapters.show(one, quiet=quiet)
     if any(one.of(severity) for one in found for severity in counted):
         raise typer.Exit(1)
 

@@ -1,4 +1,4 @@
-"""`slimkit convert`: checkpoints between PyTorch and MindSpore, and GGUF files into Hugging Face folders."""
+"""`slimkit convert`: checkpoints between PyTorch and MindSpore, adapters, and GGUF files into Hugging Face folders."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from slimkit.cli import options
+from slimkit.cli import adapters, options
 from slimkit.cli.session import session
 from slimkit.core.errors import ConfigError
 
@@ -43,8 +43,8 @@ def convert(
         str | None,
         typer.Option(
             "--to",
-            autocompletion=options.words("torch", "mindspore"),
-            help="torch or mindspore, where the endings leave it open.",
+            autocompletion=options.words("torch", "mindspore", *adapters.LAYOUTS),
+            help="torch or mindspore, where the endings leave it open; of an adapter peft, mindformers or megatron.",
             show_default=False,
         ),
     ] = None,
@@ -95,12 +95,27 @@ def convert(
             show_default=False,
         ),
     ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", help="Of an adapter's base: config.json or its folder.", show_default=False),
+    ] = None,
+    tensor_parallel: Annotated[
+        int, typer.Option("--tensor-parallel", min=1, help="Shards that an adapter of Megatron is cut into.")
+    ] = 1,
+    apart: Annotated[
+        bool, typer.Option("--apart", help="MindFormers' model holds query, key, value, gate and up apart.")
+    ] = False,
+    alpha: Annotated[
+        float | None,
+        typer.Option("--alpha", help="Numerator of an adapter's scale, where no file says it.", show_default=False),
+    ] = None,
 ) -> None:
     """Convert a checkpoint from PyTorch to MindSpore or back: names, layouts, and every value bit by bit.
 
     With both networks given, tensors are matched layer by layer; with --example the two networks are run and compared.
     safetensors and .ckpt files need neither framework. A directory becomes a directory: its shards, and beside them its
-    configuration and tokenizer as they are. A .gguf file becomes a Hugging Face folder with its tokenizer.
+    configuration and tokenizer as they are. A .gguf file becomes a Hugging Face folder with its tokenizer. A LoRA
+    adapter becomes one of PEFT, MindFormers or Megatron (MindSpeed), fused and cut into shards as that wants it.
 
     Example: slimkit convert model.safetensors model.ckpt
 
@@ -110,6 +125,8 @@ def convert(
     --example 1,3,32,32
 
     Example: slimkit convert model.gguf FOLDER --dtype bfloat16
+
+    Example: slimkit convert lora lora-megatron --to megatron --config llama --tensor-parallel 4
     """
     with session("convert", output) as talk:
         from slimkit.core.jobs import claim
@@ -127,6 +144,20 @@ def convert(
             }  # fmt: skip
             _from_gguf(talk, src, dst, dtype or "float32", others, output)
             return
+        of_adapters = {"--config": config, "--tensor-parallel": tensor_parallel > 1, "--apart": apart, "--alpha": alpha}
+        if adapters.is_adapter(src, to):
+            others = {
+                "--name-map": name_map, "--source-factory": source_factory, "--result-factory": result_factory,
+                "--example": example, "--only": only, "--no-manifest": no_manifest, "--dtype": dtype,
+            }  # fmt: skip
+            wanted = {
+                "to": to, "config": config, "tensor_parallel": tensor_parallel, "fused": not apart, "alpha": alpha,
+                "strict": not loose,
+            }  # fmt: skip
+            adapters.convert(talk, src, dst, wanted, others, output)
+            return
+        if given := [option for option, value in of_adapters.items() if value]:
+            raise ConfigError(f"{given[0]} goes with an adapter: --to {', '.join(adapters.LAYOUTS)}")
         if dtype is not None:
             raise ConfigError("--dtype goes with a .gguf file; other checkpoints keep their types")
         if (source_factory is None) != (result_factory is None):

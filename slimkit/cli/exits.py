@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from slimkit.core.errors import SlimkitError
+from slimkit.core.jobs import crew
 from slimkit.core.jobs.signals import Terminated, terminating
 
 # The table of docs/cli.md; a test holds the two together.
@@ -56,5 +57,12 @@ def exiting(command: Callable[[], object]) -> None:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    print(f"slimkit: {message}", file=sys.stderr)
+    if crew.size() == 1 or _speaks():
+        print(f"slimkit: {message}", file=sys.stderr)
     sys.exit(code)
+
+
+def _speaks() -> bool:
+    """Whether, of several processes, this one is to say why they end."""
+    module = sys.modules.get("slimkit.together")
+    return bool(module.speaks()) if module is not None else crew.rank() == 0

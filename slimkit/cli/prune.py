@@ -25,27 +25,49 @@ def prune(
     max_length: options.MaxLength = 128,
     batch_size: options.BatchSize = 8,
     seed: options.Seed = 0,
+    stream: Annotated[
+        bool | None,
+        typer.Option(
+            "--stream/--whole",
+            help="Tensor by tensor, or the whole model in memory; unset: tensor by tensor where a folder's model does "
+            "not fit twice.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Prune a model: drop whole channels, heads and features, coupled layers together.
 
     Writes the pruned model, its plan (plan.json), a model card and prune_report.json. A Hugging Face model loses only
     what its configuration can say, and the folder loads with from_pretrained; with --form any the commands here and
-    load_pruned read it. Exit code 1: it keeps more than 1.05 times the ratio.
+    load_pruned read it. --stream never holds the model: it goes through the folder tensor by tensor, to the same bytes,
+    and the same command goes on after a kill. Exit code 1: it keeps more than 1.05 times the ratio.
 
     Example: slimkit prune --model bert --keep-ratio 0.7 --out bert-70
+
+    Example: slimkit prune --model llama-70b --keep-ratio 0.8 --importance l1 --stream --out llama-56b
 
     Example: slimkit prune --factory nets.py:resnet --model resnet.pt --example 1,3,224,224 --keep-ratio 0.5 --out small
     """
     with session("prune", output) as talk:
-        from slimkit.core.jobs import claim, commands
+        from slimkit.core.errors import ConfigError
+        from slimkit.core.jobs import claim, commands, streamed
         from slimkit.core.jobs.measurement import MISSED, show
 
         talk.go_on = "nothing was written; give the same command again"
         place = places.model(network)
         data = places.calibration(calib, text_key, samples, max_length, batch_size, seed)
-        with claim.claimed(out, force=output.force, dry_run=output.dry_run, reads=(network.model,)) as folder:
+        pieces = streamed.prefers_stream(place, stream, network.framework == "torch")
+        if pieces:
+            talk.go_on = "the same command goes on from the last finished file"
+        how: dict[str, Any] = {"force": output.force, "dry_run": output.dry_run, "reads": (network.model,)}
+        with claim.claimed(out, states=claim.SHARDS if pieces else (), **how) as folder:
             face = places.framework(network)
-            found = commands.prune(face, place, folder, asked, example=example, calib=data, seed=seed)
+            if pieces:
+                if example is not None:
+                    raise ConfigError("--example: a folder says what its model takes; leave it out, or give --whole")
+                found = streamed.prune(face, place, folder, asked, calib=data, seed=seed)
+            else:
+                found = commands.prune(face, place, folder, asked, example=example, calib=data, seed=seed)
         before, after = found["parameters_before"], found["parameters"]
         widths = _widths(found["report"])
         talk.table("Widths", ("layers", "before", "after"), widths, limit=20)

@@ -13,6 +13,7 @@ from typing import Any
 from slimkit.cli.exits import Interrupted
 from slimkit.cli.options import Output
 from slimkit.core.errors import ConfigError
+from slimkit.core.jobs import crew
 from slimkit.core.jobs.signals import Terminated
 from slimkit.core.log import logger, set_logger_level
 
@@ -74,6 +75,8 @@ def session(command: str, output: Output) -> Iterator[Session]:
         raise ConfigError("--quiet and --verbose cannot both be given")
     before, level = list(logger.handlers), logger.level
     set_logger_level("warning" if output.quiet else "debug" if output.verbose else "info")
+    if crew.rank() > 0:  # of several processes one speaks
+        logger.setLevel("ERROR")
     made = Session(command, output.as_json, output.quiet)
     try:
         with contextlib.redirect_stdout(sys.stderr):

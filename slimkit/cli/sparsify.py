@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -32,14 +33,17 @@ def sparsify(
     """Make a model sparse: set the weights that matter least to zero and refit the others.
 
     A Hugging Face directory is walked block by block, one in memory at a time. Stop it at any moment: the same command
-    goes on from the last finished block, to the same bytes.
+    goes on from the last finished block, to the same bytes. torchrun spreads it over several processes, to the same
+    bytes again.
 
     Example: slimkit sparsify --model llama --method par --sparsity 0.5 --calib text.jsonl --out llama-sparse
+
+    Example: torchrun --nproc 8 -m slimkit sparsify --model llama --calib text.jsonl --out llama-sparse --device cuda
 
     Example: slimkit sparsify --model llama --pattern 4:2 --calib text.jsonl --out llama-42 --dry-run
     """
     with session("sparsify", output) as talk:
-        from slimkit.core.jobs import cards, claim, commands
+        from slimkit.core.jobs import cards, claim, commands, crew
         from slimkit.core.jobs.work import sparse_goal, sparse_headline
 
         place = places.model(network)
@@ -50,13 +54,19 @@ def sparsify(
             "states": claim.BLOCKS,
             "reads": (network.model,),
         }
-        with claim.claimed(out, **how) as folder:
+        # Of several processes the first one holds the place for all.
+        held = contextlib.nullcontext(None if output.dry_run else out.absolute())
+        with claim.claimed(out, **how) if crew.rank() == 0 else held as folder:
+            if folder is None and crew.rank() > 0:
+                return
             face = places.framework(network)
             if folder is None:
                 _plan(talk, commands.sparsify(face, place, out.absolute(), asked, calib=data, plan=True), asked, out)
                 return
             talk.go_on = "the same command goes on from the last finished block, or begins again where there was none"
             report = commands.sparsify(face, place, folder, asked, calib=data, restart=restart)
+        if crew.rank() > 0:
+            return
         rows = [
             (n, row["method"], f"{row['ratio']:.3f}", f"{row['output_error']:.4f}" if "output_error" in row else "")
             for n, row in report["layers"].items()

@@ -35,6 +35,10 @@ class UnsupportedError(ArgumentError):
     """The model, layer or device lacks what the request needs."""
 
 
+class ProcessLostError(SlimkitError, RuntimeError):
+    """Another of the processes that share a job has ended, or cannot be reached."""
+
+
 class MissingFrameworkError(SlimkitError, ImportError):
     """PyTorch, MindSpore or an optional library is not installed."""
 

@@ -32,6 +32,8 @@ MODES: dict[str, str] = {
     "adapter": "*mindpet_delta_adapter*",
     "low_rank_adapter": "*mindpet_delta_low_rank_adapter*",
     "ia3": "*mindpet_delta_ia3*",
+    "miss": "*mindpet_delta_miss*",
+    "shira": "*mindpet_delta_shira*",
     "bitfit": _BIAS,
     "prompttuning": "*mindpet_delta_prompttuning*",
     "prompt": "*mindpet_delta_prompttuning*",

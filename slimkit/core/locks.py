@@ -15,6 +15,9 @@ from slimkit.core.errors import ConfigError, UnsupportedError
 # Where a walk block by block keeps what it has finished, in the folder that it fills.
 BLOCKS = ".slimkit-sparse"
 
+# Where a folder written shard by shard keeps those that are whole, until all are.
+SHARDS = ".slimkit-shards"
+
 
 @contextlib.contextmanager
 def locked(folder: Path, option: str, *, inside: bool = False) -> Iterator[None]:
@@ -59,6 +62,40 @@ def locked(folder: Path, option: str, *, inside: bool = False) -> Iterator[None]
         finally:
             if not inside:
                 file.unlink(missing_ok=True)
+
+
+def holder(lock: Path) -> dict[str, Any] | None:
+    """Who holds a lock file: {"pid": its process, or None where that is not known}; None where nobody does.
+
+    Args:
+        lock: the file that `locked` made.
+
+    Example:
+        >>> holder(Path("/no such folder/.lock")) is None
+        True
+    """
+    try:
+        import fcntl
+
+        handle = open(lock)  # noqa: SIM115  # closed below
+    except (ImportError, OSError):
+        return None
+    with handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return {"pid": _pid_of(os.fstat(handle.fileno()).st_ino)}
+    return None
+
+
+def _pid_of(inode: int) -> int | None:
+    """The process that Linux's list of locks names for a file."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        for line in Path("/proc/locks").read_text().splitlines():
+            words = line.split()
+            if words[1] == "FLOCK" and words[5].endswith(f":{inode}"):
+                return int(words[4])
+    return None
 
 
 def same_job(state: Path, job: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> None:

@@ -2,6 +2,9 @@
 
 from slimkit.core.delta.spec import DeltaReport
 from slimkit.delta.adapter import AdapterDense, AdapterLayer
+from slimkit.delta.combine import combine_delta
+from slimkit.delta.compress import compress_delta
+from slimkit.delta.folders import merge_checkpoint
 from slimkit.delta.inject import (
     apply_delta,
     disable_delta,
@@ -30,9 +33,12 @@ __all__ = [
     "PromptTuning",
     "RDropLoss",
     "apply_delta",
+    "combine_delta",
+    "compress_delta",
     "disable_delta",
     "load_delta",
     "lora_plus_groups",
+    "merge_checkpoint",
     "merge_delta",
     "rdrop_repeat",
     "remove_delta",

@@ -12,18 +12,22 @@ from slimkit import bridge, kinds
 from slimkit.core.delta.framework import DeltaFramework
 from slimkit.core.delta.spec import HELD, PREFIX, Site
 from slimkit.core.freeze import Parameters
+from slimkit.delta import starts
 from slimkit.delta.adapter import AdaptedLinear, adapter_for
 from slimkit.delta.attach import DeltaLayer, attach, device_for, layer_class
+from slimkit.delta.held_base import HeldLora
 from slimkit.delta.ia3 import Factors, Scaled
 from slimkit.delta.layer import Adapted
 from slimkit.delta.lora_held import LoraHeld, held_parameters, rank_limit
 from slimkit.delta.lora_layers import LoraConv1D, LoraConv2d, LoraEmbedding, LoraLinear
 from slimkit.delta.low_rank_adapter import LowRankAdaptedLinear, low_rank_adapter_for
+from slimkit.delta.miss import ShardSum, SharedMatrix
 from slimkit.delta.multihead import call_layers, without_call_layers
 from slimkit.delta.named import LoraLayer
 from slimkit.delta.positions import shift_positions
 from slimkit.delta.prefix_model import forget_prefixes
 from slimkit.delta.sharded import at_rest, forget_deltas, in_step
+from slimkit.delta.shira import Entries, EntryValues
 
 import torch
 from torch import nn
@@ -40,6 +44,8 @@ _ADAPTERS: dict[str, tuple[type[Adapted], Any]] = {
     "adapter": (AdaptedLinear, adapter_for),
     "low_rank_adapter": (LowRankAdaptedLinear, low_rank_adapter_for),
     "ia3": (Scaled, Factors),
+    "miss": (ShardSum, SharedMatrix),
+    "shira": (Entries, EntryValues),
 }
 
 
@@ -110,14 +116,27 @@ class TorchDelta(DeltaFramework):
         return found
 
     def layers(self, model: nn.Module) -> dict[str, Any]:
-        return {p: m for p, m in bridge.named_modules(model, remove_duplicate=False) if isinstance(m, DeltaLayer)}
+        found: dict[str, Any] = {}
+        left: list[tuple[str, nn.Module]] = [("", model)]
+        while left:  # quicker than generators in one another, and every switch comes by here
+            path, held = left.pop()
+            module = bridge.unwrapped(held)
+            if isinstance(module, DeltaLayer):
+                found[path] = module
+            children = reversed(module._modules.items())
+            left += [(f"{path}.{name}" if path else name, child) for name, child in children if child is not None]
+        return found
 
     def module(self, model: nn.Module, path: str) -> nn.Module:
         return bridge.get_module(model, path)
 
     def attach(self, kind: str, module: nn.Module, name: str, dtype: Any, options: Mapping[str, Any]) -> None:
         if kind == "lora":
-            attach(module, _LORA[kind_of(module)]).start()
+            held = options.get("base_dtype")
+            layer = attach(module, HeldLora if held else _LORA[kind_of(module)])
+            layer.start()
+            if held:
+                layer.hold(held)
             return
         mixin, make = _ADAPTERS[kind]
         adapter = make(mixin.width_for(module, options), dtype or torch.float32, **options).to(device_for(module))
@@ -136,8 +155,9 @@ class TorchDelta(DeltaFramework):
         at_rest(model)
 
     def activated(self, model: nn.Module) -> None:
-        layers = self.layers(model).values()
-        shift_positions(model, any(layer.delta_acts for layer in layers if layer.delta_kind == "prefix"))
+        shift_positions(
+            model, lambda: any(x.delta_acts for x in self.layers(model).values() if x.delta_kind == "prefix")
+        )
 
     def keeps_zeros(self, module: nn.Module) -> bool:
         return bridge.has_made_zeros(module)
@@ -154,6 +174,19 @@ class TorchDelta(DeltaFramework):
             before = parameter.detach().clone()
             parameter.copy_(value)
             return before
+
+    def holdable(self, module: nn.Module) -> bool:
+        weight: Any = module._parameters.get("weight")
+        return type(weight) is nn.Parameter and not weight.is_meta and "forward" not in vars(module)
+
+    def gradients(self, model: nn.Module, paths: Sequence[str], batches: Sequence[Any], loss: Any) -> Any:
+        for path, found in starts.gradients(model, {p: bridge.get_module(model, p) for p in paths}, batches, loss):
+            yield path, found.T if kind_of(bridge.get_module(model, path)) == "conv1d" else found
+
+    def given(
+        self, model: nn.Module, paths: Sequence[str], batches: Sequence[Any], seen: Any, loss: Any = None
+    ) -> None:
+        starts.given(model, {p: bridge.get_module(model, p) for p in paths}, batches, seen, loss)
 
     def holders(self, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         return ((path, module) for path, module in bridge.named_modules(model) if PREFIX not in path)

@@ -75,7 +75,9 @@ class LoraHeld(LoraLayer):
         turned = getattr(self, "is_transposed", False)
         return torch.einsum("ore,eri->eio" if turned else "ore,eri->eoi", wide, low)
 
-    def add(self, name: str, spec: LoraSpec, dtype: torch.dtype | None = None, *, fresh: bool = True) -> None:
+    def add(
+        self, name: str, spec: LoraSpec, dtype: torch.dtype | None = None, *, fresh: bool = True, start: Any = None
+    ) -> None:
         """Add a delta that changes nothing yet, in place, and make it active; see `LoraLayer.add`."""
         for parameter in spec.parameters:
             held = self._held(parameter)

@@ -9,7 +9,7 @@ from slimkit.core.delta import shard as rules
 from slimkit.core.delta.named import Part
 from slimkit.core.delta.spec import LoraSpec, key
 from slimkit.delta.fused import dora_linear, fuses, lora_linear
-from slimkit.delta.named import LoraLayer
+from slimkit.delta.named import LoraLayer, signed
 from slimkit.delta.shard import ShardPlan, plan
 
 import torch
@@ -82,6 +82,7 @@ class LoraLinear(LoraLayer):
                 side = F.linear(wide, part.scale * (b @ a) * (weight != 0))
             else:
                 side = F.linear(F.linear(wide, a), b, self.own_bias(part, b)) * part.scale
+                side = side + F.linear(wide, self.rest(part, a)) if spec.rest else side
             out = out + side.to(out.dtype)
         return out
 
@@ -180,10 +181,19 @@ class LoraEmbedding(LoraLayer):
         for part in self._running:
             a, b = self._factors(part, x.device)
             side = F.embedding(x, a.t(), self.padding_idx) @ b.t() * part.scale
+            side = side + self._rest_of_rows(part, x, a) if self.delta_specs[part.name].rest else side
             if self.delta_specs[part.name].dora:
                 side = self._turned(part, plain, side, self._gain(part, a, b))
             out = out + side.to(out.dtype)
         return out
+
+    def _rest_of_rows(self, part: Part, x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """What a compressed delta adds to these rows; of signs no others are unpacked."""
+        if self.delta_specs[part.name].rest != "signs":
+            return F.embedding(x, self.rest(part, like))
+        signs, scale = (getattr(self, key("lora", p, part.name)) for p in ("signs", "scale"))
+        at = x.to(signs.device)
+        return self.active_deltas[part.name] * signed(signs[at], scale[at], tuple(self.weight.shape)).to(like)
 
     def _gain(self, part: Part, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """(width,): DoRA's magnitudes over the lengths of the columns, without building the table's change."""
@@ -230,6 +240,7 @@ class LoraConv2d(LoraLayer):
             dropped = F.dropout(x, part.dropout, self.training) if part.dropout else x
             wide = dropped.to(a.dtype)
             side = F.conv2d(self._down(wide, a, low), b, self.own_bias(part, b)) * part.scale
+            side = side + self._down(wide, self.rest(part, a), low) if self.delta_specs[part.name].rest else side
             if self.delta_specs[part.name].dora:
                 straight = plain if self.bias is None else plain - self.bias.view(-1, 1, 1)
                 if dropped is not x:
@@ -290,7 +301,9 @@ class LoraConv1D(LoraLayer):
                 change = self.change(part, self.weight.to(a.dtype))
                 side = F.linear(dropped.to(a.dtype), change.t())
             else:
-                side = F.linear(F.linear(dropped.to(a.dtype), a), b, self.own_bias(part, b)) * part.scale
+                wide = dropped.to(a.dtype)
+                side = F.linear(F.linear(wide, a), b, self.own_bias(part, b)) * part.scale
+                side = side + F.linear(wide, self.rest(part, a).t()) if self.delta_specs[part.name].rest else side
             out = out + side.to(out.dtype)
         return out
 

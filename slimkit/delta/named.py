@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from slimkit import bridge
+from slimkit.core.delta import rest
 from slimkit.core.delta.named import LORA_BOOK, MergingFace, NamedLoras, Part
+from slimkit.core.delta.rest import PARTS
 from slimkit.core.delta.spec import LoraSpec, key
 from slimkit.core.errors import UnsupportedError
 from slimkit.delta import initial
@@ -97,7 +100,15 @@ class LoraLayer(NamedLoras, MergingLayer):
         """Whether a run of the layer differs from the plain layer's."""
         return bool(self._running)
 
-    def add(self, name: str, spec: LoraSpec, dtype: torch.dtype | None = None, *, fresh: bool = True) -> None:
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """The weight's type."""
+        found: torch.dtype = self.weight.dtype
+        return found
+
+    def add(
+        self, name: str, spec: LoraSpec, dtype: torch.dtype | None = None, *, fresh: bool = True, start: Any = None
+    ) -> None:
         """Add a delta that changes nothing yet, in place, and make it active.
 
         Args:
@@ -105,6 +116,7 @@ class LoraLayer(NamedLoras, MergingLayer):
             spec: its rank, scale and start.
             dtype: of its parameters; None means float32, or float64 over a float64 base.
             fresh: whether to compute its start; not needed when values are filled in afterwards.
+            start: rows that a begins with, (at most rank, inputs); None for those of its spec alone.
 
         Raises:
             UnsupportedError: its start is read from the weight, and the weight is not in memory.
@@ -118,17 +130,25 @@ class LoraLayer(NamedLoras, MergingLayer):
         a, b = (torch.zeros(s, dtype=kind, device=place) for s in (a_shape, b_shape))
         if fresh and not a.is_meta:
             self.fill_start(a, b, spec)
-        made: dict[str, Any] = {"a": nn.Parameter(a), "b": nn.Parameter(b)}
+            if start is not None:
+                a[: len(start)] = torch.from_numpy(start)
+        # A compressed delta is made, not trained; its halves have few bits.
+        made: dict[str, Any] = {n: nn.Parameter(t, requires_grad=not spec.rest) for n, t in (("a", a), ("b", b))}
         if spec.dora:
             made["magnitude"] = nn.Parameter(self._lengths(whole(weight).float()).to(kind))
         if spec.bias:
             made["bias"] = nn.Parameter(torch.zeros(b_shape[0], dtype=kind, device=place))
+        if spec.rest and hasattr(weight, "full_tensor"):
+            raise UnsupportedError("compressed deltas go on whole weights; put them on before the model is sharded.")
         in_step(weight, made.values())
         for part, parameter in made.items():
             setattr(self, key("lora", part, name), parameter)
         if spec.init == "pissa":
             self._buffer(key("lora", "a0", name), a.clone())
             self._buffer(key("lora", "b0", name), b.clone())
+        for part, (shape, word) in rest.shapes(spec.rest, tuple(weight.shape), spec.count).items():
+            empty = torch.zeros(shape, dtype=getattr(torch, word), device=place)
+            self._buffer(key("lora", part, name), empty)
         self.take(name, spec)
 
     def fill_start(self, a: torch.Tensor, b: torch.Tensor, spec: LoraSpec) -> None:
@@ -168,10 +188,21 @@ class LoraLayer(NamedLoras, MergingLayer):
         if spec.keep_zeros:
             return part.scale * delta * (base != 0)
         if not spec.dora:
-            return part.scale * delta
+            return part.scale * delta + self.rest(part, base) if spec.rest else part.scale * delta
         turned = base + spec.scaling * delta
         length = beside(getattr(self, key("lora", "magnitude", part.name)).to(base.device, base.dtype), base)
         return weight * (self._per_output(length / self._lengths(turned)) * turned - base)
+
+    def rest(self, part: Part, like: torch.Tensor) -> torch.Tensor:
+        """What a compressed delta adds beside its low rank, in the weight's layout; where and as `like` is."""
+        shape, weight = tuple(self.weight.shape), self.active_deltas[part.name]
+        first, second = (getattr(self, key("lora", p, part.name)) for p in PARTS[self.delta_specs[part.name].rest])
+        if self.delta_specs[part.name].rest == "signs":
+            rows = signed(first, second, shape).to(like)
+            return weight * rows.view(shape)
+        filled = torch.zeros(math.prod(shape), dtype=like.dtype, device=like.device)
+        filled[first.to(like.device, torch.int64)] = second.to(like)
+        return weight * filled.view(shape)
 
     def own_bias(self, part: Part, like: torch.Tensor) -> torch.Tensor | None:
         """(outputs,) that a LoRA's b adds by itself, where and as `like` is; None where it has none."""
@@ -193,7 +224,7 @@ class LoraLayer(NamedLoras, MergingLayer):
 
     def _factors(self, part: Part, device: torch.device | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         a, b = getattr(self, part.a), getattr(self, part.b)
-        kind = computing(self.weight.dtype, a.dtype)
+        kind = computing(self.weight_dtype, a.dtype)
         a, b = a.to(kind), b.to(kind)
         if self.delta_specs[part.name].init == "pissa":
             # What PiSSA took out of the base is subtracted here, so the base itself is never touched.
@@ -216,3 +247,10 @@ class LoraLayer(NamedLoras, MergingLayer):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.words()}"  # type: ignore[misc]
+
+
+def signed(signs: torch.Tensor, scale: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """(..., columns) of float32: packed signs of rows of a weight of that shape, times each row's scale."""
+    table = torch.from_numpy(rest.sign_table()).to(signs.device)
+    rows = table[signs.int()].flatten(-2)[..., : math.prod(shape[1:])]
+    return rows * scale.unsqueeze(-1)

@@ -46,11 +46,13 @@ def start_behind(tokens: int, places: Sequence[tuple[Any, Hook]]) -> None:
             module.register_forward_pre_hook(hook, with_kwargs=True)
 
 
-def shift_positions(model: nn.Module, acts: bool) -> None:
+def shift_positions(model: nn.Module, acts: Callable[[], bool]) -> None:
     """Let positions start behind the prefix that `start_behind` noted, or at zero while it does not act, in place."""
-    for module in model.modules():
-        if "prefix_shift" in vars(module):
-            vars(module)["prefix_acts"] = acts
+    shifted = [module for module in model.modules() if "prefix_shift" in vars(module)]
+    if shifted:  # only then is it worth a walk to know whether it acts
+        now = acts()
+        for module in shifted:
+            vars(module)["prefix_acts"] = now
 
 
 def _shift(module: Any) -> int:

@@ -109,4 +109,4 @@ def _like(decoder: nn.Module, rows: Any) -> Any:
 def _act(model: nn.Module, layers: Sequence[Any], acts: bool) -> None:
     for layer in layers:
         layer.delta_acts = acts
-    shift_positions(model, acts)
+    shift_positions(model, lambda: acts)

@@ -44,10 +44,10 @@ class TorchStorage(TorchDelta, DeltaStorage):
 
     def fill(self, tensor: torch.Tensor, value: Any) -> None:
         with torch.no_grad():
-            tensor.copy_(like_parts_of(tensor, _as_tensor(value)))
+            tensor.copy_(like_parts_of(tensor, as_tensor(value)))
 
     def take_dtype(self, tensor: torch.Tensor, value: Any) -> None:
-        kind = _as_tensor(value).dtype
+        kind = as_tensor(value).dtype
         if tensor.dtype != kind:
             tensor.data = tensor.data.to(kind)
 
@@ -142,14 +142,14 @@ class TorchStorage(TorchDelta, DeltaStorage):
         return apply_delta(model, kind, targets, **options)
 
 
-def _as_tensor(value: Any) -> torch.Tensor:
+def as_tensor(value: Any) -> torch.Tensor:
     """A NumPy array as a tensor that shares its memory, the types that NumPy lacks included."""
     if value.dtype.name not in arrays.FURTHER:
         return torch.from_numpy(value)
     return torch.from_numpy(arrays.bits(value)).view(getattr(torch, value.dtype.name))
 
 
-_STORAGE = TorchStorage()
+STORAGE = TorchStorage()
 
 
 def save_delta(
@@ -166,7 +166,7 @@ def save_delta(
         directory: a folder; made if missing.
         names: the named deltas to save; None means all.
         format: "slimkit" (a bundle that opens in either framework) or "peft" (files that Hugging Face PEFT loads; one
-            delta of lora, ia3, prefix or prompt).
+            delta of lora, ia3, miss, shira, prefix or prompt).
 
     Returns:
         The folder.
@@ -187,7 +187,7 @@ def save_delta(
     plain = bridge.unwrapped(bridge.check_model(model))
     peft = check.choice(format, FORMATS, "format") == "peft"
     with written_once(model, directory) as place:
-        folder = (storage.save_peft if peft else storage.save)(_STORAGE, plain, place, names)
+        folder = (storage.save_peft if peft else storage.save)(STORAGE, plain, place, names)
     return folder if place is directory else Path(directory)
 
 
@@ -226,7 +226,7 @@ def load_delta(
     """
     model = bridge.unwrapped(bridge.check_model(model))
     return storage.load(
-        _STORAGE,
+        STORAGE,
         model,
         directory,
         name=name,

@@ -5,16 +5,20 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from slimkit import bridge
+from slimkit.core import files
 from slimkit.core.batch import Call
+from slimkit.core.checkpoint import shards
 from slimkit.core.distill.config import SoftLabel
 from slimkit.core.distill.shapes import pick
 from slimkit.core.distill.teacher_cache import TeacherFiles
 from slimkit.distill import taps
+from slimkit.distill.stored_teacher import WALKED_TOGETHER, StoredTeacher
 from slimkit.replay import replaying
 
 import torch
@@ -49,16 +53,28 @@ class TeacherCache(TeacherFiles):
         return torch.from_numpy(array).to(like.device)
 
     @staticmethod
-    def _digest(teacher: torch.nn.Module) -> str:
+    def _digest(teacher: Any) -> str:
         digest = hashlib.sha256()
+        if isinstance(teacher, (str, Path)):
+            for file in sorted({place.file for place in shards.locate(Path(teacher)).values()}):
+                digest.update(f"{file.name}{files.digest_file(file)}".encode())
+            return digest.hexdigest()
         for name, tensor in bridge.check_model(teacher, "teacher").state_dict().items():
             digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
     @staticmethod
+    def _together(teacher: Any) -> int:
+        # As many batches' hidden states are in memory while the folder is read once.
+        return WALKED_TOGETHER if isinstance(teacher, (str, Path)) else 1
+
+    @staticmethod
     @contextlib.contextmanager
-    def _answering(teacher: torch.nn.Module, labels: tuple[SoftLabel, ...]) -> Iterator[Callable[..., Any]]:
+    def _answering(teacher: Any, labels: tuple[SoftLabel, ...]) -> Iterator[Callable[..., Any]]:
+        if isinstance(teacher, (str, Path)):
+            yield StoredTeacher(Path(teacher), labels).answers
+            return
         store = taps.Store()
 
         def answer(args: Any, kwargs: Any) -> list[np.ndarray]:
@@ -75,6 +91,6 @@ class TeacherCache(TeacherFiles):
         taps.attach(teacher, store, labels, "t")
         try:
             with replaying(teacher) as run:
-                yield answer
+                yield lambda calls: (answer(*call) for call in calls)
         finally:
             taps.detach(teacher, store)

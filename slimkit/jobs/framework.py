@@ -11,13 +11,13 @@ from typing import Any, ClassVar
 import numpy as np
 
 import slimkit
-from slimkit import bridge, compare, export, train
+from slimkit import bridge, compare, export, pruned_folder, together, train
 from slimkit.core import files
 from slimkit.core.calibration.reading import TextReader
 from slimkit.core.calibration.record import record_of, write_record
 from slimkit.core.checkpoint import shards
 from slimkit.core.errors import ConfigError, SlimkitError, UnsupportedError
-from slimkit.core.jobs import calibrating, cards, claim, commands, folders
+from slimkit.core.jobs import calibrating, cards, claim, commands, crew, folders
 from slimkit.core.jobs.bar import LayerBar
 from slimkit.core.jobs.framework import ComputeLoss, JobFramework, Lesson, Opened, Task
 from slimkit.core.jobs.measurement import Measurement
@@ -28,6 +28,7 @@ from slimkit.core.locks import BLOCKS, locked
 from slimkit.core.log import logger
 from slimkit.core.sparse import SparseConfig
 from slimkit.core.sparse.maths.layer import SparseLayer
+from slimkit.core.sparse.processes import first
 from slimkit.jobs import devices, models, teach, texts
 from slimkit.measurement import measure_model
 from slimkit.sparse.checkpoint_framework import CheckpointSparse
@@ -42,7 +43,7 @@ class TorchJobs(JobFramework):
     """PyTorch's side of the jobs: modules, Hugging Face directories, weight files, factories."""
 
     slim = slimkit
-    formats = ("onnx", "w16a16s", "w8a8s")
+    formats = ("onnx", "w16a16s", "w8a8s", "hf")
     class_dtype = "int64"
     losses: ClassVar[Mapping[str, Callable[[Any, Any], Any]]] = {
         "cross_entropy": nn.functional.cross_entropy,
@@ -247,6 +248,9 @@ class TorchJobs(JobFramework):
         found.opened.model.to(self.device)
         return found
 
+    def folder_pruner(self, source: Path) -> pruned_folder.FolderPruner:
+        return pruned_folder.folder_pruner(source)
+
     def sparsify_blocks(
         self,
         place: ModelPlace,
@@ -258,26 +262,42 @@ class TorchJobs(JobFramework):
         restart: bool,
         plan: bool,
     ) -> dict[str, Any] | None:
-        # What the folder holds stays until the new model is whole.
-        filled = out.is_dir() and any(entry.name != BLOCKS for entry in out.iterdir())
-        stopped = (out / BLOCKS / "job.json").exists()  # finished files may lie beside it
-        work = out / folders.FORCED if filled and not stopped else out
-        if restart and not plan and (work / BLOCKS).is_dir():
-            with locked(work / BLOCKS, "--out", inside=True):  # a Python program may be at work there
-                shutil.rmtree(work)
         source = place.model
-        if place.factory is not None or source is None or self.device.type != "cpu" or not cfg.uniform:
+        stored = source is not None and (source / "config.json").exists() and any(source.glob("*.safetensors"))
+        if not stored and crew.size() > 1:
+            raise ConfigError("--model: several processes need a Hugging Face directory with .safetensors weights")
+        self.device = together.join(self.device)
+
+        def place_of() -> tuple[bool, str]:
+            # What the folder holds stays until the new model is whole.
+            filled = out.is_dir() and any(entry.name != BLOCKS for entry in out.iterdir())
+            stopped = (out / BLOCKS / "job.json").exists()  # finished files may lie beside it
+            work = out / folders.FORCED if filled and not stopped else out
+            if restart and not plan and (work / BLOCKS).is_dir():
+                with locked(work / BLOCKS, "--out", inside=True):  # a Python program may be at work there
+                    shutil.rmtree(work)
+            return stopped, str(work)
+
+        stopped, where = first(together, place_of)
+        work = Path(where)
+        if place.factory is not None or source is None or not stored:
             return None
-        if not (source / "config.json").exists() or not any(source.glob("*.safetensors")):
-            return None
-        data = commands.needed(self._calibration(place, source, out, calib), cfg)
+        read: list[Any] = []
+
+        def reading() -> None:
+            read.append(commands.needed(self._calibration(place, source, out, calib), cfg))
+
+        first(together, reading)  # it may write text of the model's own, which the others then find
+        if not read:
+            reading()
+        data = read[0]
         try:
             return self._walked(source, out, work, cfg, data, None if plan else command)
         except (OSError, MemoryError):
             raise
         except Exception as error:
             wrong = isinstance(error, SlimkitError) and not isinstance(error, UnsupportedError)
-            if wrong or stopped or any((work / BLOCKS).glob("block-*.json")):
+            if wrong or stopped or crew.size() > 1 or any((work / BLOCKS).glob("block-*.json")):
                 raise
             reason = " ".join(str(error).split())[:200]
             logger.warning("no walk block by block (%s); the whole model is held in memory", reason)
@@ -291,14 +311,16 @@ class TorchJobs(JobFramework):
             found = CheckpointSparse(source, work / BLOCKS, shards.locate(source), None).layers()
             done = len(list((work / BLOCKS).glob("block-*.json")))
             return {**commands.sparse_plan(*found, cfg, data), "blocks_done": done, "resumable": True}
-        with LayerBar() as bar:
-            report = self.slim.sparsify_checkpoint(source, work, cfg, data, on_progress=bar)
+        with LayerBar() if crew.rank() == 0 else contextlib.nullcontext() as bar:
+            report = self.slim.sparsify_checkpoint(source, work, cfg, data, device=self.device, on_progress=bar)
+        if crew.rank() > 0:
+            return {**report, "written": "transformers", "resumable": True}
         write_record(work, "sparsify", record_of(data), source)
         kind = models.architecture(source)[1].__name__
         rows = cards.sparse_facts(report)
         cards.write_card_of(work, "sparse", source, kind, command, rows, "transformers")
         claim.finish(work / BLOCKS)
-        if work is not out:
+        if work != out:
             files.replace(work, out)
         return {**report, "written": "transformers", "resumable": True}
 

@@ -184,10 +184,11 @@ class WholeModel:
         for batch in self.dataset:
             yield batch, batch, valid_tokens(batch)
 
-    def replay(self, names: Sequence[str], seen: Seen) -> None:
+    def replay(self, names: Sequence[str], seen: Seen, ended: Callable[[], None] | None = None) -> None:
         """Send every batch through, calling ``seen(name, x, dense x, drift)`` at each call of the layers.
 
         The drift is what else reaches the sum that the layer's output joins: the dense model's minus this one's.
+        `ended` is called after each batch.
         """
         joined = {p: self.joined[p] for p, (name, _) in self.modules.items() if name in names and p in self.joined}
         last = self._last(names) if not joined else None
@@ -197,6 +198,8 @@ class WholeModel:
             if self.dense is not None:
                 self._watch(self.dense, names, dense_batch, valid, until, last, joined, pairs.dense)
             self._watch(self.model, names, batch, valid, until, last, joined, pairs.sparse)
+            if ended is not None:
+                ended()
 
     def join(self) -> None:
         """No residual stream is known outside blocks."""

@@ -107,15 +107,19 @@ class LentBlock(ModelBlock):
         super().__init__(*others)
         self._lend, self._round = lend, rounding
 
-    def replay(self, names: Sequence[str], seen: Seen) -> None:
+    def replay(self, names: Sequence[str], seen: Seen, ended: Callable[[], None] | None = None) -> None:
         """Send every batch through, as any stage does."""
         with self._lend():
-            super().replay(names, seen)
+            super().replay(names, seen, ended)
 
     def advance(self) -> None:
         """The block's outputs become the next block's inputs, with its weights as the files will hold them."""
         self._round(self.changed)
         super().advance()
+
+    def pass_on(self) -> None:
+        """Send every batch through the block as it is, also through the last one."""
+        self._advance(dense=False)
 
     def _advance(self, dense: bool) -> None:
         with self._lend() if dense else contextlib.nullcontext():

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
-import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from slimkit import together
 from slimkit.core import batch as batches
 from slimkit.core import check, files
 from slimkit.core.checkpoint import shards
 from slimkit.core.errors import UnsupportedError
 from slimkit.core.files import PathLike
 from slimkit.core.locks import BLOCKS as STATE
-from slimkit.core.locks import locked, same_job
 from slimkit.core.log import logger
 from slimkit.core.showing import Report
 from slimkit.core.sparse import SparseConfig
-from slimkit.core.sparse.compress import compress, demand_whole_numbers
+from slimkit.core.sparse.compress import demand_whole_numbers
+from slimkit.core.sparse.folderwalk import copy_others, digest, sparsify_folder
 from slimkit.core.sparse.remaining import Progress
 from slimkit.sparse import memory
 from slimkit.sparse.checkpoint_framework import CheckpointSparse
@@ -37,6 +37,8 @@ def sparsify_checkpoint(
     *,
     names: Callable[[str], str] | None = None,
     compute_dtype: str | None = "auto",
+    device: str | torch.device = "cpu",
+    offload: str = "disk",
     on_progress: Callable[[Progress], None] | None = None,
 ) -> Report:
     """Make a Hugging Face checkpoint directory sparse, holding one block of it in memory at a time.
@@ -44,16 +46,24 @@ def sparsify_checkpoint(
     Each finished block is written to `dst` with the activations that leave it; a run that is killed goes on from the
     last finished block when called again, and ends in the same bytes. Only layers inside the model's blocks change.
 
+    Under torchrun (or in a group of torch.distributed that is there) every process makes the same call, with the same
+    data and folders that all see: each takes every n-th batch, layers that do not wait for each other are solved by
+    one process each, and the bytes are those of one process of as many threads. Whichever process is killed, the same
+    command goes on, with any number of processes. The bar and the log are those of process 0.
+
     Args:
         src: directory with config.json and .safetensors weights, in one file or in shards.
         dst: directory for the result, absent or holding an unfinished run of the same job.
-        cfg: what to do; `uniform=False` needs the whole model and is refused.
+        cfg: what to do. `uniform=False` measures in a walk of its own first, which a killed run begins again.
         dataset: a list (or any re-iterable that repeats itself) of batches of CPU tensors; not needed for "magnitude".
         names: parameter name of the transformers class -> tensor name in the files, for checkpoints whose names
             differ by more than the base model's prefix.
         compute_dtype: what blocks are computed in: "float32", "float64", or None for what is stored; "auto" takes
-            float32 for float16 and bfloat16, in which CPUs are slow. Files keep their own types, and weights are
-            rounded to them as soon as they are solved.
+            float32 for float16 and bfloat16 on the CPU, which is slow in them. Files keep their own types, and
+            weights are rounded to them as soon as they are solved.
+        device: where blocks compute and layers are solved, such as "cuda:0" or "npu": one block's weights and one
+            batch are there, the next block is read ahead into main memory.
+        offload: where activations lie between two blocks: "disk", or "cpu" for main memory, which is quicker.
         on_progress: called after every layer with a `Progress` (layer, done, total, seconds, seconds_left); None shows
             a bar on a terminal and log lines elsewhere.
 
@@ -62,40 +72,62 @@ def sparsify_checkpoint(
 
     Raises:
         FileFormatError: `src` is damaged or holds no safetensors.
-        UnsupportedError: the model has no chain of blocks, a tensor is not found, or `dst` was begun with other inputs.
-        ConfigError: another process is at work in `dst`.
+        UnsupportedError: the model has no chain of blocks, a tensor is not found, `dst` was begun with other inputs, or
+            several processes are to train blocks.
+        ConfigError: another run is at work in `dst`.
+        ProcessLostError: one of several processes has ended.
     """
     source, target = files.as_path(src, "src"), files.as_path(dst, "dst")
     check.instance(cfg, SparseConfig, "cfg")
-    if not cfg.uniform:
-        raise UnsupportedError("sparsify_checkpoint needs uniform=True: sensitivities are measured on a whole model.")
+    check.choice(offload, ("disk", "cpu"), "offload")
     if source.resolve() == target.resolve():
         check.wrong_value("dst", "another directory than src", str(target))
     places = shards.locate(source)
     data = list(batches.dataset(dataset)) if cfg.needs_data else []
+    place = together.join(torch.device(device))
+    return _walked(source, target, places, cfg, data, names, compute_dtype, place, offload, on_progress)
+
+
+def _walked(
+    source: Path,
+    target: Path,
+    places: dict[str, shards.Place],
+    cfg: SparseConfig,
+    data: Sequence[Any],
+    names: Callable[[str], str] | None,
+    compute_dtype: str | None,
+    device: torch.device,
+    offload: str,
+    on_progress: Callable[[Progress], None] | None,
+) -> Report:
+    """The walk, by one process or by all of a group."""
     state = target / STATE
-    # A run killed in its first moments leaves its state folder and nothing else.
-    if target.exists() and any(f.name != STATE for f in target.iterdir()) and not (state / "job.json").exists():
-        check.wrong_value("dst", "absent, empty, or an unfinished run", str(target))
     if cfg.weight_bits == 8:
         demand_whole_numbers(name for name, place in places.items() if place.dtype == "BF16")
-    compute = computing(places.values(), compute_dtype)
-    host = CheckpointSparse(source, state, places, names, compute)
-    if host.processes() > 1:
-        raise UnsupportedError("sparsify_checkpoint needs one process: all would write the same files.")
-    digests = {f.name: files.digest_file(f) for f in sorted({p.file for p in places.values()})}
-    job = {"config": cfg.to_dict(), "source": digests, "dataset": _digest(data), "threads": torch.get_num_threads()}
-    job |= {"compute": str(compute)}
-    with locked(state, "dst", inside=True):
-        return _resume(host, cfg, data, source, target, job, on_progress)
+    compute = computing(places.values(), compute_dtype, device)
+    host = CheckpointSparse(source, state, places, names, compute, device, offload)
+    if host.processes() > 1 and cfg.row.reconstructs:
+        raise UnsupportedError(f"method {cfg.method!r} trains blocks, which sparsify_checkpoint does in one process.")
+    weights = sorted({p.file for p in places.values()})
+    job = {"dataset": digest(data, _bytes_of), "threads": torch.get_num_threads()}
+    job |= {"compute": str(compute), "device": device.type}
+
+    def rewrite(file: Path, out: Path) -> None:
+        shards.rewrite(file, out, host.finished())
+
+    copy = partial(_copy_others, source)
+    return sparsify_folder(host, cfg, data, target, weights, job, copy, rewrite, on_progress)
 
 
-def computing(places: Iterable[shards.Place], asked: str | None) -> torch.dtype | None:
+def computing(
+    places: Iterable[shards.Place], asked: str | None, device: torch.device | None = None
+) -> torch.dtype | None:
     """What blocks are computed in; None where that is what is stored.
 
     Args:
         places: the tensors of the files.
         asked: "auto", "float32", "float64" or None.
+        device: where; the CPU unless it is named.
     """
     if asked is None:
         return None
@@ -103,83 +135,19 @@ def computing(places: Iterable[shards.Place], asked: str | None) -> torch.dtype 
     if asked != "auto":
         return _COMPUTED[asked]
     halves = sorted({place.dtype for place in places} & {"F16", "BF16"})
-    if not halves:
+    if not halves or (device is not None and device.type != "cpu"):
         return None
     logger.info("blocks are computed in float32, the files stay %s", " and ".join(halves))
     return torch.float32
 
 
-def _resume(
-    host: CheckpointSparse,
-    cfg: SparseConfig,
-    data: Sequence[Any],
-    source: Path,
-    target: Path,
-    job: Mapping[str, Any],
-    on_progress: Callable[[Progress], None] | None,
-) -> Report:
-    """Begin a job in `target`, or go on with it; the caller holds its lock."""
-    state = target / STATE
-    same_job(state, job, {"config": SparseConfig().to_dict(), "compute": "None"})
-    files.settle(target)
-    for part in target.rglob(".*.part"):  # a killed writer cannot clean up after itself
-        shutil.rmtree(part) if part.is_dir() else part.unlink()
-    report_file = target / "sparse_report.json"
-    if report_file.exists():
-        _tidy(state)  # the kill may have come while tidying
-        return Report("sparsity", files.read_json(report_file))
-    report, _ = compress(host, cfg, data, on_progress)
-    for row in report["layers"].values():
-        row.pop("seconds", None)  # the same job writes the same bytes
-    report = {k: v for k, v in report.items() if k != "seconds"}
-    finished = state / "finished"
-    shutil.rmtree(finished, ignore_errors=True)
-    finished.mkdir()
-    _finish(source, finished, host.finished())
-    files.write_json(finished / report_file.name, report)
-    files.commit(finished, target)
-    _tidy(state)
-    return Report("sparsity", report)
+def _bytes_of(value: Any) -> tuple[str, bytes] | None:
+    if not isinstance(value, torch.Tensor):
+        return None
+    raw = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return f"{value.dtype}{tuple(value.shape)}", raw.tobytes()
 
 
-def _tidy(state: Path) -> None:
-    for leftover in state.iterdir():
-        if leftover.is_dir():
-            shutil.rmtree(leftover)
-        elif leftover.name not in ("job.json", ".lock"):
-            leftover.unlink()
-
-
-def _digest(data: Sequence[Any]) -> str:
-    digest = hashlib.sha256()
-
-    def feed(value: Any) -> None:
-        if isinstance(value, torch.Tensor):
-            digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
-            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        elif isinstance(value, dict) or hasattr(value, "items"):
-            for key, item in value.items():
-                digest.update(str(key).encode())
-                feed(item)
-        elif isinstance(value, (tuple, list)):
-            for item in value:
-                feed(item)
-        else:
-            digest.update(repr(value).encode())
-
-    for batch in data:
-        feed(batch)
-        digest.update(b"|")
-    return digest.hexdigest()
-
-
-def _finish(source: Path, target: Path, replaced: dict[str, shards.Place]) -> None:
-    weights = {p.file for p in shards.locate(source).values()}
-    for file in sorted(source.iterdir()):
-        if file in weights or not file.is_file():
-            continue
-        if file.suffix not in (".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".safetensors"):
-            with open(file, "rb") as old, files.atomic_file(target / file.name) as new:
-                shutil.copyfileobj(old, new)
-    for file in sorted(weights):
-        shards.rewrite(file, target / file.name, replaced)
+def _copy_others(source: Path, target: Path) -> None:
+    """Copy what is no weights."""
+    copy_others(source, target, sorted({p.file for p in shards.locate(source).values()}))

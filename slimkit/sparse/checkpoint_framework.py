@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import copy
-import json
 import shutil
-import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,19 +14,19 @@ from slimkit.core import batch as batches
 from slimkit.core import files
 from slimkit.core.checkpoint import shards
 from slimkit.core.errors import UnsupportedError
-from slimkit.core.lazy import library
 from slimkit.core.sparse.call_order import CallOrder
 from slimkit.core.sparse.framework import CalibratedBlock
-from slimkit.core.sparse.processes import demand_tokens
-from slimkit.sparse import memory
+from slimkit.core.sparse.processes import demand_tokens, first, in_order, merged
+from slimkit.core.sparse.unwalked import DatalessBlock, FinishedBlock
+from slimkit.sparse import memory, stored_outputs
 from slimkit.sparse.chain import LentBlock, trace_block
 from slimkit.sparse.framework import TorchSparse, block_paths
-from slimkit.sparse.inputs import BlockInputs, valid_tokens
-from slimkit.sparse.layouts import Layouts
+from slimkit.sparse.inputs import valid_tokens
+from slimkit.sparse.stored_blocks import StoredBlocks
+from slimkit.sparse.stored_inputs import StoredInputs
+from slimkit.stored import StoredModel, stored_dtype, to_meta, write_tensors
 
 import torch
-
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class CheckpointSparse(TorchSparse):
@@ -42,6 +39,8 @@ class CheckpointSparse(TorchSparse):
         names: parameter name -> tensor name, or None.
         compute: what floats are computed in, or None: as they are stored. Solved weights are rounded to what is stored
             at once, so that later layers see what the files will hold.
+        device: where blocks compute.
+        offload: where activations lie between blocks: "cpu", in main memory, or "disk".
     """
 
     def __init__(
@@ -51,15 +50,18 @@ class CheckpointSparse(TorchSparse):
         places: dict[str, shards.Place],
         names: Callable[[str], str] | None,
         compute: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+        offload: str = "disk",
     ) -> None:
-        super().__init__(_empty_model(source))
-        self._compute = compute
-        self._state, self._places, self._names = state, places, names
-        self._layouts = Layouts(self.model)
+        self._stored = StoredModel(source, names, compute, places)
+        super().__init__(self._stored.model)
+        self._device, self._offload = torch.device(device), offload
+        self._loader = StoredBlocks(self._stored, self._device)
+        self._state = state
         self._blocks: list[str] = []
         self._own: dict[str, Any] = {}
         self._changed: set[str] = set()  # parameters of the block in work that are no longer what the files hold
-        self.keeps_masks = False
+        self.keeps_masks, self.deals = False, True
 
     def layers(self, dataset: Iterable[Any] | None = None) -> tuple[dict[str, Any], dict[str, str]]:
         """The layers inside the blocks; those outside are listed as left alone."""
@@ -76,62 +78,76 @@ class CheckpointSparse(TorchSparse):
         self._layers = found
         return dict(found), skipped
 
+    @property
+    def n_blocks(self) -> int:
+        """How many blocks there are."""
+        if not self._blocks:
+            self.layers()
+        return len(self._blocks)
+
+    @property
+    def device(self) -> str:
+        """Where blocks compute."""
+        return str(self._device)
+
     def snapshot(self, names: Sequence[str]) -> Callable[[], None]:
-        """Nothing to remember: the source stays as it is."""
-        return lambda: None
+        """Remember the layers of the block in memory; elsewhere nothing has to be: the source stays as it is."""
+        return super().snapshot([n for n in names if not self.weight(n).is_meta])
 
     def stages(
         self, dataset: Iterable[Any], names: Sequence[str], paired: bool, residual: bool = False
     ) -> Iterator[CalibratedBlock]:
         """One stage a block: loaded, made sparse, written, and let go."""
-        with_data = bool(dataset)
-        done = self._done()
-        inputs = self._capture(dataset, paired) if with_data else None
-        if inputs is not None:
-            padding = CallOrder()
-            for valid in inputs.valid:
-                padding.batch(valid is not None and not bool(valid.any()))
-            demand_tokens(self, padding)
+        done = int(first(self, self._done))
+        inputs = self._capture(dataset, paired) if dataset else None
         if inputs is not None and 0 < done < len(self._blocks):
             inputs.load(self._state / f"activations-{done:05d}")
         for index, path in enumerate(self._blocks):
             mine = [n for n in names if n.startswith(path + ".")]
             if index < done:
                 rows = files.read_json(self._state / f"block-{index:05d}.json")
-                yield _Done(mine, rows)
+                yield FinishedBlock(mine, rows)
                 continue
-            block = self._load(path)
-            dense = _without_weights(block) if paired and inputs is not None else None
-            self._changed.clear()
-            modules = {n: (n, self._slots[n]) for n in mine}
-            if inputs is None:
-                stage: Any = _Undata(mine)
-            else:
-                found = trace_block(path, block, inputs, modules)
-                lend = partial(self._dense_weights, path, block, dense)
-                last = index == len(self._blocks) - 1
-                stage = LentBlock(lend, self._round, path, block, dense, inputs, modules, found.feeds, found, last)
-            stage.names = mine
-            yield stage
-            self._write(index, stage, inputs)
-            self._release(path)
-            del block, dense, stage
+            with self._loaded(index) as block:
+                stage = self._stage(index, block, mine, inputs, paired)
+                yield stage
+                self._write(index, stage, inputs)
+                del block, stage
+        self._loader.close()
+
+    def probing(self, dataset: Iterable[Any], names: Sequence[str]) -> Iterator[CalibratedBlock]:
+        """The same for a walk that only looks: nothing is written."""
+        inputs = self._capture(dataset, False, "probes")
+        for index, path in enumerate(self._blocks):
+            with self._loaded(index) as block:
+                yield self._stage(index, block, [n for n in names if n.startswith(path + ".")], inputs, False)
+        self._loader.close()
 
     @contextlib.contextmanager
-    def _dense_weights(self, path: str, block: torch.nn.Module, dense: torch.nn.Module | None) -> Iterator[None]:
-        """Give a block's dense twin its weights: the block's own where they have not changed, else from the files."""
-        if dense is None:
-            yield
-            return
-        own = {f"{path}.{n}": p for n, p in block.named_parameters()}
-        values = {n: p for n, p in own.items() if n not in self._changed} | self._read(
-            n for n in own if n in self._changed
-        )
-        try:
-            _fill(dense, path, values)
-            yield
-        finally:
-            _to_meta(dense)
+    def _loaded(self, index: int) -> Iterator[torch.nn.Module]:
+        path = self._blocks[index]
+        following = self._blocks[index + 1] if index + 1 < len(self._blocks) else None
+        block = self._loader.load(path, following)
+        self._changed.clear()
+        yield block
+        self._loader.release(path)
+
+    def _stage(
+        self, index: int, block: torch.nn.Module, mine: list[str], inputs: StoredInputs | None, paired: bool
+    ) -> Any:
+        if inputs is None:
+            return DatalessBlock(mine)
+        path, modules = self._blocks[index], {n: (n, self._slots[n]) for n in mine}
+        dense = self._loader.twin(block) if paired else None
+        found = trace_block(path, block, inputs, modules)
+        # Batch by batch, so that no process's share of them decides.
+        every = in_order(self, [[list(feed) for feed in feeds] for feeds in found.feeds_by_batch()])
+        feeds = merged([[tuple(feed) for feed in one] for one in every])
+        lend = partial(self._loader.lent, path, block, dense, self._changed)
+        last = index == len(self._blocks) - 1
+        stage = LentBlock(lend, self._round, path, block, dense, inputs, modules, feeds, found, last)
+        stage.names = mine
+        return stage
 
     def store(self, name: str, weight: torch.Tensor, bias_shift: torch.Tensor | None) -> None:
         """Put a weight in place and shift the bias."""
@@ -142,9 +158,9 @@ class CheckpointSparse(TorchSparse):
 
     def _round(self, parameters: Iterable[str]) -> None:
         """Leave in parameters what their files will hold, in place."""
-        for name in parameters if self._compute is not None else ():
+        for name in parameters if self._stored.compute is not None else ():
             value = self.model.get_parameter(name).detach()
-            value.copy_(value.to(DTYPES[self._places[self._keys(name)[0]].dtype]))
+            value.copy_(value.to(stored_dtype(self._stored.places[self._stored.keys(name)[0]])))
 
     def finished(self) -> dict[str, shards.Place]:
         """Where the new bytes of every changed tensor lie."""
@@ -158,94 +174,85 @@ class CheckpointSparse(TorchSparse):
         self._own[name] = row
         memory.trim()
 
+    def kept(self, what: str, make: Callable[[], Any]) -> Any:
+        """What an earlier run has found out; else it is made, and kept."""
+        file = self._state / f"{what}.json"
+        found = first(self, lambda: [files.read_json(file)] if file.exists() else [])
+        if found:
+            return found[0]
+        value = make()
+        first(self, lambda: files.write_json(file, value))
+        return value
+
+    def changes(
+        self, probes: Sequence[Any], names: Sequence[str], variants: Sequence[Callable[[Sequence[str]], None]]
+    ) -> list[list[float]]:
+        """For each batch of this process the power of the model's output, and what each variant changes of it."""
+        inputs = [self._capture(probes, False, f"variant{i}") for i in range(len(variants) + 1)]
+        for index, path in enumerate(self._blocks):
+            mine = [n for n in names if n.startswith(path + ".")]
+            with self._loaded(index) as block:
+                stages = [self._stage(index, block, mine, one, False) for one in inputs]
+                for mask, stage in zip((None, *variants), stages):
+                    back = self.snapshot(mine)
+                    if mask is not None:
+                        mask(mine)
+                    stage.pass_on()
+                    back()
+        self._loader.close()
+        own = [batch for batch, _ in self._dealt(probes)]
+        with self._outside(whole=True):
+            return stored_outputs.changes(self.model, own, inputs, self._blocks)
+
     def _done(self) -> int:
         done = 0
         while (self._state / f"block-{done:05d}.json").exists():
             done += 1
         return done
 
-    def _find(self, name: str) -> str | None:
-        """The tensor of the files that a name stands for, with the base model's prefix added or left out."""
-        prefix = getattr(self.model, "base_model_prefix", "") + "."
-        for key in (name, name.removeprefix(prefix), prefix + name):
-            for old, new in (("", ""), (".weight", ".gamma"), (".bias", ".beta")):
-                if key.endswith(old) and key.removesuffix(old) + new in self._places:
-                    return key.removesuffix(old) + new
-        return None
+    def _dealt(self, dataset: Iterable[Any]) -> list[tuple[Any, int]]:
+        """This process's batches with their numbers."""
+        n, rank = self.processes(), self.rank()
+        return [(batch, i) for i, batch in enumerate(dataset) if i % n == rank]
 
-    def _keys(self, name: str) -> list[str]:
-        """The tensors of the files that make up a parameter: one, unless experts lie in the files one by one."""
-        if self._names is not None:
-            name = self._names(name)
-        whole = self._find(name)
-        if whole is not None:
-            return [whole]
-        pieces = self._layouts.split(name, self.model.get_parameter(name).to("meta")) if self._names is None else {}
-        found = [self._find(piece) for piece in pieces]
-        if not found or None in found:
-            raise UnsupportedError(
-                f"src must hold a tensor for {name!r}, under this name or with the base model's prefix added or left "
-                "out; pass `names` for files that name it otherwise."
-            )
-        return [key for key in found if key is not None]
-
-    def _read(self, parameters: Iterable[str]) -> dict[str, torch.Tensor]:
-        values: dict[str, torch.Tensor] = {}
-        for name in parameters:
-            pieces = {key: self._tensor(name, self._places[key]) for key in self._keys(name)}
-            values[name] = next(iter(pieces.values())) if self._is_whole(name) else self._layouts.join(pieces)
-        return values
-
-    def _is_whole(self, name: str) -> bool:
-        return self._names is not None or self._find(name) is not None
-
-    def _tensor(self, name: str, place: shards.Place) -> torch.Tensor:
-        # A plain read: a mapped shard would stay in memory, page by page, for as long as it is open.
-        if place.dtype not in DTYPES:
-            raise UnsupportedError(f"src must hold floating tensors; {name!r} is {place.dtype}.")
-        data = bytearray(place.stop - place.start)
-        with open(place.file, "rb") as handle:
-            handle.seek(place.start)
-            handle.readinto(data)
-        stored = torch.frombuffer(data, dtype=DTYPES[place.dtype]).reshape(place.shape)
-        return stored if self._compute is None else stored.to(self._compute)
-
-    def _load(self, path: str) -> torch.nn.Module:
-        block = bridge.get_module(self.model, path)
-        values = self._read(f"{path}.{n}" for n, _ in block.named_parameters())
-        return _fill(block, path, values)
-
-    def _release(self, path: str) -> None:
-        _to_meta(bridge.get_module(self.model, path))
-
-    def _capture(self, dataset: Iterable[Any], paired: bool) -> BlockInputs:
-        """Run what comes before the blocks, then note how each block is called."""
+    @contextlib.contextmanager
+    def _outside(self, whole: bool = False) -> Iterator[None]:
+        """Have the weights outside the blocks in main memory: those before them, or all."""
         inside = tuple(b + "." for b in self._blocks)
         head = self.model.get_output_embeddings() if hasattr(self.model, "get_output_embeddings") else None
-        late = {id(p) for p in head.parameters()} if head is not None else set()
+        late = {id(p) for p in head.parameters()} if head is not None and not whole else set()
         table = self.model.get_input_embeddings().weight
-        outside = [
-            n
-            for n, p in self.model.named_parameters()
-            if not n.startswith(inside) and (id(p) not in late or p is table)
-        ]
-        early = []
-        for name in outside:
-            with contextlib.suppress(UnsupportedError):  # a fresh head has no weights, and runs after the blocks
-                self._keys(name)
-                early.append(name)
-        self.model.load_state_dict(self._read(early), strict=False, assign=True)
-        self._load(self._blocks[0])
-        inputs = BlockInputs.of_stubs(
-            self.model,
-            [_call(b) for b in dataset],
-            [valid_tokens(b) for b in dataset],
-            self._blocks,
-            self._state / "activations",
-            paired,
-        )
-        self._release(self._blocks[0])
-        _to_meta(self.model, early)
+        outside = []
+        for name, parameter in self.model.named_parameters():
+            if not name.startswith(inside) and (id(parameter) not in late or parameter is table):
+                with contextlib.suppress(UnsupportedError):  # a fresh head has no weights, and runs after the blocks
+                    self._stored.keys(name)
+                    outside.append(name)
+        self.model.load_state_dict(self._stored.read(outside), strict=False, assign=True)
+        if whole:  # a tied head has no tensor of its own
+            self.model.tie_weights()
+        try:
+            yield
+        finally:
+            to_meta(self.model, outside)
+            if whole:
+                self.model.tie_weights()
+
+    def _capture(self, dataset: Iterable[Any], paired: bool, scratch: str = "activations") -> StoredInputs:
+        """Run what comes before the blocks, then note how each block is called."""
+        dealt = self._dealt(dataset)
+        folder = self._state / scratch if self._offload == "disk" else None
+        valid = [valid_tokens(batch) for batch, _ in dealt]
+        padding = CallOrder()
+        for real in valid:
+            padding.batch(real is not None and not bool(real.any()))
+        demand_tokens(self, padding)
+        inputs = StoredInputs(self._blocks, [i for _, i in dealt], valid, paired, folder, self._device)
+        calls = [batches.Call(*batches.as_call(batch)) for batch, _ in dealt]
+        with self._outside():
+            StoredBlocks(self._stored, torch.device("cpu")).load(self._blocks[0])
+            inputs.capture_stubs(self.model, calls)
+            to_meta(bridge.get_module(self.model, self._blocks[0]))
         return inputs
 
     def _parameters(self, names: Sequence[str]) -> list[str]:
@@ -258,105 +265,33 @@ class CheckpointSparse(TorchSparse):
             }
         return list(found)
 
-    def _write(self, index: int, stage: Any, inputs: BlockInputs | None) -> None:
-        changed: dict[str, torch.Tensor] = {}
-        for name in dict.fromkeys([*self._parameters(stage.names), *stage.changed]):
-            value = self.model.get_parameter(name).detach()
-            pieces = [value] if self._is_whole(name) else self._layouts.split(name, value).values()
-            for key, piece in zip(self._keys(name), pieces):
-                changed[key] = piece.to(DTYPES[self._places[key].dtype]).contiguous()
-        with files.atomic_file(self._state / f"block-{index:05d}.safetensors") as handle:
-            _save(handle, changed)
-        if inputs is not None and index < len(self._blocks) - 1:
-            with files.atomic_directory(self._state / f"activations-{index + 1:05d}") as folder:
-                inputs.save(folder)
-        # Last: its presence says that the block is done.
-        files.write_json(self._state / f"block-{index:05d}.json", {n: self._own[n] for n in stage.names})
-        shutil.rmtree(self._state / f"activations-{index:05d}", ignore_errors=True)
+    def _write(self, index: int, stage: Any, inputs: StoredInputs | None) -> None:
+        """Write a block by process 0, and what enters the next by those that have it."""
+        following = self._state / f"activations-{index + 1:05d}"
+        going = inputs is not None and index < len(self._blocks) - 1
+        part = following.with_name(f".{following.name}.part")
 
+        def begin() -> None:
+            shutil.rmtree(part, ignore_errors=True)  # of a run that was killed here
+            part.mkdir()
 
-class _Undata:
-    """A block of a method that needs no data."""
+        def end() -> None:
+            if going:
+                shutil.rmtree(following, ignore_errors=True)
+                part.rename(following)
+            changed: dict[str, torch.Tensor] = {}
+            for name in dict.fromkeys([*self._parameters(stage.names), *stage.changed]):
+                pieces = self._stored.pieces(name, self.model.get_parameter(name).detach())
+                changed |= {key: piece.cpu() for key, piece in pieces.items()}
+            with files.atomic_file(self._state / f"block-{index:05d}.safetensors") as handle:
+                write_tensors(handle, changed)
+            # Last: its presence says that the block is done.
+            files.write_json(self._state / f"block-{index:05d}.json", {n: self._own[n] for n in stage.names})
+            shutil.rmtree(self._state / f"activations-{index:05d}", ignore_errors=True)
 
-    def __init__(self, names: list[str]) -> None:
-        self.names = names
-        self.changed: list[str] = []
-        self.rows: Mapping[str, dict[str, Any]] | None = None
-        self.feeds: list[tuple[str, ...]] = []
-        self.joined: dict[str, str] = {}
-        self.reached: Mapping[str, float] = {}
-
-    def replay(self, names: Sequence[str], seen: Any) -> None:
-        """No data."""
-
-    def join(self) -> None:
-        """No stream."""
-
-    def outputs(self) -> Iterator[torch.Tensor]:
-        """No batches."""
-        return iter(())
-
-    def trained(self) -> None:
-        """Nothing to train by."""
-
-    def advance(self) -> None:
-        """No activations."""
-
-
-class _Done(_Undata):
-    """A block that an earlier run finished."""
-
-    def __init__(self, names: list[str], rows: dict[str, Any]) -> None:
-        super().__init__(names)
-        self.rows = rows
-
-
-def _save(handle: Any, tensors: dict[str, torch.Tensor]) -> None:
-    """Write a safetensors file from the tensors' own memory: its library would hold the whole block a second time."""
-    written = {dtype: name for name, dtype in DTYPES.items()}
-    entries, stop = {}, 0
-    for name, tensor in tensors.items():
-        start, stop = stop, stop + tensor.numel() * tensor.element_size()
-        entries[name] = {"dtype": written[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, stop]}
-    head = json.dumps(entries).encode()
-    head += b" " * (-len(head) % 8)
-    handle.write(struct.pack("<Q", len(head)) + head)
-    for tensor in tensors.values():
-        handle.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
-
-
-def _fill(module: torch.nn.Module, path: str, values: dict[str, torch.Tensor]) -> torch.nn.Module:
-    """Put weights, named by whole paths, into the module at a path, without gradients."""
-    module.load_state_dict({n[len(path) + 1 :]: v for n, v in values.items()}, strict=False, assign=True)
-    return module.requires_grad_(False)
-
-
-def _to_meta(module: torch.nn.Module, names: Iterable[str] | None = None) -> None:
-    """Let a module's weights go, all or those named; their shapes stay."""
-    names = [n for n, _ in module.named_parameters()] if names is None else names
-    meta = {n: torch.empty_like(module.get_parameter(n), device="meta") for n in names}
-    module.load_state_dict(meta, strict=False, assign=True)
-
-
-def _without_weights(module: torch.nn.Module) -> torch.nn.Module:
-    """A copy of a module whose weights are shapes only."""
-    meta = {id(p): torch.nn.Parameter(torch.empty_like(p, device="meta"), False) for p in module.parameters()}
-    return copy.deepcopy(module, meta)
-
-
-def _call(batch: Any) -> batches.Call:
-    return batches.Call(*batches.as_call(batch))
-
-
-def _empty_model(source: Path) -> torch.nn.Module:
-    """The checkpoint's model without weights; buffers are real, for they are computed, not stored."""
-    transformers = library("transformers", "hf")
-    accelerate = library("accelerate", "torch")
-    config = transformers.AutoConfig.from_pretrained(str(source))
-    kinds = getattr(config, "architectures", None) or []
-    kind = next((getattr(transformers, k) for k in kinds if hasattr(transformers, k)), None)
-    with accelerate.init_empty_weights(include_buffers=False):
-        model = kind(config) if kind is not None else transformers.AutoModel.from_config(config)
-    if hasattr(model.config, "use_cache"):
-        model.config.use_cache = False
-    return model.eval()
+        if going:
+            first(self, begin)
+            assert inputs is not None
+            inputs.save(part)
+            self.gather(None)  # all are written
+        first(self, end)

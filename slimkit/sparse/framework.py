@@ -6,7 +6,8 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from slimkit import bridge
+from slimkit import bridge, together
+from slimkit.core.sparse.allocate import changes
 from slimkit.core.sparse.experts import learn_layouts
 from slimkit.core.sparse.framework import CalibratedBlock
 from slimkit.core.sparse.maths.layer import SparseLayer
@@ -27,7 +28,7 @@ class TorchSparse:
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.model = model
-        self.keeps_masks = True
+        self.keeps_masks, self.deals = True, False
         self._layers: dict[str, SparseLayer] = {}
         self._slots: dict[str, WeightSlot] = {}
 
@@ -136,6 +137,20 @@ class TorchSparse:
     def _holder(self, parameter: str) -> torch.nn.Module:
         return bridge.get_module(self.model, parameter.rpartition(".")[0])
 
+    def probing(self, dataset: Iterable[Any], names: Sequence[str]) -> Iterator[CalibratedBlock]:
+        """The same parts for a walk that only looks."""
+        return self.stages(dataset, names, paired=False)
+
+    def kept(self, what: str, make: Callable[[], Any]) -> Any:
+        """A value that is made anew: nothing is left of earlier runs."""
+        return make()
+
+    def changes(
+        self, probes: Sequence[Any], names: Sequence[str], variants: Sequence[Callable[[Sequence[str]], None]]
+    ) -> list[list[float]]:
+        """For each batch the power of the model's output, and what each variant changes of it."""
+        return changes(self, probes, names, variants)
+
     def outputs(self, batch: Any) -> Any:
         """The model's first output for a batch, as a float32 NumPy array without the rows of padding."""
         with replaying(self.model) as run:
@@ -145,24 +160,15 @@ class TorchSparse:
 
     def processes(self) -> int:
         """How many processes of torch.distributed share the calibration data."""
-        import torch.distributed as dist
-
-        return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        return together.processes()
 
     def rank(self) -> int:
         """The number of this process of torch.distributed, from 0."""
-        import torch.distributed as dist
-
-        return dist.get_rank() if self.processes() > 1 else 0
+        return together.rank()
 
     def gather(self, value: Any) -> list[Any]:
         """A plain value of every process of torch.distributed, by its number."""
-        import torch.distributed as dist
-
-        found = [value] * self.processes()
-        if len(found) > 1:
-            dist.all_gather_object(found, value)
-        return found
+        return together.gather(value)
 
     def reduce(self, arrays: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Sums over all processes of torch.distributed, when it runs."""
@@ -171,9 +177,19 @@ class TorchSparse:
         if self.processes() < 2:
             return list(arrays)
         totals = [array.contiguous() for array in arrays]
-        for array in totals:
-            dist.all_reduce(array)
+        with together.exchanging():
+            for array in totals:
+                dist.all_reduce(array)
         return totals
+
+    def swap(self, sent: torch.Tensor, gives: Sequence[int], gets: Sequence[int]) -> torch.Tensor:
+        """Give every process its part of a flat array, and get as many numbers of each, in the processes' order."""
+        import torch.distributed as dist
+
+        got = sent.new_empty(sum(gets))
+        with together.exchanging():
+            dist.all_to_all_single(got, sent.contiguous(), list(gets), list(gives))
+        return got
 
 
 def dense_twin(model: torch.nn.Module, changing: Iterable[torch.nn.Module]) -> torch.nn.Module:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 from slimkit import bridge, kinds
@@ -61,7 +59,7 @@ class _Hidden:
     """Stands where a call takes the hidden states."""
 
 
-_HIDDEN = _Hidden()
+HIDDEN = _Hidden()
 
 
 class _Copies:
@@ -80,7 +78,7 @@ class _Copies:
 
     def is_module(self, value: Any) -> bool:
         """Whether a value stays itself."""
-        return value is _HIDDEN or TENSORS.is_module(value)
+        return value is HIDDEN or TENSORS.is_module(value)
 
     def clone(self, tensor: torch.Tensor) -> torch.Tensor:
         """A copy, the same for equal tensors."""
@@ -93,39 +91,6 @@ class _Copies:
 
 
 Others = dict[str, tuple[tuple[Any, ...], dict[str, Any]]]  # block -> its arguments but the hidden states
-
-
-class Spilled:
-    """Tensors by number that lie in files, and in memory only while one is used.
-
-    Args:
-        folder: where; made if need be. Scratch: nothing here outlives a killed run.
-        name: how the files' names begin.
-    """
-
-    def __init__(self, folder: Path, name: str) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self._folder, self._name, self._count = folder, name, 0
-
-    def append(self, value: torch.Tensor) -> None:
-        """Add one."""
-        self._count += 1
-        self[self._count - 1] = value
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, index: int) -> torch.Tensor:
-        from safetensors.torch import load
-
-        if not 0 <= index < self._count:
-            raise IndexError(index)
-        return load((self._folder / f"{self._name}-{index:06d}").read_bytes())["x"]
-
-    def __setitem__(self, index: int, value: torch.Tensor) -> None:
-        from safetensors.torch import save_file
-
-        save_file({"x": value.detach().clone().contiguous()}, self._folder / f"{self._name}-{index:06d}")
 
 
 class BlockInputs:
@@ -155,8 +120,8 @@ class BlockInputs:
         x = input_of(args, kwargs)
         if path == self._blocks[0]:
             self._hidden[False].append(x.detach().clone())
-        blank = {k: _HIDDEN if v is x else v for k, v in kwargs.items()}
-        self._others[-1][path] = self._copies.of((tuple(_HIDDEN if a is x else a for a in args), blank))
+        blank = {k: HIDDEN if v is x else v for k, v in kwargs.items()}
+        self._others[-1][path] = self._copies.of((tuple(HIDDEN if a is x else a for a in args), blank))
 
     def pair(self, dense: torch.nn.Module, dataset: Iterable[Any]) -> None:
         """Keep what was noted for the dense model too; one batch shows that its copy runs its own blocks."""
@@ -183,97 +148,13 @@ class BlockInputs:
                 if n != len(self._blocks):
                     raise UnsupportedError(f"{what} must run its own {len(self._blocks)} blocks. It ran {n} of them")
 
-    @classmethod
-    def of_stubs(
-        cls,
-        model: torch.nn.Module,
-        calls: Sequence[Call],
-        valid: Sequence[torch.Tensor | None],
-        blocks: Sequence[str],
-        folder: Path,
-        paired: bool,
-    ) -> BlockInputs:
-        """The same for a model of whose blocks only the first is in memory: the others pass their input on.
-
-        Args:
-            model: the model, ready to run up to and including its first block.
-            calls: the batches.
-            valid: which tokens of each batch are no padding.
-            blocks: the blocks' paths, a chain.
-            folder: scratch for the hidden states.
-            paired: keep those of the dense model too.
-        """
-        self = cls.__new__(cls)
-        self.valid, self._hidden, self._others, self.paired = list(valid), {}, [], paired
-        self._dense_others = self._others  # what comes before the blocks is dense in both
-        self._hidden = {dense: Spilled(folder, "dense" if dense else "sparse") for dense in (False, True)}
-        modules = {b: bridge.get_module(model, b) for b in blocks}
-        wraps: list[bool] = []
-
-        def look(_path: str, _args: Any, _kwargs: Any, output: Any) -> None:
-            wraps.append(isinstance(output, (tuple, list)))
-            raise Enough
-
-        for call in calls[:1]:
-            head = bridge.hooked({blocks[0]: modules[blocks[0]]}, look)
-            with replaying(model) as run, head, contextlib.suppress(Enough):
-                run(call)
-        for call in calls:
-            others: Others = {}
-            first: list[torch.Tensor] = []
-
-            def stub(path: str, *args: Any, **kwargs: Any) -> Any:
-                x = input_of(args, kwargs)
-                first.append(x)  # noqa: B023
-                blank = {k: _HIDDEN if v is x else v for k, v in kwargs.items()}
-                others[path] = (tuple(_HIDDEN if a is x else a for a in args), blank)  # noqa: B023
-                if path == blocks[-1]:
-                    raise Enough
-                return (x,) if wraps[0] else x
-
-            try:
-                for path, module in modules.items():
-                    module.__dict__["forward"] = partial(stub, path)
-                with replaying(model) as run, contextlib.suppress(Enough):
-                    run(call)
-            finally:
-                for module in modules.values():
-                    module.__dict__.pop("forward", None)
-            if len(others) != len(blocks) or any(x is not first[0] for x in first):
-                raise UnsupportedError("src must be a model whose blocks pass hidden states straight to the next.")
-            self._others.append(others)
-            self._hidden[False].append(first[0])
-            if paired:
-                self._hidden[True].append(first[0])
-        return self
-
-    def save(self, folder: Path) -> None:
-        """Write the hidden states of every batch, one file each."""
-        from safetensors.torch import save_file
-
-        for index in range(len(self.valid)):
-            states = {"sparse": self._hidden[False][index].contiguous()}
-            if self.paired:
-                states["dense"] = self._hidden[True][index].contiguous()
-            save_file(states, folder / f"{index:06d}.safetensors")
-
-    def load(self, folder: Path) -> None:
-        """Take back what `save` wrote."""
-        from safetensors.torch import load_file
-
-        for index in range(len(self.valid)):
-            found = load_file(folder / f"{index:06d}.safetensors")
-            self._hidden[False][index] = found["sparse"]
-            if self.paired:
-                self._hidden[True][index] = found["dense"]
-
     def call(self, path: str, index: int, dense: bool = False) -> Any:
         """One batch's call of a block."""
         args, kwargs = (self._dense_others if dense and self.paired else self._others)[index][path]
         hidden = self._hidden[dense and self.paired][index]
         return Call(
-            tuple(hidden if a is _HIDDEN else a for a in args),
-            {k: hidden if v is _HIDDEN else v for k, v in kwargs.items()},
+            tuple(hidden if a is HIDDEN else a for a in args),
+            {k: hidden if v is HIDDEN else v for k, v in kwargs.items()},
         )
 
     def dense_hidden(self, index: int) -> torch.Tensor:

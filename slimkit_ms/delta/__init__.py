@@ -2,6 +2,8 @@
 
 from slimkit.core.delta.spec import DeltaReport
 from slimkit_ms.delta.adapter import AdapterDense, AdapterLayer
+from slimkit_ms.delta.combine import combine_delta
+from slimkit_ms.delta.compress import compress_delta
 from slimkit_ms.delta.inject import (
     apply_delta,
     disable_delta,
@@ -30,6 +32,8 @@ __all__ = [
     "PromptTuning",
     "RDropLoss",
     "apply_delta",
+    "combine_delta",
+    "compress_delta",
     "disable_delta",
     "load_delta",
     "lora_plus_groups",

@@ -12,14 +12,18 @@ from slimkit.core.delta.framework import DeltaFramework
 from slimkit.core.delta.spec import PREFIX, Site
 from slimkit.core.freeze import Parameters
 from slimkit_ms import bridge, kinds
+from slimkit_ms.delta import starts
 from slimkit_ms.delta.adapter import AdaptedLinear, adapter_for
 from slimkit_ms.delta.attach import DeltaLayer, attach
+from slimkit_ms.delta.held_base import HeldLora
 from slimkit_ms.delta.ia3 import Factors, Scaled
 from slimkit_ms.delta.layer import Adapted
 from slimkit_ms.delta.lora_layers import LoraConv2d, LoraDense, LoraEmbedding, LoraLinear, LoraMintConv2d, LoraTable
 from slimkit_ms.delta.low_rank_adapter import LowRankAdaptedLinear, low_rank_adapter_for
+from slimkit_ms.delta.miss import ShardSum, SharedMatrix
 from slimkit_ms.delta.named import LoraLayer
 from slimkit_ms.delta.positions import shift_positions, start_at_zero
+from slimkit_ms.delta.shira import Entries, EntryValues
 
 import mindspore as ms
 from mindspore import mint, nn
@@ -37,6 +41,8 @@ _ADAPTERS: dict[str, tuple[type[Adapted], Any]] = {
     "adapter": (AdaptedLinear, adapter_for),
     "low_rank_adapter": (LowRankAdaptedLinear, low_rank_adapter_for),
     "ia3": (Scaled, Factors),
+    "miss": (ShardSum, SharedMatrix),
+    "shira": (Entries, EntryValues),
 }
 
 
@@ -102,8 +108,12 @@ class MindSporeDelta(DeltaFramework):
 
     def attach(self, kind: str, module: nn.Cell, name: str, dtype: Any, options: Mapping[str, Any]) -> None:
         if kind == "lora":
+            held = options.get("base_dtype")
             base = next(kind for kind in type(module).__mro__ if kind in _LORA)
-            attach(module, _LORA[base][0]).start()
+            layer = attach(module, HeldLora if held else _LORA[base][0])
+            layer.start()
+            if held:
+                layer.hold(held)
             return
         mixin, make = _ADAPTERS[kind]
         adapter = make(mixin.width_for(module, options), dtype or ms.float32, **options).set_train(module.training)
@@ -130,6 +140,15 @@ class MindSporeDelta(DeltaFramework):
         if value is not None:
             parameter.set_data(value)
         return before
+
+    def holdable(self, module: nn.Cell) -> bool:
+        return module._params.get("weight") is not None
+
+    def gradients(self, model: nn.Cell, paths: Sequence[str], batches: Sequence[Any], loss: Any) -> Any:
+        return starts.gradients(model, {p: self.module(model, p) for p in paths}, batches, loss)
+
+    def given(self, model: nn.Cell, paths: Sequence[str], batches: Sequence[Any], seen: Any, loss: Any = None) -> None:
+        starts.given(model, {p: self.module(model, p) for p in paths}, batches, seen, loss)
 
     def holders(self, model: nn.Cell) -> Iterator[tuple[str, nn.Cell]]:
         return ((path, cell) for path, cell in model.cells_and_names() if PREFIX not in path)

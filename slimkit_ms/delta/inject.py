@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from slimkit.core.delta import inject as steps
+from slimkit.core.delta import plus
 from slimkit.core.delta.spec import DeltaReport
 from slimkit_ms import bridge
 from slimkit_ms.delta import merged
@@ -34,7 +35,8 @@ def apply_delta(
 
     Args:
         model: any model.
-        kind: lora, adapter, low_rank_adapter or ia3 (on layers), prefix or prompt (act on the whole model).
+        kind: lora, adapter, low_rank_adapter, ia3, miss or shira (on layers), prefix or prompt (act on the whole
+            model).
         targets: layers by globs over whole module paths (["*query", "*value"]), a plain path for everything below
             it, or "all-linear" (the default): every linear layer but the output embedding. For prefix the attention
             cells (None: all), for prompt the embedding of the tokens (None: found by itself).
@@ -45,9 +47,12 @@ def apply_delta(
         strict: whether an unmatched pattern or an unfit layer is an error; otherwise it is in the report.
         dtype: of the new parameters; None means float32, also over a half-precision base, which trains stably.
         options: of the kind. lora: rank, alpha (None: twice the rank), dropout, rslora, dora, init ("kaiming",
-            "gaussian", "pissa"), ranks and alphas ({glob: number}), keep_zeros (None: on sparse layers). adapter:
-            bottleneck_size, non_linearity. low_rank_adapter: reduction_factor, low_rank_size, low_rank_w_init,
-            non_linearity. ia3: feedforward (globs of the targets whose inputs are scaled, not outputs).
+            "gaussian", "pissa"; "gradient" and "activations" read it from calibration=, a list of batches, the first
+            with loss=f(model, batch), None: the loss that the model gives itself), ranks and alphas ({glob: number}),
+            keep_zeros (None: on sparse layers), base_dtype ("int8", "bfloat16": the layers' own weights are held in
+            it). adapter: bottleneck_size, non_linearity. low_rank_adapter: reduction_factor, low_rank_size,
+            low_rank_w_init, non_linearity. ia3: feedforward (globs of the targets whose inputs are scaled, not
+            outputs). miss: rank, repeat, dropout. shira: rank, support ("nonzero", "magnitude", "random"), seed.
             prefix: prefix_token_num, projection, mid_dim, dropout_rate, text_ids, inputs (one batch to
             see the attention at work), or sizes ({path: (heads, width, query heads)}) instead of
             a run, positions (globs over the cells that are given position numbers, which then begin behind the prefix;
@@ -88,10 +93,10 @@ def apply_delta(
 
 
 def merge_delta(model: nn.Cell, *, unload: bool = False) -> DeltaReport:
-    """Put every active LoRA and IA3 into the weights, in place, so that the model runs at the base's speed.
+    """Put every active LoRA, IA3, MiSS and SHiRA into the weights, in place: the model runs at the base's speed.
 
     Args:
-        model: a model with LoRA or IA3 on it. A layer whose delta keeps zeros stays as sparse as it was.
+        model: a model with deltas of these kinds on it. A layer whose delta keeps zeros stays as sparse as it was.
         unload: also put the original layers back, now with merged weights, and forget the deltas. Otherwise a copy
             of each weight is kept, and `unmerge_delta` restores it bit for bit.
 
@@ -216,4 +221,4 @@ def lora_plus_groups(model: nn.Cell, lr: float, ratio: float = 16.0, weight_deca
         [0.0016, 0.0001]
     """
     named = [(p.name, p) for p in bridge.check_model(model).trainable_params()]
-    return steps.plus_groups(named, lr, ratio, weight_decay)
+    return plus.plus_groups(named, lr, ratio, weight_decay)

@@ -99,7 +99,10 @@ class LoraLinear(LoraLayer):
         high = self.lora_b_matmul(self.lora_a_matmul(dropped, a), b)
         if self.part_biases[i] != "":
             high = high + ops.cast(getattr(self, self.part_biases[i]), kind)
-        return self.lora_mul(high, self.part_scales[i])
+        high = self.lora_mul(high, self.part_scales[i])
+        if self.part_rests[i] != "":
+            high = high + ops.matmul(dropped, ops.cast(self.rest(i), kind).swapaxes(0, 1))
+        return high
 
     def dora(self, i: int, x: Any, a: Any, b: Any, magnitude: Any, kind: Any) -> Any:
         """What DoRA adds: m / |W + sBA| (W + sBA) x - W x, the length held constant (Liu et al. 2024, sec. 4.3)."""
@@ -212,12 +215,14 @@ class LoraTable(LoraLayer):
         out = self.plain_construct(ids)
         plain = out
         for i in range(self.n_active):
-            a, b = getattr(self, self.part_a[i]), getattr(self, self.part_b[i])
+            a, b = self.halves(i, out.dtype)
             low = ops.gather(ops.transpose(a, (1, 0)), ids, 0)  # (..., r)
             if self.padded >= 0:
                 silent = ops.expand_dims(ids == self.padded, -1)
                 low = ops.where(silent, ops.stop_gradient(low), low)
             side = ops.matmul(low, ops.transpose(b, (1, 0))) * self.part_scales[i]
+            if self.part_rests[i] != "":
+                side = side + ops.cast(ops.gather(self.rest(i), ids, 0), side.dtype)
             if self.part_turns[i] != 0.0:
                 side = self.turned(i, plain, side, ops.transpose(ops.matmul(b, a), (1, 0)))
             out = out + ops.cast(side, out.dtype)
@@ -286,7 +291,7 @@ class LoraConv(LoraLayer):
 class LoraConv2d(LoraConv):
     """`nn.Conv2d` with low-rank deltas."""
 
-    worked_out = (*LoraLayer.worked_out, "low_convs", "high_conv")
+    worked_out = (*LoraLayer.worked_out, "low_convs", "high_conv", "whole_conv")
 
     def refresh(self) -> None:
         """Work out once what the construct would otherwise ask on every call."""
@@ -301,14 +306,17 @@ class LoraConv2d(LoraConv):
         ranks = [self.delta_specs[p.name].rank for p in self._running]
         self.low_convs = [ops.Conv2D(out_channel=r, kernel_size=self.kernel_size, **same) for r in ranks]
         self.high_conv = ops.Conv2D(out_channel=self.out_channels, kernel_size=1)
+        self.whole_conv = ops.Conv2D(out_channel=self.out_channels, kernel_size=self.kernel_size, **same)
 
     def construct(self, x: Any) -> Any:
         out = self.plain_construct(x)
         plain = out
         for i in range(self.n_active):
-            a, b = getattr(self, self.part_a[i]), getattr(self, self.part_b[i])
+            a, b = self.halves(i, out.dtype)
             low = self.low_convs[i](self.dropped(i, x), a)
             side = self.with_bias(i, self.high_conv(low, b)) * self.part_scales[i]
+            if self.part_rests[i] != "":
+                side = side + self.whole_conv(x, ops.cast(self.rest(i), side.dtype))
             if self.part_turns[i] != 0.0:
                 side = self.turned(i, plain, side, a, b)
             out = out + side
@@ -322,9 +330,12 @@ class LoraMintConv2d(LoraConv):
         out = self.plain_construct(x)
         plain = out
         for i in range(self.n_active):
-            a, b = getattr(self, self.part_a[i]), getattr(self, self.part_b[i])
+            a, b = self.halves(i, out.dtype)
             low = mint.nn.functional.conv2d(self.dropped(i, x), a, None, self.stride, self.padding, self.dilation)
             side = self.with_bias(i, mint.nn.functional.conv2d(low, b)) * self.part_scales[i]
+            if self.part_rests[i] != "":
+                whole = ops.cast(self.rest(i), side.dtype)
+                side = side + mint.nn.functional.conv2d(x, whole, None, self.stride, self.padding, self.dilation)
             if self.part_turns[i] != 0.0:
                 side = self.turned(i, plain, side, a, b)
             out = out + side

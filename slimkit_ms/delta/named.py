@@ -6,7 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from slimkit.core.delta import rest
 from slimkit.core.delta.named import LORA_BOOK, MergingFace, NamedLoras, Part
+from slimkit.core.delta.rest import PARTS
 from slimkit.core.delta.spec import LoraSpec, key
 from slimkit_ms import bridge
 from slimkit_ms.delta import initial, merged
@@ -68,6 +70,11 @@ class LoraLayer(NamedLoras, MergingLayer):
         "part_turns",
         "part_lengths",
         "part_biases",
+        "part_rests",
+        "part_shares",
+        "rest_first",
+        "rest_second",
+        "rest_shape",
     )
 
     def refresh(self) -> None:
@@ -83,6 +90,36 @@ class LoraLayer(NamedLoras, MergingLayer):
         self.part_lengths = [key("lora", "magnitude", p.name) for p in parts]
         self.part_biases = [key("lora", "bias", p.name) if self.delta_specs[p.name].bias else "" for p in parts]
 
+        self.part_rests = [self.delta_specs[p.name].rest for p in parts]
+        self.part_shares = [self.active_deltas[p.name] for p in parts]
+        named = [PARTS[rest] or ("", "") for rest in self.part_rests]
+        self.rest_first = [key("lora", names[0], p.name) for p, names in zip(parts, named)]
+        self.rest_second = [key("lora", names[1], p.name) for p, names in zip(parts, named)]
+        self.rest_shape = tuple(self.weight.shape)
+        if "signs" in self.part_rests:
+            self.sign_table = ms.Tensor(rest.sign_table())
+
+    def halves(self, i: int, kind: Any) -> tuple[Any, Any]:
+        """a and b of the i-th active delta; those that a file holds in fewer bits are computed with in `kind`."""
+        a, b = getattr(self, self.part_a[i]), getattr(self, self.part_b[i])
+        if a.dtype != ms.float32:
+            a, b = ops.cast(a, kind), ops.cast(b, kind)
+        return a, b
+
+    def rest(self, i: int) -> Any:
+        """What the i-th active delta adds beside its low rank, in the weight's layout and float32."""
+        first, second = getattr(self, self.rest_first[i]), getattr(self, self.rest_second[i])
+        columns = 1
+        for size in self.rest_shape[1:]:
+            columns = columns * size
+        if self.part_rests[i] == "signs":
+            rows = ops.gather(self.sign_table, ops.cast(first, ms.int32), 0).reshape((self.rest_shape[0], -1))
+            dense = rows[:, :columns] * ops.expand_dims(second, 1)
+        else:
+            empty = ops.zeros((self.rest_shape[0] * columns,), ms.float32)
+            dense = ops.tensor_scatter_add(empty, ops.expand_dims(first, 1), ops.cast(second, ms.float32))
+        return self.part_shares[i] * dense.reshape(self.rest_shape)
+
     def leave(self) -> None:
         """Take every delta off, in place."""
         for name in list(self.delta_specs):
@@ -95,7 +132,7 @@ class LoraLayer(NamedLoras, MergingLayer):
             return ops.dropout(x, p=self.part_rates[i], training=True)
         return x
 
-    def add(self, name: str, spec: LoraSpec, dtype: Any = None, *, fresh: bool = True) -> None:
+    def add(self, name: str, spec: LoraSpec, dtype: Any = None, *, fresh: bool = True, start: Any = None) -> None:
         """Add a delta that changes nothing yet, in place, and make it active.
 
         Args:
@@ -103,6 +140,7 @@ class LoraLayer(NamedLoras, MergingLayer):
             spec: its rank, scale and start.
             dtype: of its parameters; None means float32.
             fresh: whether to compute its start; not needed when values are filled in afterwards.
+            start: rows that a begins with, (at most rank, inputs); None for those of its spec alone.
         """
         kind = dtype or ms.float32
         a_shape, b_shape = self.shapes(spec.rank)
@@ -112,8 +150,15 @@ class LoraLayer(NamedLoras, MergingLayer):
             a, b = self.start_of(spec)
         a_key, b_key = key("lora", "a", name), key("lora", "b", name)
         # Looked up by name, the class attribute of another delta must never answer for one that is missing.
-        self.insert_param_to_cell(a_key, initial.parameter(a, a_shape, kind, a_key))
+        first = initial.parameter(a, a_shape, kind, a_key)
+        if start is not None:
+            rows = bridge.as_numpy(first.init_data())
+            rows[: len(start)] = start
+            first = initial.parameter(ms.Tensor(rows), a_shape, kind, a_key)
+        self.insert_param_to_cell(a_key, first)
         self.insert_param_to_cell(b_key, initial.parameter(b, b_shape, kind, b_key))
+        for half in (a_key, b_key) if spec.rest else ():
+            getattr(self, half).requires_grad = False  # a compressed delta is made, not trained
         if spec.init == "pissa":
             for part, source in (("a0", a_key), ("b0", b_key)):
                 object.__setattr__(self, key("lora", part, name), ms.Tensor(bridge.as_numpy(getattr(self, source))))
@@ -124,6 +169,8 @@ class LoraLayer(NamedLoras, MergingLayer):
         if spec.bias:
             s_key = key("lora", "bias", name)
             self.insert_param_to_cell(s_key, initial.parameter("zeros", b_shape[:1], kind, s_key))
+        for part, (shape, word) in rest.shapes(spec.rest, tuple(self.weight.shape), spec.count).items():
+            object.__setattr__(self, key("lora", part, name), ms.Tensor(np.zeros(shape, word)))
         self.take(name, spec)
 
     def start_of(self, spec: LoraSpec) -> tuple[Any, Any]:
@@ -150,10 +197,16 @@ class LoraLayer(NamedLoras, MergingLayer):
         if spec.keep_zeros:
             return part.scale * delta * (base != 0)
         if not spec.dora:
-            return part.scale * delta
+            return part.scale * delta + weight * self.rest_values(part.name) if spec.rest else part.scale * delta
         turned = base + spec.scaling * delta
         length = bridge.as_numpy(getattr(self, key("lora", "magnitude", part.name))).astype(np.float32)
         return weight * (self._per_output(length / self._lengths(turned)) * turned - base)
+
+    def rest_values(self, name: str) -> Any:
+        """What a compressed delta adds beside its low rank, as NumPy."""
+        spec = self.delta_specs[name]
+        parts = {p: bridge.as_numpy(getattr(self, key("lora", p, name))) for p in PARTS[spec.rest]}
+        return rest.dense(spec.rest, parts, tuple(self.weight.shape))
 
     def _lengths(self, weight: Any) -> Any:
         return np.linalg.norm(weight, axis=1)

@@ -122,7 +122,7 @@ class MindSporeStorage(MindSporeDelta, DeltaStorage):
         return apply_delta(model, kind, targets, **options)
 
 
-_STORAGE = MindSporeStorage()
+STORAGE = MindSporeStorage()
 
 
 def save_delta(
@@ -139,7 +139,7 @@ def save_delta(
         directory: a folder; made if missing.
         names: the named deltas to save; None means all.
         format: "slimkit" (a bundle that opens in either framework) or "peft" (files that Hugging Face PEFT loads; one
-            delta of lora, ia3, prefix or prompt).
+            delta of lora, ia3, miss, shira, prefix or prompt).
 
     Returns:
         The folder.
@@ -159,8 +159,8 @@ def save_delta(
     """
     bridge.check_model(model)
     if check.choice(format, FORMATS, "format") == "peft":
-        return storage.save_peft(_STORAGE, model, directory, names)
-    return storage.save(_STORAGE, model, directory, names)
+        return storage.save_peft(STORAGE, model, directory, names)
+    return storage.save(STORAGE, model, directory, names)
 
 
 def load_delta(
@@ -198,7 +198,7 @@ def load_delta(
     """
     bridge.check_model(model)
     return storage.load(
-        _STORAGE,
+        STORAGE,
         model,
         directory,
         name=name,

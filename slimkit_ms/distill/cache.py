@@ -69,7 +69,7 @@ class TeacherCache(TeacherFiles):
                     wants = [(place, label.t_side, label.t_output_idx, path) for place, label in found[path]]
                     taps.replace(teacher, path, taps.Noted(cell, wants, seen))
                     wrapped.append((path, cell))
-                yield answer
+                yield lambda calls: (answer(*call) for call in calls)
             finally:
                 for path, cell in reversed(wrapped):
                     taps.replace(teacher, path, cell)

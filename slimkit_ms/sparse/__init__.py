@@ -2,6 +2,7 @@
 
 from slimkit.core.sparse import SparseConfig, SparseMethod, register_sparse_method
 from slimkit.core.sparse.maths.solvers import SparseProblem
+from slimkit_ms.sparse.checkpoint import sparsify_checkpoint
 from slimkit_ms.sparse.compressor import Compressor
 from slimkit_ms.sparse.zeros import FrozenZeros, freeze_zeros
 
@@ -13,4 +14,5 @@ __all__ = [
     "SparseProblem",
     "freeze_zeros",
     "register_sparse_method",
+    "sparsify_checkpoint",
 ]

@@ -14,9 +14,10 @@ from slimkit.core.errors import UnsupportedError
 from slimkit.core.sparse.call_order import CallOrder, batch_shape
 from slimkit.core.sparse.experts import LayerCall, Pairs
 from slimkit_ms import bridge, kinds
+from slimkit_ms.chain import block_paths, first_tensor, hooks, valid_tokens
 from slimkit_ms.replay import replaying
 from slimkit_ms.sparse.reads import Reads
-from slimkit_ms.sparse.residual import arriving, block_paths, chained, first_tensor, hooks, joints
+from slimkit_ms.sparse.residual import arriving, chained, joints
 from slimkit_ms.sparse.slots import PARTS, WeightSlot, attended
 from slimkit_ms.sparse.trained import MindSporeTrained
 
@@ -140,15 +141,6 @@ def trace(
     return calls
 
 
-def valid_tokens(batch: Any) -> Array | None:
-    """Which tokens of a batch are no padding: its 2-D attention mask of zeros and ones, if it has one."""
-    mask = bridge.tensors(batch.get("attention_mask")) if isinstance(batch, Mapping) else None
-    if not isinstance(mask, ms.Tensor) or mask.ndim != 2:
-        return None
-    found: Array = bridge.as_numpy(mask) != 0
-    return found
-
-
 def as_input(cell: nn.Cell, x: ms.Tensor, valid: Array | None = None) -> Array:
     """A layer's input as a float32 NumPy array: padded for a convolution, without the rows of padding tokens."""
     values = bridge.as_numpy(x.astype(ms.float32))
@@ -189,10 +181,11 @@ class WholeModel:
         self.joined: dict[str, str] = {}
         self._blocks: list[str] = []
 
-    def replay(self, names: Sequence[str], seen: Seen) -> None:
+    def replay(self, names: Sequence[str], seen: Seen, ended: Callable[[], None] | None = None) -> None:
         """Send every batch through, calling ``seen(name, x, dense x, drift)`` at each use of the layers.
 
         The drift is what else reaches the sum that the layer's output joins: the dense model's minus this one's.
+        `ended` is called after each batch.
         """
         joined = any(name in self.joined for name in names)
         last = None if joined else self._traced.last(names)
@@ -203,6 +196,8 @@ class WholeModel:
             if self.dense is not None:
                 self._watch(self.dense, names, dense_batch, valid, until, last, pairs.dense)
             self._watch(self.model, names, batch, valid, until, last, pairs.sparse)
+            if ended is not None:
+                ended()
 
     def batches(self) -> Iterator[tuple[Any, Any, Array | None]]:
         """Each batch for the sparse model, for the dense one, and which of its tokens are no padding."""

@@ -9,16 +9,18 @@ from typing import Any
 
 import numpy as np
 
+from slimkit.core.errors import UnsupportedError
+from slimkit.core.sparse.allocate import changes
 from slimkit.core.sparse.experts import learn_layouts
 from slimkit.core.sparse.framework import CalibratedBlock
 from slimkit.core.sparse.maths.layer import SparseLayer
 from slimkit.core.sparse.processes import agreed, demand_tokens
 from slimkit.core.sparse.skipped import adapter_parts, other_matrices
 from slimkit_ms import bridge, kinds
-from slimkit_ms.sparse.blocks import WholeModel, as_input, trace, unwatched, valid_tokens, watching
-from slimkit_ms.sparse.chain import ChainInputs, ModelBlock
+from slimkit_ms.chain import ChainInputs, block_paths, first_tensor, valid_tokens
+from slimkit_ms.sparse.blocks import WholeModel, as_input, trace, unwatched, watching
+from slimkit_ms.sparse.chain import ModelBlock
 from slimkit_ms.sparse.reads import Reads
-from slimkit_ms.sparse.residual import block_paths, first_tensor
 from slimkit_ms.sparse.slots import WeightSlot, own_matrices, parts, slots_of, unclear
 from slimkit_ms.sparse.trained import norm_parameters
 
@@ -33,7 +35,7 @@ class MindSporeSparse:
 
     def __init__(self, model: nn.Cell) -> None:
         self.model = model
-        self.keeps_masks = True
+        self.keeps_masks, self.deals = True, False
         self._slots: dict[str, WeightSlot] = {}
 
     def layers(self, dataset: Iterable[Any] | None = None) -> tuple[dict[str, SparseLayer], dict[str, str]]:
@@ -141,6 +143,20 @@ class MindSporeSparse:
         if after:
             yield WholeModel(self.model, dense, dataset, slots, after, calls, whole=False)
 
+    def probing(self, dataset: Iterable[Any], names: Sequence[str]) -> Iterator[CalibratedBlock]:
+        """The same parts for a walk that only looks."""
+        return self.stages(dataset, names, paired=False)
+
+    def kept(self, what: str, make: Callable[[], Any]) -> Any:
+        """A value that is made anew: nothing is left of earlier runs."""
+        return make()
+
+    def changes(
+        self, probes: Sequence[Any], names: Sequence[str], variants: Sequence[Callable[[Sequence[str]], None]]
+    ) -> list[list[float]]:
+        """For each batch the power of the model's output, and what each variant changes of it."""
+        return changes(self, probes, names, variants)
+
     def outputs(self, batch: Any) -> Array:
         """The cell's first output for a batch, as a float32 NumPy array."""
         with watching(self.model, {}, unwatched) as run:
@@ -189,6 +205,10 @@ class MindSporeSparse:
             parts[self.rank(), 1] = array - parts[self.rank(), 0]
             totals.append(_all_reduce(parts).sum((0, 1), dtype=np.float64))
         return totals
+
+    def swap(self, sent: Array, gives: Sequence[int], gets: Sequence[int]) -> Array:
+        """Give every process its part of a flat array, and get as many numbers of each, in the processes' order."""
+        raise UnsupportedError("a walk of files needs one process in MindSpore")
 
 
 def _all_reduce(values: Array) -> Array:

@@ -11,41 +11,12 @@ import numpy as np
 
 from slimkit.core.sparse.call_order import TOLERANCE
 from slimkit_ms import bridge
+from slimkit_ms.chain import first_tensor, hooks
 
 import mindspore as ms
 from mindspore import nn
 
 Array = np.ndarray[Any, Any]
-
-
-def first_tensor(value: Any) -> Any:
-    """The hidden states in a block's output: itself, or the first of a tuple."""
-    return value[0] if isinstance(value, (tuple, list)) else value
-
-
-def block_paths(model: nn.Cell, names: Collection[str]) -> list[str]:
-    """The children of the list that holds most of the layers, if they are two or more of one class; else none."""
-    best: list[str] = []
-    covered = 0
-    for path, cell in model.cells_and_names():
-        if isinstance(cell, (nn.CellList, nn.SequentialCell)) and len(cell) > 1 and len({type(c) for c in cell}) == 1:
-            stem = f"{path}." if path else ""
-            # Inside a child, not the child itself: a list of plain layers is no chain of blocks.
-            inside = [n for n in names if n.startswith(stem) and "." in n[len(stem) :]]
-            if len(inside) > covered:
-                best, covered = [f"{stem}{i}" for i in range(len(cell))], len(inside)
-    return best
-
-
-@contextlib.contextmanager
-def hooks() -> Iterator[list[Any]]:
-    """A list of handles of hooks, which are removed at the end."""
-    handles: list[Any] = []
-    try:
-        yield handles
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextlib.contextmanager

@@ -10,8 +10,8 @@ import numpy as np
 
 from slimkit.core import replay
 from slimkit_ms import bridge, kinds
+from slimkit_ms.chain import first_tensor
 from slimkit_ms.replay import TENSORS, quiet, unchanged
-from slimkit_ms.sparse.residual import first_tensor
 from slimkit_ms.sparse.slots import WeightSlot
 
 import mindspore as ms

@@ -159,17 +159,22 @@ def test_magnitude_needs_no_calibration(kit, task, tmp_path):
 
 KINDS = {
     "lora": ({"rank": 2}, ("--rank", 2)),
+    "lora from the gradient": ({"rank": 2, "settings": {"init": "gradient"}}, ("--rank", 2, "--set", "init=gradient")),
+    "lora from the inputs": ({"settings": {"init": "activations"}}, ("--set", "init=activations")),
     "adapter": ({"settings": {"bottleneck_size": 4}}, ("--set", "bottleneck_size=4")),
     "low_rank_adapter": ({}, ()),
     "ia3": ({}, ()),
+    "miss": ({"rank": 2}, ("--rank", 2)),
+    "shira": ({"rank": 2, "settings": {"support": "magnitude"}}, ("--rank", 2, "--set", "support=magnitude")),
     "prefix": ({"settings": {"prefix_token_num": 2}}, ("--set", "prefix_token_num=2")),
     "prompt": ({"settings": {"num_virtual_tokens": 2}}, ("--set", "num_virtual_tokens=2")),
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_adapts_through_both_doors(kit, task, tmp_path, kind):
-    of_kind, flags = KINDS[kind]
+@pytest.mark.parametrize("way", KINDS)
+def test_every_kind_adapts_through_both_doors(kit, task, tmp_path, way):
+    of_kind, flags = KINDS[way]
+    kind = way.split()[0]
     front = kind in ("prefix", "prompt")
     net, train = ("attention", "words") if front else ("net", "batches")
     targets = {} if front else {"targets": ["a"]}

@@ -85,6 +85,19 @@ def test_a_plan_of_one_framework_cuts_the_other(kit, net):
     np.testing.assert_allclose(run(kit, model, x), np.array(golden["output"]), atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("net", list(NETS))
+def test_zeros_of_a_padded_plan_are_what_a_cut_drops(kit, net):
+    golden = json.loads(GOLDEN.read_text())[next(f"{n} {i}" for n, i in CASES if n == net)]
+    model, shape = NETS[net](kit)
+    x = inputs(kit, shape)
+    held = {n: {**v, "keep": list(range(v["size"]))} for n, v in golden["desc"]["variables"].items()}
+    gone = {n: sorted(set(held[n]["keep"]) - set(v["keep"])) for n, v in golden["desc"]["variables"].items()}
+    kit.room("prune").Pruner(model, x).prune_by_desc(
+        {**golden["desc"], "variables": held, "padded": gone, "attributes": {}, "groups": {}}
+    )
+    np.testing.assert_allclose(run(kit, model, x), np.array(golden["output"]), atol=2e-5, rtol=1e-4)
+
+
 def compensated(kit):
     """A net whose batch norms hold statistics of other data, cut to 60 % and refitted on three batches."""
     rng = np.random.default_rng(11)

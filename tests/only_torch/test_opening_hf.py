@@ -43,7 +43,7 @@ def test_a_folder_of_transformers_gives_its_model(llama, tmp_path):
     assert equal(found.model, llama)
 
 
-@pytest.mark.parametrize("form", ["config", "any"])
+@pytest.mark.parametrize("form", ["config", "padded", "any"])
 def test_a_pruned_folder_of_either_form_gives_its_model(llama, tmp_path, form):
     llama.save_pretrained(tmp_path / "plain")
     face = TorchJobs("cpu")

@@ -119,7 +119,7 @@ def test_the_cut_is_repaired_and_an_error_leaves_the_model(monkeypatch):
 def test_streams_that_cannot_be_turned_are_refused_with_the_reason():
     config = transformers.GPT2Config(vocab_size=60, n_embd=32, n_layer=1, n_head=4, n_positions=64)
     job = pruner(transformers.GPT2LMHeadModel(config).eval())
-    with pytest.raises(UnsupportedError, match="cannot be turned: a LayerNorm in transformer.h.0"):
+    with pytest.raises(UnsupportedError, match=r"cannot be turned: a LayerNorm in transformer\.h\.0"):
         job.analysis(0.9, [])
     job = PruneTorch(
         torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.ReLU(), torch.nn.Linear(32, 4)), torch.ones(1, 8)

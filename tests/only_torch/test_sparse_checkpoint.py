@@ -167,7 +167,7 @@ def test_a_run_begun_before_an_option_came_goes_on(source, data, tmp_path, monke
 
     config = SparseConfig(method="hessian")
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "_finish", lambda *_: 1 / 0)
+        patch.setattr(checkpoint, "_copy_others", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             checkpoint.sparsify_checkpoint(source("llama"), tmp_path / "out", config, data)
     (job,) = (tmp_path / "out").rglob("job.json")
@@ -225,6 +225,31 @@ def test_trained_blocks_resume_to_the_same_bytes_and_equal_the_whole_model(sourc
     Compressor(dense, SparseConfig(method="block", options={"passes": 3, "rate": 0.001}, ignore=left)).compress(data)
     for (name, a), b in zip(ours.state_dict().items(), dense.state_dict().values()):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=0, msg=name)  # the same text on the same numbers
+
+
+@pytest.mark.parametrize("method", ["hessian", "magnitude"])
+def test_measured_ratios_are_those_of_the_whole_model(method, source, data, tmp_path, monkeypatch):
+    from slimkit.core.sparse import allocate
+    from slimkit.sparse import Compressor, sparsify_checkpoint
+
+    monkeypatch.setattr(allocate, "SHARE", 1)
+    config = SparseConfig(method=method, uniform=False)
+    report = sparsify_checkpoint(source("llama"), tmp_path / "out", config, data)
+    left = [n for n, why in report["skipped"].items() if "tied" not in why]
+    whole = type(build("llama")).from_pretrained(source("llama")).eval()
+    expected = Compressor(whole, SparseConfig(method=method, uniform=False, ignore=left)).compress(data)
+    found, wanted = report["allocation"], expected["allocation"]
+    assert (found["kept"], found["probe_batches"], found["held_out"]) == (
+        wanted["kept"],
+        wanted["probe_batches"],
+        False,
+    )
+    assert found["uniform_error"] == pytest.approx(wanted["uniform_error"], rel=1e-4)
+    assert found["measured_error"] == pytest.approx(wanted["measured_error"], rel=1e-3)
+    if found["kept"] == "measured":
+        ratios = {name: row["ratio"] for name, row in report["layers"].items()}
+        assert len(set(ratios.values())) > 2
+        assert ratios == pytest.approx({name: row["ratio"] for name, row in expected["layers"].items()}, abs=0.01)
 
 
 def test_no_data_is_needed_for_magnitude(source, tmp_path):
@@ -316,6 +341,31 @@ def test_a_second_run_in_the_same_folder_is_refused_and_spoils_nothing(source, d
         pass
 
 
+def test_a_run_tells_how_far_it_is_and_what_stopped_it(source, data, tmp_path):
+    from slimkit.core.jobs.status import status
+    from slimkit.sparse import sparsify_checkpoint
+
+    target, config, seen = tmp_path / "out", SparseConfig(method="hessian"), []
+
+    def look(step):
+        seen.append(status(target))
+        if step.done == 10:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sparsify_checkpoint(source("llama"), target, config, data, on_progress=look)
+    assert {found["state"] for found in seen} == {"running"}
+    assert [found["done"]["layers"] for found in seen] == [[i, 21] for i in range(1, 11)]
+    assert seen[-1]["done"]["blocks"] == [1, 3]
+    assert seen[-1]["rows"] == 3 * 64
+    stopped = status(target)
+    assert (stopped["state"], stopped["why"], stopped["processes"]) == ("stopped", "KeyboardInterrupt", 1)
+    sparsify_checkpoint(source("llama"), target, config, data)
+    assert status(target)["state"] == "finished"
+    sparsify_checkpoint(source("llama"), tmp_path / "alone", config, data)
+    assert tree(target) == tree(tmp_path / "alone")
+
+
 def test_a_changed_job_is_refused_by_name(source, data, tmp_path, monkeypatch):
     from slimkit.sparse import checkpoint
 
@@ -346,8 +396,8 @@ def test_what_cannot_be_done_is_refused(source, data, tmp_path):
     (tmp_path / "full" / "precious").write_text("x")
     with pytest.raises(ArgumentError, match="dst"):
         sparsify_checkpoint(source("llama"), tmp_path / "full", SparseConfig(), None)
-    with pytest.raises(UnsupportedError, match="uniform"):
-        sparsify_checkpoint(source("llama"), tmp_path / "a", SparseConfig(uniform=False), data)
+    with pytest.raises(ArgumentError, match="offload"):
+        sparsify_checkpoint(source("llama"), tmp_path / "a", SparseConfig(), data, offload="tape")
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileFormatError, match="safetensors"):
         sparsify_checkpoint(tmp_path / "empty", tmp_path / "b", SparseConfig(), None)

@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from slimkit.core.errors import UnsupportedError
-from slimkit.core.sparse import SparseConfig
 from slimkit.core.sparse.maths.layer import SparseLayer
 from slimkit.core.sparse.processes import agreed, owners
 from tests.only_torch import sparse_processes
@@ -106,14 +104,3 @@ def test_work_is_spread_by_its_cost():
     assert owner["wide"] == 0
     assert [owner[f"{i}"] for i in range(4)] == [1] * 4  # together they are cheaper than the wide one
     assert owners(layers, "magnitude", 2) == owners(layers, "hessian", 1) == owners(layers[:1], "hessian", 2) == {}
-
-
-def test_a_checkpoint_walk_needs_one_process(tmp_path, monkeypatch):
-    from slimkit.sparse import framework, sparsify_checkpoint
-    from tests.only_torch.test_sparse_checkpoint import build
-
-    build("llama").save_pretrained(tmp_path / "src")
-    monkeypatch.setattr(framework.TorchSparse, "processes", lambda _: 2)
-    with pytest.raises(UnsupportedError, match="one process"):
-        sparsify_checkpoint(tmp_path / "src", tmp_path / "dst", SparseConfig(), None)
-    assert not (tmp_path / "dst").exists()

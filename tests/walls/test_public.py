@@ -17,12 +17,14 @@ BOTH = [n for n in {n for table in public.ROOMS.values() for n in table} if n no
 
 # (name, parameter): why its default or presence differs between the wings.
 _DTYPE = "float16 on MindSpore as the documents of MindPet say; the input's dtype on torch"
+_WALK = "a folder says how transformers builds its model; MindSpore's blocks are built by the caller, on one device"
 EXCEPTIONS: dict[tuple[str, str], str] = {
     ("AdapterDense", "compute_dtype"): _DTYPE,
     ("AdapterLayer", "compute_dtype"): _DTYPE,
     ("LoRADense", "compute_dtype"): _DTYPE,
     ("LowRankAdapterDense", "compute_dtype"): _DTYPE,
     ("LowRankAdapterLayer", "compute_dtype"): _DTYPE,
+    **{("sparsify_checkpoint", name): _WALK for name in ("compute_dtype", "device", "offload", "build", "blocks")},
 }
 
 

@@ -1,6 +1,7 @@
 """Delta layers against Hugging Face PEFT in the same run: step time, peak memory, applying, saving, loading, freezing.
 
-    python tools/bench/delta.py [--rounds 7] [--only steps,memory,files,apply,freeze] [--model FOLDER] [--batch 16x128]
+    python tools/bench/delta.py [--rounds 7] [--only steps,memory,files,apply,switch,freeze] [--model FOLDER]
+        [--batch 16x128]
 
 Steps are CPU seconds of one thread, the variants taking turns; the ratio is the median over rounds of paired ratios.
 The model is MiniLM, or the language model in a Hugging Face folder (steps and memory alone). Memory is the highest
@@ -135,12 +136,12 @@ def memory():
     return found
 
 
-def best(call, n=5):
+def best(call, n=5, clock=time.perf_counter):
     times = []
     for _ in range(n):
-        began = time.perf_counter()
+        began = clock()
         call()
-        times.append(time.perf_counter() - began)
+        times.append(clock() - began)
     return round(min(times) * 1000, 1)
 
 
@@ -174,10 +175,35 @@ def apply():
     import torch
 
     deep = torch.nn.Sequential(*[torch.nn.Linear(64, 64) for _ in range(1000)])
-    out = {"apply lora to 1,000 layers ms": best(lambda: slimkit.apply_delta(deep, "lora", rank=8), 1)}
-    out["merge them ms"] = best(lambda: slimkit.merge_delta(deep), 1)
-    out["remove them ms"] = best(lambda: slimkit.remove_delta(deep), 1)
-    return out
+    calls = {
+        "apply lora to 1,000 layers": lambda: slimkit.apply_delta(deep, "lora", rank=8),
+        "merge them": lambda: slimkit.merge_delta(deep),
+        "remove them": lambda: slimkit.remove_delta(deep),
+    }
+    return {f"{what}, CPU ms": best(call, 1, time.process_time) for what, call in calls.items()}
+
+
+def switch():
+    """Which of three LoRAs on all linear layers acts: CPU microseconds of one choice, in turn."""
+    from peft import LoraConfig, get_peft_model
+
+    import slimkit
+
+    names = ("one", "two", "three")
+    ours, peers = base(), base()
+    for name in names:
+        slimkit.apply_delta(ours, "lora", name=name)
+    peers = get_peft_model(peers, LoraConfig(target_modules="all-linear"), adapter_name=names[0])
+    for name in names[1:]:
+        peers.add_adapter(name, LoraConfig(target_modules="all-linear"))
+    calls = {"slimkit": lambda name: slimkit.set_delta(ours, name), "peft": peers.set_adapter}
+    taken = {who: [] for who in calls}
+    for i in range(150):
+        for who, call in calls.items():
+            began = time.process_time()
+            call(names[i % 3])
+            taken[who].append(1e6 * (time.process_time() - began))
+    return {f"{who} us": round(statistics.median(t)) for who, t in taken.items()}
 
 
 def freeze():
@@ -250,7 +276,7 @@ def freeze_calls(slim, make, parameters):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--only", default="steps,memory,files,apply,freeze")
+    parser.add_argument("--only", default="steps,memory,files,apply,switch,freeze")
     parser.add_argument("--model", default="", help="folder of a causal language model, in place of MiniLM")
     parser.add_argument("--batch", default="16x128", help="texts x tokens")
     parser.add_argument("--variants", default=",".join(VARIANTS), help="ways to train, for steps and memory")
@@ -260,7 +286,8 @@ def main():
         children = {"freeze_torch": freeze_torch, "freeze_mindspore": freeze_mindspore}
         print(json.dumps(children[options.child]() if options.child in children else memory_of(options.child)))
         return
-    jobs = {"steps": lambda: steps(options.rounds), "memory": memory, "files": files, "apply": apply, "freeze": freeze}
+    jobs = {"steps": lambda: steps(options.rounds), "memory": memory, "files": files, "apply": apply}
+    jobs |= {"switch": switch, "freeze": freeze}
     for name in options.only.split(","):
         print(json.dumps({name: jobs[name]()}, indent=1))
 

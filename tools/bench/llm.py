@@ -3,7 +3,7 @@
     python -m tools.bench.llm sparse --model DIR --text FOLDER --out llm.jsonl
     python -m tools.bench.llm prune --keep 0.9 0.8 0.7 0.5 ...
     python -m tools.bench.llm calibration ...
-    python -m tools.bench.llm distill --student SMALL ...   SMALL: a folder that transformers opens
+    python -m tools.bench.llm distill --student SMALL ...   SMALL: a folder that transformers opens, or 'par 2:4'...
     python -m tools.bench.llm table ...                     what the file holds
 
 DIR is a language model's folder, FOLDER what `tools/recipes/smollm_text.py FOLDER` wrote. Judged as `slimkit compare`
@@ -23,6 +23,7 @@ import json
 import logging
 import math
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
@@ -40,8 +41,11 @@ from slimkit import (
     TeacherCache,
     Trainer,
     calibration,
+    emulate_w8a8s,
+    freeze_zeros,
     get_distill_model,
     own_text,
+    save_w8a8s,
 )
 from slimkit.core.ascend.entropy import byte_entropy
 from slimkit.core.compare.intervals import draws
@@ -60,6 +64,7 @@ SPARSE = (
     *("par 0.5 residual", "par 0.7 residual", "hessian 0.7 free", "par 0.7 free", "par 0.5 free"),
     *("hessian 0.5 swaps", "wanda 0.5 swaps", "par 0.5 swaps", "block 0.5", "block 2:4"),
     *("par 0.3", "par 0.3 bits", "par 0.3 rounded"),  # 2 bits of mantissa, while solving or afterwards
+    *("par 0.4", "par 0.4 int8", "par 0.4 w8a8s", "par 0.4 w8a8s percentile"),  # whole numbers; inputs too, by ranges
 )
 CALIBRATION = (
     *("all 4x512", "all 16x512", "all 64x128", "all 16x128", "all 64x512"),
@@ -117,8 +122,8 @@ class Bench:
 
         Args:
             name: of the cell.
-            make: changes the copy of the dense model that it is given, or returns a model to be judged instead, or
-                figures of its own: "kept", the share of the parameters that is left, "bits", bytes' entropy a weight.
+            make: changes the copy of the dense model that it is given, or returns a model to be judged instead, the
+                share of the parameters that is left, or figures by name: "bits", bytes' entropy a weight.
             parts: of the text.
             spent: CPU seconds before this.
         """
@@ -129,7 +134,7 @@ class Bench:
         model = made if isinstance(made, nn.Module) else model
         seconds = spent + time.process_time() - begun
         row = {"name": name, "cpu_s": round(seconds, 1), **{part: self.judged(model, part) for part in parts}}
-        row |= made if isinstance(made, dict) else {}
+        row |= made if isinstance(made, dict) else {"kept": made} if isinstance(made, float) else {}
         self.cells[name] = row
         with self.out.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
@@ -184,6 +189,7 @@ def sparsified(text: str, batches: Any) -> Callable[[nn.Module], dict[str, float
         swaps=1_000 if "swaps" in switches else 0,
         mantissa_bits=2 if "bits" in switches else None,
         outliers=0.02 if "bits" in switches else 0.0,
+        weight_bits=8 if {"int8", "w8a8s"} & set(switches) else None,
     )
 
     def make(model: nn.Module) -> dict[str, float]:
@@ -197,6 +203,12 @@ def sparsified(text: str, batches: Any) -> Callable[[nn.Module], dict[str, float
             weight = layer.weight.data
             layer.weight.data = on_grid(weight, weight != 0, None, FloatGrid(2), 0.02)[0]
         halves = np.concatenate([layer.weight.detach().half().numpy().reshape(-1) for layer in layers])
+        if "w8a8s" in switches:
+            ranges = "percentile" if "percentile" in switches else "minmax"
+            with tempfile.TemporaryDirectory() as folder:
+                entropy = save_w8a8s(folder, model, batches, ranges=ranges).entropy_bits
+                emulate_w8a8s(model, folder)
+            return {"bits": entropy}
         return {"bits": byte_entropy(halves)}
 
     return make
@@ -241,10 +253,19 @@ def run_prune(bench: Bench) -> None:
 
 
 def run_distill(bench: Bench) -> None:
-    """A smaller model taught by the dense one's logits on the training text, kept on disk; judged on the way."""
+    """A smaller model taught by the dense one's logits on the training text, kept on disk; judged on the way.
+
+    A folder's model learns as it is, a cell of `sparse` with its zeros kept.
+    """
     import transformers
 
-    student = transformers.AutoModelForCausalLM.from_pretrained(bench.asked.student, dtype=torch.float32)
+    name = Path(bench.asked.student).name
+    if Path(bench.asked.student).is_dir():
+        student = transformers.AutoModelForCausalLM.from_pretrained(bench.asked.student, dtype=torch.float32)
+    else:
+        student = copy.deepcopy(bench.dense)
+        sparsified(bench.asked.student, bench.calibration())(student)
+        freeze_zeros(student.requires_grad_(True))
     number = max(bench.asked.tokens) // bench.asked.length
     batches = list(bench.calibration(bench.texts("training"), number))
     outputs = {"t_output_idx": "logits", "s_output_idx": "logits"}
@@ -255,7 +276,6 @@ def run_distill(bench: Bench) -> None:
     spent, done = time.process_time() - begun, 0
     dual = get_distill_model(teacher, student, config)
     optimizer = torch.optim.AdamW(student.parameters(), lr=bench.asked.learning_rate, weight_decay=0.0)
-    name = Path(bench.asked.student).name
     bench.measure(f"{name} + 0 tokens", lambda _: student)
     for tokens in sorted(bench.asked.tokens):
         until, begun = tokens // bench.asked.length, time.process_time()
@@ -291,7 +311,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", help="cells of the job, such as 'par 2:4'; all of them by default")
     parser.add_argument("--cells", nargs="+", default=["hessian 0.5", "hessian 2:4"], help="what calibration judges by")
     parser.add_argument("--keep", type=float, nargs="+", default=[0.9, 0.8, 0.7, 0.5], help="shares for prune")
-    parser.add_argument("--student", help="folder for distill")
+    parser.add_argument("--student", help="of distill: a folder, or a cell of sparse such as 'par 2:4'")
     parser.add_argument("--tokens", type=int, nargs="+", default=[16_384, 65_536, 262_144], help="to distil on")
     parser.add_argument("--learning-rate", type=float, default=1e-4)
     asked = parser.parse_args()

@@ -1,5 +1,6 @@
 """Ascend: targets, padding, the check of ONNX files for ATC, W16A16S and W8A8S folders; from documents, on any CPU."""
 
+from slimkit.core.ascend.adapters import AdapterCheck, check_adapter
 from slimkit.core.ascend.findings import Finding, OnnxCheck
 from slimkit.core.ascend.onnxcheck import check_onnx
 from slimkit.core.ascend.padding import LayerWaste, padded_waste
@@ -11,6 +12,7 @@ __all__ = [
     "TARGETS",
     "W8A8S",
     "W16A16S",
+    "AdapterCheck",
     "AscendTarget",
     "Finding",
     "LayerWaste",
@@ -18,6 +20,7 @@ __all__ = [
     "Source",
     "W8A8SReport",
     "W16A16SReport",
+    "check_adapter",
     "check_onnx",
     "load_w8a8s",
     "load_w16a16s",

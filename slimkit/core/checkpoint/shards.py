@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from slimkit.core import files
+from slimkit.core.checkpoint.weightfile import STORED, Array, Piece, decode, file_chunks
 from slimkit.core.errors import FileFormatError, UnsupportedError
 
 # Bytes copied at once.
@@ -76,6 +79,32 @@ def locate(directory: Path) -> dict[str, Place]:
     for name in names:
         places |= header(files.readable_file(files.inside(directory, name, "a shard's name"), "a shard"))
     return places
+
+
+def piece_of(place: Place) -> Piece:
+    """The stored bytes of a tensor, to be passed on chunk by chunk."""
+
+    def chunks() -> Iterator[memoryview]:
+        with open(place.file, "rb", buffering=0) as handle:
+            yield from file_chunks(handle, [(place.start, place.stop - place.start)], f"{place.file}: a tensor")
+
+    return Piece(place.shape, chunks)
+
+
+def sampled(place: Place, numbers: Sequence[int] | Array) -> Array:
+    """Single values of a tensor, by their flat indices; no other is read.
+
+    Args:
+        place: where the tensor lies.
+        numbers: flat indices.
+    """
+    kind = STORED[place.dtype]
+    found = np.empty(len(numbers), kind)
+    with open(place.file, "rb", buffering=0) as handle:
+        for k, number in enumerate(numbers):
+            handle.seek(place.start + int(number) * kind.itemsize)
+            found[k] = np.frombuffer(handle.read(kind.itemsize), kind)[0]
+    return decode(found, place.dtype)
 
 
 def rewrite(source: Path, target: Path, replaced: Mapping[str, Place]) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from slimkit.core.delta.spec import MERGING
 from slimkit.core.errors import UnsupportedError
 
 
@@ -35,7 +37,7 @@ class DeltaFace:
         """Whether its deltas are in the weight now."""
         return False
 
-    def add(self, name: str, spec: Any, dtype: Any = None, *, fresh: bool = True) -> None:
+    def add(self, name: str, spec: Any, dtype: Any = None, *, fresh: bool = True, start: Any = None) -> None:
         """Add one more named delta that changes nothing yet, in place, and let it act; LoRA layers take several."""
         raise UnsupportedError(f"a layer takes one {self.delta_kind!r}")
 
@@ -51,6 +53,10 @@ class DeltaFace:
     def delta_tensors(self, name: str, spelled: str | None = None) -> dict[str, Any]:
         """Path below the layer -> tensor of everything one delta consists of, as for a delta named `spelled`."""
 
+    def refuse_values(self, parts: Mapping[str, Any], where: str) -> None:
+        """Raise FileFormatError where a file's values for `delta_tensors` mean nothing; their shapes are right."""
+        return
+
     @abstractmethod
     def set_active_deltas(self, weights: dict[str, float]) -> None:
         """Let these deltas act, each times its weight, and no other, in place."""
@@ -65,7 +71,7 @@ class DeltaFace:
 
     def refuse_merging_deltas(self) -> None:
         """Raise UnsupportedError where the deltas cannot be added to the weight."""
-        raise UnsupportedError(f"only lora and ia3 can be merged; this layer carries {self.delta_kind!r}")
+        raise UnsupportedError(f"only {', '.join(MERGING)} can be merged; this layer carries {self.delta_kind!r}")
 
     def merge_deltas(self) -> None:
         """Add the active deltas to the weight, in place."""

@@ -13,7 +13,8 @@ from slimkit.core.delta import inject, owned
 from slimkit.core.delta.base import HELD, BaseValue, Placement
 from slimkit.core.delta.bundle import compare_keys, compare_shapes
 from slimkit.core.delta.framework import DeltaStorage
-from slimkit.core.delta.spec import KINDS, PREFIX, DeltaReport, spec_from_dict
+from slimkit.core.delta.layered import SPECS, spec_of_record
+from slimkit.core.delta.spec import KINDS, PREFIX, DeltaReport
 from slimkit.core.errors import ArgumentError
 from slimkit.core.freeze import report_of
 
@@ -118,6 +119,7 @@ def put_on(
     described: dict[str, Any] = {}
     done: list[str] = []
     wanted: dict[str, Any] = {}
+    checks: list[tuple[Any, dict[str, str]]] = []
     try:
         for delta in deltas:
             built_in = _built_in(access, model, delta)
@@ -132,10 +134,14 @@ def put_on(
             for here, layer in access.layers(model).items():
                 path = here if prompt is None else prompt
                 if path in delta["layers"] and layer.delta_kind == delta["kind"] and delta["name"] in layer.delta_specs:
-                    for part, tensor in layer.delta_tensors(delta["name"], delta["file_name"]).items():
-                        wanted[f"{path}.{part}" if path else part] = tensor
+                    parts = layer.delta_tensors(delta["name"], delta["file_name"])
+                    names = {part: f"{path}.{part}" if path else part for part in parts}
+                    wanted |= {names[part]: tensor for part, tensor in parts.items()}
+                    checks.append((layer, names))
         compare_keys(tensors, wanted, where)
         compare_shapes(tensors, {k: tuple(t.shape) for k, t in wanted.items()}, where)
+        for layer, names in checks:
+            layer.refuse_values({part: tensors[name] for part, name in names.items()}, where)
     except Exception:
         for name in done:
             inject.remove(access, model, name)
@@ -170,12 +176,10 @@ def apply_record(access: DeltaStorage, model: Any, delta: Mapping[str, Any], fre
     """Put one recorded delta on a model, its values still to be filled in."""
     kind = check.choice(delta.get("kind"), KINDS, "kind")
     records: Mapping[str, Any] = delta["layers"]
-    if kind == "lora":
-        specs = {p: spec_from_dict(r) for p, r in records.items()}
+    if kind in SPECS:
+        specs = {p: spec_of_record(kind, r) for p, r in records.items()}
         return inject.apply_layers(access, model, kind, None, name=str(delta["name"]), freeze=freeze, specs=specs)
     options = dict(next(iter(records.values())))
-    if kind == "ia3":
-        options["feedforward"] = [path for path, record in records.items() if record.get("feedforward")] or None
     if options.pop("heads", None) is not None:
         options["sizes"] = {path: record["heads"] for path, record in records.items()}
     return access.apply_kind(model, kind, list(records), name=delta["name"], freeze=freeze, **options)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -99,6 +99,30 @@ class DeltaFramework(ABC):
         """
 
     @abstractmethod
+    def holdable(self, module: Any) -> bool:
+        """Whether a linear layer's weight can be held in fewer bits: whole, in memory, a plain parameter."""
+
+    @abstractmethod
+    def gradients(
+        self, model: Any, paths: Sequence[str], batches: Sequence[Any], loss: Callable[..., Any] | None
+    ) -> Iterator[tuple[str, Array]]:
+        """Path and dL/dW (outputs, inputs) of linear layers, summed over batches; the model is as it was."""
+
+    @abstractmethod
+    def given(
+        self,
+        model: Any,
+        paths: Sequence[str],
+        batches: Sequence[Any],
+        seen: Callable[[str, Array], None],
+        loss: Callable[..., Any] | None = None,
+    ) -> None:
+        """Call ``seen(path, rows)`` with what each layer is given, (n, inputs), rows of padding left out.
+
+        `loss` is what calls the model with a batch, where the model cannot be called with it as it is.
+        """
+
+    @abstractmethod
     def parameters(self, model: Any) -> Parameters:
         """Every parameter, as the freezing rules see it."""
 
@@ -133,6 +157,11 @@ class DeltaStorage(DeltaFramework):
     @abstractmethod
     def weight(self, model: Any, path: str) -> Any:
         """The weight of the layer at a path, as it was before any merging."""
+
+    def base_sample(self, model: Any, path: str, weight: Any) -> Array:
+        """A sample of the weight of the layer at a path, as it was before it was held in fewer bits."""
+        known: Array | None = vars(self.module(model, path)).get("plain_sample")
+        return self.sample(weight) if known is None else known
 
     @abstractmethod
     def apply_kind(self, model: Any, kind: str, targets: list[str] | None, **options: Any) -> DeltaReport:

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from slimkit.core import check
+from slimkit.core.delta.spec import Site
 from slimkit.core.errors import FileFormatError, PatternError
 from slimkit.core.match import match
 
@@ -37,10 +38,11 @@ class Ia3Spec:
         return asdict(self)
 
 
-def by_layer(paths: Iterable[str], feedforward: Any = None) -> dict[str, dict[str, Any]]:
-    """Path -> options, of each chosen layer.
+def by_layer(sites: Mapping[str, Site], paths: Iterable[str], feedforward: Any = None) -> dict[str, Ia3Spec]:
+    """Path -> IA3, of each chosen layer.
 
     Args:
+        sites: every module path of the model.
         paths: the chosen layers.
         feedforward: globs over them: those whose inputs have the factors; None for none.
 
@@ -48,8 +50,8 @@ def by_layer(paths: Iterable[str], feedforward: Any = None) -> dict[str, dict[st
         PatternError: a glob matches no chosen layer.
 
     Example:
-        >>> by_layer(["q", "down"], ["down"])
-        {'q': {'feedforward': False}, 'down': {'feedforward': True}}
+        >>> by_layer({}, ["q", "down"], ["down"])
+        {'q': Ia3Spec(feedforward=False), 'down': Ia3Spec(feedforward=True)}
     """
     paths = list(paths)
     given = [feedforward] if isinstance(feedforward, str) else feedforward
@@ -57,7 +59,7 @@ def by_layer(paths: Iterable[str], feedforward: Any = None) -> dict[str, dict[st
     if found is not None and found.unmatched:
         raise PatternError(f"feedforward must match chosen layers. Matched none: {', '.join(found.unmatched)}")
     inner = set() if found is None else set(found.names)
-    return {p: Ia3Spec(p in inner).to_dict() for p in paths}
+    return {p: Ia3Spec(p in inner) for p in paths}
 
 
 def along(axis: int, ndim: int) -> tuple[int, ...]:

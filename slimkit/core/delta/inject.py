@@ -15,10 +15,10 @@ from dataclasses import replace
 from typing import Any
 
 from slimkit.core import check
-from slimkit.core.delta import ia3, owned
+from slimkit.core.delta import held_base, layered, owned, starts
 from slimkit.core.delta import spec as rules
 from slimkit.core.delta.framework import DeltaFramework
-from slimkit.core.delta.spec import DeltaReport, LoraSpec
+from slimkit.core.delta.spec import DeltaReport
 from slimkit.core.errors import ArgumentError, UnsupportedError
 from slimkit.core.freeze import matched, report_of
 from slimkit.core.log import logger
@@ -52,7 +52,7 @@ def apply_layers(
     also_train: Any = None,
     strict: bool = True,
     dtype: Any = None,
-    specs: Mapping[str, LoraSpec] | None = None,
+    specs: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> DeltaReport:
     """Put a delta of a layer kind on a model, in place; see `apply_delta` of the wings.
@@ -85,24 +85,26 @@ def apply_layers(
     check.boolean(freeze, "freeze")
     flags, trained = _planned_flags(access, model, freeze, also_train)
     notes: list[str] = []
-    layer_options: Mapping[str, Mapping[str, Any]] = {}
+    layer_options: dict[str, dict[str, Any]] = {}
+    begun: dict[str, Any] = {}
     fresh = specs is None  # values that come from a file need no start of their own
     if kind == "lora":
         if specs is None:
             sites.update({p: replace(sites[p], zeros=access.keeps_zeros(access.module(model, p))) for p in paths})
+            calibration, loss = options.pop("calibration", None), options.pop("loss", None)
             specs = rules.lora_specs(sites, paths, **options)
-            kept = [p for p in paths if specs[p].keep_zeros]
-            if kept and options.get("keep_zeros") is None:
-                notes.append(f"{len(kept)} layers were made sparse: their deltas keep the zeros (keep_zeros=False)")
-            filled = [p for p in paths if sites[p].zeros and not specs[p].keep_zeros]
-            if filled:
-                notes.append(
-                    f"{len(filled)} sparse layers get deltas that fill their zeros when merged: {filled[0]} ..."
-                )
-        described: dict[str, dict[str, Any]] = {p: {"type": sites[p].kind, **specs[p].to_dict()} for p in paths}
+            batches = starts.check_data(specs[paths[0]].init, calibration, loss)
+            notes += layered.told_of_zeros(sites, specs, options.get("keep_zeros"))
+            held_base.check(access, model, sites, specs)
+            if batches:
+                begun, said = starts.work_out(access, model, sites, specs, batches, loss)
+                notes += said
+        layer_options = {p: specs[p].to_dict() for p in paths}
     else:
-        layer_options = ia3.by_layer(paths, **options) if kind == "ia3" else dict.fromkeys(paths, options)
-        described = {p: {"type": sites[p].kind, **layer_options[p]} for p in paths}
+        if specs is None:
+            specs = layered.specs(kind, sites, paths, options)
+        layer_options = {p: dict(options) if specs is None else specs[p].to_dict() for p in paths}
+    described: dict[str, dict[str, Any]] = {p: {"type": sites[p].kind, **layer_options[p]} for p in paths}
     before = set(map(id, standing.values()))
     put: dict[int, Any] = {}  # a layer held under two paths carries one delta
     try:
@@ -110,10 +112,11 @@ def apply_layers(
             layer = access.module(model, path)
             if id(layer) not in put:
                 if id(layer) not in before:
-                    access.attach(kind, layer, name, dtype, layer_options.get(path, {}))
+                    access.attach(kind, layer, name, dtype, layer_options[path])
                 put[id(layer)] = layer
                 if kind == "lora":
-                    layer.add(name, (specs or {})[path], dtype, fresh=fresh)
+                    layer.add(name, (specs or {})[path], dtype, fresh=fresh, start=begun.get(path))
+            described[path] |= layer.delta_options(name)  # what putting it on decided is in there too
     except Exception:
         for layer in put.values():
             if id(layer) not in before:
@@ -201,9 +204,8 @@ def _set_flags(access: DeltaFramework, model: Any, flags: Mapping[str, bool]) ->
             parameter.requires_grad = flags[name]
 
 
-def merge(access: DeltaFramework, model: Any, *, unload: bool = False) -> DeltaReport:
-    """Add every active LoRA to the weights, in place; see `merge_delta` of the wings."""
-    check.boolean(unload, "unload")
+def mergeable(access: DeltaFramework, model: Any) -> dict[str, Any]:
+    """Path -> layer with deltas, where all of them can be put into weights that nothing else uses."""
     access.at_rest(model)
     layers = _layers(access, model)
     for path, layer in layers.items():
@@ -211,15 +213,22 @@ def merge(access: DeltaFramework, model: Any, *, unload: bool = False) -> DeltaR
             layer.refuse_merging_deltas()
         except UnsupportedError as error:
             raise UnsupportedError(f"{path}: {error}") from None
-    done = [p for p, layer in layers.items() if layer.delta_is_merged]
-    if done and not unload:
-        raise ArgumentError(f"the deltas are merged already ({done[0]}); unmerge_delta puts the weights back.")
     sources = [(path, source) for path, layer in layers.items() for source in layer.sources().values()]
     for (path, _), owners in zip(sources, access.owners(model, [source for _, source in sources])):
         if owners > 1:
             raise UnsupportedError(
                 f"the weight of {path} is shared with another module, which merging would change; untie them first."
             )
+    return layers
+
+
+def merge(access: DeltaFramework, model: Any, *, unload: bool = False) -> DeltaReport:
+    """Add every active LoRA to the weights, in place; see `merge_delta` of the wings."""
+    check.boolean(unload, "unload")
+    layers = mergeable(access, model)
+    done = [p for p, layer in layers.items() if layer.delta_is_merged]
+    if done and not unload:
+        raise ArgumentError(f"the deltas are merged already ({done[0]}); unmerge_delta puts the weights back.")
     if unload:
         _refuse_built(layers)
     kinds = ", ".join(dict.fromkeys(layer.delta_kind for layer in layers.values()))
@@ -338,10 +347,11 @@ def activate(access: DeltaFramework, model: Any, names: Any) -> dict[str, float]
                 f"Received: {weights[parts[0]]}"
             )
     acting = [n for n, w in weights.items() if w]
-    owned.refuse_clash(access, model, acting)
+    found = list(owned.owned(access, model))
+    owned.refuse_clash(found, acting)
     for layer in layers.values():
         layer.set_active_deltas(weights)
-    owned.show(access, model, acting)
+    owned.show_found(access, found, acting)
     access.activated(model)
     access.changed(model)
     return weights
@@ -384,18 +394,3 @@ def _layers(access: DeltaFramework, model: Any) -> dict[str, Any]:
     if not layers:
         raise ArgumentError("the model carries no delta; apply_delta puts one on.")
     return layers
-
-
-def plus_groups(
-    named: Sequence[tuple[str, Any]], lr: Any, ratio: Any = 16.0, weight_decay: Any = 0.0
-) -> list[dict[str, Any]]:
-    """Optimizer groups in which LoRA's b learns faster than a; see `lora_plus_groups` of the wings."""
-    check.number(lr, "lr", minimum=0)
-    check.number(ratio, "ratio", minimum=0)
-    check.number(weight_decay, "weight_decay", minimum=0)
-    fast = [p for n, p in named if f"{rules.PREFIX}lora_b" in n]
-    slow = [p for n, p in named if f"{rules.PREFIX}lora_b" not in n]
-    if not fast:
-        raise ArgumentError("no lora_b trains in this model; call apply_delta(model, 'lora', ...) first.")
-    groups = [{"params": fast, "lr": lr * ratio, "weight_decay": weight_decay}]
-    return groups + ([{"params": slow, "lr": lr, "weight_decay": weight_decay}] if slow else [])

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from slimkit.core.delta.face import DeltaFace
+from slimkit.core.delta.rest import PARTS, refuse_index
 from slimkit.core.delta.spec import DEFAULT_NAME, LoraSpec, key
 from slimkit.core.errors import ArgumentError, UnsupportedError
 
 
 def part_names(spec: LoraSpec) -> tuple[str, ...]:
-    """The tensors that a LoRA consists of: a and b, DoRA's magnitude, and what PiSSA started from.
+    """The tensors that a LoRA consists of: a and b, DoRA's magnitude, what PiSSA started from, and a rest.
 
     Example:
         >>> part_names(LoraSpec(dora=True))
         ('a', 'b', 'magnitude')
     """
     rare = {"magnitude": spec.dora, "bias": spec.bias, "a0": spec.init == "pissa", "b0": spec.init == "pissa"}
-    return ("a", "b", *(part for part, there in rare.items() if there))
+    return ("a", "b", *(part for part, there in rare.items() if there), *PARTS[spec.rest])
 
 
 class Part(NamedTuple):
@@ -188,6 +191,12 @@ class NamedLoras(MergingFace):
         """One delta's options as plain values."""
         return self.delta_specs[name].to_dict()
 
+    def refuse_values(self, parts: Mapping[str, Any], where: str) -> None:
+        """Refuse indices of a rest that are no places of the weight."""
+        for attribute, index in parts.items():
+            if attribute.startswith(key("lora", "index")):
+                refuse_index(index, math.prod(self.weight.shape), attribute, where)
+
     def set_active_deltas(self, weights: dict[str, float]) -> None:
         """Make these deltas active, each times its weight, and no other, in place."""
         self.active_deltas = {n: w for n, w in weights.items() if n in self.delta_specs}
@@ -216,7 +225,7 @@ class NamedLoras(MergingFace):
         """Work out once what the forward pass would otherwise ask on every call."""
         running = () if self.delta_is_merged else self.active_parts()
         specs = [self.delta_specs[part.name] for part in running]
-        plain = all(not (s.dora or s.keep_zeros or s.bias or s.init == "pissa") for s in specs)
+        plain = all(not (s.dora or s.keep_zeros or s.bias or s.rest or s.init == "pissa") for s in specs)
         self._running = running
         self._only = running[0] if len(running) == 1 and plain else None
 

@@ -7,7 +7,7 @@ base's owner is "".
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from slimkit.core.delta.framework import DeltaFramework
@@ -82,9 +82,9 @@ def take(access: DeltaFramework, model: Any, name: str, parameters: Sequence[str
     return [f"{n!r} does not act any more: it and {name!r} each have values for {new[0]}" for n in stopped]
 
 
-def refuse_clash(access: DeltaFramework, model: Any, names: Collection[str]) -> None:
-    """Refuse to let deltas act together that have different values for the same parameter."""
-    for one in owned(access, model):
+def refuse_clash(found: Iterable[Owned], names: Collection[str]) -> None:
+    """Refuse to let deltas act together that have different values for the same parameter; `found` as by `owned`."""
+    for one in found:
         both = [n for n in names if n in one.owners]
         if len(both) > 1:
             raise UnsupportedError(
@@ -94,7 +94,12 @@ def refuse_clash(access: DeltaFramework, model: Any, names: Collection[str]) -> 
 
 def show(access: DeltaFramework, model: Any, names: Collection[str]) -> None:
     """Let every recorded parameter have the values of the delta among `names` that owns it, or the base's, in place."""
-    for one in owned(access, model):
+    show_found(access, owned(access, model), names)
+
+
+def show_found(access: DeltaFramework, found: Iterable[Owned], names: Collection[str]) -> None:
+    """As `show`, for the parameters that `owned` gave."""
+    for one in found:
         wanted = next((n for n in names if n in one.owners), BASE)
         live, aside = one.record["live"], one.record["aside"]
         if wanted != live:

@@ -15,6 +15,7 @@ from slimkit.core.errors import FileFormatError, PatternError, UnsupportedError
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
+ROOT = "base_model.model."  # before a path in a key
 # peft_type -> the kind of delta that it becomes
 KINDS = {
     "LORA": "lora",
@@ -22,6 +23,8 @@ KINDS = {
     "VERA": "lora",
     "TRAINABLE_TOKENS": "lora",
     "IA3": "ia3",
+    "MISS": "miss",
+    "SHIRA": "shira",
     "PREFIX_TUNING": "prefix",
     "PROMPT_TUNING": "prompt",
     "P_TUNING": "prompt",

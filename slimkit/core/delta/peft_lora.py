@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 
 from slimkit.core import check
+from slimkit.core.delta import ia3, miss, shira
 from slimkit.core.delta.base import BaseValue
 from slimkit.core.delta.bundle import compare_keys
-from slimkit.core.delta.ia3 import PART, spec_of_file
+from slimkit.core.delta.peft import KINDS, ROOT
 from slimkit.core.delta.peft_held import gather_held, pattern_value, spec_of_held
+from slimkit.core.delta.peft_summed import read_miss, read_shira
 from slimkit.core.delta.peft_targets import in_modules
 from slimkit.core.delta.spec import LoraSpec, Site, key
 from slimkit.core.delta.tensors import wide
@@ -20,7 +22,6 @@ from slimkit.core.errors import FileFormatError, UnsupportedError
 
 Array = np.ndarray[Any, Any]
 
-ROOT = "base_model.model."
 # peft_type -> suffix of a key in its file -> what it is
 _PARTS: dict[str, dict[str, str]] = {
     "LORA": {
@@ -35,8 +36,16 @@ _PARTS: dict[str, dict[str, str]] = {
     "VERA": {".vera_lambda_b": "lambda_b", ".vera_lambda_d": "lambda_d"},
     "TRAINABLE_TOKENS": {},
     "IA3": {".ia3_l": "l"},
+    "MISS": {".miss_block": "block"},
+    "SHIRA": {".shira_weight": "values", ".shira_indices": "index"},
 }
 FAMILY = tuple(_PARTS)
+# kind, where it is no LoRA -> part -> its name below a layer
+_NAMES = {
+    "ia3": {"l": ia3.PART},
+    "miss": {"block": miss.PART},
+    "shira": {"values": shira.VALUES, "index": shira.INDEX},
+}
 _ROWS = (".token_adapter.trainable_tokens_delta", ".trainable_tokens_delta")
 # Options under which the numbers in the file mean something that slimkit has no layer for.
 _FOREIGN = (
@@ -53,7 +62,7 @@ class Adapter:
     """One file, in slimkit's words.
 
     Args:
-        layers: path -> LoRA, or IA3.
+        layers: path -> LoRA, or the options of another kind.
         kind: what they are.
         parts: tensors by slimkit's keys below a path.
         base: name of a base tensor -> its value.
@@ -78,7 +87,7 @@ class Adapter:
     def tensors(self, name: str) -> dict[str, Array]:
         """The tensors by the names that a bundle gives them."""
         return {
-            f"{path}.{PART if self.kind == 'ia3' else key('lora', part, name)}": value
+            f"{path}.{_NAMES[self.kind][part] if self.kind in _NAMES else key('lora', part, name)}": value
             for path, parts in self.parts.items()
             for part, value in parts.items()
         }
@@ -124,13 +133,13 @@ def read_lora(
         elif row is not None:
             path = stem.removesuffix(row)
             adapter.rows[path] = (_indices(config, path, len(value)), value)
-        elif ".lora_" in stem or ".vera_" in stem or ".ia3_" in stem:
+        elif any(word in stem for word in (".lora_", ".vera_", ".ia3_", ".miss_", ".shira_")):
             raise FileFormatError(f"the key {full!r} is none that slimkit knows{check.near(stem, list(suffixes))}.")
         else:
             adapter.base[stem.replace(".base_layer.", ".")] = _base_value(config, stem, value)
     held = gather_held(config, found, site_of)
-    if kind == "IA3":
-        _factors(config, found, adapter)
+    if KINDS[kind] in _NAMES:
+        _no_loras(config, found, adapter)
     if kind == "ADALORA":
         _singular_values(config, found, adapter)
     if kind == "VERA":
@@ -148,7 +157,8 @@ def read_lora(
     if init.startswith("pissa_niter"):
         adapter.notes.append(f"the base was taken apart by {init}, a random method; slimkit takes the exact one.")
     if not (adapter.layers or adapter.rows or adapter.notes):
-        raise FileFormatError(f"the adapter's file holds no {'factor of IA3' if kind == 'IA3' else 'LoRA factor'}.")
+        what = f"tensor of {kind}" if KINDS[kind] in _NAMES else "LoRA factor"
+        raise FileFormatError(f"the adapter's file holds no {what}.")
     return adapter
 
 
@@ -157,8 +167,8 @@ def _base_value(config: Mapping[str, Any], stem: str, value: Array) -> BaseValue
     below = ".base_layer." in stem
     if not below and (config.get("ensure_weight_tying") or in_modules(stem, config.get("modules_to_save"))):
         return BaseValue(value, own=True, group="tied" if config.get("ensure_weight_tying") else "")
-    # IA3 has no word for biases: one that is in its file was trained.
-    mode = config.get("bias", "all" if config["peft_type"] == "IA3" else "none")
+    # IA3 and SHiRA have no word for biases: one that is in their file was trained.
+    mode = config.get("bias", "all" if config["peft_type"] in ("IA3", "SHIRA") else "none")
     trains = str(mode) != "none" and stem.endswith("bias")
     return BaseValue(value, trains=trains)
 
@@ -193,13 +203,18 @@ def _spec(config: Mapping[str, Any], path: str, parts: Mapping[str, Array], *, e
     )
 
 
-def _factors(config: Mapping[str, Any], found: dict[str, dict[str, Array]], adapter: Adapter) -> None:
-    """IA3's factors out of what was found, in place."""
-    adapter.kind = "ia3"
+def _no_loras(config: Mapping[str, Any], found: dict[str, dict[str, Array]], adapter: Adapter) -> None:
+    """The layers of another kind out of what was found, in place."""
+    adapter.kind = KINDS[str(config["peft_type"])]
     for path in list(found):
-        factors = found.pop(path)["l"]
-        adapter.layers[path] = spec_of_file(config, path, tuple(factors.shape))
-        adapter.parts[path] = {"l": factors.reshape(-1)}
+        parts = found.pop(path)
+        if adapter.kind == "ia3":
+            adapter.layers[path] = ia3.spec_of_file(config, path, tuple(parts["l"].shape))
+            parts = {"l": parts["l"].reshape(-1)}
+        else:
+            read = read_miss if adapter.kind == "miss" else read_shira
+            adapter.layers[path] = read(config, path, parts)
+        adapter.parts[path] = parts
 
 
 def _singular_values(config: Mapping[str, Any], found: dict[str, dict[str, Array]], adapter: Adapter) -> None:

@@ -12,9 +12,8 @@ import numpy as np
 
 from slimkit.core import files
 from slimkit.core.delta.ia3 import Ia3Spec, shape_in_file
-from slimkit.core.delta.peft import write_files
+from slimkit.core.delta.peft import ROOT, write_files
 from slimkit.core.delta.peft_held import spell_held
-from slimkit.core.delta.peft_lora import ROOT
 from slimkit.core.delta.spec import LoraSpec, Site
 from slimkit.core.errors import UnsupportedError
 
@@ -169,7 +168,7 @@ def write_lora(
         "use_dora": first.dora,
         **({"lora_bias": True} if first.bias else {}),
         "init_lora_weights": True,
-        "target_modules": _targets([p for p in specs if sites[p].kind != "experts"], list(sites)) or None,
+        "target_modules": target_modules([p for p in specs if sites[p].kind != "experts"], list(sites)) or None,
         "target_parameters": [f"{p}.{n}" for p in specs if sites[p].kind == "experts" for n in specs[p].parameters]
         or None,
         "rank_pattern": {f"^{re.escape(p)}": r for p, r in ranks.items() if r != next(iter(ranks.values()))},
@@ -196,7 +195,7 @@ def write_ia3(
         "inference_mode": True,
         "init_ia3_weights": True,
         "fan_in_fan_out": any(sites[p].kind == "conv1d" for p in layers),
-        "target_modules": _targets(list(layers), list(sites)),
+        "target_modules": target_modules(list(layers), list(sites)),
         # A regular expression: PEFT takes names here for endings of any kind.
         "feedforward_modules": "|".join(re.escape(p) for p in inner) if inner else [],
         "modules_to_save": of_base["modules_to_save"],
@@ -244,7 +243,7 @@ def with_head(about: Mapping[str, Any], modules: Sequence[str]) -> dict[str, Any
     return {**about, "task_type": about.get("task_type") if kept else None}
 
 
-def _targets(paths: list[str], every: list[str]) -> list[str] | str:
+def target_modules(paths: list[str], every: list[str]) -> list[str] | str:
     """PEFT's target_modules: the paths, or where an ending would match more, one regular expression."""
     chosen = set(paths)
     if all(p in chosen or not any(p.endswith(f".{t}") for t in paths) for p in every):

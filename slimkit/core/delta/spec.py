@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from slimkit.core import check
 from slimkit.core.delta.layers import check_alpha, check_dropout
+from slimkit.core.delta.rest import RESTS
 from slimkit.core.errors import ArgumentError, PatternError, UnsupportedError
 from slimkit.core.match import match
 from slimkit.core.showing import Shown, some
@@ -22,22 +23,40 @@ KINDS: dict[str, tuple[str, ...]] = {
     "adapter": ("linear",),
     "low_rank_adapter": ("linear",),
     "ia3": ("linear", "conv1d", "conv2d"),
+    "miss": ("linear",),
+    "shira": ("linear",),
     "prefix": (),
     "prompt": (),
 }
 OPTIONS: dict[str, tuple[str, ...]] = {
-    "lora": ("rank", "alpha", "dropout", "rslora", "dora", "init", "keep_zeros", "ranks", "alphas"),
+    "lora": (
+        "rank",
+        "alpha",
+        "dropout",
+        "rslora",
+        "dora",
+        "init",
+        "keep_zeros",
+        "ranks",
+        "alphas",
+        "calibration",
+        "loss",
+        "base_dtype",
+    ),
     "adapter": ("bottleneck_size", "non_linearity"),
     "low_rank_adapter": ("reduction_factor", "low_rank_size", "low_rank_w_init", "non_linearity"),
     "ia3": ("feedforward",),
+    "miss": ("rank", "repeat", "dropout"),
+    "shira": ("rank", "support", "seed"),
     "prefix": ("prefix_token_num", "projection", "mid_dim", "dropout_rate", "text_ids", "inputs", "sizes", "positions"),
     "prompt": ("num_virtual_tokens", "init", "text_ids"),
 }
-MERGING = ("lora", "ia3")  # kinds that can be merged into weights
+MERGING = ("lora", "ia3", "miss", "shira")  # kinds that can be merged into weights
 _HEAD = "it is the output embedding; name it to adapt it"
-_RARE = ("parameters", "bias")  # fields of LoraSpec that only some layers have
+_RARE = ("parameters", "bias", "rest", "count", "base_dtype")  # fields of LoraSpec that only some layers have
 HELD = ("multihead", "experts")  # layers that read their parameters themselves
-LORA_INITS = ("kaiming", "gaussian", "pissa")
+BASE_DTYPES = ("int8", "bfloat16")
+LORA_INITS = ("kaiming", "gaussian", "pissa", "gradient", "activations")
 
 
 def delta_name(value: Any) -> str:
@@ -68,11 +87,17 @@ class LoraSpec:
         dropout: share of the input dropped on the way into a, in training.
         rslora: divide alpha by sqrt(rank) instead of rank, so that high ranks learn as fast (Kalajdzievski 2023).
         dora: learn the length of each output's weight apart from its direction (Liu et al. 2024).
-        init: "kaiming" (a Kaiming-uniform, b zero), "gaussian" (a normal with deviation 1/rank, b zero), or "pissa":
-            a and b from the largest singular vectors, which are taken out of the base (Meng et al. 2024).
+        init: "kaiming" (a Kaiming-uniform, b zero), "gaussian" (a normal with deviation 1/rank, b zero), "pissa" (a and
+            b from the largest singular vectors, which are taken out of the base: Meng et al. 2024), or one that is read
+            from data (`starts`): "gradient", "activations" (b zero).
         keep_zeros: the delta is zero wherever the base weight is, so that a sparse base stays sparse when merged.
         parameters: of a module that reads them itself (multi-head attention, experts): those the LoRA is on.
         bias: b has a bias of its own, which the scale multiplies as well (PEFT's lora_bias).
+        rest: what a compressed delta holds beside the low rank: "signs" (of every entry, with a scale a row), "entries"
+            (the largest), or nothing.
+        count: how many entries.
+        base_dtype: what the layer's own weight is held in: "int8" with a scale for each output, "bfloat16", or "" for
+            what it is.
     """
 
     rank: int = 8
@@ -84,6 +109,9 @@ class LoraSpec:
     keep_zeros: bool = False
     parameters: tuple[str, ...] = ()
     bias: bool = False
+    rest: str = ""
+    count: int = 0
+    base_dtype: str = ""
 
     def __post_init__(self) -> None:
         check.positive(self.rank, "rank")
@@ -92,6 +120,9 @@ class LoraSpec:
         for name in ("rslora", "dora", "keep_zeros", "bias"):
             check.boolean(getattr(self, name), name)
         check.choice(self.init, LORA_INITS, "init")
+        check.choice(self.rest, RESTS, "rest")
+        check.integer(self.count, "count", minimum=0)
+        check.choice(self.base_dtype, ("", *BASE_DTYPES), "base_dtype")
         check.strings(self.parameters, "parameters") if self.parameters else None
 
     @property
@@ -103,16 +134,6 @@ class LoraSpec:
         """The fields as plain JSON values; what only some layers have is left out elsewhere."""
         plain = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(self).items()}
         return {k: v for k, v in plain.items() if k not in _RARE or v}
-
-
-def spec_from_dict(value: Any) -> LoraSpec:
-    """A LoraSpec from `to_dict`'s values; an unknown key is refused with the nearest known one."""
-    check.instance(value, Mapping, "spec", "a mapping")
-    known = [f.name for f in fields(LoraSpec)]
-    for name in value:
-        check.choice(name, known, "LoRA option")
-    listed: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in value.items()}
-    return LoraSpec(**listed)
 
 
 @dataclass(frozen=True)
@@ -275,6 +296,7 @@ def lora_specs(
     keep_zeros: Any = None,
     ranks: Any = None,
     alphas: Any = None,
+    base_dtype: Any = None,
 ) -> dict[str, LoraSpec]:
     """The LoRA of each chosen layer, by the options of apply_delta.
 
@@ -283,7 +305,7 @@ def lora_specs(
         paths: the chosen ones.
         rank: rank of every layer that `ranks` does not name.
         alpha: likewise for `alphas`; None means twice the layer's rank.
-        dropout, rslora, dora, init: see LoraSpec.
+        dropout, rslora, dora, init, base_dtype: see LoraSpec.
         keep_zeros: see LoraSpec; None means True on sparse layers only.
         ranks: {glob over paths: rank}; the last glob that matches wins.
         alphas: {glob over paths: alpha}.
@@ -306,7 +328,9 @@ def lora_specs(
         check.boolean(keep_zeros, "keep_zeros")
     rank_of = _by_pattern(ranks, paths, "ranks")
     alpha_of = _by_pattern(alphas, paths, "alphas")
-    base = LoraSpec(dropout=dropout, rslora=rslora, dora=dora, init=init)
+    if base_dtype is not None:
+        check.choice(base_dtype, BASE_DTYPES, "base_dtype")
+    base = LoraSpec(dropout=dropout, rslora=rslora, dora=dora, init=init, base_dtype=base_dtype or "")
     specs = {}
     for path in paths:
         site, layer_rank = sites[path], rank_of.get(path, rank)

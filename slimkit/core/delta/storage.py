@@ -92,8 +92,9 @@ def _base_of(access: DeltaStorage, model: Any, paths: Mapping[str, str]) -> dict
     """Shapes and fingerprint of the weights under a delta, by the names on the left."""
     weights = {old: access.weight(model, new) for old, new in paths.items()}
     weights = {p: w for p, w in weights.items() if w is not None}
+    samples = {p: access.base_sample(model, paths[p], w) for p, w in weights.items()}
     return {
-        "fingerprint": fingerprint({p: (tuple(w.shape), access.sample(w)) for p, w in weights.items()}),
+        "fingerprint": fingerprint({p: (tuple(w.shape), samples[p]) for p, w in weights.items()}),
         "layers": {p: list(w.shape) for p, w in weights.items()},
     }
 

@@ -14,13 +14,15 @@ from slimkit.core.delta import filling, inject, owned, peft, peft_targets, peft_
 from slimkit.core.delta.base import BaseValue
 from slimkit.core.delta.bundle import compare_keys
 from slimkit.core.delta.framework import DeltaStorage
-from slimkit.core.delta.ia3 import PART, Ia3Spec
+from slimkit.core.delta.ia3 import PART
+from slimkit.core.delta.layered import SPECS, spec_of_record
 from slimkit.core.delta.named import part_names
 from slimkit.core.delta.peft_held import slug
 from slimkit.core.delta.peft_lora import FAMILY, Adapter, read_lora, taken_out
+from slimkit.core.delta.peft_summed import flat_index, write_miss, write_shira
 from slimkit.core.delta.peft_write import BaseFacts
 from slimkit.core.delta.positions import positions_for
-from slimkit.core.delta.spec import PREFIX, DeltaReport, key, spec_from_dict
+from slimkit.core.delta.spec import PREFIX, DeltaReport, key
 from slimkit.core.delta.tensors import wide
 from slimkit.core.errors import ArgumentError, FileFormatError, UnsupportedError
 
@@ -90,6 +92,9 @@ def _load_peft_lora(
             raise UnsupportedError(f"init_lora_weights={start!r} on {path}, a {layers[path].type_name}, is not read.")
         a, b = taken_out(start, wide(weight.T if layers[path].kind == "conv1d" else weight), adapter.layers[path])
         adapter.parts[path] |= {"a0": a, "b0": b}
+    if adapter.kind == "shira":
+        for path, parts in adapter.parts.items():
+            flat_index(parts, adapter.layers[path], path, layers[path].shape)
     if config["peft_type"] == "VERA":
         for path, parts in adapter.parts.items():
             parts["a"] = np.ascontiguousarray(parts["a"][:, : layers[path].shape[1]])
@@ -227,7 +232,8 @@ def write(access: DeltaStorage, model: Any, folder: Path, collected: Collected) 
     if len(deltas) != 1 or deltas[0]["kind"] not in peft.KINDS.values():
         kinds = ", ".join(f"{d['kind']} {d['name']!r}" for d in deltas) or "none"
         raise ArgumentError(
-            f"PEFT's files hold one delta of lora, ia3, prefix or prompt; choose it by names. Here: {kinds}"
+            f"PEFT's files hold one delta of {', '.join(dict.fromkeys(peft.KINDS.values()))}; choose it by names. "
+            f"Here: {kinds}"
         )
     delta = deltas[0]
     about = access.about(model)
@@ -252,15 +258,23 @@ def write(access: DeltaStorage, model: Any, folder: Path, collected: Collected) 
         held=[n for n in extra if n in still and n in whole],
         shared=base["shared"],
     )
-    if delta["kind"] == "ia3":
-        ia3s = {p: (Ia3Spec(**r), tensors[f"{p}.{PART}"]) for p, r in delta["layers"].items()}
-        peft_write.write_ia3(folder, ia3s, access.sites(model), facts, about)
-        return
-    if delta["kind"] != "lora":
+    if delta["kind"] not in SPECS:
         rows, config = _prompt_rows(access, model, delta)
         peft_write.write_prompt(folder, rows, facts, about, config)
         return
-    specs = {p: spec_from_dict(r) for p, r in delta["layers"].items()}
+    specs = {p: spec_of_record(delta["kind"], r) for p, r in delta["layers"].items()}
+    if any(getattr(spec, "rest", "") for spec in specs.values()):
+        raise UnsupportedError("PEFT's files have no place for a compressed delta; save it with format='slimkit'.")
+    if delta["kind"] == "ia3":
+        ia3s = {p: (spec, tensors[f"{p}.{PART}"]) for p, spec in specs.items()}
+        peft_write.write_ia3(folder, ia3s, access.sites(model), facts, about)
+        return
+    if delta["kind"] != "lora":
+        below = {p: {n[len(p) + 1 :]: t for n, t in tensors.items() if n.startswith(f"{p}.{PREFIX}")} for p in specs}
+        layers = {p: (spec, below[p]) for p, spec in specs.items()}
+        write: Any = write_miss if delta["kind"] == "miss" else write_shira
+        write(folder, layers, access.sites(model), facts, about)
+        return
     by_path: dict[str, dict[str, Array]] = {p: {} for p in specs}
     for path, spelled in by_path.items():
         halves = [f"{half}_{slug(p)}" for p in specs[path].parameters for half in "ab"]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -137,7 +138,8 @@ class TeacherFiles(Shown, ABC):
         """Run the teacher once over a data set and write what the configuration will compare.
 
         Args:
-            teacher: the model; in eval mode meanwhile, then as before.
+            teacher: the model; in eval mode meanwhile, then as before. In PyTorch also the folder of a Hugging Face
+                model larger than memory (.safetensors), which is walked block by block for some batches at a time.
             dataset: re-iterable batches as the models take them, padded as they will be in training.
             config: the same as for `get_distill_model`.
             directory: where the cache goes; a build that was stopped goes on there.
@@ -195,12 +197,15 @@ class TeacherFiles(Shown, ABC):
                 keys.clear()
 
         with locked(folder, "directory"), cls._answering(teacher, spec.soft_labels) as answer:
-            for batch in progress(dataset, "teacher batches"):
-                args, kwargs = as_call(to_inputs(batch) if to_inputs else batch)
-                found = [key.hex() for key in sample_keys(args, kwargs, cls._numpy)]
-                if all(key in done for key in found):
-                    continue
-                answers = answer(args, kwargs)
+
+            def asked() -> Iterator[tuple[Any, Any, list[str]]]:
+                for batch in progress(dataset, "teacher batches"):
+                    args, kwargs = as_call(to_inputs(batch) if to_inputs else batch)
+                    found = [key.hex() for key in sample_keys(args, kwargs, cls._numpy)]
+                    if not all(key in done for key in found):
+                        yield args, kwargs, found
+
+            for found, answers in _answered(asked(), answer, cls._together(teacher)):
                 facts["widths"] = [int(a.shape[-1]) for a in answers]
                 for place, (array, target) in enumerate(zip(answers, facts["targets"])):
                     if len(array) != len(found):
@@ -320,9 +325,24 @@ class TeacherFiles(Shown, ABC):
         """A digest of the teacher's weights."""
 
     @staticmethod
+    def _together(teacher: Any) -> int:
+        """How many batches the teacher is asked at once."""
+        return 1
+
+    @staticmethod
     @abstractmethod
     def _answering(teacher: Any, labels: tuple[SoftLabel, ...]) -> Any:
-        """A context that gives f(args, kwargs) -> the labels' tensors of the teacher, as float32 arrays."""
+        """A context that gives f(calls) -> for each (args, kwargs) the labels' tensors, as float32 arrays."""
+
+
+def _answered(
+    asked: Iterator[tuple[Any, Any, list[str]]],
+    answer: Callable[[list[tuple[Any, Any]]], Iterable[list[Array]]],
+    together: int,
+) -> Iterator[tuple[list[str], list[Array]]]:
+    """The keys and the teacher's tensors of each batch, some batches at once."""
+    while group := list(itertools.islice(asked, together)):
+        yield from zip((keys for *_, keys in group), answer([(args, kwargs) for args, kwargs, _ in group]))
 
 
 def _kept(array: Array, logits: bool, facts: Mapping[str, Any], place: int, keys: Sequence[str]) -> dict[str, Array]:

@@ -151,6 +151,8 @@ def pruned_facts(facts: Mapping[str, Any], options: PruneOptions) -> dict[str, s
         "form": report["form"]["name"],
         "importance": options.importance,
     }
+    if "padding" in report:
+        rows["zeros that pad blocks to one width"] = show(report["padding"]["zeros"], "count")
     if facts.get("reloaded") is not None:
         rows["largest difference after loading"] = f"{facts['reloaded']:.2g}"
     return rows

@@ -12,6 +12,7 @@ from slimkit.core import files
 from slimkit.core.errors import ConfigError
 from slimkit.core.jobs import folders
 from slimkit.core.locks import BLOCKS as BLOCK_STATE
+from slimkit.core.locks import SHARDS as SHARD_STATE
 from slimkit.core.locks import locked
 from slimkit.core.log import logger
 
@@ -45,6 +46,10 @@ TRAINING = (Unfinished(folders.STATE, ("last", "teacher/*")),)
 BLOCKS = (
     Unfinished(BLOCK_STATE, ("block-*.json",), shares=True),
     Unfinished(folders.FORCED, (f"{BLOCK_STATE}/block-*.json",)),
+)
+SHARDS = (
+    Unfinished(SHARD_STATE, ("finished/*.safetensors",), shares=True),
+    Unfinished(folders.FORCED, (f"{SHARD_STATE}/finished/*.safetensors",)),
 )
 RUN = (
     Unfinished("stages", ("*/stage.json",), shares=True),
@@ -108,6 +113,18 @@ def claimed(
             with contextlib.suppress(OSError):  # something is in it, or it was never made
                 folder.rmdir()
         raise
+
+
+def workplace(out: Path, state: str) -> Path:
+    """Where a command that can go on works: in its folder, or inside it where --force keeps what it holds so far.
+
+    Args:
+        out: the folder, claimed.
+        state: the entry that holds an unfinished run's state.
+    """
+    filled = out.is_dir() and any(entry.name != state for entry in out.iterdir())
+    stopped = (out / state / "job.json").exists()  # finished files may lie beside it
+    return out / folders.FORCED if filled and not stopped else out
 
 
 def finish(state: Path) -> None:

@@ -26,7 +26,7 @@ from slimkit.core.sparse import SparseConfig
 from slimkit.core.sparse.select import select
 
 # Formats that are a folder with the model's configuration beside the weights.
-FOLDERS = ("w16a16s", "w8a8s")
+FOLDERS = ("w16a16s", "w8a8s", "hf")
 
 
 class CommandContext(work.JobContext):
@@ -71,6 +71,10 @@ class CommandContext(work.JobContext):
         if not self._batches:
             raise ConfigError("--calib DATA is needed: calibration batches, which nothing else gives")
         return self._batches
+
+    def lessons(self, count: int, size: int) -> list[Any]:
+        assert self._read is not None
+        return self._read.spread(count if self._read.collate is None else count * size, size)
 
     def loss(self, asked: Any) -> tuple[str, ComputeLoss]:
         if self._loss is not None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
+
 from slimkit.core import check
 from slimkit.core.errors import ConfigError
+from slimkit.core.jobs import crew
 
 KINDS = ("cpu", "cuda", "npu")
 
 
 def parse_device(name: str) -> tuple[str, int]:
-    """A device's kind and number.
+    """A device's kind and number; of several processes, each has its own where none is named.
 
     Raises:
         ConfigError: it is not cpu, cuda or npu, or what is behind the colon is no number.
@@ -22,4 +25,4 @@ def parse_device(name: str) -> tuple[str, int]:
     check.choice(kind, KINDS, "--device")
     if (colon and not number.isdecimal()) or (kind == "cpu" and colon):
         raise ConfigError(f"--device must be cpu, cuda, npu, cuda:NUMBER or npu:NUMBER. Received: {name!r}")
-    return kind, int(number or 0)
+    return kind, int(number or (os.environ.get("LOCAL_RANK", "0") if crew.size() > 1 else 0))

@@ -369,6 +369,10 @@ class JobFramework(Protocol):
         """Where `learns_text`: the model with the head that the text's task needs, and the text."""
         raise UnsupportedError("text is learned by Hugging Face directories in PyTorch alone")
 
+    def folder_pruner(self, source: Path) -> Any:
+        """A pruner of a folder that is never in memory whole."""
+        raise UnsupportedError("--stream reads folders of transformers, which are PyTorch's: leave --framework out")
+
     def sparsify_blocks(
         self,
         place: ModelPlace,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -194,11 +194,14 @@ def _bundle(path: Path) -> Look:
     rows = []
     for one in manifest["deltas"]:
         for layer, record in one["layers"].items():
-            size = sum(t.size for n, t in tensors.items() if n.startswith(f"{layer}." if layer else ""))
-            rank = record.get("rank") if isinstance(record, dict) else None
-            rows.append((layer, one["kind"], one["name"], rank, manifest["base"].get("layers", {}).get(layer), size))
+            size = _numbers(t for n, t in tensors.items() if n.startswith(f"{layer}." if layer else ""))
+            record = record if isinstance(record, dict) else {}
+            # What is off or empty says nothing about this layer.
+            said = ", ".join(f"{k}={v}" for k, v in record.items() if k != "rank" and v not in (None, False, 0, "", []))
+            shape = manifest["base"].get("layers", {}).get(layer)
+            rows.append((layer, one["kind"], one["name"], record.get("rank"), said, shape, size))
     base = sum(int(np.prod(shape)) for shape in manifest["base"].get("layers", {}).values())
-    own = sum(t.size for t in tensors.values())
+    own = _numbers(tensors.values())
     facts = {
         "deltas": {one["name"]: one["kind"] for one in manifest["deltas"]},
         "parameters": own,
@@ -207,7 +210,14 @@ def _bundle(path: Path) -> Look:
         "base_tensors_trained": list(manifest["extra"]),
         "base_fingerprint": manifest["base"].get("fingerprint"),
     }
-    return Look(str(path), "bundle", facts, ("layer", "kind", "name", "rank", "base shape", "parameters"), rows)
+    return Look(
+        str(path), "bundle", facts, ("layer", "kind", "name", "rank", "options", "base shape", "parameters"), rows
+    )
+
+
+def _numbers(tensors: Iterable[Any]) -> int:
+    """How many parameters tensors hold: whole numbers are places, and none."""
+    return sum(t.size for t in tensors if t.dtype.kind not in "iu")
 
 
 def _peft(path: Path) -> Look:
@@ -220,7 +230,8 @@ def _peft(path: Path) -> Look:
         "base_model": config.get("base_model_name_or_path"),
         "rank": config.get("r"),
         "alpha": config.get("lora_alpha"),
-        "parameters": sum(t.size for t in tensors.values()),
+        "start": config.get("init_lora_weights", config.get("init_weights", config.get("mask_type"))),
+        "parameters": _numbers(tensors.values()),
         "bytes": sum(t.nbytes for t in tensors.values()),
     }
     rows = [(name, list(t.shape), t.dtype.name, t.size) for name, t in tensors.items()]

@@ -92,10 +92,11 @@ class PruneOptions(JobOptions):
         description="least share of its channels each node keeps, whatever is asked for; unset: 0.5, 0.1 where "
         "measured, or as much less as the ratio asked for needs",
     )
-    form: Annotated[str | None, OneOf(("config", "any"))] = Field(
+    form: Annotated[str | None, OneOf(("config", "padded", "any"))] = Field(
         None,
         description="config: only what a Hugging Face configuration can say, so that from_pretrained loads the result; "
-        "any: cuts of any shape, for slimkit's own loaders; unset: config where the model has such a configuration",
+        "padded: blocks of their own widths, filled up with zeros to that; any: cuts of any shape, "
+        "for slimkit's own loaders; unset: config where the model has such a configuration",
     )
     parallel: PositiveInt = Field(
         1, description="devices that heads, key and value heads and inner widths must divide among"

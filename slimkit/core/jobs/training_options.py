@@ -248,7 +248,9 @@ class AdaptOptions(FitOptions):
     also_train: Annotated[list[str] | None, Flag("--also-train", metavar="GLOB")] = Field(
         None, description="globs of the model's own parameters that train whole and travel with the delta"
     )
-    rank: PositiveInt | None = Field(None, description="rank of the update; unset: the kind's own (lora: 8)")
+    rank: PositiveInt | None = Field(
+        None, description="rank of the update; unset: the kind's own (lora, shira: 8; miss: 16)"
+    )
     alpha: PositiveFloat | None = Field(None, description="a LoRA is scaled by alpha / rank; unset: twice the rank")
     dropout: float | None = Field(None, ge=0, lt=1, description="dropout before the delta; unset: none")
     settings: Annotated[dict[str, Any], Flag("--set", metavar="KEY=VALUE")] = Field(
@@ -286,12 +288,12 @@ class AdaptOptions(FitOptions):
     def build(self) -> Any:
         """What the kind can build without a layer, or at least the check of its options."""
         from slimkit.core.delta import layers, prefix, prompt
-        from slimkit.core.delta.spec import LoraSpec
+        from slimkit.core.delta.layered import SPECS
 
         given = {key: value for key, value in self.of_kind().items() if value is not None}
-        if self.kind == "lora":
-            known = {field.name for field in fields(LoraSpec)}
-            return LoraSpec(**{key: value for key, value in given.items() if key in known})
+        if self.kind in SPECS and self.kind != "ia3":  # whose one option is about layers
+            known = {field.name for field in fields(SPECS[self.kind])}
+            return SPECS[self.kind](**{key: value for key, value in given.items() if key in known})
         if self.kind == "prefix":
             return prefix.checked(**given)
         if self.kind == "prompt":

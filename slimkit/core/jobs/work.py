@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from slimkit.core.delta.starts import FROM_DATA
 from slimkit.core.distill.config import LOSSES, KnowledgeDistillConfig
 from slimkit.core.distill.shapes import pick
 from slimkit.core.distill.students import warn_unmeasured
@@ -30,6 +31,8 @@ from slimkit.core.jobs.options import (
     TrainOptions,
 )
 from slimkit.core.prune.criteria import Criterion
+
+_START_BATCHES = 8  # of the training data, for a start that is read from data
 
 
 class JobContext(ABC):
@@ -60,6 +63,10 @@ class JobContext(ABC):
     def has_data(self) -> bool:
         """Whether there are calibration batches."""
         return False
+
+    @abstractmethod
+    def lessons(self, count: int, size: int) -> list[Any]:
+        """At most so many batches (inputs, labels) of the training data; `size` is that of those not ready made."""
 
     @abstractmethod
     def loss(self, asked: Any) -> tuple[str, ComputeLoss]:
@@ -133,15 +140,12 @@ def _trained(fitted: Mapping[str, Any]) -> str:
 _COUNTED = {"params": "parameters", "macs": "MACs"}
 
 
-def prune(model: Any, options: PruneOptions, context: JobContext, *, plan_only: bool = False) -> JobResult:
-    """Drop channels, heads and widths, in place; with `plan_only` the model is left as it is."""
-    face = context.face
-    before = count(face, model)
+def set_up(pruner: Any, options: PruneOptions, context: JobContext) -> Any:
+    """Set on a pruner what the options ask for; returns it."""
     importance: Any = options.importance
     if ":" in importance:
         importance = context.function(importance, "importance")
     own = isinstance(importance, type) and issubclass(importance, Criterion) and importance.needs
-    pruner = face.slim.Pruner(model, context.example)
     measured = None
     if options.scored_by_data or own:
         measured = context.calibration(options.calibration_batches)
@@ -153,12 +157,8 @@ def prune(model: Any, options: PruneOptions, context: JobContext, *, plan_only: 
                 f"{error}. Weights alone do not tell what a language model can lose; {context.spell('importance')} l1 "
                 "goes by them all the same"
             ) from None
-    pruner = (
-        pruner.set_importance_evaluation_function(importance, calibration=measured, seed=context.seed)
-        .set_parallel(options.parallel)
-        .set_alignment(options.alignment)
-        .set_budget(options.budget)
-    )
+    pruner.set_importance_evaluation_function(importance, calibration=measured, seed=context.seed)
+    pruner.set_parallel(options.parallel).set_alignment(options.alignment).set_budget(options.budget)
     if options.form is not None:
         pruner.set_form(options.form)
     if options.node_reserved_ratio is not None:
@@ -167,6 +167,14 @@ def prune(model: Any, options: PruneOptions, context: JobContext, *, plan_only: 
         pruner.set_allocation(options.allocation)
     if options.compensation_batches:
         pruner.set_compensation(context.calibration(options.compensation_batches))
+    return pruner
+
+
+def prune(model: Any, options: PruneOptions, context: JobContext, *, plan_only: bool = False) -> JobResult:
+    """Drop channels, heads and widths, in place; with `plan_only` the model is left as it is."""
+    face = context.face
+    before = count(face, model)
+    pruner = set_up(face.slim.Pruner(model, context.example), options, context)
     desc = None
     if plan_only:
         after, _ = pruner.analysis(options.reserved_ratio, options.un_prune_list)
@@ -177,6 +185,8 @@ def prune(model: Any, options: PruneOptions, context: JobContext, *, plan_only: 
     said = f"{show(before, 'count')} to {show(after, 'count')} parameters: {after / before:.3f} kept"
     if options.budget != "params":
         said += f"; of the {options.budget} {report['reached']:.3f}"
+    if "padding" in report:
+        said += f"; {show(report['padding']['zeros'], 'count')} of them are padding"
     facts = {
         "headline": f"{said}, {options.reserved_ratio} asked for",
         "goal": goal(
@@ -316,10 +326,27 @@ def put_on(face: JobFramework, model: Any, arguments: Mapping[str, Any], inputs:
     return face.slim.apply_delta(model, **arguments, **({"inputs": inputs} if seen else {}))
 
 
+def _start(options: AdaptOptions, context: JobContext) -> dict[str, Any]:
+    """What `apply_delta` reads a LoRA's start from, where the options ask for one that is read from data."""
+    init = options.of_kind().get("init")
+    if options.kind != "lora" or init not in FROM_DATA:
+        return {}
+    batches = context.lessons(_START_BATCHES, options.batch_size)
+    if init == "activations":
+        return {"calibration": [inputs for inputs, _ in batches]}
+    return {"calibration": batches, "loss": context.loss(options.loss)[1]}
+
+
+def _again(options: AdaptOptions) -> dict[str, Any]:
+    """The arguments that make the same structure again, for values that are loaded into it."""
+    arguments = options.arguments()
+    return {k: v for k, v in arguments.items() if k != "init" or v not in FROM_DATA}
+
+
 def place_delta(model: Any, options: AdaptOptions, context: JobContext) -> dict[str, Any]:
     """Put an untrained delta on a model, in place; returns what it weighs."""
     with context.face.seeded(context.seed):
-        told = put_on(context.face, model, options.arguments(), context.example)
+        told = put_on(context.face, model, options.arguments() | _start(options, context), context.example)
     return {"kind": options.kind, "layers": sorted(told.layers), **fitting.share(context.face.sizes(model))}
 
 
@@ -329,7 +356,7 @@ def adapt(model: Any, options: AdaptOptions, context: JobContext) -> JobResult:
     with context.face.statistics_held(model):
         fitted = context.fit(model, options, context.loss(options.loss)[1])
     facts |= {"steps": fitted["steps"], "loss_by_epoch": fitted["loss_by_epoch"]}
-    return JobResult(model, edit={"adapt": options.arguments()}, facts=facts, curves=curves(fitted))
+    return JobResult(model, edit={"adapt": _again(options)}, facts=facts, curves=curves(fitted))
 
 
 # export -------------------------------------------------------------------------------------------------------------

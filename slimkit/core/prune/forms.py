@@ -1,7 +1,7 @@
 """The form of a cut: which shapes may come out, so that something else than slimkit can load the model.
 
-"config": only what the model's own configuration can say, so that its own `from_pretrained` loads it. "any": any
-shape.
+"config": only what the model's own configuration can say, so that its own `from_pretrained` loads it. "padded": any
+shape inside a block, kept among zeros at the widest that the configuration says of all blocks. "any": any shape.
 """
 
 from __future__ import annotations
@@ -22,15 +22,20 @@ from slimkit.core.prune.solve import Coupling, View
 # form -> what it means, for help and messages
 FORMS = {
     "config": "only cuts that the model's configuration can say: from_pretrained loads the result",
+    "padded": "cuts of any shape inside a block, filled up with zeros to widths that the configuration can say: "
+    "from_pretrained loads the result",
     "any": "cuts of any shape: slimkit's own commands and load_pruned load the result",
 }
+
+
+_FULL = ("hidden", "experts")  # kinds of width that zeros would not stand for
 
 
 class CutForm:
     """The form that is asked of one model's cuts.
 
     Args:
-        wanted: "config", "any", or None for "config" where the model has a configuration that can say
+        wanted: "config", "padded", "any", or None for "config" where the model has a configuration that can say
             something.
         wing: the framework's side.
         coupling: the model.
@@ -57,7 +62,7 @@ class CutForm:
             self.name = "any"
             return
         found = found or "it has no configuration of Hugging Face's"
-        if isinstance(found, Said) and view.variables and not levers_said(view, found):
+        if self.name == "config" and isinstance(found, Said) and view.variables and not levers_said(view, found):
             found = f"no field of {type(wing.model).__name__}'s configuration speaks of a width that can be cut"
         if isinstance(found, Said):
             self._said = found
@@ -72,23 +77,65 @@ class CutForm:
         """What the allocation may turn."""
         if self._said is None:
             return free_levers(view)
+        told = self._told(view)
+        if self.name == "config":
+            return told
+        # What a norm or a mean goes over, or a router chooses among, cannot hold zeros: it is cut as the configuration
+        # says, or not at all.
+        outer = {v.name for v in view.variables if v.kind in _FULL}
+        inner = [x for x in free_levers(view) if x.name not in outer]
+        place = {name: k for k, name in enumerate(view.counts)}
+        return sorted([*(x for x in told if x.members.keys() <= outer), *inner], key=lambda x: place[x.name])
+
+    def _told(self, view: View) -> list[Lever]:
+        """The levers that the configuration can say."""
+        assert self._said is not None
         return [x for x in levers_said(view, self._said) if not self._held & x.members.keys()]
 
+    def held_at(self, view: View, counts: Mapping[str, int]) -> dict[str, int]:
+        """How many indices the model holds of each variable: what is kept of it, and zeros where widths must agree."""
+        if self.name != "padded":
+            return dict(counts)
+        steps = self._uniform(view, counts)
+        held = view.counts | {v.name: counts[v.name] for v in view.variables if v.kind in _FULL}
+        for lever in self._told(view):
+            held.update(lever.counts(steps[lever.name]))
+        return held
+
+    def _uniform(self, view: View, counts: Mapping[str, int]) -> dict[str, int]:
+        """Of each lever that the configuration says the fewest steps that hold all of its members' counts."""
+        return {x.name: max(-(-counts[n] // each) for n, each in x.members.items()) for x in self._told(view)}
+
     def fields(
-        self, view: View, levers: list[Lever], steps: Mapping[str, int]
+        self, view: View, levers: list[Lever], steps: Mapping[str, int], counts: Mapping[str, int]
     ) -> dict[str, tuple[Field, Field]] | None:
-        """Fields of the configuration to rewrite, as (before, after); None in a form that promises nothing of them."""
+        """Fields of the configuration to rewrite, as (before, after); None in a form that promises nothing of them.
+
+        Args:
+            view: the coupling.
+            levers: what was turned.
+            steps: where each stands.
+            counts: what is kept of each variable.
+        """
         if self._said is None:
             return None
+        if self.name == "padded":
+            levers, steps = self._told(view), self._uniform(view, counts)
         return self._said.changes(view, levers, steps)
 
     def settled(
-        self, levers: Sequence[Lever], steps: Mapping[str, int], least: Mapping[str, int], most: Mapping[str, int]
+        self,
+        view: View,
+        levers: Sequence[Lever],
+        steps: Mapping[str, int],
+        least: Mapping[str, int],
+        most: Mapping[str, int],
     ) -> dict[str, int]:
         """Levers that must stand elsewhere, with those they must fit: a hidden size that its number of heads divides
         today is divided by it afterwards, as configurations are checked for.
 
         Args:
+            view: the coupling.
             levers: what was turned.
             steps: where each stands.
             least: the smallest step of each.
@@ -99,6 +146,39 @@ class CutForm:
         """
         if self._said is None:
             return {}
+        if self.name == "padded":
+            return self._settled_padded(view, levers, steps, least, most)
+        return self._settled(levers, steps, least, most)
+
+    def _settled_padded(
+        self,
+        view: View,
+        levers: Sequence[Lever],
+        steps: Mapping[str, int],
+        least: Mapping[str, int],
+        most: Mapping[str, int],
+    ) -> dict[str, int]:
+        """The same where heads are padded: their widest stays where it is, and the hidden width fits it."""
+        counts = view.counts
+        for lever in levers:
+            counts.update(lever.counts(steps[lever.name]))
+        told, stands = self._told(view), self._uniform(view, counts)
+        limits = {x.name: most[x.name] for x in told if x in levers and x.name in most}
+        found = self._settled(told, stands, {x.name: least.get(x.name, 1) for x in told}, limits)
+        of = {name: x for x in told if x.name in found for name in x.members}
+        fixed = {}
+        for lever in levers:
+            said = of.get(lever.name)
+            if said is not None and said in levers:
+                fixed[lever.name] = found[said.name]
+            elif said is not None:
+                fixed[lever.name] = lever.size if found[said.name] > stands[said.name] else steps[lever.name]
+        return fixed
+
+    def _settled(
+        self, levers: Sequence[Lever], steps: Mapping[str, int], least: Mapping[str, int], most: Mapping[str, int]
+    ) -> dict[str, int]:
+        assert self._said is not None
         numbers, by_field = self._said.numbers, {name: x for x in levers for name in x.says}
         fixed: dict[str, int] = {}
 
@@ -135,7 +215,7 @@ class CutForm:
         if self._said is None or not plan.keep:
             return False
         built = self._wing.configured({name: new for name, (_, new) in plan.config.items()})
-        levers, moved = self.levers(view), set(plan.keep)
+        levers, moved = self._told(view), set(plan.keep)
         fields: set[str] = set()
         for path, shape in {**plan.shapes, **plan.sizes()}.items():
             for axis, (here, there) in enumerate(zip(shape, (built or {}).get(path, ()))):

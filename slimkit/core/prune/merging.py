@@ -48,6 +48,12 @@ def _join(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
     except PlanError as error:
         raise PlanError(f"the later desc must begin where the earlier one ends: {error}") from None
     kept: dict[str, list[Index | None]] = {path: list(axes) for path, axes in one.indices.items()}
+    holes: dict[tuple[str, int], Index] = {}  # (parameter, axis) -> indices before both cuts that hold zeros
+    for path, filled in one.filled().items() if one.padded else ():
+        for axis, (index, rest) in enumerate(zip(one.indices[path], filled)):
+            if index is not None and rest is not None:
+                holes[path, axis] = np.setdiff1d(index, rest)
+    filled_later = two.filled()
     for path, axes in two.indices.items():
         mine = names[path]
         before = kept.setdefault(mine, [None] * len(one.shapes[mine]))
@@ -56,18 +62,26 @@ def _join(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
         for axis, index in enumerate(axes):
             was = before[axis]
             if index is not None:
-                before[axis] = index if was is None else was[index]  # (kept twice,)
+                before[axis] = now = index if was is None else was[index]  # (kept twice,)
+                rest = filled_later[path][axis]
+                more = np.setdiff1d(index, index if rest is None else rest)
+                more = more if was is None else was[more]
+                holes[mine, axis] = np.intersect1d(np.union1d(holes.get((mine, axis), []), more), now)
     variables: dict[str, dict[str, Any]] = {}
-    known: dict[tuple[int, bytes], str] = {}
+    known: dict[tuple[int, bytes, bytes], str] = {}
+    padded: dict[str, list[int]] = {}
     axes_of: dict[str, list[Any]] = {}
     for path, indices in kept.items():
         exprs: list[Any] = []
-        for size, index in zip(one.shapes[path], indices):
-            if index is None or len(index) == size:
+        for axis, (size, index) in enumerate(zip(one.shapes[path], indices)):
+            zero = [int(i) for i in holes.get((path, axis), ())]
+            if index is None or (len(index) == size and not zero):
                 exprs.append(size)
                 continue
-            name = known.setdefault((size, index.tobytes()), f"d{len(known)}")
+            name = known.setdefault((size, index.tobytes(), np.asarray(zero).tobytes()), f"d{len(known)}")
             variables[name] = {"size": size, "keep": [int(i) for i in index]}
+            if zero:
+                padded[name] = zero
             exprs.append(name)
         if any(isinstance(e, str) for e in exprs):
             axes_of[path] = exprs
@@ -79,6 +93,7 @@ def _join(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
         "version": VERSION,
         "shapes": {p: list(s) for p, s in one.shapes.items()},
         "variables": variables,
+        **({"padded": padded} if padded else {}),
         "axes": axes_of,
         "groups": {scope: [attribute, number] for scope, (attribute, number) in groups.items()},
         "attributes": _changes(first.get("attributes", {}), second.get("attributes", {})),

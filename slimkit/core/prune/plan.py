@@ -22,6 +22,7 @@ def make_desc(
     attributes: Mapping[str, Mapping[str, tuple[int, int]]],
     config: Mapping[str, tuple[Field, Field]],
     made: Mapping[str, Any],
+    padded: Mapping[str, Index] | None = None,
 ) -> dict[str, Any]:
     """Write a plan as JSON-able data.
 
@@ -31,18 +32,21 @@ def make_desc(
         attributes: module -> attribute -> (before, after), beyond what the cut weights themselves say.
         config: field of the model's configuration -> (before, after).
         made: how it was made (settings and numbers), for people.
+        padded: variable -> those of its kept indices that hold zeros afterwards.
 
     Returns:
         The desc.
     """
     full = view.counts
-    used = {n for n in keep if len(keep[n]) < full[n]}
+    zeros = {n: index for n, index in (padded or {}).items() if len(index)}
+    used = {n for n in keep if len(keep[n]) < full[n] or n in zeros}
     axes = {p: e for p, e in view.axes.items() if any(_mentions(x, used) for x in e)}
     return {
         "format": FORMAT,
         "version": VERSION,
         "shapes": {p: list(s) for p, s in view.coupling.graph.shapes.items()},
         "variables": {n: {"size": full[n], "keep": [int(i) for i in keep[n]]} for n in keep if n in used},
+        **({"padded": {n: [int(i) for i in index] for n, index in zeros.items()}} if zeros else {}),
         "axes": {p: [_without(x, used, full) for x in e] for p, e in axes.items()},
         "groups": {
             scope: [attr, _without(e, used, full)] for scope, (attr, e) in view.groups.items() if _mentions(e, used)
@@ -106,6 +110,10 @@ class PrunePlan:
                 path: [kept(e, self.full, self.keep) if not isinstance(e, int) else None for e in exprs]
                 for path, exprs in self.axes.items()
             }
+            self.padded = {n: np.asarray(index, dtype=np.int64) for n, index in desc.get("padded", {}).items()}
+            for name, index in self.padded.items():
+                if index.ndim != 1 or not np.isin(index, self.keep[name]).all() or len(index) >= len(self.keep[name]):
+                    raise PlanError(f"desc pads indices of {name} that it does not keep, or all that it keeps")
             self.groups = {
                 m: (str(a), len(kept(e, self.full, self.keep))) for m, (a, e) in desc.get("groups", {}).items()
             }
@@ -120,6 +128,30 @@ class PrunePlan:
     def counts(self) -> dict[str, int]:
         """How many indices each variable keeps that loses some."""
         return {name: len(index) for name, index in self.keep.items()}
+
+    def filled(self) -> dict[str, list[Index | None]]:
+        """`indices` without those that hold zeros: what an unpadded model would keep."""
+        if not self.padded:
+            return self.indices
+        keep = {n: np.setdiff1d(index, self.padded.get(n, [])) for n, index in self.keep.items()}
+        return {
+            path: [None if isinstance(e, int) else kept(e, self.full, keep) for e in exprs]
+            for path, exprs in self.axes.items()
+        }
+
+    def zeros(self) -> dict[str, list[Index | None]]:
+        """For each axis the places in the cut parameter that hold zeros; parameters without any are left out."""
+        out = {}
+        for path, axes in self.filled().items() if self.padded else ():
+            kept_axes = self.indices[path]
+            found = [
+                None if held is None or index is None or len(index) == len(held)
+                else np.flatnonzero(np.isin(held, index, invert=True))
+                for held, index in zip(kept_axes, axes)
+            ]  # fmt: skip
+            if any(index is not None for index in found):
+                out[path] = found
+        return out
 
     def sizes(self) -> dict[str, tuple[int, ...]]:
         """Shapes after the cut of the parameters that change."""

@@ -20,10 +20,11 @@ from slimkit.core.prune.forms import CutForm, parallel_steps
 from slimkit.core.prune.framework import PruneFramework
 from slimkit.core.prune.importance import best
 from slimkit.core.prune.knapsack import foretold, measured
+from slimkit.core.prune.latency import LatencyAccount
 from slimkit.core.prune.levers import Lever, counts_experts, joined_losses, joined_scores, lever_matrix
 from slimkit.core.prune.narrowing import Narrowing, alike_levers
 from slimkit.core.prune.plan import PrunePlan, make_desc
-from slimkit.core.prune.reporting import allocated
+from slimkit.core.prune.reporting import allocated, padding
 from slimkit.core.prune.settings import PrunerSettings
 from slimkit.core.prune.solve import Coupling, Variable, View
 from slimkit.core.prune.stream import Stream, find_stream, part
@@ -51,6 +52,7 @@ class PrunerPlanning(PrunerSettings):
         self._stream: Stream | None = None  # what is turned before the cut
         self._parted: dict[str, str] = {}  # a matrix that gets values of its own -> the table it shared them with
         self._steps: dict[str, int] = {}
+        self._quiet = False  # whether a ratio that is missed is of no interest
         self._most: Mapping[str, int] = {}  # steps that levers may keep at most, where less than all
 
     @property
@@ -91,11 +93,21 @@ class PrunerPlanning(PrunerSettings):
                 break
             if rounds == _ROUNDS:
                 narrowing.keep_everything(f"its code contradicted {rounds} plans")
-        left = Account(view).count(np.array([allocation.keep[n] for n in view.counts], dtype=np.int64))
-        self._report = allocated(view, allocation, account, left, ratio, self._budget, self._copied())
+        parameters, held = Account(view), form.held_at(view, allocation.keep)
+        left = parameters.count(np.array([held[n] for n in view.counts], dtype=np.int64))
+        copied = self._copied()
+        self._report = allocated(view, allocation, account, left, ratio, self._budget, self._quiet, copied)
         if "rotated" in desc["made"]:
-            self._report["rotated"] = {**desc["made"]["rotated"], "added_params": self._copied()}
+            self._report["rotated"] = {**desc["made"]["rotated"], "added_params": copied}
         self._report["form"] = {"name": form.name, "because": form.because}
+        if form.name == "padded":
+            live = parameters.count(np.array([allocation.keep[n] for n in view.counts], dtype=np.int64))
+            self._report["padding"] = padding(view, allocation.keep, held, live, left)
+            desc["made"]["live_params"] = live
+        if self._budget == "latency":
+            full = account.count(np.array(list(view.counts.values()), dtype=np.int64))
+            told = {"before_ms": full / 1e6, "after_ms": allocation.total / 1e6}
+            self._report["latency"] = desc["made"]["latency"] = told
         desc["made"]["left_params"] = left
         desc["made"]["reached"] = self._report["reached"]
         if self._made["importance"] == "output":
@@ -170,8 +182,15 @@ class PrunerPlanning(PrunerSettings):
             self._cut_form = CutForm(self._form, self._wing, self._solved())
         return self._cut_form
 
+    def _account(self, view: View) -> Account:
+        """What the ratio counts."""
+        if self._budget == "latency":
+            assert self._table is not None
+            return LatencyAccount(view, self._table)
+        return Account(view, self._budget)
+
     def _allocate(self, view: View, ratio: float) -> tuple[Allocation, Account]:
-        account = Account(view, self._budget)
+        account = self._account(view)
         full = np.array(list(view.counts.values()), dtype=np.int64)
         target = ratio * (account.count(full) - (self._copied() if self._budget == "params" else 0))
         criterion = self._scoring.suited(self.is_language_model)
@@ -202,7 +221,8 @@ class PrunerPlanning(PrunerSettings):
             if fixed:
                 break
             steps = joined.steps(self._alignment, np.array(sizes, dtype=np.int64)).tolist()
-            fixed = self._form_begun().settled(self._levers, found.keep, dict(zip(joined.names, steps)), self._most)
+            least = dict(zip(joined.names, steps))
+            fixed = self._form_begun().settled(view, self._levers, found.keep, least, self._most)
             if not fixed:
                 break
         self._steps = {**found.keep, **fixed}
@@ -259,9 +279,12 @@ class PrunerPlanning(PrunerSettings):
         return [v for v in view.variables if v.name in inner]
 
     def _describe(self, view: View, allocation: Allocation, ratio: float, whole: list[str]) -> dict[str, Any]:
-        keep: dict[str, Index] = {n: best(self._scoring.scores[n], k) for n, k in allocation.keep.items()}
+        form, scores = self._form_begun(), self._scoring.scores
+        held = form.held_at(view, allocation.keep)
+        keep: dict[str, Index] = {n: best(scores[n], k) for n, k in held.items()}
+        padded = {n: np.setdiff1d(keep[n], best(scores[n], k)) for n, k in allocation.keep.items() if k < held[n]}
         integers, fields = self._wing.integers(), self._wing.config()
-        sizes = scope_sizes(view, allocation.keep) if integers or fields else {}
+        sizes = scope_sizes(view, held) if integers or fields else {}
         candidates = {
             module: {name: new_values(name, old, sizes.get(module, {})) for name, old in numbers.items()}
             for module, numbers in integers.items()
@@ -277,10 +300,9 @@ class PrunerPlanning(PrunerSettings):
         kept = {v.layers[0]: allocation.keep[v.name] for v in view.variables if v.kind == "experts"}
         for module, changed in numbers_after(experts, kept, integers).items():
             attributes.setdefault(module, {}).update(changed)
-        form = self._form_begun()
-        config = form.fields(view, self._levers, self._steps)
+        config = form.fields(view, self._levers, self._steps, allocation.keep)
         if config is None:
-            config = config_changes(fields, view, allocation.keep, sizes)
+            config = config_changes(fields, view, held, sizes)
         config.update(fields_after(experts, kept, fields))
         turned = self._stream.variable(view) if self._stream else None
         is_turned = turned is not None and len(keep[turned]) < view.counts[turned]
@@ -297,7 +319,7 @@ class PrunerPlanning(PrunerSettings):
             "un_prune": whole,
             **({"rotated": {"apart": dict(self._parted)}} if is_turned else {}),
         }
-        return make_desc(view, keep, attributes, config, made)
+        return make_desc(view, keep, attributes, config, made, padded)
 
     def _rehearse(self, view: View, desc: dict[str, Any]) -> bool:
         """Try the plan on the framework's side; where the model's code contradicts it, narrow what the next may do."""

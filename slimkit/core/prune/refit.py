@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Collection, Generator, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from typing import Any, Protocol
 
@@ -18,6 +18,7 @@ Array = np.ndarray[Any, Any]
 DAMPINGS = (1e-4, 1e-3, 1e-2, 1e-1)
 HELD_OUT = 8  # one row in so many is held out to choose among them
 NARROW = 256
+SAME = 1e-2  # a disturbance that arrives changed by less than this share was only added to something
 MAX_INPUTS = 6000  # second moments of more inputs than this do not fit beside a model
 
 
@@ -91,18 +92,26 @@ def repair(models: Repair, layers: Sequence[str], plan: PrunePlan, damping: floa
             suited.append(path)
         else:
             report["left"][path] = why
-    behind = {path for path in suited if _is_behind(models, path, plan)}
+    filled, zeros = plan.filled(), plan.zeros()
+    behind = {path for path in suited if _is_behind(models, path, plan, filled)}
     bar = iter(progress(suited, "layers"))
     for stage in models.stages(suited, behind):
         for path in stage.layers:
             while next(bar, path) != path:
                 pass  # a layer that its stage leaves as it is
             weight, bias = models.values(path)
-            kept = plan.indices.get(f"{path}.weight", [None, None])[models.made_axis(path)]
+            name, axis = f"{path}.weight", models.made_axis(path)
+            kept = filled.get(name, [None, None])[axis]
+            gone = zeros.get(name)
+            part = None
+            if gone is not None:
+                part = _Filled(weight, gone[axis], gone[1 - axis], plan.sizes()[name][1 - axis])
+                weight, bias = part.of(weight, bias)
             some, held_out = (RefitMoments(weight.shape[1], weight.shape[0], bias is not None) for _ in range(2))
             # Closed also after an error: while it is open, parts of the model do not run.
             with closing(stage.calls(path)) as calls:
                 for given, wanted in calls:
+                    given = given if part is None else part.inputs(given)
                     wanted = wanted if kept is None else wanted[:, kept]
                     # The last rows of each batch are held out where the damping is to be chosen.
                     held = len(given) // HELD_OUT if damping is None else 0
@@ -110,15 +119,54 @@ def repair(models: Repair, layers: Sequence[str], plan: PrunePlan, damping: floa
                     held_out.add(given[len(given) - held :], wanted[len(given) - held :])
             for moments in (some, held_out):
                 demand_finite(path, moments.inputs, moments.outputs)
-            models.write(path, *_fitted(some, held_out, weight, bias, damping))
+            fitted = _fitted(some, held_out, weight, bias, damping)
+            models.write(path, *(fitted if part is None else part.back(*fitted)))
             report["refitted"][path] = some.number + held_out.number
     next(bar, None)
     return report
 
 
-def _is_behind(models: Repair, path: str, plan: PrunePlan) -> bool:
+class _Filled:
+    """The part of a layer that is no padding: zeros that a padded plan leaves are not refitted.
+
+    Args:
+        weight: (n_out, n_in) after the cut.
+        rows: places of outputs that hold zeros, or None.
+        columns: the same of input indices.
+        n_index: input indices, each of n_in / n_index columns.
+    """
+
+    def __init__(self, weight: Array, rows: Array | None, columns: Array | None, n_index: int) -> None:
+        self._shape = weight.shape
+        self._rows = np.ones(weight.shape[0], dtype=bool)
+        self._columns = np.ones(n_index, dtype=bool)
+        if rows is not None:
+            self._rows[rows] = False
+        if columns is not None:
+            self._columns[columns] = False
+        self._columns = np.repeat(self._columns, weight.shape[1] // n_index)
+
+    def of(self, weight: Array, bias: Array | None) -> tuple[Array, Array | None]:
+        """Weight and bias without their zeros."""
+        return weight[self._rows][:, self._columns], None if bias is None else bias[self._rows]
+
+    def inputs(self, rows: Array) -> Array:
+        """Rows of inputs (n, n_in) without what meets zeros."""
+        return rows if self._columns.all() else rows[:, self._columns]
+
+    def back(self, weight: Array, bias: Array | None) -> tuple[Array, Array | None]:
+        """Weight and bias among their zeros again."""
+        wide = np.zeros(self._shape)
+        wide[np.ix_(self._rows, self._columns)] = weight
+        long = None if bias is None else np.zeros(self._shape[0])
+        if long is not None:
+            long[self._rows] = bias
+        return wide, long
+
+
+def _is_behind(models: Repair, path: str, plan: PrunePlan, filled: Mapping[str, Any]) -> bool:
     """Whether a layer lost some of its inputs."""
-    kept = plan.indices.get(f"{path}.weight")
+    kept = filled.get(f"{path}.weight")
     index = None if kept is None else kept[1 - models.made_axis(path)]
     return index is not None and len(index) < plan.shapes[f"{path}.weight"][1 - models.made_axis(path)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,14 @@ def coupled(view: View) -> dict[str, Any]:
 
 
 def allocated(
-    view: View, allocation: Allocation, account: Account, left: int, ratio: float, budget: str, copied: int = 0
+    view: View,
+    allocation: Allocation,
+    account: Account,
+    left: int,
+    ratio: float,
+    budget: str,
+    quiet: bool = False,
+    copied: int = 0,
 ) -> dict[str, Any]:
     """The same, with what each variable keeps and how near that comes to what was asked, `copied` apart."""
     report = coupled(view)
@@ -55,10 +63,11 @@ def allocated(
     if allocation.total < allocation.target * 0.98:
         wide = "the widths that alignment and heads allow lie too far apart to come nearer"
         report["notes"].append(f"asked to keep {ratio:.3f}, keeps {report['reached']:.3f}: {wide}")
-        logger.warning("asked to keep %.3f of the %s, keeps %.3f: %s", ratio, budget, report["reached"], wide)
+        if not quiet:
+            logger.warning("asked to keep %.3f of the %s, keeps %.3f: %s", ratio, budget, report["reached"], wide)
     if missed and not allocation.held_back:
         report["notes"].append("nothing more can be pruned: every other axis stays whole")
-    if missed:
+    if missed and not quiet:
         logger.warning(
             "asked to keep %.3f of the %s, reached %.3f; report() says what holds it back",
             ratio,
@@ -66,3 +75,24 @@ def allocated(
             report["reached"],
         )
     return report
+
+
+def padding(view: View, kept: Mapping[str, int], held: Mapping[str, int], live: int, params: int) -> dict[str, Any]:
+    """What a padded cut costs: parameters that are kept and held, and the layers whose widths hold zeros.
+
+    Args:
+        view: the coupling.
+        kept: variable -> indices that stay.
+        held: variable -> indices that the cut model has, the others zero.
+        live: parameters that belong to what stays.
+        params: parameters of the cut model.
+    """
+    widths = {n: [kept[n], held[n]] for n in held if kept[n] < held[n]}
+    whole = [v.layers[0] for v in view.variables if v.kind == "hidden" and v.layers and held[v.name] == v.size]
+    return {
+        "params": params,
+        "live_params": live,
+        "zeros": params - live,
+        "widths": {layer: widths[v.name] for v in view.variables if v.name in widths for layer in v.layers},
+        "not_padded": whole,
+    }

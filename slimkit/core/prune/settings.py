@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from slimkit.core import check
 from slimkit.core.batch import dataset
+from slimkit.core.files import PathLike
 from slimkit.core.prune.criteria import CRITERIA, NEEDS, Criterion, OfRows
 from slimkit.core.prune.forms import FORMS
 from slimkit.core.prune.framework import PruneFramework
+from slimkit.core.prune.latency import LatencyTable, table_of
 from slimkit.core.prune.scoring import Scoring
 from slimkit.core.showing import Shown
 
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
+BUDGETS = ("params", "macs", "latency")
 ALLOCATIONS = ("uniform", "global", "measured")
 
 
@@ -36,6 +39,7 @@ class PrunerSettings(Shown):
         self._rotate = False
         self._alignment = 16
         self._budget = "params"
+        self._table: LatencyTable | None = None
         self._allocation: str | None = None
         self._repair: Any = None
         self._repair_set = False
@@ -120,8 +124,10 @@ class PrunerSettings(Shown):
 
         Args:
             form: "config": only what the model's Hugging Face configuration can say, so that `from_pretrained` loads
-                the result without slimkit; "any": any shape. Unset: "config" for a model with such a
-                configuration, "any" for others.
+                the result without slimkit; "padded": any number of heads and inner channels in each block, filled up
+                with zeros to what the configuration can say, so that `from_pretrained` loads it as well: the ratio
+                counts what stays, and `report()["padding"]` what the zeros cost; "any": any shape. Unset: "config" for
+                a model with such a configuration, "any" for others.
 
         Returns:
             This pruner.
@@ -158,8 +164,8 @@ class PrunerSettings(Shown):
 
         Raises:
             ArgumentTypeError: no bool.
-            UnsupportedError: in MindSpore; and at the first plan, where the model's stream cannot be turned. The message
-                says why.
+            UnsupportedError: in MindSpore; at the first plan, where the model's stream cannot be turned, with the
+                reason.
         """
         if check.boolean(on, "on"):
             self._wing.demand_rotation()
@@ -170,16 +176,26 @@ class PrunerSettings(Shown):
     def _begin_anew(self) -> None:
         """Forget what was found out about the model."""
 
-    def set_budget(self, budget: str) -> Self:
+    def set_budget(self, budget: str, table: LatencyTable | PathLike | None = None) -> Self:
         """Choose what the ratio counts.
 
         Args:
-            budget: "params", or "macs" for multiplications of one forward pass on the example.
+            budget: "params", "macs" for multiplications of one forward pass on the example, or "latency" for
+                milliseconds as a table foretells them.
+            table: for "latency": what `measure_latency` returned, or the file that it wrote.
 
         Returns:
             This pruner.
+
+        Raises:
+            ArgumentError: "latency" without a table, or a table with another budget.
+            FileFormatError: the file is no table.
         """
-        self._budget = check.choice(budget, ("params", "macs"), "budget")
+        check.choice(budget, BUDGETS, "budget")
+        if (budget == "latency") != (table is not None):
+            check.wrong_value("table", 'what measure_latency returned for "latency", and None otherwise', table)
+        self._table = None if table is None else table_of(table)
+        self._budget = budget
         return self
 
     def set_allocation(self, allocation: str) -> Self:

@@ -201,9 +201,7 @@ class _Walk:
                 out = ""
         elif held:
             out = None
-        elif name in ("pow", "square") and states == [""]:
-            out = "square"
-        elif name in _PRODUCTS and len(live) == 2 and live[0] == live[1] and states[0] == "":
+        elif states in ([""], ["", ""]) and (name in ("pow", "square") or (name in _PRODUCTS and live[1:] == live[:1])):
             out = "square"
         elif (name in _PRODUCTS and len(live) == 1) or name in _SAME:
             out = states[0]

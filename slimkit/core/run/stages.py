@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from slimkit.core.onnxfile import onnx_latency
 from slimkit.core.run import language
 from slimkit.core.run.pipeline import StageContext
 from slimkit.core.run.recipe import Recipe
+from slimkit.core.train.loading import is_samples
 
 # A reloaded delta must answer like the trained one; float32 sums in the same order leave no more than this.
 _RELOAD_TOLERANCE = 1e-5
@@ -54,6 +56,20 @@ class RecipeContext(work.JobContext):
     def has_data(self) -> bool:
         return bool(self.stage.data.get("calibration"))
 
+    def lessons(self, count: int, size: int) -> list[Any]:
+        samples = self._training
+        if is_samples(samples):
+            raise ConfigError(
+                f"{self.stage.key}: a start that is read from data wants ready batches: let the data factory return a "
+                f"list of (inputs, labels), or a loader"
+            )
+        return list(islice(iter(samples), count))
+
+    @property
+    def _training(self) -> Any:
+        data = self.stage.data
+        return data.get(self.stage.key.rpartition(".")[2], data["train"])
+
     def loss(self, asked: Any) -> tuple[str, ComputeLoss]:
         reference: factory.Factory | str = self.stage.recipe.loss if asked is None else asked
         if isinstance(reference, str) and reference in self.face.losses:
@@ -63,9 +79,7 @@ class RecipeContext(work.JobContext):
         return name, lambda model, batch: function(model, batch, **arguments)
 
     def fit(self, model: Any, options: FitOptions, loss: ComputeLoss) -> dict[str, Any]:
-        data = self.stage.data
-        samples = data.get(self.stage.key.rpartition(".")[2], data["train"])
-        return fitting.fit(self.face, model, options, samples, loss, seed=self.seed, spell=self.spell)
+        return fitting.fit(self.face, model, options, self._training, loss, seed=self.seed, spell=self.spell)
 
 
 class Stages:

@@ -16,17 +16,20 @@ them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import exp, isfinite, log
 from typing import Any
+
+import numpy as np
 
 from slimkit.core.log import logger, progress
 from slimkit.core.sparse.config import SparseConfig
 from slimkit.core.sparse.framework import CalibratedBlock, SparseFramework
-from slimkit.core.sparse.maths.backend import Array, all_finite, device_of, namespace
+from slimkit.core.sparse.maths.backend import Array, like, namespace, to_numpy
 from slimkit.core.sparse.maths.layer import SparseLayer
 from slimkit.core.sparse.maths.moments import SPOILT, SpoiltError
 from slimkit.core.sparse.maths.pattern import keep_across_rows, keep_all_but
+from slimkit.core.sparse.processes import in_order
 from slimkit.core.sparse.totals import counts
 
 # One of so many batches measures what layers cost, and one judges: a block runs twice for each of its layers.
@@ -120,53 +123,89 @@ def measured(
     Raises:
         SpoiltError: the inputs of a layer are not finite.
     """
-    probes, others = _apart(host, dataset)
-    ratios, norms = _walked(host, config, probes, layers, names)
-    equal = dict.fromkeys(names, config.sparse_ratio)
-    judge = _Judge(host, others or probes)
-    equal_error, error = (judge.error(layers, r, norms) for r in (equal, ratios))
-    facts = {
-        "kept": "measured" if error < equal_error else "uniform",
-        "uniform_error": equal_error,
-        "measured_error": error,
-        "probe_batches": sum(host.gather(len(others or probes))),
-        "held_out": bool(others),
-    }
+    ratios, facts = host.kept("ratios", lambda: list(_measured(host, config, dataset, layers, names)))
+    error, equal_error = facts["measured_error"], facts["uniform_error"]
     if facts["kept"] == "measured":
-        return ratios, facts
+        return dict(ratios), facts
     text = "measured ratios change the outputs of masked layers by %.4g, equal ones by %.4g: kept equal ratios."
     logger.warning(text, error, equal_error)
     return None, facts
 
 
+def _measured(
+    host: SparseFramework, config: SparseConfig, dataset: Any, layers: Mapping[str, SparseLayer], names: Sequence[str]
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """A ratio for each layer, and facts for the report: whether they are better than equal ones."""
+    probes, others = _apart(host, dataset)
+    ratios, norms = _walked(host, config, probes, layers, names)
+    equal = dict.fromkeys(names, config.sparse_ratio)
+    equal_error, error = _errors(host, others or probes, layers, (equal, ratios), norms)
+    judges = len(others or probes)
+    facts = {
+        "kept": "measured" if error < equal_error else "uniform",
+        "uniform_error": equal_error,
+        "measured_error": error,
+        "probe_batches": judges if host.deals else sum(host.gather(judges)),
+        "held_out": bool(others),
+    }
+    return ratios, facts
+
+
 def _apart(host: SparseFramework, dataset: Any) -> tuple[list[Any], list[Any]]:
     """Batches to choose ratios with, and others to judge the choice by; no others where a process has but one."""
     data = list(dataset)
-    n = max(1, min(len(data) // SHARE, PROBE_BATCHES // host.processes()))
+    n = max(1, min(len(data) // SHARE, PROBE_BATCHES // (1 if host.deals else host.processes())))
     step = len(data) // n
     alone = not all(host.gather(step > 1))  # all processes alike
     return data[::step][:n], [] if alone else data[step // 2 :: step][:n]
 
 
-class _Judge:
-    """How much some batches' outputs change when layers are masked, relative to those of the model as it is."""
+def _errors(
+    host: SparseFramework,
+    probes: Sequence[Any],
+    layers: Mapping[str, SparseLayer],
+    choices: Sequence[Mapping[str, float]],
+    norms: Mapping[str, Array],
+) -> list[float]:
+    """How much all processes' outputs change, relative to those of the model as it is, with each choice of ratios."""
 
-    def __init__(self, host: SparseFramework, probes: Sequence[Any]) -> None:
-        self._host, self._probes = host, probes
-        self._dense = [host.outputs(batch) for batch in probes]
-        self._power = sum(host.gather(sum(float((d * d).sum()) for d in self._dense))) or 1.0
+    def masking(ratios: Mapping[str, float]) -> Callable[[Sequence[str]], None]:
+        zeros = counts({n: layers[n].size for n in ratios}, ratios)
 
-    def error(
-        self, layers: Mapping[str, SparseLayer], ratios: Mapping[str, float], norms: Mapping[str, Array]
-    ) -> float:
-        """The relative change of all processes' outputs; the model is as it was afterwards."""
-        host, back = self._host, self._host.snapshot(list(ratios))
-        for name, n_zeros in counts({n: layers[n].size for n in ratios}, ratios).items():
-            _mask(host, layers[name], n_zeros, norms.get(name))
-        pairs = zip(self._probes, self._dense)
-        change = sum(float(((host.outputs(batch) - d) ** 2).sum()) for batch, d in pairs)
+        def mask(names: Sequence[str]) -> None:
+            for name in names:
+                _mask(host, layers[name], zeros[name], norms.get(name))
+
+        return mask
+
+    rows = in_order(host, host.changes(probes, list(choices[0]), [masking(ratios) for ratios in choices]))
+    power = sum(row[0] for row in rows) or 1.0
+    return [float(sum(row[i + 1] for row in rows) / power) ** 0.5 for i in range(len(choices))]
+
+
+def changes(
+    host: SparseFramework,
+    probes: Sequence[Any],
+    names: Sequence[str],
+    variants: Sequence[Callable[[Sequence[str]], None]],
+) -> list[list[float]]:
+    """For each batch the power of a whole model's output, and what each variant changes of it; it is as it was after.
+
+    Args:
+        host: the model.
+        probes: this process's batches.
+        names: layers.
+        variants: each masks some layers, in place.
+    """
+    dense = [host.outputs(batch) for batch in probes]
+    rows = [[float((d * d).sum())] for d in dense]
+    for mask in variants:
+        back = host.snapshot(names)
+        mask(names)
+        for row, batch, d in zip(rows, probes, dense):
+            row.append(float(((host.outputs(batch) - d) ** 2).sum()))
         back()
-        return float(sum(host.gather(change)) / self._power) ** 0.5
+    return rows
 
 
 def _walked(
@@ -178,7 +217,7 @@ def _walked(
     costs: dict[str, list[float]] = {}
     norms: dict[str, Array] = {}
     bar = iter(progress(list(names), "sensitivities"))
-    for stage in host.stages(probes, names, paired=False):
+    for stage in host.probing(probes, names):
         if config.row.needs_data:
             norms |= _norms(host, stage, layers)
         dense = list(stage.outputs())
@@ -210,27 +249,34 @@ def _families(stage: CalibratedBlock, layers: Mapping[str, SparseLayer]) -> list
 
 def _norms(host: SparseFramework, stage: CalibratedBlock, layers: Mapping[str, SparseLayer]) -> dict[str, Array]:
     """Layer -> (groups, n_in) sums of its inputs' squares over all processes; none where there were no rows."""
+    own: list[dict[str, Any]] = []  # for each batch of this process
     sums: dict[str, Array] = {}
-    for first in (feed[0] for feed in stage.feeds):
-        weight = host.weight(first)
-        xp, shape = namespace(weight), (layers[first].groups, layers[first].n_in)
-        sums[first] = xp.zeros(shape, dtype=xp.float32, device=device_of(weight))
 
     def add(name: str, x: Array, *_: Any) -> None:
         xp = namespace(x)
         for rows in layers[name].rows(x):  # (groups, rows, n_in)
             rows = xp.astype(rows, xp.float32, copy=False)
-            sums[name] += xp.sum(rows * rows, axis=1)
+            square = xp.sum(rows * rows, axis=1)
+            sums[name] = sums[name] + square if name in sums else square
 
-    if sums:
-        stage.replay(list(sums), add)
+    def ended() -> None:
+        own.append({name: to_numpy(total).tolist() for name, total in sums.items()})
+        sums.clear()
+
+    names = [feed[0] for feed in stage.feeds]
+    if names:
+        stage.replay(names, add, ended)
+    every = in_order(host, own)
     found: dict[str, Array] = {}
     for feed in stage.feeds:
-        (total,) = host.reduce([sums[feed[0]]])
-        if not all_finite(total):
+        shape = (layers[feed[0]].groups, layers[feed[0]].n_in)
+        total = np.zeros(shape, np.float32)
+        for batch in every:
+            total += np.asarray(batch.get(feed[0], 0.0), np.float32)
+        if not np.isfinite(total).all():
             raise SpoiltError(f"{SPOILT} at the input of {feed[0]!r}")
-        if bool(namespace(total).any(total > 0)):
-            found |= dict.fromkeys(feed, total)
+        if total.any():
+            found |= dict.fromkeys(feed, like(total, host.weight(feed[0])))
     return found
 
 
@@ -250,15 +296,14 @@ def _mask(host: SparseFramework, layer: SparseLayer, n_zeros: int, norms: Array 
 
 def _change(host: SparseFramework, stage: CalibratedBlock, dense: Sequence[Array]) -> float:
     """The mean relative squared change of a token's (or image's) output, over all processes."""
-    total, count = 0.0, 0
+    own: list[list[float]] = []
     for now, before in zip(stage.outputs(), dense, strict=True):
         xp = namespace(before)
         shape = (before.shape[0], -1) if before.ndim > 3 else (-1, before.shape[-1])
         now, before = now.reshape(shape), before.reshape(shape)
         power = xp.sum(before * before, axis=1)
         power = power + FLOOR * xp.mean(power) + 1e-30
-        total += float(xp.sum(xp.sum((now - before) ** 2, axis=1) / power))
-        count += before.shape[0]
-    pairs = host.gather([total, count])
+        own.append([float(xp.sum(xp.sum((now - before) ** 2, axis=1) / power)), before.shape[0]])
+    pairs = in_order(host, own)
     change = sum(t for t, _ in pairs) / max(1, sum(n for _, n in pairs))
     return change if isfinite(change) else 1e30  # too large for the model's dtype

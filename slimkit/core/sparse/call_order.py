@@ -100,6 +100,20 @@ class CallOrder:
             shared.setdefault((name if name in self._alone else "", *steps), []).append(name)
         return [tuple(names) for names in shared.values()]
 
+    def feeds_by_batch(self) -> list[list[tuple[str, ...]]]:
+        """The feeds as each batch alone shows them."""
+        found: list[list[tuple[str, ...]]] = []
+        for number in range(1, len(self._order) + 1):
+            shared: dict[tuple[str, ...], list[str]] = {}
+            for name, steps in self._steps.items():
+                mine = tuple(step for step in steps if step.startswith(f"{number}:"))
+                if mine:
+                    shared.setdefault((name if name in self._alone else "", *mine), []).append(name)
+            order = self._order[number - 1]
+            groups = [sorted(names, key=order.__getitem__) for names in shared.values()]
+            found.append([tuple(names) for names in sorted(groups, key=lambda names: order[names[0]])])
+        return found
+
     @property
     def reached(self) -> dict[str, float]:
         """Layer -> seconds of all batches' forwards until they call it, for the last time.

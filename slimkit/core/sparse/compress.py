@@ -24,7 +24,11 @@ from slimkit.core.sparse.sequential import SequentialPass
 
 
 def compress(
-    host: SparseFramework, config: SparseConfig, dataset: Any, on_progress: Callable[[Progress], None] | None = None
+    host: SparseFramework,
+    config: SparseConfig,
+    dataset: Any,
+    on_progress: Callable[[Progress], None] | None = None,
+    on_layer: Callable[[Progress, dict[str, Any]], None] | None = None,
 ) -> tuple[dict[str, Any], dict[str, Array]]:
     """Make a model sparse, in place; on any error it is as it was.
 
@@ -33,6 +37,7 @@ def compress(
         config: what to do.
         dataset: a re-iterable of batches; None for a method that needs no data.
         on_progress: called after every layer; None shows a bar on a terminal and log lines elsewhere.
+        on_layer: called after every layer besides, with its row of the report.
 
     Returns:
         The report (plain JSON values) and the masks (layer -> boolean array, True where the weight stays).
@@ -48,7 +53,7 @@ def compress(
     try:
         _demand_finite(host, names)
         ratios, allocation = (None, None) if config.uniform else measured(host, config, dataset, layers, names)
-        walk = SequentialPass(host, config, layers, names, ratios, on_progress)
+        walk = SequentialPass(host, config, layers, names, ratios, on_progress, on_layer)
         walk.run(dataset)
     except SpoiltError as error:
         restore()

@@ -29,10 +29,10 @@ class CalibratedBlock(Protocol):
     joined: dict[str, str]
     reached: Mapping[str, float]
 
-    def replay(self, names: Sequence[str], seen: Seen) -> None:
+    def replay(self, names: Sequence[str], seen: Seen, ended: Callable[[], None] | None = None) -> None:
         """Send every batch through, calling ``seen(name, x, dense x, drift)`` at each call of the layers.
 
-        Dense inputs and drifts (see Moments.add) may be None, or left out.
+        Dense inputs and drifts (see Moments.add) may be None, or left out. `ended` is called after each batch.
         """
 
     def join(self) -> None:
@@ -53,9 +53,12 @@ class SparseFramework(Protocol):
 
     Attributes:
         keeps_masks: whether the whole model, and so all its masks, may be in memory at once.
+        deals: whether every process is given all batches and takes every n-th, p, p + n, ..., so that the result is
+            that of one process to the last bit; otherwise each process is given its own.
     """
 
     keeps_masks: bool
+    deals: bool
 
     def not_finite(self) -> list[str]:
         """The parameters in memory that hold NaN or infinity."""
@@ -80,6 +83,20 @@ class SparseFramework(Protocol):
     def snapshot(self, names: Sequence[str]) -> Callable[[], None]:
         """Remember the weights and biases of the layers; the function returned puts them back."""
 
+    def probing(self, dataset: Iterable[Any], names: Sequence[str]) -> Iterator[CalibratedBlock]:
+        """The same parts for a walk that only looks."""
+
+    def kept(self, what: str, make: Callable[[], Any]) -> Any:
+        """A plain JSON value that an earlier run has found out; else it is made."""
+
+    def changes(
+        self, probes: Sequence[Any], names: Sequence[str], variants: Sequence[Callable[[Sequence[str]], None]]
+    ) -> list[list[float]]:
+        """For each batch of this process the power of the model's output, and what each variant changes of it.
+
+        A variant masks the layers that it is given, in place; afterwards the model is as it was.
+        """
+
     def outputs(self, batch: Any) -> Any:
         """The model's first output for a batch, as a NumPy array without the rows of padding."""
 
@@ -94,3 +111,6 @@ class SparseFramework(Protocol):
 
     def reduce(self, arrays: Sequence[Array]) -> list[Array]:
         """Sums over all processes; exact where all but one give zeros."""
+
+    def swap(self, sent: Array, gives: Sequence[int], gets: Sequence[int]) -> Array:
+        """Give every process its part of a flat array, and get as many numbers of each, in the processes' order."""

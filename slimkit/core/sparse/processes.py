@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
+from slimkit.core import errors
 from slimkit.core.errors import ArgumentError
 from slimkit.core.sparse.call_order import CallOrder
 from slimkit.core.sparse.framework import SparseFramework
-from slimkit.core.sparse.maths.backend import Array, device_of, namespace, precision
+from slimkit.core.sparse.maths.backend import Array, bits, device_of, namespace, own_copy, precision
 from slimkit.core.sparse.maths.layer import SparseLayer
 from slimkit.core.sparse.maths.moments import SUMS, Moments
 from slimkit.core.sparse.maths.solve import Solved
@@ -29,9 +30,21 @@ def agreed(host: SparseFramework, feeds: Sequence[tuple[str, ...]]) -> list[tupl
     Returns:
         Every layer that any process saw, the same list in each; layers are together where all that saw them agree.
     """
-    every = [[tuple(feed) for feed in found] for found in host.gather([list(feed) for feed in feeds])]
-    if len(every) == 1:
-        return every[0]
+    return merged([[tuple(feed) for feed in found] for found in host.gather([list(feed) for feed in feeds])])
+
+
+def merged(every: Sequence[Sequence[tuple[str, ...]]]) -> list[tuple[str, ...]]:
+    """One list of feeds out of several that saw other experts, in another order.
+
+    Args:
+        every: lists of layers in the order they were called; those that share one input together.
+
+    Example:
+        >>> merged([[("q", "k"), ("e1",)], [("q", "k"), ("e0",), ("e1",)]])
+        [('q', 'k'), ('e0',), ('e1',)]
+    """
+    if all(found == every[0] for found in every):
+        return list(every[0])
     order: list[str] = []
     for found in every:
         at = 0
@@ -46,6 +59,51 @@ def agreed(host: SparseFramework, feeds: Sequence[tuple[str, ...]]) -> list[tupl
     for name in order:
         groups.setdefault(tuple(p.get(name, -1) for p in place), []).append(name)
     return [tuple(names) for names in groups.values()]
+
+
+class Crew(Protocol):
+    """Processes that do one job."""
+
+    def rank(self) -> int:
+        """The number of this process, from 0."""
+
+    def gather(self, value: Any) -> list[Any]:
+        """A plain JSON value of every process, by its number."""
+
+
+def first(host: Crew, work: Callable[[], Any]) -> Any:
+    """Let the process with number 0 do something that must be done once; all get its result, or its error.
+
+    Args:
+        host: the processes, or a model that they share.
+        work: returns a plain JSON value.
+    """
+    told: dict[str, Any] = {}
+    own: Exception | None = None
+    if host.rank() == 0:
+        try:
+            told = {"value": work()}
+        except Exception as error:  # noqa: BLE001  (raised again once the others know)
+            own = error
+            told = {"kind": type(error).__name__, "error": str(error)}
+    told = host.gather(told)[0]
+    if own is not None:
+        raise own
+    if "error" in told:
+        kind = getattr(errors, told["kind"], None)
+        raise (kind if kind is not None else errors.ProcessLostError)(told["error"])
+    return told["value"]
+
+
+def in_order(host: SparseFramework, own: Sequence[Any]) -> list[Any]:
+    """One value for each batch of all processes, in the order of the batches that a walk of files deals out.
+
+    Args:
+        host: the model. Process p of n has the batches p, p + n, p + 2 n, ...
+        own: a plain JSON value for each batch of this process.
+    """
+    every = host.gather(list(own))
+    return [found[i] for i in range(max(map(len, every))) for found in every if i < len(found)]
 
 
 def demand_tokens(host: SparseFramework, calls: CallOrder) -> None:
@@ -72,16 +130,12 @@ def add_up(host: SparseFramework, moments: Moments, weight: Array) -> None:
     if not seen:
         return
     layer, xp = moments.layer, namespace(weight)
-    square, line = (layer.groups, layer.n_in, layer.n_in), (layer.groups, layer.n_in)
-    drift = (1, layer.n_out, layer.n_in), (1, layer.n_out)
-    outputs = (layer.groups, layer.n_out, layer.n_in)
-    shapes = dict(zip(SUMS, (square, line, square, outputs, line, *drift)))
     dtype, device = precision(weight, layer.n_in), device_of(weight)
     kept = [f for f in SUMS if all(f in has for has in seen)]
     # Rows of one process that have no dense counterparts spoil the pairing for all.
     moments.paired = moments.paired and "dense_total" in kept
     arrays = [
-        xp.zeros(shapes[f], dtype=dtype, device=device) if getattr(moments, f) is None else getattr(moments, f)
+        xp.zeros(moments.shape(f), dtype=dtype, device=device) if getattr(moments, f) is None else getattr(moments, f)
         for f in kept
     ]
     totals = dict(zip(kept, host.reduce(arrays)))
@@ -163,6 +217,10 @@ def exchange(
         else:  # nothing added to what its owner sends is what its owner sends
             shapes = [shape, shape, *([(layer.groups * layer.n_out,)] if shifted else [])]
             arrays = [xp.zeros(s, dtype=dtype, device=device) for s in shapes]
-        new, keep, *shift = host.reduce(arrays)
+        if host.deals:  # to the last bit: as numbers, -0 and 0 would be 0
+            found = host.reduce([bits(own_copy(a)) for a in arrays])
+            new, keep, *shift = (a.view(dtype) for a in found)
+        else:
+            new, keep, *shift = host.reduce(arrays)
         keep = layer.from_matrix(keep) > 0.5
         yield layer.name, Solved(layer.from_matrix(new), keep, shift[0] if shift else None, account)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from slimkit.core.log import progress
@@ -14,6 +15,7 @@ from slimkit.core.sparse.maths.backend import Array
 from slimkit.core.sparse.maths.layer import SparseLayer
 from slimkit.core.sparse.maths.moments import Moments
 from slimkit.core.sparse.maths.solve import Solved, solve
+from slimkit.core.sparse.ordered import OrderedSums
 from slimkit.core.sparse.reconstruct import reconstruct
 from slimkit.core.sparse.remaining import Estimate, Progress
 from slimkit.core.sparse.totals import counts
@@ -29,6 +31,7 @@ class SequentialPass:
         names: the layers that are to change, in the model's order.
         ratios: layer -> ratio; None gives every layer the configuration's.
         on_progress: called after every layer; None shows a bar on a terminal and log lines elsewhere.
+        on_layer: called after every layer besides, with its row of the report.
 
     Attributes:
         solved: layer -> its row of the report, as far as the walk has come.
@@ -43,6 +46,7 @@ class SequentialPass:
         names: Sequence[str],
         ratios: Mapping[str, float] | None = None,
         on_progress: Callable[[Progress], None] | None = None,
+        on_layer: Callable[[Progress, dict[str, Any]], None] | None = None,
     ) -> None:
         self.solved: dict[str, dict[str, Any]] = {}
         self.masks: dict[str, Array] = {}
@@ -50,7 +54,7 @@ class SequentialPass:
         sizes = {n: layers[n].size for n in names}
         self._counts = counts(sizes, ratios or dict.fromkeys(names, config.sparse_ratio))
         self._estimate = Estimate({n: layers[n] for n in names}, config.method, 2 if config.paired else 1)
-        self._on_progress = on_progress
+        self._on_progress, self._on_layer = on_progress, on_layer
         self._bar = iter(progress(list(names), "layers")) if on_progress is None else iter(())
 
     def run(self, dataset: Any) -> None:
@@ -85,6 +89,8 @@ class SequentialPass:
         self._host.settled(name, self.solved[name])
         next(self._bar, None)
         step = self._estimate.finished(name, self.solved[name]["seconds"])
+        if self._on_layer is not None:
+            self._on_layer(step, self.solved[name])
         if self._on_progress is not None:
             self._on_progress(step)
 
@@ -125,19 +131,22 @@ class SequentialPass:
     def _moments(self, feed: tuple[str, ...]) -> Moments:
         layer, paired = self._layers[feed[0]], self._config.paired
         alone = paired and len(feed) == 1 and layer.n_out <= layer.n_in
-        return Moments(layer, paired, self._host.weight(feed[0]) if alone else None)
+        return Moments(layer, paired, self._host.weight(feed[0]) if alone else None, self._host.deals)
 
     def _calibrate(self, stage: CalibratedBlock, feeds: Sequence[tuple[str, ...]]) -> None:
         moments = {feed[0]: self._moments(feed) for feed in feeds}
+        ordered = OrderedSums(self._host, moments) if self._host.deals else None
 
         def add(name: str, *inputs: Array) -> None:
             start = time.perf_counter()
-            moments[name].add(*inputs)
+            (moments[name].add if ordered is None else partial(ordered.add, name))(*inputs)
             self._estimate.added(time.perf_counter() - start)
 
-        stage.replay(list(moments), add)
+        stage.replay(list(moments), add, ordered.ended if ordered is not None else None)
+        if ordered is not None:
+            ordered.close()
         self._estimate.replayed(feeds[0][0])
-        for name, sums in moments.items():
+        for name, sums in moments.items() if ordered is None else ():
             processes.add_up(self._host, sums, self._host.weight(name))
         together = [self._layers[name] for feed in feeds for name in feed]
         owner = processes.owners(together, self._config.method, self._host.processes())

@@ -19,6 +19,9 @@
 #include <pybind11/pybind11.h>
 #include <torch/library.h>
 
+#include <malloc.h>
+
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <set>
@@ -31,13 +34,23 @@ constexpr auto kSlot = c10::DeviceType::PrivateUse1;
 const c10::Device kDevice(kSlot, 0);
 const c10::Stream kStream(c10::Stream::DEFAULT, kDevice);
 
+// How many bytes are in use, now and at most: a device's memory is what it has least of.
+std::atomic<int64_t> used{0}, most{0};
+
+void give_back(void* place) {
+  used -= static_cast<int64_t>(malloc_usable_size(place));
+  std::free(place);
+}
+
 class Memory final : public at::Allocator {
  public:
   at::DataPtr allocate(size_t n_bytes) override {
     void* place = n_bytes == 0 ? nullptr : std::malloc(n_bytes);
-    return at::DataPtr(place, place, std::free, kDevice);
+    used += static_cast<int64_t>(malloc_usable_size(place));
+    if (used > most) most = used.load();
+    return at::DataPtr(place, place, give_back, kDevice);
   }
-  at::DeleterFnPtr raw_deleter() const override { return std::free; }
+  at::DeleterFnPtr raw_deleter() const override { return give_back; }
   void copy_data(void* to, const void* from, size_t n_bytes) const override { std::memcpy(to, from, n_bytes); }
 };
 Memory memory;
@@ -217,6 +230,9 @@ TORCH_LIBRARY_IMPL(_, AutocastPrivateUse1, m) {
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.def("used", [] { return used.load(); });
+  m.def("most", [] { return most.load(); });
+  m.def("forget_most", [] { most = used.load(); });
   m.def("forbid", [](const std::string& name) { forbidden.insert(name); });
   m.def("allow", [](const std::string& name) { forbidden.erase(name); });
 }

@@ -13,6 +13,7 @@ import tempfile
 import traceback
 
 from tests.only_torch import fake_npu
+from tests.only_torch.fake_npu import folders
 
 import torch
 from torch import nn
@@ -281,11 +282,15 @@ def the_commands_compute_where_they_are_told():
         os.chdir(before)
 
 
+def a_folder_block_by_block():
+    folders.sparsified_block_by_block_in_little_memory(DEVICE)
+
+
 SCENARIOS = [
     the_commands_compute_where_they_are_told,
     the_device_is_one, prune, prune_with_compensation_and_gradients, sparsify, train_a_lora_and_carry_it_to_the_cpu,
     freeze, save_and_load, distil_a_step, measure_and_export,
-    linear_algebra_that_the_device_lacks_runs_on_the_cpu_and_says_so_once,
+    linear_algebra_that_the_device_lacks_runs_on_the_cpu_and_says_so_once, a_folder_block_by_block,
 ]  # fmt: skip
 
 

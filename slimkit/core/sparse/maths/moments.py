@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from slimkit.core.errors import ArgumentError
 from slimkit.core.sparse.maths.backend import Array, add_product, device_of, inner, namespace, precision
 from slimkit.core.sparse.maths.layer import SparseLayer
+
+# Rows of a sum whose products are in memory at once, where each call's are made by themselves.
+PANEL = 512
 
 # The arrays that are summed over rows, and over processes.
 SUMS = ("gram", "total", "cross", "missing", "dense_total", "drift_cross", "drift_total")
@@ -24,6 +30,8 @@ class Moments:
         paired: also sum the products with the dense model's inputs.
         weight: the layer's dense weight, to sum `missing` and not `cross`: less to add and to keep where outputs are
             fewer than inputs, and exact where the inputs hardly differ. Only one layer can use such moments.
+        apart: make the product of each call's rows by itself before it is added, so that the sums come out alike to
+            the last bit wherever that product was made (see `fold`).
 
     Attributes:
         count: rows seen.
@@ -36,9 +44,10 @@ class Moments:
         drift_total: (1, n_out) sum of the drift.
     """
 
-    def __init__(self, layer: SparseLayer, paired: bool = False, weight: Array = None) -> None:
+    def __init__(self, layer: SparseLayer, paired: bool = False, weight: Array = None, apart: bool = False) -> None:
         self.layer = layer
         self._weight = weight
+        self._apart = apart
         self.paired = paired
         self.count = 0
         self.gram: Array = None
@@ -80,7 +89,7 @@ class Moments:
                 self.total = _zeros(rows)
             turned = xp.permute_dims(rows, (0, 2, 1))
             self.count += rows.shape[1]
-            _add(self.gram, turned, rows)
+            _add(self.gram, turned, rows, self._apart)
             self.total += xp.sum(rows, axis=1)
             if self.paired:
                 self._add_dense(rows, xp.astype(dense_rows, dtype, copy=False))
@@ -91,7 +100,7 @@ class Moments:
         if first:
             self.drift_cross = _zeros(rows, drift.shape[2])
             self.drift_total = _zeros(drift)
-        _add(self.drift_cross, xp.permute_dims(drift, (0, 2, 1)), rows)
+        _add(self.drift_cross, xp.permute_dims(drift, (0, 2, 1)), rows, self._apart)
         self.drift_total += xp.sum(drift, axis=1)
 
     def _add_dense(self, rows: Array, dense: Array) -> None:
@@ -103,13 +112,56 @@ class Moments:
             else:
                 self.missing = _zeros(rows, self.layer.n_out)
         if self._weight is None:
-            _add(self.cross, xp.permute_dims(dense, (0, 2, 1)), rows)
+            _add(self.cross, xp.permute_dims(dense, (0, 2, 1)), rows, self._apart)
         else:
             matrix = xp.astype(self.layer.to_matrix(self._weight), rows.dtype, copy=False)
-            _add(self.missing, matrix @ xp.permute_dims(dense - rows, (0, 2, 1)), rows)
+            _add(self.missing, matrix @ xp.permute_dims(dense - rows, (0, 2, 1)), rows, self._apart)
         self.dense_total += xp.sum(dense, axis=1)
         self.dense_square += inner(dense, dense)
         self.dense_inner += inner(dense, rows)
+
+    def alike(self) -> Moments:
+        """Moments of the same layer without rows."""
+        return Moments(self.layer, self.paired, self._weight, self._apart)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of one of the sums."""
+        groups, n_in, n_out = self.layer.groups, self.layer.n_in, self.layer.n_out
+        if name.startswith("drift"):
+            return (1, n_out, n_in) if name == "drift_cross" else (1, n_out)
+        if name in ("total", "dense_total"):
+            return (groups, n_in)
+        return (groups, n_out if name == "missing" else n_in, n_in)
+
+    def facts(self) -> dict[str, Any]:
+        """What these moments are beside their arrays, as plain JSON values."""
+        numbers = {"count": self.count, "square": self.dense_square, "inner": self.dense_inner}
+        return {**numbers, "paired": self.paired, "has": [f for f in SUMS if getattr(self, f) is not None]}
+
+    def fold(self, facts: Mapping[str, Any], arrays: Mapping[str, Array]) -> None:
+        """Add the moments of one call, made elsewhere by `alike().add(...)`: the same to the last bit as `add` here.
+
+        Args:
+            facts: of those moments.
+            arrays: name of a sum -> its array, or the same part of every array.
+        """
+        first = self.count == 0
+        self.count += facts["count"]
+        if not facts["paired"]:
+            self.paired = False
+            self.cross = self.missing = self.dense_total = None
+        if self.paired:
+            self.dense_square += facts["square"]
+            self.dense_inner += facts["inner"]
+        drifts = "drift_cross" in facts["has"] and (first or self.drift_cross is not None)
+        if not drifts or first:
+            self.drift_cross = self.drift_total = None
+        for name, array in arrays.items():
+            if name in ("gram", "total") or (drifts if name.startswith("drift") else self.paired):
+                if getattr(self, name) is None:
+                    setattr(self, name, namespace(array).zeros_like(array))
+                total = getattr(self, name)
+                total += array
 
     def average(self) -> None:
         """Turn the sums over rows into means, in place: no second Hessian in memory. No row can be added after it."""
@@ -151,8 +203,12 @@ def _zeros(rows: Array, n: int | None = None) -> Array:
     return namespace(rows).zeros(shape, dtype=rows.dtype, device=device_of(rows))
 
 
-def _add(sums: Array, left: Array, right: Array) -> None:
-    if sums.shape[0] == 1:  # the common case: without the product in memory
+def _add(sums: Array, left: Array, right: Array, apart: bool) -> None:
+    if sums.shape[0] > 1:
+        sums += left @ right
+    elif not apart:  # the common case: without the product in memory
         add_product(sums[0], left[0], right[0])
     else:
-        sums += left @ right
+        for start in range(0, sums.shape[1], PANEL):
+            panel = sums[0, start : start + PANEL]
+            panel += left[0, start : start + PANEL] @ right[0]

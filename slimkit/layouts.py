@@ -5,6 +5,8 @@ from __future__ import annotations
 from copy import deepcopy
 from typing import Any
 
+from slimkit import bridge  # noqa: F401  (says in one line that torch is missing)
+
 import torch
 
 

@@ -1,0 +1,261 @@
+"""Making a small delta of what a model has learned since its base: the steps that both wings share."""
+
+from __future__ import annotations
+
+import contextlib
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from slimkit.core import check
+from slimkit.core.checkpoint.openweights import open_weights
+from slimkit.core.checkpoint.torchfile import TorchFile
+from slimkit.core.delta import base as base_values
+from slimkit.core.delta import filling, inject, rest
+from slimkit.core.delta import spec as rules
+from slimkit.core.delta.base import BaseValue
+from slimkit.core.delta.framework import DeltaStorage
+from slimkit.core.delta.spec import DeltaReport, LoraSpec, Site, key
+from slimkit.core.delta.tensors import bits, wide
+from slimkit.core.errors import ArgumentError, PatternError, PlanError
+from slimkit.core.lazy import imported
+from slimkit.core.log import logger
+from slimkit.core.match import match
+
+Array = np.ndarray[Any, Any]
+Values = Callable[[str], Array]
+
+# kind -> what it holds beside the low rank
+KINDS = {"bits": "signs", "low_rank": "", "sparse": "entries"}
+_FIT = ("linear", "conv1d", "embedding", "conv2d")
+
+
+@dataclass
+class _Small:
+    """One layer's delta: its options and tensors, what it cannot say, and how many bytes it takes."""
+
+    spec: LoraSpec
+    parts: dict[str, Array]
+    error: float
+    nbytes: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.nbytes = sum(part.nbytes for part in self.parts.values())
+
+
+def compress(
+    access: DeltaStorage,
+    model: Any,
+    tuned: Any,
+    kind: Any,
+    *,
+    name: Any,
+    bytes_ratio: Any,
+    rank: Any,
+    exclude: Any,
+    seed: Any,
+) -> DeltaReport:
+    """Put what a tuned model has learned on its base as a small delta, in place; see `compress_delta` of the wings.
+
+    Everything is decided and computed before the model is touched.
+    """
+    check.choice(kind, KINDS, "kind")
+    rules.delta_name(name)
+    check.ratio(bytes_ratio, "bytes_ratio")
+    check.integer(seed, "seed", minimum=0)
+    if rank is not None:
+        check.positive(rank, "rank")
+    if kind == "bits" and bytes_ratio <= 1 / 16:
+        check.wrong_value(
+            "bytes_ratio", "more than 1/16 for kind='bits', which takes one bit of bfloat16's 16", bytes_ratio
+        )
+    access.at_rest(model)
+    with _base_alone(access, model), _tuned(access, tuned) as (after, known):
+        sites, every = access.sites(model), {n: t for n, t in access.neutral(model).items() if rules.PREFIX not in n}
+        _refuse_strange(every, known, after)
+        if exclude is not None:
+            kept = match(
+                sites, check.strings([exclude] if isinstance(exclude, str) else exclude, "exclude"), whole_modules=True
+            )
+            if kept.unmatched:
+                raise PatternError(
+                    f"exclude must name modules. Matched none: {check.nears(kept.unmatched, list(sites))}"
+                )
+            sites = {path: site for path, site in sites.items() if path not in kept.names}
+        made = _layers(access, model, sites, every, after, known, kind, bytes_ratio, rank, seed)
+        weights = {f"{path}.weight" for path in made}
+        values = _whole(access, every, after, known, weights)
+    if not made and not values:
+        raise ArgumentError("tuned must differ from the base; every value is the same.")
+    places = base_values.place(every, {n: BaseValue(v, trains=False, owner=name) for n, v in values.items()}, "tuned")
+    specs = {path: small.spec for path, small in made.items()}
+    report = _put(access, model, name, specs, made)
+    notes = filling.fill_base(access, model, places, [{"name": name}], freeze=True)
+    inject.activate(access, model, name)
+    total = sum(small.nbytes for small in made.values()) + sum(v.nbytes for v in values.values())
+    numbers = sum(int(np.prod(t.shape)) for t in {id(t): t for t in every.values()}.values())
+    notes = (
+        f"{total:,} bytes, {2 * numbers / max(total, 1):.1f} times smaller than the model in bfloat16",
+        *((f"{len(values)} tensors travel whole: {', '.join(list(values)[:3])}",) if values else ()),
+        *notes,
+    )
+    logger.info("%s", notes[0])
+    layers = {p: {**r, "error": made[p].error, "bytes": made[p].nbytes} for p, r in report.layers.items()}
+    return DeltaReport(kind, name, layers, notes=notes)
+
+
+@contextlib.contextmanager
+def _base_alone(access: DeltaStorage, model: Any) -> Any:
+    """The base's own values, whatever deltas are on it."""
+    with inject.disabled(access, model) if access.layers(model) else contextlib.nullcontext():
+        yield
+
+
+@contextlib.contextmanager
+def _tuned(access: DeltaStorage, tuned: Any) -> Any:
+    """The tuned values by torch's names, and which names there are: of a model, a mapping, or files."""
+    if isinstance(tuned, (str, Path)):
+        with open_weights(tuned, lambda path: TorchFile(path, imported("torch")), "tuned") as weights:
+            yield weights.read, set(weights.entries)
+        return
+    if isinstance(tuned, Mapping):
+        yield lambda n: np.asarray(tuned[n]) if isinstance(tuned[n], np.ndarray) else access.value(tuned[n]), set(tuned)
+        return
+    if access.layers(tuned):
+        raise ArgumentError("tuned must be a plain model; merge_delta(tuned, unload=True) puts its deltas into it.")
+    access.at_rest(tuned)
+    held = access.neutral(tuned)
+    yield lambda n: access.value(held[n]), set(held)
+
+
+def _refuse_strange(every: Mapping[str, Any], known: set[str], after: Values) -> None:
+    """Refuse a tuned model with other tensors than the base has; a tied one may stand under one of its names."""
+    groups = base_values.common(every)
+    missing = [group[0] for group in groups if not known & set(group)]
+    if missing:
+        raise PlanError(
+            f"tuned lacks {len(missing)} tensors of the base, {missing[0]!r} among them"
+            f"{check.near(missing[0], sorted(known))}."
+        )
+    for group in groups:
+        name = next(n for n in group if n in known)
+        have, wanted = tuple(after(name).shape), tuple(every[name].shape)
+        if have != wanted:
+            raise PlanError(f"{name} has shape {wanted} in the base and {have} in tuned.")
+
+
+def _layers(
+    access: DeltaStorage,
+    model: Any,
+    sites: Mapping[str, Site],
+    every: Mapping[str, Any],
+    after: Values,
+    known: set[str],
+    kind: str,
+    bytes_ratio: float,
+    rank: int | None,
+    seed: int,
+) -> dict[str, _Small]:
+    """Path -> small delta, of every layer that differs and has one."""
+    names = {id(every[group[0]]): next(n for n in group if n in known) for group in base_values.common(every)}
+    found: dict[str, _Small] = {}
+    done: dict[int, _Small] = {}
+    for path, site in sites.items():
+        tensor = every.get(f"{path}.weight")
+        if site.kind not in _FIT or site.reason or tensor is None:
+            continue
+        if id(tensor) not in done:
+            before = access.value(tensor)
+            change = wide(after(names[id(tensor)])).astype(np.float32) - wide(before).astype(np.float32)
+            if not np.isfinite(change).all():
+                raise ArgumentError(f"{path}: the difference between tuned and base is not finite.")
+            if not change.any():
+                continue
+            rng = np.random.default_rng([seed, zlib.crc32(path.encode())])
+            small = _small(change, site.kind, kind, bytes_ratio, rank, rng)
+            if small.nbytes >= change.size * 2:
+                continue  # it travels whole
+            done[id(tensor)] = small
+        found[path] = done[id(tensor)]
+    return found
+
+
+def _small(
+    change: Array, layer: str, kind: str, bytes_ratio: float, rank: int | None, rng: np.random.Generator
+) -> _Small:
+    """The small delta of one weight."""
+    rows = rest.flat(change)
+    turned = layer in ("conv1d", "embedding")  # stored (inputs, outputs)
+    outputs, inputs = rows.shape[::-1] if turned else rows.shape
+    budget = 2 * rows.size * bytes_ratio
+    name = KINDS[kind]
+    fixed = len(rows) * (-(-rows.shape[1] // 8) + 4) if name == "signs" else 0
+    wanted = rank
+    if wanted is None:
+        share = budget - fixed if name != "entries" else 2 * (outputs + inputs)
+        wanted = max(1, int(share // (2 * (outputs + inputs))))
+    wanted = min(wanted, outputs, inputs)
+    count = 0
+    if name == "entries":
+        count = min(rows.size, max(1, int((budget - 2 * wanted * (outputs + inputs)) // 6)))
+    parts: dict[str, Array] = {}
+    left = rows
+    if name:
+        # First what low rank says best, then the rest of what it leaves; further turns gain a hundredth of the error.
+        product = _product(rest.nearest(rows.T if turned else rows, wanted, rng), turned=turned)
+        found = rest.signs_of(rows - product) if name == "signs" else rest.entries_of(rows - product, count)
+        parts = dict(zip(rest.PARTS[name], found, strict=True))
+        left = rows - rest.dense(name, parts, rows.shape)
+    a, b = rest.nearest(left.T if turned else left, wanted, rng)
+    product = _product((a, b), turned=turned)
+    error = float(np.linalg.norm(left - product) / np.linalg.norm(rows))
+    if layer == "conv2d":
+        a, b = a.reshape(len(a), *change.shape[1:]), b.reshape(*b.shape, 1, 1)
+    spec = LoraSpec(rank=wanted, alpha=float(wanted), rest=name, count=count)
+    return _Small(spec, {"a": np.ascontiguousarray(a), "b": np.ascontiguousarray(b), **parts}, round(error, 4))
+
+
+def _product(factors: tuple[Array, Array], *, turned: bool) -> Array:
+    """b @ a as the weight's rows lie."""
+    a, b = (half.astype(np.float32) for half in factors)
+    found: Array = (b @ a).T if turned else b @ a
+    return found
+
+
+def _whole(
+    access: DeltaStorage, every: Mapping[str, Any], after: Values, known: set[str], weights: set[str]
+) -> dict[str, Array]:
+    """What differs and has no small delta, by its first name."""
+    found = {}
+    for group in base_values.common(every):
+        if weights & set(group):
+            continue
+        before = access.value(every[group[0]])
+        value = after(next(n for n in group if n in known))
+        if not np.array_equal(bits(before), bits(value)) and not np.array_equal(wide(before), wide(value)):
+            found[group[0]] = np.asarray(value, order="C")
+    return found
+
+
+def _put(
+    access: DeltaStorage, model: Any, name: str, specs: Mapping[str, LoraSpec], made: Mapping[str, _Small]
+) -> DeltaReport:
+    if not specs:
+        raise ArgumentError(
+            "no layer differs that a delta goes on; save_delta after training those tensors alone does."
+        )
+    report = inject.apply_layers(access, model, "lora", None, name=name, specs=dict(specs))
+    for path, layer in access.layers(model).items():
+        if path in made:
+            tensors = layer.delta_tensors(name)
+            for part, value in made[path].parts.items():
+                tensor = tensors[key("lora", part, name)]
+                access.take_dtype(tensor, value)
+                access.fill(tensor, value)
+                if part in ("a", "b"):
+                    tensor.requires_grad = False
+    return report

@@ -1,0 +1,226 @@
+"""The job around a walk over a folder's blocks: it is claimed, begun or gone on with, logged, and committed whole."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from slimkit.core import check, files
+from slimkit.core.errors import UnsupportedError
+from slimkit.core.joblog import JobLog
+from slimkit.core.locks import BLOCKS as STATE
+from slimkit.core.locks import locked, same_job
+from slimkit.core.log import logger
+from slimkit.core.showing import Report
+from slimkit.core.sparse.compress import compress
+from slimkit.core.sparse.config import SparseConfig
+from slimkit.core.sparse.framework import SparseFramework
+from slimkit.core.sparse.processes import first
+from slimkit.core.sparse.remaining import Progress
+
+REPORT = "sparse_report.json"
+# Endings of files that hold weights: those that were not read are not copied.
+_WEIGHTS = (".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".safetensors", ".ckpt")
+
+
+class FolderHost(SparseFramework, Protocol):
+    """A model whose blocks come from files, and go back to files."""
+
+    @property
+    def n_blocks(self) -> int:
+        """How many blocks there are, once `layers` has looked."""
+
+    @property
+    def device(self) -> str:
+        """Where blocks compute."""
+
+
+def sparsify_folder(
+    host: FolderHost,
+    cfg: SparseConfig,
+    data: Sequence[Any],
+    target: Path,
+    weights: Sequence[Path],
+    job: Mapping[str, Any],
+    copy: Callable[[Path], None],
+    rewrite: Callable[[Path, Path], None],
+    on_progress: Callable[[Progress], None] | None,
+) -> Report:
+    """Walk over a model's blocks, by one process or by all of a group, and write the result.
+
+    Args:
+        host: the model.
+        cfg: what to do.
+        data: batches.
+        target: where the result goes, absent, empty or holding an unfinished run of the same job.
+        weights: the files that are read, each with a name of its own.
+        job: what tells this job from another, beside the configuration and the files.
+        copy: copies what is no weights into a folder.
+        rewrite: writes one of the files, with the new weights, to a place.
+        on_progress: called after every layer, in process 0.
+
+    Returns:
+        The report.
+
+    Raises:
+        UnsupportedError: processes were given different things, or `target` was begun with others.
+        ConfigError: another run is at work in `target`.
+    """
+    job = {"config": cfg.to_dict(), "source": _digests(host, weights), **job}
+    told = host.gather(job)
+    if any(other != told[0] for other in told):
+        raise UnsupportedError("all processes must be given the same model, data, configuration and threads.")
+    quiet = logger.disabled
+    with contextlib.ExitStack() as held:
+        try:
+            logger.disabled = quiet or host.rank() > 0
+            first(host, lambda: _claim(held, target))
+            shown = on_progress if host.rank() == 0 else _unseen
+            return _walk(host, cfg, data, target, weights, job, copy, rewrite, shown)
+        finally:
+            logger.disabled = quiet
+
+
+def _unseen(_step: Progress) -> None:
+    """The progress of a process that does not speak."""
+
+
+def _claim(held: contextlib.ExitStack, target: Path) -> None:
+    """Make sure that the folder is free, and lock it."""
+    state = target / STATE
+    # A run killed in its first moments leaves its state folder and nothing else.
+    if target.exists() and any(f.name != STATE for f in target.iterdir()) and not (state / "job.json").exists():
+        check.wrong_value("dst", "absent, empty, or an unfinished run", str(target))
+    held.enter_context(locked(state, "dst", inside=True))
+
+
+def _digests(host: SparseFramework, weights: Sequence[Path]) -> dict[str, str]:
+    """The digest of each file, which one process reads."""
+    n, rank = host.processes(), host.rank()
+    every = host.gather([files.digest_file(file) for file in weights[rank::n]])
+    return {file.name: every[i % n][i // n] for i, file in enumerate(weights)}
+
+
+def _walk(
+    host: FolderHost,
+    cfg: SparseConfig,
+    data: Sequence[Any],
+    target: Path,
+    weights: Sequence[Path],
+    job: Mapping[str, Any],
+    copy: Callable[[Path], None],
+    rewrite: Callable[[Path, Path], None],
+    on_progress: Callable[[Progress], None] | None,
+) -> Report:
+    """Begin a job in `target`, or go on with it; process 0 holds its lock."""
+    state, finished = target / STATE, target / STATE / "finished"
+
+    def begin() -> Any:
+        same_job(state, job, {"config": SparseConfig().to_dict(), "compute": "None", "device": "cpu"})
+        files.settle(target)
+        for part in target.rglob(".*.part"):  # a killed writer cannot clean up after itself
+            shutil.rmtree(part) if part.is_dir() else part.unlink()
+        if not (target / REPORT).exists():
+            return None
+        _tidy(state)  # the kill may have come while tidying
+        return files.read_json(target / REPORT)
+
+    def prepare() -> None:
+        shutil.rmtree(finished, ignore_errors=True)
+        finished.mkdir()
+        copy(finished)
+        files.write_json(finished / REPORT, report)
+
+    def commit() -> None:
+        files.commit(finished, target)
+        _tidy(state)
+
+    report = first(host, begin)
+    if report is not None:
+        return Report("sparsity", report)
+    try:
+        report, _ = compress(host, cfg, data, on_progress, _logging(host, state, cfg, data))
+    except BaseException as error:
+        if host.rank() == 0:
+            JobLog(state).note("stopped", why=" ".join(f"{type(error).__name__} {error}".split())[:300])
+        raise
+    for row in report["layers"].values():
+        row.pop("seconds", None)  # the same job writes the same bytes
+    report = {k: v for k, v in report.items() if k != "seconds"}
+    first(host, prepare)
+    for file in weights[host.rank() :: host.processes()]:
+        rewrite(file, finished / file.name)
+    host.gather(None)  # all are written
+    first(host, commit)
+    return Report("sparsity", report)
+
+
+def _logging(
+    host: FolderHost, state: Path, cfg: SparseConfig, data: Sequence[Any]
+) -> Callable[[Progress, dict[str, Any]], None] | None:
+    """Begin the job's log, in process 0; what writes a line for each layer."""
+    if host.rank() > 0:
+        return None
+    log = JobLog(state)
+    facts = {"batches": len(data), "blocks": host.n_blocks, "processes": host.processes()}
+    log.begun("sparsify", method=cfg.method, device=host.device, **facts)
+
+    def layer(step: Progress, row: dict[str, Any]) -> None:
+        where = {"layer": step.layer, "done": step.done, "total": step.total, "rows": row.get("rows")}
+        log.note("layer", **where, seconds=round(step.seconds, 3), seconds_left=round(step.seconds_left, 1))
+
+    return layer
+
+
+def _tidy(state: Path) -> None:
+    for leftover in state.iterdir():
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+        elif leftover.name not in ("job.json", ".lock"):
+            leftover.unlink()
+
+
+def digest(data: Sequence[Any], bytes_of: Callable[[Any], tuple[str, bytes] | None]) -> str:
+    """What tells batches from others.
+
+    Args:
+        data: the batches.
+        bytes_of: a tensor's type and shape, and its bytes; None for anything else.
+
+    Example:
+        >>> digest([{"x": 1}], lambda _: None) == digest([{"x": 1}], lambda _: None)
+        True
+    """
+    made = hashlib.sha256()
+
+    def feed(value: Any) -> None:
+        found = bytes_of(value)
+        if found is not None:
+            made.update(found[0].encode())
+            made.update(found[1])
+        elif isinstance(value, dict) or hasattr(value, "items"):
+            for key, item in value.items():
+                made.update(str(key).encode())
+                feed(item)
+        elif isinstance(value, (tuple, list)):
+            for item in value:
+                feed(item)
+        else:
+            made.update(repr(value).encode())
+
+    for batch in data:
+        feed(batch)
+        made.update(b"|")
+    return made.hexdigest()
+
+
+def copy_others(source: Path, target: Path, weights: Sequence[Path]) -> None:
+    """Copy what is no weights: configuration, tokenizer, index and the like."""
+    for file in sorted(source.iterdir()):
+        if file not in weights and file.is_file() and file.suffix not in _WEIGHTS:
+            with open(file, "rb") as old, files.atomic_file(target / file.name) as new:
+                shutil.copyfileobj(old, new)

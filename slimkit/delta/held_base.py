@@ -1,0 +1,111 @@
+"""A linear layer with LoRA whose own weight is held in int8 or bfloat16."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from slimkit import bridge
+from slimkit.core.delta.bundle import sample_places
+from slimkit.core.delta.held_base import quantised
+from slimkit.delta.lora_layers import LoraLinear
+
+import torch
+from torch import nn
+
+__all__ = ["HeldLora", "bridge"]
+
+
+class _HeldLinear(torch.autograd.Function):
+    """y = scale (x q') + bias; the weight is made wide anew each way and never kept, nor is x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Any, held: Any, scale: Any, bias: Any) -> torch.Tensor:
+        y = x.reshape(-1, x.shape[-1]) @ held.to(x.dtype).t()  # (n, out)
+        if scale is not None:
+            y = y.mul_(scale)
+        ctx.save_for_backward(held, scale)
+        return (y if bias is None else y.add_(bias)).view(*x.shape[:-1], y.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        held, scale = ctx.saved_tensors
+        g = grads[0].reshape(-1, grads[0].shape[-1])
+        g_bias = g.sum(0) if ctx.needs_input_grad[3] else None
+        if not ctx.needs_input_grad[0]:
+            return None, None, None, g_bias
+        g = g if scale is None else g * scale
+        return (g @ held.to(g.dtype)).view(*grads[0].shape[:-1], held.shape[1]), None, None, g_bias
+
+
+class HeldLora(LoraLinear):
+    """A linear layer with LoRA; `weight_held` and `weight_scale` stand for its weight until deltas are merged."""
+
+    word = "HeldLoRA"
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The weight that the layer computes with, in the type that it had; made anew unless deltas are merged."""
+        plain = self._parameters.get("weight")
+        return self._wide() if plain is None else plain
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """The weight's type, without making one."""
+        return self.plain_dtype
+
+    def hold(self, kind: str) -> None:
+        """Hold the weight in fewer bits, in place."""
+        weight: Any = self._parameters["weight"]
+        flat, places = weight.detach().reshape(-1), torch.from_numpy(sample_places(weight.numel()))
+        self.plain_sample = flat[places.to(flat.device)].float().cpu().numpy()
+        scale = None
+        if kind == "int8":
+            numbers, scales = quantised(weight.detach().float().cpu().numpy())
+            held, scale = torch.from_numpy(numbers).to(weight.device), torch.from_numpy(scales).to(weight.device)
+        else:
+            held = weight.detach().to(torch.bfloat16)
+        self.plain_dtype, self.plain_trains, self.held_kind = weight.dtype, weight.requires_grad, kind
+        del self._parameters["weight"]
+        self._parameters["weight_held"] = nn.Parameter(held, requires_grad=False)
+        self.register_buffer("weight_scale", scale)
+
+    @torch.no_grad()
+    def _wide(self) -> torch.Tensor:
+        held = self.weight_held.detach().float()
+        wide: torch.Tensor = held if self.weight_scale is None else held * self.weight_scale.float().unsqueeze(1)
+        return wide.to(self.plain_dtype)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if not isinstance(self, HeldLora):  # somebody kept this method, and the delta is off
+            return type(self).forward(self, input)
+        if self.delta_is_merged:
+            return super().forward(input)
+        kind = input.dtype if input.is_floating_point() else self.plain_dtype
+        scale = None if self.weight_scale is None else self.weight_scale.to(kind)
+        bias = None if self.bias is None else self.bias.to(kind)
+        return self.acted(_HeldLinear.apply(input, self.weight_held, scale, bias), input)
+
+    def acted(self, out: torch.Tensor, x: Any = None, low: Any = None) -> torch.Tensor:
+        """Any number of deltas, one after the other; none of them reads the weight."""
+        return self._with_sides(out, x, out, self.bias)
+
+    def write_weight(self, value: torch.Tensor) -> None:
+        """Let the layer have a plain weight with these values, in place."""
+        self._parameters.pop("weight_held", None)
+        self._parameters["weight"] = nn.Parameter(value, requires_grad=self.plain_trains)
+
+    def _write_sources(self, values: dict[str, Any]) -> None:
+        if "weight_held" not in values:
+            super()._write_sources(values)
+            return
+        self._parameters.pop("weight", None)
+        self._parameters["weight_held"] = nn.Parameter(values["weight_held"], requires_grad=False)
+
+    def leave(self) -> None:
+        """Take every delta off, in place; the weight stays what the layer computed with, in the type that it had."""
+        super().leave()
+        if "weight" not in self._parameters:
+            self.write_weight(self._wide())
+        del self._buffers["weight_scale"]
+        for attribute in ("plain_dtype", "plain_trains", "plain_sample", "held_kind"):
+            del vars(self)[attribute]

@@ -1,0 +1,91 @@
+"""Several processes of torch.distributed on one job: who they are, what they tell each other, and one that is lost."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+from slimkit import bridge  # noqa: F401  (says in one line that torch is missing)
+from slimkit.core.errors import ProcessLostError
+
+import torch
+import torch.distributed as dist
+
+# A process may be at work alone for long: it reads files, or solves what no other waits for.
+PATIENCE = timedelta(hours=6)
+
+
+def join(device: torch.device) -> torch.device:
+    """Join the processes that torchrun began, for the life of this one; nothing where there is one, or a group.
+
+    Args:
+        device: where arrays lie: "cuda" and "npu" exchange them by their own library.
+
+    Returns:
+        The device; without a number the one that torchrun means for this process.
+    """
+    began = int(os.environ.get("WORLD_SIZE", "1") or "1")
+    if device.type != "cpu" and device.index is None and began > 1:
+        device = torch.device(device.type, int(os.environ.get("LOCAL_RANK", "0")))
+        torch.accelerator.set_device_index(device.index)
+    if began < 2 or not dist.is_available() or dist.is_initialized():
+        return device
+    own = {"cuda": "cpu:gloo,cuda:nccl", "npu": "cpu:gloo,npu:hccl"}.get(device.type, "gloo")
+    with exchanging():
+        dist.init_process_group(own, timeout=PATIENCE)
+    return device
+
+
+def processes() -> int:
+    """How many processes of torch.distributed do the job."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """The number of this process, from 0."""
+    return dist.get_rank() if processes() > 1 else 0
+
+
+def gather(value: Any) -> list[Any]:
+    """A plain value of every process, by its number."""
+    found = [value] * processes()
+    if len(found) > 1:
+        with exchanging():
+            dist.all_gather_object(found, value)
+    return found
+
+
+@contextlib.contextmanager
+def exchanging() -> Iterator[None]:
+    """Name what a failed exchange means: another process is gone.
+
+    Raises:
+        ProcessLostError: the exchange failed.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, ProcessLostError):
+            raise
+        first_line = (str(error).splitlines() or [""])[0][:200]
+        raise ProcessLostError(
+            "another process of this job has ended or cannot be reached; the same command goes on from the last "
+            f"finished block ({first_line})"
+        ) from None
+
+
+def speaks() -> bool:
+    """Whether this process is the first of a failing job to say why; the others need not say it again."""
+    if int(os.environ.get("WORLD_SIZE", "1") or "1") < 2:
+        return True
+    try:
+        # torchrun keeps this store, so that it outlives every process.
+        place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(*place, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=3))
+        key = f"slimkit/said/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        return bool(store.add(key, 1) == 1)
+    except (KeyError, ValueError, RuntimeError):
+        return os.environ.get("RANK", "0") == "0"

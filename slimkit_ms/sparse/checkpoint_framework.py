@@ -1,0 +1,203 @@
+"""A MindSpore model whose blocks are built one at a time, filled from files, and go back to files."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from slimkit.core import files
+from slimkit.core.batch import Call
+from slimkit.core.checkpoint.weightfile import Safetensors
+from slimkit.core.errors import UnsupportedError
+from slimkit.core.sparse.call_order import CallOrder
+from slimkit.core.sparse.framework import CalibratedBlock
+from slimkit.core.sparse.maths.layer import SparseLayer
+from slimkit.core.sparse.processes import demand_tokens, merged
+from slimkit.core.sparse.unwalked import DatalessBlock, FinishedBlock
+from slimkit_ms import bridge
+from slimkit_ms.chain import valid_tokens
+from slimkit_ms.replay import replaying
+from slimkit_ms.sparse.blocks import trace
+from slimkit_ms.sparse.chain import ModelBlock
+from slimkit_ms.sparse.framework import MindSporeSparse
+from slimkit_ms.sparse.slots import WeightSlot
+from slimkit_ms.sparse.stored import StoredCells, StoredChain
+
+import mindspore as ms
+from mindspore import nn
+
+Array = np.ndarray[Any, Any]
+
+
+class CheckpointCells(MindSporeSparse):
+    """A model whose blocks are built one at a time.
+
+    Args:
+        stored: the files.
+        state: where the run's own files lie.
+        build: path of a block -> the block; "" -> what comes before the blocks, or None.
+        blocks: the blocks' paths, first to last.
+    """
+
+    def __init__(
+        self, stored: StoredCells, state: Path, build: Callable[[str], nn.Cell | None], blocks: Sequence[str]
+    ) -> None:
+        super().__init__(nn.Cell())
+        self._stored, self._state, self._build, self._blocks = stored, state, build, list(blocks)
+        self._layers: dict[str, SparseLayer] = {}
+        self._own: dict[str, Any] = {}
+        self._at = ""  # the block that is in memory; slots lie in it
+        self.keeps_masks, self.deals = False, True
+
+    @property
+    def n_blocks(self) -> int:
+        """How many blocks there are."""
+        return len(self._blocks)
+
+    @property
+    def device(self) -> str:
+        """Where blocks compute."""
+        return str(ms.get_context("device_target"))
+
+    def layers(self, dataset: Iterable[Any] | None = None) -> tuple[dict[str, SparseLayer], dict[str, str]]:
+        """The layers inside the blocks, each of which is built once to be looked at."""
+        found: dict[str, SparseLayer] = {}
+        skipped: dict[str, str] = {}
+        slots: dict[str, WeightSlot] = {}
+        for path in self._blocks:
+            self.model = self._made(path)
+            inside, left = super().layers()
+            for name, layer in inside.items():
+                family = f"{path}.{layer.family}" if layer.family else ""
+                found[f"{path}.{name}"] = replace(layer, name=f"{path}.{name}", family=family)
+                slots[f"{path}.{name}"] = self._slots[name]
+            skipped |= {f"{path}.{name}": why for name, why in left.items()}
+        self.model, self._slots, self._layers = nn.Cell(), slots, found
+        return dict(found), skipped
+
+    def _made(self, path: str) -> nn.Cell:
+        cell = self._build(path)
+        if not isinstance(cell, nn.Cell):
+            raise UnsupportedError(f"build({path!r}) must return a Cell. Received: {type(cell).__name__}")
+        return cell.set_train(False)
+
+    def weight(self, name: str) -> Array:
+        """The layer's weight in float32; zeros of no memory where its block is not there."""
+        if not name.startswith(self._at + ".") or not self._at:
+            return np.broadcast_to(np.float32(0), self._layers[name].shape)
+        return super().weight(name)
+
+    def store(self, name: str, weight: Array, bias_shift: Array | None) -> None:
+        """Put a weight in place as the files will hold it, and shift the bias."""
+        super().store(name, weight, bias_shift)
+        for whole, parameter in self._parameters([name]).items():
+            self._stored.round(whole, parameter)
+
+    def settled(self, name: str, row: dict[str, Any]) -> None:
+        """Keep a layer's row of the report, to be written with its block."""
+        self._own[name] = row
+
+    def snapshot(self, names: Sequence[str]) -> Callable[[], None]:
+        """Remember the layers of the block in memory; elsewhere nothing has to be: the source stays as it is."""
+        if not self._at:
+            return lambda: None
+        return super().snapshot([n for n in names if n.startswith(self._at + ".")])
+
+    def stages(
+        self, dataset: Iterable[Any], names: Sequence[str], paired: bool, residual: bool = False
+    ) -> Iterator[CalibratedBlock]:
+        """One stage a block: built, filled, made sparse, written, and let go."""
+        if residual:
+            raise UnsupportedError("SparseConfig.residual needs the whole cell in memory in MindSpore")
+        done = 0
+        while (self._state / f"block-{done:05d}.json").exists():
+            done += 1
+        inputs = self._capture(dataset, paired) if dataset else None
+        if inputs is not None and 0 < done < len(self._blocks):
+            inputs.load(self._state / f"activations-{done:05d}")
+        for index, path in enumerate(self._blocks):
+            mine = [n for n in names if n.startswith(path + ".")]
+            if index < done:
+                yield FinishedBlock(mine, files.read_json(self._state / f"block-{index:05d}.json"))
+                continue
+            with self._loaded(path) as cell:
+                stage = self._stage(index, cell, mine, inputs, paired)
+                yield stage
+                self._write(index, stage, inputs)
+                del cell, stage
+
+    @contextlib.contextmanager
+    def _loaded(self, path: str) -> Iterator[nn.Cell]:
+        self.model, self._at = self._stored.fill(self._made(path), path), path
+        try:
+            yield self.model
+        finally:
+            self.model, self._at = nn.Cell(), ""
+
+    def _stage(self, index: int, cell: nn.Cell, mine: list[str], inputs: StoredChain | None, paired: bool) -> Any:
+        if inputs is None:
+            return DatalessBlock(mine)
+        path = self._blocks[index]
+        dense = self._stored.fill(self._made(path), path) if paired else None
+        own = {name: self._slots[name] for name in mine}
+        calls = [Call(*inputs.call(path, i)) for i in range(len(inputs.valid))]
+        found = trace(cell, calls, own)
+        whole = {name: replace(slot, cell=f"{path}.{slot.cell}") for name, slot in own.items()}
+        feeds = merged(found.feeds_by_batch())
+        chain: Any = inputs
+        stage = ModelBlock(path, cell, dense, chain, whole, feeds, found, index == len(self._blocks) - 1)
+        stage.names = mine
+        return stage
+
+    def _capture(self, dataset: Iterable[Any], paired: bool) -> StoredChain:
+        """Send every batch through what comes before the blocks."""
+        stem = self._build("")
+        if stem is not None:
+            stem = self._stored.fill(self._made(""), "")
+        inputs, padding = StoredChain(self._state / "activations", paired), CallOrder()
+        for batch in dataset:
+            if stem is None:
+                args, kwargs = bridge.call_of(batch)
+                output: Any = (*args, *kwargs.values())
+            else:
+                with replaying(stem) as run:
+                    output = run(batch)
+            hidden, *others = output if isinstance(output, (tuple, list)) else (output,)
+            valid = valid_tokens(batch)
+            padding.batch(valid is not None and not valid.any())
+            inputs.add(valid, hidden, tuple(others))
+        demand_tokens(self, padding)
+        return inputs
+
+    def _parameters(self, names: Sequence[str]) -> dict[str, ms.Parameter]:
+        """The parameters that hold the weights and biases of layers, by their whole names."""
+        found: dict[str, ms.Parameter] = {}
+        for slot in (self._slots[name] for name in names):
+            held = (slot.key, slot.parameter(self.model)), (slot.bias_key, slot.bias_parameter(self.model))
+            found |= {f"{self._at}.{slot.cell}.{key}": value for key, value in held if value is not None}
+        return found
+
+    def finished(self) -> dict[str, Path]:
+        """Where the new bytes of every changed tensor lie."""
+        found: dict[str, Path] = {}
+        for index in range(len(self._blocks)):
+            file = self._state / f"block-{index:05d}.safetensors"
+            with Safetensors(file) as block:
+                found |= dict.fromkeys(block.entries, file)
+        return found
+
+    def _write(self, index: int, stage: Any, inputs: StoredChain | None) -> None:
+        changed = self._parameters(stage.names)
+        self._stored.save(self._state / f"block-{index:05d}.safetensors", changed)
+        if inputs is not None and index < len(self._blocks) - 1:
+            with files.atomic_directory(self._state / f"activations-{index + 1:05d}") as folder:
+                inputs.save(folder)
+        # Last: its presence says that the block is done.
+        files.write_json(self._state / f"block-{index:05d}.json", {n: self._own[n] for n in stage.names})
+        shutil.rmtree(self._state / f"activations-{index:05d}", ignore_errors=True)

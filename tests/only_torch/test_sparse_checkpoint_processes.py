@@ -1,0 +1,153 @@
+"""Several processes sparsify one folder: the bytes of one process, whatever of them is killed, and when."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import sys
+import time
+
+import pytest
+
+from slimkit.core.errors import ProcessLostError, UnsupportedError
+from slimkit.core.sparse import SparseConfig
+from tests.only_torch import walked_processes
+from tests.only_torch.test_sparse_checkpoint import CallsLeft, build, tree
+from tests.only_torch.test_sparse_processes import free_port
+
+import torch
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot fork")
+
+LOST, REFUSED = 7, 8
+
+# Moments to kill at: SLIMKIT_KILLS=20 python -m pytest tests/only_torch/test_sparse_checkpoint_processes.py
+MOMENTS = int(os.environ.get("SLIMKIT_KILLS", "2"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    # A fork is only safe with one thread, and the number of threads belongs to a job's identity.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    found = tmp_path_factory.mktemp("walked")
+    for family in ("llama", "mixtral"):
+        build(family).save_pretrained(found / "src" / family, max_shard_size="30KB")
+    return found
+
+
+@pytest.fixture(scope="module")
+def alone(folder):
+    """What one process makes of a case."""
+    known = {}
+
+    def of(case):
+        if case not in known:
+            walked_processes.walk(folder, case)
+            known[case] = tree(folder / "out" / case)
+            shutil.rmtree(folder / "out" / case)
+        return known[case]
+
+    return of
+
+
+def processes(n, work, dying=None, calls=0):
+    """Fork processes that do the same work as torchrun's would; one may die after some calls. How each ended."""
+    port, children = free_port(), []
+    for rank in range(n):
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(n), "LOCAL_RANK": str(rank)}
+                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+                if rank == dying:
+                    sys.setprofile(CallsLeft(calls))
+                work()
+                code = 0
+            except ProcessLostError:
+                code = LOST
+            except UnsupportedError:
+                code = REFUSED
+            finally:
+                os._exit(code)  # never back into pytest
+        children.append(child)
+    ends = {}
+    began = time.monotonic()
+    while len(ends) < n:
+        assert time.monotonic() - began < 100
+        for rank, child in enumerate(children):
+            if rank not in ends and (found := os.waitpid(child, os.WNOHANG))[0]:
+                ends[rank] = (os.waitstatus_to_exitcode(found[1]), time.monotonic())
+        time.sleep(0.02)
+    return [ends[rank][0] for rank in range(n)], [ends[rank][1] for rank in range(n)]
+
+
+@pytest.mark.parametrize(
+    ("case", "n"),
+    [("hessian", 2), ("measured", 2), ("residual", 3), ("experts", 3)]
+    + [(case, n) for n in (2, 3) for case in walked_processes.CASES if MOMENTS > 2],
+)
+def test_the_bytes_are_those_of_one_process(case, n, folder, alone):
+    expected = alone(case)
+    assert processes(n, lambda: walked_processes.walk(folder, case))[0] == [0] * n
+    assert tree(folder / "out" / case) == expected
+    shutil.rmtree(folder / "out" / case)
+
+
+def calls_of(folder, case):
+    """How many calls one process makes of a case."""
+    counter = CallsLeft()
+    sys.setprofile(counter)
+    try:
+        walked_processes.walk(folder, case)
+    finally:
+        sys.setprofile(None)
+    shutil.rmtree(folder / "out" / case)
+    return counter.seen
+
+
+def kill_and_go_on(folder, expected, case, dying, calls, n=2):
+    """Kill one of two at a moment of its own; the other ends by itself, and the same command goes on."""
+    work = lambda: walked_processes.walk(folder, case)
+    codes, times = processes(2, work, dying, calls)
+    killed = codes[dying] == -9
+    if killed:
+        assert codes[1 - dying] in (LOST, 0)
+        assert times[1 - dying] - times[dying] < 30
+    assert processes(n, work)[0] == [0] * n
+    assert tree(folder / "out" / case) == expected
+    shutil.rmtree(folder / "out" / case)
+    return killed
+
+
+def test_killed_at_random_moments_the_other_ends_and_the_bytes_are_the_same(folder, alone):
+    dice, killed = random.Random(0), 0
+    expected, calls = alone("hessian"), calls_of(folder, "hessian")
+    for index in range(MOMENTS):
+        point = int(calls * (index + dice.random()) / MOMENTS)
+        killed += kill_and_go_on(folder, expected, "hessian", index % 2, point, n=dice.choice((1, 2, 3)))
+    assert killed >= 0.7 * MOMENTS  # what the other still needs may be done before it is time to die
+
+
+def test_processes_with_other_data_and_trained_blocks_are_refused(folder):
+    def other_data():
+        torch.manual_seed(int(os.environ["RANK"]))
+        data = [torch.randint(0, 64, (1, 8)) for _ in range(2)]
+        walked_processes.sparsify_checkpoint(
+            folder / "src" / "llama", folder / "other", SparseConfig(method="hessian"), data
+        )
+
+    assert processes(2, other_data)[0] == [REFUSED] * 2
+    block = SparseConfig(method="block")
+    batches = walked_processes.batches()
+    refused = lambda: walked_processes.sparsify_checkpoint(folder / "src" / "llama", folder / "other", block, batches)
+    assert processes(2, refused)[0] == [REFUSED] * 2
+    assert not (folder / "other").exists()

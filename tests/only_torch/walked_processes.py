@@ -1,0 +1,34 @@
+"""Walks over folders that several processes do together, and one alone."""
+
+from pathlib import Path
+
+from slimkit.core.sparse import SparseConfig, processes
+from slimkit.sparse import sparsify_checkpoint
+
+import torch
+
+CASES = {
+    "hessian": ("llama", SparseConfig(method="hessian")),
+    "residual": ("llama", SparseConfig(method="par", residual=True)),
+    "experts": ("mixtral", SparseConfig(method="par")),
+    "together": ("llama", SparseConfig(method="hessian", sequential=False)),
+    "measured": ("llama", SparseConfig(method="hessian", uniform=False)),
+    "magnitude": ("llama", SparseConfig(method="magnitude")),
+}
+
+
+def batches():
+    """Five batches: two or three processes have not as many each; one is padded."""
+    generator = torch.Generator().manual_seed(1)
+    ids = [torch.randint(0, 64, (2, 12), generator=generator) for _ in range(5)]
+    found = [{"input_ids": i, "attention_mask": torch.ones_like(i)} for i in ids]
+    found[3]["attention_mask"][1, 8:] = 0
+    return found
+
+
+def walk(folder, case):
+    """One case."""
+    torch.set_num_threads(1)
+    processes.SECONDS_PER_CALL, processes.BYTES_PER_SECOND = 0.0, float("inf")  # so that even small layers are spread
+    family, config = CASES[case]
+    return sparsify_checkpoint(Path(folder, "src", family), Path(folder, "out", case), config, batches())
