@@ -175,20 +175,7 @@ class TorchPrune:
         return {p: v / number for p, v in total.items()}
 
     def activations(self, data: Iterable[Any], layers: Sequence[str]) -> dict[str, Array]:
-        totals: dict[str, Array] = {}
-        number: dict[str, int] = {}
-
-        def seen(name: str, _args: Any, _kwargs: Any, output: Any) -> None:
-            axis = 1 if kinds.is_kind(bridge.get_module(self.model, name), "conv") else -1
-            flat = output.detach().abs().movedim(axis, -1).reshape(-1, output.shape[axis])
-            totals[name] = totals.get(name, 0) + flat.double().sum(0).cpu().numpy()
-            number[name] = number.get(name, 0) + flat.shape[0]
-
-        modules = {name: bridge.get_module(self.model, name) for name in layers}
-        with replaying(self.model) as run, bridge.hooked(modules, seen):
-            for batch in data:
-                run(batch)
-        return {name: totals[name] / number[name] for name in totals}
+        return mean_outputs(self.model, data, layers)
 
     def signals(
         self, data: Iterable[Any], layers: Sequence[str], loss: Callable[..., Any] | None, seed: int
@@ -220,6 +207,24 @@ class TorchPrune:
         self, dense: Any, plan: PrunePlan, layers: Sequence[str], data: Iterable[Any], damping: float | None
     ) -> dict[str, Any]:
         return compensate(dense, self.model, plan, layers, data, damping)
+
+
+def mean_outputs(model: nn.Module, data: Iterable[Any], layers: Sequence[str]) -> dict[str, Array]:
+    """Mean absolute output of each channel of some layers."""
+    totals: dict[str, Array] = {}
+    number: dict[str, int] = {}
+
+    def seen(name: str, _args: Any, _kwargs: Any, output: Any) -> None:
+        axis = 1 if kinds.is_kind(bridge.get_module(model, name), "conv") else -1
+        flat = output.detach().abs().movedim(axis, -1).reshape(-1, output.shape[axis])
+        totals[name] = totals.get(name, 0) + flat.double().sum(0).cpu().numpy()
+        number[name] = number.get(name, 0) + flat.shape[0]
+
+    modules = {name: bridge.get_module(model, name) for name in layers}
+    with replaying(model) as run, bridge.hooked(modules, seen):
+        for batch in data:
+            run(batch)
+    return {name: totals[name] / number[name] for name in totals}
 
 
 def _loss_of(model: nn.Module, batch: Any, loss: Callable[..., Any] | None) -> torch.Tensor:

@@ -60,7 +60,12 @@ def unsuited(module: nn.Module) -> str | None:
 
 
 def layer_signals(
-    model: nn.Module, data: Iterable[Any], layers: Sequence[str], loss: Callable[..., Any] | None, seed: int
+    model: nn.Module,
+    data: Iterable[Any],
+    layers: Sequence[str],
+    loss: Callable[..., Any] | None,
+    seed: int,
+    again: Callable[[], bool] = lambda: False,
 ) -> dict[str, LayerSignal | ExpertSignal]:
     """Send calibration data through a model and its loss back, watching some layers.
 
@@ -72,6 +77,7 @@ def layer_signals(
         loss: (outputs, batch) -> scalar. Unset: of a model with logits, how far its answers move (the divergence of its
             own probabilities); of another, the square of its first output.
         seed: of the random signs that stand for the second derivative of the loss.
+        again: whether a layer is being run once more for the way back, and was seen already.
 
     Returns:
         layer -> its signal.
@@ -88,8 +94,9 @@ def layer_signals(
             call = expert_call(module, args, kwargs, output)
             if call is None:
                 return output
-            sums.routed(path, *routed_sums(call, padding.real(path, tuple(output.shape))))
-        else:
+            if not again():
+                sums.routed(path, *routed_sums(call, padding.real(path, tuple(output.shape))))
+        elif not again():
             x = (args[0] if args else kwargs["input"]).detach()
             rows = input_rows(module, real_rows(padding, path, x)).float()
             sums.given(path, (rows.T @ rows).double().cpu().numpy(), len(rows))
