@@ -256,6 +256,18 @@ class AdaptOptions(FitOptions):
     settings: Annotated[dict[str, Any], Flag("--set", metavar="KEY=VALUE")] = Field(
         default_factory=dict, description="other options of the kind, such as init: gradient or bottleneck_size: 32"
     )
+    rdrop: float = Field(
+        0.0,
+        ge=0,
+        description="R-Drop: each batch goes through dropout twice, and this is the weight of the two answers' "
+        "divergence; 0: once. Classes and cross_entropy only",
+    )
+    distill_weight: Annotated[float, RECIPE_ONLY] = Field(
+        0.0, ge=0, description="weight of the dense model's answers beside the loss on labels; 0: they are not asked"
+    )
+    temperature: Annotated[PositiveFloat | None, RECIPE_ONLY] = Field(
+        None, description="softening of the dense model's logits, as for distill; unset: 2, for a language model 1"
+    )
 
     @model_validator(mode="after")
     def _of_the_kind(self) -> AdaptOptions:
