@@ -88,7 +88,8 @@ def refuse_offloaded(model: torch.nn.Module, name: str = "model") -> torch.nn.Mo
             if getattr(one, "offload", False):
                 raise UnsupportedError(
                     f"{name} must hold its weights. Received: one whose weights accelerate offloads "
-                    f"(at {path or 'the model'!r}): load it whole, or work on its folder (sparsify_checkpoint)"
+                    f"(at {path or 'the model'!r}): load it whole, or work on its folder (sparsify_checkpoint, "
+                    "prune_checkpoint)"
                 )
     return model
 

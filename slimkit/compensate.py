@@ -140,6 +140,8 @@ class ChainPair:
         self.hidden: list[list[torch.Tensor | None]] = [[None] * len(data), [None] * len(data)]
         self._done = 0
         self._joins: dict[str, bool] = {}
+        self._meets: dict[str, str] = {}
+        self._blocks = list(blocks)
 
     def stage(self, number: int, layers: Sequence[str]) -> BlockPair:
         """A block, once the one before it is done with."""
@@ -173,12 +175,51 @@ class ChainPair:
             self._joins[path] = bool((moved - calm - noise).norm() < SAME * noise.norm())
         return self._joins[path]
 
+    def norms(self, number: int) -> list[str]:
+        """The norms of a block."""
+        block = self._blocks[number]
+        inside = bridge.get_module(self.pruned, block).named_modules()
+        return [f"{block}.{name}" for name, module in inside if name and kinds.is_norm(module)]
+
+    def meets(self, number: int, path: str) -> str:
+        """The norm that is given a layer's output added to something, as blocks have it whose norms come last; "" for
+        none."""
+        if path not in self._meets:
+            norms, batch, hidden = self.norms(number), self.data[0], self.hidden[1][0]
+            layer, noises = bridge.get_module(self.pruned, path), list[torch.Tensor]()
+
+            def stir(_module: nn.Module, _args: Any, output: torch.Tensor) -> torch.Tensor:
+                chance = torch.Generator().manual_seed(0)
+                noises.append(torch.randn(output.shape, generator=chance).to(output) * output.std())
+                return output + noises[-1]
+
+            with self.chains[1].at(number) as send:
+                with _watching(self.pruned, norms, batch, True) as calm:
+                    send(batch, hidden)
+                hook = layer.register_forward_hook(stir)
+                try:
+                    with _watching(self.pruned, norms, batch, True) as moved:
+                        send(batch, hidden)
+                finally:
+                    hook.remove()
+            padding = padding_of(self.pruned, batch)
+            self._meets[path] = ""
+            for norm in norms if len(noises) == 1 else ():
+                noise = _rows_of(real_rows(padding, path, noises[0]))
+                before, after = calm.get(norm, []), moved.get(norm, [])
+                one = len(before) == len(after) == 1 and before[0].shape == noise.shape
+                if one and np.linalg.norm(after[0] - before[0] - noise) < SAME * np.linalg.norm(noise):
+                    self._meets[path] = norm
+                    break
+        return self._meets[path]
+
 
 class BlockPair:
     """One block before and after the cut: the dense one runs once, the cut one as far as each layer in turn.
 
     The last layer, where its output joins the residual stream, is asked to make up as well for what the stream has lost
-    before it: that costs nothing, and without it the losses of all blocks would add up.
+    before it: that costs nothing, and without it the losses of all blocks would add up. In a block whose norms come
+    last (BERT's) every layer whose output a norm is given, added to the stream, makes up for it.
 
     Args:
         pair: both models.
@@ -189,23 +230,35 @@ class BlockPair:
     def __init__(self, pair: ChainPair, number: int, layers: Sequence[str]) -> None:
         self._pair, self._number, self.layers = pair, number, list(layers)
         self._wanted: dict[tuple[str, int], list[Array]] = {}
+        self._normed: dict[tuple[str, int], list[Array]] = {}
+        # Where the stream goes through norms inside the block, what goes into them is the stream.
+        self._joins = bool(self.layers) and pair.joins(number, self.layers[-1])
+        norms = [] if self._joins or not self.layers else pair.norms(number)
         with pair.chains[0].at(number) as send:
             for index, batch in enumerate(pair.data):
-                with _watching(pair.dense, self.layers, batch, False) as seen:
+                with (
+                    _watching(pair.dense, self.layers, batch, False) as seen,
+                    _watching(pair.dense, norms, batch, True) as given,
+                ):
                     pair.hidden[0][index] = send(batch, pair.hidden[0][index])
                 for path, rows in seen.items():
                     self._wanted[path, index] = rows
+                for path, rows in given.items():
+                    self._normed[path, index] = rows
 
     def calls(self, path: str) -> Generator[tuple[Array, Array], None, None]:
         pair, number = self._pair, self._number
         layer = bridge.get_module(pair.pruned, path)
-        whole = path == self.layers[-1] and pair.joins(number, path)
-        with pair.chains[1].at(number, None if whole else layer) as send:
+        whole = path == self.layers[-1] and self._joins
+        norm = "" if self._joins else pair.meets(number, path)
+        until = bridge.get_module(pair.pruned, norm) if norm else layer
+        with pair.chains[1].at(number, None if whole else until) as send:
             for index, batch in enumerate(pair.data):
                 said = contextlib.nullcontext(dict[str, list[Array]]())
                 with (
                     _watching(pair.pruned, [path], batch, True) as seen,
-                    _watching(pair.pruned, [path], batch, False) if whole else said as own,
+                    _watching(pair.pruned, [path], batch, False) if whole or norm else said as own,
+                    _watching(pair.pruned, [norm], batch, True) if norm else said as normed,
                 ):
                     left = send(batch, pair.hidden[1][index])
                 wanted = self._wanted.pop((path, index), [])
@@ -216,6 +269,10 @@ class BlockPair:
                     padding = padding_of(pair.pruned, batch)
                     lost, now = (_rows_of(real_rows(padding, path, x)) for x in (before, left))
                     wanted = [lost - now + own[path][0]]
+                if norm and len(own.get(path, [])) == 1:
+                    full, short = self._normed.get((norm, index), []), normed.get(norm, [])
+                    if len(full) == len(short) == 1 and full[0].shape == short[0].shape:
+                        wanted = [full[0] - short[0] + own[path][0]]
                 yield from zip(seen.get(path, []), wanted)
 
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from slimkit import renorm, surgery
 from slimkit.core import check, files
 from slimkit.core.checkpoint import shards, stepwise
-from slimkit.core.checkpoint.weightfile import Entry
+from slimkit.core.checkpoint.weightfile import Entry, Piece
 from slimkit.core.errors import ConfigError, UnsupportedError
 from slimkit.core.files import PathLike
 from slimkit.core.jobs.folders import PLAN, copy_companions
@@ -21,8 +21,9 @@ from slimkit.core.prune.criteria import Criterion
 from slimkit.core.prune.plan import PrunePlan
 from slimkit.core.prune.pruner import PrunerBase
 from slimkit.core.showing import Report
-from slimkit.prune import TorchPrune
-from slimkit.stored import StoredModel, as_stored, held
+from slimkit.core.weights.cut import take
+from slimkit.stored import StoredModel, as_stored, digest_of, held, read_rows
+from slimkit.stored_prune import Repaired, StoredPrune
 
 import torch
 
@@ -32,33 +33,9 @@ if TYPE_CHECKING:
 __getattr__, __dir__ = door("slimkit", room="prune")
 
 REPORT = "prune_report.json"
-NO_DATA = (
-    "a folder is pruned tensor by tensor by its weights alone: choose importance l1, l2, lamp or random, or prune the "
-    "model in memory (PruneTorch) where it fits"
-)
-
 Array = np.ndarray[Any, Any]
 
-
-class StoredPrune(TorchPrune):
-    """A model whose values stay in files, as the pruner of the core sees it.
-
-    Args:
-        stored: the model.
-        inputs: an example of what it takes, or None.
-    """
-
-    def __init__(self, stored: StoredModel, inputs: Any) -> None:
-        super().__init__(stored.model, inputs)
-        self._stored = stored
-
-    def read(self, path: str) -> Array | None:
-        return self._values(path).numpy()
-
-    def _values(self, path: str) -> torch.Tensor:
-        own = self._found[path].detach()
-        tensor = self._stored.value(path) if own.device.type == "meta" or self._stored.find(path) else own
-        return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
+_CUT_BYTES = 16 << 20  # read at once of what is cut
 
 
 class _Cutter:
@@ -66,8 +43,10 @@ class _Cutter:
 
     Args:
         stored: the model before its cut.
-        wing: it as the pruner sees it.
         plan: the cut.
+
+    Attributes:
+        repaired: layers that were refitted after it, or None.
     """
 
     def __init__(self, stored: StoredModel, plan: PrunePlan) -> None:
@@ -78,6 +57,7 @@ class _Cutter:
         self._paths = {name: first.get(id(held(stored.model, name)), "") for name in set(self._owners.values())}
         self._indices, self._sizes = plan.indices, plan.sizes()
         self._last: tuple[str, dict[str, torch.Tensor]] = ("", {})
+        self.repaired: Repaired | None = None
 
     def entries(self, keys: Iterable[str]) -> dict[str, Entry]:
         """The entries of the result for tensors of the files."""
@@ -95,20 +75,48 @@ class _Cutter:
     def _path(self, key: str) -> str:
         return self._paths.get(self._owners.get(key, ""), "")
 
+    def value(self, name: str) -> torch.Tensor | None:
+        """A parameter's or buffer's values after the cut, by its first name; None where no file holds it."""
+        value, path = self._stored.held_value(name), self._paths.get(name, "")
+        return value if value is None or path not in self._indices else surgery.select(value, self._indices[path])
+
     def tensor(self, key: str) -> Any:
         """A tensor of the result: a stored array where it was cut, else what passes it on."""
         path = self._path(key)
+        name = self._owners.get(key, "")
+        if self.repaired is not None and name and (fitted := self.repaired.value(name)) is not None:
+            return as_stored(self._stored.pieces(name, fitted)[key])
         if path not in self._indices:
             return shards.piece_of(self._stored.places[key])
-        name = self._owners[key]
+        rows = self._indices[path][0]
+        # Where rows change their order, or a parameter lies in several tensors, it is cut whole.
+        if self._stored.is_whole(name) and (rows is None or bool((np.diff(rows) > 0).all())):
+            return _cut_piece(self._stored.places[key], self._indices[path], self._sizes[path])
         if self._last[0] != name:
             self._last = ("", {})
-            cut = surgery.select(self._stored.value(name), self._indices[path])
+            cut = self.value(name)
+            assert cut is not None
             self._last = (name, self._stored.pieces(name, cut))
         made = as_stored(self._last[1].pop(key))
         if not self._last[1]:
             self._last = ("", {})
         return made
+
+
+def _cut_piece(place: shards.Place, axes: Sequence[Array | None], shape: tuple[int, ...]) -> Piece:
+    """What is kept of a tensor, cut while it passes from file to file."""
+    first = axes[0] if axes[0] is not None else np.arange(place.shape[0])
+    rows = max(1, _CUT_BYTES * place.shape[0] // max(1, place.stop - place.start))
+
+    def chunks() -> Iterator[memoryview]:
+        for start in range(0, place.shape[0], rows):
+            kept = first[(first >= start) & (first < start + rows)] - start
+            if len(kept):
+                part = read_rows(place, start, min(start + rows, place.shape[0]))
+                cut = take(as_stored(part), (kept, *axes[1:]))
+                yield np.ascontiguousarray(cut).reshape(-1).view(np.uint8).data
+
+    return Piece(shape, chunks)
 
 
 class FolderPruner(PrunerBase):
@@ -128,18 +136,6 @@ class FolderPruner(PrunerBase):
         self._source, self._stored = source, stored
         self.model = stored.model
         self.set_form("config")
-
-    def set_importance_evaluation_function(self, function: Any = "auto", **data: Any) -> Self:
-        """Choose how channels are scored, by weights alone; as the pruner's own."""
-        if data.get("calibration") is not None:
-            raise UnsupportedError(NO_DATA)
-        return super().set_importance_evaluation_function(function, **data)
-
-    def set_compensation(self, calibration: Any, damping: float | None = None) -> Self:
-        """Refused: a repair reads data."""
-        if calibration is not None:
-            raise UnsupportedError(NO_DATA)
-        return super().set_compensation(calibration, damping)
 
     def set_form(self, form: str) -> Self:
         """Choose which shapes may come out: "config" alone."""
@@ -167,19 +163,23 @@ class FolderPruner(PrunerBase):
         Returns:
             The report; see `prune_checkpoint`.
         """
+        repair = self._repair if self._repair_set else self._scoring.calibration
         job = {
             "source": stepwise.identity(p.file for p in self._stored.places.values()),
             "config": files.digest_file(self._source / "config.json"),
             "settings": {"reserved_ratio": ratio, "un_prune_list": None if whole is None else list(whole), **settings},
+            "calibration": None if self._scoring.calibration is None else digest_of(self._scoring.calibration),
+            "compensation": None if repair is None else digest_of(repair),
         }
-        return stepwise.write_folder(target, job, lambda _: self._work(ratio, whole), REPORT)
+        return stepwise.write_folder(target, job, lambda state: self._work(state, ratio, whole), REPORT)
 
-    def _work(self, ratio: float, whole: Sequence[int | str] | None) -> stepwise.Work:
-        """Plan the cut, and say what is to be written."""
+    def _work(self, state: Path, ratio: float, whole: Sequence[int | str] | None) -> stepwise.Work:
+        """Plan the cut, repair it, and say what is to be written."""
         stored = self._stored
         before = sum(p.numel() for p in stored.model.parameters())
-        _, desc = self.analysis(ratio, whole)
+        desc = self._planned_once(state / PLAN, ratio, whole)
         cutter = _Cutter(stored, PrunePlan(desc))
+        refit = self._refit(state, desc, cutter)
         found = [stepwise.Shard(name, cutter.entries(keys)) for name, keys in stepwise.layout(stored.places).items()]
 
         def make(shard: stepwise.Shard) -> Iterable[tuple[str, Any]]:
@@ -187,16 +187,42 @@ class FolderPruner(PrunerBase):
                 yield key, cutter.tensor(key)
 
         def rest(finished: Path) -> dict[str, Any]:
-            self.prune_by_desc(desc)  # the model without values: its configuration and its report
+            # The model without values: its configuration and its report.
+            self.prune_by_desc(desc, weights_follow=True)
             config: Any = stored.model.config
             config.save_pretrained(str(finished))
             copy_companions(self._source, finished)
             files.write_json(finished / PLAN, desc)
             after = sum(p.numel() for p in stored.model.parameters())
             facts = {"parameters_before": before, "parameters": after, "kept": after / before}
-            return {"format": "slimkit-prune", "version": 1, "asked": ratio, **facts, "report": self.report()}
+            report = {**self.report(), **refit}
+            return {"format": "slimkit-prune", "version": 1, "asked": ratio, **facts, "report": report}
 
         return stepwise.Work(found, make, rest)
+
+    def _planned_once(self, file: Path, ratio: float, whole: Sequence[int | str] | None) -> dict[str, Any]:
+        """The plan; where data made it, it is made once and kept."""
+        if file.exists():
+            kept = files.read_json(file)
+            self._report = kept["report"]
+            found: dict[str, Any] = kept["plan"]
+            return found
+        _, desc = self.analysis(ratio, whole)
+        if self._repair_data(desc["made"]["importance"] == "output") is not None:
+            desc["made"]["repaired"] = True
+        if self._scoring.calibration is not None:
+            files.write_json(file, {"plan": desc, "report": self._report})
+        return desc
+
+    def _refit(self, state: Path, desc: Mapping[str, Any], cutter: _Cutter) -> dict[str, Any]:
+        """Repair the cut where data is there for it; what the report says of it."""
+        data = self._repair_data(desc["made"]["importance"] == "output")
+        if data is None:
+            return {}
+        layers, wing = self._solved().graph.layers, cast("StoredPrune", self._wing)
+        cutter.repaired = Repaired(state / "repaired")
+        told = wing.repaired(PrunePlan(desc), layers, data, self._damping, cutter.value, cutter.repaired)
+        return {"compensation": told}
 
 
 def folder_pruner(source: Path, inputs: Any = None, names: Callable[[str], str] | None = None) -> FolderPruner:
@@ -216,7 +242,11 @@ def prune_checkpoint(
     un_prune_list: Sequence[int | str] | None = None,
     *,
     importance: str | Criterion | type[Criterion] | Callable[[Any], Any] = "auto",
+    calibration: Any = None,
+    loss: Callable[..., Any] | None = None,
     seed: int = 0,
+    compensation: Any = "calibration",
+    damping: float | None = None,
     node_reserved_ratio: float | None = None,
     alignment: int = 16,
     form: str | None = None,
@@ -229,17 +259,23 @@ def prune_checkpoint(
     """Prune a Hugging Face folder of any size, holding one tensor of it in memory at a time.
 
     The plan is made on a model without values; scores are read tensor by tensor; each tensor is cut into new shards.
-    The plan and the tensors are those that ``PruneTorch(model)`` with the same settings gives on the whole model. Whole
-    shards wait until all are there; a run that is killed goes on when called again, and ends in the same bytes.
+    With calibration one block, what stands outside the blocks and one batch are in memory, and second moments of up to
+    4 GB. The plan and the tensors are those that ``PruneTorch(model)`` with the same settings gives on the whole model.
+    Whole shards wait until all are there; a run that is killed goes on when called again, and ends in the same bytes.
 
     Args:
         src: directory with config.json and .safetensors weights, in one file or in shards.
         dst: directory for the result, absent or holding an unfinished run of the same job.
         reserved_ratio: share of the parameters (or multiplications) to keep, in (0, 1].
         un_prune_list: as in `PruneTorch.prune`.
-        importance: l1, l2, lamp, bn_scale or random, a function of one output channel's weights, or a `Criterion` that
-            needs no data; "auto" is l1.
-        seed: of "random".
+        importance: as in `PruneTorch.set_importance_evaluation_function`, but taylor and hessian, which need all
+            weights' gradients at once.
+        calibration: batches, for "auto", "output" and "activation".
+        loss: (model outputs, batch) -> scalar, for "output"; unset, how far the model's answers move.
+        seed: of "random", and of the signs that "output" draws.
+        compensation: batches to repair the cut on; "calibration": the same ones where the importance is "output", as
+            `PruneTorch` has it; None: no repair.
+        damping: of the repair; None chooses it.
         node_reserved_ratio, alignment, parallel, budget, allocation: as in the pruner's setters of these names.
         form: "config" (what `from_pretrained` loads) alone; None is the same.
         inputs: an example of what the model takes; None finds one, as `PruneTorch(model)` does.
@@ -253,8 +289,8 @@ def prune_checkpoint(
     Raises:
         FileFormatError: `src` is damaged or holds no safetensors.
         ArgumentError: a setting out of range; weights that are no numbers; `dst` holds something else.
-        UnsupportedError: an importance that reads data, a model whose configuration cannot say the cut, a tensor that
-            is not found, or `dst` was begun with other inputs.
+        UnsupportedError: taylor and hessian, a model whose configuration cannot say the cut or (calibrated) without
+            equal blocks, a tensor that is not found, or `dst` was begun with other inputs.
         GraphError: the model cannot be traced without its values.
         ConfigError: another process is at work in `dst`; `src` was pruned already.
     """
@@ -264,7 +300,9 @@ def prune_checkpoint(
     pruner = folder_pruner(source, inputs, names)
     settings = {
         "importance": _named(importance),
+        "loss": None if loss is None else _named(loss),
         "seed": seed,
+        "damping": damping,
         "node_reserved_ratio": node_reserved_ratio,
         "alignment": alignment,
         "form": form,
@@ -273,7 +311,12 @@ def prune_checkpoint(
         "allocation": allocation,
         "inputs": None if inputs is None else hashlib.sha256(repr(inputs).encode()).hexdigest(),
     }
-    pruner.set_importance_evaluation_function(importance, seed=seed).set_alignment(alignment)
+    pruner.set_importance_evaluation_function(importance, calibration=calibration, loss=loss, seed=seed)
+    pruner.set_alignment(alignment)
+    if not (isinstance(compensation, str) and compensation == "calibration"):
+        pruner.set_compensation(compensation, damping)
+    elif damping is not None:
+        pruner.set_compensation(calibration, damping)
     pruner.set_parallel(parallel).set_budget(budget)
     if form is not None:
         pruner.set_form(form)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from slimkit import bridge  # noqa: F401  (says in one line that torch is missing)
 from slimkit.core import check
-from slimkit.core.checkpoint import shards
+from slimkit.core.checkpoint import shards, weightfile
 from slimkit.core.errors import ConfigError, FileFormatError, UnsupportedError
 from slimkit.core.lazy import library
+from slimkit.core.sparse.folderwalk import digest
 from slimkit.layouts import Layouts
 
 import torch
@@ -127,6 +131,12 @@ class StoredModel:
         pieces = {key: self._tensor(name, self.places[key]) for key in self.keys(name)}
         return next(iter(pieces.values())) if self.is_whole(name) else self._layouts.join(pieces)
 
+    def held_value(self, name: str) -> torch.Tensor | None:
+        """The same; None for a buffer that the files do not hold."""
+        if not isinstance(held(self.model, name), torch.nn.Parameter) and self.find(name) is None:
+            return None
+        return self.value(name)
+
     def pieces(self, name: str, value: torch.Tensor) -> dict[str, torch.Tensor]:
         """What the files hold for a parameter's values, in the types that they store now, by their own names.
 
@@ -182,13 +192,76 @@ def tag_of(dtype: torch.dtype) -> str:
 def read_place(place: shards.Place) -> torch.Tensor:
     """The tensor whose bytes lie at a place."""
     # A plain read: a mapped shard would stay in memory, page by page, for as long as it is open.
-    data = bytearray(place.stop - place.start)
-    with open(place.file, "rb") as handle:
-        handle.seek(place.start)
-        handle.readinto(data)
-    if not data:
-        return torch.empty(place.shape, dtype=stored_dtype(place))
-    return torch.frombuffer(data, dtype=stored_dtype(place)).reshape(place.shape)
+    data = torch.empty(place.stop - place.start, dtype=torch.uint8)
+    with open(place.file, "rb", buffering=0) as handle:
+        weightfile.read_into(handle, place.start, data.numpy(), f"{place.file}: a tensor")
+    return data.view(stored_dtype(place)).reshape(place.shape)
+
+
+def read_rows(place: shards.Place, start: int, stop: int) -> torch.Tensor:
+    """Some indices of the first axis of the tensor whose bytes lie at a place."""
+    row = (place.stop - place.start) // max(1, place.shape[0])
+    part = place.start + start * row, place.start + stop * row
+    return read_place(shards.Place(place.file, *part, place.dtype, (stop - start, *place.shape[1:])))
+
+
+class FileArray:
+    """A tensor in a file as scoring reads an array, slice after slice of its first axis, in float32 or wider.
+
+    Args:
+        place: where its bytes lie.
+    """
+
+    def __init__(self, place: shards.Place) -> None:
+        self._place = place
+        self.shape, self.ndim = place.shape, len(place.shape)
+        self.size = math.prod(place.shape)
+
+    def __getitem__(self, index: int | slice) -> Any:
+        if isinstance(index, int):
+            return self[index : index + 1][0]
+        start, stop, step = index.indices(self.shape[0])
+        if step != 1:
+            return np.asarray(self)[index]
+        return floats(read_rows(self._place, start, max(start, stop))).numpy()
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
+        whole = floats(read_place(self._place)).numpy()
+        return whole if dtype is None else whole.astype(dtype)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def reshape(self, *shape: int) -> Any:
+        """The values in another shape."""
+        return np.asarray(self).reshape(*shape)
+
+    @property
+    def T(self) -> Any:
+        """The values with their axes the other way round."""
+        return np.asarray(self).T
+
+    def sum(self, dtype: Any = None) -> Any:
+        """The sum of all values."""
+        return np.asarray(self).sum(dtype=dtype)
+
+
+def floats(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor in float32, or as it is in float64."""
+    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
+
+
+def digest_of(data: Iterable[Any]) -> str:
+    """SHA-256 over all tensors and plain values of batches, in hexadecimal."""
+    return digest(list(data), bytes_of)
+
+
+def bytes_of(value: Any) -> tuple[str, bytes] | None:
+    """A tensor's type and shape, and its bytes; None for anything else."""
+    if not isinstance(value, torch.Tensor):
+        return None
+    raw = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return f"{value.dtype}{tuple(value.shape)}", raw.tobytes()
 
 
 def stored_dtype(place: shards.Place) -> torch.dtype:

@@ -181,12 +181,40 @@ class ChainPair:
             moved = _single(next(self.sent(1, number)))
         return bool(np.linalg.norm(moved - calm - noise) < SAME * np.linalg.norm(noise))
 
+    def norms(self, number: int) -> list[str]:
+        """The norms of a block."""
+        block = self.blocks[number]
+        inside = bridge.get_module(self.cells[1], block).cells_and_names()
+        return [f"{block}.{name}" for name, cell in inside if name and kinds.is_norm(cell)]
+
+    def meets(self, number: int, path: str) -> str:
+        """The norm that is given a layer's output added to something, as blocks have it whose norms come last; "" for
+        none."""
+        norms, noises = self.norms(number), list[Array]()
+
+        def disturbed(_cell: nn.Cell, _inputs: Any, output: ms.Tensor) -> ms.Tensor:
+            noises.append(np.random.default_rng(0).standard_normal(output.shape) * _single(output).std())
+            return output + ms.Tensor(noises[-1]).astype(output.dtype)
+
+        seen: tuple[dict[str, list[tuple[Array, Array]]], ...] = ({}, {})
+        with _noting(self.cells[1], norms, seen[0]):
+            next(self.sent(1, number))
+        with hooks() as handles, _noting(self.cells[1], norms, seen[1]):
+            handles.append(bridge.get_module(self.cells[1], path).register_forward_hook(disturbed))
+            next(self.sent(1, number))
+        for norm in norms if len(noises) == 1 else ():
+            before, after = ([given for given, _ in told.get(norm, [])] for told in seen)
+            one = len(before) == len(after) == 1 and before[0].shape == noises[0].shape
+            if one and np.linalg.norm(after[0] - before[0] - noises[0]) < SAME * np.linalg.norm(noises[0]):
+                return norm
+        return ""
+
 
 class BlockPair:
     """One block before and after the cut: the dense one runs once, the cut one once for each layer.
 
     The last layer, where its output joins the residual stream, is asked to make up as well for what the stream has lost
-    before it.
+    before it. In a block whose norms come last every layer whose output a norm is given, added to the stream, does.
 
     Args:
         pair: both cells.
@@ -197,25 +225,36 @@ class BlockPair:
     def __init__(self, pair: ChainPair, number: int, layers: Sequence[str]) -> None:
         self._pair, self._number, self.layers = pair, number, list(layers)
         self._wanted: dict[tuple[str, int], list[Array]] = {}
+        self._normed: dict[tuple[str, int], list[Array]] = {}
+        # Where the stream goes through norms inside the block, what goes into them is the stream.
+        last = bridge.get_module(pair.cells[1], self.layers[-1]) if self.layers else None
+        self._joins = last is not None and pair.joins(number, last)
+        norms = [] if self._joins or last is None else pair.norms(number)
         seen: dict[str, list[tuple[Array, Array]]] = {}
-        with _noting(pair.cells[0], self.layers, seen):
+        with _noting(pair.cells[0], [*self.layers, *norms], seen):
             for index, output in enumerate(pair.sent(0, number)):
-                for path, calls in seen.items():
-                    self._wanted[path, index] = [said for _, said in calls]
+                for path in self.layers:
+                    self._wanted[path, index] = [said for _, said in seen.get(path, [])]
+                for path in norms:
+                    self._normed[path, index] = [given for given, _ in seen.get(path, [])]
                 seen.clear()
                 pair.hidden(0)[index] = output
 
     def calls(self, path: str) -> Generator[tuple[Array, Array], None, None]:
         pair, cell = self._pair, bridge.get_module(self._pair.cells[1], path)
-        whole = path == self.layers[-1] and pair.joins(self._number, cell)
+        whole = path == self.layers[-1] and self._joins
+        norm = "" if self._joins else pair.meets(self._number, path)
         seen: dict[str, list[tuple[Array, Array]]] = {}
-        with _noting(pair.cells[1], [path], seen):
+        with _noting(pair.cells[1], [path, norm] if norm else [path], seen):
             for index, output in enumerate(pair.sent(1, self._number)):
+                full, now = self._normed.get((norm, index), []), seen.pop(norm, [])
                 calls, wanted = seen.pop(path, []), self._wanted.pop((path, index), [])
                 before, left = _single(pair.hidden(0)[index]), _single(output)
                 # Not where the stream itself was cut: its lost features are wanted nowhere.
                 if whole and before.shape == left.shape and len(calls) == 1 and calls[0][1].shape == left.shape:
                     wanted = [before - left + calls[0][1]]
+                if len(calls) == len(full) == len(now) == 1 and full[0].shape == now[0][0].shape == calls[0][1].shape:
+                    wanted = [full[0] - now[0][0] + calls[0][1]]
                 padding = padding_of(pair.cells[1], pair.data[index])
                 for (given, _), said in zip(calls, wanted):
                     yield (

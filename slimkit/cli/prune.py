@@ -29,8 +29,8 @@ def prune(
         bool | None,
         typer.Option(
             "--stream/--whole",
-            help="Tensor by tensor, or the whole model in memory; unset: tensor by tensor where a folder's model does "
-            "not fit twice.",
+            help="Tensor by tensor and block by block, or the whole model in memory; unset: the first where a model "
+            "does not fit twice.",
             show_default=False,
         ),
     ] = None,
@@ -44,7 +44,7 @@ def prune(
 
     Example: slimkit prune --model bert --keep-ratio 0.7 --out bert-70
 
-    Example: slimkit prune --model llama-70b --keep-ratio 0.8 --importance l1 --stream --out llama-56b
+    Example: slimkit prune --model llama-70b --keep-ratio 0.8 --calib text.jsonl --stream --out llama-56b
 
     Example: slimkit prune --factory nets.py:resnet --model resnet.pt --example 1,3,224,224 --keep-ratio 0.5 --out small
     """

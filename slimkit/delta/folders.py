@@ -145,7 +145,7 @@ def merge_checkpoint(
     rename: Mapping[str, str] | Callable[[str], str] | None = None,
     names: Callable[[str], str] | None = None,
 ) -> Report:
-    """Merge a LoRA or IA3 into a Hugging Face folder of any size, holding one tensor of it in memory at a time.
+    """Merge a delta (lora, ia3, miss, shira) into a Hugging Face folder of any size, one tensor in memory at a time.
 
     The result is a folder like the base, shard for shard, that `from_pretrained` loads, with the bytes that merging the
     whole model and saving it gives. Whole shards wait until all are there; a run that is killed goes on when called

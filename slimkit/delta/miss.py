@@ -25,16 +25,20 @@ class SharedMatrix(nn.Module):
         self.outputs, self.dropout = outputs, spec.dropout
         self.mindpet_delta_miss_block = nn.Parameter(torch.zeros(spec.shape(outputs), dtype=dtype))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., outputs) for (..., inputs): the shards' sum times the matrix."""
+    def sums(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., rank): the sum over the shards of (..., inputs)."""
         block = self.mindpet_delta_miss_block
-        rank, width = block.shape
-        kind = computing(x.dtype, block.dtype)
+        rank = block.shape[0]
         x = F.dropout(x, self.dropout, self.training) if self.dropout else x
         if left := -x.shape[-1] % rank:
             x = F.pad(x, (0, left))
-        low = x.unflatten(-1, (-1, rank)).sum(-2, dtype=kind)  # (..., rank)
-        side = low @ block.to(x.device, kind)
+        return x.unflatten(-1, (-1, rank)).sum(-2, dtype=computing(x.dtype, block.dtype))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., outputs) for (..., inputs): the shards' sum times the matrix."""
+        low, block = self.sums(x), self.mindpet_delta_miss_block
+        side = low @ block.to(low.device, low.dtype)
+        width = block.shape[1]
         return side if width == self.outputs else side.repeat(*[1] * (side.ndim - 1), self.outputs // width)
 
 
@@ -43,6 +47,15 @@ class ShardSum(Summed):
 
     delta_kind = "miss"
     word = "ShardSum"
+
+    def acted(self, out: torch.Tensor, x: Any = None, low: Any = None) -> torch.Tensor:
+        """The plain layer's output with the delta's own, which then never exists by itself."""
+        block: Any = self.adapter.mindpet_delta_miss_block
+        if not (block.shape[1] == out.shape[-1] and out.dtype == x.dtype == block.dtype and out.device == block.device):
+            return super().acted(out, x, low)
+        sums: Any = self.adapter.sums(x)
+        flat = torch.addmm(out.reshape(-1, out.shape[-1]), sums.reshape(-1, sums.shape[-1]), block)
+        return flat.view(out.shape)
 
     def side(self, x: torch.Tensor) -> torch.Tensor:
         """(..., outputs) that the delta adds for (..., inputs)."""

@@ -248,8 +248,11 @@ class TorchJobs(JobFramework):
         found.opened.model.to(self.device)
         return found
 
-    def folder_pruner(self, source: Path) -> pruned_folder.FolderPruner:
-        return pruned_folder.folder_pruner(source)
+    def folder_pruner(self, place: ModelPlace, out: Path, calib: DataPlace | None) -> tuple[Any, Any]:
+        assert place.model is not None
+        if self.device.type != "cpu":
+            raise UnsupportedError("--stream prunes on the CPU: leave --device out, or give --whole")
+        return pruned_folder.folder_pruner(place.model), self._calibration(place, place.model, out, calib)
 
     def sparsify_blocks(
         self,

@@ -214,8 +214,8 @@ class WholeModel:
             for batch, _, valid in self.batches():
                 yield as_input(self.model, output_of(run(batch)), valid).float()
 
-    def trained(self) -> TorchTrained | None:
-        """The whole model, to give the dense one's outputs; nothing where blocks do so."""
+    def trained(self, inherited: float = 1.0) -> TorchTrained | None:
+        """The whole model, to give the dense one's outputs; nothing where blocks do so. It inherits no error."""
         if not self._whole:
             return None
         assert self.dense is not None  # a method that reconstructs is paired

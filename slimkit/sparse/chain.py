@@ -62,13 +62,16 @@ class ModelBlock(WholeModel):
         for index, valid in enumerate(self.inputs.valid):
             yield self.inputs.call(self.path, index), self.inputs.call(self.path, index, dense=True), valid
 
-    def trained(self) -> TorchTrained:
+    def trained(self, inherited: float = 1.0) -> TorchTrained:
         """The block, to give what the dense one does; the layers' dense inputs are not needed any more."""
         self._advance(dense=True)
         slots = [slot for _, slot in self.modules.values()]
         inputs, path = self.inputs, self.path
+        if inherited < 1:
+            self._put_aims(inherited)
+        aim = inputs.aim if inherited < 1 else inputs.dense_hidden
         found = TorchTrained(
-            self.model, slots, len(inputs.valid), partial(inputs.call, path), inputs.dense_hidden, inputs.valid
+            self.model, slots, len(inputs.valid), partial(inputs.call, path), inputs.dense_hidden, inputs.valid, aim
         )
         self.changed = [f"{path}.{name}" for name in found.names]
         return found
@@ -79,6 +82,14 @@ class ModelBlock(WholeModel):
             self._advance(dense=False)
             if self.dense is not None and not self.changed:
                 self._advance(dense=True)
+
+    def _put_aims(self, inherited: float) -> None:
+        """Between what the dense block makes of the sparse model's inputs and, by that share, of its own."""
+        assert self.dense is not None  # a method that reconstructs is paired
+        with replaying(self.dense) as run:
+            for index in range(len(self.inputs.valid)):
+                out = first_tensor(run(self.inputs.call(self.path, index)))
+                self.inputs.put_aim(index, out + inherited * (self.inputs.dense_hidden(index) - out))
 
     def _advance(self, dense: bool) -> None:
         model = self.dense if dense else self.model
@@ -116,6 +127,10 @@ class LentBlock(ModelBlock):
         """The block's outputs become the next block's inputs, with its weights as the files will hold them."""
         self._round(self.changed)
         super().advance()
+
+    def _put_aims(self, inherited: float) -> None:
+        with self._lend():
+            super()._put_aims(inherited)
 
     def pass_on(self) -> None:
         """Send every batch through the block as it is, also through the last one."""

@@ -18,10 +18,11 @@ from slimkit.core.log import logger
 from slimkit.core.showing import Report
 from slimkit.core.sparse import SparseConfig
 from slimkit.core.sparse.compress import demand_whole_numbers
-from slimkit.core.sparse.folderwalk import copy_others, digest, sparsify_folder
+from slimkit.core.sparse.folderwalk import copy_others, sparsify_folder
 from slimkit.core.sparse.remaining import Progress
 from slimkit.sparse import memory
 from slimkit.sparse.checkpoint_framework import CheckpointSparse
+from slimkit.stored import digest_of
 
 import torch
 
@@ -109,7 +110,7 @@ def _walked(
     if host.processes() > 1 and cfg.row.reconstructs:
         raise UnsupportedError(f"method {cfg.method!r} trains blocks, which sparsify_checkpoint does in one process.")
     weights = sorted({p.file for p in places.values()})
-    job = {"dataset": digest(data, _bytes_of), "threads": torch.get_num_threads()}
+    job = {"dataset": digest_of(data), "threads": torch.get_num_threads()}
     job |= {"compute": str(compute), "device": device.type}
 
     def rewrite(file: Path, out: Path) -> None:
@@ -139,13 +140,6 @@ def computing(
         return None
     logger.info("blocks are computed in float32, the files stay %s", " and ".join(halves))
     return torch.float32
-
-
-def _bytes_of(value: Any) -> tuple[str, bytes] | None:
-    if not isinstance(value, torch.Tensor):
-        return None
-    raw = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return f"{value.dtype}{tuple(value.shape)}", raw.tobytes()
 
 
 def _copy_others(source: Path, target: Path) -> None:

@@ -107,6 +107,7 @@ class BlockInputs:
         self._hidden: dict[bool, Any] = {False: [], True: []}
         self._others: list[Others] = []
         self._dense_others: list[Others] = []
+        self._aims: Any = {}  # number -> what training draws a block's output to
         self._copies = _Copies()
 
     def begin(self, batch: Any) -> None:
@@ -161,6 +162,15 @@ class BlockInputs:
         """The hidden states of the dense model as they stand."""
         found: torch.Tensor = self._hidden[True][index]
         return found
+
+    def aim(self, index: int) -> torch.Tensor:
+        """What training draws the block's output to, as it was put."""
+        found: torch.Tensor = self._aims[index]
+        return found
+
+    def put_aim(self, index: int, aim: torch.Tensor) -> None:
+        """Keep what training draws the block's output to."""
+        self._aims[index] = aim
 
     def put(self, index: int, hidden: torch.Tensor, dense: bool = False) -> None:
         """The hidden states that the next block gets."""

@@ -74,6 +74,7 @@ class StoredInputs(BlockInputs):
         for dense in (False, True) if paired else (False,):
             name = "dense" if dense else "sparse"
             self._hidden[dense] = {} if folder is None else Spilled(folder, name, numbers)
+        self._aims = {} if folder is None else Spilled(folder, "aim", numbers)
 
     def capture_stubs(self, model: torch.nn.Module, calls: Sequence[Call]) -> None:
         """Note how a model calls its blocks, of which only the first is in memory: the others pass their input on.
@@ -130,6 +131,14 @@ class StoredInputs(BlockInputs):
     def dense_hidden(self, index: int) -> torch.Tensor:
         """The hidden states of the dense model as they stand, on the device."""
         return super().dense_hidden(index).to(self._device)
+
+    def aim(self, index: int) -> torch.Tensor:
+        """What training draws the block's output to, on the device."""
+        return super().aim(index).to(self._device)
+
+    def put_aim(self, index: int, aim: torch.Tensor) -> None:
+        """Keep what training draws the block's output to."""
+        super().put_aim(index, aim.detach().cpu())
 
     def put(self, index: int, hidden: torch.Tensor, dense: bool = False) -> None:
         """The hidden states that the next block gets."""

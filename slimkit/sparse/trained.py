@@ -44,6 +44,7 @@ class TorchTrained:
         call: number -> call, or a batch of the user's.
         target: number -> what the call should give.
         valid: for each call which tokens are no padding.
+        aim: number -> what training draws the call's output to; None for the target itself.
     """
 
     def __init__(
@@ -54,9 +55,11 @@ class TorchTrained:
         call: Callable[[int], Any],
         target: Callable[[int], torch.Tensor],
         valid: Sequence[torch.Tensor | None],
+        aim: Callable[[int], torch.Tensor] | None = None,
     ) -> None:
         self._block, self._n_batches = block, n_batches
         self._call, self._target, self._valid = call, target, valid
+        self._aim = target if aim is None else aim
         self._free: dict[str, torch.Tensor] = {}
         self._parameters: dict[str, torch.nn.Parameter] = {}
         known: dict[int, str] = {}
@@ -101,15 +104,15 @@ class TorchTrained:
     def loss(self, values: Mapping[str, torch.Tensor], index: int, weights: torch.Tensor) -> float:
         """The weighted squared error of a batch."""
         with self._ready() as run:
-            return float(self._error(run(values, index), index, weights))
+            return float(self._error(run(values, index), self._target(index), weights))
 
     def slope(
         self, values: Mapping[str, torch.Tensor], index: int, weights: torch.Tensor
     ) -> tuple[float, dict[str, torch.Tensor]]:
-        """The same with its gradient."""
+        """The same about what training draws it to, with its gradient."""
         leaves = {n: v.detach().requires_grad_() for n, v in values.items()}
         with self._ready() as run, torch.enable_grad():
-            error = self._error(run(leaves, index), index, weights)
+            error = self._error(run(leaves, index), self._aim(index), weights)
             found = torch.autograd.grad(error, list(leaves.values()), allow_unused=True)
         slopes = {n: torch.zeros_like(v) if g is None else g for (n, v), g in zip(values.items(), found)}
         return float(error.detach()), slopes
@@ -120,8 +123,8 @@ class TorchTrained:
             for name, value in values.items():
                 self._parameters[name].copy_(value)
 
-    def _error(self, output: torch.Tensor, index: int, weights: torch.Tensor) -> torch.Tensor:
-        return (weights * (output.float() - self._target(index).float()).square()).sum()
+    def _error(self, output: torch.Tensor, wanted: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        return (weights * (output.float() - wanted.float()).square()).sum()
 
     @contextlib.contextmanager
     def _ready(self) -> Iterator[Callable[[Mapping[str, torch.Tensor], int], torch.Tensor]]:

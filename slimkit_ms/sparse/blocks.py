@@ -231,8 +231,8 @@ class WholeModel:
             for batch, _, valid in self.batches():
                 yield as_input(self.model, first_tensor(run(batch)), valid)
 
-    def trained(self) -> MindSporeTrained | None:
-        """The whole cell, to give the dense one's outputs; nothing where blocks do so."""
+    def trained(self, inherited: float = 1.0) -> MindSporeTrained | None:
+        """The whole cell, to give the dense one's outputs; nothing where blocks do so. It inherits no error."""
         if not self._whole:
             return None
         assert self.dense is not None  # a method that reconstructs is paired

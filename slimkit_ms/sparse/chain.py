@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -61,7 +61,7 @@ class ModelBlock(WholeModel):
             dense = Call(*self._inputs.call(self._path, index, dense=True)) if self.dense is not None else None
             yield Call(*self._inputs.call(self._path, index)), dense, valid
 
-    def trained(self) -> MindSporeTrained:
+    def trained(self, inherited: float = 1.0) -> MindSporeTrained:
         """The block, to give what the dense one does; the layers' dense inputs are not needed any more."""
         self._advance(dense=True)
         self._trained = True
@@ -70,8 +70,9 @@ class ModelBlock(WholeModel):
         def target(index: int) -> Array:
             return bridge.as_numpy(inputs.hidden[True][index].astype(ms.float32))
 
-        slots = list(self.slots.values())
-        return MindSporeTrained(self.model, slots, len(inputs.valid), partial(inputs.call, path), target, inputs.valid)
+        aim = None if inherited == 1 else self._aims(inherited, target).__getitem__
+        slots, n = list(self.slots.values()), len(inputs.valid)
+        return MindSporeTrained(self.model, slots, n, partial(inputs.call, path), target, inputs.valid, aim)
 
     def advance(self) -> None:
         """The block's outputs become the next block's inputs."""
@@ -79,6 +80,17 @@ class ModelBlock(WholeModel):
             self._advance(dense=False)
             if self.dense is not None and not self._trained:
                 self._advance(dense=True)
+
+    def _aims(self, inherited: float, target: Callable[[int], Array]) -> list[Array]:
+        """Between what the dense block makes of the sparse model's inputs and, by that share, of its own."""
+        assert self.dense is not None  # a method that reconstructs is paired
+        found = []
+        with replaying(self.dense) as run:
+            for index in range(len(self._inputs.valid)):
+                out = first_tensor(run(Call(*self._inputs.call(self._path, index))))
+                out = bridge.as_numpy(out.astype(ms.float32))
+                found.append(out + np.float32(inherited) * (target(index) - out))
+        return found
 
     def _advance(self, dense: bool) -> None:
         model = self.dense if dense else self.model

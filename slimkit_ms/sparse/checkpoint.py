@@ -73,7 +73,7 @@ def sparsify_checkpoint(
         check.wrong_value("blocks", "the paths of at least one block", blocks)
     if source.resolve() in (target.resolve(), target.resolve() / source.name):
         check.wrong_value("dst", "another directory than src", str(target))
-    if not cfg.uniform or cfg.row.reconstructs:
+    if cfg.allocation or cfg.row.reconstructs:
         raise UnsupportedError("sparsify_checkpoint needs uniform=True and a method that trains no blocks in MindSpore")
     weights, parts = open_folder(source)
     with weights:

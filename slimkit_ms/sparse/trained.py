@@ -40,6 +40,7 @@ class MindSporeTrained:
         call: number -> (args, kwargs).
         target: number -> what the call should give.
         valid: for each call which tokens are no padding.
+        aim: number -> what training draws the call's output to; None for the target itself.
     """
 
     def __init__(
@@ -50,9 +51,11 @@ class MindSporeTrained:
         call: Callable[[int], tuple[Any, Any]],
         target: Callable[[int], Array],
         valid: Sequence[Array | None],
+        aim: Callable[[int], Array] | None = None,
     ) -> None:
         self._block, self._n_batches = block, n_batches
         self._call, self._target, self._valid = call, target, valid
+        self._aim = target if aim is None else aim
         self._free: dict[str, Array] = {}
         self._parameters: dict[str, ms.Parameter] = {}
         known: dict[int, str] = {}
@@ -89,18 +92,18 @@ class MindSporeTrained:
     def loss(self, values: Mapping[str, Array], index: int, weights: Array) -> float:
         """The weighted squared error of a batch."""
         self.keep(values)
-        with self._ready(index, weights) as error:
+        with self._ready(index, self._target(index), weights) as error:
             return float(error().asnumpy())
 
     def slope(self, values: Mapping[str, Array], index: int, weights: Array) -> tuple[float, dict[str, Array]]:
-        """The same with its gradient."""
+        """The same about what training draws it to, with its gradient."""
         self.keep(values)
         parameters = list(self._parameters.values())
         trained = [p.requires_grad for p in parameters]
         try:
             for p in parameters:
                 p.requires_grad = True
-            with self._ready(index, weights) as error, bridge.whole_gradient():
+            with self._ready(index, self._aim(index), weights) as error, bridge.whole_gradient():
                 loss, slopes = ms.value_and_grad(error, None, parameters)()
         finally:
             for p, before in zip(parameters, trained):
@@ -114,9 +117,9 @@ class MindSporeTrained:
             parameter.set_data(ms.Tensor(np.ascontiguousarray(value, np.float32)).astype(parameter.dtype))
 
     @contextlib.contextmanager
-    def _ready(self, index: int, weights: Array) -> Iterator[Callable[[], ms.Tensor]]:
+    def _ready(self, index: int, wanted: Array, weights: Array) -> Iterator[Callable[[], ms.Tensor]]:
         args, kwargs = replay.fresh(self._call(index), TENSORS)
-        target, factor = ms.Tensor(self._target(index)), ms.Tensor(weights)
+        target, factor = ms.Tensor(wanted), ms.Tensor(weights)
 
         def error() -> ms.Tensor:
             output = first_tensor(self._block(*args, **kwargs))

@@ -14,6 +14,7 @@ from slimkit.core.delta.miss import MissSpec
 from slimkit.core.delta.shira import ShiraSpec, chosen
 from slimkit.core.delta.spec import Site
 from slimkit.core.errors import ArgumentError, FileFormatError, UnsupportedError
+from slimkit.core.jobs.inspecting import look
 
 KINDS = [
     ("miss", {"rank": 4}),
@@ -261,6 +262,16 @@ def test_entries_are_chosen_once_and_keep_away_from_zeros(weight, support, seed)
         assert flat[index].all()
     if support == "magnitude":
         assert flat[index].min() >= np.delete(flat, index).max(initial=0)
+
+
+def test_inspect_tells_the_options_and_counts_no_places(kit, net, tmp_path):
+    kit.slim.apply_delta(net, "shira", rank=1, support="magnitude", seed=2)
+    found = look(kit.slim.save_delta(net, tmp_path / "own"), lambda: None)
+    assert found.columns[3:5] == ("rank", "options")
+    assert found.rows[1][3:] == (1, "support=magnitude, seed=3, count=12", [4, 8], 12)
+    assert found.facts["parameters"] == 26
+    peft = look(kit.slim.save_delta(net, tmp_path / "peft", format="peft"), lambda: None)
+    assert (peft.facts["peft_type"], peft.facts["rank"], peft.facts["parameters"]) == ("SHIRA", 1, 26)
 
 
 def test_each_layer_draws_for_itself():

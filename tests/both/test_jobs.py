@@ -199,6 +199,28 @@ def test_every_kind_adapts_through_both_doors(kit, task, tmp_path, way):
         assert again["stages"][2]["digest"] == found["stages"][2]["digest"]
 
 
+def test_a_delta_learns_from_labels_twice_and_from_the_dense_model(kit, task, tmp_path, monkeypatch):
+    stage = {"targets": ["a"], "rank": 2, "max_steps": 2, "rdrop": 1.0, "distill_weight": 0.5}
+    seen = []
+    repeat = kit.slim.rdrop_repeat
+    monkeypatch.setattr(kit.slim, "rdrop_repeat", lambda *items: seen.append(len(items[0])) or repeat(*items))
+    found = recipe(kit, task, tmp_path, {"prune": {"reserved_ratio": 0.9, "alignment": 1}}, {"adapt": stage})
+    facts = found["stages"][2]["facts"]
+    assert facts["rdrop"] == 1.0
+    assert facts["terms"] == ["output: KDKLDiv"]
+    assert facts["reload_difference"] <= 1e-5
+    assert len(seen) == 4  # inputs and labels of two steps
+    done = command(
+        kit, task, "adapt", "--data", f"{task}:batches", "--target", "a", "--max-steps", 1, "--rdrop", 2, "-o", "d"
+    )
+    assert done["rdrop"] == 2.0
+
+
+def test_rdrop_is_for_classes(kit, task, tmp_path):
+    with pytest.raises(AssertionError, match=r"rdrop compares the classes of cross_entropy"):  # the command's exit
+        recipe(kit, task, tmp_path, {"adapt": {"targets": ["a"], "rdrop": 1.0, "loss": "mse", "max_steps": 1}})
+
+
 def test_a_lora_without_alpha_has_the_same_scale_through_every_door(kit, task, tmp_path):
     recipe(kit, task, tmp_path, {"adapt": {"targets": ["a"], "rank": 4, "max_steps": 1}})
     command(kit, task, "adapt", "--data", f"{task}:batches", "--target", "a", "--rank", 4, "--max-steps", 1, "-o", "d")

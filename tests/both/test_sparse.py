@@ -100,8 +100,8 @@ def test_a_residual_stream_that_is_not_known_is_refused(kit):
         SparseConfig(method="hessian", residual=True)
 
 
-def residual_chain(kit):
-    """Three blocks that add to what passes through them."""
+def residual_chain(kit, norm_last=False):
+    """Three blocks that add to what passes through them; `norm_last`: and norm the sum, as BERT's do."""
 
     class Block(kit.Module):
         def __init__(self):
@@ -110,6 +110,8 @@ def residual_chain(kit):
             self.up, self.act, self.down = kit.linear(16, 24), kit.relu(), kit.linear(24, 16)
 
         def forward(self, x):
+            if norm_last:
+                return self.norm(x + self.down(self.act(self.up(x))))
             return x + self.down(self.act(self.up(self.norm(x))))
 
         construct = forward

@@ -7,12 +7,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from slimkit.core.errors import ArgumentError, ConfigError
+from slimkit.core.errors import ArgumentError, ArgumentTypeError, ConfigError
 from slimkit.core.sparse import SparseConfig
 from slimkit.core.sparse import reconstruct as reconstruction
 from slimkit.core.sparse.reconstruct import reconstruct, token_weights
+from tests.both.test_sparse_zeros import train
 
 OPTIONS = {"passes": 6, "rate": 0.01}
+MANY = 400  # rows of a batch: enough that other rows gain, too
 
 
 def chain(kit):
@@ -65,12 +67,12 @@ def error(kit, model, data, dense):
 
 @pytest.mark.parametrize("kw", [{}, {"pattern": "2:4", "sparse_ratio": 0.5}])
 def test_blocks_come_closer_to_the_dense_ones_and_keep_pars_masks(kit, kw):
-    data, other = batches(kit), batches(kit, seed=3)
+    data, other = batches(kit, rows=MANY), batches(kit, rows=MANY, seed=3)
     model, par = chain(kit), chain(kit)
     dense = [kit.array(model(x)) for x in other]
-    report, masks = run(kit, model, data, options=OPTIONS, **kw)
+    report, masks = run(kit, model, data, options={"passes": 6}, **kw)
     plain, _ = run(kit, par, data, **{"method": "par", **kw})
-    assert error(kit, model, other, dense) < 1.02 * error(kit, par, other, dense)
+    assert error(kit, model, other, dense) < 0.99 * error(kit, par, other, dense)
     assert report["zeros"] == plain["zeros"]
     values = kit.values(model)
     for name, row in report["layers"].items():
@@ -83,7 +85,7 @@ def test_blocks_come_closer_to_the_dense_ones_and_keep_pars_masks(kit, kw):
         assert trained == name.startswith("blocks.")
         assert not trained or row["block_error"] <= row["block_error_before"]
     rows = [row for row in report["layers"].values() if "block_error" in row]
-    assert np.mean([row["block_error"] / row["block_error_before"] for row in rows]) < (1 if not kw else 1 + 1e-9)
+    assert np.mean([row["block_error"] / row["block_error_before"] for row in rows]) < 1
 
 
 def test_both_frameworks_learn_the_same():
@@ -208,6 +210,60 @@ def test_the_dense_outputs_are_needed(kit):
         SparseConfig(method="block", residual=True)
     with pytest.raises(ArgumentError, match="passes"):
         SparseConfig(method="block", options={"rounds": 3})
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"passes": 0}, {"patience": 1.5}, {"rate": -1.0}, {"rate": "fast"}, {"inherited": 2.0}, {"start": "mean"}]
+)
+def test_options_are_checked_at_the_door(wrong):
+    with pytest.raises((ArgumentError, ArgumentTypeError), match=next(iter(wrong))):
+        SparseConfig(method="block", options=wrong)
+
+
+def test_it_may_begin_with_par_v2s_masks(kit):
+    one, other = chain(kit), chain(kit)
+    _, masks = run(kit, one, batches(kit)[:2], options={"start": "par_v2", "passes": 1, "rate": 0.0})
+    _, plain = run(kit, other, batches(kit)[:2], method="par_v2")
+    for name, mask in masks.items():
+        assert (np.asarray(mask) == np.asarray(plain[name])).all()
+    for name, value in kit.values(one).items():
+        np.testing.assert_array_equal(value, kit.values(other)[name])
+
+
+def test_only_a_block_whose_inputs_lost_something_makes_up_for_it(kit, monkeypatch):
+    monkeypatch.setattr(reconstruction, "LEAST", 10**6)
+    monkeypatch.setattr(reconstruction, "HOLD_OUT", 10**6)
+    found = []
+    for inherited in (0.0, 1.0):
+        model, options = chain(kit), {"passes": 2, "inherited": inherited}
+        run(kit, model, batches(kit)[:4], ignore=["first", "last", "blocks.2.*"], options=options)
+        found.append(kit.values(model))
+    np.testing.assert_array_equal(found[0]["blocks.0.up.weight"], found[1]["blocks.0.up.weight"])
+    assert not np.array_equal(found[0]["blocks.1.up.weight"], found[1]["blocks.1.up.weight"])
+
+
+def test_measured_ratios_are_kept_through_training(kit):
+    data = batches(kit)
+    model, par = chain(kit), chain(kit)
+    report, masks = run(kit, model, data, uniform=False, options={"passes": 2})
+    plain, _ = run(kit, par, data, uniform=False, method="par")
+    assert report["allocation"] == plain["allocation"]
+    ratios = {name: row["ratio"] for name, row in report["layers"].items()}
+    assert ratios == {name: row["ratio"] for name, row in plain["layers"].items()}
+    assert report["zeros"] == plain["zeros"] == sum(int((~np.asarray(m)).sum()) for m in masks.values())
+
+
+def test_zeros_stay_when_a_trained_block_is_trained_on(kit):
+    model = kit.fill(kit.named(first=kit.linear(8, 12), act=kit.relu(), last=kit.linear(12, 4)))
+    data = [kit.tensor(np.random.default_rng(i).standard_normal((48, 8)).astype(np.float32)) for i in range(4)]
+    run(kit, model, data, options={"passes": 1})
+    before = kit.values(model)
+    with kit.slim.freeze_zeros(model):
+        train(kit, model)
+    after = kit.values(model)
+    for name in ("first.weight", "last.weight"):
+        assert ((after[name] == 0) == (before[name] == 0)).all()
+        assert np.abs(after[name] - before[name]).max() > 1e-3
 
 
 def test_padding_and_silent_tokens_count_little(kit):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from slimkit.core.sparse import SparseConfig
+from slimkit.core.sparse import SparseConfig, reconstruct
 from slimkit.core.sparse.maths.layer import SparseLayer
 from slimkit.core.sparse.maths.moments import Moments
 from slimkit.core.sparse.maths.solve import solve
@@ -99,6 +99,22 @@ def test_each_expert_of_one_parameter_is_fitted_to_its_own_tokens(kit, way, tran
         assert report["layers"][f"w[{i}]"]["rows"] == rows
         np.testing.assert_allclose(found[i], result.weight, atol=1e-5)  # float64 sums of float32 rows, in any order
         np.testing.assert_array_equal(np.asarray(compressor.masks[f"w[{i}]"]), result.keep)
+
+
+@pytest.mark.parametrize("way", ["loop", "at once"])
+def test_experts_are_trained_together_and_keep_pars_masks(kit, way, monkeypatch):
+    monkeypatch.setattr(reconstruct, "LEAST", 10**6)  # the rows that train judge, too: there is something to gain
+    monkeypatch.setattr(reconstruct, "HOLD_OUT", 10**6)
+    found = {}
+    for method in ("par", "block"):
+        model, *_ = model_of(kit, way, False)
+        config = SparseConfig(method=method, ignore=["gate"], options={"passes": 2} if method == "block" else None)
+        report = kit.slim.Compressor(model, config).compress([kit.tensor(x) for x in batches()])
+        found[method] = kit.array(kit.params(model)["w"])
+    assert ((found["par"] == 0) == (found["block"] == 0)).all()
+    rows = report["layers"].values()
+    assert all(row["block_error"] < row["block_error_before"] for row in rows)
+    assert np.abs(found["par"] - found["block"]).max(axis=(1, 2)).min() > 1e-3  # every expert learned
 
 
 def test_experts_that_nobody_chose_fall_back_and_are_named(kit):

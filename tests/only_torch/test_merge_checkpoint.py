@@ -85,6 +85,8 @@ def digests(folder):
 CASES = {
     "lora": (llama, lambda m, d: trained(m, "lora", ["*q_proj", "*down_proj"], d, rank=3)),
     "lora-bf16": (lambda: llama(torch.bfloat16), lambda m, d: trained(m, "lora", ["*q_proj"], d, rank=3)),
+    "miss": (llama, lambda m, d: trained(m, "miss", ["*k_proj", "*down_proj"], d, rank=4)),
+    "shira": (llama, lambda m, d: trained(m, "shira", ["*k_proj", "*down_proj"], d, rank=2)),
     "ia3": (
         lambda: llama(attention_bias=True),
         lambda m, d: trained(m, "ia3", ["*k_proj", "*down_proj"], d, feedforward=["*down_proj"]),

@@ -32,6 +32,14 @@ import peak
 QV = {"query", "value", "q_proj", "v_proj"}
 options = argparse.Namespace()
 VARIANTS = ("bitfit", "peft_qv", "slimkit_qv", "peft_all", "slimkit_all", "peft_dora", "slimkit_dora", "dense")
+# Further ones, when asked for by --variants: these, and peft_miss and peft_shira. Variant -> kind and options, on all
+# linear layers.
+OTHERS = {
+    "slimkit_miss": ("miss", {"rank": 16}),
+    "slimkit_shira": ("shira", {"rank": 8}),
+    "slimkit_int8": ("lora", {"rank": 8, "alpha": 16, "base_dtype": "int8"}),
+    "slimkit_bfloat16": ("lora", {"rank": 8, "alpha": 16, "base_dtype": "bfloat16"}),
+}
 
 
 def base():
@@ -60,6 +68,15 @@ def build(variant):
     model = base()
     if variant == "bitfit":
         slimkit.freeze_delta(model, "bitfit")
+    elif variant in OTHERS:
+        kind, settings = OTHERS[variant]
+        slimkit.apply_delta(model, kind, **settings)
+    elif variant in ("peft_miss", "peft_shira"):
+        import peft
+
+        made = peft.MissConfig(r=16) if variant == "peft_miss" else peft.ShiraConfig(r=8)
+        made.target_modules = "all-linear"
+        model = peft.get_peft_model(model, made)
     elif variant.startswith("slimkit"):
         targets = None if variant.endswith("all") else [f"*{name}" for name in qv_of(model)]
         slimkit.apply_delta(model, "lora", targets, rank=8, alpha=16, dora=variant.endswith("dora"))
@@ -107,7 +124,8 @@ def steps(rounds):
             if round_:
                 taken[variant].append(time.process_time() - began)
     ratio = lambda a, b: statistics.median(x / y for x, y in zip(taken[a], taken[b]))
-    pairs = [(f"slimkit_{way}", f"peft_{way}") for way in ("qv", "all", "dora")] + [("slimkit_qv", "bitfit")]
+    pairs = [(f"slimkit_{way}", f"peft_{way}") for way in ("qv", "all", "dora", "miss", "shira")]
+    pairs += [("slimkit_qv", "bitfit"), *((v, "slimkit_all") for v in OTHERS)]
     ratios = {f"{a} / {b}": round(ratio(a, b), 3) for a, b in pairs if a in made and b in made}
     return {"seconds": {v: round(statistics.median(t), 3) for v, t in taken.items()}, **ratios}
 

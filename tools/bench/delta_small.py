@@ -1,6 +1,7 @@
 """Fully fine-tuned models as small deltas (compress_delta): bytes, and accuracy beside the tuned model's own.
 
     python tools/bench/delta_small.py [--task digits,minilm] [--steps 200] [--length 64] [--test 1000]
+        [--ways bits:0.07,bits:0.09,low_rank:0.09,sparse:0.09]
 
 MiniLM learns which package a docstring comes from (delta_task.py); a small network that knows digits learns
 them mirrored. Differences are in points, on the same texts; the error is that of a paired difference.
@@ -24,7 +25,7 @@ import delta_task
 import numpy as np
 
 # kind, share of the bfloat16 bytes of a weight
-WAYS = [("bits", 0.07), ("bits", 0.09), ("low_rank", 0.09), ("sparse", 0.09)]
+WAYS = "bits:0.07,bits:0.09,low_rank:0.09,sparse:0.09"
 
 
 def digits():
@@ -106,7 +107,7 @@ def learn(model, call, labels, steps, rate, head=None):
         plan.step()
 
 
-def measure(base, tuned, right, exclude):
+def measure(ways, base, tuned, right, exclude):
     import slimkit
 
     wanted, before = right(tuned), right(base)
@@ -116,10 +117,11 @@ def measure(base, tuned, right, exclude):
         "tuned": round(100 * wanted.mean(), 2),
         "bf16 MB": round(2e-6 * numbers, 2),
     }
-    for kind, ratio in WAYS:
+    print(json.dumps(out), flush=True)
+    for kind, ratio in (way.split(":") for way in ways.split(",")):
         model = copy.deepcopy(base)
         began = time.process_time()
-        slimkit.compress_delta(model, tuned, kind, bytes_ratio=ratio, exclude=exclude)
+        slimkit.compress_delta(model, tuned, kind, bytes_ratio=float(ratio), exclude=exclude)
         taken = time.process_time() - began
         with tempfile.TemporaryDirectory() as place:
             folder = slimkit.save_delta(model, place)
@@ -133,7 +135,7 @@ def measure(base, tuned, right, exclude):
             "times smaller": round(2 * numbers / size, 1),
             "CPU seconds": round(taken, 1),
         }
-    return out
+        print(json.dumps({f"{kind} {ratio}": out[f"{kind} {ratio}"]}), flush=True)
 
 
 def main():
@@ -142,13 +144,15 @@ def main():
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--test", type=int, default=1000)
+    parser.add_argument("--ways", default=WAYS, help="kind:bytes_ratio, several by commas")
     given = parser.parse_args()
     import torch
 
     torch.set_num_threads(1)
     for task in given.task.split(","):
         made = digits() if task == "digits" else minilm(given.steps, given.length, given.test)
-        print(json.dumps({task: measure(*made)}), flush=True)
+        print(task, flush=True)
+        measure(given.ways, *made)
 
 
 if __name__ == "__main__":

@@ -62,6 +62,7 @@ SPARSE = (
     *(f"{method} {ratio}" for ratio in ("0.5", "2:4", "0.7") for method in ("hessian", "admm", "par", "par_v2")),
     *(f"{method} {ratio}" for ratio in ("0.6", "4:8") for method in ("sparsegpt", "hessian", "par")),
     *("par 0.5 residual", "par 0.7 residual", "hessian 0.7 free", "par 0.7 free", "par 0.5 free"),
+    *("par 0.5 dlp", "par 0.7 dlp", "block 0.5 free", "block 0.7", "block 0.7 free"),
     *("hessian 0.5 swaps", "wanda 0.5 swaps", "par 0.5 swaps", "block 0.5", "block 2:4"),
     *("par 0.3", "par 0.3 bits", "par 0.3 rounded"),  # 2 bits of mantissa, while solving or afterwards
     *("par 0.4", "par 0.4 int8", "par 0.4 w8a8s", "par 0.4 w8a8s percentile"),  # whole numbers; inputs too, by ranges
@@ -185,7 +186,7 @@ def sparsified(text: str, batches: Any) -> Callable[[nn.Module], dict[str, float
         sparse_ratio=0.5 if ":" in ratio else float(ratio),
         pattern=ratio if ":" in ratio else None,
         residual="residual" in switches,
-        uniform="free" not in switches,
+        uniform="dlp" if "dlp" in switches else "free" not in switches,
         swaps=1_000 if "swaps" in switches else 0,
         mantissa_bits=2 if "bits" in switches else None,
         outliers=0.02 if "bits" in switches else 0.0,

@@ -3,7 +3,7 @@
     OMP_WAIT_POLICY=PASSIVE python tools/bench/sparse.py --widths 1024 2048
     python tools/bench/sparse.py --speed --widths 1024  times in turn: plain loop, hessian, par and the lower bound
     python tools/bench/sparse.py --memory               memory of sparsify_checkpoint on a Llama of eight blocks
-    python tools/bench/sparse.py --allocation           equal, OWL's and measured ratios on MiniLM, on other text
+    python tools/bench/sparse.py --allocation           equal, OWL's, DLP's and measured ratios on MiniLM, on other text
 
 What is left of the pretrained MiniLM's sentence embeddings is measured by tools/bench/sparse_text.py.
 
@@ -23,6 +23,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -222,6 +223,18 @@ def by_outliers(model: torch.nn.Module, batches: Any, ratio: float, reach: float
 
     An outlier is a weight times its input's norm that is more than `above` times the block's mean.
     """
+    return by_scores(model, batches, ratio, reach, lambda s: float((s > above * s.mean()).float().mean()))
+
+
+def by_medians(model: torch.nn.Module, batches: Any, ratio: float, reach: float = 0.15) -> Any:
+    """Ratios by block as DLP chooses them (Chen et al. 2025): blocks whose median score is large keep less."""
+    return by_scores(model, batches, ratio, reach, lambda s: -float(s.median()))
+
+
+def by_scores(
+    model: torch.nn.Module, batches: Any, ratio: float, reach: float, worth: Callable[[torch.Tensor], float]
+) -> Any:
+    """Ratios by block: the worth of its weights times input norms, spread over `reach` on both sides of the ratio."""
     layers = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
     squares = dict.fromkeys(layers, 0.0)
 
@@ -242,30 +255,33 @@ def by_outliers(model: torch.nn.Module, batches: Any, ratio: float, reach: float
         scores = (layer.weight.detach().abs() * squares[name].sqrt()).reshape(-1)
         blocks.setdefault(name.split("layer.")[1].split(".")[0], []).append(scores)
     together = {block: torch.cat(parts) for block, parts in blocks.items()}
-    found = {block: float((s > above * s.mean()).float().mean()) for block, s in together.items()}
+    found = {block: worth(s) for block, s in together.items()}
     low, high = min(found.values()), max(found.values())
     moved = {block: (share - low) / (high - low) * 2 * reach for block, share in found.items()}
     middle = statistics.mean(moved.values())
     return {n: ratio - moved[n.split("layer.")[1].split(".")[0]] + middle for n in layers}
 
 
+CHEAP = {"owl": by_outliers, "dlp": by_medians}
+
+
 def allocation(methods: list[str], ratios: list[float]) -> None:
-    """Cosine of MiniLM's embeddings to the dense model's with equal ratios, OWL's and measured ones; which was kept."""
+    """Cosine of MiniLM's embeddings with equal ratios, OWL's, DLP's and measured ones; which of these was kept."""
     from sparse_text import Texts, fresh
 
     from slimkit.sparse import Compressor
 
     texts = Texts(seed=0, batches=5, held_out=256)
-    print("| method, ratio | equal | OWL | uniform=False | kept |\n|---|---|---|---|---|")
+    print("| method, ratio | equal | OWL | DLP | uniform=False | kept |\n|---|---|---|---|---|---|")
     for method, ratio in itertools.product(methods, ratios):
         cells = []
-        for how in ("equal", "owl", "measured"):
+        for how in ("equal", "owl", "dlp", "measured"):
             model = fresh()
             config = SparseConfig(method=method, sparse_ratio=ratio, uniform=how == "equal")
             with contextlib.ExitStack() as stack:
-                if how == "owl":
-                    chosen = by_outliers(model, texts.calibration, ratio)
-                    given = lambda *_, chosen=chosen: (chosen, {"kept": "owl"})
+                if how in CHEAP:
+                    chosen = CHEAP[how](model, texts.calibration, ratio)
+                    given = lambda *_, chosen=chosen, how=how: (chosen, {"kept": how})
                     stack.enter_context(mock.patch("slimkit.core.sparse.compress.measured", given))
                 report = Compressor(model, config).compress(texts.calibration)
             cells.append(f"{texts.cosine(model):.4f}")

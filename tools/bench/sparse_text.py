@@ -36,7 +36,7 @@ from transformers.utils import logging
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 from docstring_text import docstrings, model_folder
 
-OURS = ("hessian", "par", "par_v2")
+OURS = ("hessian", "par", "par_v2", "block", "block-v2", "par-plain", "par_v2-plain", "par-free", "block-free")
 Peer = Callable[[torch.Tensor, torch.Tensor, float, Any], torch.Tensor]
 
 
@@ -145,12 +145,15 @@ def fresh() -> torch.nn.Module:
 def measure(method: str, text: str, texts: Texts) -> tuple[float, float]:
     """Cosine and CPU seconds of one method at one ratio or n:m pattern."""
     pattern = text if ":" in text else None
-    base, _, plain = method.partition("-")  # "par-plain": without the residual stream's correction
+    # "plain": without the residual stream's correction; "free": with measured ratios; "v2": begun by par_v2
+    base, _, how = method.partition("-")
     config = SparseConfig(
         method="hessian" if method in PEERS else base,
         sparse_ratio=0.5 if pattern else float(text),
         pattern=pattern,
-        residual=base in ("par", "par_v2") and not plain,
+        residual=base in ("par", "par_v2") and how != "plain",
+        uniform=how != "free" or pattern is not None,
+        options={"start": "par_v2"} if how == "v2" else None,
     )
     rows = {"hessian": replace(METHODS["hessian"], solver=as_solver(PEERS[method]))} if method in PEERS else {}
     model, start = fresh(), time.process_time()
@@ -162,7 +165,7 @@ def measure(method: str, text: str, texts: Texts) -> tuple[float, float]:
 def main() -> None:
     """Read the command line and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = (*PEERS, *OURS, "par-plain", "par_v2-plain")
+    names = (*PEERS, *OURS)
     parser.add_argument("--methods", nargs="*", default=["hessian", "admm", "alps", "par", "par_v2"], choices=names)
     parser.add_argument("--ratios", nargs="*", default=["0.5", "0.6", "0.7", "2:4"])
     parser.add_argument("--seeds", type=int, default=3)

@@ -7,7 +7,7 @@ Both fill `a` alone; `b` is zero, so that training starts from the base and the 
 
 Such directions are also the ones in which inputs are large: unit rows would answer ten times as loud as random ones,
 and the usual rates would be ten times too high. Each row is as long as makes its answers as large as a random row's.
-LoRA-GA also starts b, and takes b a out of the base; what that is worth stands in docs/numbers.md.
+LoRA-GA also starts b and takes b a out of the base, which makes files of twice the rank; that is not offered.
 """
 
 from __future__ import annotations

@@ -369,8 +369,8 @@ class JobFramework(Protocol):
         """Where `learns_text`: the model with the head that the text's task needs, and the text."""
         raise UnsupportedError("text is learned by Hugging Face directories in PyTorch alone")
 
-    def folder_pruner(self, source: Path) -> Any:
-        """A pruner of a folder that is never in memory whole."""
+    def folder_pruner(self, place: ModelPlace, out: Path, calib: DataPlace | None) -> tuple[Any, Any]:
+        """A pruner of a folder that is never in memory whole, and the batches; own text goes beside `out`."""
         raise UnsupportedError("--stream reads folders of transformers, which are PyTorch's: leave --framework out")
 
     def sparsify_blocks(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from slimkit.core import files
+from slimkit.core.calibration.record import record_of, write_record
 from slimkit.core.errors import ConfigError, UnsupportedError
 from slimkit.core.jobs import cards, claim, commands, early, folders, work
 from slimkit.core.jobs.framework import JobFramework
@@ -107,7 +108,7 @@ def prune(
         out: folder of the pruned model, claimed.
         options: of the job.
         calib: calibration data.
-        seed: of random importance.
+        seed: of random importance, and of what is drawn.
 
     Returns:
         What `commands.prune` returns, without "reloaded".
@@ -115,11 +116,9 @@ def prune(
     early.check(place, options, calib=calib)
     if not can_stream(place) or place.model is None:
         raise ConfigError("--stream needs a --model folder with a config.json and .safetensors files")
-    if calib is not None:
-        raise UnsupportedError(NO_DATA)
     source = place.model
-    pruner = face.folder_pruner(source)
-    work.set_up(pruner, options, commands.CommandContext(face, seed, None, options))
+    pruner, batches = face.folder_pruner(place, source if out is None else out, calib)
+    work.set_up(pruner, options, commands.CommandContext(face, seed, None, options, batches=batches))
     if out is None:
         before = work.count(face, pruner.model)
         after, _ = pruner.analysis(options.reserved_ratio, options.un_prune_list)
@@ -135,15 +134,10 @@ def prune(
         kind, rows = type(pruner.model).__name__, cards.pruned_facts(facts, options)
         cards.write_card_of(folder, "pruned", source, kind, command, rows, "transformers")
         folders.write_report(folder, "prune", {"asked": options.reserved_ratio, "command": command, **facts})
+        write_record(folder, "prune", record_of(batches), source)
         return facts
 
     return _written(out, write)
-
-
-NO_DATA = (
-    "a folder is pruned tensor by tensor without calibration data: leave --calib out (with --importance l1, l2 or "
-    "lamp), or give --whole where the model fits"
-)
 
 
 def _call(face: JobFramework, name: str, option: str) -> Callable[..., Any]:

@@ -254,7 +254,19 @@ class AdaptOptions(FitOptions):
     alpha: PositiveFloat | None = Field(None, description="a LoRA is scaled by alpha / rank; unset: twice the rank")
     dropout: float | None = Field(None, ge=0, lt=1, description="dropout before the delta; unset: none")
     settings: Annotated[dict[str, Any], Flag("--set", metavar="KEY=VALUE")] = Field(
-        default_factory=dict, description="other options of the kind, such as dora: true or bottleneck_size: 32"
+        default_factory=dict, description="other options of the kind, such as init: gradient or bottleneck_size: 32"
+    )
+    rdrop: float = Field(
+        0.0,
+        ge=0,
+        description="R-Drop: each batch goes through dropout twice, and this is the weight of the two answers' "
+        "divergence; 0: once. Classes and cross_entropy only",
+    )
+    distill_weight: Annotated[float, RECIPE_ONLY] = Field(
+        0.0, ge=0, description="weight of the dense model's answers beside the loss on labels; 0: they are not asked"
+    )
+    temperature: Annotated[PositiveFloat | None, RECIPE_ONLY] = Field(
+        None, description="softening of the dense model's logits, as for distill; unset: 2, for a language model 1"
     )
 
     @model_validator(mode="after")

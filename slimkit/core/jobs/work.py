@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from slimkit.core.batch import tensors_in
 from slimkit.core.delta.starts import FROM_DATA
 from slimkit.core.distill.config import LOSSES, KnowledgeDistillConfig
 from slimkit.core.distill.shapes import pick
@@ -343,6 +344,32 @@ def _again(options: AdaptOptions) -> dict[str, Any]:
     return {k: v for k, v in arguments.items() if k != "init" or v not in FROM_DATA}
 
 
+def _warmth(options: AdaptOptions) -> dict[str, Any]:
+    return {} if options.temperature is None else {"temperature": options.temperature}
+
+
+def _twice(face: JobFramework, name: str, weight: float) -> ComputeLoss:
+    """f(model, (inputs, classes)): every sample twice through dropout in one batch, and R-Drop's loss of the pairs."""
+    if name not in ("cross_entropy", "classification"):
+        raise ConfigError(f"rdrop compares the classes of cross_entropy. The loss is {name}")
+    criterion = face.slim.RDropLoss()
+
+    def double(inputs: Any) -> Any:
+        if isinstance(inputs, Mapping):
+            return {key: double(value) for key, value in inputs.items()}
+        if isinstance(inputs, (tuple, list)):
+            return [double(value) for value in inputs]
+        return face.slim.rdrop_repeat(inputs)[0]
+
+    def loss(model: Any, batch: Any) -> Any:
+        answer = next(iter(tensors_in(face.call(model, double(batch[0])))))
+        if len(answer.shape) != 2:
+            raise ConfigError(f"rdrop wants answers of (samples, classes). Received: {tuple(answer.shape)}")
+        return criterion(answer, double(batch[1]), weight)
+
+    return loss
+
+
 def place_delta(model: Any, options: AdaptOptions, context: JobContext) -> dict[str, Any]:
     """Put an untrained delta on a model, in place; returns what it weighs."""
     with context.face.seeded(context.seed):
@@ -350,11 +377,29 @@ def place_delta(model: Any, options: AdaptOptions, context: JobContext) -> dict[
     return {"kind": options.kind, "layers": sorted(told.layers), **fitting.share(context.face.sizes(model))}
 
 
-def adapt(model: Any, options: AdaptOptions, context: JobContext) -> JobResult:
-    """Put a delta on a model and train it, in place."""
+def adapt(model: Any, options: AdaptOptions, context: JobContext, teacher: Any = None) -> JobResult:
+    """Put a delta on a model and train it, in place; `teacher` answers too where the options weigh its answers."""
+    face = context.face
     facts = place_delta(model, options, context)
-    with context.face.statistics_held(model):
-        fitted = context.fit(model, options, context.loss(options.loss)[1])
+    name, hard = context.loss(options.loss)
+    if options.rdrop:
+        hard = _twice(face, name, options.rdrop)
+        facts["rdrop"] = options.rdrop
+    learner, loss = model, hard
+    if options.distill_weight:
+        config = compared(
+            face, teacher, DistillOptions(output_weight=options.distill_weight, **_warmth(options)), context.example
+        )
+        with face.seeded(context.seed):
+            learner = face.slim.get_distill_model(teacher, model, config, inputs=context.example)
+        facts["terms"] = terms(config)
+        dual = learner
+
+        def loss(_: Any, batch: Any) -> Any:
+            return hard(model, batch) + face.soft_loss(dual, batch[0])
+
+    with face.statistics_held(model):
+        fitted = context.fit(learner, options, loss)
     facts |= {"steps": fitted["steps"], "loss_by_epoch": fitted["loss_by_epoch"]}
     return JobResult(model, edit={"adapt": _again(options)}, facts=facts, curves=curves(fitted))
 

@@ -200,7 +200,7 @@ class Stages:
         """The job, and the proof that its file makes the same model again."""
         stage, face = context.stage, self.face
         put_back = face.snapshot(model)
-        done = work.adapt(model, options, context)
+        done = work.adapt(model, options, context, stage.dense() if options.distill_weight else None)
         face.slim.save_delta(model, stage.directory / "delta")
         fresh = self.build(stage.recipe, stage.folder, stage.edits, context.example)
         put_back(fresh)

@@ -11,13 +11,14 @@ r_l = R + log(price n_l / (a_l b_l)) / b_l within its bounds, and the price that
 One walk over the dense model with few batches measures them; no block but a layer's own runs for it. Whether the result
 is better than equal ratios is then measured by the outputs of the whole model, masked either way, on batches that
 chose nothing. Source: the method of Lagrange; sensitivities one layer at a time, as Frantar & Alistarh 2022 (OBC) take
-them.
+them. The rule "dlp" (Chen et al. 2025) masks nothing: of each block it reads the median of magnitudes times input
+norms, and the block whose median is largest loses most.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from math import exp, isfinite, log
+from math import exp, isfinite, log, prod
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,10 @@ SHARE = 8
 PROBE_BATCHES = 4
 
 # Ratios stay this close to the uniform one: sensitivities are measured there, and far from it they say little.
-REACH = 0.1
+REACH = 0.2
+
+# How far "dlp" goes from the uniform ratio (its authors' own figure), and how many scores of a block it looks at.
+MEDIAN_REACH, MEDIAN_SCORES = 0.15, 2**22
 
 # Of the mean power of a batch's rows: what rows of no power count with.
 FLOOR = 1e-4
@@ -124,11 +128,11 @@ def measured(
         SpoiltError: the inputs of a layer are not finite.
     """
     ratios, facts = host.kept("ratios", lambda: list(_measured(host, config, dataset, layers, names)))
-    error, equal_error = facts["measured_error"], facts["uniform_error"]
-    if facts["kept"] == "measured":
+    rule = str(config.allocation)
+    if facts["kept"] == rule:
         return dict(ratios), facts
-    text = "measured ratios change the outputs of masked layers by %.4g, equal ones by %.4g: kept equal ratios."
-    logger.warning(text, error, equal_error)
+    text = "%s ratios change the outputs of masked layers by %.4g, equal ones by %.4g: kept equal ratios."
+    logger.warning(text, rule, facts[f"{rule}_error"], facts["uniform_error"])
     return None, facts
 
 
@@ -137,14 +141,16 @@ def _measured(
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """A ratio for each layer, and facts for the report: whether they are better than equal ones."""
     probes, others = _apart(host, dataset)
-    ratios, norms = _walked(host, config, probes, layers, names)
+    rule = config.allocation
+    choose = _by_medians if rule == "dlp" else _walked
+    ratios, norms = choose(host, config, probes, layers, names)
     equal = dict.fromkeys(names, config.sparse_ratio)
     equal_error, error = _errors(host, others or probes, layers, (equal, ratios), norms)
     judges = len(others or probes)
     facts = {
-        "kept": "measured" if error < equal_error else "uniform",
+        "kept": rule if error < equal_error else "uniform",
         "uniform_error": equal_error,
-        "measured_error": error,
+        f"{rule}_error": error,
         "probe_batches": judges if host.deals else sum(host.gather(judges)),
         "held_out": bool(others),
     }
@@ -239,6 +245,48 @@ def _walked(
     return dict.fromkeys(names, config.sparse_ratio) | {n: found[f] for f, g in together.items() for n in g}, norms
 
 
+def _by_medians(
+    host: SparseFramework, config: SparseConfig, probes: Any, layers: Mapping[str, SparseLayer], names: Sequence[str]
+) -> tuple[dict[str, float], dict[str, Array]]:
+    """One ratio for each part, by the median of its weights' magnitudes times input norms; and the norms."""
+    medians: list[float] = []
+    members: list[list[str]] = []
+    norms: dict[str, Array] = {}
+    for stage in host.probing(probes, names):
+        own = [n for feed in stage.feeds for n in feed]
+        norms |= _norms(host, stage, layers)
+        if own:
+            members.append(own)
+            medians.append(_median([_scores(layers[n], host.weight(n), norms.get(n)) for n in own]))
+        stage.advance()
+    low, high = min(medians, default=0.0), max(medians, default=0.0)
+    sizes = [sum(layers[n].size for n in own) for own in members]
+    places = [(m - low) / (high - low) if high > low else 0.0 for m in medians]
+    middle = sum(p * n for p, n in zip(places, sizes)) / max(1, sum(sizes))
+    # Beyond .01 and .99 still room on both sides; what is cut off there would be missing from the total.
+    most = max(max(places, default=0.0) - middle, middle, 1e-9)
+    room = min(2 * MEDIAN_REACH, min(config.sparse_ratio, 1 - config.sparse_ratio) * 0.98 / most)
+    ratios = {n: config.sparse_ratio + (p - middle) * room for p, own in zip(places, members) for n in own}
+    return dict.fromkeys(names, config.sparse_ratio) | ratios, norms if config.row.needs_data else {}
+
+
+def _scores(layer: SparseLayer, weight: Array, norms: Array | None) -> Array:
+    """(groups, out, n) magnitudes times input norms; magnitudes alone where no row came."""
+    scores = abs(layer.to_matrix(weight))
+    if norms is None:
+        return scores
+    xp = namespace(scores)
+    return scores * xp.astype(xp.sqrt(norms), scores.dtype)[:, None, :]  # (groups, 1, n)
+
+
+def _median(scores: Sequence[Array]) -> float:
+    """The median of all entries, of every k-th where there are many."""
+    xp = namespace(scores[0])
+    step = max(1, sum(prod(s.shape) for s in scores) // MEDIAN_SCORES)
+    every = xp.sort(xp.concat([xp.astype(s.reshape(-1)[::step], xp.float32) for s in scores]))
+    return float(every[every.shape[0] // 2])
+
+
 def _families(stage: CalibratedBlock, layers: Mapping[str, SparseLayer]) -> list[list[str]]:
     """The layers that are measured at once: those of a family, such as a hundred experts' first ones, together."""
     found: dict[str, list[str]] = {}
@@ -284,11 +332,10 @@ def _mask(host: SparseFramework, layer: SparseLayer, n_zeros: int, norms: Array 
     """Put zeros where weights times input norms are least, alike in each row, or in the whole layer without norms."""
     weight = host.weight(layer.name)
     matrix = layer.to_matrix(weight)  # (groups, out, n)
-    xp, scores = namespace(matrix), abs(matrix)
+    xp, scores = namespace(matrix), _scores(layer, weight, norms)
     if norms is None:
         keep = keep_all_but(scores.reshape(-1), n_zeros).reshape(matrix.shape)
     else:
-        scores = scores * xp.astype(xp.sqrt(norms), scores.dtype)[:, None, :]
         rows = scores.reshape(-1, scores.shape[2])  # (groups * out, n)
         keep = keep_across_rows(rows, n_zeros).reshape(matrix.shape)
     host.store(layer.name, layer.from_matrix(matrix * xp.astype(keep, matrix.dtype)), None)

@@ -52,7 +52,9 @@ def compress(
     restore = host.snapshot(names)
     try:
         _demand_finite(host, names)
-        ratios, allocation = (None, None) if config.uniform else measured(host, config, dataset, layers, names)
+        ratios, allocation = (
+            (None, None) if config.allocation is None else measured(host, config, dataset, layers, names)
+        )
         walk = SequentialPass(host, config, layers, names, ratios, on_progress, on_layer)
         walk.run(dataset)
     except SpoiltError as error:

@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING, Any
 from slimkit.core import check
 from slimkit.core.errors import ArgumentTypeError, ConfigError
 from slimkit.core.showing import Shown
-from slimkit.core.sparse.methods import METHODS, SparseMethod
+from slimkit.core.sparse.methods import METHODS, STARTS, SparseMethod
 
 if TYPE_CHECKING:
     from slimkit.core.sparse.maths.pattern import NM
 
 DEFAULT_RATIO = 0.5
+
+# What `uniform` may name: rules that give layers ratios of their own.
+RULES = ("measured", "dlp")
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,9 @@ class SparseConfig(Shown):
             with swaps) or "block" (par, then each block is trained to give the dense one's outputs).
         sparse_ratio: share of each layer's weights that become zero, 0 < ratio < 1.
         progressive: reach the ratio in `progressive_steps` steps, each refitting what is left.
-        uniform: every layer gets the same ratio; False measures each layer's sensitivity and spreads the same total.
+        uniform: every layer gets the same ratio; False or "measured" measures each layer's sensitivity and spreads the
+            same total, "dlp" gives each block a ratio by the median of its weights times input norms, almost for
+            nothing.
         pattern: None, or "n:m": of every m consecutive input channels n stay ("2:4", "4:8"); Ascend writes 2:4 as
             "4:2", and both are read. The pattern fixes the ratio.
         targets: globs (or "re:...") over layer names; None takes every Linear, Conv1D of Hugging Face and Conv2d.
@@ -70,7 +75,7 @@ class SparseConfig(Shown):
     method: str = "magnitude"
     sparse_ratio: float = DEFAULT_RATIO
     progressive: bool = False
-    uniform: bool = True
+    uniform: bool | str = True
     _: KW_ONLY
     pattern: str | None = None
     targets: Sequence[str] | None = None
@@ -93,8 +98,12 @@ class SparseConfig(Shown):
         check.choice(self.mode, ("sparse",), "SparseConfig.mode")
         check.choice(self.method, list(METHODS), "SparseConfig.method")
         check.ratio(self.sparse_ratio, "SparseConfig.sparse_ratio")
-        for name in ("progressive", "uniform", "sequential", "residual", "strict"):
+        for name in ("progressive", "sequential", "residual", "strict"):
             check.boolean(getattr(self, name), f"SparseConfig.{name}")
+        if isinstance(self.uniform, str):
+            check.choice(self.uniform, RULES, "SparseConfig.uniform")
+        else:
+            check.boolean(self.uniform, "SparseConfig.uniform")
         if self.asymmetric is not None:
             check.boolean(self.asymmetric, "SparseConfig.asymmetric")
         check.number(self.damping, "SparseConfig.damping", minimum=0.0)
@@ -121,7 +130,20 @@ class SparseConfig(Shown):
                     raise ConfigError(f"SparseConfig.options must be left out: {self.method!r} has none of its own.")
                 check.choice(key, list(self.row.options), "a key of SparseConfig.options")
             object.__setattr__(self, "options", dict(self.options))
+        self._check_training()
         self._check_together()
+
+    def _check_training(self) -> None:
+        """What a block's training takes."""
+        if not self.row.reconstructs:
+            return
+        given = self.settings
+        for key in ("passes", "patience"):
+            check.positive(given.get(key, 1), f"SparseConfig.options[{key!r}]")
+        check.number(given.get("rate", 0.0), "SparseConfig.options['rate']", minimum=0.0)
+        check.ratio(given.get("inherited", 1.0), "SparseConfig.options['inherited']", zero=True, one=True)
+        if "start" in given:
+            check.choice(given["start"], STARTS, "SparseConfig.options['start']")
 
     def _check_together(self) -> None:
         nm = self.nm
@@ -132,7 +154,7 @@ class SparseConfig(Shown):
                     f"{self.pattern!r}, which fixes it. Received: {self.sparse_ratio}"
                 )
             object.__setattr__(self, "sparse_ratio", nm.ratio)
-            if not self.uniform:
+            if self.allocation:
                 raise ConfigError("SparseConfig.uniform must be True with a pattern, which fixes every layer's ratio.")
             if self.progressive:
                 raise ConfigError("SparseConfig.progressive must be False with a pattern, which fixes the ratio.")
@@ -193,7 +215,12 @@ class SparseConfig(Shown):
     @property
     def needs_data(self) -> bool:
         """Whether calibration data is read."""
-        return self.row.needs_data or not self.uniform
+        return self.row.needs_data or self.allocation is not None
+
+    @property
+    def allocation(self) -> str | None:
+        """The rule that gives layers their ratios; None where all have the same."""
+        return self.uniform if isinstance(self.uniform, str) else None if self.uniform else "measured"
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain JSON values."""

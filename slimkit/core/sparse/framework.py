@@ -41,8 +41,12 @@ class CalibratedBlock(Protocol):
     def outputs(self) -> Iterator[Array]:
         """What each batch gives as the part is now, in float32 and without the rows of padding."""
 
-    def trained(self) -> TrainedBlock | None:
-        """The part to be trained once its layers are solved; None for what stands outside blocks."""
+    def trained(self, inherited: float = 1.0) -> TrainedBlock | None:
+        """The part to be trained once its layers are solved; None for what stands outside blocks.
+
+        Args:
+            inherited: which share of what the parts before have lost it is drawn to make up for.
+        """
 
     def advance(self) -> None:
         """Take the outputs of the part as it is now as the inputs of the next."""

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 # Where the built-in solvers are: named, so that the table can be read before numpy is loaded.
 _SOLVERS = "slimkit.core.sparse.maths.solvers"
 
+# What "block" may begin with.
+STARTS = ("par", "par_v2")
+
 
 @dataclass(frozen=True)
 class SparseMethod:
@@ -78,11 +81,11 @@ METHODS: dict[str, SparseMethod] = {
     "par": SparseMethod(f"{_SOLVERS}:par", refits=True, paired=True, cost=(3.2e-5, 2.1e-8, 1.1e-11, 2e-10)),
     "par_v2": SparseMethod(f"{_SOLVERS}:par_v2", refits=True, paired=True, cost=(1.6e-4, 1.1e-7, 1e-10, 1.4e-9)),
     "block": SparseMethod(
-        f"{_SOLVERS}:par",
+        f"{_SOLVERS}:start",
         refits=True,
         paired=True,
         cost=(3.2e-5, 2.1e-8, 1.1e-11, 2e-10),
-        options={"passes": 8, "rate": 0.002, "patience": 3},
+        options={"start": "par", "passes": 8, "rate": 0.004, "patience": 3, "inherited": 0.3},
         reconstructs=True,
     ),
 }

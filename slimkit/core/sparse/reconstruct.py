@@ -6,15 +6,19 @@ dense model gives it, and t over tokens that are no padding:
     minimise  sum_t |f(x)_t - y_t|^2 / (|y_t|^2 + FLOOR mean |y|^2)   over kept weights, biases and norm scales
 
 by Adam (Kingma & Ba 2015, algorithm 1), an update a batch. The error is relative token by token, because the norm
-before the next block makes it so; a few tokens with huge activations would be all of it otherwise. One of HOLD_OUT
-samples is kept apart to judge by: a pass that makes it worse is taken back, and the next goes on from the best values
-at a FALL of the rate. With few calibration rows a block learns their noise within a pass or two: only what helps other
-rows stays. Sources: reconstruction of blocks after pruning, Guo et al. 2024 (EBFT); this loss is ours.
+before the next block makes it so; a few tokens with huge activations would be all of it otherwise. The rate rises over
+the first WARM of the updates and falls to nothing along a half cosine (Loshchilov & Hutter 2017, section 3). While it
+trains, y is z + inherited (y - z), z what the dense block makes of x: little of what the blocks before have lost can
+be foretold from x, and with all of it in y the training rows gain and others lose. What judges is y itself. One of
+HOLD_OUT samples is kept apart to judge by: a pass that makes it worse is taken back, and the next goes on from the
+best values at a FALL of the rate. With few calibration rows a block learns their noise within a pass or two: only what
+helps other rows stays. Sources: reconstruction of blocks after pruning, Guo et al. 2024 (EBFT); this loss is ours.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import cos, pi
 from typing import Any
 
 from slimkit.core.sparse.framework import SparseFramework
@@ -29,7 +33,10 @@ LEAST = 4
 FLOOR = 0.01
 
 # Adam's own figures.
-MOMENTUM, SMOOTH, TINY = 0.9, 0.95, 1e-10
+MOMENTUM, SMOOTH, TINY = 0.9, 0.99, 1e-10
+
+# Over this share of the updates the rate rises: Adam's first steps rest on few gradients.
+WARM = 0.1
 
 # What a pass that did not help makes of the rate.
 FALL = 0.25
@@ -44,7 +51,7 @@ def reconstruct(host: SparseFramework, block: TrainedBlock, options: Mapping[str
     Args:
         host: the model, for what its processes add up.
         block: the block.
-        options: "passes" over the batches, at most; "rate", the first update as a share of a parameter's root mean
+        options: "passes" over the batches, at most; "rate", the largest update as a share of a parameter's root mean
             square; "patience", passes in a row without a gain that end it.
 
     Returns:
@@ -57,11 +64,12 @@ def reconstruct(host: SparseFramework, block: TrainedBlock, options: Mapping[str
     optimizer = _Adam(values, free, float(options["rate"]))
     best = before = _judged(host, block, values, judges)
     kept, found, failed = {name: _copy(value) for name, value in values.items()}, 0, 0
-    for done in range(1, int(options["passes"]) + 1):
+    passes = int(options["passes"])
+    for done in range(1, passes + 1):
         for index in range(n_batches):
             slopes = _slopes(host, block, values, learners[index] if index < len(learners) else None)
             if slopes is not None:
-                optimizer.update(slopes)
+                optimizer.update(slopes, share_of_rate((done - 1) * n_batches + index, passes * n_batches))
         error = _judged(host, block, values, judges)
         failed = 0 if error < best else failed + 1
         if error < best:
@@ -77,6 +85,20 @@ def reconstruct(host: SparseFramework, block: TrainedBlock, options: Mapping[str
             optimizer.fall()
     block.keep(kept)
     return {"block_error": best**0.5, "block_error_before": before**0.5, "passes": found}
+
+
+def share_of_rate(update: int, updates: int) -> float:
+    """How much of the rate an update takes: rising over the first WARM of them, then falling along a half cosine.
+
+    Args:
+        update: its number, from 0.
+        updates: how many there are.
+
+    Example:
+        >>> [round(share_of_rate(i, 40), 2) for i in (0, 1, 3, 20, 39)]
+        [0.25, 0.5, 0.99, 0.5, 0.0]
+    """
+    return min(1.0, (update + 1) / max(1.0, WARM * updates)) * (1 + cos(pi * update / updates)) / 2
 
 
 def _split(block: TrainedBlock) -> tuple[list[tuple[int, Array, float]], list[tuple[int, Array, float]]]:
@@ -172,10 +194,10 @@ class _Adam:
             for value in sums.values():
                 value[...] = 0
 
-    def update(self, slopes: Mapping[str, Array]) -> None:
-        """One update, in the gradients' own memory."""
+    def update(self, slopes: Mapping[str, Array], share: float) -> None:
+        """One update with a share of the rate, in the gradients' own memory."""
         self._done += 1
-        rate = self._rate / (1 - MOMENTUM**self._done)
+        rate = self._rate * share / (1 - MOMENTUM**self._done)
         for name, value in self._values.items():
             slope, mean, square, lib = slopes[name], self._mean[name], self._square[name], library(value)
             slope *= self._free[name]

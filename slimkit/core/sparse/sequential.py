@@ -122,9 +122,10 @@ class SequentialPass:
             self._estimate.closed()
 
     def _reconstruct(self, stage: CalibratedBlock) -> None:
-        block = stage.trained()
+        settings = self._config.settings
+        block = stage.trained(float(settings.get("inherited", 1.0)))
         if block is not None:
-            facts = reconstruct(self._host, block, self._config.settings)
+            facts = reconstruct(self._host, block, settings)
             for name in (n for feed in stage.feeds for n in feed):
                 self.solved[name].update(facts)
 

@@ -27,7 +27,7 @@ class TrainedBlock(Protocol):
         """The sum of weights (output - target)^2 with these parameters."""
 
     def slope(self, values: Mapping[str, Array], index: int, weights: Array) -> tuple[float, dict[str, Array]]:
-        """The same, and its gradient by the parameters."""
+        """The same about what training draws the output to, and its gradient by the parameters."""
 
     def keep(self, values: Mapping[str, Array]) -> None:
         """Put the parameters in place."""

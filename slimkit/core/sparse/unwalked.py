@@ -29,7 +29,7 @@ class DatalessBlock:
         """No batches."""
         return iter(())
 
-    def trained(self) -> None:
+    def trained(self, inherited: float = 1.0) -> None:
         """Nothing to train by."""
 
     def advance(self) -> None:

@@ -120,6 +120,11 @@ def par_v2(p: SparseProblem) -> Solution:
     return _refined(p, PAR_V2)
 
 
+def start(p: SparseProblem) -> Solution:
+    """What "block" trains: par, or par_v2 where the options say so."""
+    return par_v2(p) if p.options.get("start") == "par_v2" else par(p)
+
+
 def _refined(p: SparseProblem, schedule: Schedule) -> Solution:
     gram = p.gram if p.spend else own_copy(p.gram)
     target = own_copy(p.target) if p.target is p.weight else p.target
