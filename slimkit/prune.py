@@ -17,6 +17,7 @@ from slimkit.core.lazy import door, library
 from slimkit.core.log import logger
 from slimkit.core.prune.attributes import HEADS, Field, widths_of
 from slimkit.core.prune.elimination import LayerSignal
+from slimkit.core.prune.experts import ExpertSignal
 from slimkit.core.prune.graph import Graph
 from slimkit.core.prune.plan import PrunePlan
 from slimkit.core.prune.pruner import PrunerBase
@@ -29,6 +30,7 @@ from slimkit.trace.examples import find_example
 from slimkit.trace.passes import Run, record
 from slimkit.trace.tracer import Recorder
 from slimkit.trace.watch import named_tensors
+from slimkit.turning import first_names, turn
 
 import torch
 from torch import nn
@@ -87,7 +89,8 @@ class TorchPrune:
 
     def _run_cut(self, plan: PrunePlan) -> tuple[Graph, str | None, set[str]]:
         """The cut model's graph as far as it ran, the error that stopped it, and the modules that surgery remakes."""
-        names = {p: p for p in plan.shapes}
+        first = first_names(self.model)
+        names = {p: first.get(p, p) for p in plan.shapes}
         with surgery.rehearsing(self.model, plan, names, bool(self._real)) as remade:
             recorder = Recorder(self.model, real=bool(self._real))
             try:
@@ -115,7 +118,8 @@ class TorchPrune:
         return self._values(path).clone().movedim(axis, 0).unbind()
 
     def _values(self, path: str) -> torch.Tensor:
-        tensor = self._found[path].detach()
+        tensor = self._found[first_names(self.model)[path]] if path not in self._found else self._found[path]
+        tensor = tensor.detach()
         return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
 
     def integers(self) -> dict[str, dict[str, int]]:
@@ -175,7 +179,7 @@ class TorchPrune:
 
     def signals(
         self, data: Iterable[Any], layers: Sequence[str], loss: Callable[..., Any] | None, seed: int
-    ) -> dict[str, LayerSignal]:
+    ) -> Mapping[str, LayerSignal | ExpertSignal]:
         return layer_signals(self.model, data, layers, loss, seed)
 
     def cut(self, plan: PrunePlan, names: Mapping[str, str]) -> Callable[[], None]:
@@ -186,6 +190,14 @@ class TorchPrune:
             logger.warning(
                 "network is inside a %s, whose buckets keep the old shapes: wrap the pruned network anew", kind
             )
+        return undo
+
+    def demand_rotation(self) -> None:
+        pass  # every torch model that is a stream
+
+    def turn(self, values: Iterable[tuple[str, Array]], parted: Mapping[str, str]) -> Callable[[], None]:
+        undo = turn(self.model, values, parted)
+        self._found = surgery.tensors(self.model)
         return undo
 
     def snapshot(self) -> nn.Module:

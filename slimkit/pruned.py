@@ -15,6 +15,7 @@ from slimkit.core.files import PathLike
 from slimkit.core.lazy import door
 from slimkit.core.prune.plan import PrunePlan
 from slimkit.core.prune.record import check_begins, record_plan
+from slimkit.turning import turn
 
 import torch
 from torch import nn
@@ -118,14 +119,22 @@ def load_pruned(directory: PathLike, model: nn.Module) -> nn.Module:
     given, model = model, bridge.uncompiled(bridge.check_model(model))
     own = model.state_dict()
     state = _read(folder, desc, own)
-    found = surgery.tensors(model)
-    names = plan.match({p: tuple(t.shape) for p, t in found.items()})
+    made = desc.get("made", {})
+    steps = [step.get("rotated", {}) for step in made.get("steps", [made])]
+    share_again = turn(model, (), {p: t for step in steps for p, t in step.get("apart", {}).items()})
+    try:
+        found = surgery.tensors(model)
+        names = plan.match({p: tuple(t.shape) for p, t in found.items()})
+    except BaseException:
+        share_again()
+        raise
     with surgery.unchanged_on_error(model, [found[names[p]] for p in plan.indices]):
         undo = surgery.cut(model, plan, names)
         try:
             model.load_state_dict(state, strict=True)
         except Exception as error:
             undo()
+            share_again()
             raise FileFormatError(f"{folder} does not fit the model that its plan leaves: {error}") from error
         kept = {k: desc[k] for k in desc if k not in ("tied", "versions", "extra")}
         record_plan(model, kept)

@@ -12,8 +12,10 @@ from slimkit.core.batch import Call, as_call
 
 import torch
 
-# What every module has is no state of a forward; its buffers are asked for by themselves.
-_EVERY = frozenset(vars(torch.nn.Module())) | {"_hf_hook", "_old_forward", replay.PLANS}
+# What every module has is no state of a forward; its buffers are asked for by themselves. Hooks that transformers put
+# on a model's modules stay: without its note of that, the next forward would put them there once more.
+_NOTES = {"_hf_hook", "_old_forward", "_output_capturing_hooks_installed", replay.PLANS}
+_EVERY = frozenset(vars(torch.nn.Module())) | _NOTES
 _NONE: frozenset[str] = frozenset()
 
 

@@ -10,7 +10,9 @@ from slimkit.core.batch import without_labels
 from slimkit.core.calibration.halves import has_encoder
 from slimkit.core.padding import Padding
 from slimkit.core.prune.elimination import LayerSignal
+from slimkit.core.prune.experts import ExpertSignal
 from slimkit.core.prune.signals import SignalSums, sent_back
+from slimkit.expert_calls import expert_call, holds_experts, routed_sums
 from slimkit.replay import replaying
 
 import torch
@@ -64,13 +66,14 @@ def layer_signals(
     loss: Callable[..., Any] | None,
     seed: int,
     again: Callable[[], bool] = lambda: False,
-) -> dict[str, LayerSignal]:
+) -> dict[str, LayerSignal | ExpertSignal]:
     """Send calibration data through a model and its loss back, watching some layers.
 
     Args:
         model: the model.
         data: batches.
-        layers: paths of layers; those that are no plain product are left out.
+        layers: paths of layers, and of modules that hold experts; other layers that are no plain product, and modules
+            whose experts cannot be asked one by one, are left out.
         loss: (outputs, batch) -> scalar. Unset: of a model with logits, how far its answers move (the divergence of its
             own probabilities); of another, the square of its first output.
         seed: of the random signs that stand for the second derivative of the loss.
@@ -79,14 +82,21 @@ def layer_signals(
     Returns:
         layer -> its signal.
     """
-    modules = {p: m for p in layers if unsuited(m := bridge.get_module(model, p)) is None}
+    modules = {p: bridge.get_module(model, p) for p in layers}
+    modules = {p: m for p, m in modules.items() if unsuited(m) is None or holds_experts(m)}
     sums = SignalSums(seed)
     needed = [(p, p.requires_grad) for p in model.parameters()]
     padding: Padding
 
     def seen(path: str, args: Any, kwargs: Any, output: torch.Tensor) -> torch.Tensor:
         module = modules[path]
-        if not again():
+        if holds_experts(module):
+            call = expert_call(module, args, kwargs, output)
+            if call is None:
+                return output
+            if not again():
+                sums.routed(path, *routed_sums(call, padding.real(path, tuple(output.shape))))
+        elif not again():
             x = (args[0] if args else kwargs["input"]).detach()
             rows = input_rows(module, real_rows(padding, path, x)).float()
             sums.given(path, (rows.T @ rows).double().cpu().numpy(), len(rows))
@@ -118,7 +128,7 @@ def layer_signals(
     finally:
         for parameter, before in needed:
             parameter.requires_grad_(before)
-    return sums.means()
+    return {**sums.means(), **sums.expert_means()}
 
 
 def _back(output: Any, padding: Padding, sums: SignalSums) -> None:

@@ -72,7 +72,12 @@ class StoredPrune(TorchPrune):
     ) -> dict[str, LayerSignal]:
         lent = LentModel(copy.deepcopy(self.model), self._stored.held_value)
         with lent.open(), lent.forgetting():
-            return layer_signals(lent.model, data, layers, loss, seed, lambda: lent.recomputing)
+            told = layer_signals(lent.model, data, layers, loss, seed, lambda: lent.recomputing)
+        # Experts stay: that they are cut right where files hold them one by one is not proven.
+        return {path: signal for path, signal in told.items() if isinstance(signal, LayerSignal)}
+
+    def demand_rotation(self) -> None:
+        raise UnsupportedError("set_rotation is not offered for folders that stay on disk: prune the model in memory")
 
     def repaired(
         self,

@@ -318,12 +318,12 @@ def _resize(tensor: torch.Tensor, axes: Axes) -> Callable[[], None]:
         # Nothing but graphs from before the cut holds this node; it dies at once where there is none.
         node = torch.autograd.graph.get_gradient_edge(tensor).node
         handle = node.register_prehook(_outdated)
-    _set_data(tensor, fresh, fresh_grad)
+    set_data(tensor, fresh, fresh_grad)
 
     def take_back() -> None:
         if handle is not None:
             handle.remove()
-        _set_data(tensor, data, grad)
+        set_data(tensor, data, grad)
 
     if tracked:
         # A graph that saved the old values must not go on with the new ones.
@@ -331,7 +331,7 @@ def _resize(tensor: torch.Tensor, axes: Axes) -> Callable[[], None]:
     return take_back
 
 
-def _set_data(tensor: torch.Tensor, data: torch.Tensor, grad: torch.Tensor | None) -> None:
+def set_data(tensor: torch.Tensor, data: torch.Tensor, grad: torch.Tensor | None) -> None:
     """Give a tensor other values of another shape, and the gradient that belongs to them, in place."""
     tensor.grad = None
     if tensor.is_floating_point() or tensor.is_complex():
@@ -377,7 +377,7 @@ def unchanged_on_error(model: nn.Module, cut: Iterable[torch.Tensor] = ()) -> It
             store.update(entries)
         for tensor, data, grad, values in old:
             if tensor.shape != data.shape or tensor.data_ptr() != data.data_ptr():
-                _set_data(tensor, data, grad)
+                set_data(tensor, data, grad)
             if values is not None:
                 data.copy_(values)
         for module, value in extra:

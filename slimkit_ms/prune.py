@@ -196,6 +196,12 @@ class MindSporePrune:
         self.traced = self.knife = self._proven = None
         return undo.take_back
 
+    def demand_rotation(self) -> None:
+        raise UnsupportedError("set_rotation is not offered for MindSpore: cut the model in PyTorch, and convert it")
+
+    def turn(self, values: Iterable[tuple[str, Array]], parted: Mapping[str, str]) -> Callable[[], None]:
+        raise UnsupportedError("set_rotation is not offered for MindSpore: cut the model in PyTorch, and convert it")
+
     def snapshot(self) -> nn.Cell:
         return copy.deepcopy(self.model)
 

@@ -30,6 +30,7 @@ BENCHES = {
     "prune_ms": ["tools/bench/prune_ms.py"],
     "weights": ["tools/bench/weights.py"],
     "sparse": ["tools/bench/sparse.py", "--widths", "1024", "2048"],
+    "scale": ["-m", "tools.bench.scale", "walk", "--widths", "256", "512"],
     "distill": ["tools/bench/distill.py"],
     "delta": ["tools/bench/delta.py"],
     "delta_train": ["tools/bench/delta_train.py"],

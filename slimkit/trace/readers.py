@@ -146,7 +146,8 @@ def layer_norm(emit: Emit, a: Sequence[Any], kw: dict[str, Any], out: Sequence[A
 
 def rms_norm(emit: Emit, a: Sequence[Any], kw: dict[str, Any], out: Sequence[Any]) -> None:
     rank = _rank(a[0])
-    emit("layer_norm", [a[0], _arg(a, kw, 2, "weight", None)], out[:1], axes=list(range(rank - len(a[1]), rank)))
+    axes = list(range(rank - len(a[1]), rank))
+    emit("layer_norm", [a[0], _arg(a, kw, 2, "weight", None)], out[:1], axes=axes, centred=False)
 
 
 def group_norm(emit: Emit, a: Sequence[Any], kw: dict[str, Any], out: Sequence[Any]) -> None:

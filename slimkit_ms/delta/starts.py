@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from slimkit.core.errors import ArgumentError
+from slimkit.core.errors import ArgumentError, UnsupportedError
 from slimkit_ms import bridge
 from slimkit_ms.replay import replaying, unchanged
 from slimkit_ms.signals import padding_of, real_rows
@@ -22,7 +22,9 @@ def gradients(
     model: nn.Cell, layers: dict[str, Any], batches: Sequence[Any], loss: Callable[..., Any] | None
 ) -> Iterator[tuple[str, Any]]:
     """Path and dL/dW (outputs, inputs), summed over the batches, of each layer; the model is as it was."""
-    weights = {path: layer.weight for path, layer in layers.items()}
+    weights = {path: layer._params.get("weight") for path, layer in layers.items()}
+    if lacking := [path for path, weight in weights.items() if weight is None]:
+        raise UnsupportedError(f"init='gradient' wants the weight of {lacking[0]} as a parameter.")
     # A weight that several places share comes once; the gradient is that of all of them.
     unique = list({id(w): w for w in weights.values()}.values())
     trained = [w.requires_grad for w in unique]

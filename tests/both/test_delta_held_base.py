@@ -137,6 +137,8 @@ def test_a_second_delta_goes_on_the_same_base(kit, net, x):
     kit.slim.apply_delta(net, "lora", rank=1, name="third")
     with pytest.raises(ArgumentError, match="not held in bfloat16"):
         kit.slim.apply_delta(net, "lora", rank=1, name="fourth", base_dtype="bfloat16")
+    with pytest.raises(UnsupportedError, match="excludes dora"):
+        kit.slim.apply_delta(net, "lora", rank=1, name="fifth", dora=True)
     y = kit.array(net(kit.tensor(x)))
     kit.slim.remove_delta(net, ["default", "third"])
     np.testing.assert_array_equal(kit.array(net(kit.tensor(x))), y)  # every b is zero

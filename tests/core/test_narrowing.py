@@ -70,6 +70,9 @@ class Wing:
     def config(self):
         return {}
 
+    def configured(self, changes):
+        return {}
+
 
 def planned(objects, integers=None):
     wing = Wing(objects, integers or {})

@@ -8,7 +8,14 @@ import json
 import numpy as np
 import pytest
 
-from slimkit.core.errors import ArgumentError, ArgumentTypeError, FileFormatError, GraphError, PlanError
+from slimkit.core.errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    FileFormatError,
+    GraphError,
+    PlanError,
+    UnsupportedError,
+)
 from slimkit.core.prune.plan import PrunePlan
 from slimkit_ms.compensate import WholePair
 from slimkit_ms.prune import PruneMindSpore, Pruner, load_pruned, save_pruned
@@ -30,6 +37,11 @@ def _mindspore():
 
 def count(model):
     return sum(p.size for p in model.trainable_params())
+
+
+def test_rotation_is_refused_at_the_door():
+    with pytest.raises(UnsupportedError, match="set_rotation is not offered for MindSpore"):
+        PruneMindSpore(nn.Dense(8, 4), ms.Tensor(np.ones((1, 8), np.float32))).set_rotation(True)
 
 
 def values(model):

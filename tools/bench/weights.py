@@ -138,8 +138,8 @@ MORE = (
     "typing inspect ast types string textwrap struct pickle sqlite3 zipfile tarfile gzip configparser multiprocessing "
     "concurrent.futures queue select signal time calendar heapq bisect copy pprint enum contextlib abc weakref io "
     "codecs locale gettext optparse getpass platform ctypes xml.dom xml.sax html smtplib imaplib ftplib poplib uuid "
-    "socketserver xmlrpc.client ipaddress wave colorsys turtle cmd shlex pdb timeit trace tracemalloc gc sys "
-    "zipimport pkgutil importlib dis pickletools builtins"
+    "socketserver xmlrpc.client ipaddress wave colorsys turtle cmd shlex tkinter pdb timeit trace tracemalloc gc sys "
+    "telnetlib zipimport pkgutil importlib dis pickletools builtins"
 )
 
 
@@ -151,15 +151,20 @@ def repaired() -> None:
     from slimkit import PruneTorch
 
     bench = MiniLM()
-    texts = sorted(sentences(f"{CALIBRATION} {MORE}", 3000), key=len)
-    more = [
-        dict(bench.tokenizer(texts[i : i + 64], padding=True, return_tensors="pt")) for i in range(0, len(texts), 64)
-    ]
+    judged = set(sentences(HELD_OUT, 256))
+    texts = [text for text in sentences(f"{CALIBRATION} {MORE}", 3000) if text not in judged]
+
+    def batches(some: list[str]) -> list[Any]:
+        ordered = sorted(some, key=len)
+        cut = [ordered[i : i + 64] for i in range(0, len(ordered), 64)]
+        return [dict(bench.tokenizer(part, padding=True, return_tensors="pt")) for part in cut]
+
+    few, more = batches(texts[:640])[::2], batches(texts)[::2]
     small = copy.deepcopy(bench.model)
     total = sum(p.numel() for p in small.parameters())
     left = total - 6 * 768 * (2 * 384 + 1) - 6 * 4 * 32 * (4 * 384 + 3)
-    pruner = PruneTorch(small, {k: v[:1] for k, v in more[0].items()}).set_form("any").set_alignment(1)
-    pruner.set_importance_evaluation_function("auto", calibration=more[::6]).set_compensation(more[::2])
+    pruner = PruneTorch(small, {k: v[:1] for k, v in bench.seen[0].items()}).set_form("any").set_alignment(1)
+    pruner.set_importance_evaluation_function("auto", calibration=few).set_compensation(more)
     pruner.prune(left / total, ["*output.dense", "pooler.dense"])
     blocks = [
         (x.intermediate.dense.out_features, x.attention.self.query.out_features // 32) for x in small.encoder.layer

@@ -54,14 +54,15 @@ def check(access: DeltaFramework, model: Any, sites: Mapping[str, Site], specs: 
             the weight on every call.
         ArgumentError: the layer carries a delta over a base that is held otherwise.
     """
-    asked = {path: spec for path, spec in specs.items() if spec.base_dtype}
-    standing = access.layers(model) if asked else {}
+    standing = access.layers(model)
+    held = [path for path in specs if path in standing and vars(standing[path]).get("held_kind")]
+    asked = {path: spec for path, spec in specs.items() if spec.base_dtype or path in held}
     for path, spec in asked.items():
         if sites[path].kind != "linear":
             raise UnsupportedError(f"base_dtype works on linear layers; {path} is a {sites[path].type_name}.")
         if spec.dora or spec.keep_zeros or spec.init == "pissa":
             raise UnsupportedError(f"base_dtype excludes dora, keep_zeros and pissa, which read the weight: {path}.")
-        if path in standing and vars(standing[path]).get("held_kind") != spec.base_dtype:
+        if spec.base_dtype and path in standing and vars(standing[path]).get("held_kind") != spec.base_dtype:
             raise ArgumentError(f"{path} carries a delta already, over a base that is not held in {spec.base_dtype}.")
     fresh = [path for path in asked if path not in standing]
     weights = {path: access.own_parameters(access.module(model, path)).get("weight") for path in fresh}

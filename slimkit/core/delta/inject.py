@@ -86,7 +86,7 @@ def apply_layers(
     flags, trained = _planned_flags(access, model, freeze, also_train)
     notes: list[str] = []
     layer_options: dict[str, dict[str, Any]] = {}
-    begun: dict[str, Any] = {}
+    begun, batches, loss = dict[str, Any](), list[Any](), None
     fresh = specs is None  # values that come from a file need no start of their own
     if kind == "lora":
         if specs is None:
@@ -95,10 +95,10 @@ def apply_layers(
             specs = rules.lora_specs(sites, paths, **options)
             batches = starts.check_data(specs[paths[0]].init, calibration, loss)
             notes += layered.told_of_zeros(sites, specs, options.get("keep_zeros"))
-            held_base.check(access, model, sites, specs)
-            if batches:
-                begun, said = starts.work_out(access, model, sites, specs, batches, loss)
-                notes += said
+        held_base.check(access, model, sites, specs)
+        if batches:
+            begun, said = starts.work_out(access, model, sites, specs, batches, loss)
+            notes += said
         layer_options = {p: specs[p].to_dict() for p in paths}
     else:
         if specs is None:

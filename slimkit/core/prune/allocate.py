@@ -15,7 +15,7 @@ all along: the factors, offsets and slopes are whole numbers.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from typing import Any
@@ -59,6 +59,7 @@ class Account:
     def _build(self, terms: Sequence[Sequence[Expr]], full: Mapping[str, int]) -> None:
         self.names = list(full)
         self._multiples: list[int] = []
+        self._counted: frozenset[str] = frozenset()
         order = {name: k for k, name in enumerate(self.names)}
         forms: dict[tuple[int, tuple[tuple[int, int], ...]], int] = {(1, ()): 0}
         rows: list[tuple[int, list[int]]] = []
@@ -86,7 +87,14 @@ class Account:
             for variable, slope in pairs:
                 self._slopes[place, variable] = slope
 
-    def joined(self, names: Sequence[str], offsets: Array, matrix: Array, multiples: Sequence[int]) -> Account:
+    def joined(
+        self,
+        names: Sequence[str],
+        offsets: Array,
+        matrix: Array,
+        multiples: Sequence[int],
+        counted: Collection[str] = (),
+    ) -> Account:
         """The same number as a function of levers: counts = offsets + matrix @ steps (`lever_matrix`).
 
         Args:
@@ -94,12 +102,13 @@ class Account:
             offsets: (variables,) counts where all levers stand at zero.
             matrix: (variables, levers) indices a step.
             multiples: a number each that kept steps are multiples of; sizes that are asked about are, too.
+            counted: levers that are no widths (experts), which no alignment is asked of.
         """
         new = copy(self)
         new.names = list(names)
         new._offsets = self._offsets + self._slopes @ offsets  # (sizes,) + (sizes, variables) @ (variables,)
         new._slopes = self._slopes @ matrix  # (sizes, variables) @ (variables, levers)
-        new._multiples = list(multiples)
+        new._multiples, new._counted = list(multiples), frozenset(counted)
         return new
 
     def count(self, counts: Array) -> int:
@@ -118,7 +127,7 @@ class Account:
         for variable in range(len(self.names)):
             slopes = {int(s) for s in self._slopes[:, variable]} - {0}
             wide = {s for s in slopes if s * int(sizes[variable]) >= alignment}
-            for slope in wide or slopes:
+            for slope in () if self.names[variable] in self._counted else wide or slopes:
                 common = math.gcd(alignment, slope * int(sizes[variable]))
                 steps[variable] = math.lcm(int(steps[variable]), common // math.gcd(common, slope))
         for variable, must in enumerate(self._multiples):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 
+from slimkit.core.prune.experts import NUMBER
 from slimkit.core.prune.expressions import Expr, size_of
 from slimkit.core.prune.solve import View
 
@@ -175,7 +176,7 @@ def config_changes(
     Returns:
         The fields to rewrite; one whose layers now disagree is left out.
     """
-    by_kind: dict[str, dict[int, set[int]]] = {"heads": {}, "hidden": {}, "width": {}}
+    by_kind: dict[str, dict[int, set[int]]] = {"heads": {}, "hidden": {}, "width": {}, "experts": {}}
     for variable in view.variables:
         by_kind[variable.kind].setdefault(variable.size, set()).add(counts[variable.name])
     by_kind["heads"] = {}
@@ -202,6 +203,9 @@ def config_changes(
 
 def _new_field(name: str, old: int, by_kind: Mapping[str, Mapping[int, set[int]]], whole: set[int]) -> int:
     """The one size that the layers of this old size now have, or the old one."""
+    if NUMBER.search(name):
+        left = by_kind["experts"].get(old, set())
+        return next(iter(left)) if len(left) == 1 else old
     if OTHER.search(name.replace("max_position", "max")):
         return old
     width = set() if old in whole else by_kind["width"].get(old, set())

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 
@@ -153,9 +153,10 @@ def ask(view: View, fields: Mapping[str, Field], build: Build) -> Said | str:
         if doubled is not None and _changed(view, base, doubled) and build({name: value}) == base:
             said.explicit[name] = value
             said.fields[name] = value
+    counted = {e.field for e in view.coupling.experts}
     cuttable = {size_of(e, view.counts) for exprs in view.axes.values() for e in exprs if not isinstance(e, int)}
     alone: dict[tuple[str, int], list[str]] = {}
-    for name, value in _numbers(said):
+    for name, value in _numbers(said, counted):
         if value > 1 and any(size % value == 0 for size in cuttable):
             slopes = _slopes(said, view, name, value, build)
             if slopes is not None:
@@ -190,11 +191,11 @@ def _unset(fields: Mapping[str, Field]) -> Iterator[tuple[str, int]]:
                 yield full, value
 
 
-def _numbers(said: Said) -> Iterator[tuple[str, int]]:
+def _numbers(said: Said, counted: Collection[str]) -> Iterator[tuple[str, int]]:
     for path, value in said.fields.items():
         name = path.rpartition(".")[2]
         # Positions are no widths, though "max_position_embeddings" holds the word.
-        if OTHER.search(name) or _HEAD_SIZE.search(name):
+        if path not in counted and (OTHER.search(name) or _HEAD_SIZE.search(name)):
             continue
         if type(value) is int:
             yield path, value

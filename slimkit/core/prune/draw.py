@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
-_COLOURS = {"heads": "#b5651d", "hidden": "#2f6f8f", "width": "#4a7c3a"}
+_COLOURS = {"heads": "#b5651d", "hidden": "#2f6f8f", "width": "#4a7c3a", "experts": "#7a4a8c"}
 _BAR, _LEFT, _ROW = 260, 120, 22
 
 

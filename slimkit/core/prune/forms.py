@@ -28,6 +28,9 @@ FORMS = {
 }
 
 
+_FULL = ("hidden", "experts")  # kinds of width that zeros would not stand for
+
+
 class CutForm:
     """The form that is asked of one model's cuts.
 
@@ -77,8 +80,9 @@ class CutForm:
         told = self._told(view)
         if self.name == "config":
             return told
-        # What a norm or a mean goes over cannot hold zeros: it is cut as the configuration says, or not at all.
-        outer = {v.name for v in view.variables if v.kind == "hidden"}
+        # What a norm or a mean goes over, or a router chooses among, cannot hold zeros: it is cut as the configuration
+        # says, or not at all.
+        outer = {v.name for v in view.variables if v.kind in _FULL}
         inner = [x for x in free_levers(view) if x.name not in outer]
         place = {name: k for k, name in enumerate(view.counts)}
         return sorted([*(x for x in told if x.members.keys() <= outer), *inner], key=lambda x: place[x.name])
@@ -93,7 +97,7 @@ class CutForm:
         if self.name != "padded":
             return dict(counts)
         steps = self._uniform(view, counts)
-        held = view.counts | {v.name: counts[v.name] for v in view.variables if v.kind == "hidden"}
+        held = view.counts | {v.name: counts[v.name] for v in view.variables if v.kind in _FULL}
         for lever in self._told(view):
             held.update(lever.counts(steps[lever.name]))
         return held
@@ -229,7 +233,8 @@ class CutForm:
 def parallel_steps(view: View, levers: Sequence[Lever], number: int) -> list[int]:
     """The multiples of each lever's steps that so many devices divide among themselves.
 
-    Heads, key and value heads and inner widths divide; the hidden width is held by every device. Where there are fewer
+    Heads, key and value heads and inner widths divide, those of each expert too; the hidden width is held by every
+    device, and so are the experts, each in part. Where there are fewer
     key and value heads than devices, each is held by several, and none of them is cut.
 
     Args:
@@ -249,7 +254,7 @@ def parallel_steps(view: View, levers: Sequence[Lever], number: int) -> list[int
         step = 1
         for name, each in lever.members.items():
             variable = known[name]
-            if number == 1 or variable.kind == "hidden":
+            if number == 1 or variable.kind in ("hidden", "experts"):
                 continue
             if variable.kind == "heads" and variable.size < number and number % variable.size == 0:
                 step = lever.size

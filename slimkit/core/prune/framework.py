@@ -10,6 +10,7 @@ import numpy as np
 
 from slimkit.core.prune.attributes import Field
 from slimkit.core.prune.elimination import LayerSignal
+from slimkit.core.prune.experts import ExpertSignal
 from slimkit.core.prune.graph import Graph
 from slimkit.core.prune.plan import PrunePlan
 from slimkit.core.prune.rehearsal import Rehearsal
@@ -97,13 +98,22 @@ class PruneFramework(Protocol):
     @abstractmethod
     def signals(
         self, data: Iterable[Any], layers: Sequence[str], loss: Callable[..., Any] | None, seed: int
-    ) -> dict[str, LayerSignal]:
-        """What layers are given and how much the loss depends on what they say; layers that are no plain product are
-        left out."""
+    ) -> Mapping[str, LayerSignal | ExpertSignal]:
+        """What layers are given, or what the experts in a module say, and how much the loss depends on what they say;
+        layers that are no plain product, and modules whose experts cannot be asked one by one, are left out."""
 
     @abstractmethod
     def cut(self, plan: PrunePlan, names: Mapping[str, str]) -> Callable[[], None]:
         """Cut the model in place and return a call that takes it back; on an error the model is as it was."""
+
+    @abstractmethod
+    def demand_rotation(self) -> None:
+        """Raise UnsupportedError where the framework's models cannot be turned."""
+
+    @abstractmethod
+    def turn(self, values: Iterable[tuple[str, Array]], parted: Mapping[str, str]) -> Callable[[], None]:
+        """Give parameters other values, in place, and return a call that takes it back; before that, those in `parted`
+        no longer share theirs with another one."""
 
     @abstractmethod
     def snapshot(self) -> Any:

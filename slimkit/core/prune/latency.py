@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -223,11 +223,13 @@ class LatencyAccount(Account):
         for variable, slope in slopes.items():
             self._slopes[row, variable] = slope
 
-    def joined(self, names: Any, offsets: Array, matrix: Array, multiples: Any) -> LatencyAccount:
-        new = super().joined(names, offsets, matrix, multiples)
+    def joined(
+        self, names: Any, offsets: Array, matrix: Array, multiples: Any, counted: Collection[str] = ()
+    ) -> LatencyAccount:
+        new = super().joined(names, offsets, matrix, multiples, counted)
         assert isinstance(new, LatencyAccount)
-        new._plain = self._plain.joined(names, offsets, matrix, multiples)
-        new._volume = self._volume.joined(names, offsets, matrix, multiples)
+        new._plain = self._plain.joined(names, offsets, matrix, multiples, counted)
+        new._volume = self._volume.joined(names, offsets, matrix, multiples, counted)
         return new
 
     def steps(self, alignment: int, sizes: Array) -> Array:

@@ -47,6 +47,11 @@ def free_levers(view: View) -> list[Lever]:
     return [Lever(v.name, v.size, {v.name: 1}) for v in view.variables]
 
 
+def counts_experts(view: View, lever: Lever) -> bool:
+    """Whether a lever counts experts, which are no width."""
+    return {v.kind for v in view.variables if v.name in lever.members} == {"experts"}
+
+
 def joined_scores(lever: Lever, scores: Mapping[str, Array]) -> Array:
     """A score for each step of a lever, ascending: what its members lose with that step, on the mean."""
     members = [np.sort(scores[name]).reshape(lever.size, each).mean(axis=1) for name, each in lever.members.items()]

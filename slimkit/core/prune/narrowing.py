@@ -20,7 +20,8 @@ Works = Callable[[Collection[str]], bool]
 class Narrowing:
     """Narrows a coupling, one step a call, until a model's code goes along with its cuts.
 
-    A step is the first of these that changes anything:
+    A step is the first of these that changes anything (before all, experts stay that their own layer's code cannot do
+    without, as where it sorts them into groups):
 
     1. what is known to be wrong stays whole: the axes that came out with another size, or what the layer reads at
        which the code stopped;
@@ -78,7 +79,8 @@ class Narrowing:
         why = f"{WRITTEN} {found.where}"
         logger.debug("%s (%s)", why, found.what)
         if not (
-            self._pin_axes(found.axes, why)
+            self._pin_experts(found, view, counts, why)
+            or self._pin_axes(found.axes, why)
             or self._pin_blamed(found.reads, view, why, works)
             or self._tie(found)
             or self._make_level(view, counts)
@@ -96,6 +98,12 @@ class Narrowing:
             for dim in dims:
                 self.coupling.pin(dim, f"{WRITTEN} the model")
         self._note(f"nothing is pruned, since no plan runs: {what}")
+
+    def _pin_experts(self, found: Contradiction, view: View, counts: Mapping[str, int], why: str) -> bool:
+        cut = {v.layers[0] for v in view.variables if v.kind == "experts" and counts[v.name] < v.size}
+        inside = [e.module for e in self.coupling.experts if e.module in cut and _meets(e.scope, found.scopes)]
+        dims = self.coupling.expert_dims
+        return sum(self.coupling.pin(dims[module], why) for module in inside) > 0
 
     def _tie(self, found: Contradiction) -> bool:
         """Demand what the code takes for granted, or let it say another number."""
@@ -194,6 +202,10 @@ class Narrowing:
     def _note(self, note: str) -> None:
         logger.warning("%s", note)
         self.coupling.graph.notes.append(note)
+
+
+def _meets(scope: str, others: Iterable[str]) -> bool:
+    return any(other == scope or other.startswith(f"{scope}.") for other in others)
 
 
 def alike(view: View) -> list[tuple[int, str, int]]:

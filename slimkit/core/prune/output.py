@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from slimkit.core.log import progress
 from slimkit.core.prune.elimination import ChannelReader, LayerSignal, eliminate
+from slimkit.core.prune.experts import ExpertSignal, expert_losses
 from slimkit.core.prune.expressions import owners
 from slimkit.core.prune.solve import Variable, View
 
@@ -17,7 +18,8 @@ Array = np.ndarray[Any, Any]
 _ROOM_BYTES = 4 << 30  # second moments that are in memory at once; more go through the model another time
 MAX_INPUTS = 12000  # a matrix of second moments of more takes over a GB, and minutes to invert
 
-Signals = Callable[[Sequence[str]], dict[str, LayerSignal]]
+Told = Mapping[str, LayerSignal | ExpertSignal]
+Signals = Callable[[Sequence[str]], Told]
 
 
 def output_losses(
@@ -48,6 +50,12 @@ def output_losses(
         told = signals(list(layers))
         for name in progress(names, "widths"):
             variable, places = wanted[name]
+            if variable.kind == "experts":
+                known[keys[name]] = None
+                signal = told.get(variable.layers[0])
+                if isinstance(signal, ExpertSignal):
+                    losses[name] = known[keys[name]] = expert_losses(signal)
+                continue
             readers = [r for path, axis in places if (r := _reader(view, variable, path, axis, told, read))]
             known[keys[name]] = None
             if readers:
@@ -62,7 +70,9 @@ def _made_of(view: View, variable: Variable, places: list[tuple[str, int]]) -> H
 
 
 def _readers(view: View, variable: Variable) -> list[tuple[str, int]]:
-    """Weights that read a variable, and along which axis."""
+    """Weights that read a variable, and along which axis; of experts those that are read expert by expert."""
+    if variable.kind == "experts":
+        return [(path, axis) for path, axis, _ in variable.places if path.rpartition(".")[0] in variable.layers]
     return [(path, axis) for path, axis, role in variable.places if role == "in" and _width(view, path, axis)]
 
 
@@ -92,11 +102,11 @@ def _passes(view: View, readers: dict[str, list[str]]) -> Iterator[list[str]]:
 
 
 def _reader(
-    view: View, variable: Variable, path: str, axis: int, signals: dict[str, LayerSignal], read: Callable[[str], Array]
+    view: View, variable: Variable, path: str, axis: int, signals: Told, read: Callable[[str], Array]
 ) -> ChannelReader | None:
     signal = signals.get(path.rpartition(".")[0])
     owner = owners(view.axes[path][axis], view.counts, variable.name)
-    if signal is None or owner is None:
+    if not isinstance(signal, LayerSignal) or owner is None:
         return None
     weight = read(path)
     matrix = weight.reshape(len(weight), -1) if axis == 1 else weight.T

@@ -14,18 +14,20 @@ from slimkit.core.match import demand, match
 from slimkit.core.prune.allocate import Account, Allocation, allocate
 from slimkit.core.prune.attributes import config_changes, new_values, scope_sizes
 from slimkit.core.prune.criteria import CRITERIA, Criterion
+from slimkit.core.prune.experts import fields_after, find_experts, numbers_after
 from slimkit.core.prune.expressions import Index
 from slimkit.core.prune.forms import CutForm, parallel_steps
 from slimkit.core.prune.framework import PruneFramework
 from slimkit.core.prune.importance import best
 from slimkit.core.prune.knapsack import foretold, measured
 from slimkit.core.prune.latency import LatencyAccount
-from slimkit.core.prune.levers import Lever, joined_losses, joined_scores, lever_matrix
+from slimkit.core.prune.levers import Lever, counts_experts, joined_losses, joined_scores, lever_matrix
 from slimkit.core.prune.narrowing import Narrowing, alike_levers
 from slimkit.core.prune.plan import PrunePlan, make_desc
 from slimkit.core.prune.reporting import allocated, padding
 from slimkit.core.prune.settings import PrunerSettings
 from slimkit.core.prune.solve import Coupling, Variable, View
+from slimkit.core.prune.stream import Stream, find_stream, part
 
 _ROUNDS = 200
 _LEAST, _LEAST_MEASURED = 0.5, 0.1
@@ -47,6 +49,8 @@ class PrunerPlanning(PrunerSettings):
         self._report: dict[str, Any] = {}
         self._cut_form: CutForm | None = None
         self._levers: list[Lever] = []
+        self._stream: Stream | None = None  # what is turned before the cut
+        self._parted: dict[str, str] = {}  # a matrix that gets values of its own -> the table it shared them with
         self._steps: dict[str, int] = {}
         self._quiet = False  # whether a ratio that is missed is of no interest
         self._most: Mapping[str, int] = {}  # steps that levers may keep at most, where less than all
@@ -64,12 +68,25 @@ class PrunerPlanning(PrunerSettings):
             whole: layers whose outputs stay whole.
             most: lever -> steps that it may keep at most.
         """
+        desc = self._plan_made(ratio, whole, most)
+        if self._parted and "rotated" not in desc["made"]:
+            # A copy of the table would be held for nothing.
+            self._begin_anew()
+            self._rotate = False
+            try:
+                desc = self._plan_made(ratio, whole, most)
+            finally:
+                self._rotate = True
+            self._report["notes"].append("the hidden width stays whole, so that nothing is turned")
+        return desc
+
+    def _plan_made(self, ratio: float, whole: list[str], most: Mapping[str, int] | None) -> dict[str, Any]:
         narrowing, form = self._begun(), self._form_begun()
         narrowing.begin()
         self._most = most or {}
         # Each round ties or pins something, or tries another of a few numbers; after many, the rest is not worth it.
         for rounds in count():
-            view = narrowing.coupling.view(whole)
+            view = narrowing.coupling.view(whole, self._scoring.suited(self.is_language_model) is CRITERIA["output"])
             allocation, account = self._allocate(view, ratio)
             desc = self._describe(view, allocation, ratio, whole)
             if not form.contradicts(view, PrunePlan(desc)) and self._rehearse(view, desc):
@@ -78,7 +95,10 @@ class PrunerPlanning(PrunerSettings):
                 narrowing.keep_everything(f"its code contradicted {rounds} plans")
         parameters, held = Account(view), form.held_at(view, allocation.keep)
         left = parameters.count(np.array([held[n] for n in view.counts], dtype=np.int64))
-        self._report = allocated(view, allocation, account, left, ratio, self._budget, self._quiet)
+        copied = self._copied()
+        self._report = allocated(view, allocation, account, left, ratio, self._budget, self._quiet, copied)
+        if "rotated" in desc["made"]:
+            self._report["rotated"] = {**desc["made"]["rotated"], "added_params": copied}
         self._report["form"] = {"name": form.name, "because": form.because}
         if form.name == "padded":
             live = parameters.count(np.array([allocation.keep[n] for n in view.counts], dtype=np.int64))
@@ -99,8 +119,33 @@ class PrunerPlanning(PrunerSettings):
             coupling = Coupling(self._wing.trace())
             if self._wing.one_head_size:
                 coupling.keep_head_sizes()
+            if self._rotate:
+                coupling = self._stream_found(coupling)
+            coupling.open_experts(find_experts(coupling.graph, self._wing.config(), self._wing.configured))
             self._narrowing = Narrowing(coupling)
         return self._narrowing
+
+    def _stream_found(self, coupling: Coupling) -> Coupling:
+        """Find the stream to turn; where its table is read behind a scale, the coupling with the two apart."""
+        self._stream, self._parted = find_stream(coupling.view()), {}
+        if not self._stream.tied:
+            return coupling
+        path = part(coupling.graph, self._stream.table)
+        apart = Coupling(coupling.graph)
+        if self._wing.one_head_size:
+            apart.keep_head_sizes()
+        self._stream = find_stream(apart.view())
+        self._parted = {path: self._stream.table}
+        return apart
+
+    def _begin_anew(self) -> None:
+        self._narrowing, self._report, self._cut_form, self._stream, self._parted = None, {}, None, None, {}
+        self._scoring.forget()
+
+    def _copied(self) -> int:
+        """Parameters that a rotation adds."""
+        shapes = self._solved().graph.shapes
+        return sum(int(np.prod(shapes[path])) for path in self._parted)
 
     def _solved(self) -> Coupling:
         return self._begun().coupling
@@ -120,7 +165,8 @@ class PrunerPlanning(PrunerSettings):
         out: list[str] = []
         for item in wanted:
             if isinstance(item, str):
-                named = [*layers, *(p for p in self._solved().graph.further if p not in layers)]
+                further = [*self._solved().graph.further, *self._solved().expert_dims]
+                named = [*layers, *(p for p in further if p not in layers)]
                 found = match(named, [item], whole_modules=True)
                 demand(found, named, "un_prune_list")
                 out.extend(found.names)
@@ -146,8 +192,13 @@ class PrunerPlanning(PrunerSettings):
     def _allocate(self, view: View, ratio: float) -> tuple[Allocation, Account]:
         account = self._account(view)
         full = np.array(list(view.counts.values()), dtype=np.int64)
-        target = ratio * account.count(full)
+        target = ratio * (account.count(full) - (self._copied() if self._budget == "params" else 0))
         criterion = self._scoring.suited(self.is_language_model)
+        if self._rotate and criterion is not CRITERIA["output"]:
+            raise ArgumentError(
+                'set_rotation needs the importance "output" and calibration data, for only these tell the axes. '
+                f"Received: the importance {criterion.name!r}"
+            )
         allocation = self._allocation or ("measured" if criterion is CRITERIA["output"] else "uniform")
         if allocation == "measured" and criterion is not CRITERIA["output"]:
             raise ArgumentError(
@@ -163,7 +214,8 @@ class PrunerPlanning(PrunerSettings):
             free = [x for x in self._levers if x.name not in fixed]
             offsets, matrix = lever_matrix(account.names, view.counts, self._levers, fixed)
             musts = [multiples[x.name] for x in free]
-            joined = account.joined([x.name for x in free], offsets, matrix, musts)
+            counted = [x.name for x in free if counts_experts(view, x)]
+            joined = account.joined([x.name for x in free], offsets, matrix, musts, counted)
             sizes = [x.size // m * m for x, m in zip(free, musts)]
             found = self._turned(view, joined, free, sizes, target, criterion, allocation)
             if fixed:
@@ -198,7 +250,8 @@ class PrunerPlanning(PrunerSettings):
         labels = alike_levers(view, levers)
         most = [min(size, self._most.get(x.name, size)) for x, size in zip(levers, sizes)]
         if allocation == "measured":
-            self._scoring.score(view, criterion, self._open(view, account, levers, sizes, *limits))
+            wanted = view.variables if self._rotate else self._open(view, account, levers, sizes, *limits)
+            self._scoring.score(view, criterion, wanted, self._stream)
             losses = joined_losses(levers, sizes, self._scoring.losses)
             return measured(account, sizes, *limits, losses, labels if level else None, most)
         scores = self._scoring.score(view, criterion, view.variables)
@@ -236,15 +289,25 @@ class PrunerPlanning(PrunerSettings):
             module: {name: new_values(name, old, sizes.get(module, {})) for name, old in numbers.items()}
             for module, numbers in integers.items()
         }
-        chosen = self._begun().choose(candidates)
+        narrowing = self._begun()
+        chosen = narrowing.choose(candidates)
         attributes = {
             module: changed
             for module, numbers in integers.items()
             if (changed := {n: (old, new) for n, old in numbers.items() if (new := chosen[module][n]) != old})
         }
+        experts = narrowing.coupling.experts
+        kept = {v.layers[0]: allocation.keep[v.name] for v in view.variables if v.kind == "experts"}
+        for module, changed in numbers_after(experts, kept, integers).items():
+            attributes.setdefault(module, {}).update(changed)
         config = form.fields(view, self._levers, self._steps, allocation.keep)
         if config is None:
             config = config_changes(fields, view, held, sizes)
+        config.update(fields_after(experts, kept, fields))
+        turned = self._stream.variable(view) if self._stream else None
+        is_turned = turned is not None and len(keep[turned]) < view.counts[turned]
+        if self._parted and is_turned:
+            config["tie_word_embeddings"] = (True, False)
         made = {
             "framework": self._wing.framework,
             "reserved_ratio": ratio,
@@ -254,6 +317,7 @@ class PrunerPlanning(PrunerSettings):
             "parallel": self._parallel,
             "alignment": self._alignment,
             "un_prune": whole,
+            **({"rotated": {"apart": dict(self._parted)}} if is_turned else {}),
         }
         return make_desc(view, keep, attributes, config, made, padded)
 

@@ -19,12 +19,17 @@ from slimkit.core.prune.plan import PrunePlan
 from slimkit.core.prune.planning import PrunerPlanning
 from slimkit.core.prune.record import record_plan, whole_desc
 from slimkit.core.prune.reporting import coupled
+from slimkit.core.prune.rotation import turned_values
 from slimkit.core.prune.serving import serves
 from slimkit.core.showing import Report
 
 UNREPAIRED = (
     "the plan was made with a repair on calibration data, and a plan holds no weights: the replayed cut is not "
     "repaired. Load the weights of the model that was (save_pruned keeps them with the plan)"
+)
+ROTATED = (
+    "the plan cuts a hidden width that was turned onto its principal axes, and a plan holds no axes: replay it by the "
+    "pruner that made it, or load the pruned model's weights (load_pruned; prune_by_desc(weights_follow=True))"
 )
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -61,8 +66,7 @@ class PrunerBase(PrunerPlanning):
         if not inputs:
             check.wrong_value("inputs", "a list of at least one example", inputs)
         self._wing.show(inputs)
-        self._narrowing, self._report, self._cut_form = None, {}, None
-        self._scoring.forget()
+        self._begin_anew()
         return self
 
     def analysis(
@@ -146,7 +150,8 @@ class PrunerBase(PrunerPlanning):
 
         Raises:
             ArgumentError: a repair without data.
-            PlanError: the plan was made for another model; the message names the first mismatch.
+            PlanError: the plan was made for another model; the message names the first mismatch. Or it cuts a hidden
+                width that was turned (`set_rotation`) by another pruner, and no weights follow.
         """
         if is_masks(desc):
             desc = desc_of_masks(desc, self._wing.shapes(), self._wing.framework)
@@ -162,7 +167,7 @@ class PrunerBase(PrunerPlanning):
                 check.wrong_value("repair", "False without calibration data (set_compensation)", repair)
             self._cut_repaired(PrunePlan({**desc, "made": {**desc.get("made", {}), "repaired": True}}), data)
             return self._wing.model
-        self._cut(PrunePlan(desc))
+        self._cut(PrunePlan(desc), weights_follow=weights_follow)
         made = desc.get("made", {})
         if not weights_follow and any(step.get("repaired") for step in made.get("steps", [made])):
             logger.warning("%s", UNREPAIRED)
@@ -222,17 +227,46 @@ class PrunerBase(PrunerPlanning):
 
     def _cut_repaired(self, plan: PrunePlan, data: Any) -> None:
         layers = self._solved().graph.layers
-        dense = self._wing.snapshot()
-        undo = self._cut(plan)
+        turn_back = self._turn(plan)
+        try:
+            dense = self._wing.snapshot()
+            undo = self._cut(plan, turned=True)
+        except BaseException:
+            turn_back()
+            raise
         try:
             self._report["compensation"] = self._wing.compensate(dense, plan, layers, data, self._damping)
         except BaseException:
             undo()
+            turn_back()
             raise
 
-    def _cut(self, plan: PrunePlan) -> Callable[[], None]:
-        names = plan.match(self._wing.shapes())
-        take_back = self._wing.cut(plan, names)
+    def _turn(self, plan: PrunePlan, weights_follow: bool = False) -> Callable[[], None]:
+        """Turn the model as a plan wants it, in place; returns a call that takes it back."""
+        made = plan.desc.get("made", {})
+        told = [step["rotated"] for step in made.get("steps", [made]) if "rotated" in step]
+        parted = {path: table for step in told for path, table in step["apart"].items()}
+        stream, rotation = self._stream, self._scoring.rotation
+        if not told or weights_follow:
+            return self._wing.turn((), parted) if parted else lambda: None
+        if stream is None or rotation is None:
+            raise PlanError(ROTATED)
+        kept = plan.indices[stream.table][1]
+        assert kept is not None
+
+        def read(path: str) -> Any:
+            return self._wing.read(path)
+
+        return self._wing.turn(turned_values(stream, rotation, kept, read), parted)
+
+    def _cut(self, plan: PrunePlan, turned: bool = False, weights_follow: bool = False) -> Callable[[], None]:
+        turn_back: Callable[[], None] = (lambda: None) if turned else self._turn(plan, weights_follow)
+        try:
+            names = plan.match(self._wing.shapes())
+            take_back = self._wing.cut(plan, names)
+        except BaseException:
+            turn_back()
+            raise
         forget = record_plan(self._wing.model, dict(plan.desc))
         # Everything known about the model was about the uncut one.
         self._narrowing, self._cut_form = None, None
@@ -247,6 +281,7 @@ class PrunerBase(PrunerPlanning):
         def undo() -> None:
             take_back()
             forget()
+            turn_back()
             self._report, self._was_cut = {}, False
 
         return undo

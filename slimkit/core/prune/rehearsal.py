@@ -72,6 +72,8 @@ def compare(
         branches: whether the model's code chose by values, so that another way through it is no contradiction.
     """
     counts = view.counts | plan.counts
+    if error is None:
+        remade = remade | _fewer_rounds(view, counts, other)
     found = differences(view, other, counts, COPIES, error, remade)
     if found:
         # How a tensor lies in memory decides whether torch copies or views it; only the mathematics must agree.
@@ -83,6 +85,14 @@ def compare(
     place, what = found
     node = view.coupling.graph.nodes[place]
     return Contradiction(f"{what} in {node.op}", node.scope or "the model", (node.scope,), operator=place)
+
+
+def _fewer_rounds(view: View, counts: Mapping[str, int], other: Graph) -> set[str]:
+    """Modules whose code may run once an expert, where some experts go: what runs there is of another number."""
+    cut = {v.layers[0] for v in view.variables if v.kind == "experts" and counts[v.name] < v.size}
+    around = [e.scope for e in view.coupling.experts if e.module in cut]
+    scopes = {n.scope for graph in (view.coupling.graph, other) for n in graph.nodes} if around else set()
+    return {s for s in scopes if any(not a or s == a or s.startswith(f"{a}.") for a in around)}
 
 
 def differences(

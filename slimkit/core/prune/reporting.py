@@ -33,11 +33,20 @@ def coupled(view: View) -> dict[str, Any]:
 
 
 def allocated(
-    view: View, allocation: Allocation, account: Account, left: int, ratio: float, budget: str, quiet: bool = False
+    view: View,
+    allocation: Allocation,
+    account: Account,
+    left: int,
+    ratio: float,
+    budget: str,
+    quiet: bool = False,
+    copied: int = 0,
 ) -> dict[str, Any]:
-    """The same, with what each variable keeps and how near that comes to what was asked."""
+    """The same, with what each variable keeps and how near that comes to what was asked, `copied` apart."""
     report = coupled(view)
     before = account.count(np.array(list(view.counts.values()), dtype=np.int64))
+    if budget == "params":
+        before -= copied
     for name, entry in report["variables"].items():
         entry["keep"] = allocation.keep[name]
     report.update(

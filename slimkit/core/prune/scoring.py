@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,10 +10,13 @@ import numpy as np
 from slimkit.core.log import logger
 from slimkit.core.prune.criteria import CRITERIA, Criterion, Evidence
 from slimkit.core.prune.elimination import LayerSignal
+from slimkit.core.prune.experts import ExpertSignal
 from slimkit.core.prune.framework import PruneFramework
 from slimkit.core.prune.importance import scores
 from slimkit.core.prune.output import output_losses
+from slimkit.core.prune.rotation import Rotation, principal_axes
 from slimkit.core.prune.solve import Variable, View
+from slimkit.core.prune.stream import Stream
 
 Array = np.ndarray[Any, Any]
 
@@ -43,6 +46,7 @@ class Scoring:
         self.seed = 0
         self.scores: dict[str, Array] = {}
         self.losses: dict[str, Array] = {}
+        self.rotation: Rotation | None = None  # axes of the stream, as long as the same weights and data hold
         self._made_from: Any = None
         self._known: dict[Hashable, Array | None] = {}  # losses of the same weights, by what they were made of
         self._weights_seen: Any = None
@@ -50,7 +54,7 @@ class Scoring:
 
     def forget(self) -> None:
         """The model or what was set is another: score anew."""
-        self._made_from = None
+        self._made_from, self.rotation = None, None
         self._known.clear()
 
     def look(self, paths: Iterable[str]) -> None:
@@ -80,13 +84,16 @@ class Scoring:
             return CRITERIA["l1"]
         return CRITERIA["output"]
 
-    def score(self, view: View, criterion: Criterion, variables: Sequence[Variable]) -> dict[str, Array]:
+    def score(
+        self, view: View, criterion: Criterion, variables: Sequence[Variable], stream: Stream | None = None
+    ) -> dict[str, Array]:
         """Score all variables of a view.
 
         Args:
             view: the coupling.
             criterion: by which.
             variables: those whose losses are wanted, where the criterion foretells losses.
+            stream: one that is turned onto its principal axes before it is cut.
         """
         key = criterion, tuple((v.name, v.size, len(v.places)) for v in view.variables), len(variables)
         if self._made_from == key:
@@ -107,10 +114,15 @@ class Scoring:
             made = {v.name: np.ones(v.size) for v in view.variables}  # a model without values: counts only
         elif need == "signal":
 
-            def signals(layers: Sequence[str]) -> dict[str, LayerSignal]:
+            def signals(layers: Sequence[str]) -> Mapping[str, LayerSignal | ExpertSignal]:
                 return self._wing.signals(self.calibration, layers, self.loss, self.seed)
 
+            turned = stream and stream.variable(view)
+            variables = [v for v in variables if v.name != turned]
             self.losses = output_losses(view, variables, signals, read, self._known)
+            if stream and turned:
+                self.rotation = self.rotation or principal_axes(stream, signals, read)
+                self.losses[turned] = self.rotation.losses
             made = {v.name: self.losses.get(v.name, np.ones(v.size)) for v in view.variables}
         else:
             evidence = Evidence(read, self._wing.rows, gradients, activations)

@@ -36,6 +36,7 @@ class PrunerSettings(Shown):
         self._node_ratio: float | None = None
         self._form: str | None = None
         self._parallel = 1
+        self._rotate = False
         self._alignment = 16
         self._budget = "params"
         self._table: LatencyTable | None = None
@@ -146,6 +147,34 @@ class PrunerSettings(Shown):
         """
         self._parallel = check.positive(number, "number")
         return self
+
+    def set_rotation(self, on: bool = True) -> Self:
+        """Turn the hidden width onto its principal axes before it is cut, so that the last axes go instead of channels.
+
+        For models whose residual stream is normalised by RMSNorm (Llama, Mistral, Qwen); the architecture stays what it
+        is. The axes are found on the calibration data of the importance "output". A table of embeddings that the output
+        layer shares is copied for it, since the last norm's scale is in one of the two: the configuration then says
+        `tie_word_embeddings=False`, and the copy counts against the ratio asked for.
+
+        Args:
+            on: whether to.
+
+        Returns:
+            This pruner.
+
+        Raises:
+            ArgumentTypeError: no bool.
+            UnsupportedError: in MindSpore; at the first plan, where the model's stream cannot be turned, with the
+                reason.
+        """
+        if check.boolean(on, "on"):
+            self._wing.demand_rotation()
+        self._rotate = on
+        self._begin_anew()
+        return self
+
+    def _begin_anew(self) -> None:
+        """Forget what was found out about the model."""
 
     def set_budget(self, budget: str, table: LatencyTable | PathLike | None = None) -> Self:
         """Choose what the ratio counts.

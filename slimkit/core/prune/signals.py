@@ -8,6 +8,7 @@ import numpy as np
 
 from slimkit.core.errors import ArgumentError
 from slimkit.core.prune.elimination import LayerSignal
+from slimkit.core.prune.experts import ExpertSignal
 
 Array = np.ndarray[Any, Any]
 
@@ -35,11 +36,17 @@ class SignalSums:
         self._grams: dict[str, Array] = {}
         self._rows: dict[str, int] = {}
         self._slopes: dict[str, Array] = {}
+        self._experts: dict[str, Array] = {}
         self._answers = 0
 
     def given(self, path: str, gram: Array, rows: int) -> None:
         """A layer was given so many rows, with this sum of their products with themselves."""
         self._grams[path] = self._grams[path] + gram if path in self._grams else gram
+        self._rows[path] = self._rows.get(path, 0) + rows
+
+    def routed(self, path: str, squares: Array, rows: int) -> None:
+        """Experts were given some of so many tokens: the sum of squares as `ExpertSignal` holds it."""
+        self._experts[path] = self._experts[path] + squares if path in self._experts else squares
         self._rows[path] = self._rows.get(path, 0) + rows
 
     def sloped(self, path: str, squares: Array) -> None:
@@ -51,7 +58,8 @@ class SignalSums:
         self._answers += rows
 
     def means(self) -> dict[str, LayerSignal]:
-        """Layer -> its signal; a layer that no batch reached, or that the loss does not depend on, is left out.
+        """Layer that is a plain product -> its signal; one that no batch reached, or that the loss does not depend on,
+        is left out.
 
         Raises:
             ArgumentError: infinity or NaN among the numbers.
@@ -62,6 +70,20 @@ class SignalSums:
         return {
             path: LayerSignal(gram / self._rows[path], self._slopes[path] / self._answers, self._rows[path])
             for path, gram in self._grams.items()
+            if self._rows[path] and path in self._slopes
+        }
+
+    def expert_means(self) -> dict[str, ExpertSignal]:
+        """Module that holds experts -> their signal; as `means`.
+
+        Raises:
+            ArgumentError: infinity or NaN among the numbers.
+        """
+        for path, squares in self._experts.items():
+            demand_finite(path, squares, self._slopes.get(path, squares))
+        return {
+            path: ExpertSignal(squares, self._slopes[path] / self._answers, self._rows[path])
+            for path, squares in self._experts.items()
             if self._rows[path] and path in self._slopes
         }
 

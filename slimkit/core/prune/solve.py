@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from slimkit.core.prune.dims import FIXED, FREE, PRODUCT, Dim, find, leaves, product, unify
+from slimkit.core.prune.experts import KEPT_WHOLE, Experts, free_experts
 from slimkit.core.prune.expressions import Expr, simplify
 from slimkit.core.prune.graph import Graph, Node
 from slimkit.core.prune.relations import SCALE, Relations, layer_of
@@ -38,7 +39,7 @@ class Variable:
         name: "d0", "d1" ... in the order of the parameters.
         size: number of indices before pruning.
         places: (parameter, axis, role) of every axis that mentions it.
-        kind: "heads", "hidden" (normalised or embedded features) or "width".
+        kind: "heads", "hidden" (normalised or embedded features), "experts" or "width".
         layers: the Conv and Linear layers that make it.
     """
 
@@ -63,6 +64,13 @@ class Coupling:
         self.relations = relate(graph)
         self.pinned: dict[Dim, str] = {}
         self._history: list[tuple[str, Any, str]] = []
+        self.experts: list[Experts] = []
+        self.expert_dims: dict[str, Dim] = {}  # module that holds experts -> their axis
+
+    def open_experts(self, found: Iterable[Experts]) -> None:
+        """Let experts be variables."""
+        self.experts = list(found)
+        self.expert_dims = free_experts(self.relations, self.experts)
 
     @property
     def is_language_model(self) -> bool:
@@ -157,6 +165,7 @@ class Coupling:
         if not self._history or self._history[-1][:2] != ("widths", place):
             return None
         fresh = Coupling(self.graph)
+        fresh.open_experts(self.experts)
         here = {id(d): (n, k) for n, dims in enumerate(self.relations.dims) for k, d in enumerate(dims)}
         if any(what == "pin" and id(which) not in here for what, which, _ in self._history):
             return None
@@ -187,16 +196,19 @@ class Coupling:
             self._history.append(("pin", dim, reason))
         return bool(fresh)
 
-    def view(self, un_prune: Iterable[str] = ()) -> View:
+    def view(self, un_prune: Iterable[str] = (), experts: bool = True) -> View:
         """The coupling with some layers' outputs kept whole.
 
         Args:
-            un_prune: paths of Conv and Linear layers.
+            un_prune: paths of Conv and Linear layers, and of modules that hold experts.
+            experts: whether experts may go.
 
         Returns:
             Variables and expressions in plain data.
         """
         excluded = dict(self.pinned)
+        if not experts:
+            excluded.update((find(dim), KEPT_WHOLE) for dim in self.expert_dims.values())
         wanted = set(un_prune)
         for path, dim in self.relations.outs:
             if layer_of(path) in wanted:
@@ -332,6 +344,7 @@ class View:
             for leaf in dict.fromkeys(map(find, leaves(dim))):
                 if leaf in self._names:
                     makers.setdefault(self._names[leaf], []).append(layer_of(path))
+        experts = set(map(find, self.coupling.expert_dims.values()))
         averaged = {x for dim in relations.averaged for x in map(find, leaves(dim))}
         for leaf, name in self._names.items():
             variable = by_name.get(name)
@@ -339,7 +352,9 @@ class View:
                 continue
             variable.layers = list(dict.fromkeys(makers.get(name, [])))
             roles = {role for _, _, role in variable.places}
-            if leaf in self._heads:
+            if leaf in experts:
+                variable.kind = "experts"
+            elif leaf in self._heads:
                 variable.kind = "heads"
             elif (
                 roles & {"layer_norm", "table"}
