@@ -12,6 +12,11 @@ from slimkit.core.sparse.maths.layer import SparseLayer
 # Rows of a sum whose products are in memory at once, where each call's are made by themselves.
 PANEL = 512
 
+# Rows longer than so many times the median one of their call count as no longer: the first token of a language model is
+# some hundred times as long as the others (massive activations, Sun et al. 2024), and squares would leave nothing of
+# what the others ask for.
+LONGEST = 10.0
+
 # The arrays that are summed over rows, and over processes.
 SUMS = ("gram", "total", "cross", "missing", "dense_total", "drift_cross", "drift_total")
 
@@ -27,7 +32,8 @@ class Moments:
 
     Args:
         layer: the layer.
-        paired: also sum the products with the dense model's inputs.
+        paired: also sum the products with the dense model's inputs; of a linear layer no row counts as longer than
+            `LONGEST` times the median one then.
         weight: the layer's dense weight, to sum `missing` and not `cross`: less to add and to keep where outputs are
             fewer than inputs, and exact where the inputs hardly differ. Only one layer can use such moments.
         apart: make the product of each call's rows by itself before it is added, so that the sums come out alike to
@@ -49,6 +55,7 @@ class Moments:
         self._weight = weight
         self._apart = apart
         self.paired = paired
+        self._bounds = paired and layer.kind == "linear"
         self.count = 0
         self.gram: Array = None
         self.total: Array = None
@@ -78,6 +85,10 @@ class Moments:
             self.paired = False  # routing sent other tokens here: rows no longer correspond
             self.cross = self.missing = self.dense_total = None
             drift = None
+        if self._bounds:
+            shares = _shares(dense if self.paired else x)
+            x, dense = x * shares, dense * shares if self.paired else None
+            drift = None if drift is None else drift * xp.reshape(shares, (*drift.shape[:-1], 1))
         pieces = (
             zip(self.layer.rows(x), self.layer.rows(dense)) if self.paired else ((r, None) for r in self.layer.rows(x))
         )
@@ -194,6 +205,28 @@ class Moments:
     def state(self) -> list[Array]:
         """The arrays to sum over processes."""
         return [a for a in (getattr(self, name) for name in SUMS) if a is not None]
+
+
+def _shares(rows: Array) -> Array:
+    """What makes no row (..., n) longer than `LONGEST` times the median one that is not zero: (..., 1), at most 1.
+
+    Example:
+        >>> import numpy as np
+        >>> _shares(np.array([[1.0, 0.0], [0.0, 1.0], [0.0, 40.0]])).tolist()
+        [[1.0], [1.0], [0.25]]
+    """
+    xp = namespace(rows)
+    # By the largest entry first: squares of half-precision rows may be beyond it.
+    sizes = xp.max(xp.abs(rows), axis=-1, keepdims=True)
+    sizes = xp.where(sizes > 0, sizes, xp.ones_like(sizes))
+    lengths = sizes * xp.sqrt(xp.sum((rows / sizes) ** 2, axis=-1, keepdims=True))
+    some = xp.sort(lengths[lengths > 0])
+    if not some.shape[0] or not bool(xp.isfinite(some[-1])):
+        return xp.ones_like(lengths)  # what is not finite is refused elsewhere
+    longest = LONGEST * some[some.shape[0] // 2]
+    return xp.where(
+        lengths > longest, longest / xp.where(lengths > 0, lengths, xp.ones_like(lengths)), xp.ones_like(lengths)
+    )
 
 
 def _zeros(rows: Array, n: int | None = None) -> Array:
