@@ -250,7 +250,8 @@ class BlockPair:
         pair, number = self._pair, self._number
         layer = bridge.get_module(pair.pruned, path)
         whole = path == self.layers[-1] and self._joins
-        norm = "" if self._joins else pair.meets(number, path)
+        # A convolution's outputs lie otherwise than a norm's rows.
+        norm = "" if self._joins or kinds.is_kind(layer, "conv") else pair.meets(number, path)
         until = bridge.get_module(pair.pruned, norm) if norm else layer
         with pair.chains[1].at(number, None if whole else until) as send:
             for index, batch in enumerate(pair.data):

@@ -112,15 +112,12 @@ class WholePair:
         cell = bridge.get_module(self._pruned, path)
         before: dict[str, list[tuple[Array, Array]]] = {}
         after: dict[str, list[tuple[Array, Array]]] = {}
-        with (
-            replaying(self._dense) as run_dense,
-            replaying(self._pruned) as run_pruned,
-            _noting(self._dense, [path], before),
-            _noting(self._pruned, [path], after),
-        ):
+        with replaying(self._dense) as run_dense, replaying(self._pruned) as run_pruned:
             for batch in self._data:
-                run_dense(batch)
-                run_pruned(batch)
+                with _noting(self._dense, [path], before):
+                    run_dense(batch)
+                with _noting(self._pruned, [path], after):
+                    run_pruned(batch)
                 padding = padding_of(self._pruned, batch)
                 for (_, wanted), (given, _) in zip(before.pop(path, []), after.pop(path, [])):
                     given, wanted = (real_rows(padding, path, x) for x in (given, wanted))
@@ -243,7 +240,7 @@ class BlockPair:
     def calls(self, path: str) -> Generator[tuple[Array, Array], None, None]:
         pair, cell = self._pair, bridge.get_module(self._pair.cells[1], path)
         whole = path == self.layers[-1] and self._joins
-        norm = "" if self._joins else pair.meets(self._number, path)
+        norm = "" if self._joins or kinds.is_kind(cell, "conv") else pair.meets(self._number, path)
         seen: dict[str, list[tuple[Array, Array]]] = {}
         with _noting(pair.cells[1], [path, norm] if norm else [path], seen):
             for index, output in enumerate(pair.sent(1, self._number)):

@@ -16,7 +16,7 @@ def test_every_error_is_a_slimkit_error_and_a_builtin_kind():
     for error in family:
         assert issubclass(error, errors.SlimkitError)
         if error is not errors.SlimkitError:
-            assert issubclass(error, ValueError | TypeError | ImportError)
+            assert issubclass(error, ValueError | TypeError | ImportError | RuntimeError)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,6 @@ from slimkit.core.errors import FileFormatError
 
 Array = np.ndarray[Any, Any]
 
-RESTS = ("", "signs", "entries")
 # What each kind of rest consists of.
 PARTS = {"": (), "signs": ("signs", "scale"), "entries": ("index", "values")}
 

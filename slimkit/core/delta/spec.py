@@ -9,10 +9,12 @@ from typing import Any
 
 from slimkit.core import check
 from slimkit.core.delta.layers import check_alpha, check_dropout
-from slimkit.core.delta.rest import RESTS
 from slimkit.core.errors import ArgumentError, PatternError, UnsupportedError
 from slimkit.core.match import match
 from slimkit.core.showing import Shown, some
+
+# What a compressed delta may hold beside its low rank; rest.py says what each consists of.
+RESTS = ("", "signs", "entries")
 
 PREFIX = "mindpet_delta_"
 DEFAULT_NAME = "default"
