@@ -8,15 +8,14 @@ from typing import Any
 
 from slimkit.core import check, files
 from slimkit.core.ascend.findings import SEVERITIES, Finding
+from slimkit.core.checkpoint.openweights import base_config
 from slimkit.core.checkpoint.weightfile import Entry, Safetensors
+from slimkit.core.delta.peft import CONFIG, ROOT, TENSORS
 from slimkit.core.errors import FileFormatError
 from slimkit.core.showing import Shown
 
 FORMAT = "slimkit-adapter-check"
 VERSION = 1
-CONFIG = "adapter_config.json"
-TENSORS = "adapter_model.safetensors"
-_ROOT = "base_model.model."
 
 # Read on 1 December 2026.
 _VLLM = "https://github.com/vllm-project/vllm/blob"
@@ -124,25 +123,15 @@ def check_adapter(
     with Safetensors(files.readable_file(folder / TENSORS, TENSORS)) as weights:
         entries = dict(weights.entries)
     ranks = {
-        name.removeprefix(_ROOT).partition(".lora_")[0]: entry.shape[0]
+        name.removeprefix(ROOT).partition(".lora_")[0]: entry.shape[0]
         for name, entry in entries.items()
         if ".lora_A" in name or ".lora_embedding_A" in name
     }
-    adapter = _Adapter(said, ranks, entries, _base(config), tensor_parallel, folder.resolve().name)
+    adapter = _Adapter(said, ranks, entries, base_config(config), tensor_parallel, folder.resolve().name)
     found = tuple(one for rule in RULES[target] for one in rule(adapter))
     ordered = tuple(sorted(found, key=lambda one: SEVERITIES.index(one.severity)))
     told = next((n for n in KERNEL_RANKS if n >= adapter.rank), None) if target == "vllm-ascend" else None
     return AdapterCheck(str(folder), target, adapter.rank, told, ordered)
-
-
-def _base(config: Any) -> Mapping[str, Any]:
-    if config is None or isinstance(config, Mapping):
-        return dict(config or {})
-    path = files.as_path(config, "config")
-    found = files.read_json(path / "config.json" if path.is_dir() else path, "config.json")
-    if not isinstance(found, dict):
-        raise FileFormatError(f"{path} is not a JSON object.")
-    return found
 
 
 def _features(a: _Adapter) -> Iterator[Finding]:
@@ -233,7 +222,7 @@ def _heads(a: _Adapter) -> Iterator[Finding]:
 
 def _mindie(a: _Adapter) -> Iterator[Finding]:
     url = SOURCES["mindie"]
-    odd = [n for n in a.entries if not (n.startswith(_ROOT) and n.endswith((".lora_A.weight", ".lora_B.weight")))]
+    odd = [n for n in a.entries if not (n.startswith(ROOT) and n.endswith((".lora_A.weight", ".lora_B.weight")))]
     if odd:
         yield Finding(
             "error", "modules", odd[0], f"{len(odd)} tensors that are no factors of linear layers; MindIE takes LoRA "
