@@ -73,10 +73,10 @@ def check(
     found: list[Any] = []
     for file in files:
         if file.is_dir():
-            found.append(adapters.check(file, target, config, tensor_parallel, ignore or []))
+            one: Any = adapters.check(file, target, config, tensor_parallel)
         else:
             one = check_onnx(file, target, cann, soc_version=soc_version, precision=precision, shapes=shapes)
-            found.append(without(one, ignore or []))
+        found.append(without(one, ignore or []))
     if as_json:
         plain = [one.to_dict() for one in found]
         typer.echo(json.dumps(plain[0] if len(plain) == 1 else plain, indent=1, ensure_ascii=False))
