@@ -73,6 +73,8 @@ def test_the_commands(tmp_path):
     folder = adapter(tmp_path / "a", LLAMA)
     files = tmp_path / "config.json"
     files.write_text(json.dumps(BASE))
+    gguf = tmp_path / "m.gguf"
+    gguf.write_bytes(b"GGUF")
     run = lambda *words: CliRunner().invoke(app, [str(w) for w in words])
     done = run("convert", folder, tmp_path / "ms", "--to", "mindformers", "--config", files)
     assert done.exit_code == 0, done.exception
@@ -94,3 +96,6 @@ def test_the_commands(tmp_path):
     words = ("check", folder, "-t", "vllm-ascend", "--config", files, "--tensor-parallel", 3, "--ignore")
     assert run(*words, "tensor-parallel").exit_code == 0
     assert "did you mean 'tensor-parallel'" in str(run(*words, "tensor-paralel").exception).lower()
+    assert "--shape go with an ONNX file" in str(run("check", folder, "--shape", "x:1").exception)
+    assert "go with an adapter's folder" in str(run("check", "m.onnx", "--config", files).exception)
+    assert "--config does not go with a .gguf" in str(run("convert", gguf, tmp_path / "x", "--config", files).exception)
