@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,8 +18,8 @@ from slimkit.core.delta import filling, inject, rest
 from slimkit.core.delta import spec as rules
 from slimkit.core.delta.base import BaseValue
 from slimkit.core.delta.framework import DeltaStorage
-from slimkit.core.delta.spec import DeltaReport, LoraSpec, Site, key
-from slimkit.core.delta.tensors import bits, wide
+from slimkit.core.delta.spec import DeltaReport, LoraSpec, Site
+from slimkit.core.delta.tensors import bits, drawing, wide
 from slimkit.core.errors import ArgumentError, PatternError, PlanError
 from slimkit.core.lazy import imported
 from slimkit.core.log import logger
@@ -98,8 +97,12 @@ def compress(
     if not made and not values:
         raise ArgumentError("tuned must differ from the base; every value is the same.")
     places = base_values.place(every, {n: BaseValue(v, trains=False, owner=name) for n, v in values.items()}, "tuned")
-    specs = {path: small.spec for path, small in made.items()}
-    report = _put(access, model, name, specs, made)
+    if not made:
+        raise ArgumentError(
+            "no layer differs that a delta goes on; save_delta after training those tensors alone does."
+        )
+    specs, parts = {p: small.spec for p, small in made.items()}, {p: small.parts for p, small in made.items()}
+    report = filling.put_made(access, model, name, specs, parts, freeze=True)
     notes = filling.fill_base(access, model, places, [{"name": name}], freeze=True)
     inject.activate(access, model, name)
     total = sum(small.nbytes for small in made.values()) + sum(v.nbytes for v in values.values())
@@ -180,7 +183,7 @@ def _layers(
                 raise ArgumentError(f"{path}: the difference between tuned and base is not finite.")
             if not change.any():
                 continue
-            rng = np.random.default_rng([seed, zlib.crc32(path.encode())])
+            rng = drawing(seed, path)
             small = _small(change, site.kind, kind, bytes_ratio, rank, rng)
             if small.nbytes >= change.size * 2:
                 continue  # it travels whole
@@ -242,23 +245,3 @@ def _whole(access: DeltaStorage, every: Mapping[str, Any], after: Values, weight
         if not np.array_equal(bits(before), bits(value)) and not np.array_equal(wide(before), wide(value)):
             found[group[0]] = np.asarray(value, order="C")
     return found
-
-
-def _put(
-    access: DeltaStorage, model: Any, name: str, specs: Mapping[str, LoraSpec], made: Mapping[str, _Small]
-) -> DeltaReport:
-    if not specs:
-        raise ArgumentError(
-            "no layer differs that a delta goes on; save_delta after training those tensors alone does."
-        )
-    report = inject.apply_layers(access, model, "lora", None, name=name, specs=dict(specs))
-    for path, layer in access.layers(model).items():
-        if path in made:
-            tensors = layer.delta_tensors(name)
-            for part, value in made[path].parts.items():
-                tensor = tensors[key("lora", part, name)]
-                access.take_dtype(tensor, value)
-                access.fill(tensor, value)
-                if part in ("a", "b"):
-                    tensor.requires_grad = False
-    return report
