@@ -129,6 +129,18 @@ class PrunePlan:
         """How many indices each variable keeps that loses some."""
         return {name: len(index) for name, index in self.keep.items()}
 
+    @property
+    def steps(self) -> list[Mapping[str, Any]]:
+        """How each of the cuts was made that the plan holds: one, or those that `merge_desc` joined."""
+        made = self.desc.get("made", {})
+        steps: list[Mapping[str, Any]] = made.get("steps", [made])
+        return steps
+
+    @property
+    def parted(self) -> dict[str, str]:
+        """Matrices that get values of their own before the cut -> the table that each shared them with."""
+        return {path: table for step in self.steps for path, table in step.get("rotated", {}).get("apart", {}).items()}
+
     def filled(self) -> dict[str, list[Index | None]]:
         """`indices` without those that hold zeros: what an unpadded model would keep."""
         if not self.padded:
