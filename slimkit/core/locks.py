@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,15 @@ def same_job(state: Path, job: Mapping[str, Any], defaults: Mapping[str, Any] | 
             f"dst holds a run begun with another {', '.join(changed)}; resume with the same inputs, or remove "
             f"{str(state.parent)!r} to start over."
         )
+
+
+def tidy(state: Path) -> None:
+    """Take away what a finished run no longer needs; what says which job it was stays."""
+    for leftover in state.iterdir():
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+        elif leftover.name not in ("job.json", ".lock"):
+            leftover.unlink()
 
 
 def filled(old: Any, new: Mapping[str, Any], defaults: Mapping[str, Any]) -> Any:

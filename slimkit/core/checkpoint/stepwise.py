@@ -15,7 +15,7 @@ from slimkit.core.checkpoint.shards import Place
 from slimkit.core.checkpoint.weightfile import STORED, Entry, stream_safetensors
 from slimkit.core.errors import UnsupportedError
 from slimkit.core.joblog import JobLog
-from slimkit.core.locks import SHARDS, locked, same_job
+from slimkit.core.locks import SHARDS, locked, same_job, tidy
 from slimkit.core.log import progress
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -113,15 +113,6 @@ def _write(target: Path, state: Path, work: Work, report_name: str) -> dict[str,
     files.commit(finished, target)
     tidy(state)
     return report
-
-
-def tidy(state: Path) -> None:
-    """Take away what a finished run no longer needs; what says which job it was stays."""
-    for leftover in state.iterdir():
-        if leftover.is_dir():
-            shutil.rmtree(leftover)
-        elif leftover.name not in ("job.json", ".lock"):
-            leftover.unlink()
 
 
 def write_index(folder: Path, shards: Sequence[Shard]) -> None:
