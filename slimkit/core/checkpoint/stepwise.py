@@ -162,10 +162,13 @@ def shared_out(entries: Mapping[str, Entry], limit: int = LIMIT_BYTES) -> list[S
         ['model-00001-of-00002.safetensors', 'model-00002-of-00002.safetensors']
     """
     parts: list[dict[str, Entry]] = [{}]
+    held = 0
     for name, entry in entries.items():
-        if parts[-1] and sum(e.nbytes for e in parts[-1].values()) + entry.nbytes > limit:
+        if parts[-1] and held + entry.nbytes > limit:
             parts.append({})
+            held = 0
         parts[-1][name] = entry
+        held += entry.nbytes
     if len(parts) == 1:
         return [Shard(SINGLE, parts[0])]
     return [Shard(f"model-{k:05d}-of-{len(parts):05d}.safetensors", part) for k, part in enumerate(parts, 1)]
