@@ -37,7 +37,7 @@ def locked(folder: Path, option: str, *, inside: bool = False) -> Iterator[None]
         >>> with locked(Path("/tmp/model"), "--out"):
         ...     pass
     """
-    file = folder / ".lock" if inside else folder.with_name(f".{folder.name}.lock")
+    file = lock_file(folder, inside=inside)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         handle = open(file, "a")  # noqa: SIM115  # held for the whole run
@@ -63,6 +63,16 @@ def locked(folder: Path, option: str, *, inside: bool = False) -> Iterator[None]
         finally:
             if not inside:
                 file.unlink(missing_ok=True)
+
+
+def lock_file(folder: Path, *, inside: bool = False) -> Path:
+    """The file that `locked` locks for a folder.
+
+    Example:
+        >>> lock_file(Path("/tmp/model")).name
+        '.model.lock'
+    """
+    return folder / ".lock" if inside else folder.with_name(f".{folder.name}.lock")
 
 
 def holder(lock: Path) -> dict[str, Any] | None:
