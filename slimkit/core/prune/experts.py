@@ -13,9 +13,9 @@ so that cutting is exact with respect to that. Nothing else about a layer of exp
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -23,11 +23,9 @@ from slimkit.core.prune.dims import FREE, Dim, find, leaves
 from slimkit.core.prune.graph import Graph, common_scope, within
 from slimkit.core.prune.relations import Relations
 
-if TYPE_CHECKING:  # both read this file
-    from slimkit.core.prune.attributes import Field
-    from slimkit.core.prune.configured import Build
-
 Array = np.ndarray[Any, Any]
+Field = int | float | list[int] | None  # as `attributes` has it, which reads this file
+Build = Callable[[Mapping[str, Field]], Mapping[str, tuple[int, ...]] | None]
 KEPT_WHOLE = 'experts: only data tells which of them can go (importance "output")'
 NUMBER = re.compile(r"experts$")
 # How many experts one token is given to: never more than there are.
