@@ -32,12 +32,13 @@ class BlockChain:
     Args:
         model: the model.
         blocks: the blocks' paths.
+        wraps: whether blocks give a tuple; found out where one runs.
     """
 
-    def __init__(self, model: nn.Module, blocks: Sequence[str]) -> None:
+    def __init__(self, model: nn.Module, blocks: Sequence[str], wraps: bool = False) -> None:
         self._model = model
         self._modules = [bridge.get_module(model, path) for path in blocks]
-        self._wraps = False
+        self._wraps = wraps
 
     def run(
         self, batch: Any, block: int, hidden: torch.Tensor | None, until: nn.Module | None = None
@@ -107,7 +108,7 @@ class BlockChain:
 
         Args:
             batch: what the model takes.
-            hidden: what left the last block, after `at` has run one.
+            hidden: what left the last block.
         """
 
         def forward(number: int, *args: Any, **kwargs: Any) -> Any:
@@ -127,12 +128,17 @@ def hidden_of(value: Any) -> torch.Tensor | None:
     return next((v for v in values if isinstance(v, torch.Tensor) and v.is_floating_point()), None)
 
 
-def find_blocks(model: nn.Module, batch: Any) -> list[str]:
-    """The paths of a model's blocks where it is a chain of them, proven on a batch; else none."""
+def stack_of(model: nn.Module) -> list[str]:
+    """The paths of a model's blocks; see `find_stack`."""
     modules = dict(model.named_modules())
     sizes = {path: sum(p.numel() for p in module.parameters()) for path, module in modules.items()}
+    return find_stack({path: type(module).__name__ for path, module in modules.items()}, sizes)
+
+
+def find_blocks(model: nn.Module, batch: Any) -> list[str]:
+    """The paths of a model's blocks where it is a chain of them, proven on a batch; else none."""
     try:
-        blocks = find_stack({path: type(module).__name__ for path, module in modules.items()}, sizes)
+        blocks = stack_of(model)
     except ArgumentError:
         return []
     outputs: list[torch.Tensor | None] = []
@@ -141,7 +147,7 @@ def find_blocks(model: nn.Module, batch: Any) -> list[str]:
         found = hidden_of(output)
         outputs.append(None if found is None else found.detach().clone())
 
-    with replaying(model) as run, bridge.hooked({b: modules[b] for b in blocks}, left):
+    with replaying(model) as run, bridge.hooked({b: bridge.get_module(model, b) for b in blocks}, left):
         run(batch)
     if len(outputs) != len(blocks):
         return []

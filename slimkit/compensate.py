@@ -11,7 +11,7 @@ import numpy as np
 from slimkit import bridge, kinds
 from slimkit.chain import BlockChain, find_blocks
 from slimkit.core.prune.plan import PrunePlan
-from slimkit.core.prune.refit import SAME, RepairStage, repair
+from slimkit.core.prune.refit import SAME, RepairStage, parted, repair
 from slimkit.replay import replaying
 from slimkit.signals import input_rows, output_rows, padding_of, real_rows, unsuited
 
@@ -80,17 +80,15 @@ class TorchRepair:
     def stages(self, layers: Sequence[str], behind: Collection[str]) -> Iterator[RepairStage]:
         batch = next(iter(self._data), None)
         blocks = [] if batch is None else find_blocks(self._dense, batch)
-        place = {path: next((k for k, b in enumerate(blocks) if path.startswith(b + ".")), None) for path in layers}
-        inside = [k for k, path in enumerate(layers) if place[path] is not None]
-        first, last = (inside[0], inside[-1]) if inside else (len(layers), len(layers))
-        if layers[:first]:
-            yield WholePair(self._dense, self._pruned, layers[:first], self._data)
-        if inside:
+        before, inside, after = parted(layers, blocks)
+        if before:
+            yield WholePair(self._dense, self._pruned, before, self._data)
+        if any(inside):
             pair = ChainPair(self._dense, self._pruned, blocks, list(self._data))
-            for number in range(len(blocks)):
-                yield pair.stage(number, [p for p in layers if place[p] == number and p in behind])
-        if layers[last + 1 :]:
-            yield WholePair(self._dense, self._pruned, layers[last + 1 :], self._data)
+            for number, own in enumerate(inside):
+                yield pair.stage(number, [p for p in own if p in behind])
+        if after:
+            yield WholePair(self._dense, self._pruned, after, self._data)
 
     def write(self, path: str, weight: Array, bias: Array | None) -> None:
         module = bridge.get_module(self._pruned, path)
@@ -139,8 +137,6 @@ class ChainPair:
         self.chains = BlockChain(dense, blocks), BlockChain(pruned, blocks)
         self.hidden: list[list[torch.Tensor | None]] = [[None] * len(data), [None] * len(data)]
         self._done = 0
-        self._joins: dict[str, bool] = {}
-        self._meets: dict[str, str] = {}
         self._blocks = list(blocks)
 
     def stage(self, number: int, layers: Sequence[str]) -> BlockPair:
@@ -158,22 +154,20 @@ class ChainPair:
 
     def joins(self, number: int, path: str) -> bool:
         """Whether a layer's output is added to what else leaves its block."""
-        if path not in self._joins:
-            layer, batch, hidden = bridge.get_module(self.pruned, path), self.data[0], self.hidden[1][0]
-            with self.chains[1].at(number) as send:
-                calm = send(batch, hidden)
-                assert calm is not None
-                noise = torch.randn(calm.shape, generator=torch.Generator().manual_seed(0)).to(calm) * calm.std()
-                hook = layer.register_forward_hook(
-                    lambda _m, _a, output: output + noise if output.shape == noise.shape else output
-                )
-                try:
-                    moved = send(batch, hidden)
-                finally:
-                    hook.remove()
-            assert moved is not None
-            self._joins[path] = bool((moved - calm - noise).norm() < SAME * noise.norm())
-        return self._joins[path]
+        layer, batch, hidden = bridge.get_module(self.pruned, path), self.data[0], self.hidden[1][0]
+        with self.chains[1].at(number) as send:
+            calm = send(batch, hidden)
+            assert calm is not None
+            noise = torch.randn(calm.shape, generator=torch.Generator().manual_seed(0)).to(calm) * calm.std()
+            hook = layer.register_forward_hook(
+                lambda _m, _a, output: output + noise if output.shape == noise.shape else output
+            )
+            try:
+                moved = send(batch, hidden)
+            finally:
+                hook.remove()
+        assert moved is not None
+        return bool((moved - calm - noise).norm() < SAME * noise.norm())
 
     def norms(self, number: int) -> list[str]:
         """The norms of a block."""
@@ -184,34 +178,32 @@ class ChainPair:
     def meets(self, number: int, path: str) -> str:
         """The norm that is given a layer's output added to something, as blocks have it whose norms come last; "" for
         none."""
-        if path not in self._meets:
-            norms, batch, hidden = self.norms(number), self.data[0], self.hidden[1][0]
-            layer, noises = bridge.get_module(self.pruned, path), list[torch.Tensor]()
+        norms, batch, hidden = self.norms(number), self.data[0], self.hidden[1][0]
+        layer, noises = bridge.get_module(self.pruned, path), list[torch.Tensor]()
 
-            def stir(_module: nn.Module, _args: Any, output: torch.Tensor) -> torch.Tensor:
-                chance = torch.Generator().manual_seed(0)
-                noises.append(torch.randn(output.shape, generator=chance).to(output) * output.std())
-                return output + noises[-1]
+        def stir(_module: nn.Module, _args: Any, output: torch.Tensor) -> torch.Tensor:
+            chance = torch.Generator().manual_seed(0)
+            noises.append(torch.randn(output.shape, generator=chance).to(output) * output.std())
+            return output + noises[-1]
 
-            with self.chains[1].at(number) as send:
-                with _watching(self.pruned, norms, batch, True) as calm:
+        with self.chains[1].at(number) as send:
+            with _watching(self.pruned, norms, batch, True) as calm:
+                send(batch, hidden)
+            hook = layer.register_forward_hook(stir)
+            try:
+                with _watching(self.pruned, norms, batch, True) as moved:
                     send(batch, hidden)
-                hook = layer.register_forward_hook(stir)
-                try:
-                    with _watching(self.pruned, norms, batch, True) as moved:
-                        send(batch, hidden)
-                finally:
-                    hook.remove()
-            padding = padding_of(self.pruned, batch)
-            self._meets[path] = ""
-            for norm in norms if len(noises) == 1 else ():
-                noise = _rows_of(real_rows(padding, path, noises[0]))
-                before, after = calm.get(norm, []), moved.get(norm, [])
-                one = len(before) == len(after) == 1 and before[0].shape == noise.shape
-                if one and np.linalg.norm(after[0] - before[0] - noise) < SAME * np.linalg.norm(noise):
-                    self._meets[path] = norm
-                    break
-        return self._meets[path]
+            finally:
+                hook.remove()
+        if len(noises) != 1:
+            return ""
+        noise = _rows_of(real_rows(padding_of(self.pruned, batch), path, noises[0]))
+        for norm in norms:
+            before, after = calm.get(norm, []), moved.get(norm, [])
+            one = len(before) == len(after) == 1 and before[0].shape == noise.shape
+            if one and np.linalg.norm(after[0] - before[0] - noise) < SAME * np.linalg.norm(noise):
+                return norm
+        return ""
 
 
 class BlockPair:

@@ -6,9 +6,9 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from slimkit import bridge  # noqa: F401  (says in one line that torch is missing)
+from slimkit import bridge
+from slimkit.chain import stack_of
 from slimkit.core.errors import ArgumentError, UnsupportedError
-from slimkit.core.weights.influence import find_stack
 from slimkit.stored import fill, held, to_meta
 
 import torch
@@ -33,15 +33,13 @@ class LentModel:
 
     def __init__(self, model: nn.Module, value: Callable[[str], torch.Tensor | None]) -> None:
         self.model, self._value, self.recomputing = model, value, False
-        modules = dict(model.named_modules())
-        sizes = {path: sum(p.numel() for p in module.parameters()) for path, module in modules.items()}
         try:
-            self.blocks = find_stack({path: type(module).__name__ for path, module in modules.items()}, sizes)
+            self.blocks = stack_of(model)
         except ArgumentError as error:
             raise UnsupportedError(
                 f"calibration walks a folder block by block, and its model has none: {error}"
             ) from None
-        self._modules = {path: modules[path] for path in self.blocks}
+        self._modules = {path: bridge.get_module(model, path) for path in self.blocks}
         self._current = ""
 
     @contextlib.contextmanager

@@ -13,10 +13,10 @@ import numpy as np
 
 from slimkit import bridge  # noqa: F401  (says in one line that torch is missing)
 from slimkit.core import check
+from slimkit.core.batch import digest
 from slimkit.core.checkpoint import shards, weightfile
 from slimkit.core.errors import ConfigError, FileFormatError, UnsupportedError
 from slimkit.core.lazy import library
-from slimkit.core.sparse.folderwalk import digest
 from slimkit.layouts import Layouts
 
 import torch

@@ -10,7 +10,7 @@ import numpy as np
 
 from slimkit.core.batch import Call
 from slimkit.core.prune.plan import PrunePlan
-from slimkit.core.prune.refit import SAME, RepairStage, repair
+from slimkit.core.prune.refit import SAME, RepairStage, parted, repair
 from slimkit_ms import bridge, kinds
 from slimkit_ms.chain import ChainInputs, block_paths, first_tensor, hooks
 from slimkit_ms.replay import replaying
@@ -73,18 +73,16 @@ class MindSporeRepair:
         blocks = block_paths(self._dense, layers)
         if not is_chain(self._dense, blocks, batches[:1]) or not is_chain(self._pruned, blocks, batches[:1]):
             blocks = []
-        place = {path: next((k for k, b in enumerate(blocks) if path.startswith(b + ".")), None) for path in layers}
-        inside = [k for k, path in enumerate(layers) if place[path] is not None]
-        first, last = (inside[0], inside[-1]) if inside else (len(layers), len(layers))
-        if layers[:first]:
-            yield WholePair(self._dense, self._pruned, layers[:first], batches)
-        if inside:
+        before, inside, after = parted(layers, blocks)
+        if before:
+            yield WholePair(self._dense, self._pruned, before, batches)
+        if any(inside):
             pair = ChainPair(self._dense, self._pruned, blocks, batches)
-            for number in range(len(blocks)):
-                yield BlockPair(pair, number, [p for p in layers if place[p] == number and p in behind])
+            for number, own in enumerate(inside):
+                yield BlockPair(pair, number, [p for p in own if p in behind])
                 pair.advance(1, number)
-        if layers[last + 1 :]:
-            yield WholePair(self._dense, self._pruned, layers[last + 1 :], batches)
+        if after:
+            yield WholePair(self._dense, self._pruned, after, batches)
 
     def write(self, path: str, weight: Array, bias: Array | None) -> None:
         cell = bridge.get_module(self._pruned, path)

@@ -64,16 +64,13 @@ def convert(
     talk.result({"src": src, "dst": dst, **report.as_dict(), "path": str(dst)}, dry_run=output.dry_run)
 
 
-def check(folder: Path, target: str, config: Path | None, tensor_parallel: int, ignore: list[str]) -> AdapterCheck:
+def check(folder: Path, target: str, config: Path | None, tensor_parallel: int) -> AdapterCheck:
     """Check one adapter's folder."""
-    from dataclasses import replace
-
     from slimkit.core.ascend import check_adapter
     from slimkit.core.check import choice
 
     choice(target, SERVERS, "--target of an adapter")
-    found = check_adapter(folder, target, config=config, tensor_parallel=tensor_parallel)
-    return replace(found, findings=tuple(one for one in found.findings if one.rule not in ignore))
+    return check_adapter(folder, target, config=config, tensor_parallel=tensor_parallel)
 
 
 def show(found: AdapterCheck, *, quiet: bool) -> None:

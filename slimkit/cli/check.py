@@ -70,13 +70,18 @@ def check(
 
     counted = SEVERITIES[: SEVERITIES.index(choice(fail_on, SEVERITIES, "--fail-on")) + 1]
     shapes = _shapes(shape or [])
+    folders = [file for file in files if file.is_dir()]
+    if not folders and (config is not None or tensor_parallel > 1):
+        raise ConfigError("--config and --tensor-parallel go with an adapter's folder")
+    if len(folders) == len(files) and (soc_version is not None or shapes):
+        raise ConfigError("--soc-version and --shape go with an ONNX file")
     found: list[Any] = []
     for file in files:
-        if file.is_dir():
-            found.append(adapters.check(file, target, config, tensor_parallel, ignore or []))
+        if file in folders:
+            one: Any = adapters.check(file, target, config, tensor_parallel)
         else:
             one = check_onnx(file, target, cann, soc_version=soc_version, precision=precision, shapes=shapes)
-            found.append(without(one, ignore or []))
+        found.append(without(one, ignore or []))
     if as_json:
         plain = [one.to_dict() for one in found]
         typer.echo(json.dumps(plain[0] if len(plain) == 1 else plain, indent=1, ensure_ascii=False))

@@ -137,14 +137,15 @@ def convert(
             from slimkit.core import files
 
             raise ConfigError(f"SRC must be an existing file or folder. Received: {str(src)!r}{files.meant(src)}")
+        of_adapters = {"--config": config, "--tensor-parallel": tensor_parallel > 1, "--apart": apart, "--alpha": alpha}
         if src.suffix == ".gguf":
             others = {
                 "--to": to, "--name-map": name_map, "--source-factory": source_factory, "--example": example,
                 "--result-factory": result_factory, "--only": only, "--loose": loose, "--no-manifest": no_manifest,
+                **of_adapters,
             }  # fmt: skip
             _from_gguf(talk, src, dst, dtype or "float32", others, output)
             return
-        of_adapters = {"--config": config, "--tensor-parallel": tensor_parallel > 1, "--apart": apart, "--alpha": alpha}
         if adapters.is_adapter(src, to):
             others = {
                 "--name-map": name_map, "--source-factory": source_factory, "--result-factory": result_factory,

@@ -7,10 +7,7 @@ from typing import Any
 
 from slimkit import bridge, kinds
 from slimkit.core.delta.ia3 import along, weight_axis
-from slimkit.core.delta.named import MERGING_BOOK
-from slimkit.core.errors import UnsupportedError
-from slimkit.delta.layer import Adapted
-from slimkit.delta.named import MergingLayer
+from slimkit.delta.layer import Adapted, AdaptedMerging
 from slimkit.delta.sharded import beside
 
 import torch
@@ -32,7 +29,7 @@ class Factors(nn.Module):
         return (x * factors.view(along(axis % x.ndim, x.ndim))).to(x.dtype)
 
 
-class Scaled(Adapted, MergingLayer):
+class Scaled(AdaptedMerging):
     """A linear layer or convolution with IA3: l * (W x + b), or W (l * x) + b where the inputs have the factors."""
 
     delta_kind = "ia3"
@@ -47,21 +44,6 @@ class Scaled(Adapted, MergingLayer):
     def scales_inputs(self) -> bool:
         """Whether it is the inputs that have the factors."""
         return bool(next(iter(self.delta_specs.values()))["feedforward"])
-
-    def carry_delta(self, options: dict[str, Any], name: str = "default") -> None:
-        """Note the delta's name and options; it acts."""
-        super().carry_delta(options, name)
-        self.start_merging()
-
-    def refresh(self) -> None:
-        """Act, unless the factors are in the weight."""
-        self.delta_acts = not self.delta_is_merged and any(self.active_deltas.values())
-
-    def leave(self) -> None:
-        """Take the factors off, in place."""
-        super().leave()
-        for attribute in MERGING_BOOK:
-            vars(self).pop(attribute, None)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if not isinstance(self, Scaled):  # somebody kept this method, and the delta is off
@@ -88,8 +70,7 @@ class Scaled(Adapted, MergingLayer):
     @torch.no_grad()
     def merged_weight(self) -> torch.Tensor:
         """The weight with the factors in it, in its own dtype; computed in float32 or wider."""
-        if self.weight.is_meta:
-            raise UnsupportedError("the weight is not in memory (meta device, or offloaded); merge where it is.")
+        self.refuse_absent()
         if not self.delta_acts:
             return self.copy_weight()
         axis = weight_axis(self.scales_inputs, _is_transposed(self))

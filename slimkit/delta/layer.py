@@ -9,16 +9,17 @@ from slimkit import bridge
 from slimkit.core import check
 from slimkit.core.delta import shard as rules
 from slimkit.core.delta.layers import size
-from slimkit.core.delta.named import OneAdapter
+from slimkit.core.delta.named import MERGING_BOOK, OneAdapter, OneMerging
 from slimkit.delta import initial
 from slimkit.delta.attach import DeltaLayer
+from slimkit.delta.named import MergingLayer
 from slimkit.delta.shard import ShardPlan, plan
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-__all__ = ["Adapted", "AdapterBase", "DeltaLayer", "DenseBase", "bridge"]
+__all__ = ["Adapted", "AdaptedMerging", "AdapterBase", "DeltaLayer", "DenseBase", "bridge"]
 
 
 class DenseBase(nn.Linear):
@@ -109,6 +110,16 @@ class Adapted(OneAdapter, DeltaLayer):
         adapter = self.adapter
         place = next(adapter.parameters()).device
         return adapter(out.to(place)).to(out.device)
+
+
+class AdaptedMerging(OneMerging, Adapted, MergingLayer):
+    """A layer with one delta that can be merged into its weight."""
+
+    def leave(self) -> None:
+        """Take the delta off, in place."""
+        super().leave()
+        for attribute in MERGING_BOOK:
+            vars(self).pop(attribute, None)
 
 
 class AdapterBase(Adapted, DenseBase):

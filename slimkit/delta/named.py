@@ -29,6 +29,11 @@ class MergingLayer(MergingFace, DeltaLayer):
     _parameters: dict[str, Any]
     _buffers: dict[str, Any]
 
+    def refuse_absent(self) -> None:
+        """Refuse to merge into a weight that has no values here."""
+        if self.weight.is_meta:
+            raise UnsupportedError("the weight is not in memory (meta device, or offloaded); merge where it is.")
+
     def copy_weight(self) -> torch.Tensor:
         """A copy of the weight that shares nothing with it."""
         return self.copy_of(self.weight)
@@ -170,8 +175,7 @@ class LoraLayer(NamedLoras, MergingLayer):
     @torch.no_grad()
     def merged_weight(self) -> torch.Tensor:
         """The weight with every active delta in it, in the weight's dtype; computed in float32 or wider."""
-        if self.weight.is_meta:
-            raise UnsupportedError("the weight is not in memory (meta device, or offloaded); merge where it is.")
+        self.refuse_absent()
         kind = torch.promote_types(self.weight.dtype, torch.float32)
         base = self.weight.to(kind)
         total = base

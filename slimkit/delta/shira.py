@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from slimkit import bridge
-from slimkit.core.delta.shira import ShiraSpec, chosen, refuse_index
+from slimkit.core.delta.rest import refuse_index
+from slimkit.core.delta.shira import INDEX, ShiraSpec, chosen
 from slimkit.core.errors import UnsupportedError
 from slimkit.delta.fused import computing, fuses
 from slimkit.delta.summed import Summed
@@ -88,7 +90,7 @@ class Entries(Summed):
 
     def refuse_values(self, parts: Mapping[str, Any], where: str) -> None:
         """Refuse indices that are no places of the weight in rising order."""
-        refuse_index(parts, tuple(self.weight.shape), where)
+        refuse_index(parts[INDEX], math.prod(self.weight.shape), INDEX, where)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if not isinstance(self, Entries):

@@ -6,10 +6,7 @@ from abc import abstractmethod
 from typing import Any
 
 from slimkit import bridge
-from slimkit.core.delta.named import MERGING_BOOK
-from slimkit.core.errors import UnsupportedError
-from slimkit.delta.layer import Adapted
-from slimkit.delta.named import MergingLayer
+from slimkit.delta.layer import Adapted, AdaptedMerging
 from slimkit.delta.sharded import beside
 
 import torch
@@ -18,7 +15,7 @@ from torch.nn import functional as F
 __all__ = ["Summed", "bridge"]
 
 
-class Summed(Adapted, MergingLayer):
+class Summed(AdaptedMerging):
     """A linear layer with x (W + change)' + bias; the kinds say what the change is."""
 
     reads = ((F.linear, 1, 0),)
@@ -31,26 +28,6 @@ class Summed(Adapted, MergingLayer):
     @abstractmethod
     def side(self, x: torch.Tensor) -> torch.Tensor:
         """(..., outputs) that the delta adds for (..., inputs)."""
-
-    def carry_delta(self, options: dict[str, Any], name: str = "default") -> None:
-        """Note the delta's name and options; it acts."""
-        super().carry_delta(options, name)
-        self.start_merging()
-
-    def refresh(self) -> None:
-        """Act, unless the change is in the weight."""
-        self.delta_acts = not self.delta_is_merged and any(self.active_deltas.values())
-
-    def set_active_deltas(self, weights: dict[str, float]) -> None:
-        """Let the delta act if it is among these, in place."""
-        super().set_active_deltas(weights)
-        self.refresh()
-
-    def leave(self) -> None:
-        """Take the delta off, in place."""
-        super().leave()
-        for attribute in MERGING_BOOK:
-            vars(self).pop(attribute, None)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if not isinstance(self, Summed):  # somebody kept this method, and the delta is off
@@ -65,8 +42,7 @@ class Summed(Adapted, MergingLayer):
     @torch.no_grad()
     def merged_weight(self) -> torch.Tensor:
         """The weight with the change in it, in its own dtype; computed in float32 or wider."""
-        if self.weight.is_meta:
-            raise UnsupportedError("the weight is not in memory (meta device, or offloaded); merge where it is.")
+        self.refuse_absent()
         if not any(self.active_deltas.values()):
             return self.copy_weight()
         wide = self.weight.detach().to(torch.promote_types(self.weight.dtype, torch.float32))

@@ -9,13 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from slimkit.chain import BlockChain
+from slimkit.chain import BlockChain, stack_of
 from slimkit.core.batch import Call
 from slimkit.core.distill.config import SoftLabel
 from slimkit.core.distill.shapes import pick
 from slimkit.core.errors import UnsupportedError
 from slimkit.core.log import logger
-from slimkit.core.weights.influence import find_stack
 from slimkit.distill import taps
 from slimkit.stored import StoredModel, fill, to_meta
 
@@ -44,9 +43,7 @@ class StoredTeacher:
             logger.info("the teacher computes in float32, its files stay %s", " and ".join(sorted(halves)))
             self._stored.compute = torch.float32
         self._labels, self._store, model = tuple(labels), taps.Store(), self._stored.model
-        modules = dict(model.named_modules())
-        sizes = {path: sum(p.numel() for p in module.parameters()) for path, module in modules.items()}
-        self._blocks = find_stack({path: type(module).__name__ for path, module in modules.items()}, sizes)
+        self._blocks = stack_of(model)
         self._chain = BlockChain(model, self._blocks)
         inside = tuple(b + "." for b in self._blocks)
         outside = [name for name, _ in model.named_parameters() if not name.startswith(inside)]

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from slimkit import bridge, students
+from slimkit.chain import stack_of
 from slimkit.core.distill.config import KnowledgeDistillConfig
 from slimkit.core.distill.masks import IGNORED
 from slimkit.core.errors import ConfigError
@@ -16,7 +17,6 @@ from slimkit.core.jobs.framework import JobFramework, Lesson, Opened, Supervised
 from slimkit.core.jobs.options import AdaptOptions, DistillOptions, FitOptions
 from slimkit.core.jobs.sources import DataPlace, ModelPlace, StudentPlace
 from slimkit.core.jobs.tasks import TASKS, label_names, task_of
-from slimkit.core.weights.influence import find_stack
 from slimkit.jobs import models
 from slimkit.jobs.texts import Reader
 
@@ -129,7 +129,7 @@ def _comparison(
     if weight is None:
         weight = LANGUAGE_HIDDEN if language else 1.0
     if weight:
-        theirs, mine = _blocks(teacher), _blocks(student)
+        theirs, mine = stack_of(teacher), stack_of(student)
         for at, path in enumerate(mine):
             label = {
                 "t_module": theirs[layers.get(at, at)], "s_module": path, "t_output_idx": 0, "s_output_idx": 0, **mask,
@@ -139,12 +139,6 @@ def _comparison(
     if not options.output_weight and not weight:
         raise ConfigError("--hidden-weight and --output-weight are both 0: there is nothing to learn from")
     return config
-
-
-def _blocks(model: nn.Module) -> list[str]:
-    modules = {n: m for n, m in model.named_modules() if n}
-    sizes = {n: sum(p.numel() for p in m.parameters()) for n, m in modules.items()}
-    return find_stack({n: type(m).__name__ for n, m in modules.items()}, sizes)
 
 
 def task(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -85,38 +85,24 @@ def sparsify_checkpoint(
         check.wrong_value("dst", "another directory than src", str(target))
     places = shards.locate(source)
     data = list(batches.dataset(dataset)) if cfg.needs_data else []
-    place = together.join(torch.device(device))
-    return _walked(source, target, places, cfg, data, names, compute_dtype, place, offload, on_progress)
-
-
-def _walked(
-    source: Path,
-    target: Path,
-    places: dict[str, shards.Place],
-    cfg: SparseConfig,
-    data: Sequence[Any],
-    names: Callable[[str], str] | None,
-    compute_dtype: str | None,
-    device: torch.device,
-    offload: str,
-    on_progress: Callable[[Progress], None] | None,
-) -> Report:
-    """The walk, by one process or by all of a group."""
-    state = target / STATE
+    where = together.join(torch.device(device))
     if cfg.weight_bits == 8:
         demand_whole_numbers(name for name, place in places.items() if place.dtype == "BF16")
-    compute = computing(places.values(), compute_dtype, device)
-    host = CheckpointSparse(source, state, places, names, compute, device, offload)
+    compute = computing(places.values(), compute_dtype, where)
+    host = CheckpointSparse(source, target / STATE, places, names, compute, where, offload)
     if host.processes() > 1 and cfg.row.reconstructs:
         raise UnsupportedError(f"method {cfg.method!r} trains blocks, which sparsify_checkpoint does in one process.")
     weights = sorted({p.file for p in places.values()})
     job = {"dataset": digest_of(data), "threads": torch.get_num_threads()}
-    job |= {"compute": str(compute), "device": device.type}
+    job |= {"compute": str(compute), "device": where.type}
+    finished = cache(host.finished)  # asked once all blocks are done
+
+    def copy(folder: Path) -> None:
+        copy_others(source, folder, weights)
 
     def rewrite(file: Path, out: Path) -> None:
-        shards.rewrite(file, out, host.finished())
+        shards.rewrite(file, out, finished())
 
-    copy = partial(_copy_others, source)
     return sparsify_folder(host, cfg, data, target, weights, job, copy, rewrite, on_progress)
 
 
@@ -140,8 +126,3 @@ def computing(
         return None
     logger.info("blocks are computed in float32, the files stay %s", " and ".join(halves))
     return torch.float32
-
-
-def _copy_others(source: Path, target: Path) -> None:
-    """Copy what is no weights."""
-    copy_others(source, target, sorted({p.file for p in shards.locate(source).values()}))

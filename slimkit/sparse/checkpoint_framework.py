@@ -14,6 +14,7 @@ from slimkit.core import batch as batches
 from slimkit.core import files
 from slimkit.core.checkpoint import shards
 from slimkit.core.errors import UnsupportedError
+from slimkit.core.sparse.blockfiles import BlockFiles
 from slimkit.core.sparse.call_order import CallOrder
 from slimkit.core.sparse.framework import CalibratedBlock
 from slimkit.core.sparse.processes import demand_tokens, first, in_order, merged
@@ -57,7 +58,7 @@ class CheckpointSparse(TorchSparse):
         super().__init__(self._stored.model)
         self._device, self._offload = torch.device(device), offload
         self._loader = StoredBlocks(self._stored, self._device)
-        self._state = state
+        self._state, self._files = state, BlockFiles(state)
         self._blocks: list[str] = []
         self._own: dict[str, Any] = {}
         self._changed: set[str] = set()  # parameters of the block in work that are no longer what the files hold
@@ -98,15 +99,14 @@ class CheckpointSparse(TorchSparse):
         self, dataset: Iterable[Any], names: Sequence[str], paired: bool, residual: bool = False
     ) -> Iterator[CalibratedBlock]:
         """One stage a block: loaded, made sparse, written, and let go."""
-        done = int(first(self, self._done))
+        done = int(first(self, self._files.done))
         inputs = self._capture(dataset, paired) if dataset else None
         if inputs is not None and 0 < done < len(self._blocks):
-            inputs.load(self._state / f"activations-{done:05d}")
+            inputs.load(self._files.activations(done))
         for index, path in enumerate(self._blocks):
             mine = [n for n in names if n.startswith(path + ".")]
             if index < done:
-                rows = files.read_json(self._state / f"block-{index:05d}.json")
-                yield FinishedBlock(mine, rows)
+                yield FinishedBlock(mine, self._files.rows(index))
                 continue
             with self._loaded(index) as block:
                 stage = self._stage(index, block, mine, inputs, paired)
@@ -166,7 +166,7 @@ class CheckpointSparse(TorchSparse):
         """Where the new bytes of every changed tensor lie."""
         found: dict[str, shards.Place] = {}
         for index in range(len(self._blocks)):
-            found |= shards.header(self._state / f"block-{index:05d}.safetensors")
+            found |= shards.header(self._files.weights(index))
         return found
 
     def settled(self, name: str, row: dict[str, Any]) -> None:
@@ -203,12 +203,6 @@ class CheckpointSparse(TorchSparse):
         own = [batch for batch, _ in self._dealt(probes)]
         with self._outside(whole=True):
             return stored_outputs.changes(self.model, own, inputs, self._blocks)
-
-    def _done(self) -> int:
-        done = 0
-        while (self._state / f"block-{done:05d}.json").exists():
-            done += 1
-        return done
 
     def _dealt(self, dataset: Iterable[Any]) -> list[tuple[Any, int]]:
         """This process's batches with their numbers."""
@@ -267,7 +261,7 @@ class CheckpointSparse(TorchSparse):
 
     def _write(self, index: int, stage: Any, inputs: StoredInputs | None) -> None:
         """Write a block by process 0, and what enters the next by those that have it."""
-        following = self._state / f"activations-{index + 1:05d}"
+        following = self._files.activations(index + 1)
         going = inputs is not None and index < len(self._blocks) - 1
         part = following.with_name(f".{following.name}.part")
 
@@ -283,11 +277,9 @@ class CheckpointSparse(TorchSparse):
             for name in dict.fromkeys([*self._parameters(stage.names), *stage.changed]):
                 pieces = self._stored.pieces(name, self.model.get_parameter(name).detach())
                 changed |= {key: piece.cpu() for key, piece in pieces.items()}
-            with files.atomic_file(self._state / f"block-{index:05d}.safetensors") as handle:
+            with files.atomic_file(self._files.weights(index)) as handle:
                 write_tensors(handle, changed)
-            # Last: its presence says that the block is done.
-            files.write_json(self._state / f"block-{index:05d}.json", {n: self._own[n] for n in stage.names})
-            shutil.rmtree(self._state / f"activations-{index:05d}", ignore_errors=True)
+            self._files.finish(index, {n: self._own[n] for n in stage.names})
 
         if going:
             first(self, begin)

@@ -8,12 +8,10 @@ from typing import Any
 import numpy as np
 
 from slimkit.core.delta.ia3 import along, weight_axis
-from slimkit.core.delta.named import MERGING_BOOK
 from slimkit.core.errors import UnsupportedError
 from slimkit_ms import bridge
 from slimkit_ms.delta.attach import forget
-from slimkit_ms.delta.layer import Adapted
-from slimkit_ms.delta.named import MergingLayer
+from slimkit_ms.delta.layer import AdaptedMerging
 
 import mindspore as ms
 from mindspore import nn, ops
@@ -33,7 +31,7 @@ class Factors(nn.Cell):
         return ops.cast(x * self.mindpet_delta_ia3_l.reshape(shape), x.dtype)
 
 
-class Scaled(Adapted, MergingLayer):
+class Scaled(AdaptedMerging):
     """A dense layer or convolution with IA3: l * (W x + b), or W (l * x) + b where the inputs have the factors."""
 
     delta_kind = "ia3"
@@ -55,16 +53,11 @@ class Scaled(Adapted, MergingLayer):
         self.scales_inputs = bool(options["feedforward"])
         # Channels come last, in a convolution first after the batch.
         self.factor_shape = (1, -1, 1, 1) if self.weight.ndim == 4 else (-1,)
-        self.start_merging()
-
-    def refresh(self) -> None:
-        """Act, unless the factors are in the weight."""
-        self.delta_acts = not self.delta_is_merged and any(self.active_deltas.values())
 
     def leave(self) -> None:
         """Take the factors off, in place."""
         super().leave()
-        forget(self, *MERGING_BOOK, "scales_inputs", "factor_shape")
+        forget(self, "scales_inputs", "factor_shape")
 
     def construct(self, x: Any) -> Any:
         if not self.delta_acts:

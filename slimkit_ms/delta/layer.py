@@ -8,16 +8,17 @@ from typing import Any
 from slimkit.core import check
 from slimkit.core.delta import shard as rules
 from slimkit.core.delta.layers import size
-from slimkit.core.delta.named import OneAdapter
+from slimkit.core.delta.named import MERGING_BOOK, OneAdapter, OneMerging
 from slimkit_ms import bridge, kinds
 from slimkit_ms.delta import initial
 from slimkit_ms.delta.attach import DeltaLayer, forget
+from slimkit_ms.delta.named import MergingLayer
 from slimkit_ms.delta.shard import check_only, record
 
 import mindspore as ms
 from mindspore import nn, ops
 
-__all__ = ["Adapted", "AdapterBase", "DeltaLayer", "DenseBase", "bridge"]
+__all__ = ["Adapted", "AdaptedMerging", "AdapterBase", "DeltaLayer", "DenseBase", "bridge"]
 
 
 class DenseBase(nn.Dense):
@@ -98,6 +99,15 @@ class Adapted(OneAdapter, DeltaLayer):
     def leave(self) -> None:
         """Take the adapter off, in place."""
         forget(self, f"mindpet_delta_{self.delta_kind}", "delta_specs", "active_deltas", "delta_acts")
+
+
+class AdaptedMerging(OneMerging, Adapted, MergingLayer):
+    """A layer with one delta that can be merged into its weight."""
+
+    def leave(self) -> None:
+        """Take the delta off, in place."""
+        super().leave()
+        forget(self, *MERGING_BOOK)
 
 
 class AdapterBase(Adapted, DenseBase):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from slimkit.core.delta.shira import ShiraSpec, chosen, refuse_index, weight_change
+from slimkit.core.delta.rest import refuse_index
+from slimkit.core.delta.shira import INDEX, ShiraSpec, chosen, weight_change
 from slimkit_ms import bridge
 from slimkit_ms.delta.attach import forget
 from slimkit_ms.delta.summed import Summed
@@ -54,7 +56,7 @@ class Entries(Summed):
 
     def refuse_values(self, parts: Mapping[str, Any], where: str) -> None:
         """Refuse indices that are no places of the weight in rising order."""
-        refuse_index(parts, tuple(self.weight.shape), where)
+        refuse_index(parts[INDEX], math.prod(self.weight.shape), INDEX, where)
 
     def side(self, x: Any) -> Any:
         """(n, outputs) that the delta adds for (n, inputs)."""

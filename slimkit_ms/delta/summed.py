@@ -7,18 +7,16 @@ from typing import Any
 
 import numpy as np
 
-from slimkit.core.delta.named import MERGING_BOOK
 from slimkit_ms import bridge
 from slimkit_ms.delta.attach import forget
-from slimkit_ms.delta.layer import Adapted
-from slimkit_ms.delta.named import MergingLayer
+from slimkit_ms.delta.layer import AdaptedMerging
 
 from mindspore import ops
 
 __all__ = ["Summed", "bridge"]
 
 
-class Summed(Adapted, MergingLayer):
+class Summed(AdaptedMerging):
     """A linear layer with x (W + change)' + bias; the kinds say what the change is.
 
     An activation that an `nn.Dense` applies itself comes after the delta.
@@ -29,25 +27,15 @@ class Summed(Adapted, MergingLayer):
         super().carry_delta(options, name)
         # Of nn.Dense; the plain construct would apply it before the delta comes in.
         self.own_activation = self.activation if vars(self).get("activation_flag") else None
-        self.start_merging()
 
     @abstractmethod
     def change(self) -> Any:
         """(outputs, inputs) that the delta adds to the weight, as NumPy."""
 
-    def refresh(self) -> None:
-        """Act, unless the change is in the weight."""
-        self.delta_acts = not self.delta_is_merged and any(self.active_deltas.values())
-
-    def set_active_deltas(self, weights: dict[str, float]) -> None:
-        """Let the delta act if it is among these, in place."""
-        super().set_active_deltas(weights)
-        self.refresh()
-
     def leave(self) -> None:
         """Take the delta off, in place."""
         super().leave()
-        forget(self, *MERGING_BOOK, "own_activation")
+        forget(self, "own_activation")
 
     def construct(self, x: Any) -> Any:
         if not self.delta_acts:

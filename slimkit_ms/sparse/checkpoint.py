@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from slimkit.core.locks import BLOCKS as STATE
 from slimkit.core.showing import Report
 from slimkit.core.sparse.compress import demand_whole_numbers
 from slimkit.core.sparse.config import SparseConfig
-from slimkit.core.sparse.folderwalk import copy_others, digest, sparsify_folder
+from slimkit.core.sparse.folderwalk import copy_others, sparsify_folder
 from slimkit.core.sparse.remaining import Progress
 from slimkit_ms import bridge
 from slimkit_ms.sparse.checkpoint_framework import CheckpointCells
@@ -85,14 +86,16 @@ def sparsify_checkpoint(
         if host.processes() > 1:
             raise UnsupportedError("sparsify_checkpoint needs one process in MindSpore")
 
+        finished = cache(host.finished)  # asked once all blocks are done
+
         def copy(folder: Path) -> None:
             if source.is_dir():
                 copy_others(source, folder, parts)
 
         def rewrite(file: Path, out: Path) -> None:
-            stored.rewrite(file, out, host.finished())
+            stored.rewrite(file, out, finished())
 
-        job = {"dataset": digest(data, _bytes_of), "blocks": paths, "compute": "MindSpore"}
+        job = {"dataset": batches.digest(data, _bytes_of), "blocks": paths, "compute": "MindSpore"}
         with bridge.pynative():
             return sparsify_folder(host, cfg, data, target, parts, job, copy, rewrite, on_progress)
 

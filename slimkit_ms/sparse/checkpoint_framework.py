@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from slimkit.core import files
 from slimkit.core.batch import Call
 from slimkit.core.checkpoint.weightfile import Safetensors
 from slimkit.core.errors import UnsupportedError
+from slimkit.core.sparse.blockfiles import BlockFiles
 from slimkit.core.sparse.call_order import CallOrder
 from slimkit.core.sparse.framework import CalibratedBlock
 from slimkit.core.sparse.maths.layer import SparseLayer
@@ -50,6 +50,7 @@ class CheckpointCells(MindSporeSparse):
     ) -> None:
         super().__init__(nn.Cell())
         self._stored, self._state, self._build, self._blocks = stored, state, build, list(blocks)
+        self._files = BlockFiles(state)
         self._layers: dict[str, SparseLayer] = {}
         self._own: dict[str, Any] = {}
         self._at = ""  # the block that is in memory; slots lie in it
@@ -115,16 +116,14 @@ class CheckpointCells(MindSporeSparse):
         """One stage a block: built, filled, made sparse, written, and let go."""
         if residual:
             raise UnsupportedError("SparseConfig.residual needs the whole cell in memory in MindSpore")
-        done = 0
-        while (self._state / f"block-{done:05d}.json").exists():
-            done += 1
+        done = self._files.done()
         inputs = self._capture(dataset, paired) if dataset else None
         if inputs is not None and 0 < done < len(self._blocks):
-            inputs.load(self._state / f"activations-{done:05d}")
+            inputs.load(self._files.activations(done))
         for index, path in enumerate(self._blocks):
             mine = [n for n in names if n.startswith(path + ".")]
             if index < done:
-                yield FinishedBlock(mine, files.read_json(self._state / f"block-{index:05d}.json"))
+                yield FinishedBlock(mine, self._files.rows(index))
                 continue
             with self._loaded(path) as cell:
                 stage = self._stage(index, cell, mine, inputs, paired)
@@ -187,17 +186,15 @@ class CheckpointCells(MindSporeSparse):
         """Where the new bytes of every changed tensor lie."""
         found: dict[str, Path] = {}
         for index in range(len(self._blocks)):
-            file = self._state / f"block-{index:05d}.safetensors"
+            file = self._files.weights(index)
             with Safetensors(file) as block:
                 found |= dict.fromkeys(block.entries, file)
         return found
 
     def _write(self, index: int, stage: Any, inputs: StoredChain | None) -> None:
         changed = self._parameters(stage.names)
-        self._stored.save(self._state / f"block-{index:05d}.safetensors", changed)
+        self._stored.save(self._files.weights(index), changed)
         if inputs is not None and index < len(self._blocks) - 1:
-            with files.atomic_directory(self._state / f"activations-{index + 1:05d}") as folder:
+            with files.atomic_directory(self._files.activations(index + 1)) as folder:
                 inputs.save(folder)
-        # Last: its presence says that the block is done.
-        files.write_json(self._state / f"block-{index:05d}.json", {n: self._own[n] for n in stage.names})
-        shutil.rmtree(self._state / f"activations-{index:05d}", ignore_errors=True)
+        self._files.finish(index, {n: self._own[n] for n in stage.names})

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from slimkit.core import files
+from slimkit.core.checkpoint.weightfile import Weights
 from slimkit.core.delta import rest
 from slimkit.core.errors import ArgumentError, FileFormatError, PlanError, UnsupportedError
 from tests.both.test_delta_apply import out, same, snapshot
@@ -81,7 +82,9 @@ def test_several_lie_on_one_base_and_take_turns(kit, x, tmp_path):
         np.testing.assert_array_equal(out(kit, fresh, x), wanted[name])
 
 
-def test_tuned_weights_may_be_arrays_or_a_file(kit, x, tmp_path):
+def test_tuned_weights_may_be_arrays_or_a_file(kit, x, tmp_path, monkeypatch):
+    reads, read = [], Weights.read
+    monkeypatch.setattr(Weights, "read", lambda self, name: reads.append(name) or read(self, name))
     net, tuned = build(kit), build(kit, 1)
     kit.slim.compress_delta(net, tuned)
     wanted = out(kit, net, x)
@@ -95,6 +98,7 @@ def test_tuned_weights_may_be_arrays_or_a_file(kit, x, tmp_path):
         fresh = build(kit)
         kit.slim.compress_delta(fresh, source)
         np.testing.assert_array_equal(out(kit, fresh, x), wanted)
+    assert reads.count("table.weight") == 2  # once of each of the two sources that are files
 
 
 def test_what_cannot_be_made_small_changes_nothing(kit, tmp_path):

@@ -11,6 +11,7 @@ from hypothesis.extra import numpy as arrays
 from slimkit.core import files
 from slimkit.core.delta import miss, shira
 from slimkit.core.delta.miss import MissSpec
+from slimkit.core.delta.rest import refuse_index
 from slimkit.core.delta.shira import ShiraSpec, chosen
 from slimkit.core.delta.spec import Site
 from slimkit.core.errors import ArgumentError, FileFormatError, UnsupportedError
@@ -225,6 +226,23 @@ def test_a_bundle_of_entries_is_checked(kit, net, tmp_path):
     with pytest.raises(FileFormatError, match="rising"):
         kit.slim.load_delta(again, tmp_path)
     assert not trained(kit, again)
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        np.array([0, 2**31 - 1, -(2**31)], np.int32),  # the last difference wraps around to 1
+        np.array([0.5, 1.5], np.float32),
+        np.array([1, 1], np.int32),
+        np.array([-1, 2], np.int32),
+        np.array([2, 32], np.int32),
+    ],
+)
+def test_indices_that_are_no_places_are_refused(index):
+    with pytest.raises(FileFormatError, match="among 32 entries, each once, rising"):
+        refuse_index(index, 32, "index", "the file")
+    refuse_index(np.array([0, 31], np.int32), 32, "index", "the file")
+    refuse_index(np.zeros(0, np.int32), 32, "index", "the file")
 
 
 @settings(max_examples=40, deadline=None)

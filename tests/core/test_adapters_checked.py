@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from slimkit.cli import app
-from slimkit.core.ascend import check_adapter
+from slimkit.core.ascend import AdapterCheck, check_adapter
 from slimkit.core.ascend.adapters import RULES, SOURCES
 from slimkit.core.errors import ArgumentError, FileFormatError
 from tests.core.test_adapters_converted import BASE, LLAMA, adapter
@@ -46,6 +46,7 @@ def test_an_adapter_that_fits_has_no_errors(tmp_path):
 def test_each_rule_finds_what_it_is_for(tmp_path, made, options, wanted):
     folder = adapter(tmp_path / "a", LLAMA, **{"rank": 4, "dtype": np.float16, **made})
     assert wanted in rules(folder, **options)
+    assert {rule for _, rule in rules(folder, **options)} <= set(AdapterCheck.rules)
     assert wanted not in rules(
         adapter(tmp_path / "b", LLAMA, rank=4, dtype=np.float16), options.get("target", "vllm-ascend")
     )
@@ -72,6 +73,8 @@ def test_the_commands(tmp_path):
     folder = adapter(tmp_path / "a", LLAMA)
     files = tmp_path / "config.json"
     files.write_text(json.dumps(BASE))
+    gguf = tmp_path / "m.gguf"
+    gguf.write_bytes(b"GGUF")
     run = lambda *words: CliRunner().invoke(app, [str(w) for w in words])
     done = run("convert", folder, tmp_path / "ms", "--to", "mindformers", "--config", files)
     assert done.exit_code == 0, done.exception
@@ -90,3 +93,9 @@ def test_the_commands(tmp_path):
     assert json.loads(checked.stdout)["counts"]["error"] == 2
     assert "must be one of 'vllm-ascend'" in str(run("check", folder, "--target", "310P").exception)
     assert run("check", folder, "-t", "mindie-a2").exit_code == 0
+    words = ("check", folder, "-t", "vllm-ascend", "--config", files, "--tensor-parallel", 3, "--ignore")
+    assert run(*words, "tensor-parallel").exit_code == 0
+    assert "did you mean 'tensor-parallel'" in str(run(*words, "tensor-paralel").exception).lower()
+    assert "--shape go with an ONNX file" in str(run("check", folder, "--shape", "x:1").exception)
+    assert "go with an adapter's folder" in str(run("check", "m.onnx", "--config", files).exception)
+    assert "--config does not go with a .gguf" in str(run("convert", gguf, tmp_path / "x", "--config", files).exception)

@@ -167,7 +167,7 @@ def test_a_run_begun_before_an_option_came_goes_on(source, data, tmp_path, monke
 
     config = SparseConfig(method="hessian")
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "_copy_others", lambda *_: 1 / 0)
+        patch.setattr(checkpoint, "copy_others", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             checkpoint.sparsify_checkpoint(source("llama"), tmp_path / "out", config, data)
     (job,) = (tmp_path / "out").rglob("job.json")

@@ -7,16 +7,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from slimkit.core import check, files
-from slimkit.core.ascend.findings import SEVERITIES, Finding
+from slimkit.core.ascend.findings import Check, Finding, in_order
+from slimkit.core.checkpoint.openweights import base_config
 from slimkit.core.checkpoint.weightfile import Entry, Safetensors
+from slimkit.core.delta.peft import CONFIG, ROOT, TENSORS
 from slimkit.core.errors import FileFormatError
-from slimkit.core.showing import Shown
 
 FORMAT = "slimkit-adapter-check"
 VERSION = 1
-CONFIG = "adapter_config.json"
-TENSORS = "adapter_model.safetensors"
-_ROOT = "base_model.model."
 
 # Read on 1 December 2026.
 _VLLM = "https://github.com/vllm-project/vllm/blob"
@@ -41,7 +39,7 @@ _MINDIE_FAMILIES = ("llama", "qwen2", "qwen3")
 
 
 @dataclass(frozen=True, repr=False)
-class AdapterCheck(Shown):
+class AdapterCheck(Check):
     """What `check_adapter` found.
 
     Args:
@@ -52,27 +50,20 @@ class AdapterCheck(Shown):
         findings: errors first.
     """
 
+    rules = (
+        "feature", "scale", "rank", "dtype", "modules", "experts", "tensor-parallel", "name", "model", "quantised",
+    )  # fmt: skip
+
     folder: str
     target: str
     rank: int
     max_lora_rank: int | None
     findings: tuple[Finding, ...]
 
-    def of(self, severity: str) -> list[Finding]:
-        """The findings of one severity."""
-        check.choice(severity, SEVERITIES, "severity")
-        return [f for f in self.findings if f.severity == severity]
-
-    @property
-    def exit_code(self) -> int:
-        """0 without an error, 1 with one; what `slimkit check` ends with."""
-        return 1 if self.of("error") else 0
-
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, with a format and a version."""
-        counts = {severity: len(self.of(severity)) for severity in SEVERITIES}
         plain = {**vars(self), "findings": [asdict(f) for f in self.findings]}
-        return {"format": FORMAT, "version": VERSION, **plain, "exit_code": self.exit_code, "counts": counts}
+        return {"format": FORMAT, "version": VERSION, **plain, "exit_code": self.exit_code, "counts": self.counts()}
 
 
 @dataclass(frozen=True)
@@ -124,25 +115,14 @@ def check_adapter(
     with Safetensors(files.readable_file(folder / TENSORS, TENSORS)) as weights:
         entries = dict(weights.entries)
     ranks = {
-        name.removeprefix(_ROOT).partition(".lora_")[0]: entry.shape[0]
+        name.removeprefix(ROOT).partition(".lora_")[0]: entry.shape[0]
         for name, entry in entries.items()
         if ".lora_A" in name or ".lora_embedding_A" in name
     }
-    adapter = _Adapter(said, ranks, entries, _base(config), tensor_parallel, folder.resolve().name)
+    adapter = _Adapter(said, ranks, entries, base_config(config), tensor_parallel, folder.resolve().name)
     found = tuple(one for rule in RULES[target] for one in rule(adapter))
-    ordered = tuple(sorted(found, key=lambda one: SEVERITIES.index(one.severity)))
     told = next((n for n in KERNEL_RANKS if n >= adapter.rank), None) if target == "vllm-ascend" else None
-    return AdapterCheck(str(folder), target, adapter.rank, told, ordered)
-
-
-def _base(config: Any) -> Mapping[str, Any]:
-    if config is None or isinstance(config, Mapping):
-        return dict(config or {})
-    path = files.as_path(config, "config")
-    found = files.read_json(path / "config.json" if path.is_dir() else path, "config.json")
-    if not isinstance(found, dict):
-        raise FileFormatError(f"{path} is not a JSON object.")
-    return found
+    return AdapterCheck(str(folder), target, adapter.rank, told, in_order(found))
 
 
 def _features(a: _Adapter) -> Iterator[Finding]:
@@ -233,7 +213,7 @@ def _heads(a: _Adapter) -> Iterator[Finding]:
 
 def _mindie(a: _Adapter) -> Iterator[Finding]:
     url = SOURCES["mindie"]
-    odd = [n for n in a.entries if not (n.startswith(_ROOT) and n.endswith((".lora_A.weight", ".lora_B.weight")))]
+    odd = [n for n in a.entries if not (n.startswith(ROOT) and n.endswith((".lora_A.weight", ".lora_B.weight")))]
     if odd:
         yield Finding(
             "error", "modules", odd[0], f"{len(odd)} tensors that are no factors of linear layers; MindIE takes LoRA "

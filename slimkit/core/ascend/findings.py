@@ -1,10 +1,10 @@
-"""What a check of an ONNX file found, as plain values with an exit code."""
+"""What a check found, as plain values with an exit code."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 from slimkit.core import check
 from slimkit.core.ascend.padding import LayerWaste, totals
@@ -40,8 +40,32 @@ class Finding:
     source: str = ""
 
 
+class Check(Shown):
+    """What a check found, errors first; the kinds say what of."""
+
+    rules: ClassVar[tuple[str, ...]]  # what a finding can be of
+    findings: tuple[Finding, ...]
+
+    def of(self, severity: str) -> list[Finding]:
+        """The findings of one severity."""
+        check.choice(severity, SEVERITIES, "severity")
+        return [f for f in self.findings if f.severity == severity]
+
+    @property
+    def exit_code(self) -> int:
+        """0 without an error, 1 with one; what `slimkit check` ends with."""
+        return 1 if self.of("error") else 0
+
+    def counts(self) -> dict[str, int]:
+        """Severity -> how many findings."""
+        return {severity: len(self.of(severity)) for severity in SEVERITIES}
+
+
+_Kind = TypeVar("_Kind", bound=Check)
+
+
 @dataclass(frozen=True, repr=False)
-class OnnxCheck(Shown):
+class OnnxCheck(Check):
     """What `check_onnx` found.
 
     Args:
@@ -59,6 +83,8 @@ class OnnxCheck(Shown):
         sources: the documents behind the operator table.
     """
 
+    rules = RULES
+
     file: str
     target: str
     cann: str
@@ -72,20 +98,10 @@ class OnnxCheck(Shown):
     command_ready: bool
     sources: tuple[dict[str, str], ...]
 
-    def of(self, severity: str) -> list[Finding]:
-        """The findings of one severity."""
-        check.choice(severity, SEVERITIES, "severity")
-        return [f for f in self.findings if f.severity == severity]
-
     @property
     def waste(self) -> dict[str, Any]:
         """Padding summed over the layers."""
         return totals(self.layers)
-
-    @property
-    def exit_code(self) -> int:
-        """0 without an error, 1 with one; what `slimkit check` ends with."""
-        return 1 if self.of("error") else 0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, with a format and a version."""
@@ -99,7 +115,7 @@ class OnnxCheck(Shown):
             "soc_version": self.soc_version,
             "precision": self.precision,
             "exit_code": self.exit_code,
-            "counts": {severity: len(self.of(severity)) for severity in SEVERITIES},
+            "counts": self.counts(),
             "operators": dict(self.operators),
             "findings": [asdict(f) for f in self.findings],
             "waste": self.waste,
@@ -115,8 +131,9 @@ def in_order(findings: Sequence[Finding]) -> tuple[Finding, ...]:
     return tuple(sorted(findings, key=lambda f: SEVERITIES.index(f.severity)))
 
 
-def without(found: OnnxCheck, rules: Sequence[str]) -> OnnxCheck:
+def without(found: _Kind, rules: Sequence[str]) -> _Kind:
     """The same check without the findings of some rules; ArgumentError offers the nearest rule."""
     for rule in rules:
-        check.choice(rule, RULES, "a rule to ignore")
-    return replace(found, findings=tuple(f for f in found.findings if f.rule not in set(rules)))
+        check.choice(rule, found.rules, "a rule to ignore")
+    kept = tuple(f for f in found.findings if f.rule not in set(rules))
+    return replace(found, findings=kept)  # type: ignore[type-var]  # the kinds are dataclasses

@@ -121,6 +121,25 @@ def source_config(path: files.PathLike) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
+def base_config(config: Mapping[str, Any] | files.PathLike | None, name: str = "config") -> dict[str, Any]:
+    """What is known of a base: a mapping, a Hugging Face folder or its config.json, or nothing.
+
+    Args:
+        config: one of these.
+        name: the argument's name, for the message.
+
+    Raises:
+        FileFormatError: the file is missing, damaged, or no JSON object.
+    """
+    if config is None or isinstance(config, Mapping):
+        return dict(config or {})
+    path = files.as_path(config, name)
+    found = files.read_json(path / "config.json" if path.is_dir() else path, "config.json")
+    if not isinstance(found, dict):
+        raise FileFormatError(f"{path} is not a JSON object.")
+    return found
+
+
 def shard_names(table: Mapping[str, str]) -> list[str]:
     """The files of a weight map, each once, in order."""
     return list(dict.fromkeys(table.values()))

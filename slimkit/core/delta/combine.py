@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from slimkit.core import check
-from slimkit.core.delta import inject, owned
+from slimkit.core.delta import filling, inject, owned
 from slimkit.core.delta import spec as rules
 from slimkit.core.delta.framework import DeltaStorage
 from slimkit.core.delta.merges import MAJORITIES, METHODS, combined
 from slimkit.core.delta.spec import DeltaReport, LoraSpec, key
-from slimkit.core.delta.tensors import wide
+from slimkit.core.delta.tensors import drawing, wide
 from slimkit.core.errors import ArgumentError, UnsupportedError
 from slimkit.core.log import logger
 
@@ -64,18 +63,11 @@ def combine(
     made: dict[str, tuple[LoraSpec, Array, Array]] = {}
     for path, layer in chosen.items():
         here = {n: w for n, w in weights.items() if n in layer.delta_specs}
-        rng = np.random.default_rng([seed, zlib.crc32(path.encode())])
+        rng = drawing(seed, path)
         made[path] = _one(access, path, layer, here, method, rank, 1.0 if density is None else density, majority, rng)
     specs = {path: spec for path, (spec, _, _) in made.items()}
-    report = inject.apply_layers(access, model, "lora", None, name=name, freeze=False, specs=specs)
-    for path, layer in access.layers(model).items():
-        if path in made:
-            tensors = layer.delta_tensors(name)
-            for part, value in zip("ab", made[path][1:]):
-                tensor = tensors[key("lora", part, name)]
-                access.take_dtype(tensor, value)
-                access.fill(tensor, value)
-                tensor.requires_grad = False
+    parts = {path: {"a": a, "b": b} for path, (_, a, b) in made.items()}
+    report = filling.put_made(access, model, name, specs, parts, freeze=False)
     inject.activate(access, model, name)
     stopped = ", ".join(map(repr, acting))
     notes: tuple[str, ...] = (

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,8 @@ from slimkit.core.delta import filling, inject, rest
 from slimkit.core.delta import spec as rules
 from slimkit.core.delta.base import BaseValue
 from slimkit.core.delta.framework import DeltaStorage
-from slimkit.core.delta.spec import DeltaReport, LoraSpec, Site, key
-from slimkit.core.delta.tensors import bits, wide
+from slimkit.core.delta.spec import DeltaReport, LoraSpec, Site
+from slimkit.core.delta.tensors import bits, drawing, wide
 from slimkit.core.errors import ArgumentError, PatternError, PlanError
 from slimkit.core.lazy import imported
 from slimkit.core.log import logger
@@ -74,9 +73,15 @@ def compress(
             "bytes_ratio", "more than 1/16 for kind='bits', which takes one bit of bfloat16's 16", bytes_ratio
         )
     access.at_rest(model)
-    with _base_alone(access, model), _tuned(access, tuned) as (after, known):
+    # The base's own values, whatever deltas are on it.
+    alone = inject.disabled(access, model) if access.layers(model) else contextlib.nullcontext()
+    with alone, _tuned(access, tuned) as (read, shapes):
         sites, every = access.sites(model), {n: t for n, t in access.neutral(model).items() if rules.PREFIX not in n}
-        _refuse_strange(every, known, after)
+        names = _names(every, shapes)
+
+        def after(name: str) -> Array:
+            return read(names[name])
+
         if exclude is not None:
             kept = match(
                 sites, check.strings([exclude] if isinstance(exclude, str) else exclude, "exclude"), whole_modules=True
@@ -86,14 +91,18 @@ def compress(
                     f"exclude must name modules. Matched none: {check.nears(kept.unmatched, list(sites))}"
                 )
             sites = {path: site for path, site in sites.items() if path not in kept.names}
-        made = _layers(access, model, sites, every, after, known, kind, bytes_ratio, rank, seed)
+        made = _layers(access, sites, every, after, kind, bytes_ratio, rank, seed)
         weights = {f"{path}.weight" for path in made}
-        values = _whole(access, every, after, known, weights)
+        values = _whole(access, every, after, weights)
     if not made and not values:
         raise ArgumentError("tuned must differ from the base; every value is the same.")
     places = base_values.place(every, {n: BaseValue(v, trains=False, owner=name) for n, v in values.items()}, "tuned")
-    specs = {path: small.spec for path, small in made.items()}
-    report = _put(access, model, name, specs, made)
+    if not made:
+        raise ArgumentError(
+            "no layer differs that a delta goes on; save_delta after training those tensors alone does."
+        )
+    specs, parts = {p: small.spec for p, small in made.items()}, {p: small.parts for p, small in made.items()}
+    report = filling.put_made(access, model, name, specs, parts, freeze=True)
     notes = filling.fill_base(access, model, places, [{"name": name}], freeze=True)
     inject.activate(access, model, name)
     total = sum(small.nbytes for small in made.values()) + sum(v.nbytes for v in values.values())
@@ -109,59 +118,58 @@ def compress(
 
 
 @contextlib.contextmanager
-def _base_alone(access: DeltaStorage, model: Any) -> Any:
-    """The base's own values, whatever deltas are on it."""
-    with inject.disabled(access, model) if access.layers(model) else contextlib.nullcontext():
-        yield
-
-
-@contextlib.contextmanager
-def _tuned(access: DeltaStorage, tuned: Any) -> Any:
-    """The tuned values by torch's names, and which names there are: of a model, a mapping, or files."""
+def _tuned(access: DeltaStorage, tuned: Any) -> Iterator[tuple[Values, dict[str, tuple[int, ...]]]]:
+    """The tuned values by torch's names, and their shapes: of a model, a mapping, or files."""
     if isinstance(tuned, (str, Path)):
         with open_weights(tuned, lambda path: TorchFile(path, imported("torch")), "tuned") as weights:
-            yield weights.read, set(weights.entries)
+            yield weights.read, {n: entry.shape for n, entry in weights.entries.items()}
         return
-    if isinstance(tuned, Mapping):
-        yield lambda n: np.asarray(tuned[n]) if isinstance(tuned[n], np.ndarray) else access.value(tuned[n]), set(tuned)
-        return
-    if access.layers(tuned):
-        raise ArgumentError("tuned must be a plain model; merge_delta(tuned, unload=True) puts its deltas into it.")
-    access.at_rest(tuned)
-    held = access.neutral(tuned)
-    yield lambda n: access.value(held[n]), set(held)
+    held: Mapping[str, Any] = tuned
+    if not isinstance(tuned, Mapping):
+        if access.layers(tuned):
+            raise ArgumentError("tuned must be a plain model; merge_delta(tuned, unload=True) puts its deltas into it.")
+        access.at_rest(tuned)
+        held = access.neutral(tuned)
+    yield (
+        lambda n: held[n] if isinstance(held[n], np.ndarray) else access.value(held[n]),
+        {n: tuple(value.shape) for n, value in held.items()},
+    )
 
 
-def _refuse_strange(every: Mapping[str, Any], known: set[str], after: Values) -> None:
-    """Refuse a tuned model with other tensors than the base has; a tied one may stand under one of its names."""
+def _names(every: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+    """What the tuned model calls each tensor of the base; a tied one may stand under one of its names there.
+
+    Raises:
+        PlanError: it lacks a tensor, or has one of another shape.
+    """
     groups = base_values.common(every)
-    missing = [group[0] for group in groups if not known & set(group)]
+    missing = [group[0] for group in groups if not any(n in shapes for n in group)]
     if missing:
         raise PlanError(
             f"tuned lacks {len(missing)} tensors of the base, {missing[0]!r} among them"
-            f"{check.near(missing[0], sorted(known))}."
+            f"{check.near(missing[0], sorted(shapes))}."
         )
+    found: dict[str, str] = {}
     for group in groups:
-        name = next(n for n in group if n in known)
-        have, wanted = tuple(after(name).shape), tuple(every[name].shape)
-        if have != wanted:
-            raise PlanError(f"{name} has shape {wanted} in the base and {have} in tuned.")
+        name = next(n for n in group if n in shapes)
+        wanted = tuple(every[name].shape)
+        if shapes[name] != wanted:
+            raise PlanError(f"{name} has shape {wanted} in the base and {shapes[name]} in tuned.")
+        found |= dict.fromkeys(group, name)
+    return found
 
 
 def _layers(
     access: DeltaStorage,
-    model: Any,
     sites: Mapping[str, Site],
     every: Mapping[str, Any],
     after: Values,
-    known: set[str],
     kind: str,
     bytes_ratio: float,
     rank: int | None,
     seed: int,
 ) -> dict[str, _Small]:
     """Path -> small delta, of every layer that differs and has one."""
-    names = {id(every[group[0]]): next(n for n in group if n in known) for group in base_values.common(every)}
     found: dict[str, _Small] = {}
     done: dict[int, _Small] = {}
     for path, site in sites.items():
@@ -170,12 +178,12 @@ def _layers(
             continue
         if id(tensor) not in done:
             before = access.value(tensor)
-            change = wide(after(names[id(tensor)])).astype(np.float32) - wide(before).astype(np.float32)
+            change = wide(after(f"{path}.weight")).astype(np.float32) - wide(before).astype(np.float32)
             if not np.isfinite(change).all():
                 raise ArgumentError(f"{path}: the difference between tuned and base is not finite.")
             if not change.any():
                 continue
-            rng = np.random.default_rng([seed, zlib.crc32(path.encode())])
+            rng = drawing(seed, path)
             small = _small(change, site.kind, kind, bytes_ratio, rank, rng)
             if small.nbytes >= change.size * 2:
                 continue  # it travels whole
@@ -226,36 +234,14 @@ def _product(factors: tuple[Array, Array], *, turned: bool) -> Array:
     return found
 
 
-def _whole(
-    access: DeltaStorage, every: Mapping[str, Any], after: Values, known: set[str], weights: set[str]
-) -> dict[str, Array]:
+def _whole(access: DeltaStorage, every: Mapping[str, Any], after: Values, weights: set[str]) -> dict[str, Array]:
     """What differs and has no small delta, by its first name."""
     found = {}
     for group in base_values.common(every):
         if weights & set(group):
             continue
         before = access.value(every[group[0]])
-        value = after(next(n for n in group if n in known))
+        value = after(group[0])
         if not np.array_equal(bits(before), bits(value)) and not np.array_equal(wide(before), wide(value)):
             found[group[0]] = np.asarray(value, order="C")
     return found
-
-
-def _put(
-    access: DeltaStorage, model: Any, name: str, specs: Mapping[str, LoraSpec], made: Mapping[str, _Small]
-) -> DeltaReport:
-    if not specs:
-        raise ArgumentError(
-            "no layer differs that a delta goes on; save_delta after training those tensors alone does."
-        )
-    report = inject.apply_layers(access, model, "lora", None, name=name, specs=dict(specs))
-    for path, layer in access.layers(model).items():
-        if path in made:
-            tensors = layer.delta_tensors(name)
-            for part, value in made[path].parts.items():
-                tensor = tensors[key("lora", part, name)]
-                access.take_dtype(tensor, value)
-                access.fill(tensor, value)
-                if part in ("a", "b"):
-                    tensor.requires_grad = False
-    return report

@@ -14,11 +14,42 @@ from slimkit.core.delta.base import HELD, BaseValue, Placement
 from slimkit.core.delta.bundle import compare_keys, compare_shapes
 from slimkit.core.delta.framework import DeltaStorage
 from slimkit.core.delta.layered import SPECS, spec_of_record
-from slimkit.core.delta.spec import KINDS, PREFIX, DeltaReport
+from slimkit.core.delta.spec import KINDS, PREFIX, DeltaReport, LoraSpec, key
 from slimkit.core.errors import ArgumentError
 from slimkit.core.freeze import report_of
 
 Array = np.ndarray[Any, Any]
+
+
+def put_made(
+    access: DeltaStorage,
+    model: Any,
+    name: str,
+    specs: Mapping[str, LoraSpec],
+    parts: Mapping[str, Mapping[str, Array]],
+    *,
+    freeze: bool,
+) -> DeltaReport:
+    """Put a LoRA whose values are known on a model, in place, in their own types; it does not train.
+
+    Args:
+        access: the wing.
+        model: the model.
+        name: of the delta.
+        specs: path -> LoRA.
+        parts: path -> part ("a", "b", those of a rest) -> array.
+        freeze: whether the base stands still under it.
+    """
+    report = inject.apply_layers(access, model, "lora", None, name=name, freeze=freeze, specs=specs)
+    for path, layer in access.layers(model).items():
+        tensors = layer.delta_tensors(name) if path in parts else {}
+        for part, value in parts.get(path, {}).items():
+            tensor = tensors[key("lora", part, name)]
+            access.take_dtype(tensor, value)
+            access.fill(tensor, value)
+            if part in ("a", "b"):
+                tensor.requires_grad = False
+    return report
 
 
 def check_paths(access: DeltaStorage, model: Any, paths: Iterable[str], where: str) -> None:

@@ -256,3 +256,21 @@ class OneAdapter(DeltaFace):
     def drop_delta(self, name: str) -> None:
         """Take the delta off, in place."""
         self.take_off_deltas()
+
+
+class OneMerging(OneAdapter, MergingFace):
+    """The book-keeping of a layer with one delta that can be merged into its weight."""
+
+    def carry_delta(self, options: dict[str, Any], name: str = DEFAULT_NAME) -> None:
+        """Note the delta's name and options; it acts."""
+        super().carry_delta(options, name)
+        self.start_merging()
+
+    def refresh(self) -> None:
+        """Act, unless the delta is in the weight."""
+        self.delta_acts = not self.delta_is_merged and any(self.active_deltas.values())
+
+    def set_active_deltas(self, weights: dict[str, float]) -> None:
+        """Let the delta act if it is among these, in place."""
+        super().set_active_deltas(weights)
+        self.refresh()

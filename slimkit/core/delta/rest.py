@@ -106,6 +106,12 @@ def nearest(matrix: Array, rank: int, rng: np.random.Generator) -> tuple[Array, 
 
 
 def refuse_index(index: Array, size: int, name: str, where: str) -> None:
-    """Refuse a file's indices that are no places among `size`, each once and rising."""
-    if index.size and (index[0] < 0 or index[-1] >= size or not (np.diff(index.astype(np.int64)) > 0).all()):
+    """Refuse a file's indices that are no places among `size`, each once and rising.
+
+    Raises:
+        FileFormatError: they are not whole numbers, out of range, or one comes twice.
+    """
+    # Wide, so that no difference wraps around; then the first and the last are the bounds of all.
+    places = index.astype(np.int64) if index.dtype.kind == "i" else None
+    if places is None or (places.size and (places[0] < 0 or places[-1] >= size or not (np.diff(places) > 0).all())):
         raise FileFormatError(f"{where}: {name} must name places among {size} entries, each once, rising.")

@@ -16,7 +16,7 @@ import numpy as np
 
 from slimkit.core import check
 from slimkit.core.delta.spec import Site
-from slimkit.core.errors import ArgumentError, FileFormatError, UnsupportedError
+from slimkit.core.errors import ArgumentError, UnsupportedError
 
 Array = np.ndarray[Any, Any]
 
@@ -121,16 +121,3 @@ def weight_change(values: Array, index: Array, shape: tuple[int, ...]) -> Array:
     found = np.zeros(int(np.prod(shape)), values.dtype)
     found[index] = values
     return found.reshape(shape)
-
-
-def refuse_index(parts: Mapping[str, Array], shape: tuple[int, ...], where: str) -> None:
-    """Refuse a file's indices that are no places of a weight of that shape, in rising order.
-
-    Raises:
-        FileFormatError: they are not whole numbers, out of range, or one comes twice.
-    """
-    index = parts[INDEX]
-    size = int(np.prod(shape))
-    whole = index.dtype.kind == "i"
-    if not whole or (index.size and (index[0] < 0 or index[-1] >= size or not (np.diff(index) > 0).all())):
-        raise FileFormatError(f"{where}: {INDEX} must name places of a weight of shape {shape}, each once, rising.")

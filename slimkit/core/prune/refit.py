@@ -126,6 +126,23 @@ def repair(models: Repair, layers: Sequence[str], plan: PrunePlan, damping: floa
     return report
 
 
+def parted(layers: Sequence[str], blocks: Sequence[str]) -> tuple[list[str], list[list[str]], list[str]]:
+    """Layers before the first block, those in each block, and those behind the last that has any.
+
+    Args:
+        layers: paths in the order they run; one between two blocks and in none is left out.
+        blocks: the blocks' paths.
+
+    Example:
+        >>> parted(["stem", "h.0.up", "h.1.up", "head"], ["h.0", "h.1"])
+        (['stem'], [['h.0.up'], ['h.1.up']], ['head'])
+    """
+    inside = [[path for path in layers if path.startswith(block + ".")] for block in blocks]
+    places = [k for k, path in enumerate(layers) if any(path in own for own in inside)]
+    first, last = (places[0], places[-1]) if places else (len(layers), len(layers))
+    return list(layers[:first]), inside, list(layers[last + 1 :])
+
+
 class _Filled:
     """The part of a layer that is no padding: zeros that a padded plan leaves are not refitted.
 

@@ -95,24 +95,26 @@ class CallOrder:
     @property
     def feeds(self) -> list[tuple[str, ...]]:
         """Layers in the order of their first call; those that always share one input together."""
-        shared: dict[tuple[str, ...], list[str]] = {}
-        for name, steps in self._steps.items():
-            shared.setdefault((name if name in self._alone else "", *steps), []).append(name)
-        return [tuple(names) for names in shared.values()]
+        return [tuple(names) for names in self._sharing(self._steps)]
 
     def feeds_by_batch(self) -> list[list[tuple[str, ...]]]:
         """The feeds as each batch alone shows them."""
+        batches: list[dict[str, list[str]]] = [{} for _ in self._order]
+        for name, steps in self._steps.items():
+            for step in steps:
+                batches[int(step.partition(":")[0]) - 1].setdefault(name, []).append(step)
         found: list[list[tuple[str, ...]]] = []
-        for number in range(1, len(self._order) + 1):
-            shared: dict[tuple[str, ...], list[str]] = {}
-            for name, steps in self._steps.items():
-                mine = tuple(step for step in steps if step.startswith(f"{number}:"))
-                if mine:
-                    shared.setdefault((name if name in self._alone else "", *mine), []).append(name)
-            order = self._order[number - 1]
-            groups = [sorted(names, key=order.__getitem__) for names in shared.values()]
+        for steps_of, order in zip(batches, self._order):
+            groups = [sorted(names, key=order.__getitem__) for names in self._sharing(steps_of)]
             found.append([tuple(names) for names in sorted(groups, key=lambda names: order[names[0]])])
         return found
+
+    def _sharing(self, steps: Mapping[str, Sequence[str]]) -> list[list[str]]:
+        """Layers that have the same steps together."""
+        shared: dict[tuple[str, ...], list[str]] = {}
+        for name, own in steps.items():
+            shared.setdefault((name if name in self._alone else "", *own), []).append(name)
+        return list(shared.values())
 
     @property
     def reached(self) -> dict[str, float]:

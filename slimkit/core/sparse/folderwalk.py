@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -74,49 +73,6 @@ def sparsify_folder(
     told = host.gather(job)
     if any(other != told[0] for other in told):
         raise UnsupportedError("all processes must be given the same model, data, configuration and threads.")
-    quiet = logger.disabled
-    with contextlib.ExitStack() as held:
-        try:
-            logger.disabled = quiet or host.rank() > 0
-            first(host, lambda: _claim(held, target))
-            shown = on_progress if host.rank() == 0 else _unseen
-            return _walk(host, cfg, data, target, weights, job, copy, rewrite, shown)
-        finally:
-            logger.disabled = quiet
-
-
-def _unseen(_step: Progress) -> None:
-    """The progress of a process that does not speak."""
-
-
-def _claim(held: contextlib.ExitStack, target: Path) -> None:
-    """Make sure that the folder is free, and lock it."""
-    state = target / STATE
-    # A run killed in its first moments leaves its state folder and nothing else.
-    if target.exists() and any(f.name != STATE for f in target.iterdir()) and not (state / "job.json").exists():
-        check.wrong_value("dst", "absent, empty, or an unfinished run", str(target))
-    held.enter_context(locked(state, "dst", inside=True))
-
-
-def _digests(host: SparseFramework, weights: Sequence[Path]) -> dict[str, str]:
-    """The digest of each file, which one process reads."""
-    n, rank = host.processes(), host.rank()
-    every = host.gather([files.digest_file(file) for file in weights[rank::n]])
-    return {file.name: every[i % n][i // n] for i, file in enumerate(weights)}
-
-
-def _walk(
-    host: FolderHost,
-    cfg: SparseConfig,
-    data: Sequence[Any],
-    target: Path,
-    weights: Sequence[Path],
-    job: Mapping[str, Any],
-    copy: Callable[[Path], None],
-    rewrite: Callable[[Path, Path], None],
-    on_progress: Callable[[Progress], None] | None,
-) -> Report:
-    """Begin a job in `target`, or go on with it; process 0 holds its lock."""
     state, finished = target / STATE, target / STATE / "finished"
 
     def begin() -> Any:
@@ -139,9 +95,59 @@ def _walk(
         files.commit(finished, target)
         tidy(state)
 
-    report = first(host, begin)
-    if report is not None:
-        return Report("sparsity", report)
+    with _claimed(host, target):
+        report = first(host, begin)
+        if report is None:
+            report = _walk(host, cfg, data, state, on_progress if host.rank() == 0 else _unseen)
+            first(host, prepare)
+            for file in weights[host.rank() :: host.processes()]:
+                rewrite(file, finished / file.name)
+            host.gather(None)  # all are written
+            first(host, commit)
+    return Report("sparsity", report)
+
+
+def _unseen(_step: Progress) -> None:
+    """The progress of a process that does not speak."""
+
+
+@contextlib.contextmanager
+def _claimed(host: FolderHost, target: Path) -> Iterator[None]:
+    """Process 0 holds the folder's lock, and it alone speaks, while the context is open."""
+    quiet = logger.disabled
+    with contextlib.ExitStack() as held:
+        try:
+            logger.disabled = quiet or host.rank() > 0
+            first(host, lambda: _claim(held, target))
+            yield
+        finally:
+            logger.disabled = quiet
+
+
+def _claim(held: contextlib.ExitStack, target: Path) -> None:
+    """Make sure that the folder is free, and lock it."""
+    state = target / STATE
+    # A run killed in its first moments leaves its state folder and nothing else.
+    if target.exists() and any(f.name != STATE for f in target.iterdir()) and not (state / "job.json").exists():
+        check.wrong_value("dst", "absent, empty, or an unfinished run", str(target))
+    held.enter_context(locked(state, "dst", inside=True))
+
+
+def _digests(host: SparseFramework, weights: Sequence[Path]) -> dict[str, str]:
+    """The digest of each file, which one process reads."""
+    n, rank = host.processes(), host.rank()
+    every = host.gather([files.digest_file(file) for file in weights[rank::n]])
+    return {file.name: every[i % n][i // n] for i, file in enumerate(weights)}
+
+
+def _walk(
+    host: FolderHost,
+    cfg: SparseConfig,
+    data: Sequence[Any],
+    state: Path,
+    on_progress: Callable[[Progress], None] | None,
+) -> dict[str, Any]:
+    """The report of a walk that begins, or goes on."""
     try:
         report, _ = compress(host, cfg, data, on_progress, _logging(host, state, cfg, data))
     except BaseException as error:
@@ -150,13 +156,7 @@ def _walk(
         raise
     for row in report["layers"].values():
         row.pop("seconds", None)  # the same job writes the same bytes
-    report = {k: v for k, v in report.items() if k != "seconds"}
-    first(host, prepare)
-    for file in weights[host.rank() :: host.processes()]:
-        rewrite(file, finished / file.name)
-    host.gather(None)  # all are written
-    first(host, commit)
-    return Report("sparsity", report)
+    return {k: v for k, v in report.items() if k != "seconds"}
 
 
 def _logging(
@@ -174,40 +174,6 @@ def _logging(
         log.note("layer", **where, seconds=round(step.seconds, 3), seconds_left=round(step.seconds_left, 1))
 
     return layer
-
-
-def digest(data: Sequence[Any], bytes_of: Callable[[Any], tuple[str, bytes] | None]) -> str:
-    """What tells batches from others.
-
-    Args:
-        data: the batches.
-        bytes_of: a tensor's type and shape, and its bytes; None for anything else.
-
-    Example:
-        >>> digest([{"x": 1}], lambda _: None) == digest([{"x": 1}], lambda _: None)
-        True
-    """
-    made = hashlib.sha256()
-
-    def feed(value: Any) -> None:
-        found = bytes_of(value)
-        if found is not None:
-            made.update(found[0].encode())
-            made.update(found[1])
-        elif isinstance(value, dict) or hasattr(value, "items"):
-            for key, item in value.items():
-                made.update(str(key).encode())
-                feed(item)
-        elif isinstance(value, (tuple, list)):
-            for item in value:
-                feed(item)
-        else:
-            made.update(repr(value).encode())
-
-    for batch in data:
-        feed(batch)
-        made.update(b"|")
-    return made.hexdigest()
 
 
 def copy_others(source: Path, target: Path, weights: Sequence[Path]) -> None:

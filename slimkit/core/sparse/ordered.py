@@ -10,6 +10,7 @@ round is a whole product, and what it gets is its part of everybody's.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 from typing import Any
 
 from slimkit.core.sparse.framework import SparseFramework
@@ -71,11 +72,10 @@ class OrderedSums:
         """Add the calls of one layer by all processes, each to its own part of the total."""
         parts: list[list[dict[str, Array]]] = [[{} for _ in found] for found in facts]
         for field in SUMS:
-            size = self._size(moments, field)
             has = [[i for i, call in enumerate(found) if field in call["has"]] for found in facts]
             if not any(has):
                 continue
-            bounds = self._bounds(size)
+            bounds = self._bounds(moments, field)
             mine = [getattr(calls[i], field).reshape(-1) for i in has[self._rank]]
             if len(mine) == 1:
                 sent = mine[0]  # its parts lie in the order of the processes already
@@ -102,25 +102,17 @@ class OrderedSums:
             part = getattr(moments, field)
             if part is None:
                 continue
-            bounds = self._bounds(self._size(moments, field))
+            bounds = self._bounds(moments, field)
             widths = [bounds[r + 1] - bounds[r] for r in range(self._n)]
             sent = namespace(part).concat([part] * self._n)
             setattr(moments, field, None)
             whole = self._host.swap(sent, [widths[self._rank]] * self._n, widths)
-            setattr(moments, field, whole.reshape(self._shape(moments, field)))
+            setattr(moments, field, whole.reshape(moments.shape(field)))
 
-    def _bounds(self, size: int) -> list[int]:
+    def _bounds(self, moments: Moments, field: str) -> list[int]:
+        """Where each process's part of a flat sum begins and ends."""
+        size = prod(moments.shape(field))
         return [size * r // self._n for r in range(self._n + 1)]
-
-    def _size(self, moments: Moments, field: str) -> int:
-        size = 1
-        for n in self._shape(moments, field):
-            size *= n
-        return size
-
-    @staticmethod
-    def _shape(moments: Moments, field: str) -> tuple[int, ...]:
-        return moments.shape(field)
 
     def _weight(self, moments: Moments) -> Array:
         return self._host.weight(moments.layer.name)

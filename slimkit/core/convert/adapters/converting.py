@@ -12,11 +12,13 @@ from typing import Any
 import numpy as np
 
 from slimkit.core import check, files
+from slimkit.core.checkpoint.openweights import base_config
 from slimkit.core.convert.adapters import factors as f
 from slimkit.core.convert.adapters import files as stored_files
 from slimkit.core.convert.adapters.factors import Factors, Held
 from slimkit.core.convert.adapters.files import FORMAT, LAYOUTS, VERSION, Stored
 from slimkit.core.convert.adapters.names import BY_INPUT, Slot, path_of, slot_of, whole_of, wholes
+from slimkit.core.delta import peft
 from slimkit.core.delta.peft_held import pattern_value
 from slimkit.core.errors import ArgumentError, FileFormatError, PlanError, UnsupportedError
 from slimkit.core.showing import Shown
@@ -140,25 +142,15 @@ def convert_adapter(
             f"{' ...' if len(source.left) > 3 else ''})"
             + ("." if source.layout == "peft" else "; strict=False leaves them behind.")
         )
-    plain, notes = _plain(source, _settings(config), alpha)
-    result, more = _laid_out(plain, to, source, _settings(config), tensor_parallel, fused=bool(fused))
+    settings = base_config(config)
+    plain, notes = _plain(source, settings, alpha)
+    result, more = _laid_out(plain, to, source, settings, tensor_parallel, fused=bool(fused))
     written = stored_files.write(folder, result)
     said = result.record or {"rank": plain.config["r"], "alpha": plain.config["lora_alpha"]}
     return AdapterReport(
         source.layout, to, len(result.shards[0]), said["rank"], said["alpha"], len(result.shards), (*notes, *more),
         source.left, written, str(folder),
     )  # fmt: skip
-
-
-def _settings(config: Any) -> dict[str, Any]:
-    """What is known of the base: a dict, a Hugging Face folder, or nothing."""
-    if config is None or isinstance(config, Mapping):
-        return dict(config or {})
-    path = files.as_path(config, "config")
-    found = files.read_json(path / "config.json" if path.is_dir() else path, "config.json")
-    if not isinstance(found, dict):
-        raise FileFormatError(f"{path} is not a JSON object.")
-    return found
 
 
 def _heads(settings: Mapping[str, Any], record: Mapping[str, Any] | None) -> tuple[int, int]:
@@ -382,6 +374,6 @@ def is_adapter(path: Path) -> bool:
     """Whether a folder holds an adapter of one of these layouts rather than a model, by the names of its files."""
     if not path.is_dir():
         return False
-    if (path / stored_files.PEFT_CONFIG).exists() or (path / stored_files.RECORD).exists():
+    if peft.is_adapter(path) or (path / stored_files.RECORD).exists():
         return True
     return any(path.glob("mp_rank_*")) or any(path.glob("iter_*/mp_rank_*"))

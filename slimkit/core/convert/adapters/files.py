@@ -18,6 +18,7 @@ from slimkit.core.checkpoint.openweights import open_weights
 from slimkit.core.checkpoint.saving import Items
 from slimkit.core.checkpoint.torchfile import TorchFile, restored
 from slimkit.core.checkpoint.weightfile import Entry, Weights
+from slimkit.core.delta import peft
 from slimkit.core.errors import FileFormatError, UnsupportedError
 from slimkit.core.lazy import imported
 
@@ -27,8 +28,6 @@ RECORD = "slimkit_adapter.json"
 FORMAT = "slimkit-adapter"
 VERSION = 1
 LAYOUTS = ("peft", "mindformers", "megatron")
-PEFT_CONFIG = "adapter_config.json"
-PEFT_TENSORS = "adapter_model.safetensors"
 MINDFORMERS_TENSORS = "adapter_model.ckpt"
 MEGATRON_TENSORS = "model_optim_rng.pt"
 ITERATION = "iter_0000001"
@@ -38,9 +37,8 @@ SUFFIXES = {
     "mindformers": (".mindpet_delta_lora_a", ".mindpet_delta_lora_b"),
     "megatron": (".lora_A.default.weight", ".lora_B.default.weight"),
 }
-_PEFT_ROOT = "base_model.model."
 # Words around a model that training leaves in its names.
-_ROOTS = ("base_model.model.", "module.", "base_model.")
+_ROOTS = (peft.ROOT, "module.", "base_model.")
 
 
 @dataclass
@@ -75,14 +73,14 @@ def layout_of(folder: Path) -> str:
     Raises:
         FileFormatError: none that slimkit knows.
     """
-    if (folder / PEFT_CONFIG).exists() and not (folder / RECORD).exists():
+    if peft.is_adapter(folder) and not (folder / RECORD).exists():
         return "peft"
     if shard_files(folder):
         return "megatron"
     if _mindformers_file(folder) is not None:
         return "mindformers"
     raise FileFormatError(
-        f"{folder} holds no adapter: neither {PEFT_CONFIG} nor mp_rank_00/{MEGATRON_TENSORS} nor a .ckpt or "
+        f"{folder} holds no adapter: neither {peft.CONFIG} nor mp_rank_00/{MEGATRON_TENSORS} nor a .ckpt or "
         f".safetensors file{files.meant(folder)}"
     )
 
@@ -130,10 +128,10 @@ def read(path: files.PathLike) -> Stored:
         raise FileFormatError(f"{place / RECORD} speaks of {record['layout']}, the files are {layout}'s.")
     config = None
     if layout == "peft":
-        config = files.read_json(place / PEFT_CONFIG, PEFT_CONFIG)
+        config = files.read_json(place / peft.CONFIG, peft.CONFIG)
         if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-            raise UnsupportedError(f"{place / PEFT_CONFIG} must be of a LoRA.")
-        sources = [place / PEFT_TENSORS]
+            raise UnsupportedError(f"{place / peft.CONFIG} must be of a LoRA.")
+        sources = [place / peft.TENSORS]
     elif layout == "megatron":
         sources = shard_files(place)
     else:
@@ -173,7 +171,7 @@ def _factors(weights: Weights, layout: str) -> tuple[dict[str, tuple[Array, Arra
             rest.append(full)
             continue
         name = full.removesuffix(SUFFIXES[layout][half])
-        for root in _ROOTS if layout == "megatron" else (_PEFT_ROOT,) if layout == "peft" else ():
+        for root in _ROOTS if layout == "megatron" else (peft.ROOT,) if layout == "peft" else ():
             name = name.removeprefix(root)
         if len(weights.entries[full].shape) != 2:
             raise UnsupportedError(f"{weights.path}: {full} is no matrix; slimkit converts LoRAs of linear layers.")
@@ -214,7 +212,7 @@ def write(folder: Path, stored: Stored) -> list[str]:
         The files, by their paths in the folder.
     """
     low, high = SUFFIXES[stored.layout]
-    root = _PEFT_ROOT if stored.layout == "peft" else ""
+    root = peft.ROOT if stored.layout == "peft" else ""
     named = [
         {
             f"{root}{name}{suffix}": array
@@ -238,12 +236,12 @@ def write(folder: Path, stored: Stored) -> list[str]:
                 handle.write("1")
             made.append("latest_checkpointed_iteration.txt")
         else:
-            name = PEFT_TENSORS if stored.layout == "peft" else MINDFORMERS_TENSORS
+            name = peft.TENSORS if stored.layout == "peft" else MINDFORMERS_TENSORS
             saving.write_items(
                 new / name, _items(named[0], stored.dtype), with_manifest=False, metadata={"format": "pt"}
             )
             made.append(name)
-        for name, value in ((PEFT_CONFIG, stored.config), (RECORD, stored.record)):
+        for name, value in ((peft.CONFIG, stored.config), (RECORD, stored.record)):
             if value is not None:
                 files.write_json(new / name, value)
                 made.append(name)

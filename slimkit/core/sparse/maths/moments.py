@@ -224,9 +224,7 @@ def _shares(rows: Array) -> Array:
     if not some.shape[0] or not bool(xp.isfinite(some[-1])):
         return xp.ones_like(lengths)  # what is not finite is refused elsewhere
     longest = LONGEST * some[some.shape[0] // 2]
-    return xp.where(
-        lengths > longest, longest / xp.where(lengths > 0, lengths, xp.ones_like(lengths)), xp.ones_like(lengths)
-    )
+    return longest / xp.maximum(lengths, longest)
 
 
 def _zeros(rows: Array, n: int | None = None) -> Array:
