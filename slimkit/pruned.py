@@ -119,26 +119,27 @@ def load_pruned(directory: PathLike, model: nn.Module) -> nn.Module:
     given, model = model, bridge.uncompiled(bridge.check_model(model))
     own = model.state_dict()
     state = _read(folder, desc, own)
-    made = desc.get("made", {})
-    steps = [step.get("rotated", {}) for step in made.get("steps", [made])]
-    share_again = turn(model, (), {p: t for step in steps for p, t in step.get("apart", {}).items()})
+    share_again = turn(model, (), plan.parted)
     try:
-        found = surgery.tensors(model)
-        names = plan.match({p: tuple(t.shape) for p, t in found.items()})
+        _load(model, plan, state, folder)
     except BaseException:
         share_again()
         raise
+    return given
+
+
+def _load(model: nn.Module, plan: PrunePlan, state: Mapping[str, Any], folder: Path) -> None:
+    """Cut a model and load the saved state, in place; on an error it is as it was."""
+    found = surgery.tensors(model)
+    names = plan.match({p: tuple(t.shape) for p, t in found.items()})
     with surgery.unchanged_on_error(model, [found[names[p]] for p in plan.indices]):
         undo = surgery.cut(model, plan, names)
         try:
             model.load_state_dict(state, strict=True)
         except Exception as error:
             undo()
-            share_again()
             raise FileFormatError(f"{folder} does not fit the model that its plan leaves: {error}") from error
-        kept = {k: desc[k] for k in desc if k not in ("tied", "versions", "extra")}
-        record_plan(model, kept)
-    return given
+        record_plan(model, {k: v for k, v in plan.desc.items() if k not in ("tied", "versions", "extra")})
 
 
 def _read(folder: Path, desc: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ def locked(folder: Path, option: str, *, inside: bool = False) -> Iterator[None]
         >>> with locked(Path("/tmp/model"), "--out"):
         ...     pass
     """
-    file = folder / ".lock" if inside else folder.with_name(f".{folder.name}.lock")
+    file = lock_file(folder, inside=inside)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         handle = open(file, "a")  # noqa: SIM115  # held for the whole run
@@ -62,6 +63,16 @@ def locked(folder: Path, option: str, *, inside: bool = False) -> Iterator[None]
         finally:
             if not inside:
                 file.unlink(missing_ok=True)
+
+
+def lock_file(folder: Path, *, inside: bool = False) -> Path:
+    """The file that `locked` locks for a folder.
+
+    Example:
+        >>> lock_file(Path("/tmp/model")).name
+        '.model.lock'
+    """
+    return folder / ".lock" if inside else folder.with_name(f".{folder.name}.lock")
 
 
 def holder(lock: Path) -> dict[str, Any] | None:
@@ -120,6 +131,15 @@ def same_job(state: Path, job: Mapping[str, Any], defaults: Mapping[str, Any] | 
             f"dst holds a run begun with another {', '.join(changed)}; resume with the same inputs, or remove "
             f"{str(state.parent)!r} to start over."
         )
+
+
+def tidy(state: Path) -> None:
+    """Take away what a finished run no longer needs; what says which job it was stays."""
+    for leftover in state.iterdir():
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+        elif leftover.name not in ("job.json", ".lock"):
+            leftover.unlink()
 
 
 def filled(old: Any, new: Mapping[str, Any], defaults: Mapping[str, Any]) -> Any:

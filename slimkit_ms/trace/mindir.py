@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import itertools
 import os
 import sys
 import tempfile
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from slimkit.core.errors import GraphError
+from slimkit.core.prune.graph import common_scope
 from slimkit_ms import bridge
 from slimkit_ms.trace.spelling import spelled_out
 
@@ -271,22 +271,10 @@ def _place(records: list[Record], paths: dict[str, str]) -> None:
                 below.setdefault(name, {}).update(read_by)
     for place, record in enumerate(records):
         around = [*above[record.output], *below.get(record.output, ())]
-        if place not in certain and around and not f"{record.scope}.".startswith(f"{(cell := _around(around))}."):
+        if place not in certain and around and not f"{record.scope}.".startswith(f"{(cell := common_scope(around))}."):
             record.scope = cell
         elif place not in certain and not record.scope and above[record.output] and below.get(record.output):
-            record.scope = _around(around)
-
-
-def _around(scopes: list[str]) -> str:
-    """The innermost cell around several.
-
-    Example:
-        >>> _around(["a.b.c", "a.b.d"])
-        'a.b'
-    """
-    words = [scope.split(".") for scope in scopes]
-    common = itertools.takewhile(lambda level: len(set(level)) == 1, zip(*words))
-    return ".".join(level[0] for level in common)
+            record.scope = common_scope(around)
 
 
 def _returned(name: str, prefix: str, constants: dict[str, Constant]) -> Any:

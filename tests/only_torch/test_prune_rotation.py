@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from slimkit import PruneTorch, load_pruned, save_pruned
-from slimkit.core.errors import ArgumentError, PlanError, UnsupportedError
+from slimkit.core import files
+from slimkit.core.errors import ArgumentError, FileFormatError, PlanError, UnsupportedError
 from slimkit.core.prune.rotation import Rotation, principal_axes, turned_values
 
 import torch
@@ -96,6 +97,14 @@ def test_what_is_cut_loads_without_slimkit_and_is_nearer_than_with_channels_pick
     torch.testing.assert_close(logits(again), logits(turned), atol=1e-5, rtol=1e-5)
     save_pruned(tmp_path / "own", turned, told)
     torch.testing.assert_close(logits(load_pruned(tmp_path / "own", built(family))), logits(turned))
+    weights = tmp_path / "own" / "model.safetensors"
+    tensors, about = files.read_tensors(weights)
+    files.write_tensors(weights, {**tensors, "model.norm.weight": tensors["model.norm.weight"][1:]}, about)
+    fresh = built(family)
+    with pytest.raises(FileFormatError, match="does not fit"):
+        load_pruned(tmp_path / "own", fresh)
+    assert (fresh.lm_head.weight is fresh.model.embed_tokens.weight) is dense.config.tie_word_embeddings
+    assert torch.equal(logits(fresh), logits(dense))
     with pytest.raises(PlanError, match="a plan holds no axes"):
         PruneTorch(built(family), {"input_ids": IDS[:2]}).prune_by_desc(told)
 

@@ -15,7 +15,7 @@ from slimkit.core.checkpoint.shards import Place
 from slimkit.core.checkpoint.weightfile import STORED, Entry, stream_safetensors
 from slimkit.core.errors import UnsupportedError
 from slimkit.core.joblog import JobLog
-from slimkit.core.locks import SHARDS, locked, same_job
+from slimkit.core.locks import SHARDS, locked, same_job, tidy
 from slimkit.core.log import progress
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -115,15 +115,6 @@ def _write(target: Path, state: Path, work: Work, report_name: str) -> dict[str,
     return report
 
 
-def tidy(state: Path) -> None:
-    """Take away what a finished run no longer needs; what says which job it was stays."""
-    for leftover in state.iterdir():
-        if leftover.is_dir():
-            shutil.rmtree(leftover)
-        elif leftover.name not in ("job.json", ".lock"):
-            leftover.unlink()
-
-
 def write_index(folder: Path, shards: Sequence[Shard]) -> None:
     """The index of several shards, as transformers writes it; nothing for one file of the plain name."""
     if [shard.name for shard in shards] == [SINGLE]:
@@ -171,10 +162,13 @@ def shared_out(entries: Mapping[str, Entry], limit: int = LIMIT_BYTES) -> list[S
         ['model-00001-of-00002.safetensors', 'model-00002-of-00002.safetensors']
     """
     parts: list[dict[str, Entry]] = [{}]
+    held = 0
     for name, entry in entries.items():
-        if parts[-1] and sum(e.nbytes for e in parts[-1].values()) + entry.nbytes > limit:
+        if parts[-1] and held + entry.nbytes > limit:
             parts.append({})
+            held = 0
         parts[-1][name] = entry
+        held += entry.nbytes
     if len(parts) == 1:
         return [Shard(SINGLE, parts[0])]
     return [Shard(f"model-{k:05d}-of-{len(parts):05d}.safetensors", part) for k, part in enumerate(parts, 1)]

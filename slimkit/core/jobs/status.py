@@ -10,7 +10,7 @@ from slimkit.core import files
 from slimkit.core.errors import ConfigError
 from slimkit.core.joblog import read_log
 from slimkit.core.jobs import folders
-from slimkit.core.locks import BLOCKS, SHARDS, holder
+from slimkit.core.locks import BLOCKS, SHARDS, holder, lock_file
 
 # What a finished folder holds.
 _FINISHED = ("sparse_report.json", "prune_report.json", "merge_report.json", "config.json", "adapter_config.json")
@@ -111,7 +111,7 @@ def _shards(base: Path, state: Path) -> dict[str, Any]:
 
 
 def _training(out: Path) -> dict[str, Any]:
-    found = _found("training", out, out.with_name(f".{out.name}.lock"), [])
+    found = _found("training", out, lock_file(out), [])
     last = out / folders.STATE / "last"
     progress = last / "trainer.json"
     if progress.exists():

@@ -12,14 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from slimkit.core.batch import tensors_in
 from slimkit.core.delta.starts import FROM_DATA
 from slimkit.core.distill.config import LOSSES, KnowledgeDistillConfig
 from slimkit.core.distill.shapes import pick
 from slimkit.core.distill.students import warn_unmeasured
 from slimkit.core.errors import ConfigError
 from slimkit.core.files import digest_array
-from slimkit.core.jobs import fitting
+from slimkit.core.jobs import fitting, rdrop
 from slimkit.core.jobs.framework import Array, ComputeLoss, JobFramework, JobResult
 from slimkit.core.jobs.measurement import MISSED, goal, show
 from slimkit.core.jobs.options import (
@@ -348,28 +347,6 @@ def _warmth(options: AdaptOptions) -> dict[str, Any]:
     return {} if options.temperature is None else {"temperature": options.temperature}
 
 
-def _twice(face: JobFramework, name: str, weight: float) -> ComputeLoss:
-    """f(model, (inputs, classes)): every sample twice through dropout in one batch, and R-Drop's loss of the pairs."""
-    if name not in ("cross_entropy", "classification"):
-        raise ConfigError(f"rdrop compares the classes of cross_entropy. The loss is {name}")
-    criterion = face.slim.RDropLoss()
-
-    def double(inputs: Any) -> Any:
-        if isinstance(inputs, Mapping):
-            return {key: double(value) for key, value in inputs.items()}
-        if isinstance(inputs, (tuple, list)):
-            return [double(value) for value in inputs]
-        return face.slim.rdrop_repeat(inputs)[0]
-
-    def loss(model: Any, batch: Any) -> Any:
-        answer = next(iter(tensors_in(face.call(model, double(batch[0])))))
-        if len(answer.shape) != 2:
-            raise ConfigError(f"rdrop wants answers of (samples, classes). Received: {tuple(answer.shape)}")
-        return criterion(answer, double(batch[1]), weight)
-
-    return loss
-
-
 def place_delta(model: Any, options: AdaptOptions, context: JobContext) -> dict[str, Any]:
     """Put an untrained delta on a model, in place; returns what it weighs."""
     with context.face.seeded(context.seed):
@@ -383,7 +360,7 @@ def adapt(model: Any, options: AdaptOptions, context: JobContext, teacher: Any =
     facts = place_delta(model, options, context)
     name, hard = context.loss(options.loss)
     if options.rdrop:
-        hard = _twice(face, name, options.rdrop)
+        hard = rdrop.loss_of(face, name, options.rdrop)
         facts["rdrop"] = options.rdrop
     learner, loss = model, hard
     if options.distill_weight:

@@ -20,13 +20,12 @@ from typing import Any
 import numpy as np
 
 from slimkit.core.prune.dims import FREE, Dim, find, leaves
-from slimkit.core.prune.graph import Graph
+from slimkit.core.prune.graph import Graph, common_scope, within
 from slimkit.core.prune.relations import Relations
 
 Array = np.ndarray[Any, Any]
 Field = int | float | list[int] | None  # as `attributes` has it, which reads this file
 Build = Callable[[Mapping[str, Field]], Mapping[str, tuple[int, ...]] | None]
-
 KEPT_WHOLE = 'experts: only data tells which of them can go (importance "output")'
 NUMBER = re.compile(r"experts$")
 # How many experts one token is given to: never more than there are.
@@ -92,23 +91,9 @@ def find_experts(graph: Graph, fields: Mapping[str, Field], build: Build) -> lis
             routed = any(len(graph.shapes[path]) == 2 and path.rpartition(".")[0] != held[0].rpartition(".")[0]
                          for path, _ in axes) if held else False  # fmt: skip
             if held and routed:
-                module, scope = held[0].rpartition(".")[0], _around([path for path, _ in axes])
-                found.append(Experts(field, value, tuple(axes), module, scope))
+                scope = common_scope([path.rpartition(".")[0] for path, _ in axes])
+                found.append(Experts(field, value, tuple(axes), held[0].rpartition(".")[0], scope))
     return found
-
-
-def _around(paths: Sequence[str]) -> str:
-    """The module that holds all of some parameters.
-
-    Example:
-        >>> _around(["a.0.mlp.gate.weight", "a.0.mlp.experts.up"])
-        'a.0.mlp'
-    """
-    parts = [path.split(".")[:-1] for path in paths]
-    lead = [words[0] for words in zip(*parts) if len(set(words)) == 1]
-    while lead and any(p[: len(lead)] != lead for p in parts):
-        lead.pop()
-    return ".".join(lead)
 
 
 def free_experts(relations: Relations, found: Sequence[Experts]) -> dict[str, Dim]:
@@ -141,7 +126,7 @@ def _loosen(relations: Relations, found: Sequence[Experts], widths: set[Dim]) ->
     numbers = {e.scope: e.number for e in found}
     layers: dict[str, int] = {}
     for scope in {node.scope for node in graph.nodes}:
-        layers[scope] = next((n for s, n in numbers.items() if not s or scope == s or scope.startswith(f"{s}.")), 0)
+        layers[scope] = next((n for s, n in numbers.items() if within(scope, s)), 0)
     counting: set[Dim] = set()
     scores: set[int] = set()
     for node in graph.nodes:
@@ -204,8 +189,8 @@ def numbers_after(
     left = {e.scope: (e.number, kept.get(e.module, e.number)) for e in found}
     for module, held in numbers.items():
         # What stands around several layers (the model itself) can only say what all of them keep.
-        near = {n for scope, n in left.items() if module == scope or module.startswith(f"{scope}.")}
-        near = near or {n for scope, n in left.items() if not module or scope.startswith(f"{module}.")}
+        near = {n for scope, n in left.items() if within(module, scope)}
+        near = near or {n for scope, n in left.items() if within(scope, module)}
         if len(near) != 1:
             continue
         before, after = next(iter(near))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -41,6 +41,18 @@ def size_of(expr: Expr, counts: Mapping[str, int]) -> int:
         return counts[expr]
     sizes = [size_of(part, counts) for part in expr[1:]]
     return math.prod(sizes) if expr[0] == "*" else sum(sizes)
+
+
+def mentions(expr: Expr, names: Collection[str]) -> bool:
+    """Whether one of some variables is in an expression.
+
+    Example:
+        >>> mentions(["+", 8, ["*", "d0", 4]], {"d0"})
+        True
+    """
+    if isinstance(expr, list):
+        return any(mentions(e, names) for e in expr[1:])
+    return expr in names
 
 
 def kept(expr: Expr, full: Mapping[str, int], keep: Mapping[str, Index]) -> Index:

@@ -79,6 +79,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any
 
 from slimkit.core.errors import GraphError
@@ -214,3 +215,24 @@ class Graph:
             made.update(node.outputs)
         if not set(self.outputs) <= made:
             raise GraphError(f"outputs must be values of the graph. Received: {self.outputs}")
+
+
+def within(scope: str, outer: str) -> bool:
+    """Whether a scope is another one, or lies in it; all lie in the model, whose scope is empty.
+
+    Example:
+        >>> within("a.b", "a"), within("a.b", ""), within("ab", "a")
+        (True, True, False)
+    """
+    return not outer or scope == outer or scope.startswith(f"{outer}.")
+
+
+def common_scope(scopes: Sequence[str]) -> str:
+    """The innermost scope around several.
+
+    Example:
+        >>> common_scope(["a.b.c", "a.b.d"])
+        'a.b'
+    """
+    levels = zip(*(scope.split(".") for scope in scopes))
+    return ".".join(words[0] for words in takewhile(lambda words: len(set(words)) == 1, levels))

@@ -86,8 +86,6 @@ def _join(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
         if any(isinstance(e, str) for e in exprs):
             axes_of[path] = exprs
     groups = {**one.groups, **two.groups}
-    told = [desc.get("made", {}) for desc in (first, second)]
-    steps = [dict(step) for made in told for step in made.get("steps", [made])]
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -98,7 +96,10 @@ def _join(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
         "groups": {scope: [attribute, number] for scope, (attribute, number) in groups.items()},
         "attributes": _changes(first.get("attributes", {}), second.get("attributes", {})),
         "config": _changed("config", first.get("config", {}), second.get("config", {})),
-        "made": {**{k: v for k, v in told[1].items() if k in ("framework", "left_params")}, "steps": steps},
+        "made": {
+            **{k: v for k, v in second.get("made", {}).items() if k in ("framework", "left_params")},
+            "steps": [dict(step) for step in (*one.steps, *two.steps)],
+        },
     }
 
 

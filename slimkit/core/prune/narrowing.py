@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 
 from slimkit.core.log import logger
 from slimkit.core.prune.dims import Dim, find, leaves
-from slimkit.core.prune.graph import Node
+from slimkit.core.prune.graph import Node, within
 from slimkit.core.prune.levers import Lever
 from slimkit.core.prune.rehearsal import Contradiction
 from slimkit.core.prune.solve import WRITTEN, Coupling, View
@@ -101,9 +101,9 @@ class Narrowing:
 
     def _pin_experts(self, found: Contradiction, view: View, counts: Mapping[str, int], why: str) -> bool:
         cut = {v.layers[0] for v in view.variables if v.kind == "experts" and counts[v.name] < v.size}
-        inside = [e.module for e in self.coupling.experts if e.module in cut and _meets(e.scope, found.scopes)]
+        hit = [e.module for e in self.coupling.experts if any(within(scope, e.scope) for scope in found.scopes)]
         dims = self.coupling.expert_dims
-        return sum(self.coupling.pin(dims[module], why) for module in inside) > 0
+        return sum(self.coupling.pin(dims[module], why) for module in hit if module in cut) > 0
 
     def _tie(self, found: Contradiction) -> bool:
         """Demand what the code takes for granted, or let it say another number."""
@@ -202,10 +202,6 @@ class Narrowing:
     def _note(self, note: str) -> None:
         logger.warning("%s", note)
         self.coupling.graph.notes.append(note)
-
-
-def _meets(scope: str, others: Iterable[str]) -> bool:
-    return any(other == scope or other.startswith(f"{scope}.") for other in others)
 
 
 def alike(view: View) -> list[tuple[int, str, int]]:

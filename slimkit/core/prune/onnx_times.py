@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 import platform
 import tempfile
@@ -173,9 +172,8 @@ def layer_file(spec: Mapping[str, Any], n_in: int, n_out: int) -> bytes:
         )  # fmt: skip
     graph = helper.make_graph([node], "layer", inputs, [info(made, output)], constants)
     proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
-    buffer = io.BytesIO()
-    buffer.write(proto.SerializeToString())
-    return buffer.getvalue()
+    content: bytes = proto.SerializeToString()
+    return content
 
 
 def _geometry(spec: Mapping[str, Any]) -> tuple[list[int], list[int], dict[str, Any]]:

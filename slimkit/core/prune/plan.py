@@ -10,7 +10,7 @@ import numpy as np
 from slimkit.core import check, naming
 from slimkit.core.errors import PlanError
 from slimkit.core.prune.attributes import Field
-from slimkit.core.prune.expressions import Expr, Index, kept, size_of
+from slimkit.core.prune.expressions import Expr, Index, kept, mentions, size_of
 from slimkit.core.prune.solve import View
 
 FORMAT, VERSION = "slimkit.prune", 1
@@ -40,7 +40,7 @@ def make_desc(
     full = view.counts
     zeros = {n: index for n, index in (padded or {}).items() if len(index)}
     used = {n for n in keep if len(keep[n]) < full[n] or n in zeros}
-    axes = {p: e for p, e in view.axes.items() if any(_mentions(x, used) for x in e)}
+    axes = {p: e for p, e in view.axes.items() if any(mentions(x, used) for x in e)}
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -49,20 +49,12 @@ def make_desc(
         **({"padded": {n: [int(i) for i in index] for n, index in zeros.items()}} if zeros else {}),
         "axes": {p: [_without(x, used, full) for x in e] for p, e in axes.items()},
         "groups": {
-            scope: [attr, _without(e, used, full)] for scope, (attr, e) in view.groups.items() if _mentions(e, used)
+            scope: [attr, _without(e, used, full)] for scope, (attr, e) in view.groups.items() if mentions(e, used)
         },
         "attributes": {m: {a: list(v) for a, v in changes.items()} for m, changes in attributes.items() if changes},
         "config": {f: list(v) for f, v in config.items()},
         "made": dict(made),
     }
-
-
-def _mentions(expr: Expr, names: set[str]) -> bool:
-    return (
-        expr in names
-        if isinstance(expr, str)
-        else isinstance(expr, list) and any(_mentions(e, names) for e in expr[1:])
-    )
 
 
 def _without(expr: Expr, used: set[str], full: Mapping[str, int]) -> Expr:
@@ -128,6 +120,18 @@ class PrunePlan:
     def counts(self) -> dict[str, int]:
         """How many indices each variable keeps that loses some."""
         return {name: len(index) for name, index in self.keep.items()}
+
+    @property
+    def steps(self) -> list[Mapping[str, Any]]:
+        """How each of the cuts was made that the plan holds: one, or those that `merge_desc` joined."""
+        made = self.desc.get("made", {})
+        steps: list[Mapping[str, Any]] = made.get("steps", [made])
+        return steps
+
+    @property
+    def parted(self) -> dict[str, str]:
+        """Matrices that get values of their own before the cut -> the table that each shared them with."""
+        return {path: table for step in self.steps for path, table in step.get("rotated", {}).get("apart", {}).items()}
 
     def filled(self) -> dict[str, list[Index | None]]:
         """`indices` without those that hold zeros: what an unpadded model would keep."""

@@ -167,9 +167,9 @@ class PrunerBase(PrunerPlanning):
                 check.wrong_value("repair", "False without calibration data (set_compensation)", repair)
             self._cut_repaired(PrunePlan({**desc, "made": {**desc.get("made", {}), "repaired": True}}), data)
             return self._wing.model
-        self._cut(PrunePlan(desc), weights_follow=weights_follow)
-        made = desc.get("made", {})
-        if not weights_follow and any(step.get("repaired") for step in made.get("steps", [made])):
+        plan = PrunePlan(desc)
+        self._cut(plan, weights_follow=weights_follow)
+        if not weights_follow and any(step.get("repaired") for step in plan.steps):
             logger.warning("%s", UNREPAIRED)
         return self._wing.model
 
@@ -243,11 +243,9 @@ class PrunerBase(PrunerPlanning):
 
     def _turn(self, plan: PrunePlan, weights_follow: bool = False) -> Callable[[], None]:
         """Turn the model as a plan wants it, in place; returns a call that takes it back."""
-        made = plan.desc.get("made", {})
-        told = [step["rotated"] for step in made.get("steps", [made]) if "rotated" in step]
-        parted = {path: table for step in told for path, table in step["apart"].items()}
+        parted = plan.parted
         stream, rotation = self._stream, self._scoring.rotation
-        if not told or weights_follow:
+        if weights_follow or not any("rotated" in step for step in plan.steps):
             return self._wing.turn((), parted) if parted else lambda: None
         if stream is None or rotation is None:
             raise PlanError(ROTATED)

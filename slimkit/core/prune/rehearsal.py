@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from slimkit.core.prune.dims import FREE, Dim, find, leaves
 from slimkit.core.prune.expressions import size_of
-from slimkit.core.prune.graph import Graph
+from slimkit.core.prune.graph import Graph, within
 from slimkit.core.prune.plan import PrunePlan
 from slimkit.core.prune.solve import View
 
@@ -90,9 +90,9 @@ def compare(
 def _fewer_rounds(view: View, counts: Mapping[str, int], other: Graph) -> set[str]:
     """Modules whose code may run once an expert, where some experts go: what runs there is of another number."""
     cut = {v.layers[0] for v in view.variables if v.kind == "experts" and counts[v.name] < v.size}
-    around = [e.scope for e in view.coupling.experts if e.module in cut]
-    scopes = {n.scope for graph in (view.coupling.graph, other) for n in graph.nodes} if around else set()
-    return {s for s in scopes if any(not a or s == a or s.startswith(f"{a}.") for a in around)}
+    layers = [e.scope for e in view.coupling.experts if e.module in cut]
+    scopes = {n.scope for graph in (view.coupling.graph, other) for n in graph.nodes} if layers else set()
+    return {s for s in scopes if any(within(s, layer) for layer in layers)}
 
 
 def differences(

@@ -107,9 +107,8 @@ def turned_values(stream: Stream, rotation: Rotation, kept: Array, read: Read) -
     for reader in stream.readers:
         if (reader.path, reader.axis) in stream.writers:
             continue  # a table without a scale behind it: its two ways turn alike
-        values = np.asarray(read(reader.path), dtype=np.float64)
         turned = (_matrix(reader, read) * _scale(stream, reader.norm, read)) @ axes
-        yield reader.path, turned if reader.axis == values.ndim - 1 else turned.T
+        yield reader.path, turned if reader.axis else turned.T
     for norm in stream.norms:
         energy = rotation.energy[norm]
         share = energy[kept].sum() / energy.sum() if len(kept) < len(energy) else 1.0

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from slimkit.core.errors import UnsupportedError
-from slimkit.core.prune.expressions import Expr
+from slimkit.core.prune.expressions import Expr, mentions
 from slimkit.core.prune.graph import Graph, Node
 from slimkit.core.prune.solve import View
 
@@ -116,7 +116,7 @@ class _Walk:
         return [self.view.expression(d) for d in self.relations.dims[number]]
 
     def carries(self, number: int | None) -> bool:
-        return number is not None and any(_mentions(e, self.name) for e in self.exprs(number))
+        return number is not None and any(mentions(e, (self.name,)) for e in self.exprs(number))
 
     def refuse(self, node: Node, why: str) -> None:
         where = node.scope or "the model"
@@ -156,7 +156,7 @@ class _Walk:
 
     def last_only(self, number: int) -> bool:
         exprs = self.exprs(number)
-        return bool(exprs) and exprs[-1] == self.name and not any(_mentions(e, self.name) for e in exprs[:-1])
+        return bool(exprs) and exprs[-1] == self.name and not any(mentions(e, (self.name,)) for e in exprs[:-1])
 
     def path(self, number: int) -> str:
         return self.relations.origin[number][0]
@@ -211,10 +211,6 @@ class _Walk:
             self.refuse(node, f"{name}, which depends on its axes,")
         assert out is not None
         self.states.update(dict.fromkeys(node.outputs, out))
-
-
-def _mentions(expr: Expr, name: str) -> bool:
-    return expr == name or (isinstance(expr, list) and any(_mentions(e, name) for e in expr[1:]))
 
 
 def part(graph: Graph, table: str) -> str:

@@ -12,7 +12,7 @@ from slimkit.core import check, files
 from slimkit.core.errors import UnsupportedError
 from slimkit.core.joblog import JobLog
 from slimkit.core.locks import BLOCKS as STATE
-from slimkit.core.locks import locked, same_job
+from slimkit.core.locks import locked, same_job, tidy
 from slimkit.core.log import logger
 from slimkit.core.showing import Report
 from slimkit.core.sparse.compress import compress
@@ -82,7 +82,7 @@ def sparsify_folder(
             shutil.rmtree(part) if part.is_dir() else part.unlink()
         if not (target / REPORT).exists():
             return None
-        _tidy(state)  # the kill may have come while tidying
+        tidy(state)  # the kill may have come while tidying
         return files.read_json(target / REPORT)
 
     def prepare() -> None:
@@ -93,7 +93,7 @@ def sparsify_folder(
 
     def commit() -> None:
         files.commit(finished, target)
-        _tidy(state)
+        tidy(state)
 
     with _claimed(host, target):
         report = first(host, begin)
@@ -174,14 +174,6 @@ def _logging(
         log.note("layer", **where, seconds=round(step.seconds, 3), seconds_left=round(step.seconds_left, 1))
 
     return layer
-
-
-def _tidy(state: Path) -> None:
-    for leftover in state.iterdir():
-        if leftover.is_dir():
-            shutil.rmtree(leftover)
-        elif leftover.name not in ("job.json", ".lock"):
-            leftover.unlink()
 
 
 def copy_others(source: Path, target: Path, weights: Sequence[Path]) -> None:
