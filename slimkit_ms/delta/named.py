@@ -75,6 +75,7 @@ class LoraLayer(NamedLoras, MergingLayer):
         "rest_first",
         "rest_second",
         "rest_shape",
+        "sign_table",
     )
 
     def refresh(self) -> None:

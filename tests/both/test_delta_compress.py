@@ -124,6 +124,15 @@ def test_what_cannot_be_made_small_changes_nothing(kit, tmp_path):
         kit.slim.compress_delta(build(kit), net)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_is_left_on_a_layer_when_it_comes_off(kit, kind):
+    net = build(kit)
+    before = {path: set(vars(layer)) for path, layer in kit.children(net)}
+    kit.slim.compress_delta(net, build(kit, 1), kind)
+    kit.slim.remove_delta(net)
+    assert {path: set(vars(layer)) for path, layer in kit.children(net)} == before
+
+
 def test_places_beyond_the_weight_are_refused(kit, tmp_path):
     net = build(kit)
     kit.slim.compress_delta(net, build(kit, 1), "sparse")

@@ -7,14 +7,9 @@ from hypothesis import strategies as st
 
 from slimkit.core.delta.held_base import quantised, restored
 from slimkit.core.errors import ArgumentError, UnsupportedError
+from tests.both.delta_net import build
 
 KINDS = pytest.mark.parametrize("held", ["int8", "bfloat16"])
-
-
-def build(kit):
-    net = kit.named(up=kit.linear(6, 8), act=kit.relu(), down=kit.linear(8, 4, bias=False))
-    kit.train_mode(kit.fill(net), False)
-    return net
 
 
 @pytest.fixture

@@ -6,14 +6,9 @@ import pytest
 from slimkit.core import files
 from slimkit.core.delta.ia3 import spec_of_file
 from slimkit.core.errors import ArgumentError, FileFormatError, PatternError, UnsupportedError
+from tests.both.delta_net import build
 
 INNER = [None, ["down"], ["*"]]
-
-
-def build(kit):
-    net = kit.named(up=kit.linear(6, 8), act=kit.relu(), down=kit.linear(8, 4, bias=False))
-    kit.train_mode(kit.fill(net), False)
-    return net
 
 
 @pytest.fixture

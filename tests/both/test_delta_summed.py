@@ -16,6 +16,7 @@ from slimkit.core.delta.shira import ShiraSpec, chosen
 from slimkit.core.delta.spec import Site
 from slimkit.core.errors import ArgumentError, FileFormatError, UnsupportedError
 from slimkit.core.jobs.inspecting import look
+from tests.both.delta_net import build
 
 KINDS = [
     ("miss", {"rank": 4}),
@@ -26,12 +27,6 @@ KINDS = [
 ]
 NAMES = [f"{kind}-{'-'.join(map(str, options.values()))}" for kind, options in KINDS]
 every_kind = pytest.mark.parametrize(("kind", "options"), KINDS, ids=NAMES)
-
-
-def build(kit):
-    net = kit.named(up=kit.linear(6, 8), act=kit.relu(), down=kit.linear(8, 4, bias=False))
-    kit.train_mode(kit.fill(net), False)
-    return net
 
 
 @pytest.fixture

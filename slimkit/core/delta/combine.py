@@ -10,10 +10,11 @@ import numpy as np
 from slimkit.core import check
 from slimkit.core.delta import filling, inject, owned
 from slimkit.core.delta import spec as rules
+from slimkit.core.delta.drawn import drawing
 from slimkit.core.delta.framework import DeltaStorage
 from slimkit.core.delta.merges import MAJORITIES, METHODS, combined
 from slimkit.core.delta.spec import DeltaReport, LoraSpec, key
-from slimkit.core.delta.tensors import drawing, wide
+from slimkit.core.delta.tensors import wide
 from slimkit.core.errors import ArgumentError, UnsupportedError
 from slimkit.core.log import logger
 

@@ -17,9 +17,10 @@ from slimkit.core.delta import base as base_values
 from slimkit.core.delta import filling, inject, rest
 from slimkit.core.delta import spec as rules
 from slimkit.core.delta.base import BaseValue
+from slimkit.core.delta.drawn import drawing
 from slimkit.core.delta.framework import DeltaStorage
 from slimkit.core.delta.spec import DeltaReport, LoraSpec, Site
-from slimkit.core.delta.tensors import bits, drawing, wide
+from slimkit.core.delta.tensors import bits, wide
 from slimkit.core.errors import ArgumentError, PatternError, PlanError
 from slimkit.core.lazy import imported
 from slimkit.core.log import logger

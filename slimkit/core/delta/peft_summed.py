@@ -11,8 +11,8 @@ from slimkit.core import check, files
 from slimkit.core.delta import miss, shira
 from slimkit.core.delta.bundle import compare_keys
 from slimkit.core.delta.miss import MissSpec
-from slimkit.core.delta.peft import ROOT, write_files
-from slimkit.core.delta.peft_write import BaseFacts, spell_base, target_modules, with_head
+from slimkit.core.delta.peft import ROOT
+from slimkit.core.delta.peft_write import BaseFacts, write_layers
 from slimkit.core.delta.shira import ShiraSpec
 from slimkit.core.delta.spec import Site
 from slimkit.core.errors import FileFormatError, UnsupportedError
@@ -86,7 +86,7 @@ def write_miss(
         "init_weights": "mini" if spec.repeat else True,
     }
     arrays = {f"{ROOT}{p}.miss_block": parts[miss.PART] for p, (_, parts) in layers.items()}
-    _write(folder, layers, arrays, sites, facts, about, config, biases={"lora_only": "MiSS_only"})
+    write_layers(folder, layers, arrays, sites, facts, about, config, biases={"lora_only": "MiSS_only"})
 
 
 def write_shira(
@@ -120,7 +120,7 @@ def write_shira(
         "fan_in_fan_out": False,
         "init_weights": True,
     }
-    _write(folder, layers, arrays, sites, facts, about, config)
+    write_layers(folder, layers, arrays, sites, facts, about, config)
 
 
 def _same(layers: Mapping[str, tuple[Any, Any]], kind: str, words: Any) -> Any:
@@ -129,26 +129,3 @@ def _same(layers: Mapping[str, tuple[Any, Any]], kind: str, words: Any) -> Any:
         if any(words(s)[name] != value for s in specs):
             raise UnsupportedError(f"PEFT takes {name} of {kind} for all layers alike; save with format='slimkit'.")
     return specs[0]
-
-
-def _write(
-    folder: files.PathLike,
-    layers: Mapping[str, Any],
-    arrays: Mapping[str, Array],
-    sites: Mapping[str, Site],
-    facts: BaseFacts,
-    about: Mapping[str, Any],
-    config: Mapping[str, Any],
-    biases: Mapping[str, str] | None = None,
-) -> None:
-    spelled, of_base = spell_base(facts, layers, sites, ROOT)
-    mode = {} if biases is None else {"bias": biases.get(of_base["bias"], of_base["bias"])}
-    whole = {
-        **with_head(about, of_base["modules_to_save"] or ()),
-        **config,
-        **mode,
-        "inference_mode": True,
-        "target_modules": target_modules(list(layers), list(sites)),
-        "modules_to_save": of_base["modules_to_save"],
-    }
-    write_files(folder, whole, {**spelled, **arrays})

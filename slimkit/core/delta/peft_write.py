@@ -186,21 +186,49 @@ def write_ia3(
     about: Mapping[str, Any],
 ) -> None:
     """Write an IA3 as PEFT's two files; `layers` is path -> (options, factors), the rest as for `write_lora`."""
-    spelled, of_base = spell_base(facts, layers, sites, ROOT)
     arrays = {f"{ROOT}{p}.ia3_l": v.reshape(shape_in_file(sites[p].kind, spec)) for p, (spec, v) in layers.items()}
     inner = [p for p, (spec, _) in layers.items() if spec.feedforward]
     config = {
-        **with_head(about, of_base["modules_to_save"] or ()),
         "peft_type": "IA3",
-        "inference_mode": True,
         "init_ia3_weights": True,
         "fan_in_fan_out": any(sites[p].kind == "conv1d" for p in layers),
-        "target_modules": target_modules(list(layers), list(sites)),
         # A regular expression: PEFT takes names here for endings of any kind.
         "feedforward_modules": "|".join(re.escape(p) for p in inner) if inner else [],
+    }
+    write_layers(folder, layers, arrays, sites, facts, about, config)
+
+
+def write_layers(
+    folder: files.PathLike,
+    layers: Mapping[str, Any],
+    arrays: Mapping[str, Array],
+    sites: Mapping[str, Site],
+    facts: BaseFacts,
+    about: Mapping[str, Any],
+    config: Mapping[str, Any],
+    biases: Mapping[str, str] | None = None,
+) -> None:
+    """Write a delta on layers, other than a LoRA, as PEFT's two files.
+
+    Args:
+        folder: where; made if missing.
+        layers: path -> anything.
+        arrays: the delta's tensors by PEFT's keys.
+        sites, facts, about: as for `write_lora`.
+        config: what the kind says of itself.
+        biases: where the kind has a word for trained biases: LoRA's word -> its own, those that differ.
+    """
+    spelled, of_base = spell_base(facts, layers, sites, ROOT)
+    mode = {} if biases is None else {"bias": biases.get(of_base["bias"], of_base["bias"])}
+    whole = {
+        **with_head(about, of_base["modules_to_save"] or ()),
+        **config,
+        **mode,
+        "inference_mode": True,
+        "target_modules": target_modules(list(layers), list(sites)),
         "modules_to_save": of_base["modules_to_save"],
     }
-    write_files(folder, config, {**spelled, **arrays})
+    write_files(folder, whole, {**spelled, **arrays})
 
 
 def saved_modules(extra: Iterable[str], every: Iterable[str], taken: Iterable[str]) -> list[str]:

@@ -1,6 +1,6 @@
 """What a compressed delta holds beside its low rank: the sign of every entry with a scale a row, or a few entries.
 
-Source: Liu et al. 2024, "BitDelta"; Yao et al. 2025, "DeltaZip"; Halko, Martinsson & Tropp 2011, section 4.
+Source: Liu et al. 2024, "BitDelta"; Yao et al. 2025, "DeltaZip".
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from slimkit.core.delta.drawn import decomposed
 from slimkit.core.errors import FileFormatError
 
 Array = np.ndarray[Any, Any]
@@ -96,11 +97,7 @@ def nearest(matrix: Array, rank: int, rng: np.random.Generator) -> tuple[Array, 
     if rank + 8 >= smaller // 4:
         u, s, vt = np.linalg.svd(matrix, full_matrices=False)
     else:
-        range_ = matrix @ rng.standard_normal((matrix.shape[1], rank + 8), dtype=np.float32)
-        for _ in range(3):  # each pass lets the large directions stand out more
-            range_ = np.linalg.qr(matrix @ (matrix.T @ np.linalg.qr(range_)[0]))[0]
-        low, s, vt = np.linalg.svd(range_.T @ matrix, full_matrices=False)
-        u = range_ @ low
+        u, s, vt = decomposed(matrix, rng.standard_normal((matrix.shape[1], rank + 8), dtype=np.float32), 3)
     root = np.sqrt(s[:rank])
     return (root[:, None] * vt[:rank]).astype(np.float16), (u[:, :rank] * root).astype(np.float16)
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from slimkit.core import check
+from slimkit.core.delta.drawn import decomposed
 from slimkit.core.delta.spec import LoraSpec, Site
 from slimkit.core.errors import ArgumentError, UnsupportedError
 
@@ -44,9 +45,6 @@ def leading(matrix: Array, rank: int) -> tuple[Array, Array]:
     Returns:
         (rank,) and (rank, m), float32; the sign of each row is such that its largest entry is positive.
 
-    Source:
-        Halko, Martinsson & Tropp 2011, "Finding Structure with Randomness", algorithm 4.4, from fixed random numbers.
-
     Example:
         >>> values, rows = leading(np.diag([1.0, 3.0, 2.0]), 2)
         >>> values.tolist(), np.abs(rows).round().tolist()
@@ -57,11 +55,9 @@ def leading(matrix: Array, rank: int) -> tuple[Array, Array]:
     if size <= 2 * (rank + _SPARE):
         _, values, rows = np.linalg.svd(matrix, full_matrices=False)
     else:
+        # Fixed random numbers: the same start whenever it is asked for.
         start = np.random.default_rng(0).standard_normal((matrix.shape[1], rank + _SPARE)).astype(np.float32)
-        basis = np.linalg.qr(matrix @ start)[0]  # (n, rank + spare)
-        for _ in range(_TURNS):
-            basis = np.linalg.qr(matrix @ np.linalg.qr(matrix.T @ basis)[0])[0]
-        _, values, rows = np.linalg.svd(basis.T @ matrix, full_matrices=False)
+        _, values, rows = decomposed(matrix, start, _TURNS)
     values, rows = values[:rank], rows[:rank]
     largest = np.take_along_axis(rows, np.abs(rows).argmax(1)[:, None], 1)
     return values, rows * np.where(largest < 0, -1, 1).astype(np.float32)
@@ -175,7 +171,7 @@ class Loudness:
     Example:
         >>> one = Loudness(np.array([[1.0, 0.0]]))
         >>> one.add(np.array([[3.0, 0.0], [0.0, 3.0]]))
-        >>> one.levelled().round(3).tolist()
+        >>> one.levelled().astype(float).round(3).tolist()
         [[0.577, 0.0]]
     """
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from typing import Any
 
 import numpy as np
@@ -43,11 +42,6 @@ def read(path: files.PathLike, name: str) -> dict[str, Array]:
             stored = weights.raw(key)
             found[key] = stored.view(further(_FURTHER[entry.dtype])) if entry.dtype in _FURTHER else stored
         return found
-
-
-def drawing(seed: int, path: str) -> np.random.Generator:
-    """Where what is drawn for one layer comes from: the same in both frameworks, whatever other layers there are."""
-    return np.random.default_rng([seed, zlib.crc32(path.encode())])
 
 
 def bits(array: Array) -> Array:
