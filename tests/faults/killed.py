@@ -5,11 +5,10 @@ Usage: python killed.py WRITER [no-exchange]. Prints how many kills left the old
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +17,9 @@ from slimkit.core import files
 from slimkit.core.checkpoint import loading, saving
 from slimkit.core.checkpoint.openweights import open_weights, refuse_torch
 from slimkit.core.checkpoint.weightfile import Entry
+from tests.kills import MOVES, killed_at
 
-CALLS = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.chmod", "os.symlink", "ctypes.dlsym")
+CALLS = (*MOVES, "os.mkdir", "os.link", "os.chmod", "os.symlink", "ctypes.dlsym")
 
 
 def bundle(folder, value):
@@ -142,32 +142,6 @@ WRITERS = {
 }
 
 
-def killed_at(turn, write, folder):
-    """Write in a child process that is killed before its `turn`-th call; False when it had fewer."""
-    child = os.fork()
-    if child == 0:
-        seen = 0
-
-        def hook(event, arguments):
-            nonlocal seen
-            writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
-            if event in CALLS or writes:
-                seen += 1
-                if seen == turn:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-        sys.addaudithook(hook)
-        try:
-            write(folder, 2)
-        except BaseException as error:  # noqa: BLE001 - the parent reads it
-            print(f"{type(error).__name__}: {error}", file=sys.stderr)
-            os._exit(1)
-        os._exit(0)
-    _, status = os.waitpid(child, 0)
-    assert status in (0, signal.SIGKILL), status
-    return status != 0
-
-
 def main() -> None:
     write, read = WRITERS[sys.argv[1]]
     if "no-exchange" in sys.argv:
@@ -179,7 +153,7 @@ def main() -> None:
         folder = Path(tempfile.mkdtemp(), "d")
         write(folder, 1)
         (folder / "README.md").write_text("kept")
-        going = killed_at(turn, write, folder)
+        going = killed_at(turn, partial(write, folder, 2), CALLS)
         found = int(read(folder))
         assert going or found == 2
         counts[found] += 1

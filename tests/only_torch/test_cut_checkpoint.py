@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 
 from slimkit.core.errors import ArgumentTypeError, ConfigError, PlanError, UnsupportedError
 from slimkit.core.weights.blocks import PruneConfig
-from tests.only_torch.test_merge_checkpoint import _one_thread, digests, kill_at  # noqa: F401
+from tests.kills import killed_at
+from tests.only_torch.test_merge_checkpoint import digests
 
 import torch
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 BLOCKS, INTRA = "prune_blocks", "prune_bert_intra_block"
 LAYERS = r"layers.(\d+)."
@@ -95,7 +100,7 @@ def test_a_killed_cut_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
     wanted = digests(tmp_path / "whole")
     assert "model.safetensors.index.json" in wanted
     turn = 1
-    while kill_at(work, tmp_path / f"k{turn}", turn):
+    while killed_at(turn, partial(work, tmp_path / f"k{turn}")):
         work(tmp_path / f"k{turn}")
         assert digests(tmp_path / f"k{turn}") == wanted
         turn += 7

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import os
-import signal
-import sys
+from functools import partial
 
 import pytest
 
 from slimkit.core.errors import ArgumentError, FileFormatError, UnsupportedError
 from slimkit.core.locks import SHARDS
+from tests.kills import killed_at
 
 import torch
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SMALL = {
     "hidden_size": 32,
@@ -23,14 +24,6 @@ SMALL = {
     "num_key_value_heads": 2,
     "vocab_size": 64,
 }
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # a fork is only safe with one thread
-    yield
-    torch.set_num_threads(threads)
 
 
 def llama(dtype=torch.float32, **more):
@@ -127,31 +120,6 @@ def test_a_folder_merges_to_what_the_whole_model_merges_to(case, tmp_path):
         assert torch.equal(here[name], there[name]), name
 
 
-def kill_at(work, folder, turn):
-    """Run `work` in a child that is killed before its `turn`-th opening for writing; whether it was."""
-    child = os.fork()
-    if child == 0:
-        seen = 0
-
-        def hook(event, arguments):
-            nonlocal seen
-            writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
-            if writes or event in ("os.rename", "os.remove", "os.rmdir"):
-                seen += 1
-                if seen == turn:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-        sys.addaudithook(hook)
-        try:
-            work(folder)
-        except BaseException:  # noqa: BLE001 - the parent reads the status
-            os._exit(1)
-        os._exit(0)
-    _, status = os.waitpid(child, 0)
-    assert status in (0, signal.SIGKILL)
-    return status != 0
-
-
 def test_a_killed_merge_goes_on_to_the_same_bytes(tmp_path):
     from slimkit import merge_checkpoint
 
@@ -165,7 +133,7 @@ def test_a_killed_merge_goes_on_to_the_same_bytes(tmp_path):
     work(tmp_path / "whole")
     wanted = digests(tmp_path / "whole")
     turn = 1
-    while kill_at(work, tmp_path / f"k{turn}", turn):
+    while killed_at(turn, partial(work, tmp_path / f"k{turn}")):
         part = tmp_path / f"k{turn}"
         # Nothing can be loaded before all of it is there.
         loads = (part / "config.json").exists() and (part / "model.safetensors.index.json").exists()

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from slimkit.core.errors import ArgumentError, ConfigError, FileFormatError, UnsupportedError
 from slimkit.core.locks import SHARDS
-from tests.only_torch.test_merge_checkpoint import digests, kill_at
+from tests.kills import killed_at
+from tests.only_torch.test_merge_checkpoint import digests
 
 import torch
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SMALL = {
     "hidden_size": 32,
@@ -21,14 +25,6 @@ SMALL = {
     "vocab_size": 64,
 }
 KV = {"num_key_value_heads": 2, **SMALL}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # a fork is only safe with one thread
-    yield
-    torch.set_num_threads(threads)
 
 
 def build(family):
@@ -114,7 +110,7 @@ def test_a_killed_pruning_goes_on_to_the_same_bytes(tmp_path):
     work(tmp_path / "whole")
     wanted = digests(tmp_path / "whole")
     turn = 1
-    while kill_at(work, tmp_path / f"k{turn}", turn):
+    while killed_at(turn, partial(work, tmp_path / f"k{turn}")):
         work(tmp_path / f"k{turn}")
         assert digests(tmp_path / f"k{turn}") == wanted
         turn += 13
@@ -237,7 +233,7 @@ def test_a_killed_calibrated_pruning_goes_on_to_the_same_bytes(tmp_path):
     repaired = 0
     for turn in (2, 11, 16, 29):  # before the plan, while it is repaired, while shards are written
         part = tmp_path / f"k{turn}"
-        assert kill_at(work, part, turn)
+        assert killed_at(turn, partial(work, part))
         done = len(list((part / SHARDS / "repaired").glob("*.json")))
         repaired += 0 < done < 4
         work(part)

@@ -33,16 +33,6 @@ def padded(name, ratio=0.7, **settings):
     return dense, model, inputs, job.prune(ratio), job.report()
 
 
-def unpadded(dense, inputs, desc):
-    """The same cut without its zeros, in widths that no configuration says."""
-    plain = {k: v for k, v in desc.items() if k != "padded"}
-    plain["variables"] = {
-        n: {"size": v["size"], "keep": sorted(set(v["keep"]) - set(desc["padded"].get(n, ())))}
-        for n, v in desc["variables"].items()
-    }
-    return plain
-
-
 @pytest.mark.parametrize("name", ["bert", "llama", "qwen3", "qwen3moe", "mixtral", "gpt2", "whisper"])
 def test_a_padded_model_is_the_unpadded_one_and_loads_without_slimkit(name, tmp_path):
     import transformers

@@ -17,6 +17,8 @@ from slimkit.core.sparse import SparseConfig
 
 import torch
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SMALL = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -25,15 +27,6 @@ SMALL = {
     "vocab_size": 64,
     "max_position_embeddings": 64,
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    # A fork is only safe with one thread, and the number of threads belongs to a job's identity.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def build(family):

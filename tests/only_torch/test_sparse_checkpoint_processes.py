@@ -18,21 +18,15 @@ from tests.only_torch.test_sparse_processes import free_port
 
 import torch
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot fork")
+pytestmark = [
+    pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot fork"),
+    pytest.mark.usefixtures("one_thread"),
+]
 
 LOST, REFUSED = 7, 8
 
 # Moments to kill at: SLIMKIT_KILLS=20 python -m pytest tests/only_torch/test_sparse_checkpoint_processes.py
 MOMENTS = int(os.environ.get("SLIMKIT_KILLS", "2"))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    # A fork is only safe with one thread, and the number of threads belongs to a job's identity.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
