@@ -139,6 +139,20 @@ def test_files_that_others_wrote_need_alpha_and_heads_and_come_back_the_same(tmp
     assert all(torch.equal(again[n.removeprefix("base_model.model.")], v) for n, v in model.items())
 
 
+def test_files_of_another_adapter_are_not_left_beside_the_new_ones(tmp_path):
+    source = adapter(tmp_path / "peft", LLAMA)
+    convert_adapter(source, tmp_path / "mg", to="megatron", config=BASE, tensor_parallel=4)
+    (tmp_path / "mg/notes.txt").write_text("mine")
+    with pytest.raises(ArgumentError, match="iter_0000001/mp_rank_02"):
+        convert_adapter(source, tmp_path / "mg", to="megatron", config=BASE, tensor_parallel=2)
+    convert_adapter(tmp_path / "mg", tmp_path / "back", to="peft")
+    assert content(tmp_path / "back") == content(source)
+    with pytest.raises(ArgumentError, match=r"adapter_config\.json"):
+        convert_adapter(source, tmp_path / "back", to="mindformers", config=BASE)
+    convert_adapter(source, tmp_path / "mg", to="megatron", config=BASE, tensor_parallel=4)  # the same ones again
+    assert (tmp_path / "mg/notes.txt").read_text() == "mine"
+
+
 def test_what_was_trained_beyond_its_place_is_kept(tmp_path):
     source = adapter(tmp_path / "peft", LLAMA[:3])
     convert_adapter(source, tmp_path / "mg", to="megatron", config=BASE)

@@ -112,7 +112,8 @@ def convert_adapter(
         An `AdapterReport`; its notes say the rank and alpha that the other side must be told.
 
     Raises:
-        ArgumentError: config or alpha is needed, or an argument is of a wrong value.
+        ArgumentError: config or alpha is needed, an argument is of a wrong value, or `dst` holds files of another
+            adapter that would stay beside the new ones.
         PlanError: heads or sizes do not divide.
         UnsupportedError: DoRA, biases, heads, different scales, a matrix that has no place there, pipeline shards.
         FileFormatError: a file is damaged, or shards disagree. Nothing is written after an error.

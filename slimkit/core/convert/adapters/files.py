@@ -19,7 +19,7 @@ from slimkit.core.checkpoint.saving import Items
 from slimkit.core.checkpoint.torchfile import TorchFile, restored
 from slimkit.core.checkpoint.weightfile import Entry, Weights
 from slimkit.core.delta import peft
-from slimkit.core.errors import FileFormatError, UnsupportedError
+from slimkit.core.errors import ArgumentError, FileFormatError, UnsupportedError
 from slimkit.core.lazy import imported
 
 Array = np.ndarray[Any, Any]
@@ -214,7 +214,11 @@ def write(folder: Path, stored: Stored) -> list[str]:
 
     Returns:
         The files, by their paths in the folder.
+
+    Raises:
+        ArgumentError: the folder holds files of an adapter that would stay and be read together with the new ones.
     """
+    _refuse_mixed(folder, stored)
     low, high = SUFFIXES[stored.layout]
     root = peft.ROOT if stored.layout == "peft" else ""
     named = [
@@ -250,6 +254,21 @@ def write(folder: Path, stored: Stored) -> list[str]:
                 files.write_json(new / name, value)
                 made.append(name)
     return made
+
+
+def _refuse_mixed(folder: Path, stored: Stored) -> None:
+    """Refuse to leave another adapter's files beside the new ones: shards of more processes, another layout's."""
+    new = {ITERATION, *(f"{ITERATION}/mp_rank_{i:02d}" for i in range(len(stored.shards)))}
+    if stored.layout != "megatron":
+        new = {peft.TENSORS if stored.layout == "peft" else MINDFORMERS_TENSORS}
+    new |= {name for name, value in ((peft.CONFIG, stored.config), (RECORD, stored.record)) if value is not None}
+    patterns = ("mp_rank_*", "iter_*", "iter_*/mp_rank_*", peft.CONFIG, peft.TENSORS, MINDFORMERS_TENSORS, RECORD)
+    here = sorted(str(path.relative_to(folder)) for pattern in patterns for path in folder.glob(pattern))
+    if old := [name for name in here if name not in new]:
+        raise ArgumentError(
+            f"dst holds another adapter's {old[0]}, which would be read together with the new files; take it away or "
+            f"choose another folder. Received: {str(folder)!r}"
+        )
 
 
 def _items(tensors: Mapping[str, Array], dtype: str) -> Items:
