@@ -223,6 +223,7 @@ def test_a_killed_training_command_goes_on_to_the_same_bytes(here, tmp_path, mon
 def test_a_killed_conversion_leaves_no_half_file(here, tmp_path, monkeypatch, one_thread):
     big = {f"{i}.weight": np.random.default_rng(i).standard_normal((256, 256)).astype(np.float32) for i in range(40)}
     files.write_tensors(tmp_path / "a.safetensors", big)
+    run("convert", tmp_path / "a.safetensors", tmp_path / "first.ckpt", "--no-manifest")  # loads what it needs
     began = time.monotonic()
     run("convert", tmp_path / "a.safetensors", tmp_path / "whole.ckpt", "--no-manifest")
     took = time.monotonic() - began
@@ -235,7 +236,8 @@ def test_a_killed_conversion_leaves_no_half_file(here, tmp_path, monkeypatch, on
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         assert not (tmp_path / "cut.ckpt").exists() or (tmp_path / "cut.ckpt").read_bytes() == whole
-        run("convert", tmp_path / "a.safetensors", tmp_path / "cut.ckpt", "--no-manifest")
+        if not (tmp_path / "cut.ckpt").exists():  # a child that was faster than its kill has ended well
+            run("convert", tmp_path / "a.safetensors", tmp_path / "cut.ckpt", "--no-manifest")
         assert (tmp_path / "cut.ckpt").read_bytes() == whole
         (tmp_path / "cut.ckpt").unlink()
 
