@@ -149,18 +149,16 @@ def unwrapped(module: torch.nn.Module) -> torch.nn.Module:
 def named_modules(model: torch.nn.Module, *, remove_duplicate: bool = True) -> Iterator[tuple[str, torch.nn.Module]]:
     """Every module by its path in the plain model, as `nn.Module.named_modules`, without those that wrap one."""
     seen: set[int] = set()
-
-    def walk(module: torch.nn.Module, path: str) -> Iterator[tuple[str, torch.nn.Module]]:
-        module = unwrapped(module)
+    left = [("", model)]
+    while left:  # quicker than generators in one another
+        path, held = left.pop()
+        module = unwrapped(held)
         if remove_duplicate and id(module) in seen:
-            return
+            continue
         seen.add(id(module))
         yield path, module
-        for name, child in module._modules.items():
-            if child is not None:
-                yield from walk(child, f"{path}.{name}" if path else name)
-
-    return walk(model, "")
+        children = reversed(module._modules.items())
+        left += [(f"{path}.{name}" if path else name, child) for name, child in children if child is not None]
 
 
 def get_module(model: torch.nn.Module, path: str) -> torch.nn.Module:

@@ -64,7 +64,7 @@ def check(
     """
     import json
 
-    from slimkit.core.ascend import check_onnx
+    from slimkit.core.ascend import OnnxCheck, check_onnx
     from slimkit.core.ascend.findings import SEVERITIES, without
     from slimkit.core.check import choice
 
@@ -87,7 +87,7 @@ def check(
         typer.echo(json.dumps(plain[0] if len(plain) == 1 else plain, indent=1, ensure_ascii=False))
     else:
         for one in found:
-            _show(one, quiet) if hasattr(one, "opset") else adapters.show(one, quiet=quiet)
+            _show(one, quiet) if isinstance(one, OnnxCheck) else adapters.show(one, quiet=quiet)
     if any(one.of(severity) for one in found for severity in counted):
         raise typer.Exit(1)
 

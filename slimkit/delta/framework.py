@@ -116,16 +116,7 @@ class TorchDelta(DeltaFramework):
         return found
 
     def layers(self, model: nn.Module) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        left: list[tuple[str, nn.Module]] = [("", model)]
-        while left:  # quicker than generators in one another, and every switch comes by here
-            path, held = left.pop()
-            module = bridge.unwrapped(held)
-            if isinstance(module, DeltaLayer):
-                found[path] = module
-            children = reversed(module._modules.items())
-            left += [(f"{path}.{name}" if path else name, child) for name, child in children if child is not None]
-        return found
+        return {p: m for p, m in bridge.named_modules(model, remove_duplicate=False) if isinstance(m, DeltaLayer)}
 
     def module(self, model: nn.Module, path: str) -> nn.Module:
         return bridge.get_module(model, path)

@@ -8,7 +8,7 @@ import numpy as np
 
 from slimkit.core.delta.bundle import sample_places
 from slimkit.core.delta.held_base import quantised, restored
-from slimkit_ms import bridge
+from slimkit_ms import bridge, kinds
 from slimkit_ms.delta.attach import forget
 from slimkit_ms.delta.lora_layers import LoraLinear
 
@@ -45,7 +45,7 @@ class HeldLora(LoraLinear):
         self.plain_sample = values.reshape(-1)[sample_places(values.size)]
         self.held_kind, self.held_scaled = kind, kind == "int8"
         # Of nn.Dense; it comes after the deltas.
-        self.own_activation = self.activation if vars(self).get("activation_flag") else None
+        self.own_activation = kinds.activation_of(self)
         held: Any = ms.Tensor(values).astype(ms.bfloat16)
         scale = np.ones(len(values), np.float32)
         if kind == "int8":

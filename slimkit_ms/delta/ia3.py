@@ -9,7 +9,7 @@ import numpy as np
 
 from slimkit.core.delta.ia3 import along, weight_axis
 from slimkit.core.errors import UnsupportedError
-from slimkit_ms import bridge
+from slimkit_ms import bridge, kinds
 from slimkit_ms.delta.attach import forget
 from slimkit_ms.delta.layer import AdaptedMerging
 
@@ -40,7 +40,7 @@ class Scaled(AdaptedMerging):
     @classmethod
     def width_for(cls, layer: Any, options: Mapping[str, Any]) -> int:
         """As many factors as the layer has outputs or inputs."""
-        if not options["feedforward"] and vars(layer).get("activation_flag"):
+        if not options["feedforward"] and kinds.activation_of(layer) is not None:
             raise UnsupportedError(
                 "ia3 multiplies outputs before the activation, which this nn.Dense applies itself; put the activation "
                 "into a cell of its own, or name the layer in feedforward."

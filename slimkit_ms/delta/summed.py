@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from slimkit_ms import bridge
+from slimkit_ms import bridge, kinds
 from slimkit_ms.delta.attach import forget
 from slimkit_ms.delta.layer import AdaptedMerging
 
@@ -26,7 +26,7 @@ class Summed(AdaptedMerging):
         """Note the delta's name and options; it acts."""
         super().carry_delta(options, name)
         # Of nn.Dense; the plain construct would apply it before the delta comes in.
-        self.own_activation = self.activation if vars(self).get("activation_flag") else None
+        self.own_activation = kinds.activation_of(self)
 
     @abstractmethod
     def change(self) -> Any:

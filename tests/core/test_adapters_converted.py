@@ -191,6 +191,23 @@ def test_names_and_damage_are_told(tmp_path):
     torch.save(held, path)
     with pytest.raises(FileFormatError, match="same in every shard"):
         convert_adapter(tmp_path / "mg", tmp_path / "out", to="peft")
+    for name in held["model"]:
+        held["model"][name] = held["model"][name][:1] if "lora_A" in name else held["model"][name][:, :1]
+    for shard in tmp_path.glob("mg/iter_*/mp_rank_*/model_optim_rng.pt"):
+        torch.save(held, shard)
+    with pytest.raises(FileFormatError, match=r"rank 1, where slimkit_adapter\.json says 6"):
+        convert_adapter(tmp_path / "mg", tmp_path / "out", to="peft")
+    record = files.read_json(tmp_path / "mg/slimkit_adapter.json")
+    for odd in ({"rank": 0}, {"groups": 0}, {"heads": 5}):
+        files.write_json(tmp_path / "mg/slimkit_adapter.json", {**record, **odd})
+        with pytest.raises(FileFormatError, match="multiple of groups"):
+            convert_adapter(tmp_path / "mg", tmp_path / "out", to="peft")
+    place = next(iter(record["modules"]))
+    for odd in ([3, 4], [0, 0], [1, -1]):
+        files.write_json(tmp_path / "mg/slimkit_adapter.json", {**record, "modules": {place: odd}})
+        with pytest.raises(FileFormatError, match="a rank and a place"):
+            convert_adapter(tmp_path / "mg", tmp_path / "out", to="peft")
+    files.write_json(tmp_path / "mg/slimkit_adapter.json", record)
     path.unlink()
     with pytest.raises(FileFormatError, match="model_optim_rng"):
         convert_adapter(tmp_path / "mg", tmp_path / "out", to="peft")

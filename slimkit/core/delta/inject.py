@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 from slimkit.core import check
-from slimkit.core.delta import held_base, layered, owned, starts
+from slimkit.core.delta import held_base, layered, owned
 from slimkit.core.delta import spec as rules
 from slimkit.core.delta.framework import DeltaFramework
 from slimkit.core.delta.spec import DeltaReport
@@ -84,26 +84,15 @@ def apply_layers(
         raise ArgumentError(f"the deltas of {merged[0]} are merged; unmerge them before another is added.")
     check.boolean(freeze, "freeze")
     flags, trained = _planned_flags(access, model, freeze, also_train)
-    notes: list[str] = []
-    layer_options: dict[str, dict[str, Any]] = {}
-    begun, batches, loss = dict[str, Any](), list[Any](), None
+    begun, notes = dict[str, Any](), list[str]()
     fresh = specs is None  # values that come from a file need no start of their own
-    if kind == "lora":
-        if specs is None:
-            sites.update({p: replace(sites[p], zeros=access.keeps_zeros(access.module(model, p))) for p in paths})
-            calibration, loss = options.pop("calibration", None), options.pop("loss", None)
-            specs = rules.lora_specs(sites, paths, **options)
-            batches = starts.check_data(specs[paths[0]].init, calibration, loss)
-            notes += layered.told_of_zeros(sites, specs, options.get("keep_zeros"))
+    if specs is None and kind == "lora":
+        specs, begun, notes = layered.loras(access, model, sites, paths, options)
+    elif specs is None:
+        specs = layered.specs(kind, sites, paths, options)
+    elif kind == "lora":
         held_base.check(access, model, sites, specs)
-        if batches:
-            begun, said = starts.work_out(access, model, sites, specs, batches, loss)
-            notes += said
-        layer_options = {p: specs[p].to_dict() for p in paths}
-    else:
-        if specs is None:
-            specs = layered.specs(kind, sites, paths, options)
-        layer_options = {p: dict(options) if specs is None else specs[p].to_dict() for p in paths}
+    layer_options = {p: dict(options) if specs is None else specs[p].to_dict() for p in paths}
     described: dict[str, dict[str, Any]] = {p: {"type": sites[p].kind, **layer_options[p]} for p in paths}
     before = set(map(id, standing.values()))
     put: dict[int, Any] = {}  # a layer held under two paths carries one delta

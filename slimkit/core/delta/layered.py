@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
-from typing import Any
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING, Any
 
 from slimkit.core import check
-from slimkit.core.delta import ia3, miss, shira
+from slimkit.core.delta import held_base, ia3, miss, shira, starts
+from slimkit.core.delta import spec as rules
 from slimkit.core.delta.ia3 import Ia3Spec
 from slimkit.core.delta.miss import MissSpec
 from slimkit.core.delta.shira import ShiraSpec
 from slimkit.core.delta.spec import LoraSpec, Site
+
+if TYPE_CHECKING:
+    from slimkit.core.delta.framework import DeltaFramework
 
 Specs = Mapping[str, Any]
 
@@ -44,7 +48,21 @@ def spec_of_record(kind: str, value: Any) -> Any:
     return SPECS[kind](**{k: tuple(v) if isinstance(v, list) else v for k, v in value.items()})
 
 
-def told_of_zeros(sites: Mapping[str, Site], specs: Mapping[str, LoraSpec], asked: Any) -> list[str]:
+def loras(
+    access: DeltaFramework, model: Any, sites: Mapping[str, Site], paths: Sequence[str], options: Mapping[str, Any]
+) -> tuple[dict[str, LoraSpec], dict[str, Any], list[str]]:
+    """Path -> LoRA of each chosen layer, path -> rows that a begins with where data says them, and what to tell."""
+    sites = {**sites, **{p: replace(sites[p], zeros=access.keeps_zeros(access.module(model, p))) for p in paths}}
+    plain = {name: value for name, value in options.items() if name not in ("calibration", "loss")}
+    specs, loss = rules.lora_specs(sites, paths, **plain), options.get("loss")
+    batches = starts.check_data(specs[paths[0]].init, options.get("calibration"), loss)
+    held_base.check(access, model, sites, specs)
+    notes = _told_of_zeros(sites, specs, options.get("keep_zeros"))
+    begun, said = starts.work_out(access, model, sites, specs, batches, loss) if batches else ({}, [])
+    return specs, begun, notes + said
+
+
+def _told_of_zeros(sites: Mapping[str, Site], specs: Mapping[str, LoraSpec], asked: Any) -> list[str]:
     """A line where LoRAs keep the zeros of sparse layers without being asked, and one where they fill them."""
     kept = [p for p, spec in specs.items() if spec.keep_zeros]
     filled = [p for p, spec in specs.items() if sites[p].zeros and not spec.keep_zeros]

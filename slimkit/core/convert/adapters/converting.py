@@ -196,6 +196,11 @@ def _plain(source: Stored, settings: Mapping[str, Any], alpha: float | None) -> 
     mixtral = record["mixtral"] if record and "mixtral" in record else settings.get("model_type") == "mixtral"
     pairs, grown = {}, []
     for low, rows in _gathered(source, settings, mixtral=bool(mixtral)):
+        if record is not None and len(low) != record["rank"]:
+            raise FileFormatError(
+                f"{path_of(next(iter(rows)))} has rank {len(low)}, where {stored_files.RECORD} says {record['rank']}: "
+                "the files are another adapter's. Take the record away and give alpha."
+            )
         for slot, high in rows.items():
             path = path_of(slot)
             if record is not None and path not in held and not np.any(high):

@@ -199,8 +199,12 @@ def _record(place: Path) -> dict[str, Any] | None:
     for key, kind in {**wanted, "heads": int}.items():
         if not isinstance(record.get(key), kind):  # type: ignore[arg-type]
             raise FileFormatError(f"{path}: {key!r} is missing or of the wrong type.")
+    rank, heads, groups = record["rank"], record["heads"], record["groups"]
+    if min(rank, heads, groups) < 1 or heads % groups:
+        raise FileFormatError(f"{path}: rank, heads and groups must be at least 1, and heads a multiple of groups.")
     for name, held in record["modules"].items():
-        if not (isinstance(held, list) and len(held) == 2 and all(type(n) is int and n >= 0 for n in held)):
+        whole = isinstance(held, list) and len(held) == 2 and all(type(n) is int and n >= 0 for n in held)
+        if not whole or not 1 <= held[0] <= rank - held[1]:
             raise FileFormatError(f"{path}: modules[{name!r}] must be a rank and a place.")
     return record
 
