@@ -69,12 +69,11 @@ def cut_checkpoint(
     stepwise.another_folder(source, target)
     spec = config.spec()
     model = empty_model(source, cache=True, fields=fields)
-    said = {**asdict(spec), "activations": _digests(spec.activations)}
     job = {
         "source": stepwise.identity(_weight_files(source)),
         "config": files.digest_file(source / "config.json"),
         "fields": dict(fields),
-        "steps": {key: _plain(value) for key, value in said.items()},
+        "steps": {**asdict(spec), "activations": _digests(spec.activations)},
         "strict": strict,
     }
     with openweights.open_weights(source, TorchWeightFile, "src") as weights:
@@ -119,10 +118,3 @@ def _weight_files(source: Path) -> list[Path]:
 
 def _digests(activations: Mapping[str, Any] | None) -> dict[str, str] | None:
     return None if activations is None else {name: files.digest_array(a) for name, a in activations.items()}
-
-
-def _plain(value: Any) -> Any:
-    """Tuples as the lists that JSON makes of them."""
-    if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items()}
-    return [_plain(inner) for inner in value] if isinstance(value, (tuple, list)) else value

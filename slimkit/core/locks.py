@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -114,15 +115,15 @@ def same_job(state: Path, job: Mapping[str, Any], defaults: Mapping[str, Any] | 
 
     Args:
         state: the directory.
-        job: configuration and digests of everything that goes in, as plain JSON values.
+        job: configuration and digests of everything that goes in, in what JSON can say.
         defaults: what options that came since the job was begun mean where nobody sets them, in the shape of `job`.
 
     Raises:
         UnsupportedError: it was begun with something else; the message names what differs.
     """
-    file = state / "job.json"
+    file, job = state / "job.json", json.loads(json.dumps(dict(job)))  # as it comes back from the file
     if not file.exists():
-        files.write_json(file, dict(job))
+        files.write_json(file, job)
         return
     found = filled(files.read_json(file), job, defaults or {})
     changed = [k for k in job if found.get(k) != job[k]] + [k for k in found if k not in job]

@@ -38,19 +38,14 @@ def tree(folder):
 
 
 @pytest.fixture(scope="module")
-def here(tmp_path_factory):
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def here(tmp_path_factory, one_thread):
     folder = tmp_path_factory.mktemp("cli")
     for family in ("llama", "bert"):
         tiny_models.hugging_face(folder, family)
     tiny_models.text(folder / "labelled.jsonl")
     tiny_models.text(folder / "plain.jsonl", labels=False)
     (folder / "nets.py").write_text(tiny_models.TORCH_NET)
-    yield folder
-    torch.set_num_threads(threads)
+    return folder
 
 
 @pytest.fixture(autouse=True)

@@ -349,17 +349,6 @@ def test_run_says_what_it_would_do(tmp_path):
 # a real process -----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def one_thread():
-    """A fork is only safe with one thread, and the number of threads belongs to a sparsity job's identity."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def forked(arguments, folder):
     """The command in a process of its own that has loaded everything already; its output goes to files."""
     child = os.fork()

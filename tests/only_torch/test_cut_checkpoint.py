@@ -122,6 +122,8 @@ def test_what_cannot_be_cut_is_refused_and_leaves_nothing(tmp_path):
     with pytest.raises(ArgumentTypeError, match="fields"):
         cut_checkpoint(large, out, ["num_hidden_layers"], config)
     assert not out.exists()
-    cut_checkpoint(large, out, {"num_hidden_layers": 2}, config)
+    fields = {"num_hidden_layers": 2, "id2label": {0: "a", 1: "b"}}
+    report = cut_checkpoint(large, out, fields, config)
+    assert cut_checkpoint(large, out, fields, config) == report  # whose keys JSON makes text
     with pytest.raises(UnsupportedError, match="fields"):
         cut_checkpoint(large, out, {"num_hidden_layers": 1}, steps(BLOCKS).add_blocks_params(LAYERS, {0: 0}))

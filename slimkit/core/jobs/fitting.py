@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -114,7 +113,7 @@ def begin(options: FitOptions, out: Path, run: FitRun, job: Mapping[str, Any]) -
     plan = {key: getattr(options, key) for key in FitOptions.model_fields} | {"seed": run.seed}
     # As JSON gives it back, so that tuples compare like the lists that were read.
     usual = defaults(type(options))
-    same_job(state, json.loads(json.dumps({**job, "plan": plan})), {**usual, "plan": usual})
+    same_job(state, {**job, "plan": plan}, {**usual, "plan": usual})
     return state
 
 
