@@ -20,7 +20,7 @@ from slimkit.core.prune.forms import CutForm, parallel_steps
 from slimkit.core.prune.framework import PruneFramework
 from slimkit.core.prune.importance import best
 from slimkit.core.prune.knapsack import foretold, measured
-from slimkit.core.prune.latency import LatencyAccount
+from slimkit.core.prune.latency import LatencyAccount, LatencyTable
 from slimkit.core.prune.levers import Lever, counts_experts, joined_losses, joined_scores, lever_matrix
 from slimkit.core.prune.narrowing import Narrowing, alike_levers
 from slimkit.core.prune.plan import PrunePlan, make_desc
@@ -59,6 +59,10 @@ class PrunerPlanning(PrunerSettings):
     def is_language_model(self) -> bool:
         """Whether the model has a table of embeddings and attention, so that only data tells what it can lose."""
         return self._solved().is_language_model
+
+    def is_timed_by(self, table: LatencyTable) -> bool:
+        """Whether a table tells this network's latency, at the size of the example."""
+        return table.holds(self._solved().view([]))
 
     def _planned(self, ratio: float, whole: list[str], most: Mapping[str, int] | None = None) -> dict[str, Any]:
         """A plan, and the report that belongs to it.
@@ -186,6 +190,11 @@ class PrunerPlanning(PrunerSettings):
         """What the ratio counts."""
         if self._budget == "latency":
             assert self._table is not None
+            if self._form_begun().name == "padded":
+                raise ArgumentError(
+                    'the budget "latency" needs the form "config" or "any": zeros that pad a width take time like any '
+                    'other numbers. Received: the form "padded"'
+                )
             return LatencyAccount(view, self._table)
         return Account(view, self._budget)
 
