@@ -95,7 +95,7 @@ def gathered_for(model: nn.Module, path: str, tensor: torch.Tensor) -> None:
     around: nn.Module | None = bridge.unwrapped(model)
     for name in (*path.split("."), ""):
         if isinstance(around, kind):
-            around._get_fsdp_state()._register_pre_backward_hook(tensor)
+            tensor.register_hook(around._get_fsdp_state()._pre_backward)
         around = around._modules.get(name) if around is not None else None
         around = None if around is None else bridge.unwrapped(around)
 

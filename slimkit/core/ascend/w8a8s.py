@@ -11,7 +11,7 @@ import numpy as np
 from slimkit.core import batch as batches
 from slimkit.core import check, files, match
 from slimkit.core.ascend import folder as folders
-from slimkit.core.ascend.entropy import mean_entropy
+from slimkit.core.ascend.entropy import lzma_bits, mean_entropy
 from slimkit.core.ascend.folder import DENSE, Array
 from slimkit.core.ascend.int8 import PARTS, Int8Layer, int8_layer, on_grid
 from slimkit.core.ascend.w16a16s import as_halves
@@ -41,6 +41,7 @@ class W8A8SReport(Shown):
         zero_ratio: share of zeros over all int8 weights.
         weight_bytes: bytes of all tensors.
         entropy_bits: bits a weight that the int8 weights hold, of 8: what a codec of single bytes needs at least.
+        lzma_bits: the same as LZMA packs them, a general packer that may find what single bytes do not show.
         copied: files copied beside them.
         tied: tensor that is not written -> the one that it is.
     """
@@ -51,6 +52,7 @@ class W8A8SReport(Shown):
     zero_ratio: float
     weight_bytes: int
     entropy_bits: float
+    lzma_bits: float
     copied: list[str]
     tied: dict[str, str]
 
@@ -191,6 +193,7 @@ def save(
         zero_ratio=float(np.average([rows[n]["zeros"] for n in chosen], weights=sizes)),
         weight_bytes=sum(v.nbytes for v in tensors.values()),
         entropy_bits=mean_entropy(layer.weight for layer in made.values()),
+        lzma_bits=lzma_bits([layer.weight for layer in made.values()]),
         copied=copied,
         tied=once,
     )
