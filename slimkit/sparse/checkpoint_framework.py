@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,7 @@ from slimkit.core.errors import UnsupportedError
 from slimkit.core.sparse.blockfiles import BlockFiles
 from slimkit.core.sparse.call_order import CallOrder
 from slimkit.core.sparse.framework import CalibratedBlock
-from slimkit.core.sparse.processes import demand_tokens, first, in_order, merged
+from slimkit.core.sparse.processes import dealt, demand_tokens, first, in_order, merged
 from slimkit.core.sparse.unwalked import DatalessBlock, FinishedBlock
 from slimkit.sparse import memory, stored_outputs
 from slimkit.sparse.chain import LentBlock, trace_block
@@ -176,13 +175,7 @@ class CheckpointSparse(TorchSparse):
 
     def kept(self, what: str, make: Callable[[], Any]) -> Any:
         """What an earlier run has found out; else it is made, and kept."""
-        file = self._state / f"{what}.json"
-        found = first(self, lambda: [files.read_json(file)] if file.exists() else [])
-        if found:
-            return found[0]
-        value = make()
-        first(self, lambda: files.write_json(file, value))
-        return value
+        return self._files.kept(self, what, make)
 
     def changes(
         self, probes: Sequence[Any], names: Sequence[str], variants: Sequence[Callable[[Sequence[str]], None]]
@@ -200,14 +193,9 @@ class CheckpointSparse(TorchSparse):
                     stage.pass_on()
                     back()
         self._loader.close()
-        own = [batch for batch, _ in self._dealt(probes)]
+        own = [batch for batch, _ in dealt(self, probes)]
         with self._outside(whole=True):
             return stored_outputs.changes(self.model, own, inputs, self._blocks)
-
-    def _dealt(self, dataset: Iterable[Any]) -> list[tuple[Any, int]]:
-        """This process's batches with their numbers."""
-        n, rank = self.processes(), self.rank()
-        return [(batch, i) for i, batch in enumerate(dataset) if i % n == rank]
 
     @contextlib.contextmanager
     def _outside(self, whole: bool = False) -> Iterator[None]:
@@ -234,15 +222,15 @@ class CheckpointSparse(TorchSparse):
 
     def _capture(self, dataset: Iterable[Any], paired: bool, scratch: str = "activations") -> StoredInputs:
         """Run what comes before the blocks, then note how each block is called."""
-        dealt = self._dealt(dataset)
+        mine = dealt(self, dataset)
         folder = self._state / scratch if self._offload == "disk" else None
-        valid = [valid_tokens(batch) for batch, _ in dealt]
+        valid = [valid_tokens(batch) for batch, _ in mine]
         padding = CallOrder()
         for real in valid:
             padding.batch(real is not None and not bool(real.any()))
         demand_tokens(self, padding)
-        inputs = StoredInputs(self._blocks, [i for _, i in dealt], valid, paired, folder, self._device)
-        calls = [batches.Call(*batches.as_call(batch)) for batch, _ in dealt]
+        inputs = StoredInputs(self._blocks, [i for _, i in mine], valid, paired, folder, self._device)
+        calls = [batches.Call(*batches.as_call(batch)) for batch, _ in mine]
         with self._outside():
             StoredBlocks(self._stored, torch.device("cpu")).load(self._blocks[0])
             inputs.capture_stubs(self.model, calls)
@@ -261,29 +249,15 @@ class CheckpointSparse(TorchSparse):
 
     def _write(self, index: int, stage: Any, inputs: StoredInputs | None) -> None:
         """Write a block by process 0, and what enters the next by those that have it."""
-        following = self._files.activations(index + 1)
-        going = inputs is not None and index < len(self._blocks) - 1
-        part = following.with_name(f".{following.name}.part")
 
-        def begin() -> None:
-            shutil.rmtree(part, ignore_errors=True)  # of a run that was killed here
-            part.mkdir()
-
-        def end() -> None:
-            if going:
-                shutil.rmtree(following, ignore_errors=True)
-                part.rename(following)
+        def weights(file: Path) -> None:
             changed: dict[str, torch.Tensor] = {}
             for name in dict.fromkeys([*self._parameters(stage.names), *stage.changed]):
                 pieces = self._stored.pieces(name, self.model.get_parameter(name).detach())
                 changed |= {key: piece.cpu() for key, piece in pieces.items()}
-            with files.atomic_file(self._files.weights(index)) as handle:
+            with files.atomic_file(file) as handle:
                 write_tensors(handle, changed)
-            self._files.finish(index, {n: self._own[n] for n in stage.names})
 
-        if going:
-            first(self, begin)
-            assert inputs is not None
-            inputs.save(part)
-            self.gather(None)  # all are written
-        first(self, end)
+        going = inputs if index < len(self._blocks) - 1 else None
+        rows = {n: self._own[n] for n in stage.names}
+        self._files.write(self, index, rows, weights, going.save if going is not None else None)

@@ -67,11 +67,13 @@ class OneOf:
             loads no NumPy.
         functions: whether ``file.py:function`` of the user's own is taken as well.
         first: words before those of the table.
+        switches: whether true and false are taken as well.
     """
 
     table: str | tuple[str, ...]
     functions: bool = False
     first: tuple[str, ...] = ()
+    switches: bool = False
 
     @property
     def words(self) -> tuple[str, ...]:
@@ -81,13 +83,13 @@ class OneOf:
         place, _, name = self.table.partition(":")
         return (*self.first, *getattr(importlib.import_module(place), name))
 
-    def _known(self, value: str | None) -> str | None:
-        if value is None:  # the type has said whether that may be
-            return None
+    def _known(self, value: str | bool | None) -> str | bool | None:
+        if value is None or isinstance(value, bool):  # the type has said whether that may be
+            return value
         words = self.words
         if value in words or (self.functions and ":" in value):
             return value
-        more = ", or file.py:function" if self.functions else ""
+        more = ", or file.py:function" if self.functions else ", true or false" if self.switches else ""
         raise PydanticCustomError(
             "one_of",
             "must be one of {words}",
@@ -101,6 +103,8 @@ class OneOf:
         allowed: list[dict[str, Any]] = [{"type": "string", "enum": list(self.words)}]
         if self.functions:
             allowed.append({"type": "string", "pattern": ":"})
+        if self.switches:
+            allowed.append({"type": "boolean"})
         if schema["schema"]["type"] == "nullable":
             allowed.append({"type": "null"})
         return {"anyOf": allowed} if len(allowed) > 1 else allowed[0]
@@ -116,6 +120,7 @@ class Flag:
         sets: for a switch, what the option becomes where the switch is given.
         help: for a switch, what it says of itself.
         old: former names, which still work and say so.
+        stood: what the former names stand for, where they were switches; None where they take the option's value.
     """
 
     names: tuple[str, ...]
@@ -123,6 +128,7 @@ class Flag:
     sets: Any
     help: str | None
     old: tuple[str, ...]
+    stood: Any
 
     def __init__(
         self,
@@ -131,8 +137,9 @@ class Flag:
         sets: Any = None,
         help: str | None = None,
         old: tuple[str, ...] = (),
+        stood: Any = None,
     ) -> None:
-        given = {"names": names, "metavar": metavar, "sets": sets, "help": help, "old": old}
+        given = {"names": names, "metavar": metavar, "sets": sets, "help": help, "old": old, "stood": stood}
         for name, value in given.items():
             object.__setattr__(self, name, value)
 

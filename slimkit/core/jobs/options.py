@@ -207,8 +207,14 @@ class SparsifyOptions(JobOptions):
     )
     pattern: str | None = Field(None, description='n:m along input channels, for example "2:4" ("4:2" for Ascend)')
     uniform: Annotated[
-        bool, Flag("--measured-ratios", sets=False, help="each layer gets the ratio that its sensitivity allows")
-    ] = Field(True, description="the same ratio in every layer; false: each gets what its sensitivity allows")
+        bool | str,
+        OneOf("slimkit.core.sparse.config:RULES", switches=True),
+        Flag("--uniform", metavar="RULE", old=("--measured-ratios",), stood="measured"),
+    ] = Field(
+        True,
+        description="true: the same ratio in every layer; measured, or false: each gets what its sensitivity allows; "
+        "dlp: each block by a median of its weights times input norms, almost for nothing",
+    )
     progressive: bool = Field(False, description="reach the ratio in steps")
     residual: bool = Field(False, description="also fit what the residual stream has lost (chains of blocks)")
     swaps: NonNegativeInt = Field(
