@@ -14,7 +14,7 @@ from slimkit.core.match import demand, match
 from slimkit.core.prune.allocate import Account, Allocation, allocate
 from slimkit.core.prune.attributes import config_changes, new_values, scope_sizes
 from slimkit.core.prune.criteria import CRITERIA, Criterion
-from slimkit.core.prune.experts import fields_after, find_experts, numbers_after
+from slimkit.core.prune.experts import fields_after, find_experts, numbers_after, stay_note
 from slimkit.core.prune.expressions import Index
 from slimkit.core.prune.forms import CutForm, parallel_steps
 from slimkit.core.prune.framework import PruneFramework
@@ -126,6 +126,9 @@ class PrunerPlanning(PrunerSettings):
             if self._rotate:
                 coupling = self._stream_found(coupling)
             coupling.open_experts(find_experts(coupling.graph, self._wing.config(), self._wing.configured))
+            left = [path for path in self._wing.stacked() if path not in coupling.expert_dims]
+            if note := stay_note(self._wing.framework, left):
+                coupling.graph.notes.append(note)
             self._narrowing = Narrowing(coupling)
         return self._narrowing
 
