@@ -29,8 +29,8 @@ Build = Callable[[Mapping[str, Field]], Mapping[str, tuple[int, ...]] | None]
 KEPT_WHOLE = 'experts: only data tells which of them can go (importance "output")'
 # Why no plan may touch the experts of a module.
 WHY_STAY = {
-    "torch": "no configuration of Hugging Face's says their number",
-    "mindspore": "cells carry no configuration that says their number. Prune experts in PyTorch, and convert the model",
+    "torch": "no configuration of Hugging Face's tells which axes count them",
+    "mindspore": "cells carry no configuration that tells which axes count them. Prune experts in PyTorch, and convert the model",
 }
 NUMBER = re.compile(r"experts$")
 # How many experts one token is given to: never more than there are.
@@ -151,7 +151,7 @@ def stay_note(framework: str, modules: Iterable[str]) -> str:
 
     Example:
         >>> stay_note("torch", ["h.0.moe", "h.1.moe", "h.2.moe"])
-        "the experts of h.0.moe, h.1.moe and 1 more stay whole: no configuration of Hugging Face's says their number"
+        "the experts of h.0.moe, h.1.moe and 1 more stay whole: no configuration of Hugging Face's tells which axes count them"
     """
     named = [path or "the model" for path in modules]
     told = ", ".join(named[:2]) + (f" and {len(named) - 2} more" if len(named) > 2 else "")
