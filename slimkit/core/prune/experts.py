@@ -30,7 +30,8 @@ KEPT_WHOLE = 'experts: only data tells which of them can go (importance "output"
 # Why no plan may touch the experts of a module.
 WHY_STAY = {
     "torch": "no configuration of Hugging Face's tells which axes count them",
-    "mindspore": "cells carry no configuration that tells which axes count them. Prune experts in PyTorch, and convert the model",
+    "mindspore": "cells carry no configuration that tells which axes count them. Prune experts in PyTorch, and convert "
+    "the model",
 }
 NUMBER = re.compile(r"experts$")
 # How many experts one token is given to: never more than there are.
@@ -150,8 +151,8 @@ def stay_note(framework: str, modules: Iterable[str]) -> str:
     """What a report says of modules whose experts no plan may touch; "" for none.
 
     Example:
-        >>> stay_note("torch", ["h.0.moe", "h.1.moe", "h.2.moe"])
-        "the experts of h.0.moe, h.1.moe and 1 more stay whole: no configuration of Hugging Face's tells which axes count them"
+        >>> stay_note("torch", ["h.0.moe", "h.1.moe", "h.2.moe"]).partition(":")[0]
+        'the experts of h.0.moe, h.1.moe and 1 more stay whole'
     """
     named = [path or "the model" for path in modules]
     told = ", ".join(named[:2]) + (f" and {len(named) - 2} more" if len(named) > 2 else "")
