@@ -47,8 +47,8 @@ def distill(
 
     The student of a Hugging Face directory is cut out of the teacher's own weights, by what the text shows to matter
     least, and trained on that text to give the teacher's answers. A factory's network learns from the teacher's answers
-    to arrays, in PyTorch and MindSpore. Ctrl-C and SIGTERM save the state; the same command goes on. Under torchrun each
-    process holds a part of the models.
+    to arrays, in PyTorch and MindSpore. Ctrl-C and SIGTERM save the state; the same command goes on. Under torchrun
+    each process holds a part of the models.
 
     Example: slimkit distill --model minilm --layers 3 --data text.jsonl --epochs 3 --out minilm-3
 
