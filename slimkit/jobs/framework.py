@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 import slimkit
-from slimkit import bridge, compare, export, pruned_folder, together, train
+from slimkit import bridge, compare, export, latency, pruned_folder, together, train
 from slimkit.core import files
 from slimkit.core.calibration.reading import TextReader
 from slimkit.core.calibration.record import record_of, write_record
@@ -26,6 +26,7 @@ from slimkit.core.jobs.sources import DataPlace, ModelPlace, StudentPlace
 from slimkit.core.jobs.tasks import TASKS
 from slimkit.core.locks import BLOCKS, locked
 from slimkit.core.log import logger
+from slimkit.core.prune.onnx_times import OnnxTimes
 from slimkit.core.sparse import SparseConfig
 from slimkit.core.sparse.maths.layer import SparseLayer
 from slimkit.core.sparse.processes import first
@@ -78,6 +79,9 @@ class TorchJobs(JobFramework):
 
     def measure(self, model: nn.Module, inputs: Any, dense: nn.Module | None = None) -> Measurement:
         return measure_model(model, bridge.to_device(inputs, bridge.device_of(model)), dense=dense)
+
+    def latency_times(self, model: nn.Module, inputs: Any) -> OnnxTimes:
+        return latency.onnx_times(bridge.to_device(inputs, bridge.device_of(model)))
 
     def states(self, model: nn.Module) -> Iterator[tuple[str, str, np.ndarray]]:
         for name, tensor in model.state_dict().items():

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from slimkit.core.compare.framework import CompareFramework
     from slimkit.core.distill.config import KnowledgeDistillConfig
     from slimkit.core.jobs.options import DistillOptions, FitOptions
+    from slimkit.core.prune.onnx_times import OnnxTimes
     from slimkit.core.sparse import SparseConfig
 
 Array = np.ndarray[Any, Any]
@@ -210,6 +211,10 @@ class JobFramework(CrewFramework, Protocol):
     @abstractmethod
     def measure(self, model: Any, inputs: Any, dense: Any = None) -> Measurement:
         """Parameters, zeros, MACs and latency on one input; `dense` is timed in turn with it."""
+
+    @abstractmethod
+    def latency_times(self, model: Any, inputs: Any) -> OnnxTimes:
+        """What times networks of these inputs on this machine."""
 
     @abstractmethod
     def states(self, model: Any) -> Iterator[tuple[str, str, Array]]:
