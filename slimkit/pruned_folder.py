@@ -145,6 +145,15 @@ class FolderPruner(PrunerBase):
             )
         return super().set_form(form)
 
+    def set_budget(self, budget: str, table: Any = None) -> Self:
+        """Choose what the ratio counts: "params" or "macs"."""
+        if budget == "latency":
+            raise UnsupportedError(
+                "the budget latency times the model in memory, and a folder stays on disk: prune the model, or choose "
+                "another budget"
+            )
+        return super().set_budget(budget, table)
+
     def prune(self, reserved_ratio: float = 0.75, un_prune_list: Sequence[int | str] | None = None) -> dict[str, Any]:
         """Nothing: a folder is left as it is, and `write` makes another one."""
         raise UnsupportedError("a folder is not pruned in place: write() makes another one")

@@ -20,6 +20,7 @@ from slimkit.core.prune.pruner import PrunerBase
 from slimkit.core.prune.rehearsal import Rehearsal
 from slimkit.core.prune.rules import relate
 from slimkit.core.prune.solve import View
+from slimkit.core.sparse.experts import fused
 from slimkit_ms import bridge, kinds
 from slimkit_ms.compensate import compensate
 from slimkit_ms.replay import replaying, unchanged
@@ -124,6 +125,14 @@ class MindSporePrune:
 
     def configured(self, changes: Mapping[str, Field]) -> dict[str, tuple[int, ...]] | None:
         return {}  # cells carry no configuration that builds them
+
+    def stacked(self) -> list[str]:
+        return [
+            path
+            for path, cell in self.model.cells_and_names()
+            if not type(cell).__module__.startswith("mindspore.")
+            and fused(cell, {k: tuple(p.shape) for k, p in cell._params.items() if p is not None}).keys
+        ]
 
     def config_mismatch(self) -> str | None:
         return None  # cells carry no configuration that builds them

@@ -16,6 +16,7 @@ from slimkit.core.jobs.framework import Opened
 from slimkit.core.jobs.measurement import show
 from slimkit.core.jobs.options import PruneOptions
 from slimkit.core.jobs.sources import DataPlace, ModelPlace
+from slimkit.core.jobs.timing import told
 from slimkit.core.yamltext import parse_yaml
 
 CARD = "README.md"
@@ -156,6 +157,8 @@ def pruned_facts(facts: Mapping[str, Any], options: PruneOptions) -> dict[str, s
         "form": report["form"]["name"],
         "importance": options.importance,
     }
+    if "latency" in report:
+        rows["latency"] = told(report["latency"])
     if "padding" in report:
         rows["zeros that pad blocks to one width"] = show(report["padding"]["zeros"], "count")
     if facts.get("reloaded") is not None:

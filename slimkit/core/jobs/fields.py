@@ -1,4 +1,4 @@
-"""How an option is declared: strict values, the words it may take, and how the command line spells it."""
+"""How an option is declared: strict values, words and block numbers, and how the command line spells it."""
 
 from __future__ import annotations
 
@@ -197,3 +197,40 @@ def explained(error: ValidationError) -> list[tuple[tuple[Any, ...], str, str, A
         near = one.get("ctx", {}).get("near", "")
         found.append((one["loc"], one["type"], f"{one['msg']}{came}{near}", one["input"]))
     return found
+
+
+# No model has a block beyond this; a longer range is a slip of the keyboard.
+_HIGHEST_BLOCK = 9999
+
+
+def numbers_of(text: str) -> tuple[int, ...]:
+    """Numbers and ranges as a tuple, in the order in which they were written.
+
+    Example:
+        >>> numbers_of("0-2,5")
+        (0, 1, 2, 5)
+    """
+    found: list[int] = []
+    for part in text.split(","):
+        first, ranged, last = part.strip().partition("-")
+        last = last if ranged else first
+        if int(last) > _HIGHEST_BLOCK:
+            raise ValueError(part)
+        found += range(int(first), int(last) + 1)
+    return tuple(found)
+
+
+def whole_number(value: Any) -> Any:
+    """A block's number as JSON has it, whose keys are text."""
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
+
+
+def each_block(text: str) -> str:
+    """Block numbers as they were written, each once."""
+    try:
+        found = numbers_of(text)
+    except ValueError:
+        found = ()
+    if not found or len(set(found)) < len(found):
+        raise PydanticCustomError("blocks", "must be block numbers, each once, such as 0-9,12,20-29")
+    return text
