@@ -183,14 +183,15 @@ class FolderPruner(PrunerBase):
             The report; see `prune_checkpoint`.
         """
         repair = self._repair if self._repair_set else self._scoring.calibration
+        own = {p.file for p in self._stored.places.values()}
         job = {
-            "source": stepwise.identity(p.file for p in self._stored.places.values()),
+            "source": stepwise.identity(own),
             "config": files.digest_file(self._source / "config.json"),
             "settings": {"reserved_ratio": ratio, "un_prune_list": None if whole is None else list(whole), **settings},
             "calibration": None if self._scoring.calibration is None else digest_of(self._scoring.calibration),
             "compensation": None if repair is None else digest_of(repair),
         }
-        return stepwise.write_folder(target, job, lambda state: self._work(state, ratio, whole), REPORT)
+        return stepwise.write_folder(target, own, job, lambda state: self._work(state, ratio, whole), REPORT)
 
     def _work(self, state: Path, ratio: float, whole: Sequence[int | str] | None) -> stepwise.Work:
         """Plan the cut, repair it, and say what is to be written."""
@@ -325,7 +326,7 @@ def prune_checkpoint(
 
     Returns:
         {"asked", "parameters_before", "parameters", "kept", "report": as `PruneTorch.report`}; the same is in
-        ``dst/prune_report.json``, the plan in ``dst/plan.json``.
+        ``dst/prune_report.json``, the plan in ``dst/plan.json``. And "bytes": what this call has read and written.
 
     Raises:
         FileFormatError: `src` is damaged or holds no safetensors.

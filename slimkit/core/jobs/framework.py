@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import numpy as np
 
 from slimkit.core.errors import ConfigError, UnsupportedError
+from slimkit.core.jobs.crew import CrewFramework
 from slimkit.core.jobs.measurement import Measurement
 from slimkit.core.jobs.sources import DataPlace, ModelPlace, StudentPlace
 
@@ -38,6 +39,7 @@ class Opened:
         directory: the folder with its configuration and tokenizer, where it has one.
         desc: the plan that pruned it, where its folder says so.
         fresh: parameters that the files lack and that were drawn at random, as the command allowed.
+        shared: what puts the model together where processes hold parts of it.
     """
 
     model: Any
@@ -45,6 +47,7 @@ class Opened:
     directory: Path | None = None
     desc: dict[str, Any] | None = None
     fresh: tuple[str, ...] = ()
+    shared: Any = None
 
     @property
     def is_hf(self) -> bool:
@@ -173,7 +176,7 @@ class Task:
     classes: bool
 
 
-class JobFramework(Protocol):
+class JobFramework(CrewFramework, Protocol):
     """A framework's side of the jobs: what it alone knows."""
 
     # The package whose public names do the work.
