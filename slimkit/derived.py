@@ -1,4 +1,4 @@
-"""What a Hugging Face model computes from its configuration when it is made: numbers, and tensors that no file holds."""
+"""What a Hugging Face model computes from its configuration when it is made: numbers, and tensors in no file."""
 
 from __future__ import annotations
 

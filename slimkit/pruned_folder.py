@@ -69,7 +69,9 @@ class _Cutter:
         if not left:
             return []
         named = ", ".join(left[:5]) + (" ..." if len(left) > 5 else "")
-        return [f"{len(left)} tensors belong to nothing in {type(self._stored.model).__name__}, and stay whole: {named}"]
+        return [
+            f"{len(left)} tensors belong to nothing in {type(self._stored.model).__name__}, and stay whole: {named}"
+        ]
 
     def _entry(self, key: str) -> Entry:
         place, path = self._stored.places[key], self._path(key)

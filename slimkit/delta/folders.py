@@ -105,7 +105,10 @@ class _Merger:
         self._kept = {
             n: known[id(t)]
             for n, t in state.items()
-            if id(t) in known and id(t) not in self._access.filled and known[id(t)] in self.given and stored.find(n) is None
+            if id(t) in known
+            and id(t) not in self._access.filled
+            and known[id(t)] in self.given
+            and stored.find(n) is None
         }
         self.added += self._kept
         self.tensors.update({n: state[n].detach() for n in self._kept})

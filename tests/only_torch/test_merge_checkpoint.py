@@ -178,7 +178,7 @@ def test_what_cannot_be_merged_is_refused_before_anything_is_written(tmp_path):
     tied = llama(tie_word_embeddings=True)
     tied.save_pretrained(tmp_path / "tied")
     peft_trained(tied, tmp_path / "both", ["q_proj", "lm_head"], modules_to_save=["embed_tokens"])
-    with pytest.raises(UnsupportedError, match="lm_head.weight is adapted"):
+    with pytest.raises(UnsupportedError, match=r"lm_head\.weight is adapted"):
         merge_checkpoint(tmp_path / "tied", tmp_path / "both", out)
     assert not out.exists()
     merge_checkpoint(tmp_path / "base", tmp_path / "lora", out)

@@ -6,6 +6,7 @@ import copy
 import json
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 import slimkit
 from slimkit import PruneTorch
@@ -14,7 +15,6 @@ from slimkit.stored import StoredModel
 from tests.zoo import language
 
 import torch
-from safetensors.torch import load_file, save_file
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def test_tensors_without_a_place_in_the_model_are_told(tmp_path, folder):
 def test_one_parameter_under_two_names_is_refused(tmp_path, folder):
     source, _, _ = folder
     change(source, lambda held: {**held, "norm.weight": held["model.norm.weight"] + 1})
-    with pytest.raises(FileFormatError, match="'norm.weight' and as 'model.norm.weight'"):
+    with pytest.raises(FileFormatError, match=r"'norm\.weight' and as 'model\.norm\.weight'"):
         slimkit.prune_checkpoint(source, tmp_path / "dst", 0.7)
     assert not (tmp_path / "dst").exists()
 

@@ -271,8 +271,8 @@ class Sharded(Weights):
             for name in opened.entries.keys() & self.entries.keys():
                 if shard != home[name] and not self._same(name, shard):
                     raise FileFormatError(
-                        f"{path} says that {home[name]!r} holds {name!r}, and so does {shard!r}, with other values: take "
-                        "the file away that is not meant"
+                        f"{path} says that {home[name]!r} holds {name!r}, and so does {shard!r}, with other values: "
+                        "take the file away that is not meant"
                     )
 
     def _same(self, name: str, shard: str) -> bool:

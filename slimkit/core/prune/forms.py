@@ -63,7 +63,9 @@ class CutForm:
         found: Said | str = ask(view, fields, wing.configured) if fields else ""
         if isinstance(found, Said):
             found.computed = {p for p in wing.computed() & view.axes.keys() if not all(map(_fixed, view.axes[p]))}
-            self.notes = [f"{path} is computed anew at loading: its widths stay whole" for path in sorted(found.computed)]
+            self.notes = [
+                f"{path} is computed anew at loading: its width stays whole" for path in sorted(found.computed)
+            ]
         if found == "" and wanted is None:
             self.name = "any"
             return
