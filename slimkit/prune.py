@@ -22,6 +22,7 @@ from slimkit.core.prune.pruner import PrunerBase
 from slimkit.core.prune.record import plans_of, whole_desc
 from slimkit.core.prune.rehearsal import Rehearsal, compare
 from slimkit.core.prune.solve import View
+from slimkit.core.sparse.experts import fused
 from slimkit.derived import build, derived_numbers, unsaved, with_derived
 from slimkit.replay import replaying, unchanged
 from slimkit.signals import layer_signals
@@ -136,6 +137,13 @@ class TorchPrune:
             logger.debug("no model of %s: %s: %s", changes, type(error).__name__, error)
             return None
         return {path: tuple(tensor.shape) for path, tensor in named_tensors(built)}
+
+    def stacked(self) -> list[str]:
+        return [
+            path
+            for path, module in self.model.named_modules()
+            if fused(module, {k: tuple(p.shape) for k, p in module._parameters.items() if p is not None}).keys
+        ]
 
     def config_mismatch(self) -> str | None:
         return config_mismatch(self.model)

@@ -155,6 +155,15 @@ class FolderPruner(PrunerBase):
             )
         return super().set_form(form)
 
+    def set_budget(self, budget: str, table: Any = None) -> Self:
+        """Choose what the ratio counts: "params" or "macs"."""
+        if budget == "latency":
+            raise UnsupportedError(
+                "the budget latency times the model in memory, and a folder stays on disk: prune the model, or choose "
+                "another budget"
+            )
+        return super().set_budget(budget, table)
+
     def prune(self, reserved_ratio: float = 0.75, un_prune_list: Sequence[int | str] | None = None) -> dict[str, Any]:
         """Nothing: a folder is left as it is, and `write` makes another one."""
         raise UnsupportedError("a folder is not pruned in place: write() makes another one")
@@ -174,14 +183,15 @@ class FolderPruner(PrunerBase):
             The report; see `prune_checkpoint`.
         """
         repair = self._repair if self._repair_set else self._scoring.calibration
+        own = {p.file for p in self._stored.places.values()}
         job = {
-            "source": stepwise.identity(p.file for p in self._stored.places.values()),
+            "source": stepwise.identity(own),
             "config": files.digest_file(self._source / "config.json"),
             "settings": {"reserved_ratio": ratio, "un_prune_list": None if whole is None else list(whole), **settings},
             "calibration": None if self._scoring.calibration is None else digest_of(self._scoring.calibration),
             "compensation": None if repair is None else digest_of(repair),
         }
-        return stepwise.write_folder(target, job, lambda state: self._work(state, ratio, whole), REPORT)
+        return stepwise.write_folder(target, own, job, lambda state: self._work(state, ratio, whole), REPORT)
 
     def _work(self, state: Path, ratio: float, whole: Sequence[int | str] | None) -> stepwise.Work:
         """Plan the cut, repair it, and say what is to be written."""
@@ -295,7 +305,7 @@ def prune_checkpoint(
 
     Returns:
         {"asked", "parameters_before", "parameters", "kept", "report": as `PruneTorch.report`}; the same is in
-        ``dst/prune_report.json``, the plan in ``dst/plan.json``.
+        ``dst/prune_report.json``, the plan in ``dst/plan.json``. And "bytes": what this call has read and written.
 
     Raises:
         FileFormatError: `src` is damaged or holds no safetensors.

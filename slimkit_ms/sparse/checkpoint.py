@@ -11,7 +11,6 @@ import numpy as np
 
 from slimkit.core import batch as batches
 from slimkit.core import check, files
-from slimkit.core.errors import UnsupportedError
 from slimkit.core.files import PathLike
 from slimkit.core.locks import BLOCKS as STATE
 from slimkit.core.showing import Report
@@ -43,11 +42,15 @@ def sparsify_checkpoint(
     Each finished block is written to `dst` with the activations that leave it; a run that is killed goes on from the
     last finished block when called again, and ends in the same bytes. Only layers inside the blocks change.
 
+    Under msrun, once `mindspore.communication.init()` has run, every process makes the same call, with the same data
+    and folders that all see: each takes every n-th batch, and the bytes are those of one process of as many threads.
+
     Args:
         src: a folder of .safetensors (with Hugging Face's index, MindSpore's param_name_map.json, or one file), a
             folder with model.ckpt, or one such file.
         dst: folder for the result, absent or holding an unfinished run of the same job.
-        cfg: what to do, with uniform=True.
+        cfg: what to do. Ratios of a rule (`uniform`) are judged by what leaves the last block, and measured in a walk
+            of their own, which a killed run begins again.
         dataset: a list (or any re-iterable that repeats itself) of batches; not needed for "magnitude".
         build: path of a block -> a new Cell of it, whose parameters `src` names by that path and their own; "" -> what
             comes before the blocks: a Cell that gives for a batch what the first block takes, a tensor or a tuple (what
@@ -59,12 +62,12 @@ def sparsify_checkpoint(
             a bar on a terminal and log lines elsewhere.
 
     Returns:
-        The report of `Compressor.compress`.
+        The report of `Compressor.compress`, and "bytes": what this call has read and written (see the page scale).
 
     Raises:
         FileFormatError: `src` is damaged or holds no weights.
-        UnsupportedError: a tensor is not found or has another shape, `dst` was begun with other inputs, or there are
-            several processes.
+        UnsupportedError: a tensor is not found or has another shape, `dst` was begun with other inputs, or
+            `cfg.residual` is set, which needs the whole cell.
         ConfigError: another run is at work in `dst`.
     """
     source, target = files.as_path(src, "src"), files.as_path(dst, "dst")
@@ -74,8 +77,6 @@ def sparsify_checkpoint(
         check.wrong_value("blocks", "the paths of at least one block", blocks)
     if source.resolve() in (target.resolve(), target.resolve() / source.name):
         check.wrong_value("dst", "another directory than src", str(target))
-    if cfg.allocation or cfg.row.reconstructs:
-        raise UnsupportedError("sparsify_checkpoint needs uniform=True and a method that trains no blocks in MindSpore")
     weights, parts = open_folder(source)
     with weights:
         if cfg.weight_bits == 8:
@@ -83,9 +84,6 @@ def sparsify_checkpoint(
         data = list(batches.dataset(dataset)) if cfg.needs_data else []
         stored = StoredCells(weights, names)
         host = CheckpointCells(stored, target / STATE, build, paths)
-        if host.processes() > 1:
-            raise UnsupportedError("sparsify_checkpoint needs one process in MindSpore")
-
         finished = cache(host.finished)  # asked once all blocks are done
 
         def copy(folder: Path) -> None:

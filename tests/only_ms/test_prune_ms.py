@@ -14,7 +14,6 @@ from slimkit.core.errors import (
     FileFormatError,
     GraphError,
     PlanError,
-    UnsupportedError,
 )
 from slimkit.core.prune.plan import PrunePlan
 from slimkit_ms.compensate import WholePair
@@ -37,11 +36,6 @@ def _mindspore():
 
 def count(model):
     return sum(p.size for p in model.trainable_params())
-
-
-def test_rotation_is_refused_at_the_door():
-    with pytest.raises(UnsupportedError, match="set_rotation is not offered for MindSpore"):
-        PruneMindSpore(nn.Dense(8, 4), ms.Tensor(np.ones((1, 8), np.float32))).set_rotation(True)
 
 
 def values(model):

@@ -141,6 +141,36 @@ def test_streams_that_cannot_be_turned_are_refused_with_the_reason():
         ).analysis(0.9)
 
 
+class Normed(torch.nn.Module):
+    """A table, a norm of some kind, and what reads it."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.table, self.head, self.norm = torch.nn.Embedding(60, 32), torch.nn.Linear(32, 4), norm
+
+    def forward(self, ids):
+        return self.head(self.norm(self.table(ids)))
+
+
+@pytest.mark.parametrize(
+    ("norm", "why"),
+    [
+        (lambda x: x * x.pow(4).mean(-1, keepdim=True).rsqrt(), "pow, which depends on its axes"),
+        (lambda x: torch.ones(()) / x, "div, which depends on its axes"),
+        (lambda x: x * x.pow(2).mean(-1, keepdim=True).rsqrt(), ""),
+        (lambda x: x / (x * x).mean(-1, keepdim=True).sqrt(), ""),
+        (lambda x: x / (x * x).sum(-1, keepdim=True).sqrt(), "a sum over its features in"),
+    ],
+)
+def test_only_the_root_mean_square_is_the_same_on_all_axes(norm, why):
+    job = PruneTorch(Normed(norm), IDS[:2]).set_rotation()
+    if why:
+        with pytest.raises(UnsupportedError, match=why):
+            job._solved()
+    else:
+        job._solved()
+
+
 def test_the_axes_are_orthogonal_and_ordered_by_loss():
     job = pruner(built("Qwen3"))
     job.analysis(0.85, INNER)

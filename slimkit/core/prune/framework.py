@@ -84,6 +84,10 @@ class PruneFramework(Protocol):
         it builds none, empty where a framework has no such configurations."""
 
     @abstractmethod
+    def stacked(self) -> list[str]:
+        """Paths of the modules that say that they hold experts, one matrix an expert in one parameter."""
+
+    @abstractmethod
     def config_mismatch(self) -> str | None:
         """Where a model built afresh from the configuration differs from this one: "" nowhere, None without one."""
 

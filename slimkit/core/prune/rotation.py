@@ -74,6 +74,8 @@ def principal_axes(stream: Stream, signals: Callable[[Sequence[str]], Mapping[st
                     flows[norm] = signal.gram / known / known[:, None]
             uses[norm] = use
     axes = np.linalg.eigh(np.sum(list(flows.values()), axis=0))[1][:, ::-1]
+    # An axis may point either way; one rule makes the result that of another machine and framework.
+    axes = axes * np.sign(np.take_along_axis(axes, np.abs(axes).argmax(0)[None], 0))
     turned = {norm: axes.T @ gram @ axes for norm, gram in flows.items()}
     channels = [
         ChannelReader(
