@@ -200,9 +200,6 @@ class TorchPrune:
             )
         return undo
 
-    def demand_rotation(self) -> None:
-        pass  # every torch model that is a stream
-
     def turn(self, values: Iterable[tuple[str, Array]], parted: Mapping[str, str]) -> Callable[[], None]:
         undo = turn(self.model, values, parted)
         self._found = surgery.tensors(self.model)

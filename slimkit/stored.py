@@ -144,9 +144,12 @@ class StoredModel:
             name: the parameter.
             value: its values, possibly of another shape than today's.
         """
-        parts = [value] if self.is_whole(name) else self._layouts.split(name, value).values()
+        if self.is_whole(name):
+            parts: dict[str | None, torch.Tensor] = {self.keys(name)[0]: value}
+        else:  # by their names: where whole experts went there are fewer of them
+            parts = {self.find(piece): part for piece, part in self._layouts.split(name, value).items()}
         return {
-            key: piece.to(stored_dtype(self.places[key])).contiguous() for key, piece in zip(self.keys(name), parts)
+            key: part.to(stored_dtype(self.places[key])).contiguous() for key, part in parts.items() if key is not None
         }
 
     def _tensor(self, name: str, place: shards.Place) -> torch.Tensor:

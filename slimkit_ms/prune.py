@@ -206,9 +206,6 @@ class MindSporePrune:
         self.traced = self.knife = self._proven = None
         return undo.take_back
 
-    def demand_rotation(self) -> None:
-        pass  # every cell that is a stream
-
     def turn(self, values: Iterable[tuple[str, Array]], parted: Mapping[str, str]) -> Callable[[], None]:
         return turn(self.model, values, parted)
 

@@ -164,7 +164,8 @@ def merge_checkpoint(
 
     Returns:
         {"kind", "name", "layers": those merged, "given": tensors that came with the delta, "added": those the base has
-        no tensor for, "merged" and "copied": numbers of tensors, "notes"}; also in ``dst/merge_report.json``.
+        no tensor for, "merged" and "copied": numbers of tensors, "notes"}; also in ``dst/merge_report.json``. And
+        "bytes": what this call has read and written.
 
     Raises:
         FileFormatError: a file is damaged, or holds no safetensors; a tensor of the delta is missing, left over or of
@@ -220,7 +221,8 @@ def merge_checkpoint(
         "name": merger.report.name,
         "layers": sorted(merger.report.layers),
     }
-    return Report("merge", stepwise.write_folder(target, job, lambda _: stepwise.Work(plan, make, rest), REPORT))
+    own = {p.file for p in stored.places.values()}
+    return Report("merge", stepwise.write_folder(target, own, job, lambda _: stepwise.Work(plan, make, rest), REPORT))
 
 
 def _plan(places: Mapping[str, shards.Place], merger: _Merger) -> list[stepwise.Shard]:

@@ -68,7 +68,7 @@ def sparsify_checkpoint(
             a bar on a terminal and log lines elsewhere.
 
     Returns:
-        The report of `Compressor.compress`.
+        The report of `Compressor.compress`, and "bytes": what this call has read and written (see the page scale).
 
     Raises:
         FileFormatError: `src` is damaged or holds no safetensors.

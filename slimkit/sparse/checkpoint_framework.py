@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from slimkit import bridge
 from slimkit.core import batch as batches
 from slimkit.core import files
 from slimkit.core.checkpoint import shards
@@ -56,11 +55,12 @@ class CheckpointSparse(TorchSparse):
         self._stored = StoredModel(source, names, compute, places)
         super().__init__(self._stored.model)
         self._device, self._offload = torch.device(device), offload
-        self._loader = StoredBlocks(self._stored, self._device)
+        self._loader = StoredBlocks(self._stored, self._device, state / f"dense-{self.rank()}")
         self._state, self._files = state, BlockFiles(state)
         self._blocks: list[str] = []
         self._own: dict[str, Any] = {}
         self._changed: set[str] = set()  # parameters of the block in work that are no longer what the files hold
+        self._paired = False  # whether those are still needed as they were
         self.keeps_masks, self.deals = False, True
 
     def layers(self, dataset: Iterable[Any] | None = None) -> tuple[dict[str, Any], dict[str, str]]:
@@ -99,7 +99,7 @@ class CheckpointSparse(TorchSparse):
     ) -> Iterator[CalibratedBlock]:
         """One stage a block: loaded, made sparse, written, and let go."""
         done = int(first(self, self._files.done))
-        inputs = self._capture(dataset, paired) if dataset else None
+        inputs = self._captured(dataset, paired, "activations")[0] if dataset else None
         if inputs is not None and 0 < done < len(self._blocks):
             inputs.load(self._files.activations(done))
         for index, path in enumerate(self._blocks):
@@ -116,7 +116,7 @@ class CheckpointSparse(TorchSparse):
 
     def probing(self, dataset: Iterable[Any], names: Sequence[str]) -> Iterator[CalibratedBlock]:
         """The same for a walk that only looks: nothing is written."""
-        inputs = self._capture(dataset, False, "probes")
+        inputs = self._captured(dataset, False, "probes")[0]
         for index, path in enumerate(self._blocks):
             with self._loaded(index) as block:
                 yield self._stage(index, block, [n for n in names if n.startswith(path + ".")], inputs, False)
@@ -138,6 +138,7 @@ class CheckpointSparse(TorchSparse):
             return DatalessBlock(mine)
         path, modules = self._blocks[index], {n: (n, self._slots[n]) for n in mine}
         dense = self._loader.twin(block) if paired else None
+        self._paired = paired
         found = trace_block(path, block, inputs, modules)
         # Batch by batch, so that no process's share of them decides.
         every = in_order(self, [[list(feed) for feed in feeds] for feeds in found.feeds_by_batch()])
@@ -151,6 +152,9 @@ class CheckpointSparse(TorchSparse):
     def store(self, name: str, weight: torch.Tensor, bias_shift: torch.Tensor | None) -> None:
         """Put a weight in place and shift the bias."""
         changed = self._parameters([name])
+        for parameter in changed if self._paired else ():
+            if parameter not in self._changed:
+                self._loader.keep(parameter)
         self._changed.update(changed)
         super().store(name, weight, bias_shift)
         self._round(changed)
@@ -181,7 +185,7 @@ class CheckpointSparse(TorchSparse):
         self, probes: Sequence[Any], names: Sequence[str], variants: Sequence[Callable[[Sequence[str]], None]]
     ) -> list[list[float]]:
         """For each batch of this process the power of the model's output, and what each variant changes of it."""
-        inputs = [self._capture(probes, False, f"variant{i}") for i in range(len(variants) + 1)]
+        inputs = self._captured(probes, False, *(f"variant{i}" for i in range(len(variants) + 1)))
         for index, path in enumerate(self._blocks):
             mine = [n for n in names if n.startswith(path + ".")]
             with self._loaded(index) as block:
@@ -220,22 +224,23 @@ class CheckpointSparse(TorchSparse):
             if whole:
                 self.model.tie_weights()
 
-    def _capture(self, dataset: Iterable[Any], paired: bool, scratch: str = "activations") -> StoredInputs:
-        """Run what comes before the blocks, then note how each block is called."""
+    def _captured(self, dataset: Iterable[Any], paired: bool, *scratch: str) -> list[StoredInputs]:
+        """Run what comes before the blocks and note how each block is called, once for each folder of scratch."""
         mine = dealt(self, dataset)
-        folder = self._state / scratch if self._offload == "disk" else None
         valid = [valid_tokens(batch) for batch, _ in mine]
         padding = CallOrder()
         for real in valid:
             padding.batch(real is not None and not bool(real.any()))
         demand_tokens(self, padding)
-        inputs = StoredInputs(self._blocks, [i for _, i in mine], valid, paired, folder, self._device)
         calls = [batches.Call(*batches.as_call(batch)) for batch, _ in mine]
-        with self._outside():
-            StoredBlocks(self._stored, torch.device("cpu")).load(self._blocks[0])
-            inputs.capture_stubs(self.model, calls)
-            to_meta(bridge.get_module(self.model, self._blocks[0]))
-        return inputs
+        found = []
+        with self._outside(), self._loader.looked_at(self._blocks[0]):
+            for name in scratch:
+                folder = self._state / name if self._offload == "disk" else None
+                inputs = StoredInputs(self._blocks, [i for _, i in mine], valid, paired, folder, self._device)
+                inputs.capture_stubs(self.model, calls)
+                found.append(inputs)
+        return found
 
     def _parameters(self, names: Sequence[str]) -> list[str]:
         """The parameters that hold the weights and biases of layers, each once."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from slimkit.core import files
+from slimkit.core import files, traffic
 from slimkit.core.checkpoint import openweights
 from slimkit.core.checkpoint.ckpt import Ckpt, stream_ckpt
 from slimkit.core.checkpoint.weightfile import Safetensors, Sharded, Weights, decode, encode, stream_safetensors
@@ -133,10 +133,14 @@ class _Spilled:
         return self._folder / f"{self._name}-{self._numbers[index]:06d}.npy"
 
     def __getitem__(self, index: int) -> ms.Tensor:
-        return ms.Tensor(np.load(self._file(index)))
+        values = np.load(self._file(index))
+        traffic.read(self._file(index), values.nbytes)
+        return ms.Tensor(values)
 
     def __setitem__(self, index: int, value: ms.Tensor) -> None:
-        np.save(self._file(index), bridge.as_numpy(value))
+        values = bridge.as_numpy(value)
+        np.save(self._file(index), values)
+        traffic.wrote(values.nbytes)
 
 
 class StoredChain:

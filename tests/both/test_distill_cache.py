@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slimkit.core.distill.config import KnowledgeDistillConfig
-from slimkit.core.distill.teacher_cache import spread_logits, squeeze_logits
+from slimkit.core.distill.squeezing import spread_logits, squeeze_logits
 from slimkit.core.errors import ConfigError, FileFormatError
 from tests.both.test_distill import inner, output, pieces, soft, term
 

@@ -241,6 +241,91 @@ def test_a_killed_calibrated_pruning_goes_on_to_the_same_bytes(tmp_path):
     assert repaired
 
 
+INNER = ["*.q_proj", "*.k_proj", "*.v_proj", "*.gate_proj"]  # what stays, so that the hidden width must go
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-bf16-tied"])
+def test_a_hidden_width_is_turned_to_the_bits_of_the_whole_model(family, tmp_path):
+    from slimkit import PruneTorch, prune_checkpoint
+
+    kind = folder(family, tmp_path / "base")
+    options = {"calibration": texts(), "alignment": 4, "rotation": True}
+    report = prune_checkpoint(tmp_path / "base", tmp_path / "out", 0.85, INNER, **options)
+    wanted = kind.from_pretrained(tmp_path / "base", dtype="auto")
+    pruner = PruneTorch(wanted).set_alignment(4).set_rotation(True)
+    desc = pruner.set_importance_evaluation_function("auto", calibration=texts()).prune(0.85, INNER)
+    assert wanted.config.hidden_size < 32
+    assert json.loads((tmp_path / "out" / "plan.json").read_text()) == json.loads(json.dumps(desc))
+    assert report["report"]["compensation"] == pruner.report()["compensation"]
+    assert report["report"]["rotated"] == pruner.report()["rotated"]
+    got, told = kind.from_pretrained(tmp_path / "out", dtype="auto", output_loading_info=True)
+    assert not told["missing_keys"]
+    assert not told["unexpected_keys"]
+    assert got.config.tie_word_embeddings is False
+    here, there = wanted.state_dict(), got.state_dict()
+    assert here.keys() == there.keys()
+    for name, value in here.items():
+        assert torch.equal(there[name], value), name
+
+
+def test_a_killed_turning_goes_on_to_the_same_bytes(tmp_path):
+    from slimkit import prune_checkpoint
+
+    folder("llama-bf16-tied", tmp_path / "base", "10GB")
+
+    def work(place):
+        options = {"calibration": texts(1), "alignment": 4, "compensation": None, "rotation": True}
+        prune_checkpoint(tmp_path / "base", place, 0.85, INNER, **options)
+
+    work(tmp_path / "whole")
+    wanted = digests(tmp_path / "whole")
+    turned = 0
+    for turn in (5, 14, 25):  # before the plan, while turned copies are written, after them
+        part = tmp_path / f"k{turn}"
+        assert killed_at(turn, partial(work, part))
+        turned += 0 < len(list((part / SHARDS / "turned").glob("*.safetensors"))) < 21
+        work(part)
+        assert digests(part) == wanted
+        assert not (part / SHARDS / "turned").exists()
+    assert turned
+
+
+EXPERTS = {  # Mixtral's and Qwen's lie in the files one by one, the others in one tensor a layer
+    "Mixtral": {"num_local_experts": 8},
+    "Qwen3Moe": {"num_experts": 12, "moe_intermediate_size": 48, "head_dim": 8},
+    "GptOss": {"num_local_experts": 8, "layer_types": ["full_attention"] * 2, "head_dim": 8},
+}
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+def test_experts_go_to_the_bits_of_the_whole_model(family, tmp_path):
+    from slimkit import PruneTorch, prune_checkpoint
+
+    import transformers as hf
+
+    torch.manual_seed(0)
+    config = getattr(hf, f"{family}Config")(**KV, num_experts_per_tok=2, **EXPERTS[family])
+    kind = getattr(hf, f"{family}ForCausalLM")
+    model = kind(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" not in name:
+                parameter.normal_(0, 0.2)
+    model.save_pretrained(tmp_path / "base", max_shard_size="100KB")
+    left = ["*.self_attn.*"]
+    report = prune_checkpoint(tmp_path / "base", tmp_path / "out", 0.7, left, calibration=texts())
+    wanted = kind.from_pretrained(tmp_path / "base", dtype="auto")
+    pruner = PruneTorch(wanted).set_importance_evaluation_function("auto", calibration=texts())
+    desc = pruner.prune(0.7, left)
+    assert json.loads((tmp_path / "out" / "plan.json").read_text()) == json.loads(json.dumps(desc))
+    assert {v["kind"] for v in report["report"]["variables"].values() if v["keep"] < v["size"]} == {"experts"}
+    got, told = kind.from_pretrained(tmp_path / "out", dtype="auto", output_loading_info=True)
+    assert not told["missing_keys"]
+    assert not told["unexpected_keys"]
+    for name, value in wanted.state_dict().items():
+        assert torch.equal(got.state_dict()[name], value), name
+
+
 def test_gradients_of_all_weights_are_refused(tmp_path):
     from slimkit import prune_checkpoint
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from slimkit.core import files
+from slimkit.core import files, traffic
 from slimkit.core.checkpoint.weightfile import STORED, Array, Piece, decode, file_chunks
 from slimkit.core.errors import FileFormatError, UnsupportedError
 
@@ -137,5 +137,6 @@ def _copy(old: Any, new: Any, start: int, stop: int) -> None:
         piece = old.read(min(PIECE, stop - start))
         if not piece:
             raise FileFormatError(f"{old.name} became shorter while it was read.")
+        traffic.read(old.name, len(piece))
         new.write(piece)
         start += len(piece)

@@ -12,7 +12,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from slimkit.core import files
+from slimkit.core import files, traffic
 from slimkit.core.checkpoint.background import Outflow
 from slimkit.core.errors import FileFormatError, UnsupportedError
 
@@ -290,6 +290,7 @@ def read_into(handle: IO[bytes], offset: int, array: Array, what: str) -> None:
         if not count:
             raise FileFormatError(f"{what} is cut short.")
         rest = rest[count:]
+    traffic.read(handle.name, array.nbytes)
 
 
 def _is_size(value: Any) -> bool:

@@ -26,10 +26,12 @@ class Seat(NamedTuple):
     Args:
         places: (rows, the student's length); None where they are the same.
         counts: (rows, the student's length), whether a position counts; None: all do.
+        tokens: how many of the tokens read are the teacher's own, unknown to it, and how many there are.
     """
 
     places: Array | None
     counts: Array | None
+    tokens: Sequence[int] = (0, 0, 0)
 
 
 class ForeignTeacher:
@@ -92,17 +94,18 @@ class ForeignTeacher:
                 f"vocabulary: a batch must be tokens (rows, length), alone or as input_ids with an attention_mask{more}"
             )
         told, valid, places, tokens = self.vocabulary.inputs(ids, mask)
-        self.counted["tokens"] = [a + b for a, b in zip(self.counted["tokens"], tokens)]
         if not named:
-            return (self._to_tensor(told, given),), kwargs, Seat(places, counts)
+            return (self._to_tensor(told, given),), kwargs, Seat(places, counts, tokens)
         found = {"input_ids": self._to_tensor(told, given)}
         if mask is not None or not valid.all():
             found["attention_mask"] = self._to_tensor(valid, given)
-        return (), found, Seat(places, counts)
+        return (), found, Seat(places, counts, tokens)
 
     def answers(self, arrays: Sequence[Array], seat: Seat) -> list[Array]:
         """The teacher's tensors at the student's positions, logits over the student's classes."""
         found = []
+        # Counted with the answers and not with the calls, some of which a stopped build makes again.
+        self.counted["tokens"] = [a + b for a, b in zip(self.counted["tokens"], seat.tokens)]
         for array, logits in zip(arrays, self._logits):
             if seat.places is not None:
                 array = at_places(array, seat.places)

@@ -11,13 +11,14 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from slimkit.core import check, files
+from slimkit.core import check, files, traffic
 from slimkit.core.batch import as_call
 from slimkit.core.batch import dataset as check_dataset
 from slimkit.core.distill.cache_facts import VERSION, read_facts
 from slimkit.core.distill.config import LOSSES, DistillSpec, KnowledgeDistillConfig, SoftLabel
 from slimkit.core.distill.foreign import AT_LEAST, ForeignTeacher
 from slimkit.core.distill.sampling import draw, temperatures, undrawn
+from slimkit.core.distill.squeezing import spread_logits, squeeze_logits
 from slimkit.core.distill.vocabulary import VocabularyMap
 from slimkit.core.errors import ConfigError, FileFormatError
 from slimkit.core.locks import locked
@@ -53,43 +54,6 @@ def sample_keys(args: Sequence[Any], kwargs: Mapping[str, Any], to_numpy: Callab
     return found
 
 
-def squeeze_logits(logits: Array, k: int, dtype: str) -> dict[str, Array]:
-    """The k largest logits of each row, and one value for all others that keeps their total probability.
-
-    Args:
-        logits: (..., classes).
-        k: how many to keep; all classes or more keeps the array as it is.
-        dtype: "float32" or "float16", of the kept values.
-
-    Returns:
-        "dense", or "values", "places" (..., k) and "tail" (...).
-
-    Example:
-        >>> squeeze_logits(np.array([[1.0, 0.0]]), 2, "float32")["dense"].tolist()
-        [[1.0, 0.0]]
-    """
-    n = logits.shape[-1]
-    if k >= n:
-        return {"dense": logits.astype(dtype)}
-    places = np.argpartition(logits, n - k, axis=-1)[..., n - k :]
-    values = np.take_along_axis(logits, places, -1)
-    top = logits.max(-1, keepdims=True).astype(np.float64)
-    rest = np.exp(logits - top).sum(-1) - np.exp(values - top).sum(-1)
-    tail = np.log(np.maximum(rest, 1e-30) / (n - k)) + top[..., 0]
-    # A share of the rest can never exceed the smallest value that was kept.
-    tail = np.minimum(tail, values.min(-1))
-    return {"values": values.astype(dtype), "places": places.astype(np.int32), "tail": tail.astype(np.float32)}
-
-
-def spread_logits(kept: Mapping[str, Array], n_classes: int) -> Array:
-    """What `squeeze_logits` kept, as logits over all classes, float32."""
-    if "dense" in kept:
-        return kept["dense"].astype(np.float32)
-    full = np.repeat(kept["tail"][..., None], n_classes, -1).astype(np.float32)
-    np.put_along_axis(full, kept["places"].astype(np.int64), kept["values"].astype(np.float32), -1)
-    return full
-
-
 def targets(spec: DistillSpec) -> list[dict[str, Any]]:
     """What a specification asks of the teacher, label by label, as plain JSON."""
     found = []
@@ -106,6 +70,10 @@ class TeacherFiles(Shown, ABC):
     Args:
         directory: a folder that `build` finished.
 
+    Attributes:
+        bytes: of a teacher in a folder, what the build read and wrote once it knew the teacher by its digest: the
+            "source"'s size, "read_source", "read_own" and "written"; empty elsewhere.
+
     Raises:
         FileFormatError: no cache, not finished, or damaged.
     """
@@ -115,6 +83,7 @@ class TeacherFiles(Shown, ABC):
         self.facts = read_facts(self.directory)
         if not self.facts["complete"]:
             raise FileFormatError(f"{self.directory} is not finished: call build again, it goes on where it stopped")
+        self.bytes: dict[str, int] = {}
         self._place: dict[bytes, tuple[int, int, int]] = {}
         self._open: dict[int, Any] = {}
         for number, shard in enumerate(self.facts["shards"]):
@@ -210,7 +179,11 @@ class TeacherFiles(Shown, ABC):
                 held.clear()
                 keys.clear()
 
-        with locked(folder, "directory"), cls._answering(teacher, spec.soft_labels) as answer:
+        with (
+            locked(folder, "directory"),
+            traffic.counted(cls._files(teacher)) as moved,
+            cls._answering(teacher, spec.soft_labels) as answer,
+        ):
 
             def asked() -> Iterator[tuple[Any, Any, tuple[list[str], Any]]]:
                 for batch in progress(dataset, "teacher batches"):
@@ -240,7 +213,11 @@ class TeacherFiles(Shown, ABC):
             write()
             facts["complete"] = True
             files.write_json(folder / "cache.json", facts)
-        return cls(folder)
+        made = cls(folder)
+        if cls._files(teacher):
+            made.bytes = moved.facts()
+            traffic.say("the teacher", made.bytes)
+        return made
 
     def check(self, spec: DistillSpec) -> None:
         """Refuse a specification that the cache was not built for."""
@@ -344,6 +321,11 @@ class TeacherFiles(Shown, ABC):
     @abstractmethod
     def _digest(teacher: Any) -> str:
         """A digest of the teacher's weights."""
+
+    @staticmethod
+    def _files(teacher: Any) -> list[Path]:
+        """The files that a teacher's weights are read from; none where it is in memory."""
+        return []
 
     @staticmethod
     def _together(teacher: Any) -> int:

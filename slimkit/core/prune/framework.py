@@ -111,10 +111,6 @@ class PruneFramework(Protocol):
         """Cut the model in place and return a call that takes it back; on an error the model is as it was."""
 
     @abstractmethod
-    def demand_rotation(self) -> None:
-        """Raise UnsupportedError where the framework's models cannot be turned."""
-
-    @abstractmethod
     def turn(self, values: Iterable[tuple[str, Array]], parted: Mapping[str, str]) -> Callable[[], None]:
         """Give parameters other values, in place, and return a call that takes it back; before that, those in `parted`
         no longer share theirs with another one."""
