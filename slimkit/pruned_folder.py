@@ -69,6 +69,16 @@ class _Cutter:
         """The entries of the result for tensors of the files; those of experts that go are left out."""
         return {key: entry for key in keys if (entry := self._entry(key)) is not None}
 
+    def left_alone(self) -> list[str]:
+        """In words, the tensors of the files that the model has no place for: no plan speaks of them."""
+        left = [key for key in self._stored.places if key not in self._owners]
+        if not left:
+            return []
+        named = ", ".join(left[:5]) + (" ..." if len(left) > 5 else "")
+        return [
+            f"{len(left)} tensors belong to nothing in {type(self._stored.model).__name__}, and stay whole: {named}"
+        ]
+
     def _entry(self, key: str) -> Entry | None:
         place, path = self._stored.places[key], self._path(key)
         if path not in self._sizes:
@@ -225,6 +235,7 @@ class FolderPruner(PrunerBase):
             after = sum(p.numel() for p in stored.model.parameters())
             facts = {"parameters_before": before, "parameters": after, "kept": after / before}
             report = {**self.report(), **refit}
+            report["notes"] = [*report.get("notes", ()), *cutter.left_alone()]
             return {"format": "slimkit-prune", "version": 1, "asked": ratio, **facts, "report": report}
 
         return stepwise.Work(found, make, rest)
