@@ -15,7 +15,7 @@ from slimkit.core.prune.attributes import Field, rewritten, widths_of
 from slimkit.core.prune.cut_shapes import CutShapes
 from slimkit.core.prune.elimination import LayerSignal
 from slimkit.core.prune.graph import Graph
-from slimkit.core.prune.plan import PrunePlan
+from slimkit.core.prune.plan import Derived, PrunePlan
 from slimkit.core.prune.pruner import PrunerBase
 from slimkit.core.prune.rehearsal import Rehearsal
 from slimkit.core.prune.rules import relate
@@ -137,6 +137,12 @@ class MindSporePrune:
     def config_mismatch(self) -> str | None:
         return None  # cells carry no configuration that builds them
 
+    def computed(self) -> set[str]:
+        return set()
+
+    def derived(self, config: Mapping[str, tuple[Field, Field]]) -> Derived:
+        return {}
+
     def gradients(self, data: Iterable[Any], loss: Callable[..., Any] | None, square: bool) -> dict[str, Array]:
         weights = {paths[0]: p for p, paths in bridge.parameter_paths(self.model) if bridge.is_weight(p, paths[0])}
         trained = {path: p.requires_grad for path, p in weights.items()}
@@ -205,9 +211,6 @@ class MindSporePrune:
         self._write_config(plan)
         self.traced = self.knife = self._proven = None
         return undo.take_back
-
-    def demand_rotation(self) -> None:
-        pass  # every cell that is a stream
 
     def turn(self, values: Iterable[tuple[str, Array]], parted: Mapping[str, str]) -> Callable[[], None]:
         return turn(self.model, values, parted)

@@ -166,9 +166,7 @@ class PrunerSettings(Shown):
             ArgumentTypeError: no bool.
             UnsupportedError: at the first plan, where the model's stream cannot be turned, with the reason.
         """
-        if check.boolean(on, "on"):
-            self._wing.demand_rotation()
-        self._rotate = on
+        self._rotate = check.boolean(on, "on")
         self._begin_anew()
         return self
 
