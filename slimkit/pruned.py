@@ -15,6 +15,7 @@ from slimkit.core.files import PathLike
 from slimkit.core.lazy import door
 from slimkit.core.prune.plan import PrunePlan
 from slimkit.core.prune.record import check_begins, record_plan
+from slimkit.derived import with_derived
 from slimkit.turning import turn
 
 import torch
@@ -133,7 +134,7 @@ def _load(model: nn.Module, plan: PrunePlan, state: Mapping[str, Any], folder: P
     found = surgery.tensors(model)
     names = plan.match({p: tuple(t.shape) for p, t in found.items()})
     with surgery.unchanged_on_error(model, [found[names[p]] for p in plan.indices]):
-        undo = surgery.cut(model, plan, names)
+        undo = surgery.cut(model, with_derived(model, plan), names)
         try:
             model.load_state_dict(state, strict=True)
         except Exception as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -67,6 +68,16 @@ class _Cutter:
     def entries(self, keys: Iterable[str]) -> dict[str, Entry]:
         """The entries of the result for tensors of the files; those of experts that go are left out."""
         return {key: entry for key in keys if (entry := self._entry(key)) is not None}
+
+    def left_alone(self) -> list[str]:
+        """In words, the tensors of the files that the model has no place for: no plan speaks of them."""
+        left = [key for key in self._stored.places if key not in self._owners]
+        if not left:
+            return []
+        named = ", ".join(left[:5]) + (" ..." if len(left) > 5 else "")
+        return [
+            f"{len(left)} tensors belong to nothing in {type(self._stored.model).__name__}, and stay whole: {named}"
+        ]
 
     def _entry(self, key: str) -> Entry | None:
         place, path = self._stored.places[key], self._path(key)
@@ -169,7 +180,12 @@ class FolderPruner(PrunerBase):
         raise UnsupportedError("a folder is not pruned in place: write() makes another one")
 
     def write(
-        self, target: Path, ratio: float, whole: Sequence[int | str] | None, settings: Mapping[str, Any]
+        self,
+        target: Path,
+        ratio: float,
+        whole: Sequence[int | str] | None,
+        settings: Mapping[str, Any],
+        defaults: Mapping[str, Any],
     ) -> dict[str, Any]:
         """Write the pruned folder, or go on with it.
 
@@ -178,6 +194,7 @@ class FolderPruner(PrunerBase):
             ratio: share to keep.
             whole: as in `analysis`.
             settings: what else decides the result, as plain JSON values.
+            defaults: of settings, for runs that were begun before these came.
 
         Returns:
             The report; see `prune_checkpoint`.
@@ -191,7 +208,8 @@ class FolderPruner(PrunerBase):
             "calibration": None if self._scoring.calibration is None else digest_of(self._scoring.calibration),
             "compensation": None if repair is None else digest_of(repair),
         }
-        return stepwise.write_folder(target, own, job, lambda state: self._work(state, ratio, whole), REPORT)
+        begin = functools.partial(self._work, ratio=ratio, whole=whole)
+        return stepwise.write_folder(target, own, job, begin, REPORT, {"settings": defaults})
 
     def _work(self, state: Path, ratio: float, whole: Sequence[int | str] | None) -> stepwise.Work:
         """Plan the cut, repair it, and say what is to be written."""
@@ -217,6 +235,7 @@ class FolderPruner(PrunerBase):
             after = sum(p.numel() for p in stored.model.parameters())
             facts = {"parameters_before": before, "parameters": after, "kept": after / before}
             report = {**self.report(), **refit}
+            report["notes"] = [*report.get("notes", ()), *cutter.left_alone()]
             return {"format": "slimkit-prune", "version": 1, "asked": ratio, **facts, "report": report}
 
         return stepwise.Work(found, make, rest)
@@ -351,12 +370,12 @@ def prune_checkpoint(
         "parallel": parallel,
         "budget": budget,
         "allocation": allocation,
+        "rotation": rotation,
         "inputs": None if inputs is None else hashlib.sha256(repr(inputs).encode()).hexdigest(),
     }
-    if check.boolean(rotation, "rotation"):  # a key that came later is in no older job
-        settings["rotation"] = True
-        pruner.set_rotation(True)
-    pruner.set_importance_evaluation_function(importance, calibration=calibration, loss=loss, seed=seed)
+    pruner.set_rotation(rotation).set_importance_evaluation_function(
+        importance, calibration=calibration, loss=loss, seed=seed
+    )
     pruner.set_alignment(alignment)
     if not (isinstance(compensation, str) and compensation == "calibration"):
         pruner.set_compensation(compensation, damping)
@@ -369,7 +388,7 @@ def prune_checkpoint(
         pruner.set_node_reserved_ratio(node_reserved_ratio)
     if allocation is not None:
         pruner.set_allocation(allocation)
-    return Report("pruned folder", pruner.write(target, reserved_ratio, un_prune_list, settings))
+    return Report("pruned folder", pruner.write(target, reserved_ratio, un_prune_list, settings, {"rotation": False}))
 
 
 def _named(importance: Any) -> str:

@@ -15,7 +15,7 @@ from slimkit.core.prune.attributes import Field, rewritten, widths_of
 from slimkit.core.prune.cut_shapes import CutShapes
 from slimkit.core.prune.elimination import LayerSignal
 from slimkit.core.prune.graph import Graph
-from slimkit.core.prune.plan import PrunePlan
+from slimkit.core.prune.plan import Derived, PrunePlan
 from slimkit.core.prune.pruner import PrunerBase
 from slimkit.core.prune.rehearsal import Rehearsal
 from slimkit.core.prune.rules import relate
@@ -136,6 +136,12 @@ class MindSporePrune:
 
     def config_mismatch(self) -> str | None:
         return None  # cells carry no configuration that builds them
+
+    def computed(self) -> set[str]:
+        return set()
+
+    def derived(self, config: Mapping[str, tuple[Field, Field]]) -> Derived:
+        return {}
 
     def gradients(self, data: Iterable[Any], loss: Callable[..., Any] | None, square: bool) -> dict[str, Array]:
         weights = {paths[0]: p for p, paths in bridge.parameter_paths(self.model) if bridge.is_weight(p, paths[0])}

@@ -267,6 +267,18 @@ class Sharded(Weights):
             if name not in self._shards[shard].entries:
                 raise FileFormatError(f"{path} says that {shard!r} holds {name!r}, which it does not.")
             self.entries[name] = self._shards[shard].entries[name]
+        for shard, opened in self._shards.items():
+            for name in opened.entries.keys() & self.entries.keys():
+                if shard != home[name] and not self._same(name, shard):
+                    raise FileFormatError(
+                        f"{path} says that {home[name]!r} holds {name!r}, and so does {shard!r}, with other values: "
+                        "take the file away that is not meant"
+                    )
+
+    def _same(self, name: str, shard: str) -> bool:
+        """Whether a tensor lies in another shard with the same type, shape and bytes."""
+        here, there = self._shards[self._home[name]], self._shards[shard]
+        return here.entries[name] == there.entries[name] and here.raw(name).tobytes() == there.raw(name).tobytes()
 
     def raw(self, name: str) -> Array:
         return self._shards[self._home[name]].raw(name)

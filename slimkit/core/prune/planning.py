@@ -97,12 +97,16 @@ class PrunerPlanning(PrunerSettings):
                 break
             if rounds == _ROUNDS:
                 narrowing.keep_everything(f"its code contradicted {rounds} plans")
+        if form.name != "any":
+            # What loading by the configuration will compute, the cut model holds as well.
+            desc["derived"] = self._wing.derived(PrunePlan(desc).config)
         parameters, held = Account(view), form.held_at(view, allocation.keep)
         left = parameters.count(np.array([held[n] for n in view.counts], dtype=np.int64))
         copied = self._copied()
         self._report = allocated(view, allocation, account, left, ratio, self._budget, self._quiet, copied)
         if "rotated" in desc["made"]:
             self._report["rotated"] = {**desc["made"]["rotated"], "added_params": copied}
+        self._report["notes"] += form.notes
         self._report["form"] = {"name": form.name, "because": form.because}
         if form.name == "padded":
             live = parameters.count(np.array([allocation.keep[n] for n in view.counts], dtype=np.int64))
