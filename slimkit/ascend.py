@@ -54,7 +54,7 @@ def save_w16a16s(
     """
     if isinstance(model, dict):
         return save_arrays(directory, model, config_told_by(None, config), targets=targets)
-    arrays, tied = _arrays(bridge.check_model(model))
+    arrays, tied = _arrays(bridge.check_whole(model))
     return save_arrays(directory, arrays, config_told_by(model, config), targets=targets, tied=tied)
 
 
@@ -104,7 +104,7 @@ def save_w8a8s(
         >>> list(save_w8a8s("/tmp/w8a8s-torch", net, batches, {"model_type": "none"}).layers)
         ['0']
     """
-    host = TorchSparse(bridge.refuse_offloaded(bridge.check_model(model)))
+    host = TorchSparse(bridge.refuse_offloaded(bridge.check_whole(model)))
     arrays, tied = _arrays(model)
     told = config_told_by(model, config)
     return w8a8s.save(
@@ -146,7 +146,7 @@ def emulate_w8a8s(model: Any, directory: PathLike) -> list[str]:
         ['0']
     """
     layers = w8a8s.load_w8a8s(directory).layers
-    modules = dict(bridge.check_model(model).named_modules())
+    modules = dict(bridge.check_whole(model).named_modules())
     for name, layer in layers.items():
         own = modules.get(name)
         if own is not None and kinds.is_kind(own, "linear") and not kinds.is_in_out(own):

@@ -234,6 +234,20 @@ def refused(folder):
     fully_shard(half, mesh=meshes[RANK])
     with pytest.raises(UnsupportedError, match="1 of 2 processes"):
         Trainer(half, mse_loss, adamw).train(data(), **HOW)
+    # What works on weights as they are would take a part for all of it.
+    whole_only = shared(Net(0))
+    (term,) = [{"func_name": "KDMse", "func_weight": 1.0}]
+    config = KnowledgeDistillConfig().add_output_soft_label({"t_output_idx": 0, "s_output_idx": 0, "loss_func": [term]})
+    for call in (
+        lambda: slimkit.Compressor(whole_only, slimkit.SparseConfig(method="magnitude")),
+        lambda: slimkit.make_student(whole_only, layers=1),
+        lambda: slimkit.save_w16a16s(folder / f"w{RANK}", whole_only),
+        lambda: slimkit.export_onnx(whole_only, data()[:1][0], folder / f"x{RANK}.onnx"),
+        lambda: slimkit.TeacherCache.build(whole_only, [data()[:1][0]], config, folder / f"c{RANK}"),
+        lambda: slimkit.Pruner(whole_only, data()[:1][0]),
+    ):
+        with pytest.raises(UnsupportedError, match="whole parameters"):
+            call()
     # A disk that fails in the first process fails in all.
     (folder / "file").write_text("in the way") if RANK == 0 else None
     dist.barrier()

@@ -16,6 +16,7 @@ from tests.chain import tiny_models
 from tests.only_torch import shared_commands
 
 FOLDER = Path(__file__).parent
+MANY = pytest.mark.skipif(int(os.environ.get("SLIMKIT_KILLS", "2")) <= 2, reason="seconds of imports: SLIMKIT_KILLS=20")
 NAMES = ("cached", "online", "train", "adapt", "factory")
 
 
@@ -99,12 +100,14 @@ def test_transformers_opens_the_folder(folder, name):
     assert torch.isfinite(model(input_ids=torch.tensor([[1, 2, 3]])).logits).all()
 
 
-def test_what_a_killed_process_leaves_is_ended_by_one(folder, monkeypatch):
-    kept = folder / "kept"
+@pytest.mark.parametrize("who", ["last", pytest.param("first", marks=MANY)])
+def test_what_a_killed_process_leaves_is_ended_by_one(folder, monkeypatch, who):
+    kept = folder / f"kept_{who}"
     os.rename(folder / "online_2", kept)
-    done = torchrun(folder, "dies", "online")
+    done = torchrun(folder, "dies", "online", who)
     assert done.returncode != 0
-    assert (folder / "online_2" / ".slimkit-train" / "last" / "trainer.json").exists()
+    left = json.loads((folder / "online_2" / ".slimkit-train" / "last" / "trainer.json").read_text())
+    assert left["global_step"] == 2
     assert not (folder / "online_2" / "config.json").exists()
     before = tensors(kept)
     monkeypatch.setattr(shared_commands, "WORLD", 2)  # the folder's name
