@@ -31,6 +31,7 @@ from slimkit.core.convert.stream import ConvertReport as ConvertReport
 from slimkit.core.delta.shard import ShardError as ShardError
 from slimkit.core.delta.spec import DeltaReport as DeltaReport
 from slimkit.core.distill.config import KnowledgeDistillConfig as KnowledgeDistillConfig
+from slimkit.core.distill.vocabulary import VocabularyMap as VocabularyMap
 from slimkit.core.errors import AbsolutePathError as AbsolutePathError
 from slimkit.core.errors import ArgumentError as ArgumentError
 from slimkit.core.errors import ArgumentTypeError as ArgumentTypeError

@@ -40,7 +40,8 @@ def cut_checkpoint(
             refused: a folder has no values to leave it.
 
     Returns:
-        The report of `prune_model_weight`; also in ``dst/cut_report.json``.
+        The report of `prune_model_weight`; also in ``dst/cut_report.json``. And "bytes": what this call has read and
+        written.
 
     Raises:
         ArgumentTypeError: an argument of the wrong type.
@@ -106,7 +107,7 @@ def cut_checkpoint(
 
             return stepwise.Work(stepwise.shared_out(entries), make, rest)
 
-        return Report("weights", stepwise.write_folder(target, job, begin, REPORT))
+        return Report("weights", stepwise.write_folder(target, _weight_files(source), job, begin, REPORT))
 
 
 def _weight_files(source: Path) -> list[Path]:

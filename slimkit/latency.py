@@ -59,10 +59,15 @@ def measure_latency(
         'onnxruntime'
     """
     bridge.check_model(model)
+    times = onnx_times(inputs, opset, run, device)
+    with bridge.evaluating(model):
+        return measure(times, copy.deepcopy(model), lambda m: PruneTorch(m, inputs), path, alignment)
+
+
+def onnx_times(inputs: Any, opset: int = 13, run: Callable[[Path], float] | None = None, device: str = "") -> OnnxTimes:
+    """What times networks of these inputs; see `measure_latency` for the arguments."""
 
     def export(small: nn.Module, target: Path) -> None:
         export_onnx(small, inputs, target, opset=opset, tolerance=1e-2)
 
-    times = OnnxTimes(export, lambda _: example_arrays(inputs), run, device)
-    with bridge.evaluating(model):
-        return measure(times, copy.deepcopy(model), lambda m: PruneTorch(m, inputs), path, alignment)
+    return OnnxTimes(export, lambda _: example_arrays(inputs), run, device)

@@ -16,6 +16,7 @@ from slimkit.core.prune.plan import PrunePlan
 from slimkit.core.prune.proof import KeptIndices, PruningCheck, compare
 from slimkit.core.prune.relations import Relations
 from slimkit.core.prune.rules import relate
+from slimkit.derived import put_numbers
 from slimkit.trace.examples import example
 from slimkit.trace.modes import mode
 from slimkit.trace.passes import Run, record
@@ -34,7 +35,8 @@ _REDUCED = {"mean": 1, "var": 1, "std": 1, "var_mean": 1, "std_mean": 1, "amax":
 def check_pruning(model: nn.Module, inputs: Any, desc: dict[str, Any], *, tolerance: float = 1e-4) -> PruningCheck:
     """Prove a plan on a model of your own: cut, it says what it said with the dropped indices set to zero.
 
-    Statistics over a cut axis (norms, means) are taken over the kept indices in both. Activations are to map zero to
+    Statistics over a cut axis (norms, means) are taken over the kept indices in both, and numbers that the model
+    derives from its configuration (Gemma's scale of embeddings) are those after the cut. Activations are to map zero to
     zero where nothing follows that hides it (a sigmoid gate on a dropped channel multiplies a zero).
 
     Args:
@@ -67,6 +69,8 @@ def check_pruning(model: nn.Module, inputs: Any, desc: dict[str, Any], *, tolera
     small = copy.deepcopy(model)
     surgery.cut(small, plan, names)
     wide = zeroed(model, indices)
+    for owner, name, new in put_numbers(wide, plan.derived):
+        setattr(owner, name, new)
     first = _Seen(wide)
     record(first, wide, Run(given, False))
     relations = relate(first.graph)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -13,16 +11,19 @@ import numpy as np
 from slimkit import bridge, kinds, surgery
 from slimkit.compensate import compensate
 from slimkit.core.batch import without_labels
-from slimkit.core.lazy import door, library
+from slimkit.core.lazy import door
 from slimkit.core.log import logger
 from slimkit.core.prune.attributes import HEADS, Field, widths_of
 from slimkit.core.prune.elimination import LayerSignal
 from slimkit.core.prune.experts import ExpertSignal
 from slimkit.core.prune.graph import Graph
-from slimkit.core.prune.plan import PrunePlan
+from slimkit.core.prune.plan import Derived, PrunePlan
 from slimkit.core.prune.pruner import PrunerBase
+from slimkit.core.prune.record import plans_of, whole_desc
 from slimkit.core.prune.rehearsal import Rehearsal, compare
 from slimkit.core.prune.solve import View
+from slimkit.core.sparse.experts import fused
+from slimkit.derived import build, derived_numbers, unsaved, with_derived
 from slimkit.replay import replaying, unchanged
 from slimkit.signals import layer_signals
 from slimkit.trace import trace
@@ -130,22 +131,28 @@ class TorchPrune:
         return widths_of(vars(config)) if hasattr(config, "__dict__") and hasattr(config, "to_dict") else {}
 
     def configured(self, changes: Mapping[str, Field]) -> dict[str, tuple[int, ...]] | None:
-        config = copy.deepcopy(self.model.config)
         try:
-            for name, value in changes.items():
-                *inside, leaf = name.split(".")
-                owner = functools.reduce(getattr, inside, config)
-                held = getattr(owner, leaf, None)
-                plain: Any = value
-                setattr(owner, leaf, type(held)(plain) if isinstance(held, (list, tuple)) else plain)
-            built = _built(self.model, config)
+            built = build(self.model, changes)
         except Exception as error:  # noqa: BLE001  (whatever the model's code raises is a finding)
             logger.debug("no model of %s: %s: %s", changes, type(error).__name__, error)
             return None
         return {path: tuple(tensor.shape) for path, tensor in named_tensors(built)}
 
+    def stacked(self) -> list[str]:
+        return [
+            path
+            for path, module in self.model.named_modules()
+            if fused(module, {k: tuple(p.shape) for k, p in module._parameters.items() if p is not None}).keys
+        ]
+
     def config_mismatch(self) -> str | None:
         return config_mismatch(self.model)
+
+    def computed(self) -> set[str]:
+        return unsaved(self.model)
+
+    def derived(self, config: Mapping[str, tuple[Field, Field]]) -> Derived:
+        return derived_numbers(self.model, config)
 
     def gradients(self, data: Iterable[Any], loss: Callable[..., Any] | None, square: bool) -> dict[str, Array]:
         found = surgery.tensors(self.model)
@@ -183,17 +190,12 @@ class TorchPrune:
         return layer_signals(self.model, data, layers, loss, seed)
 
     def cut(self, plan: PrunePlan, names: Mapping[str, str]) -> Callable[[], None]:
-        undo = surgery.cut(self.model, plan, names)
-        if plan.config and plan.desc.get("made", {}).get("form") in ("config", "padded"):
-            undo = _follow(self.model, undo)
+        undo = surgery.cut(self.model, with_derived(self.model, plan), names)
         for kind in bridge.data_parallel_around(self.model):
             logger.warning(
                 "network is inside a %s, whose buckets keep the old shapes: wrap the pruned network anew", kind
             )
         return undo
-
-    def demand_rotation(self) -> None:
-        pass  # every torch model that is a stream
 
     def turn(self, values: Iterable[tuple[str, Array]], parted: Mapping[str, str]) -> Callable[[], None]:
         undo = turn(self.model, values, parted)
@@ -254,7 +256,7 @@ def config_mismatch(model: nn.Module) -> str | None:
     if not hasattr(config, "to_dict"):
         return None
     try:
-        built = _built(model, copy.deepcopy(config))
+        built = build(model)
     except Exception as error:  # noqa: BLE001  (whatever the model's code raises is a finding)
         return f"the configuration builds no model: {type(error).__name__}: {error}"
     told = {path: list(tensor.shape) for path, tensor in built.state_dict().items()}
@@ -269,46 +271,22 @@ def config_mismatch(model: nn.Module) -> str | None:
             there = numbers.get(path, {}).get(name, number)
             if HEADS.search(name) and there != number:
                 return f"{path}.{name} is {number}, the configuration says {there}"
+    return _computed_otherwise(model)
+
+
+def _computed_otherwise(model: nn.Module) -> str:
+    """What loading a cut model by its configuration computes otherwise than it stands in it; "" for nothing."""
+    if not plans_of(model):
+        return ""
+    plan = PrunePlan(whole_desc(model))
+    missing = unsaved(model)
+    cut = next((path for path in plan.axes if path in missing), None)
+    if cut is not None:
+        return f"{cut} was cut, and no saved model holds it: it is computed anew, for the width that is left"
+    for path, numbers in derived_numbers(model, plan.config).items():
+        for name, (here, there) in numbers.items():
+            return f"{path}.{name} is {here:g}, the configuration says {there:g}"
     return ""
-
-
-def _built(model: nn.Module, config: Any) -> nn.Module:
-    """A model of the same class from a configuration, without weights; raises what its code raises."""
-    if hasattr(config, "validate"):
-        config.validate()  # as saving and loading do
-    accelerate = library("accelerate", "torch")
-    # Buffers stay real: some constructors compute with them.
-    with accelerate.init_empty_weights(include_buffers=False):
-        built: nn.Module = type(model)(config)
-    return built
-
-
-# Numbers that some models derive from a width when they are made (Gemma's embeddings are scaled by its square root).
-_DERIVED = re.compile(r"scal|normali[sz]er")
-
-
-def _follow(model: nn.Module, undo: Callable[[], None]) -> Callable[[], None]:
-    """Let what a model derived from its configuration say what the rewritten one gives; returns the longer undo."""
-    changes = surgery.Changes()
-    try:
-        built = dict(_built(model, copy.deepcopy(model.config)).named_modules())
-        for path, module in model.named_modules():
-            fresh = built.get(path)
-            for name, value in {**vars(module), **module._buffers}.items() if fresh is not None else ():
-                new: Any = getattr(fresh, name, None)
-                plain = isinstance(value, float) or (isinstance(value, torch.Tensor) and value.dim() == 0)
-                if plain and _DERIVED.search(name) and type(new) is type(value) and new != value:
-                    changes.set(module, name, new.to(value) if isinstance(value, torch.Tensor) else new)
-    except BaseException:
-        changes.undo()
-        undo()
-        raise
-
-    def take_back() -> None:
-        changes.undo()
-        undo()
-
-    return take_back
 
 
 class PruneTorch(PrunerBase):

@@ -15,6 +15,7 @@ from slimkit.core.files import PathLike
 from slimkit.core.lazy import door
 from slimkit.core.prune.plan import PrunePlan
 from slimkit.core.prune.record import check_begins, record_plan
+from slimkit.derived import with_derived
 from slimkit.turning import turn
 
 import torch
@@ -51,7 +52,7 @@ def save_pruned(
     folder = files.save_directory(directory, relative=True)
     if factory is not None:
         checked(factory, arguments)
-    plan, model = PrunePlan(desc), bridge.uncompiled(bridge.check_model(model))
+    plan, model = PrunePlan(desc), bridge.uncompiled(bridge.check_whole(model))
     try:
         plan.match_cut({p: tuple(t.shape) for p, t in surgery.tensors(model).items()})
     except PlanError as error:
@@ -116,7 +117,7 @@ def load_pruned(directory: PathLike, model: nn.Module) -> nn.Module:
     folder = files.as_path(directory, "directory")
     desc = files.read_json(folder / "plan.json", "directory/plan.json")
     plan = PrunePlan(desc)
-    given, model = model, bridge.uncompiled(bridge.check_model(model))
+    given, model = model, bridge.uncompiled(bridge.check_whole(model))
     own = model.state_dict()
     state = _read(folder, desc, own)
     share_again = turn(model, (), plan.parted)
@@ -133,7 +134,7 @@ def _load(model: nn.Module, plan: PrunePlan, state: Mapping[str, Any], folder: P
     found = surgery.tensors(model)
     names = plan.match({p: tuple(t.shape) for p, t in found.items()})
     with surgery.unchanged_on_error(model, [found[names[p]] for p in plan.indices]):
-        undo = surgery.cut(model, plan, names)
+        undo = surgery.cut(model, with_derived(model, plan), names)
         try:
             model.load_state_dict(state, strict=True)
         except Exception as error:

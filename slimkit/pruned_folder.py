@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ from slimkit.core.showing import Report
 from slimkit.core.weights.cut import take
 from slimkit.stored import StoredModel, as_stored, digest_of, held, read_rows
 from slimkit.stored_prune import Repaired, StoredPrune
+from slimkit.turned_folder import load_rotation, part_stored, save_rotation, turn_stored
 
 import torch
 
@@ -35,6 +37,8 @@ __getattr__, __dir__ = door("slimkit", room="prune")
 REPORT = "prune_report.json"
 Array = np.ndarray[Any, Any]
 
+_AXES = "rotation.safetensors"
+_SIDE_BY_SIDE = 2  # what goes in and what comes out of the experts of one layer
 _CUT_BYTES = 16 << 20  # read at once of what is cut
 
 
@@ -56,21 +60,37 @@ class _Cutter:
         # The plan's word for each parameter: the first of a tied one's names, as tracing finds them.
         self._paths = {name: first.get(id(held(stored.model, name)), "") for name in set(self._owners.values())}
         self._indices, self._sizes = plan.indices, plan.sizes()
-        self._last: tuple[str, dict[str, torch.Tensor]] = ("", {})
+        self._pieces: dict[str, dict[str, tuple[int, ...]]] = {}  # parameter of several tensors -> their shapes
+        # The parts of parameters that lie in several tensors, which files hold side by side with another's.
+        self._last: dict[str, dict[str, torch.Tensor]] = {}
         self.repaired: Repaired | None = None
 
     def entries(self, keys: Iterable[str]) -> dict[str, Entry]:
-        """The entries of the result for tensors of the files."""
-        return {key: self._entry(key) for key in keys}
+        """The entries of the result for tensors of the files; those of experts that go are left out."""
+        return {key: entry for key in keys if (entry := self._entry(key)) is not None}
 
-    def _entry(self, key: str) -> Entry:
+    def left_alone(self) -> list[str]:
+        """In words, the tensors of the files that the model has no place for: no plan speaks of them."""
+        left = [key for key in self._stored.places if key not in self._owners]
+        if not left:
+            return []
+        named = ", ".join(left[:5]) + (" ..." if len(left) > 5 else "")
+        return [
+            f"{len(left)} tensors belong to nothing in {type(self._stored.model).__name__}, and stay whole: {named}"
+        ]
+
+    def _entry(self, key: str) -> Entry | None:
         place, path = self._stored.places[key], self._path(key)
         if path not in self._sizes:
             return stepwise.copied(key, place)
         name = self._owners[key]
-        whole = torch.empty(self._sizes[path], device="meta")
-        shape = self._sizes[path] if self._stored.is_whole(name) else self._stored.pieces(name, whole)[key].shape
-        return Entry(place.dtype, tuple(shape))
+        if self._stored.is_whole(name):
+            return Entry(place.dtype, tuple(self._sizes[path]))
+        if name not in self._pieces:
+            whole = torch.empty(self._sizes[path], device="meta")
+            self._pieces[name] = {k: tuple(t.shape) for k, t in self._stored.pieces(name, whole).items()}
+        shape = self._pieces[name].get(key)
+        return None if shape is None else Entry(place.dtype, shape)
 
     def _path(self, key: str) -> str:
         return self._paths.get(self._owners.get(key, ""), "")
@@ -92,14 +112,15 @@ class _Cutter:
         # Where rows change their order, or a parameter lies in several tensors, it is cut whole.
         if self._stored.is_whole(name) and (rows is None or bool((np.diff(rows) > 0).all())):
             return _cut_piece(self._stored.places[key], self._indices[path], self._sizes[path])
-        if self._last[0] != name:
-            self._last = ("", {})
+        if name not in self._last:
+            while len(self._last) >= _SIDE_BY_SIDE:
+                self._last.pop(next(iter(self._last)))
             cut = self.value(name)
             assert cut is not None
-            self._last = (name, self._stored.pieces(name, cut))
-        made = as_stored(self._last[1].pop(key))
-        if not self._last[1]:
-            self._last = ("", {})
+            self._last[name] = self._stored.pieces(name, cut)
+        made = as_stored(self._last[name].pop(key))
+        if not self._last[name]:
+            del self._last[name]
         return made
 
 
@@ -145,12 +166,26 @@ class FolderPruner(PrunerBase):
             )
         return super().set_form(form)
 
+    def set_budget(self, budget: str, table: Any = None) -> Self:
+        """Choose what the ratio counts: "params" or "macs"."""
+        if budget == "latency":
+            raise UnsupportedError(
+                "the budget latency times the model in memory, and a folder stays on disk: prune the model, or choose "
+                "another budget"
+            )
+        return super().set_budget(budget, table)
+
     def prune(self, reserved_ratio: float = 0.75, un_prune_list: Sequence[int | str] | None = None) -> dict[str, Any]:
         """Nothing: a folder is left as it is, and `write` makes another one."""
         raise UnsupportedError("a folder is not pruned in place: write() makes another one")
 
     def write(
-        self, target: Path, ratio: float, whole: Sequence[int | str] | None, settings: Mapping[str, Any]
+        self,
+        target: Path,
+        ratio: float,
+        whole: Sequence[int | str] | None,
+        settings: Mapping[str, Any],
+        defaults: Mapping[str, Any],
     ) -> dict[str, Any]:
         """Write the pruned folder, or go on with it.
 
@@ -159,28 +194,32 @@ class FolderPruner(PrunerBase):
             ratio: share to keep.
             whole: as in `analysis`.
             settings: what else decides the result, as plain JSON values.
+            defaults: of settings, for runs that were begun before these came.
 
         Returns:
             The report; see `prune_checkpoint`.
         """
         repair = self._repair if self._repair_set else self._scoring.calibration
+        own = {p.file for p in self._stored.places.values()}
         job = {
-            "source": stepwise.identity(p.file for p in self._stored.places.values()),
+            "source": stepwise.identity(own),
             "config": files.digest_file(self._source / "config.json"),
             "settings": {"reserved_ratio": ratio, "un_prune_list": None if whole is None else list(whole), **settings},
             "calibration": None if self._scoring.calibration is None else digest_of(self._scoring.calibration),
             "compensation": None if repair is None else digest_of(repair),
         }
-        return stepwise.write_folder(target, job, lambda state: self._work(state, ratio, whole), REPORT)
+        begin = functools.partial(self._work, ratio=ratio, whole=whole)
+        return stepwise.write_folder(target, own, job, begin, REPORT, {"settings": defaults})
 
     def _work(self, state: Path, ratio: float, whole: Sequence[int | str] | None) -> stepwise.Work:
         """Plan the cut, repair it, and say what is to be written."""
         stored = self._stored
         before = sum(p.numel() for p in stored.model.parameters())
         desc = self._planned_once(state / PLAN, ratio, whole)
+        layout = self._laid_out(state, PrunePlan(desc))
         cutter = _Cutter(stored, PrunePlan(desc))
         refit = self._refit(state, desc, cutter)
-        found = [stepwise.Shard(name, cutter.entries(keys)) for name, keys in stepwise.layout(stored.places).items()]
+        found = [stepwise.Shard(name, entries) for name, keys in layout.items() if (entries := cutter.entries(keys))]
 
         def make(shard: stepwise.Shard) -> Iterable[tuple[str, Any]]:
             for key in shard.entries:
@@ -196,6 +235,7 @@ class FolderPruner(PrunerBase):
             after = sum(p.numel() for p in stored.model.parameters())
             facts = {"parameters_before": before, "parameters": after, "kept": after / before}
             report = {**self.report(), **refit}
+            report["notes"] = [*report.get("notes", ()), *cutter.left_alone()]
             return {"format": "slimkit-prune", "version": 1, "asked": ratio, **facts, "report": report}
 
         return stepwise.Work(found, make, rest)
@@ -211,8 +251,26 @@ class FolderPruner(PrunerBase):
         if self._repair_data(desc["made"]["importance"] == "output") is not None:
             desc["made"]["repaired"] = True
         if self._scoring.calibration is not None:
+            if self._scoring.rotation is not None:
+                save_rotation(file.with_name(_AXES), self._scoring.rotation)
             files.write_json(file, {"plan": desc, "report": self._report})
         return desc
+
+    def _laid_out(self, state: Path, plan: PrunePlan) -> dict[str, list[str]]:
+        """Turn the model as the plan wants it; returns file -> its tensors, as the result will have them."""
+        stored = self._stored
+        if not any("rotated" in step for step in plan.steps):
+            return stepwise.layout(stored.places)
+        self._solved()
+        stream = self._stream
+        assert stream is not None
+        kept = plan.indices[stream.table][1]
+        assert kept is not None
+        part_stored(stored, plan.parted)
+        self._wing.turn((), {})  # the model's parameters are others now
+        layout = stepwise.layout(stored.places)
+        turn_stored(state / "turned", stored, stream, load_rotation(state / _AXES), kept, self._wing.read)
+        return layout
 
     def _refit(self, state: Path, desc: Mapping[str, Any], cutter: _Cutter) -> dict[str, Any]:
         """Repair the cut where data is there for it; what the report says of it."""
@@ -253,6 +311,7 @@ def prune_checkpoint(
     parallel: int = 1,
     budget: str = "params",
     allocation: str | None = None,
+    rotation: bool = False,
     inputs: Any = None,
     names: Callable[[str], str] | None = None,
 ) -> Report:
@@ -277,6 +336,8 @@ def prune_checkpoint(
             `PruneTorch` has it; None: no repair.
         damping: of the repair; None chooses it.
         node_reserved_ratio, alignment, parallel, budget, allocation: as in the pruner's setters of these names.
+        rotation: turn the hidden width before it is cut, as `PruneTorch.set_rotation`; a turned copy of the weights
+            then lies beside the unfinished result, and one parameter of it is in memory in float64 while it is made.
         form: "config" (what `from_pretrained` loads) alone; None is the same.
         inputs: an example of what the model takes; None finds one, as `PruneTorch(model)` does.
         names: parameter name of the transformers class -> tensor name in the files, for folders whose names differ by
@@ -284,7 +345,7 @@ def prune_checkpoint(
 
     Returns:
         {"asked", "parameters_before", "parameters", "kept", "report": as `PruneTorch.report`}; the same is in
-        ``dst/prune_report.json``, the plan in ``dst/plan.json``.
+        ``dst/prune_report.json``, the plan in ``dst/plan.json``. And "bytes": what this call has read and written.
 
     Raises:
         FileFormatError: `src` is damaged or holds no safetensors.
@@ -309,9 +370,12 @@ def prune_checkpoint(
         "parallel": parallel,
         "budget": budget,
         "allocation": allocation,
+        "rotation": rotation,
         "inputs": None if inputs is None else hashlib.sha256(repr(inputs).encode()).hexdigest(),
     }
-    pruner.set_importance_evaluation_function(importance, calibration=calibration, loss=loss, seed=seed)
+    pruner.set_rotation(rotation).set_importance_evaluation_function(
+        importance, calibration=calibration, loss=loss, seed=seed
+    )
     pruner.set_alignment(alignment)
     if not (isinstance(compensation, str) and compensation == "calibration"):
         pruner.set_compensation(compensation, damping)
@@ -324,7 +388,7 @@ def prune_checkpoint(
         pruner.set_node_reserved_ratio(node_reserved_ratio)
     if allocation is not None:
         pruner.set_allocation(allocation)
-    return Report("pruned folder", pruner.write(target, reserved_ratio, un_prune_list, settings))
+    return Report("pruned folder", pruner.write(target, reserved_ratio, un_prune_list, settings, {"rotation": False}))
 
 
 def _named(importance: Any) -> str:

@@ -60,7 +60,33 @@ class StoredModel:
         self.places = dict(shards.locate(source) if places is None else places)
         self.compute = compute
         self._names = names
+        self._refuse_two_names()
+        self._part_what_differs()
         self._layouts = Layouts(self.model)
+
+    def _refuse_two_names(self) -> None:
+        """Refuse files that hold one parameter with and without the base model's prefix."""
+        prefix = getattr(self.model, "base_model_prefix", "") + "."
+        key = next((key for key in self.places if prefix + key in self.places), None)
+        if key is not None:
+            raise FileFormatError(
+                f"{self.places[key].file.parent} holds one parameter as {key!r} and as {prefix + key!r}: take the one "
+                "away that is not meant"
+            )
+
+    def _part_what_differs(self) -> None:
+        """Let parameters that the configuration ties be two where the files hold two with different values, in place:
+        so does transformers where it loads them."""
+        first: dict[int, str] = {}
+        for name, tensor in list(self.model.state_dict(keep_vars=True).items()):
+            key = self.find(self._names(name) if self._names is not None else name)
+            if key is None or not isinstance(tensor, torch.nn.Parameter):
+                continue
+            other = first.setdefault(id(tensor), key)
+            if other != key and not shards.same_values(self.places[other], self.places[key]):
+                path, _, leaf = name.rpartition(".")
+                own = torch.nn.Parameter(torch.empty_like(tensor), tensor.requires_grad)
+                self.model.get_submodule(path)._parameters[leaf] = own
 
     def find(self, name: str) -> str | None:
         """The tensor of the files that a name stands for, with the base model's prefix added or left out."""
@@ -144,9 +170,12 @@ class StoredModel:
             name: the parameter.
             value: its values, possibly of another shape than today's.
         """
-        parts = [value] if self.is_whole(name) else self._layouts.split(name, value).values()
+        if self.is_whole(name):
+            parts: dict[str | None, torch.Tensor] = {self.keys(name)[0]: value}
+        else:  # by their names: where whole experts went there are fewer of them
+            parts = {self.find(piece): part for piece, part in self._layouts.split(name, value).items()}
         return {
-            key: piece.to(stored_dtype(self.places[key])).contiguous() for key, piece in zip(self.keys(name), parts)
+            key: part.to(stored_dtype(self.places[key])).contiguous() for key, part in parts.items() if key is not None
         }
 
     def _tensor(self, name: str, place: shards.Place) -> torch.Tensor:
@@ -265,8 +294,14 @@ def bytes_of(value: Any) -> tuple[str, bytes] | None:
 
 
 def stored_dtype(place: shards.Place) -> torch.dtype:
-    """The type of a tensor in a file."""
-    return DTYPES[place.dtype] if place.dtype in DTYPES else _WHOLE[place.dtype]
+    """The type of a tensor in a file; UnsupportedError for one that cannot be computed with, such as 8-bit floats."""
+    found = DTYPES.get(place.dtype) or _WHOLE.get(place.dtype)
+    if found is None:
+        raise UnsupportedError(
+            f"{place.file} holds tensors of type {place.dtype}, which can be copied, not computed with: bring the "
+            "folder to bfloat16 first"
+        )
+    return found
 
 
 def held(model: torch.nn.Module, name: str) -> torch.Tensor:

@@ -16,12 +16,14 @@ from slimkit.core.checkpoint import shards
 from slimkit.core.checkpoint.weightfile import Entry, stream_safetensors
 from slimkit.core.errors import UnsupportedError
 from slimkit.core.prune.elimination import LayerSignal
+from slimkit.core.prune.experts import ExpertSignal
 from slimkit.core.prune.plan import PrunePlan
 from slimkit.core.prune.refit import RepairStage, repair
 from slimkit.lent import LentModel
 from slimkit.prune import TorchPrune, mean_outputs
 from slimkit.signals import layer_signals
 from slimkit.stored import FileArray, StoredModel, as_stored, floats, read_place, tag_of
+from slimkit.turning import first_names
 
 import torch
 
@@ -41,6 +43,7 @@ class StoredPrune(TorchPrune):
         self._stored = stored
 
     def read(self, path: str) -> Array | None:
+        path = self._named(path)
         if self._is_own(path):
             return self._values(path).numpy()
         keys = self._stored.keys(path)
@@ -49,7 +52,12 @@ class StoredPrune(TorchPrune):
             return cast("Array", place)
         return self._values(path).numpy()
 
+    def _named(self, path: str) -> str:
+        """The first name of a tied tensor."""
+        return path if path in self._found else first_names(self.model)[path]
+
     def _values(self, path: str) -> torch.Tensor:
+        path = self._named(path)
         return floats(self._found[path].detach() if self._is_own(path) else self._stored.value(path))
 
     def _is_own(self, path: str) -> bool:
@@ -69,15 +77,10 @@ class StoredPrune(TorchPrune):
 
     def signals(
         self, data: Iterable[Any], layers: Sequence[str], loss: Callable[..., Any] | None, seed: int
-    ) -> dict[str, LayerSignal]:
+    ) -> Mapping[str, LayerSignal | ExpertSignal]:
         lent = LentModel(copy.deepcopy(self.model), self._stored.held_value)
         with lent.open(), lent.forgetting():
-            told = layer_signals(lent.model, data, layers, loss, seed, lambda: lent.recomputing)
-        # Experts stay: that they are cut right where files hold them one by one is not proven.
-        return {path: signal for path, signal in told.items() if isinstance(signal, LayerSignal)}
-
-    def demand_rotation(self) -> None:
-        raise UnsupportedError("set_rotation is not offered for folders that stay on disk: prune the model in memory")
+            return layer_signals(lent.model, data, layers, loss, seed, lambda: lent.recomputing)
 
     def repaired(
         self,

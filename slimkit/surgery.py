@@ -14,6 +14,7 @@ from slimkit.attention import PrunedMultiheadAttention
 from slimkit.core.errors import GraphError, PlanError
 from slimkit.core.prune.attributes import rewritten
 from slimkit.core.prune.plan import PrunePlan
+from slimkit.derived import put_numbers
 from slimkit.kinds import is_in_out, is_kind, kind_of
 from slimkit.trace.watch import named_tensors
 
@@ -194,6 +195,8 @@ def rewrite(model: nn.Module, plan: PrunePlan, shapes: Shapes, names: Mapping[st
             changes.set(module, "use_nested_tensor", False)
     config = getattr(model, "config", None)
     for owner, name, new in rewritten(config, plan.config):
+        changes.set(owner, name, new)
+    for owner, name, new in put_numbers(model, plan.derived):
         changes.set(owner, name, new)
 
 

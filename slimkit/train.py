@@ -3,37 +3,34 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
 import math
 import random
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from slimkit import bridge
-from slimkit.core import check, files
+from slimkit.core import check
 from slimkit.core.batch import as_call
 from slimkit.core.distill.joined import TotalLoss
-from slimkit.core.errors import ConfigError, FileFormatError, UnsupportedError
+from slimkit.core.errors import ConfigError, UnsupportedError
 from slimkit.core.lazy import door as _door
 from slimkit.core.lazy import library
-from slimkit.core.train import packing
 from slimkit.core.train.counting import one_number, refuse_several
 from slimkit.core.train.loading import LoaderOptions, samples_in, split_batch
-from slimkit.core.train.loop import TrainerLoop
 from slimkit.core.train.updates import UpdateOptions, factor_at
 from slimkit.loading import batches_of
-from slimkit.torchfile import storable
+from slimkit.shared_training import SharedTraining, one_by_one
+from slimkit.train_state import TrainState
 
 import torch
 
 __getattr__, __dir__ = _door("slimkit", "train")
 
 
-class Trainer(TrainerLoop):
+class Trainer(TrainState):
     """Train, evaluate, checkpoint and resume a model with accelerate underneath.
 
     Args:
@@ -75,6 +72,8 @@ class Trainer(TrainerLoop):
         self._clip: tuple[float | None, float | None] = (None, None)
         self._plain_kinds: tuple[Any, ...] = ()
         self._kept_modes: dict[torch.nn.Module, bool] = {}
+        self._shared: SharedTraining | None = None
+        self._called = True
 
     @property
     def accelerator(self) -> Any:
@@ -93,6 +92,13 @@ class Trainer(TrainerLoop):
 
     def _processes(self) -> tuple[int, int, int]:
         run = self.accelerator
+        joined = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if joined and torch.distributed.get_world_size() != run.num_processes:
+            raise ConfigError(
+                f"torch.distributed has {torch.distributed.get_world_size()} processes, and accelerate sees "
+                f"{run.num_processes}: it reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, which "
+                "torchrun sets"
+            )
         return run.process_index, run.num_processes, run.local_process_index
 
     def _start(self, seed: int | None) -> int:
@@ -109,16 +115,13 @@ class Trainer(TrainerLoop):
 
     def _prepare(self, options: UpdateOptions) -> None:
         run = self.accelerator
-        if path := self._sharded():
-            raise UnsupportedError(
-                f"model must hold whole parameters, which the trainer shares out itself. {path} is sharded: hand over "
-                f"the plain model, or train it by a loop of your own."
-            )
+        world = self._processes()[1]
+        self._shared = SharedTraining.of(self.model, world)
         if self.optimizer is None or inspect.isclass(self.optimizer) or not hasattr(self.optimizer, "step"):
             wanted = [p for p in self.model.parameters() if p.requires_grad]
             if not wanted:
                 raise ConfigError("model: no parameter wants a gradient, so there is nothing to train")
-            make = self.optimizer or (lambda parameters: torch.optim.AdamW(parameters, lr=1e-3))
+            make = self.optimizer or (lambda ps: torch.optim.AdamW(ps, lr=1e-3, foreach=one_by_one(ps)))
             self.optimizer = check.function(make, "optimizer")(wanted)
         # The class is asked: a scheduler puts a function of its own in the place of the object's method.
         step = getattr(type(self.optimizer), "step", None)
@@ -126,7 +129,21 @@ class Trainer(TrainerLoop):
         if any(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in asked):
             name = type(self.optimizer).__name__
             raise ConfigError(f"optimizer: {name}.step needs a closure that runs the model again; Trainer gives none")
-        self._run_model, self._run_optimizer = run.prepare(self.model, self.optimizer)
+        self._check_optimizer(world)
+        if self._shared is None:
+            self._run_model, self._run_optimizer = run.prepare(self.model, self.optimizer)
+            self._shared = SharedTraining.of(self.model, world)  # accelerate can be told to share it out
+            if isinstance(self._run_model, torch.nn.parallel.DistributedDataParallel):
+                self._called = False
+                self._run_model.register_forward_pre_hook(self._note_call)
+        else:
+            if run.mixed_precision == "fp16":
+                raise UnsupportedError("mixed_precision: fp16 scales losses by whole gradients; bf16 trains in parts")
+            # Its parameters are in step by themselves; accelerate has nothing to add but the precision.
+            self._run_model = run.prepare_model(self.model, evaluation_mode=True)
+            self._run_optimizer = run.prepare_optimizer(self.optimizer)
+        if self._shared is not None:
+            self._shared.begin()
         # The scheduler is left outside accelerate, which would step it once per process.
         self._scheduler = options.scheduler(self.optimizer)
         if self._scheduler is not None and not hasattr(self._scheduler, "step"):
@@ -136,7 +153,36 @@ class Trainer(TrainerLoop):
         kinds = library("accelerate.utils", "torch").DistributedType
         self._plain_kinds = (kinds.NO, kinds.MULTI_CPU, kinds.MULTI_GPU, kinds.MULTI_NPU)
 
+    def _check_optimizer(self, world: int) -> None:
+        """Refuse parameters that would go their own way in each process."""
+        own = set(map(id, self.model.parameters()))
+        strange = [p for p in self._optimized() if p.requires_grad and id(p) not in own]
+        if strange and world > 1:
+            made = "; fully_shard puts new ones in their places: make it afterwards" if self._shared else ""
+            raise ConfigError(
+                f"optimizer: {len(strange)} of its parameters are none of the model's, and nothing would keep them "
+                f"the same in {world} processes{made}"
+            )
+
+    def _note_call(self, *_: Any) -> None:
+        self._called = True
+
+    def _meet(self) -> None:
+        if self._shared is not None:
+            self._shared.settle()
+        if self._processes()[1] > 1:
+            torch.distributed.barrier()
+
+    def asked_anywhere(self, number: int) -> int:
+        if self._processes()[1] == 1:
+            return number
+        told = torch.tensor(number, device=self.accelerator.device)
+        torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX)
+        return int(told)
+
     def _finish(self) -> None:
+        if self._shared is not None:
+            self._shared.end()
         if self._accelerator is not None:
             self.model = self._accelerator.unwrap_model(self._run_model, keep_fp32_wrapper=False)
             self._accelerator.free_memory()
@@ -199,10 +245,18 @@ class Trainer(TrainerLoop):
                 loss = _scalar(self._loss(model, bridge.to_device(batch, run.device))[0])
                 # Without labels that count, a mean is no number, and so would be its gradients.
                 loss = loss / shares[i] if math.isfinite(shares[i]) else torch.nan_to_num(loss) * 0.0
+                if not self._called:
+                    raise ConfigError(
+                        "compute_loss must call the model that it is given: what it called instead learns apart in "
+                        "each process"
+                    )
                 backward(loss)
             loss = loss.detach()
             total = loss if total is None else total + loss
         value, norm = self._clip
+        if self._shared is not None:
+            self._shared.clip(model.parameters(), value, norm)
+            value = norm = None
         if value is not None:
             run.clip_grad_value_(model.parameters(), value)
         if norm is not None:
@@ -231,12 +285,18 @@ class Trainer(TrainerLoop):
     def _evaluate_batches(self, batches: Iterable[Any]) -> dict[str, float]:
         run, model = self.accelerator, self.model
         device = run.device if self._run_optimizer is not None else bridge.device_of(model)
+        shared = SharedTraining.of(model, self._processes()[1])
+        if shared is not None:
+            shared.settle()
+        rounds = ((batch, True) for batch in batches) if shared is None else shared.rounds(batches)
         names = ["loss", *self.metrics]
         sums, tokens = torch.zeros(len(names) + 1, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
         with bridge.evaluating(model), run.autocast():
-            for batch in batches:
+            for batch, counts in rounds:
                 batch = bridge.to_device(batch, device)
                 loss, outputs, targets = self._loss(model, batch)
+                if not counts:
+                    continue
                 if self.metrics and outputs is None:
                     raise ConfigError("metrics need loss_func and batches of (inputs, targets)")
                 n = samples_in(batch)
@@ -254,78 +314,6 @@ class Trainer(TrainerLoop):
         means = {name: float(total / sums[-1]) for name, total in zip(names, sums)}
         return {**means, "loss": float(tokens[0] / tokens[1])}
 
-    def _sharded(self) -> str:
-        return next((n for n, p in self.model.named_parameters() if hasattr(p, "full_tensor")), "")
-
-    def _save_state(self, folder: Path) -> dict[str, Any]:
-        from safetensors.torch import save
-
-        tensors: dict[str, torch.Tensor] = {}
-
-        def keep(value: Any) -> str | None:
-            if not isinstance(value, torch.Tensor):
-                return None
-            # A copy: safetensors refuses tensors that share memory, and two states may.
-            name = f"t{len(tensors)}"
-            tensors[name] = storable(value, "a state of this run").detach().cpu().clone().contiguous()
-            return name
-
-        state: dict[str, Any] = {
-            "weights": self.accelerator.unwrap_model(self._run_model).state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": None if self._scheduler is None else _state_of(self._scheduler),
-            "scaler": None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict(),
-            "random": {"torch": torch.get_rng_state(), "python": random.getstate(), "numpy": np.random.get_state()},
-        }
-        if self.accelerator.device.type != "cpu":
-            module = torch.get_device_module(self.accelerator.device)
-            state["random"]["device"] = module.get_rng_state()
-        packed = packing.pack(state, keep)
-        with files.atomic_file(folder / "state.safetensors") as handle:
-            handle.write(save(tensors))
-        return packed
-
-    def _load_state(self, folder: Path, state: dict[str, Any]) -> None:
-        found = self._unpacked(folder, state)
-        self.accelerator.unwrap_model(self._run_model).load_state_dict(found["weights"])
-        self._load_optimizer(found["optimizer"])
-        if (found["scheduler"] is None) != (self._scheduler is None):
-            raise ConfigError("resume_from: one of the checkpoint and this run has a scheduler, the other has none")
-        if self._scheduler is not None:
-            self._scheduler.load_state_dict(found["scheduler"])
-        if self.accelerator.scaler is not None and found["scaler"]:
-            self.accelerator.scaler.load_state_dict(found["scaler"])
-        torch.set_rng_state(found["random"]["torch"])
-        random.setstate(found["random"]["python"])
-        np.random.set_state(found["random"]["numpy"])
-        if "device" in found["random"] and self.accelerator.device.type != "cpu":
-            torch.get_device_module(self.accelerator.device).set_rng_state(found["random"]["device"])
-
-    def _load_optimizer(self, kept: dict[str, Any]) -> None:
-        """Take the optimizer's state back whole: torch casts it to the parameters' type, and so rounds it."""
-        self.optimizer.load_state_dict(kept)
-        order = [i for group in kept["param_groups"] for i in group["params"]]
-        for number, parameter in zip(order, self._optimized()):
-            for slot, value in kept["state"].get(number, {}).items():
-                here = self.optimizer.state[parameter].get(slot)
-                if isinstance(value, torch.Tensor) and isinstance(here, torch.Tensor) and here.dtype != value.dtype:
-                    self.optimizer.state[parameter][slot] = value.to(here.device)
-
-    def _load_model(self, folder: Path, state: dict[str, Any]) -> None:
-        self.accelerator.unwrap_model(self._run_model).load_state_dict(self._unpacked(folder, state)["weights"])
-
-    def _unpacked(self, folder: Path, state: dict[str, Any]) -> dict[str, Any]:
-        from safetensors import SafetensorError
-        from safetensors.torch import load
-
-        file = files.readable_file(folder / "state.safetensors", "checkpoint")
-        try:
-            tensors = load(file.read_bytes())
-        except SafetensorError as error:
-            raise FileFormatError(f"{file} is damaged: {error}") from None
-        found: dict[str, Any] = packing.unpack(state, tensors.__getitem__)
-        return found
-
 
 def _whole(value: Any) -> bool:
     """Whether a value is a tensor of whole numbers, such as classes."""
@@ -339,18 +327,3 @@ def _scalar(loss: Any) -> torch.Tensor:
     if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
         refuse_several(loss, "the loss")
     return loss.reshape(())
-
-
-def _state_of(scheduler: Any) -> dict[str, Any]:
-    """A scheduler's state without its functions, which its own maker supplies again."""
-    if not (hasattr(scheduler, "state_dict") and hasattr(scheduler, "load_state_dict")):
-        raise UnsupportedError(
-            f"a checkpoint cannot hold a {type(scheduler).__name__}: it lacks state_dict and load_state_dict"
-        )
-    state = scheduler.state_dict()
-    return {k: v for k, v in state.items() if not all(map(_is_code, v if isinstance(v, list) and v else [v]))}
-
-
-def _is_code(value: Any) -> bool:
-    """Whether a value is a function or a class, and not an object that may remember something."""
-    return inspect.isroutine(value) or inspect.isclass(value) or isinstance(value, functools.partial)

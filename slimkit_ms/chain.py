@@ -74,9 +74,11 @@ class ChainInputs:
     Attributes:
         chained: whether each block's first input is the output of the block before, in every batch so far, and all else
             that it reads was there before the batch or is among its arguments.
+        aims: number -> what training draws a block's output to.
     """
 
     def __init__(self, blocks: Sequence[str]) -> None:
+        self.aims: Any = {}
         self.valid: list[Array | None] = []
         self.hidden: dict[bool, list[Any]] = {False: [], True: []}
         self.chained = len(blocks) > 1

@@ -20,8 +20,9 @@ from slimkit.core.jobs.framework import ComputeLoss, JobFramework, Opened
 from slimkit.core.jobs.measurement import Measurement
 from slimkit.core.jobs.options import FitOptions
 from slimkit.core.jobs.sources import DataPlace, ModelPlace
+from slimkit.core.prune.onnx_times import OnnxTimes
 from slimkit.core.sparse.maths.layer import SparseLayer
-from slimkit_ms import bridge, compare, export, kinds, train
+from slimkit_ms import bridge, compare, export, kinds, latency, train
 from slimkit_ms.distill import taps
 from slimkit_ms.measurement import measure_model
 from slimkit_ms.sparse.framework import MindSporeSparse
@@ -73,6 +74,9 @@ class MindSporeJobs(JobFramework):
 
     def measure(self, model: nn.Cell, inputs: Any, dense: nn.Cell | None = None) -> Measurement:
         return measure_model(model, _positional(model, inputs), dense=dense)
+
+    def latency_times(self, model: nn.Cell, inputs: Any) -> OnnxTimes:
+        return latency.onnx_times(_positional(model, inputs))
 
     def states(self, model: nn.Cell) -> Iterator[tuple[str, str, np.ndarray]]:
         for parameter, paths in bridge.parameter_paths(model):

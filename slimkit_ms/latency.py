@@ -59,6 +59,12 @@ def measure_latency(
         'onnxruntime'
     """
     bridge.check_model(model)
+    times = onnx_times(inputs, opset, run, device)
+    return measure(times, copy.deepcopy(model), lambda m: PruneMindSpore(m, inputs), path, alignment)
+
+
+def onnx_times(inputs: Any, opset: int = 13, run: Callable[[Path], float] | None = None, device: str = "") -> OnnxTimes:
+    """What times networks of these inputs; see `measure_latency` for the arguments."""
 
     def export(small: nn.Cell, target: Path) -> None:
         export_onnx(small, inputs, target, opset=opset, tolerance=1e-2)
@@ -67,5 +73,4 @@ def measure_latency(
         tensors = inputs if isinstance(inputs, (tuple, list)) else [inputs]
         return dict(zip(inspect.signature(small.construct).parameters, (bridge.as_numpy(t) for t in tensors)))
 
-    times = OnnxTimes(export, feeds, run, device)
-    return measure(times, copy.deepcopy(model), lambda m: PruneMindSpore(m, inputs), path, alignment)
+    return OnnxTimes(export, feeds, run, device)

@@ -15,11 +15,12 @@ from slimkit.core.prune.attributes import Field, rewritten, widths_of
 from slimkit.core.prune.cut_shapes import CutShapes
 from slimkit.core.prune.elimination import LayerSignal
 from slimkit.core.prune.graph import Graph
-from slimkit.core.prune.plan import PrunePlan
+from slimkit.core.prune.plan import Derived, PrunePlan
 from slimkit.core.prune.pruner import PrunerBase
 from slimkit.core.prune.rehearsal import Rehearsal
 from slimkit.core.prune.rules import relate
 from slimkit.core.prune.solve import View
+from slimkit.core.sparse.experts import fused
 from slimkit_ms import bridge, kinds
 from slimkit_ms.compensate import compensate
 from slimkit_ms.replay import replaying, unchanged
@@ -28,6 +29,7 @@ from slimkit_ms.surgery import Keep, Knife, RefusedError, Undo, cut_by_attribute
 from slimkit_ms.surgery.layers import aligned
 from slimkit_ms.trace import Traced, trace_marked
 from slimkit_ms.trace.examples import find_example
+from slimkit_ms.turning import by_path, turn
 
 import mindspore as ms
 from mindspore import nn, ops
@@ -106,7 +108,7 @@ class MindSporePrune:
         return {paths[0] for p, paths in bridge.parameter_paths(self.model) if not bridge.is_weight(p, paths[0])}
 
     def read(self, path: str) -> Array | None:
-        values = _by_path(self.model)[path].asnumpy()
+        values = by_path(self.model)[path].asnumpy()
         return values if values.dtype in (np.float32, np.float64) else values.astype(np.float32)
 
     def rows(self, path: str, axis: int) -> Iterable[ms.Tensor]:
@@ -124,8 +126,22 @@ class MindSporePrune:
     def configured(self, changes: Mapping[str, Field]) -> dict[str, tuple[int, ...]] | None:
         return {}  # cells carry no configuration that builds them
 
+    def stacked(self) -> list[str]:
+        return [
+            path
+            for path, cell in self.model.cells_and_names()
+            if not type(cell).__module__.startswith("mindspore.")
+            and fused(cell, {k: tuple(p.shape) for k, p in cell._params.items() if p is not None}).keys
+        ]
+
     def config_mismatch(self) -> str | None:
         return None  # cells carry no configuration that builds them
+
+    def computed(self) -> set[str]:
+        return set()
+
+    def derived(self, config: Mapping[str, tuple[Field, Field]]) -> Derived:
+        return {}
 
     def gradients(self, data: Iterable[Any], loss: Callable[..., Any] | None, square: bool) -> dict[str, Array]:
         weights = {paths[0]: p for p, paths in bridge.parameter_paths(self.model) if bridge.is_weight(p, paths[0])}
@@ -196,11 +212,8 @@ class MindSporePrune:
         self.traced = self.knife = self._proven = None
         return undo.take_back
 
-    def demand_rotation(self) -> None:
-        raise UnsupportedError("set_rotation is not offered for MindSpore: cut the model in PyTorch, and convert it")
-
     def turn(self, values: Iterable[tuple[str, Array]], parted: Mapping[str, str]) -> Callable[[], None]:
-        raise UnsupportedError("set_rotation is not offered for MindSpore: cut the model in PyTorch, and convert it")
+        return turn(self.model, values, parted)
 
     def snapshot(self) -> nn.Cell:
         return copy.deepcopy(self.model)
@@ -215,12 +228,12 @@ class MindSporePrune:
         return cut_by_attributes(self.model, self._keep(plan, names), groups, plan.attributes)
 
     def _keep(self, plan: PrunePlan, names: Mapping[str, str]) -> Keep:
-        shapes = self.shapes()
-        return {names[p]: aligned(shapes[names[p]], index) for p, index in plan.indices.items()}
+        held = by_path(self.model)
+        return {names[p]: aligned(tuple(held[names[p]].shape), index) for p, index in plan.indices.items()}
 
     def _pad(self, plan: PrunePlan, names: Mapping[str, str], undo: Undo) -> None:
         """Set to zero what a padded plan keeps among what it holds, in place; `undo` learns of it."""
-        held = _by_path(self.model) if plan.padded else {}
+        held = by_path(self.model) if plan.padded else {}
         for path, axes in plan.zeros().items():
             parameter = held[names[path]]
             if not bridge.is_weight(parameter, names[path]):
@@ -237,10 +250,6 @@ class MindSporePrune:
         config = getattr(self.model, "config", None)
         for owner, name, new in rewritten(config, plan.config):
             setattr(owner, name, new)
-
-
-def _by_path(model: nn.Cell) -> dict[str, ms.Parameter]:
-    return {paths[0]: parameter for parameter, paths in bridge.parameter_paths(model)}
 
 
 def _loss_of(model: nn.Cell, batch: Any, loss: Callable[..., Any] | None) -> ms.Tensor:

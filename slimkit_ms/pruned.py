@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from slimkit.core import files
@@ -15,6 +16,7 @@ from slimkit.core.prune.record import check_begins, record_plan
 from slimkit_ms import bridge
 from slimkit_ms.prune import MindSporePrune
 from slimkit_ms.surgery.layers import aligned
+from slimkit_ms.turning import turn
 
 import mindspore as ms
 from mindspore import nn
@@ -80,6 +82,16 @@ def load_pruned(directory: PathLike, model: nn.Cell) -> nn.Cell:
     folder = files.as_path(directory, "directory")
     plan = PrunePlan(files.read_json(folder / "plan.json", "directory/plan.json"))
     tensors, _ = files.read_tensors(folder / "model.safetensors", "directory/model.safetensors")
+    share_again = turn(bridge.check_model(model), (), plan.parted)
+    try:
+        return _load(model, plan, tensors, folder)
+    except BaseException:
+        share_again()
+        raise
+
+
+def _load(model: nn.Cell, plan: PrunePlan, tensors: Mapping[str, Any], folder: Path) -> nn.Cell:
+    """Cut a cell and load the saved values, in place; on an error it is as it was."""
     wing = MindSporePrune(model, None)
     wanted = wing.shapes()
     names = plan.match(wanted)

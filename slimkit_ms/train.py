@@ -136,6 +136,9 @@ class Trainer(TrainerLoop):
         if self._more():
             self.stop("a MindSpore callback asked for it")
 
+    def _meet(self) -> None:
+        """Each process goes on alone."""
+
     def _finish(self) -> None:
         self._undo()
         self._undo = _nothing

@@ -251,18 +251,25 @@ class LlamaLayer(nn.Cell):
 
 
 class Llama(nn.Cell):
-    """A decoder whose output layer is the embedding table itself."""
+    """A decoder whose output layer is the embedding table itself, a cell that shares it, or a cell of its own."""
 
-    def __init__(self, width: int = 32, heads: int = 4, kv_heads: int = 2, layers: int = 2, inner: int = 48):
+    def __init__(
+        self, width: int = 32, heads: int = 4, kv_heads: int = 2, layers: int = 2, inner: int = 48, head: str = "table"
+    ):
         super().__init__()
         self.embed = nn.Embedding(40, width)
         self.layers = nn.CellList([LlamaLayer(width, heads, kv_heads, inner) for _ in range(layers)])
         self.norm = RMSNorm(width)
+        self.head = None if head == "table" else nn.Dense(width, 40, has_bias=False)
+        if head == "shared":
+            self.head.weight = self.embed.embedding_table
 
     def construct(self, ids):
         x = self.embed(ids)
         for layer in self.layers:
             x = layer(x)
+        if self.head is not None:
+            return self.head(self.norm(x))
         return ops.matmul(self.norm(x), self.embed.embedding_table.T)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from slimkit import bridge
-from slimkit.checkpoint.optimizer import plan_optimizer, whole
+from slimkit.checkpoint.optimizer import plan_optimizer
 from slimkit.core import check
 from slimkit.core.checkpoint import loading, saving
 from slimkit.core.checkpoint.loading import LoadReport
@@ -15,6 +15,7 @@ from slimkit.core.checkpoint.openweights import open_weights
 from slimkit.core.checkpoint.saving import Items, Saving
 from slimkit.core.checkpoint.weightfile import Array, Entry, Weights
 from slimkit.core.files import PathLike
+from slimkit.sharded import is_distributed, like_parts_of, one_writes, whole
 from slimkit.torchfile import TorchWeightFile, described, restored, write_torch
 from slimkit.torchfile import tag_of as torch_tag_of
 
@@ -33,6 +34,8 @@ def save_checkpoint(
     manifest: bool = True,
 ) -> Saving:
     """Save a module, a sub-module, or any tensors, numbers and strings, atomically.
+
+    What processes hold parts of (FSDP2) is put together: every process calls, and the first one writes.
 
     Args:
         save_obj: a module (its state dict), a dict name -> value, or a list of {"name": ..., "data": ...}; values are
@@ -62,7 +65,19 @@ def save_checkpoint(
     """
     path = saving.path_to_save(ckpt_file_name, ENDINGS, f"{', '.join(ENDINGS)}; convert_checkpoint writes .ckpt")
     items = items_of(save_obj, append_dict).chosen(choice_func)
-    return write(path, items, async_save=async_save, manifest=manifest)
+    if not _held_together(save_obj):
+        return write(path, items, async_save=async_save, manifest=manifest)
+    with one_writes("the checkpoint") as writes:
+        if writes:
+            return write(path, items, async_save=async_save, manifest=manifest)
+    return Saving(path, lambda: None, False)
+
+
+def _held_together(save_obj: Any) -> bool:
+    """Whether processes hold parts of what is saved."""
+    if isinstance(save_obj, torch.nn.Module):
+        return any(map(is_distributed, save_obj.parameters()))
+    return any(is_distributed(value) for _, value in saving.listed(save_obj))
 
 
 def write(
@@ -178,7 +193,7 @@ def load_param_into_net(
 
     def assign(name: str, array: Array, dtype: str) -> None:
         with torch.no_grad():
-            state[name].copy_(restored(array, dtype))
+            state[name].copy_(like_parts_of(state[name], restored(array, dtype)))
 
     with _opened(parameter_dict) as source:
         restore = None

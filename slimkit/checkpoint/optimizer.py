@@ -11,6 +11,7 @@ from slimkit.core.checkpoint.loading import values_of
 from slimkit.core.checkpoint.saving import Items
 from slimkit.core.checkpoint.weightfile import Weights
 from slimkit.core.errors import PlanError
+from slimkit.sharded import at_rest, is_distributed, like_parts_of, whole
 from slimkit.torchfile import described, restored
 
 import torch
@@ -26,15 +27,18 @@ def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor that several devices share parts of, put together."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+def _held_like(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """A moment where its parameter is: whole, or the part of it that this process holds."""
+    if not is_distributed(parameter):
+        return value.to(parameter.device)
+    return like_parts_of(torch.empty_like(parameter, dtype=value.dtype), value).clone()
 
 
 def add_optimizer(items: Items, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
     """Add an optimizer's moments and settings to what a checkpoint holds, in place."""
     check.instance(optimizer, torch.optim.Optimizer, "optimizer", "the optimizer, as optimizer_state=True asks")
     assert optimizer is not None
+    at_rest(model)
     names = {id(p): n for n, p in model.named_parameters()}
     for number, group in enumerate(optimizer.param_groups):
         for key, value in group.items():
@@ -49,6 +53,7 @@ def add_optimizer(items: Items, model: torch.nn.Module, optimizer: torch.optim.O
 
 def plan_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer, source: Weights) -> Callable[[], None]:
     """Check an optimizer's state in a checkpoint against the optimizer; returns what puts it there, in place."""
+    at_rest(model)
     parameters = dict(unwrapped(model).named_parameters())
     own = {id(p) for group in optimizer.param_groups for p in group["params"]}
     slots: list[tuple[torch.nn.Parameter, str, str]] = []
@@ -77,7 +82,7 @@ def plan_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer, sou
             value = restored(source.raw(name), source.entries[name].dtype).clone()
             # A step count stays on the CPU in its own type; moments live where the parameter does.
             moment = value.shape == parameter.shape
-            optimizer.state[parameter][slot] = value.to(parameter.device) if moment else value
+            optimizer.state[parameter][slot] = _held_like(parameter, value) if moment else value
         for group, key, value in settings:
             group[key] = value
 

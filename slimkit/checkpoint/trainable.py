@@ -8,12 +8,13 @@ from typing import Any
 
 from slimkit import kinds
 from slimkit.checkpoint.byhand import write
-from slimkit.checkpoint.optimizer import add_optimizer, unwrapped, whole
+from slimkit.checkpoint.optimizer import add_optimizer, unwrapped
 from slimkit.core import check
 from slimkit.core.checkpoint.savepolicy import CheckpointConfig, SavePolicy, appended
 from slimkit.core.checkpoint.saving import Items, Saving
 from slimkit.core.files import PathLike
 from slimkit.core.showing import Shown
+from slimkit.sharded import at_rest, whole
 from slimkit.torchfile import described
 
 import torch
@@ -188,6 +189,7 @@ def trainable_items(model: torch.nn.Module, *, statistics: bool) -> Items:
     """The parameters of a model that want a gradient, and on request the running statistics of its batch norms."""
     items = Items()
     model = unwrapped(model)
+    at_rest(model)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             items.add(name, *described(name, whole(parameter)))

@@ -46,12 +46,15 @@ def adapt(
     """
     with session("adapt", output) as talk:
         from slimkit.core.check import choice
+        from slimkit.core.jobs import crew
         from slimkit.core.jobs import training as jobs
 
         choice(format, ("slimkit", "peft"), "--format")
         place = places.model(network)
         talk.go_on = training.GO_ON
         with training.claimed(out, output, network.model) as target:
+            if training.is_silent(target):
+                return
             face = places.framework(network)
             found = jobs.adapt(
                 face,
@@ -66,6 +69,8 @@ def adapt(
                 format=format,
                 merge=merge,
             )
+        if crew.rank() > 0:
+            return
         talk.line(
             f"{'Would train' if output.dry_run else 'Trained'} {found['trained_parameters']:,} of "
             f"{found['parameters']:,} parameters ({found['trained_share']:.2%}) on {found['samples']} samples, "

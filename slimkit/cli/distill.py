@@ -47,13 +47,17 @@ def distill(
 
     The student of a Hugging Face directory is cut out of the teacher's own weights, by what the text shows to matter
     least, and trained on that text to give the teacher's answers. A factory's network learns from the teacher's answers
-    to arrays, in PyTorch and MindSpore. Ctrl-C and SIGTERM save the state; the same command goes on.
+    to arrays, in PyTorch and MindSpore. Ctrl-C and SIGTERM save the state; the same command goes on. Under torchrun
+    each process holds a part of the models.
 
     Example: slimkit distill --model minilm --layers 3 --data text.jsonl --epochs 3 --out minilm-3
+
+    Example: torchrun --nproc 8 -m slimkit distill --model llama --layers 16 --data text.jsonl --out small --device cuda
 
     Example: slimkit distill --factory nets.py:net --model net.pt --student-arg width=16 --data x.npz --out small
     """
     with session("distill", output) as talk:
+        from slimkit.core.jobs import crew
         from slimkit.core.jobs import training as jobs
         from slimkit.core.jobs.measurement import show
 
@@ -61,9 +65,13 @@ def distill(
         place = places.model(network)
         talk.go_on = training.GO_ON
         with training.claimed(out, output, network.model, student) as target:
+            if training.is_silent(target):
+                return
             face = places.framework(network)
             read = texts.place(data, asked.batch_size)
             found = jobs.distill(face, place, read, target, asked, chosen, kept.run(), label_key=label_key)
+        if crew.rank() > 0:
+            return
         talk.line(
             f"{'Would train' if output.dry_run else 'Trained'} a student of {show(found['parameters'], 'count')} "
             f"parameters ({found['parameters'] / found['teacher_parameters']:.3f} of the teacher) on "

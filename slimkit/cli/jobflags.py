@@ -43,6 +43,8 @@ def parameters(options: type[Strict]) -> list[inspect.Parameter]:
         switch = kind is bool
         if flag.sets is not None:
             kind, default, switch = bool, False, True
+        if kind is str and isinstance(default, bool):
+            default = str(default).lower()
         if many:
             default = None
         text = flag.help or field.description or ""
@@ -63,7 +65,8 @@ def parameters(options: type[Strict]) -> list[inspect.Parameter]:
         annotation: Any = Annotated[shown if default is not None else shown | None, option]
         found.append(inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation))
         for at, name in enumerate(flag.old):
-            former: Any = Annotated[shown | None, typer.Option(name, hidden=True, help=f"The old {flag.names[0]}.")]
+            hidden = typer.Option(name, hidden=True, help=f"The old {flag.names[0]}.")
+            former: Any = Annotated[(shown if flag.stood is None else bool) | None, hidden]
             found.append(
                 inspect.Parameter(f"{key}{_OLD}{at}", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=former)
             )
@@ -98,6 +101,8 @@ def made(job: type[Strict], /, **given: Any) -> Any:
             )
         elif value == "auto" and field.default is None:
             value = None
+        elif value in ("true", "false") and isinstance(field.default, bool):
+            value = value == "true"
         if value not in (None, [], {}) and value != field.default:
             asked[key] = value
     try:
@@ -137,8 +142,12 @@ def _renamed(job: type[Strict], given: dict[str, Any]) -> dict[str, Any]:
             continue
         flag = flag_of(job, key)
         new, old = flag.names[0], flag.old[int(at)]
-        if found[key] not in (None, [], job.model_fields[key].default):
+        default = job.model_fields[key].default
+        if found[key] not in (None, [], default, str(default).lower()):
             raise ConfigError(f"{old} is the old name of {new}, and both are given")
+        if flag.stood is not None:
+            value = flag.stood
+            new = f"{new} {value}"
         logger.warning("%s is the old name of %s", old, new)
         found[key] = value
     return found
@@ -172,6 +181,8 @@ def _origin(annotation: Any) -> Any:
 def _plain(annotation: Any) -> tuple[type, bool]:
     """What typer reads for a type, and whether the flag may be given several times."""
     kind = _origin(annotation)
+    if kind is bool and str in _parts(annotation):  # a word, or true and false as words
+        return str, False
     if kind in (list, dict):
         return str, True
     return (kind if kind in (bool, int, float) else str), False

@@ -76,6 +76,10 @@ def prune(
             f"{'Would keep' if output.dry_run else 'Kept'} {show(after, 'count')} of {show(before, 'count')} "
             f"parameters: {after / before:.3f}{reached}, {asked.reserved_ratio} asked for"
         )
+        if asked.budget == "latency":
+            from slimkit.core.jobs.timing import told
+
+            talk.line(f"Latency: {told(found['report']['latency'])}")
         for reason, where in found["report"]["whole"].items() if output.verbose else ():
             talk.line(f"  whole, {reason}: {', '.join(where[:5])}")
         missed = found["report"]["reached"] > MISSED * asked.reserved_ratio

@@ -39,6 +39,13 @@ def run(
     from slimkit.core.run.recipe import load_recipe, paths_begin
 
     with session("run", asked) as talk:
+        from slimkit.core.errors import ConfigError
+        from slimkit.core.jobs import crew
+
+        if crew.size() > 1:
+            raise ConfigError(
+                "a recipe runs in one process; its stages as commands (distill, train, adapt, sparsify) take torchrun"
+            )
         checked = load_recipe(recipe, settings(set_ or [], "--set"))
         folder = output or Path(checked.output or f"runs/{checked.name}")
         if check or asked.dry_run:

@@ -27,20 +27,27 @@ def train(
 
     Example: slimkit train --model llama-sparse --data text.jsonl --learning-rate 1e-5 --out llama-tuned
 
+    Example: torchrun --nproc 8 -m slimkit train --model llama-sparse --data text.jsonl --out llama-tuned --device cuda
+
     Example: slimkit train --factory nets.py:net --model small --data labelled.npz --epochs 3 --out tuned
     """
     with session("train", output) as talk:
+        from slimkit.core.jobs import crew
         from slimkit.core.jobs import training as jobs
 
         place = places.model(network)
         talk.go_on = training.GO_ON
         with training.claimed(out, output, network.model) as target:
+            if training.is_silent(target):
+                return
             face = places.framework(network)
             read = texts.place(data, asked.batch_size)
             held = None if evaluation is None else texts.place(evaluation, asked.batch_size)
             found = jobs.train(
                 face, place, read, target, asked, kept.run(), task=task, evaluation=held, label_key=label_key
             )
+        if crew.rank() > 0:
+            return
         talk.line(
             f"{'Would train' if output.dry_run else 'Trained'} {found['parameters']:,} parameters on "
             f"{found['samples']} samples, {found['task']}"

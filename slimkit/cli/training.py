@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -105,9 +106,18 @@ class Keeping:
 
 def claimed(out: Path, output: options.Writing, *reads: Path | None) -> AbstractContextManager[Path | None]:
     """The place of a training command's result, which may hold the command's own unfinished state."""
-    from slimkit.core.jobs import claim
+    from slimkit.core.jobs import claim, crew
 
+    if crew.rank() > 0:  # of several processes the first one holds the place for all
+        return contextlib.nullcontext(None if output.dry_run else out.absolute())
     return claim.claimed(out, force=output.force, dry_run=output.dry_run, states=claim.TRAINING, reads=reads)
+
+
+def is_silent(out: Path | None) -> bool:
+    """Whether a process of several has nothing to plan (`out` None): the first one does it for all."""
+    from slimkit.core.jobs import crew
+
+    return out is None and crew.rank() > 0
 
 
 def tell(talk: Session, found: dict[str, Any], out: Path) -> None:

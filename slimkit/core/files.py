@@ -16,7 +16,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from slimkit.core import check
+from slimkit.core import check, traffic
 from slimkit.core.errors import AbsolutePathError, FileFormatError, LinkPathError
 from slimkit.core.exchange import exchange
 
@@ -156,6 +156,7 @@ def atomic_file(
             yield handle
             handle.flush()
             os.fsync(handle.fileno())
+            traffic.wrote(os.fstat(handle.fileno()).st_size)
         os.chmod(temporary, 0o666 & ~_umask())
         if before is not None:
             before(Path(temporary))
@@ -405,6 +406,7 @@ def read_tensors(path: PathLike, name: str = "path") -> tuple[dict[str, Array], 
 
     file = readable_file(path, name)
     try:
+        traffic.read(file, file.stat().st_size)
         with safe_open(str(file), framework="np") as handle:
             return {k: handle.get_tensor(k) for k in handle.keys()}, dict(handle.metadata() or {})  # noqa: SIM118
     except (SafetensorError, ValueError, OverflowError) as error:
@@ -414,6 +416,7 @@ def read_tensors(path: PathLike, name: str = "path") -> tuple[dict[str, Array], 
 def digest_file(path: PathLike) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
     with open(path, "rb") as handle:
+        traffic.read(path, os.fstat(handle.fileno()).st_size)
         return hashlib.file_digest(handle, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _stream(handle)
 
 

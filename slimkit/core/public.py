@@ -43,6 +43,7 @@ ROOMS: dict[str, dict[str, str]] = {
         "DistillDualModels": "distill",
         "get_distill_model": "distill",
         "TeacherCache": "distill",
+        "VocabularyMap": "core.distill.vocabulary",
         "make_student": "students",
     },
     "compare": {

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from slimkit import bridge
 from slimkit.core.delta.face import DeltaFace
 from slimkit.core.errors import UnsupportedError
-from slimkit.delta.sharded import sharded_class
+from slimkit.sharded import sharded_class
 
 import torch
 from torch import nn

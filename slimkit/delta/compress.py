@@ -74,7 +74,7 @@ def compress_delta(
     """
     return steps.compress(
         STORAGE,
-        bridge.unwrapped(bridge.check_model(model)),
+        bridge.unwrapped(bridge.check_whole(model)),
         tuned,
         kind,
         name=name,

@@ -12,7 +12,7 @@ from slimkit.core.checkpoint.weightfile import Entry
 from slimkit.core.delta import inject, storage
 from slimkit.core.delta.bundle import sample_places
 from slimkit.core.delta.spec import PREFIX, DeltaReport
-from slimkit.core.errors import FileFormatError
+from slimkit.core.errors import FileFormatError, UnsupportedError
 from slimkit.core.files import PathLike
 from slimkit.core.jobs.folders import PLAN, copy_companions
 from slimkit.core.showing import Report
@@ -112,19 +112,45 @@ class _Merger:
         layers = inject.mergeable(self._access, model)
         self._names = _named(model)  # once more: what was tied may have become two
         state = model.state_dict(keep_vars=True)
-        known = {id(source): layer for layer in layers.values() for source in layer.sources().values()}
+        sources = {id(source): layer for layer in layers.values() for source in layer.sources().values()}
         # file's tensor -> what the result holds of it
         self.given = [n for k, n in self._names.items() if k in self._access.filled or k not in self._access.names]
         self.tensors = {n: state[n].detach() for n in self.given}
-        self._layers = {self._names[k]: layer for k, layer in known.items()}
+        self._layers = {self._names[k]: layer for k, layer in sources.items()}
         # What the base's files have no tensor for was tied to another before the delta came.
         self.added = [n for n in self.given if stored.find(n) is None and n not in self._layers]
+        # The other way round: what keeps the base's values lay under the name of what came with the delta.
+        known = self._access.names
+        self._kept = {
+            n: known[id(t)]
+            for n, t in state.items()
+            if id(t) in known
+            and id(t) not in self._access.filled
+            and known[id(t)] in self.given
+            and stored.find(n) is None
+        }
+        self.added += self._kept
+        self.tensors.update({n: state[n].detach() for n in self._kept})
         changed = [n for n in (*self._layers, *self.given) if n not in self.added]
-        self.owners = {key: name for name in changed for key in stored.keys(name)}
+        self.owners = {key: name for name in changed for key in self._keys(name)}
         self._last: tuple[Any, dict[str, torch.Tensor]] = (None, {})
+
+    def _keys(self, name: str) -> list[str]:
+        """The tensors of the files that make up a changed parameter."""
+        try:
+            return self._stored.keys(name)
+        except UnsupportedError:
+            if name not in self._layers or not self.given:
+                raise
+            raise UnsupportedError(
+                f"{name} is adapted, and the base keeps it as another tensor that the delta gives values of its own "
+                "(tied embeddings): merge in memory (load_delta, merge_delta)"
+            ) from None
 
     def tensor(self, key: str) -> torch.Tensor:
         """A changed tensor of the files."""
+        if key in self._kept:
+            return self._stored.value(self._kept[key])
         if key in self.added:
             return self.tensors[key]
         name = self.owners[key]
@@ -183,7 +209,8 @@ def merge_checkpoint(
 
     Returns:
         {"kind", "name", "layers": those merged, "given": tensors that came with the delta, "added": those the base has
-        no tensor for, "merged" and "copied": numbers of tensors, "notes"}; also in ``dst/merge_report.json``.
+        no tensor for, "merged" and "copied": numbers of tensors, "notes"}; also in ``dst/merge_report.json``. And
+        "bytes": what this call has read and written.
 
     Raises:
         FileFormatError: a file is damaged, or holds no safetensors; a tensor of the delta is missing, left over or of
@@ -239,7 +266,8 @@ def merge_checkpoint(
         "name": merger.report.name,
         "layers": sorted(merger.report.layers),
     }
-    return Report("merge", stepwise.write_folder(target, job, lambda _: stepwise.Work(plan, make, rest), REPORT))
+    own = {p.file for p in stored.places.values()}
+    return Report("merge", stepwise.write_folder(target, own, job, lambda _: stepwise.Work(plan, make, rest), REPORT))
 
 
 def _plan(places: Mapping[str, shards.Place], merger: _Merger) -> list[stepwise.Shard]:

@@ -26,8 +26,8 @@ from slimkit.delta.multihead import call_layers, without_call_layers
 from slimkit.delta.named import LoraLayer
 from slimkit.delta.positions import shift_positions
 from slimkit.delta.prefix_model import forget_prefixes
-from slimkit.delta.sharded import at_rest, forget_deltas, in_step
 from slimkit.delta.shira import Entries, EntryValues
+from slimkit.sharded import at_rest, forget_deltas, in_step
 
 import torch
 from torch import nn

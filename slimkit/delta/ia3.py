@@ -8,7 +8,7 @@ from typing import Any
 from slimkit import bridge, kinds
 from slimkit.core.delta.ia3 import along, weight_axis
 from slimkit.delta.layer import Adapted, AdaptedMerging
-from slimkit.delta.sharded import beside
+from slimkit.sharded import beside
 
 import torch
 from torch import nn

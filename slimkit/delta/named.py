@@ -14,7 +14,7 @@ from slimkit.core.errors import UnsupportedError
 from slimkit.delta import initial
 from slimkit.delta.attach import DeltaLayer, device_for
 from slimkit.delta.fused import computing
-from slimkit.delta.sharded import beside, in_step, whole
+from slimkit.sharded import beside, in_step, whole
 
 import torch
 from torch import nn

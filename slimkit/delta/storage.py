@@ -23,7 +23,7 @@ from slimkit.delta.positions import is_counted_by_library
 from slimkit.delta.prefix import PrefixEncoder
 from slimkit.delta.prefix_cache import CachedPrefix, decoder_of, self_attention, text_decoder
 from slimkit.delta.prompt import PromptTuning
-from slimkit.delta.sharded import like_parts_of, whole, written_once
+from slimkit.sharded import like_parts_of, whole, written_once
 
 import torch
 from torch import nn

@@ -7,7 +7,7 @@ from typing import Any
 
 from slimkit import bridge
 from slimkit.delta.layer import Adapted, AdaptedMerging
-from slimkit.delta.sharded import beside
+from slimkit.sharded import beside
 
 import torch
 from torch.nn import functional as F

@@ -56,13 +56,19 @@ class TeacherCache(TeacherFiles):
     def _digest(teacher: Any) -> str:
         digest = hashlib.sha256()
         if isinstance(teacher, (str, Path)):
-            for file in sorted({place.file for place in shards.locate(Path(teacher)).values()}):
+            for file in TeacherCache._files(teacher):
                 digest.update(f"{file.name}{files.digest_file(file)}".encode())
             return digest.hexdigest()
-        for name, tensor in bridge.check_model(teacher, "teacher").state_dict().items():
+        for name, tensor in bridge.check_whole(teacher, "teacher").state_dict().items():
             digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
+
+    @staticmethod
+    def _files(teacher: Any) -> list[Path]:
+        if not isinstance(teacher, (str, Path)):
+            return []
+        return sorted({place.file for place in shards.locate(Path(teacher)).values()})
 
     @staticmethod
     def _together(teacher: Any) -> int:

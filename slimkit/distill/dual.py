@@ -15,6 +15,7 @@ from slimkit.core.distill.masks import IGNORED, holds_labels
 from slimkit.core.distill.shapes import check_mask, check_shapes, pick, projection_values
 from slimkit.core.errors import ConfigError
 from slimkit.distill import losses, taps
+from slimkit.sharded import gathered_for
 
 import torch
 from torch import Tensor, nn
@@ -146,6 +147,10 @@ class DistillDualModels(nn.Module, TotalLoss):
         output = model(*args, **kwargs)
         seen = store.seen
         store.listening, store.seen = False, {}
+        for place, tensor in seen.items():
+            read = self.spec.soft_labels[place].read(role)
+            if tensor.requires_grad and read.module is not None:
+                gathered_for(model, read.module, tensor)
         for place, label in enumerate(self.spec.soft_labels):
             path = label.t_module if role == "t" else label.s_module
             if path is not None and place not in seen:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 import slimkit
-from slimkit import bridge, compare, export, pruned_folder, together, train
+from slimkit import bridge, compare, export, latency, pruned_folder, together, train
 from slimkit.core import files
 from slimkit.core.calibration.reading import TextReader
 from slimkit.core.calibration.record import record_of, write_record
@@ -26,11 +26,14 @@ from slimkit.core.jobs.sources import DataPlace, ModelPlace, StudentPlace
 from slimkit.core.jobs.tasks import TASKS
 from slimkit.core.locks import BLOCKS, locked
 from slimkit.core.log import logger
+from slimkit.core.prune.onnx_times import OnnxTimes
 from slimkit.core.sparse import SparseConfig
 from slimkit.core.sparse.maths.layer import SparseLayer
 from slimkit.core.sparse.processes import first
-from slimkit.jobs import devices, models, teach, texts
+from slimkit.jobs import devices, models, sharing, teach, texts
 from slimkit.measurement import measure_model
+from slimkit.sharded import at_rest
+from slimkit.shared_training import one_by_one
 from slimkit.sparse.checkpoint_framework import CheckpointSparse
 from slimkit.sparse.framework import TorchSparse
 from slimkit.trace.examples import find_example
@@ -77,6 +80,9 @@ class TorchJobs(JobFramework):
     def measure(self, model: nn.Module, inputs: Any, dense: nn.Module | None = None) -> Measurement:
         return measure_model(model, bridge.to_device(inputs, bridge.device_of(model)), dense=dense)
 
+    def latency_times(self, model: nn.Module, inputs: Any) -> OnnxTimes:
+        return latency.onnx_times(bridge.to_device(inputs, bridge.device_of(model)))
+
     def states(self, model: nn.Module) -> Iterator[tuple[str, str, np.ndarray]]:
         for name, tensor in model.state_dict().items():
             raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
@@ -98,7 +104,9 @@ class TorchJobs(JobFramework):
     def outputs(self, model: nn.Module, inputs: Any) -> list[np.ndarray]:
         with bridge.evaluating(model):
             found = export.named_tensors(bridge.run(model, inputs))
-        return [tensor.detach().cpu().numpy() for _, tensor in found]
+        # NumPy has no bfloat16, and float32 holds its every number.
+        plain = (t.float() if t.dtype == torch.bfloat16 else t for _, t in found)
+        return [tensor.detach().cpu().numpy() for tensor in plain]
 
     def inside(self, model: nn.Module, inputs: Any, paths: Sequence[str]) -> dict[str, Any]:
         found: dict[str, Any] = {}
@@ -127,12 +135,14 @@ class TorchJobs(JobFramework):
         how: Mapping[str, Any],
         tokens: Callable[[Any], float] | None = None,
     ) -> train.Trainer:
+        at_rest(model)
         wanted = [p for p in model.parameters() if p.requires_grad]
-        rate, decay = options.learning_rate, options.weight_decay
+        how_fast: dict[str, Any] = {"lr": options.learning_rate, "weight_decay": options.weight_decay}
+        how_fast["foreach"] = one_by_one(wanted)
         if options.optimizer == "sgd":
-            optimizer: torch.optim.Optimizer = torch.optim.SGD(wanted, lr=rate, momentum=0.9, weight_decay=decay)
+            optimizer: torch.optim.Optimizer = torch.optim.SGD(wanted, momentum=0.9, **how_fast)
         else:
-            optimizer = torch.optim.AdamW(wanted, lr=rate, weight_decay=decay)
+            optimizer = torch.optim.AdamW(wanted, **how_fast)
         device = bridge.device_of(model)
         trainer = train.Trainer(model, optimizer=optimizer, compute_loss=loss, callbacks=callbacks, count_tokens=tokens)
         trainer.train(samples, **how)
@@ -154,6 +164,22 @@ class TorchJobs(JobFramework):
 
     def soft_loss(self, dual: nn.Module, inputs: Any) -> torch.Tensor:
         return bridge.run(dual, inputs)[0]
+
+    # Several processes of one command.
+
+    def join(self) -> None:
+        self.device = together.join(self.device)
+
+    def once(self, work: Callable[[], Any]) -> Any:
+        return first(together, work)
+
+    def share(self, opened: Opened) -> None:
+        if together.processes() > 1:
+            opened.shared = sharing.SharedOut(opened.model)
+
+    def gather(self, opened: Opened) -> None:
+        if opened.shared is not None:
+            opened.model, opened.shared = opened.shared.whole(), None
 
     # What a command line names, and what it writes.
 

@@ -11,7 +11,6 @@ from slimkit import together
 from slimkit.core import batch as batches
 from slimkit.core import check, files
 from slimkit.core.checkpoint import shards
-from slimkit.core.errors import UnsupportedError
 from slimkit.core.files import PathLike
 from slimkit.core.locks import BLOCKS as STATE
 from slimkit.core.log import logger
@@ -69,12 +68,11 @@ def sparsify_checkpoint(
             a bar on a terminal and log lines elsewhere.
 
     Returns:
-        The report of `Compressor.compress`.
+        The report of `Compressor.compress`, and "bytes": what this call has read and written (see the page scale).
 
     Raises:
         FileFormatError: `src` is damaged or holds no safetensors.
-        UnsupportedError: the model has no chain of blocks, a tensor is not found, `dst` was begun with other inputs, or
-            several processes are to train blocks.
+        UnsupportedError: the model has no chain of blocks, a tensor is not found, or `dst` was begun with other inputs.
         ConfigError: another run is at work in `dst`.
         ProcessLostError: one of several processes has ended.
     """
@@ -90,8 +88,6 @@ def sparsify_checkpoint(
         demand_whole_numbers(name for name, place in places.items() if place.dtype == "BF16")
     compute = computing(places.values(), compute_dtype, where)
     host = CheckpointSparse(source, target / STATE, places, names, compute, where, offload)
-    if host.processes() > 1 and cfg.row.reconstructs:
-        raise UnsupportedError(f"method {cfg.method!r} trains blocks, which sparsify_checkpoint does in one process.")
     weights = sorted({p.file for p in places.values()})
     job = {"dataset": digest_of(data), "threads": torch.get_num_threads()}
     job |= {"compute": str(compute), "device": where.type}

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from slimkit import bridge
 from slimkit.core import batch as batches
 from slimkit.core import files
 from slimkit.core.checkpoint import shards
@@ -17,7 +15,7 @@ from slimkit.core.errors import UnsupportedError
 from slimkit.core.sparse.blockfiles import BlockFiles
 from slimkit.core.sparse.call_order import CallOrder
 from slimkit.core.sparse.framework import CalibratedBlock
-from slimkit.core.sparse.processes import demand_tokens, first, in_order, merged
+from slimkit.core.sparse.processes import dealt, demand_tokens, first, in_order, merged
 from slimkit.core.sparse.unwalked import DatalessBlock, FinishedBlock
 from slimkit.sparse import memory, stored_outputs
 from slimkit.sparse.chain import LentBlock, trace_block
@@ -57,11 +55,12 @@ class CheckpointSparse(TorchSparse):
         self._stored = StoredModel(source, names, compute, places)
         super().__init__(self._stored.model)
         self._device, self._offload = torch.device(device), offload
-        self._loader = StoredBlocks(self._stored, self._device)
+        self._loader = StoredBlocks(self._stored, self._device, state / f"dense-{self.rank()}")
         self._state, self._files = state, BlockFiles(state)
         self._blocks: list[str] = []
         self._own: dict[str, Any] = {}
         self._changed: set[str] = set()  # parameters of the block in work that are no longer what the files hold
+        self._paired = False  # whether those are still needed as they were
         self.keeps_masks, self.deals = False, True
 
     def layers(self, dataset: Iterable[Any] | None = None) -> tuple[dict[str, Any], dict[str, str]]:
@@ -100,7 +99,7 @@ class CheckpointSparse(TorchSparse):
     ) -> Iterator[CalibratedBlock]:
         """One stage a block: loaded, made sparse, written, and let go."""
         done = int(first(self, self._files.done))
-        inputs = self._capture(dataset, paired) if dataset else None
+        inputs = self._captured(dataset, paired, "activations")[0] if dataset else None
         if inputs is not None and 0 < done < len(self._blocks):
             inputs.load(self._files.activations(done))
         for index, path in enumerate(self._blocks):
@@ -117,7 +116,7 @@ class CheckpointSparse(TorchSparse):
 
     def probing(self, dataset: Iterable[Any], names: Sequence[str]) -> Iterator[CalibratedBlock]:
         """The same for a walk that only looks: nothing is written."""
-        inputs = self._capture(dataset, False, "probes")
+        inputs = self._captured(dataset, False, "probes")[0]
         for index, path in enumerate(self._blocks):
             with self._loaded(index) as block:
                 yield self._stage(index, block, [n for n in names if n.startswith(path + ".")], inputs, False)
@@ -139,6 +138,7 @@ class CheckpointSparse(TorchSparse):
             return DatalessBlock(mine)
         path, modules = self._blocks[index], {n: (n, self._slots[n]) for n in mine}
         dense = self._loader.twin(block) if paired else None
+        self._paired = paired
         found = trace_block(path, block, inputs, modules)
         # Batch by batch, so that no process's share of them decides.
         every = in_order(self, [[list(feed) for feed in feeds] for feeds in found.feeds_by_batch()])
@@ -152,6 +152,9 @@ class CheckpointSparse(TorchSparse):
     def store(self, name: str, weight: torch.Tensor, bias_shift: torch.Tensor | None) -> None:
         """Put a weight in place and shift the bias."""
         changed = self._parameters([name])
+        for parameter in changed if self._paired else ():
+            if parameter not in self._changed:
+                self._loader.keep(parameter)
         self._changed.update(changed)
         super().store(name, weight, bias_shift)
         self._round(changed)
@@ -176,19 +179,13 @@ class CheckpointSparse(TorchSparse):
 
     def kept(self, what: str, make: Callable[[], Any]) -> Any:
         """What an earlier run has found out; else it is made, and kept."""
-        file = self._state / f"{what}.json"
-        found = first(self, lambda: [files.read_json(file)] if file.exists() else [])
-        if found:
-            return found[0]
-        value = make()
-        first(self, lambda: files.write_json(file, value))
-        return value
+        return self._files.kept(self, what, make)
 
     def changes(
         self, probes: Sequence[Any], names: Sequence[str], variants: Sequence[Callable[[Sequence[str]], None]]
     ) -> list[list[float]]:
         """For each batch of this process the power of the model's output, and what each variant changes of it."""
-        inputs = [self._capture(probes, False, f"variant{i}") for i in range(len(variants) + 1)]
+        inputs = self._captured(probes, False, *(f"variant{i}" for i in range(len(variants) + 1)))
         for index, path in enumerate(self._blocks):
             mine = [n for n in names if n.startswith(path + ".")]
             with self._loaded(index) as block:
@@ -200,14 +197,9 @@ class CheckpointSparse(TorchSparse):
                     stage.pass_on()
                     back()
         self._loader.close()
-        own = [batch for batch, _ in self._dealt(probes)]
+        own = [batch for batch, _ in dealt(self, probes)]
         with self._outside(whole=True):
             return stored_outputs.changes(self.model, own, inputs, self._blocks)
-
-    def _dealt(self, dataset: Iterable[Any]) -> list[tuple[Any, int]]:
-        """This process's batches with their numbers."""
-        n, rank = self.processes(), self.rank()
-        return [(batch, i) for i, batch in enumerate(dataset) if i % n == rank]
 
     @contextlib.contextmanager
     def _outside(self, whole: bool = False) -> Iterator[None]:
@@ -232,22 +224,23 @@ class CheckpointSparse(TorchSparse):
             if whole:
                 self.model.tie_weights()
 
-    def _capture(self, dataset: Iterable[Any], paired: bool, scratch: str = "activations") -> StoredInputs:
-        """Run what comes before the blocks, then note how each block is called."""
-        dealt = self._dealt(dataset)
-        folder = self._state / scratch if self._offload == "disk" else None
-        valid = [valid_tokens(batch) for batch, _ in dealt]
+    def _captured(self, dataset: Iterable[Any], paired: bool, *scratch: str) -> list[StoredInputs]:
+        """Run what comes before the blocks and note how each block is called, once for each folder of scratch."""
+        mine = dealt(self, dataset)
+        valid = [valid_tokens(batch) for batch, _ in mine]
         padding = CallOrder()
         for real in valid:
             padding.batch(real is not None and not bool(real.any()))
         demand_tokens(self, padding)
-        inputs = StoredInputs(self._blocks, [i for _, i in dealt], valid, paired, folder, self._device)
-        calls = [batches.Call(*batches.as_call(batch)) for batch, _ in dealt]
-        with self._outside():
-            StoredBlocks(self._stored, torch.device("cpu")).load(self._blocks[0])
-            inputs.capture_stubs(self.model, calls)
-            to_meta(bridge.get_module(self.model, self._blocks[0]))
-        return inputs
+        calls = [batches.Call(*batches.as_call(batch)) for batch, _ in mine]
+        found = []
+        with self._outside(), self._loader.looked_at(self._blocks[0]):
+            for name in scratch:
+                folder = self._state / name if self._offload == "disk" else None
+                inputs = StoredInputs(self._blocks, [i for _, i in mine], valid, paired, folder, self._device)
+                inputs.capture_stubs(self.model, calls)
+                found.append(inputs)
+        return found
 
     def _parameters(self, names: Sequence[str]) -> list[str]:
         """The parameters that hold the weights and biases of layers, each once."""
@@ -261,29 +254,15 @@ class CheckpointSparse(TorchSparse):
 
     def _write(self, index: int, stage: Any, inputs: StoredInputs | None) -> None:
         """Write a block by process 0, and what enters the next by those that have it."""
-        following = self._files.activations(index + 1)
-        going = inputs is not None and index < len(self._blocks) - 1
-        part = following.with_name(f".{following.name}.part")
 
-        def begin() -> None:
-            shutil.rmtree(part, ignore_errors=True)  # of a run that was killed here
-            part.mkdir()
-
-        def end() -> None:
-            if going:
-                shutil.rmtree(following, ignore_errors=True)
-                part.rename(following)
+        def weights(file: Path) -> None:
             changed: dict[str, torch.Tensor] = {}
             for name in dict.fromkeys([*self._parameters(stage.names), *stage.changed]):
                 pieces = self._stored.pieces(name, self.model.get_parameter(name).detach())
                 changed |= {key: piece.cpu() for key, piece in pieces.items()}
-            with files.atomic_file(self._files.weights(index)) as handle:
+            with files.atomic_file(file) as handle:
                 write_tensors(handle, changed)
-            self._files.finish(index, {n: self._own[n] for n in stage.names})
 
-        if going:
-            first(self, begin)
-            assert inputs is not None
-            inputs.save(part)
-            self.gather(None)  # all are written
-        first(self, end)
+        going = inputs if index < len(self._blocks) - 1 else None
+        rows = {n: self._own[n] for n in stage.names}
+        self._files.write(self, index, rows, weights, going.save if going is not None else None)

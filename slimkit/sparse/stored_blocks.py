@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import copy
-from collections.abc import Collection, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+import shutil
+from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from slimkit import bridge
-from slimkit.stored import StoredModel, fill, held, to_meta
+from slimkit.core import traffic
+from slimkit.core.checkpoint import shards
+from slimkit.stored import StoredModel, fill, held, read_place, stored_dtype, to_meta, write_tensors
 
 import torch
 
@@ -22,23 +27,20 @@ class StoredBlocks:
         stored: the model and its files.
         device: where a block computes. On another device than the CPU the next block is read into main memory by a
             thread while this one is worked on.
+        scratch: a folder of this process's own, for what a block's weights were before they changed.
     """
 
-    def __init__(self, stored: StoredModel, device: torch.device) -> None:
-        self._stored, self._device = stored, device
+    def __init__(self, stored: StoredModel, device: torch.device, scratch: Path) -> None:
+        self._stored, self._device, self._scratch = stored, device, scratch
         self._reader: ThreadPoolExecutor | None = None
-        self._ahead: tuple[str, Future[dict[str, torch.Tensor]]] | None = None
+        self._ahead: tuple[str, Callable[[], dict[str, torch.Tensor]]] | None = None
+        self._before: dict[str, Path] = {}  # parameter that has changed -> where its values before that are
         self._twin_parts: list[tuple[torch.nn.Module, str]] = []  # of the dense twin, on the device now
 
     def load(self, path: str, following: str | None = None) -> torch.nn.Module:
         """Give a block its weights; begin to read the one that follows."""
         block = bridge.get_module(self._stored.model, path)
-        values: dict[str, torch.Tensor] = {}
-        if self._ahead is not None and self._ahead[0] == path:
-            values = self._ahead[1].result()
-            self._ahead = None
-        else:
-            values = self._read(path)
+        values = self._taken(path)
         for name in list(values):
             values[name] = values[name].to(self._device)  # one by one: the last need not be in both memories
         fill(block, path, values)
@@ -46,14 +48,49 @@ class StoredBlocks:
         if following is not None and self._device.type != "cpu":
             if self._reader is None:
                 self._reader = ThreadPoolExecutor(1, "slimkit-reader")
-            self._ahead = following, self._reader.submit(self._read, following)
+            context = contextvars.copy_context()  # whoever counts what is read counts this, too
+            self._ahead = following, self._reader.submit(context.run, self._read, following).result
         return block
+
+    @contextlib.contextmanager
+    def looked_at(self, path: str) -> Iterator[None]:
+        """Have a block's weights in main memory; they stay there until a block is loaded, which may be this one."""
+        block = bridge.get_module(self._stored.model, path)
+        values = self._taken(path)
+        fill(block, path, values)
+        try:
+            yield
+        finally:
+            to_meta(block)
+        self._ahead = path, lambda: values
+
+    def _taken(self, path: str) -> dict[str, torch.Tensor]:
+        """A block's weights, read now or ahead."""
+        ahead, self._ahead = self._ahead, None
+        return ahead[1]() if ahead is not None and ahead[0] == path else self._read(path)
 
     def release(self, path: str) -> None:
         """Let a block's weights go."""
         block = bridge.get_module(self._stored.model, path)
         to_meta(block)
         self._move_buffers(block, torch.device("cpu"))
+        self._before.clear()
+        shutil.rmtree(self._scratch, ignore_errors=True)
+
+    def keep(self, name: str) -> None:
+        """Note a parameter's values, which are about to change: the files are read once."""
+        value = held(self._stored.model, name).detach().cpu()
+        value = value.to(stored_dtype(self._stored.places[self._stored.keys(name)[0]])).contiguous()
+        self._scratch.mkdir(parents=True, exist_ok=True)
+        file = self._scratch / f"{len(self._before):06d}"
+        with open(file, "wb") as handle:
+            write_tensors(handle, {"x": value})
+            traffic.wrote(handle.tell())
+        self._before[name] = file
+
+    def _kept(self, name: str) -> torch.Tensor:
+        value = read_place(shards.header(self._before[name])["x"])
+        return value if self._stored.compute is None else value.to(self._stored.compute)
 
     def close(self) -> None:
         """No block will follow."""
@@ -82,7 +119,7 @@ class StoredBlocks:
     def lent(
         self, path: str, block: torch.nn.Module, dense: torch.nn.Module | None, changed: Collection[str]
     ) -> Iterator[None]:
-        """Give a block's dense twin its weights: the block's own where they have not changed, else from the files.
+        """Give a block's dense twin its weights: the block's own where they have not changed, else those kept.
 
         On a device other than the CPU the latter come module by module, each for its call only: two blocks need not
         be there at once.
@@ -91,7 +128,7 @@ class StoredBlocks:
             yield
             return
         own = {f"{path}.{n}": p for n, p in block.named_parameters()}
-        read = self._stored.read(n for n in own if n in changed)
+        read = {n: self._kept(n) for n in own if n in changed}
         same = {n: p for n, p in own.items() if n not in changed}
         hooks = []
         try:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from slimkit import bridge
+from slimkit.core import traffic
 from slimkit.core.batch import Call
 from slimkit.core.errors import UnsupportedError
 from slimkit.replay import replaying
@@ -35,14 +36,25 @@ class Spilled:
         return self._folder / f"{self._name}-{self._numbers[index]:06d}"
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        from safetensors.torch import load
-
-        return load(self._file(index).read_bytes())["x"]
+        return _load(self._file(index))["x"]
 
     def __setitem__(self, index: int, value: torch.Tensor) -> None:
-        from safetensors.torch import save_file
+        _save(self._file(index), {"x": value.detach().clone().contiguous()})
 
-        save_file({"x": value.detach().clone().contiguous()}, self._file(index))
+
+def _load(file: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load
+
+    raw = file.read_bytes()
+    traffic.read(file, len(raw))
+    return load(raw)
+
+
+def _save(file: Path, tensors: dict[str, torch.Tensor]) -> None:
+    from safetensors.torch import save_file
+
+    save_file(tensors, file)
+    traffic.wrote(file.stat().st_size)
 
 
 class StoredInputs(BlockInputs):
@@ -151,20 +163,16 @@ class StoredInputs(BlockInputs):
 
     def save(self, folder: Path) -> None:
         """Write the hidden states of every batch, one file each."""
-        from safetensors.torch import save_file
-
         for index, number in enumerate(self._numbers):
             states = {"sparse": self._hidden[False][index].contiguous()}
             if self.paired:
                 states["dense"] = self._hidden[True][index].contiguous()
-            save_file(states, folder / f"{number:06d}.safetensors")
+            _save(folder / f"{number:06d}.safetensors", states)
 
     def load(self, folder: Path) -> None:
         """Take back what `save` wrote, whatever the number of processes was."""
-        from safetensors.torch import load_file
-
         for index, number in enumerate(self._numbers):
-            found = load_file(folder / f"{number:06d}.safetensors")
+            found = _load(folder / f"{number:06d}.safetensors")
             self._hidden[False][index] = found["sparse"]
             if self.paired:
                 self._hidden[True][index] = found["dense"]

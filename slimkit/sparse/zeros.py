@@ -8,9 +8,11 @@ from functools import partial
 from typing import Any
 
 from slimkit import bridge
+from slimkit.core.errors import UnsupportedError
 from slimkit.core.showing import Shown
 from slimkit.core.sparse.masks import kept_masks
 from slimkit.core.sparse.skipped import adapter_parts
+from slimkit.sharded import at_rest, is_distributed, is_managed, like_parts_of, own_part, whole
 from slimkit.sparse.slots import WeightSlot, slots_of
 
 import torch
@@ -34,12 +36,14 @@ class FrozenZeros(Shown):
     ) -> None:
         self.masks = dict(masks)
         self._pairs: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
+        self._places: list[tuple[torch.nn.Module, str]] = []  # where each weight is
         self._recorded: list[torch.nn.Module] = []  # layers whose zeros count as made while this holds them
         callers: list[torch.nn.Module] = []  # whose call uses each of them
         for slot, drop in _drops(model, layers, masks):
             weight = slot.owner(model)._parameters[slot.key]
             assert weight is not None  # slots are made from parameters that are there
             self._pairs.append((weight, drop))
+            self._places.append((slot.owner(model), slot.key))
             callers.append(slot.caller(model))
             if not bridge.has_made_zeros(slot.owner(model)):
                 bridge.record_zeros(slot.owner(model))
@@ -53,20 +57,28 @@ class FrozenZeros(Shown):
     def _hooks(self) -> list[Any]:
         """The hooks that a copy of the model does not take along: on gradients, and on whatever optimizer steps."""
         handles: list[Any] = []
-        for index, (weight, _) in enumerate(self._pairs):
-            if weight.requires_grad:
-                # Gradients too: an optimizer's moments would otherwise remember what the zeros wanted to become.
-                handles.append(weight.register_hook(partial(_masked, self._pairs, index)))
+        for index in range(len(self._pairs)):
+            handles += self._on_gradient(index)
         handles.append(register_optimizer_step_post_hook(partial(_after_step, weakref.ref(self))))
         return handles
 
+    def _on_gradient(self, index: int) -> list[Any]:
+        """The hook on a weight's gradient: an optimizer's moments would remember what the zeros wanted to become."""
+        weight = self._pairs[index][0]
+        if not weight.requires_grad:
+            return []
+        if is_distributed(weight):  # FSDP puts the gradient there itself, and then calls these hooks alone
+            return [weight.register_post_accumulate_grad_hook(partial(_masked_part, self._pairs, index))]
+        return [weight.register_hook(partial(_masked, self._pairs, index))]
+
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or a pickle of the model keeps; hooks on tensors and optimizers are made anew."""
-        held = {"masks": self.masks, "pairs": self._pairs, "recorded": self._recorded}
+        held = {"masks": self.masks, "pairs": self._pairs, "recorded": self._recorded, "places": self._places}
         return {**held, "active": bool(self._handles)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.masks, self._pairs, self._recorded = state["masks"], state["pairs"], state["recorded"]
+        self._places = state["places"]
         self._handles = self._hooks() if state["active"] else []
 
     def apply(self) -> None:
@@ -75,14 +87,34 @@ class FrozenZeros(Shown):
             self._apply_one(index)
 
     def _apply_one(self, index: int) -> None:
+        self._follow(index)
         weight, drop = self._pairs[index]
         if drop.device != weight.device:
             drop = drop.to(weight.device)
             self._pairs[index] = (weight, drop)
         with torch.no_grad():
+            part = own_part(weight)
             # Writing bumps the version that a pending backward checks, so nothing is written that is zero already.
-            if bool(weight.masked_select(drop).any()):
-                weight.masked_fill_(drop, 0)
+            if bool(part.masked_select(drop).any()):
+                part.masked_fill_(drop, 0)
+
+    def _follow(self, index: int) -> None:
+        """Hold the parameter that is in the weight's place now: `assign=True` and others put new ones there."""
+        weight, drop = self._pairs[index]
+        owner, key = self._places[index]
+        now = owner._parameters.get(key)
+        # FSDP puts the gathered weight there for each call of the module.
+        if now is None or now is weight or is_managed(owner) or now.shape != weight.shape:
+            return
+        self._pairs[index] = now, drop
+        self._handles += self._on_gradient(index)
+
+    def _check(self, index: int) -> None:
+        if is_managed(self._places[index][0]) and not is_distributed(self._pairs[index][0]):
+            raise UnsupportedError(
+                "zeros were frozen before fully_shard, which puts new parameters in the places of those that hold "
+                "them: call freeze_zeros afterwards"
+            )
 
     def remove(self) -> None:
         """Let the zeros go: from here on they train like any other entry."""
@@ -108,19 +140,32 @@ def _drops(
     for name, mask in masks.items():
         slot = layers[name]
         if (slot.module, slot.key) not in found:
-            whole = slot.owner(model)._parameters[slot.key]
-            found[slot.module, slot.key] = slot, torch.zeros_like(whole, dtype=torch.bool, requires_grad=False)
+            weight = slot.owner(model)._parameters[slot.key]
+            assert weight is not None
+            found[slot.module, slot.key] = slot, torch.zeros(weight.shape, dtype=torch.bool, device=weight.device)
         drop = found[slot.module, slot.key][1]
         (drop if slot.index is None else drop[slot.index]).copy_(~mask)
-    return list(found.values())
+    return [(slot, _part_of(slot.owner(model)._parameters[slot.key], drop)) for slot, drop in found.values()]
+
+
+def _part_of(weight: Any, drop: torch.Tensor) -> torch.Tensor:
+    """The entries of those that this process holds of a weight."""
+    return own_part(like_parts_of(torch.empty_like(weight, dtype=torch.bool), drop)) if is_distributed(weight) else drop
 
 
 def _masked(pairs: list[tuple[torch.Tensor, torch.Tensor]], index: int, grad: torch.Tensor) -> torch.Tensor:
     return grad.masked_fill(pairs[index][1].to(grad.device), 0)
 
 
+def _masked_part(pairs: list[tuple[torch.Tensor, torch.Tensor]], index: int, weight: torch.Tensor) -> None:
+    assert weight.grad is not None
+    part = own_part(weight.grad)
+    part.masked_fill_(pairs[index][1].to(part.device), 0)
+
+
 def _before_forward(zeros: FrozenZeros, index: int, *_: Any) -> None:
     if zeros._handles:  # a copy's own hook stays on its module
+        zeros._check(index)
         zeros._apply_one(index)
 
 
@@ -159,6 +204,7 @@ def freeze_zeros(
         [[False, True]]
     """
     bridge.check_model(model)
+    at_rest(model)
     slots, places = {}, set()
     adapters = adapter_parts(dict(model.named_modules(remove_duplicate=False)))  # whose zeros are how they begin
     for name, slot in slots_of(model):
@@ -169,7 +215,7 @@ def freeze_zeros(
             places.add(place)
             slots[name] = slot
     shapes = {name: tuple(slot.weight(model).shape) for name, slot in slots.items()}
-    nonzero = lambda n: slots[n].weight(model) != 0
+    nonzero = lambda n: whole(slots[n].weight(model)) != 0
     given = lambda n, mask: torch.as_tensor(mask, device=slots[n].weight(model).device).bool()
     found = kept_masks(shapes, masks, targets, nonzero, given)
     return FrozenZeros(model, slots, found)

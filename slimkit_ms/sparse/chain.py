@@ -53,7 +53,7 @@ class ModelBlock(WholeModel):
         own = {n: replace(s, cell=s.cell[len(start) :]) for n, s in slots.items() if n.startswith(start)}
         super().__init__(block, dense, (), own, feeds, traced)
         self._path, self._inputs, self._is_last = path, inputs, last
-        self._trained = False
+        self.changed: dict[str, ms.Parameter] = {}  # the parameters that training changed by whole names, once it did
 
     def batches(self) -> Iterator[tuple[Any, Any, Array | None]]:
         """Each batch's call of this block."""
@@ -64,33 +64,37 @@ class ModelBlock(WholeModel):
     def trained(self, inherited: float = 1.0) -> MindSporeTrained:
         """The block, to give what the dense one does; the layers' dense inputs are not needed any more."""
         self._advance(dense=True)
-        self._trained = True
         inputs, path = self._inputs, self._path
 
         def target(index: int) -> Array:
             return bridge.as_numpy(inputs.hidden[True][index].astype(ms.float32))
 
-        aim = None if inherited == 1 else self._aims(inherited, target).__getitem__
+        def aim(index: int) -> Array:
+            return bridge.as_numpy(inputs.aims[index])
+
+        if inherited < 1:
+            self._put_aims(inherited, target)
         slots, n = list(self.slots.values()), len(inputs.valid)
-        return MindSporeTrained(self.model, slots, n, partial(inputs.call, path), target, inputs.valid, aim)
+        call = partial(inputs.call, path)
+        found = MindSporeTrained(self.model, slots, n, call, target, inputs.valid, aim if inherited < 1 else None)
+        self.changed = {f"{path}.{name}": parameter for name, parameter in found.parameters.items()}
+        return found
 
     def advance(self) -> None:
         """The block's outputs become the next block's inputs."""
         if not self._is_last:
             self._advance(dense=False)
-            if self.dense is not None and not self._trained:
+            if self.dense is not None and not self.changed:
                 self._advance(dense=True)
 
-    def _aims(self, inherited: float, target: Callable[[int], Array]) -> list[Array]:
+    def _put_aims(self, inherited: float, target: Callable[[int], Array]) -> None:
         """Between what the dense block makes of the sparse model's inputs and, by that share, of its own."""
         assert self.dense is not None  # a method that reconstructs is paired
-        found = []
         with replaying(self.dense) as run:
             for index in range(len(self._inputs.valid)):
                 out = first_tensor(run(Call(*self._inputs.call(self._path, index))))
                 out = bridge.as_numpy(out.astype(ms.float32))
-                found.append(out + np.float32(inherited) * (target(index) - out))
-        return found
+                self._inputs.aims[index] = ms.Tensor(out + np.float32(inherited) * (target(index) - out))
 
     def _advance(self, dense: bool) -> None:
         model = self.dense if dense else self.model
@@ -99,3 +103,26 @@ class ModelBlock(WholeModel):
             for index in range(len(self._inputs.valid)):
                 out = first_tensor(run(Call(*self._inputs.call(self._path, index, dense=dense))))
                 self._inputs.hidden[dense][index] = out
+
+
+class StoredBlock(ModelBlock):
+    """A block whose parameters go to files.
+
+    Args:
+        rounding: leaves in a parameter, by its whole name, what its file will hold.
+        others: as for ModelBlock.
+    """
+
+    def __init__(self, rounding: Callable[[str, ms.Parameter], None], *others: Any) -> None:
+        super().__init__(*others)
+        self._round = rounding
+
+    def advance(self) -> None:
+        """The block's outputs become the next block's inputs, with its weights as the files will hold them."""
+        for name, parameter in self.changed.items():
+            self._round(name, parameter)
+        super().advance()
+
+    def pass_on(self) -> None:
+        """Send every batch through the block as it is, also through the last one."""
+        self._advance(dense=False)

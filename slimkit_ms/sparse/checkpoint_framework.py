@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from slimkit.core import files
 from slimkit.core.batch import Call
 from slimkit.core.checkpoint.weightfile import Safetensors
 from slimkit.core.errors import UnsupportedError
@@ -18,13 +17,13 @@ from slimkit.core.sparse.blockfiles import BlockFiles
 from slimkit.core.sparse.call_order import CallOrder
 from slimkit.core.sparse.framework import CalibratedBlock
 from slimkit.core.sparse.maths.layer import SparseLayer
-from slimkit.core.sparse.processes import demand_tokens, merged
+from slimkit.core.sparse.processes import dealt, demand_tokens, first, in_order, merged
 from slimkit.core.sparse.unwalked import DatalessBlock, FinishedBlock
 from slimkit_ms import bridge
 from slimkit_ms.chain import valid_tokens
 from slimkit_ms.replay import replaying
-from slimkit_ms.sparse.blocks import trace
-from slimkit_ms.sparse.chain import ModelBlock
+from slimkit_ms.sparse.blocks import as_input, trace
+from slimkit_ms.sparse.chain import StoredBlock
 from slimkit_ms.sparse.framework import MindSporeSparse
 from slimkit_ms.sparse.slots import WeightSlot
 from slimkit_ms.sparse.stored import StoredCells, StoredChain
@@ -71,14 +70,19 @@ class CheckpointCells(MindSporeSparse):
         found: dict[str, SparseLayer] = {}
         skipped: dict[str, str] = {}
         slots: dict[str, WeightSlot] = {}
+        stem = self._build("")
+        names = [] if stem is None else [own[0] for _, own in bridge.parameter_paths(stem)]
+        del stem
         for path in self._blocks:
             self.model = self._made(path)
+            names += [f"{path}.{own[0]}" for _, own in bridge.parameter_paths(self.model)]
             inside, left = super().layers()
             for name, layer in inside.items():
                 family = f"{path}.{layer.family}" if layer.family else ""
                 found[f"{path}.{name}"] = replace(layer, name=f"{path}.{name}", family=family)
                 slots[f"{path}.{name}"] = self._slots[name]
             skipped |= {f"{path}.{name}": why for name, why in left.items()}
+        self._stored.pair(names)
         self.model, self._slots, self._layers = nn.Cell(), slots, found
         return dict(found), skipped
 
@@ -116,7 +120,7 @@ class CheckpointCells(MindSporeSparse):
         """One stage a block: built, filled, made sparse, written, and let go."""
         if residual:
             raise UnsupportedError("SparseConfig.residual needs the whole cell in memory in MindSpore")
-        done = self._files.done()
+        done = int(first(self, self._files.done))
         inputs = self._capture(dataset, paired) if dataset else None
         if inputs is not None and 0 < done < len(self._blocks):
             inputs.load(self._files.activations(done))
@@ -130,6 +134,41 @@ class CheckpointCells(MindSporeSparse):
                 yield stage
                 self._write(index, stage, inputs)
                 del cell, stage
+
+    def probing(self, dataset: Iterable[Any], names: Sequence[str]) -> Iterator[CalibratedBlock]:
+        """The same for a walk that only looks: nothing is written."""
+        inputs = self._capture(dataset, False, "probes")
+        for index, path in enumerate(self._blocks):
+            with self._loaded(path) as cell:
+                yield self._stage(index, cell, [n for n in names if n.startswith(path + ".")], inputs, False)
+
+    def kept(self, what: str, make: Callable[[], Any]) -> Any:
+        """What an earlier run has found out; else it is made, and kept."""
+        return self._files.kept(self, what, make)
+
+    def changes(
+        self, probes: Sequence[Any], names: Sequence[str], variants: Sequence[Callable[[Sequence[str]], None]]
+    ) -> list[list[float]]:
+        """For each batch of this process the power of what leaves the last block, and what each variant changes of it.
+
+        What stands behind the blocks is not known here.
+        """
+        every = [self._capture(probes, False, f"variant{i}") for i in range(len(variants) + 1)]
+        for index, path in enumerate(self._blocks):
+            mine = [n for n in names if n.startswith(path + ".")]
+            with self._loaded(path) as cell:
+                stages = [self._stage(index, cell, mine, inputs, False) for inputs in every]
+                for mask, stage in zip((None, *variants), stages):
+                    back = self.snapshot(mine)
+                    if mask is not None:
+                        mask(mine)
+                    stage.pass_on()
+                    back()
+        rows = []
+        for index, valid in enumerate(every[0].valid):
+            dense, *others = (as_input(self.model, inputs.hidden[False][index], valid) for inputs in every)
+            rows.append([float((dense * dense).sum()), *(float(((o - dense) ** 2).sum()) for o in others)])
+        return rows
 
     @contextlib.contextmanager
     def _loaded(self, path: str) -> Iterator[nn.Cell]:
@@ -148,19 +187,22 @@ class CheckpointCells(MindSporeSparse):
         calls = [Call(*inputs.call(path, i)) for i in range(len(inputs.valid))]
         found = trace(cell, calls, own)
         whole = {name: replace(slot, cell=f"{path}.{slot.cell}") for name, slot in own.items()}
-        feeds = merged(found.feeds_by_batch())
-        chain: Any = inputs
-        stage = ModelBlock(path, cell, dense, chain, whole, feeds, found, index == len(self._blocks) - 1)
+        # Batch by batch, so that no process's share of them decides.
+        by_batch = in_order(self, [[list(feed) for feed in feeds] for feeds in found.feeds_by_batch()])
+        feeds = merged([[tuple(feed) for feed in one] for one in by_batch])
+        last = index == len(self._blocks) - 1
+        stage = StoredBlock(self._stored.round, path, cell, dense, inputs, whole, feeds, found, last)
         stage.names = mine
         return stage
 
-    def _capture(self, dataset: Iterable[Any], paired: bool) -> StoredChain:
-        """Send every batch through what comes before the blocks."""
+    def _capture(self, dataset: Iterable[Any], paired: bool, scratch: str = "activations") -> StoredChain:
+        """Send this process's batches through what comes before the blocks."""
+        mine = dealt(self, dataset)
         stem = self._build("")
         if stem is not None:
             stem = self._stored.fill(self._made(""), "")
-        inputs, padding = StoredChain(self._state / "activations", paired), CallOrder()
-        for batch in dataset:
+        inputs, padding = StoredChain(self._state / scratch, [i for _, i in mine], paired), CallOrder()
+        for batch, _ in mine:
             if stem is None:
                 args, kwargs = bridge.call_of(batch)
                 output: Any = (*args, *kwargs.values())
@@ -192,9 +234,13 @@ class CheckpointCells(MindSporeSparse):
         return found
 
     def _write(self, index: int, stage: Any, inputs: StoredChain | None) -> None:
-        changed = self._parameters(stage.names)
-        self._stored.save(self._files.weights(index), changed)
-        if inputs is not None and index < len(self._blocks) - 1:
-            with files.atomic_directory(self._files.activations(index + 1)) as folder:
-                inputs.save(folder)
-        self._files.finish(index, {n: self._own[n] for n in stage.names})
+        """Write a block by process 0, and what enters the next by those that have it."""
+        changed = self._parameters(stage.names) | dict(stage.changed)
+        going = inputs if index < len(self._blocks) - 1 else None
+        self._files.write(
+            self,
+            index,
+            {n: self._own[n] for n in stage.names},
+            lambda file: self._stored.save(file, changed),
+            going.save if going is not None else None,
+        )

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from slimkit.core.errors import UnsupportedError
 from slimkit.core.sparse.allocate import changes
 from slimkit.core.sparse.experts import learn_layouts
 from slimkit.core.sparse.framework import CalibratedBlock
@@ -177,38 +176,33 @@ class MindSporeSparse:
 
     def gather(self, value: Any) -> list[Any]:
         """A plain JSON value of every process of mindspore.communication, by its number."""
-        n, rank = self.processes(), self.rank()
-        if n < 2:
+        if self.processes() < 2:
             return [value]
-        text = json.dumps(value).encode()
-        sizes = np.zeros(n, np.float32)
-        sizes[rank] = len(text)
-        sizes = _all_reduce(sizes).astype(np.int64)
-        table = np.zeros((n, int(sizes.max())), np.float32)  # bytes, exact in any dtype
-        table[rank, : len(text)] = np.frombuffer(text, np.uint8)
-        table = _all_reduce(table).astype(np.uint8)
-        return [json.loads(bytes(row[:size])) for row, size in zip(table, sizes)]
+        text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+        return [json.loads(own.tobytes()) for own in _every(text)]
 
     def reduce(self, arrays: Sequence[Array]) -> list[Array]:
         """Sums over all processes of mindspore.communication, when it runs."""
-        n = self.processes()
-        if n < 2:
+        if self.processes() < 2:
             return list(arrays)
-        totals = []
-        for array in arrays:
-            if array.dtype == np.float32:
-                totals.append(_all_reduce(array))
-                continue
-            # AllReduce knows no float64: each process sends two halves of every number to a place of its own.
-            parts = np.zeros((n, 2, *array.shape), np.float32)
-            parts[self.rank(), 0] = array
-            parts[self.rank(), 1] = array - parts[self.rank(), 0]
-            totals.append(_all_reduce(parts).sum((0, 1), dtype=np.float64))
-        return totals
+        # AllReduce knows float32 alone; other numbers go as they are, and are added here in the processes' order.
+        return [
+            _all_reduce(array)
+            if array.dtype == np.float32
+            else np.sum(_all_gather(array), axis=0, dtype=array.dtype).reshape(array.shape)
+            for array in arrays
+        ]
 
     def swap(self, sent: Array, gives: Sequence[int], gets: Sequence[int]) -> Array:
         """Give every process its part of a flat array, and get as many numbers of each, in the processes' order."""
-        raise UnsupportedError("a walk of files needs one process in MindSpore")
+        # MindSpore's exchange of parts has no kernel for the CPU: all get everything, and keep what is theirs.
+        every = self.gather(list(gives))
+        rank = self.rank()
+        found = [
+            whole[sum(parts[:rank]) : sum(parts[: rank + 1])]
+            for whole, parts in zip(_every(np.ascontiguousarray(sent)), every)
+        ]
+        return np.concatenate(found)
 
 
 def _all_reduce(values: Array) -> Array:
@@ -216,3 +210,23 @@ def _all_reduce(values: Array) -> Array:
 
     total: Array = bridge.as_numpy(ops.AllReduce()(ms.Tensor(np.ascontiguousarray(values, np.float32))))
     return total
+
+
+def _all_gather(values: Array) -> Array:
+    """(processes, n) what each process has of n numbers, bit by bit; there are as many in each."""
+    from mindspore import ops
+
+    raw = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+    words = np.zeros(max(1, -(-raw.size // 4)), np.int32)  # the whole numbers that it knows
+    words.view(np.uint8)[: raw.size] = raw
+    every: Array = bridge.as_numpy(ops.AllGather()(ms.Tensor(words))).reshape(-1, words.size)
+    found: Array = np.stack([np.ascontiguousarray(row).view(np.uint8)[: raw.size] for row in every])
+    return found.view(values.dtype)
+
+
+def _every(values: Array) -> list[Array]:
+    """What each process has, of lengths of their own, bit by bit."""
+    sizes = _all_gather(np.array([values.size], np.int32))[:, 0]
+    padded = np.zeros(int(sizes.max()), values.dtype)
+    padded[: values.size] = values
+    return [row[:size] for row, size in zip(_all_gather(padded), sizes)]

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from slimkit.core import files
+from slimkit.core import files, traffic
 from slimkit.core.checkpoint import openweights
 from slimkit.core.checkpoint.ckpt import Ckpt, stream_ckpt
 from slimkit.core.checkpoint.weightfile import Safetensors, Sharded, Weights, decode, encode, stream_safetensors
-from slimkit.core.errors import UnsupportedError
+from slimkit.core.convert.names import mapped
+from slimkit.core.errors import PlanError, UnsupportedError
+from slimkit.core.weights.names import pair_names
 from slimkit_ms import bridge
 
 import mindspore as ms
@@ -53,11 +55,22 @@ class StoredCells:
 
     Args:
         weights: the files, open.
-        names: parameter name -> tensor name, or None.
+        names: parameter name -> tensor name; or a map as `convert_checkpoint` takes it, from the files' names to the
+            cells'; or None.
     """
 
-    def __init__(self, weights: Weights, names: Callable[[str], str] | None) -> None:
-        self.weights, self._names = weights, names
+    def __init__(self, weights: Weights, names: Callable[[str], str] | Mapping[str, str] | None) -> None:
+        self.weights, self._told = weights, names if callable(names) else None
+        self._pairs: dict[str, str] = {}
+        self._files: dict[str, str] = {}  # what the map makes of a name -> the name
+        for name, new in mapped(weights.entries, None if callable(names) else names).items():
+            if new in self._files:
+                raise PlanError(f"names: {self._files[new]!r} and {name!r} of src would both become {new!r}.")
+            self._files[new] = name
+
+    def pair(self, parameters: Iterable[str]) -> None:
+        """Find the tensors of parameters, all of the model's that will be asked for: by the rules of `convert`."""
+        self._pairs = {ours: self._files[theirs] for ours, theirs in pair_names(parameters, self._files).items()}
 
     def key(self, name: str) -> str:
         """The tensor of the files that a parameter is.
@@ -65,11 +78,14 @@ class StoredCells:
         Raises:
             UnsupportedError: there is none.
         """
-        if self._names is not None:
-            name = self._names(name)
-        for ours, theirs in _ENDINGS:
-            if name.endswith(ours) and name.removesuffix(ours) + theirs in self.weights.entries:
-                return name.removesuffix(ours) + theirs
+        if self._told is None:
+            if name in self._pairs:
+                return self._pairs[name]
+        else:
+            name = self._told(name)
+            for ours, theirs in _ENDINGS:
+                if name.endswith(ours) and name.removesuffix(ours) + theirs in self.weights.entries:
+                    return name.removesuffix(ours) + theirs
         raise UnsupportedError(f"src must hold a tensor for {name!r}; pass `names` for files that name it otherwise.")
 
     def fill(self, cell: nn.Cell, path: str) -> nn.Cell:
@@ -123,17 +139,24 @@ class StoredCells:
 
 
 class _Spilled:
-    """Hidden states of batches by number, in files."""
+    """Hidden states of batches by number, in files named by the batches' numbers among those of all processes."""
 
-    def __init__(self, folder: Path, name: str) -> None:
+    def __init__(self, folder: Path, name: str, numbers: Sequence[int]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._folder, self._name = folder, name
+        self._folder, self._name, self._numbers = folder, name, numbers
+
+    def _file(self, index: int) -> Path:
+        return self._folder / f"{self._name}-{self._numbers[index]:06d}.npy"
 
     def __getitem__(self, index: int) -> ms.Tensor:
-        return ms.Tensor(np.load(self._folder / f"{self._name}-{index:06d}.npy"))
+        values = np.load(self._file(index))
+        traffic.read(self._file(index), values.nbytes)
+        return ms.Tensor(values)
 
     def __setitem__(self, index: int, value: ms.Tensor) -> None:
-        np.save(self._folder / f"{self._name}-{index:06d}.npy", bridge.as_numpy(value))
+        values = bridge.as_numpy(value)
+        np.save(self._file(index), values)
+        traffic.wrote(values.nbytes)
 
 
 class StoredChain:
@@ -141,14 +164,20 @@ class StoredChain:
 
     Args:
         folder: scratch.
+        numbers: the number of each of this process's batches among all.
         paired: keep the hidden states of the dense model too.
+
+    Attributes:
+        aims: number -> what training draws a block's output to.
     """
 
-    def __init__(self, folder: Path, paired: bool) -> None:
+    def __init__(self, folder: Path, numbers: Sequence[int], paired: bool) -> None:
         self.valid: list[Array | None] = []
         self._others: list[tuple[Any, ...]] = []
+        self._numbers = numbers
         kinds = (False, True) if paired else (False,)
-        self.hidden: dict[bool, Any] = {k: _Spilled(folder, "dense" if k else "sparse") for k in kinds}
+        self.hidden: dict[bool, Any] = {k: _Spilled(folder, "dense" if k else "sparse", numbers) for k in kinds}
+        self.aims: Any = _Spilled(folder, "aim", numbers)
 
     def add(self, valid: Array | None, hidden: ms.Tensor, others: tuple[Any, ...]) -> None:
         """A batch, as it enters the first block."""
@@ -163,13 +192,13 @@ class StoredChain:
 
     def save(self, folder: Path) -> None:
         """Write the hidden states of every batch, one file each."""
-        for index in range(len(self.valid)):
+        for index, number in enumerate(self._numbers):
             found = {"dense" if k else "sparse": bridge.as_numpy(kept[index]) for k, kept in self.hidden.items()}
-            files.write_tensors(folder / f"{index:06d}.safetensors", found)
+            files.write_tensors(folder / f"{number:06d}.safetensors", found)
 
     def load(self, folder: Path) -> None:
-        """Take back what `save` wrote."""
-        for index in range(len(self.valid)):
-            found, _ = files.read_tensors(folder / f"{index:06d}.safetensors")
+        """Take back what `save` wrote, whatever the number of processes was."""
+        for index, number in enumerate(self._numbers):
+            found, _ = files.read_tensors(folder / f"{number:06d}.safetensors")
             for k, kept in self.hidden.items():
                 kept[index] = ms.Tensor(found["dense" if k else "sparse"])

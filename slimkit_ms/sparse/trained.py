@@ -73,6 +73,11 @@ class MindSporeTrained:
             if id(parameter) not in known:
                 self._parameters[name], self._free[name] = parameter, np.ones(parameter.shape, np.float32)
 
+    @property
+    def parameters(self) -> dict[str, ms.Parameter]:
+        """The parameters that are trained, by their names in the block."""
+        return dict(self._parameters)
+
     def sizes(self) -> list[int]:
         """How many samples each batch has."""
         return [len(self._target(index)) for index in range(self._n_batches)]

@@ -196,6 +196,8 @@ def _layers(model: nn.Cell, graph: Graph) -> list[str]:
     for node in graph.nodes:
         weight = node.inputs[1] if node.op in ("conv", "linear") else None
         path = graph.values[weight].path.rpartition(".")[0] if weight is not None else ""
+        if not kinds.is_layer(cells.get(path)) and f"{node.scope}.weight" in graph.aliases:
+            path = node.scope  # a layer whose weight is a table's too
         if weight is not None and graph.values[weight].kind == "param" and kinds.is_layer(cells.get(path)):
             found.setdefault(path)
     return list(found)

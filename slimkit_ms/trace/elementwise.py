@@ -4,8 +4,24 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from slimkit_ms.trace.builder import Builder, Entry, NotSaid, shape_of
 from slimkit_ms.trace.mindir import Constant, Record
+
+# What the graph's vocabulary calls the arithmetic that the core looks for; other operators keep MindSpore's names.
+_WORDS = {
+    name: word
+    for word, names in {
+        "add": "Add AddExt AddScalar AddV2 AddN InplaceAdd InplaceAddExt InplaceAddsExt",
+        "sub": "Sub SubExt SubScalar InplaceSub InplaceSubExt InplaceSubScalar",
+        "mul": "Mul Muls InplaceMul InplaceMuls",
+        "div": "Div Divs RealDiv InplaceDiv InplaceDivs",
+        "square": "Square",
+        "neg": "Neg",
+    }.items()
+    for name in names.split()
+}
 
 
 def same(b: Builder, r: Record) -> Entry:
@@ -28,7 +44,7 @@ def cast(b: Builder, r: Record) -> Entry:
     x = b.need(r, 0)
     if b.graph.values[x].kind == "param":
         return x  # mixed precision casts weights as it goes; it is still the weight
-    return b.one("elementwise", [x], shape_of(r), r.scope, fn="Cast", zero=True)
+    return b.one("elementwise", [x], shape_of(r), r.scope, fn="cast", zero=True)
 
 
 def filled(b: Builder, r: Record) -> Entry:
@@ -52,11 +68,20 @@ def elementwise(b: Builder, r: Record, zero: bool = False) -> Entry:
             inputs.append(b.number(entry))
     if not inputs:
         raise NotSaid("no tensor")
-    return b.one("elementwise", inputs, shape_of(r), r.scope, fn=r.op, zero=zero)
+    return b.one("elementwise", inputs, shape_of(r), r.scope, fn=_WORDS.get(r.op, r.op), zero=zero)
+
+
+def power(b: Builder, r: Record) -> Entry:
+    """A square by its own name: squares mean more to the core than other powers do."""
+    exponent = b.entry(r.inputs[1]) if len(r.inputs) > 1 else None
+    is_two = isinstance(exponent, Constant) and np.size(exponent.value) == 1 and bool(np.all(exponent.value == 2))
+    if not is_two:
+        return elementwise(b, r)
+    return b.one("elementwise", [b.need(r, 0)], shape_of(r), r.scope, fn="square", zero=True)
 
 
 def unary(b: Builder, r: Record, zero: bool = False) -> Entry:
-    return b.one("elementwise", [b.need(r, 0)], shape_of(r), r.scope, fn=r.op, zero=zero)
+    return b.one("elementwise", [b.need(r, 0)], shape_of(r), r.scope, fn=_WORDS.get(r.op, r.op), zero=zero)
 
 
 def _numeric(value: Any) -> bool:

@@ -76,7 +76,7 @@ def rms_norm(b: Builder, r: Record) -> Entry:
     x, gamma = b.need(r, 0), b.need(r, 1)
     rank = len(b.shape(x))
     axes = tuple(range(rank - len(b.shape(gamma)), rank))
-    return parts_of(r, b.one("layer_norm", [x, gamma, None], shape_of(r, 0), r.scope, axes=axes))
+    return parts_of(r, b.one("layer_norm", [x, gamma, None], shape_of(r, 0), r.scope, axes=axes, centred=False))
 
 
 def group_norm(b: Builder, r: Record) -> Entry:

@@ -102,7 +102,7 @@ def compile_flat(model: nn.Cell, inputs: Any) -> Flat:
     """
     args = _positional(model, inputs)
     with bridge.evaluating(model), _untouched(model), spelled_out(model):
-        paths = {parameter.name: names[0] for parameter, names in bridge.parameter_paths(model)}
+        paths = {parameter.name: names for parameter, names in bridge.parameter_paths(model)}
         try:
             proto = _export(model, args)
         except Exception as error:  # whatever the compiler raises: it cannot be traced
@@ -204,7 +204,7 @@ def _untouched(model: nn.Cell) -> Iterator[None]:
 # --- reading the protobuf --------------------------------------------------------------------------------------------
 
 
-def _flatten(proto: Any, paths: dict[str, str]) -> Flat:
+def _flatten(proto: Any, paths: dict[str, list[str]]) -> Flat:
     graph = proto.graph
     prefix = graph.name + ":"
     primitives = {p.name: (p.op_type, {a.name: _attribute(a) for a in p.attribute}) for p in proto.primitives}
@@ -236,26 +236,27 @@ def _flatten(proto: Any, paths: dict[str, str]) -> Flat:
         records,
         [(i.name.removeprefix(prefix), tuple(i.tensor[0].dims) if i.tensor else ()) for i in graph.input],
         result[0] if len(result) == 1 else result,
-        {name: paths[name] for name in (p.name.removeprefix(prefix) for p in graph.parameter)},
+        {name: paths[name][0] for name in (p.name.removeprefix(prefix) for p in graph.parameter)},
         sorted(functions),
         hidden,
     )
 
 
-def _place(records: list[Record], paths: dict[str, str]) -> None:
+def _place(records: list[Record], paths: dict[str, list[str]]) -> None:
     """Put every operator into the cell whose code runs it, in place.
 
     MindSpore compiles methods of tensors without a scope, and cells of one class under the scope of the first of them.
     What reads a parameter certainly runs where that parameter lives; the rest lies in the innermost cell around these.
+    Of a parameter that lives in several cells, the scope says which of them reads it, if it is one of them.
     """
-    owner: dict[str, str] = {name: path.rpartition(".")[0] for name, path in paths.items()}
+    owner = {name: [p.rpartition(".")[0] for p in held] for name, held in paths.items() if "." in held[0]}
     certain: dict[int, str] = {}
     for place, record in enumerate(records):
-        owners = [owner[name] for name in record.inputs if isinstance(name, str) and owner.get(name)]
+        owners = [owner[name] for name in record.inputs if isinstance(name, str) and name in owner]
         if record.op == "Load" and owners:
             owner[record.output] = owners[0]
         elif owners:
-            certain[place] = record.scope = owners[0]
+            certain[place] = record.scope = record.scope if record.scope in owners[0] else owners[0][0]
     above: dict[str, dict[str, None]] = {}
     for place, record in enumerate(records):
         made_by = (name for name in record.inputs if isinstance(name, str))

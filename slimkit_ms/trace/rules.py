@@ -24,7 +24,7 @@ _elementwise: list[tuple[Rule, str]] = [
     (
         elementwise.elementwise,
         "Add AddExt AddScalar AddV2 AddN Sub SubExt SubScalar Mul Muls Div Divs RealDiv DivNoNan DivMod DivMods "
-        "FloorDiv FloorDivScalar FloorMod Mod TruncateDiv TruncateMod Pow PowTensorScalar PowScalarTensor Maximum "
+        "FloorDiv FloorDivScalar FloorMod Mod TruncateDiv TruncateMod PowScalarTensor Maximum "
         "Minimum Equal EqualExt EqScalar NotEqual NeScalar Greater GreaterEqual GreaterEqualScalar GreaterScalar "
         "Less LessEqual LessScalar LessEqualScalar LogicalAnd LogicalOr LogicalXor BitwiseAnd BitwiseOr "
         "BitwiseXor BitwiseAndTensor BitwiseOrTensor Select SelectV2 MaskedFill MaskedFillScalar Lerp LerpScalar "
@@ -40,6 +40,7 @@ _elementwise: list[tuple[Rule, str]] = [
     ),
     (elementwise.bias_add, "BiasAdd"),
     (elementwise.prelu, "PReLU"),
+    (elementwise.power, "Pow PowTensorScalar"),
 ]
 _values: list[tuple[Rule, str]] = [
     (elementwise.same, "Identity Load Depend StopGradient Copy Contiguous Clone Detach TensorMove Return"),

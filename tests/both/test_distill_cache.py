@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slimkit.core.distill.config import KnowledgeDistillConfig
-from slimkit.core.distill.teacher_cache import spread_logits, squeeze_logits
+from slimkit.core.distill.squeezing import spread_logits, squeeze_logits
 from slimkit.core.errors import ConfigError, FileFormatError
 from tests.both.test_distill import inner, output, pieces, soft, term
 
@@ -166,6 +166,28 @@ def test_the_mean_loss_over_draws_is_the_loss_of_all_classes(temperature):
     for kept in drawn[:5]:
         assert kept["ids"].shape == (4, 16)
         np.testing.assert_allclose(kept["weights"].sum(-1), 1, rtol=1e-6)  # float32
+
+
+def test_sixteen_drawn_classes_are_within_one_per_cent_at_under_one_per_cent_of_the_bytes():
+    from slimkit.core.distill.config import LossTerm
+    from slimkit.core.distill.losses import log_softmax, reference
+    from slimkit.core.distill.sampling import draw, undrawn
+
+    rng = np.random.default_rng(0)
+    # a language model's logits: a few large ones above a wide floor
+    teacher = (rng.standard_normal((256, 8192)) + 12 * rng.exponential(1.0, (256, 8192)) ** 3 / 40).astype("f4")
+    student = teacher + rng.standard_normal(teacher.shape).astype("f4")
+    kept = draw(teacher, 16, 1.0, np.random.default_rng(1))
+    drawn = undrawn(kept, 8192, 1.0)
+    assert sum(part.nbytes for part in kept.values()) < 0.01 * teacher.nbytes
+    term = LossTerm("KDCrossEntropy", 1.0)
+    exact = reference(student, teacher, term)
+    assert abs(reference(student, drawn, term) - exact) < 0.01 * exact
+    # What is learned from is the distribution: its mean over rows, and with it the gradient, is the teacher's.
+    p, q = np.exp(log_softmax(teacher.astype("f8"))), np.exp(log_softmax(drawn.astype("f8")))
+    direction = student - student.mean(-1, keepdims=True)
+    slopes = ((q - p) * direction).sum(-1)
+    assert abs(slopes.mean()) < 4 * slopes.std() / np.sqrt(len(slopes))
 
 
 def test_a_cache_of_draws_is_small_resumed_and_its_own(kit, tmp_path):

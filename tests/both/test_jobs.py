@@ -131,6 +131,17 @@ def test_a_patterns_zeros_are_told_as_they_were_counted(kit, task, tmp_path, pat
     assert measured["facts"]["zeros"] == done["zeros"] == stage["measurement"]["zeros"]
 
 
+@pytest.mark.parametrize("rule", ["dlp", "measured"])
+def test_ratios_by_a_rule_come_through_both_doors(kit, task, tmp_path, rule):
+    stage = recipe(kit, task, tmp_path, {"sparsify": {"method": "wanda", "uniform": rule}}, data="calibrated")["stages"]
+    done = command(
+        kit, task, "sparsify", "--method", "wanda", "--uniform", rule, "--calib", f"{task}:inputs", "-o", "s"
+    )
+    told = stage[-1]["facts"]["report"]["allocation"]
+    assert told == done["allocation"]
+    assert told[f"{rule}_error"] > 0
+
+
 def test_a_layer_that_fell_back_is_told_by_what_was_done(kit, task, tmp_path):
     from slimkit.core.jobs.work import sparse_headline
 

@@ -25,6 +25,16 @@ class Proportional:
     def networks(self, models):
         return [2e-3 * sum(math.prod(s) for s in Proportional.shapes(m).values() if len(s) > 1) + 0.1 for m in models]
 
+    def feeds(self, model):
+        return {}
+
+    def written(self, model, path):
+        path.write_text(str(self.networks([model])[0]))
+        return path
+
+    def of_files(self, made, feeds):
+        return [float(path.read_text()) for path in made]
+
 
 def net(kit):
     layers = {

@@ -152,7 +152,7 @@ def test_two_layers_learn_what_the_referee_learns(kit):
     run(kit, start, data, method="par")
     report, _ = run(kit, model, data, options=OPTIONS)
     referee = TwoLayers(kit.values(start), [kit.array(x) for x in data], dense)
-    one = SimpleNamespace(gather=lambda value: [value], reduce=list, processes=lambda: 1)
+    one = SimpleNamespace(gather=lambda value: [value], reduce=list, processes=lambda: 1, deals=False)
     facts = reconstruct(one, referee, {"patience": 2, **OPTIONS})
     assert facts["passes"] == report["layers"]["last"]["passes"] > 0
     np.testing.assert_allclose(report["layers"]["first"]["block_error"], facts["block_error"], rtol=1e-3)

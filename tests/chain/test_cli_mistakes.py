@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from typer.testing import CliRunner
@@ -227,6 +229,31 @@ def test_former_names_still_work_and_say_so(tmp_path, caplog, arguments, old, ne
     assert f"{old} is the old name of {new}" in caplog.text
     assert "old name" in refused((*arguments, old, value, new, 0.3 if value < 1 else 2), tmp_path / "both")
     assert f"{old} " not in CliRunner().invoke(app, [arguments[0], "--help"]).stdout.replace(f"{old}-", "")
+
+
+@TORCH
+def test_a_former_switch_still_works_and_says_so(tmp_path, caplog):
+    given = ("sparsify", *ON_TORCH, "--method", "magnitude", "--dry-run", "--calib", "labelled.npz", "--json")
+    outputs = []
+    for name in (("--measured-ratios",), ("--uniform", "measured")):
+        done = call((*given, *name), tmp_path / name[0])
+        assert done.exit_code == 0, done.exception
+        outputs.append(done.stdout.replace(str(tmp_path / name[0]), ""))
+    assert outputs[0] == outputs[1]
+    assert json.loads(outputs[0])["config"]["uniform"] == "measured"
+    assert "--measured-ratios is the old name of --uniform measured" in caplog.text
+    assert "old name" in refused((*given, "--measured-ratios", "--uniform", "dlp"), tmp_path / "both")
+    assert "must be one of 'measured', 'dlp', true or false" in refused((*given, "--uniform", "dpl"), tmp_path / "word")
+
+
+def test_the_command_that_goes_on_is_one_that_can_be_given():
+    from slimkit.core.jobs.cards import command_line
+    from slimkit.core.jobs.options import SparsifyOptions
+    from slimkit.core.jobs.sources import ModelPlace
+
+    place = ModelPlace(factory="a:b")
+    said = command_line("sparsify", place, SparsifyOptions(progressive=True, uniform=False, sparse_ratio=0.7))
+    assert said == "slimkit sparsify --factory a:b --sparsity 0.7 --uniform false --progressive"
 
 
 def test_a_recipe_takes_the_words_of_the_command_line():

@@ -31,13 +31,13 @@ class Block(nn.Cell):
 
 
 class Stack(nn.Cell):
-    """The whole."""
+    """The whole, or what is not its head."""
 
-    def __init__(self, n_blocks=3):
+    def __init__(self, n_blocks=3, head=True):
         super().__init__()
         self.stem = Stem()
         self.blocks = nn.CellList([Block() for _ in range(n_blocks)])
-        self.head = nn.Dense(16, 20)
+        self.head = nn.Dense(16, 20) if head else nn.Identity()
 
     def construct(self, ids):
         x = self.stem(ids)

@@ -127,11 +127,47 @@ def test_block_by_block_equals_the_whole(kit, stack, form, method, tmp_path):
         ).exists()
 
 
-def test_a_run_that_was_stopped_ends_in_the_same_bytes(kit, stack, tmp_path, monkeypatch):
+TRAINED = {"method": "block", "options": {"passes": 3, "rate": 0.001}}
+
+
+@pytest.mark.parametrize(
+    "kw", [TRAINED, {"method": "hessian", "uniform": "dlp"}, {"method": "wanda", "uniform": False}]
+)
+def test_trained_blocks_and_ratios_of_a_rule_equal_the_whole(kit, stack, kw, tmp_path, monkeypatch):
+    from slimkit.core.sparse import allocate, reconstruct
+    from slimkit_ms import Compressor, sparsify_checkpoint
+    from tests.only_ms import stacks_ms
+
+    monkeypatch.setattr(allocate, "SHARE", 1)
+    monkeypatch.setattr(reconstruct, "LEAST", 10**6)  # the rows that train judge, too: there is something to gain
+    monkeypatch.setattr(reconstruct, "HOLD_OUT", 10**6)
+    config = SparseConfig(min_tokens=1, **kw)
+    source = saved(stack, tmp_path / "src", "map")
+    report = sparsify_checkpoint(source, tmp_path / "out", config, batches(), build=stems, blocks=BLOCKS, names=named)
+    whole = stacks_ms.filled(stacks_ms.Stack(head=False))  # its parameters are drawn in the same order
+    other = Compressor(whole, config).compress(batches())
+    if config.allocation:
+        told, expected = report["allocation"], other["allocation"]
+        assert told["kept"] == expected["kept"]
+        assert told[f"{config.allocation}_error"] == pytest.approx(expected[f"{config.allocation}_error"], rel=1e-4)
+    else:
+        assert min(row["passes"] for row in report["layers"].values()) > 0
+    found = read(tmp_path / "out", "map")
+    for name, value in values(whole).items():
+        np.testing.assert_allclose(found[name], value, atol=1e-4, err_msg=name)  # the same text on the same numbers
+    moved = {name for name, value in values(stack).items() if not np.array_equal(found[name], value)}
+    assert any("gamma" in name for name in moved) == config.row.reconstructs
+
+
+@pytest.mark.parametrize("kw", [{"method": "par"}, TRAINED])
+def test_a_run_that_was_stopped_ends_in_the_same_bytes(kit, stack, kw, tmp_path, monkeypatch):
+    from slimkit.core.sparse import reconstruct
     from slimkit_ms.sparse import checkpoint
 
+    monkeypatch.setattr(reconstruct, "LEAST", 10**6)
+    monkeypatch.setattr(reconstruct, "HOLD_OUT", 10**6)
     source = saved(stack, tmp_path / "src", "map")
-    config = SparseConfig(method="par", min_tokens=1)
+    config = SparseConfig(min_tokens=1, **kw)
 
     def work(out, build=stems):
         return checkpoint.sparsify_checkpoint(source, out, config, batches(), build=build, blocks=BLOCKS, names=named)

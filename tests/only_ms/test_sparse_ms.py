@@ -1,8 +1,9 @@
-"""Sparsity under msrun: two processes with split data find what one process finds."""
+"""Sparsity under msrun: two processes find what one process finds, with split data and on a folder."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,11 +18,8 @@ from tests.only_ms.test_train_ms import free_port
 FOLDER = Path(__file__).parent
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kit", ["mindspore"], indirect=True, scope="session")
-def test_two_processes_with_split_data_equal_one(kit, tmp_path, monkeypatch):
-    assert kit.name == "mindspore"  # it has set the device of this process
-    script = str(FOLDER / "sparse_processes.py")
+def under_msrun(script, folder):
+    """Run a script of this folder in two workers; how it ended."""
     bin_folder = str(Path(sys.executable).parent)
     env = {
         **os.environ,
@@ -31,9 +29,16 @@ def test_two_processes_with_split_data_equal_one(kit, tmp_path, monkeypatch):
         "OMP_NUM_THREADS": "1",
     }
     command = [f"{bin_folder}/msrun", "--worker_num=2", "--local_worker_num=2", f"--master_port={free_port()}"]
-    command += ["--join=True", f"--log_dir={tmp_path / 'log'}", script, str(tmp_path)]
+    command += ["--join=True", f"--log_dir={folder / 'log'}", str(FOLDER / script), str(folder)]
     # In PyNative the scheduler may end with 1 though both workers are right, so the files tell.
-    two = subprocess.run(command, env=env, capture_output=True, text=True, cwd=tmp_path, timeout=240)
+    return subprocess.run(command, env=env, capture_output=True, text=True, cwd=folder, timeout=240)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kit", ["mindspore"], indirect=True, scope="session")
+def test_two_processes_with_split_data_equal_one(kit, tmp_path, monkeypatch):
+    assert kit.name == "mindspore"  # it has set the device of this process
+    two = under_msrun("sparse_processes.py", tmp_path)
     assert (tmp_path / "2-1.npz").exists(), two.stdout[-2000:] + two.stderr[-2000:]
     first, second = (dict(np.load(tmp_path / f"2-{rank}.npz")) for rank in range(2))
     assert first["spread"] == second["spread"] > 0
@@ -48,3 +53,31 @@ def test_two_processes_with_split_data_equal_one(kit, tmp_path, monkeypatch):
             assert (first[name] != single[name]).mean() <= 0.01, name
         else:
             np.testing.assert_allclose(first[name], single[name], atol=1e-3, rtol=1e-3, err_msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kit", ["mindspore"], indirect=True, scope="session")
+def test_two_workers_write_the_bytes_of_one_and_end_what_one_began(kit, tmp_path, monkeypatch):
+    from slimkit_ms.sparse.checkpoint import CheckpointCells
+    from tests.only_ms import stacks_ms, walked_workers
+    from tests.only_ms.test_sparse_checkpoint_ms import saved, tree
+
+    assert kit.name == "mindspore"  # it has set the device of this process
+    saved(stacks_ms.filled(stacks_ms.Stack()), tmp_path / "src", "map")
+    for case in walked_workers.CASES:
+        report = walked_workers.walk(tmp_path, case)
+        assert case != "block" or max(row["passes"] for row in report["layers"].values()) > 0
+    alone = tree(tmp_path / "out")
+    shutil.rmtree(tmp_path / "out")
+    write = CheckpointCells._write
+
+    def stop(self, index, *rest):
+        write(self, index, *rest)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(CheckpointCells, "_write", stop)
+        walked_workers.walk(tmp_path, "par")
+    two = under_msrun("walked_workers.py", tmp_path)
+    assert (tmp_path / "done-1").exists(), two.stdout[-2000:] + two.stderr[-2000:]
+    assert tree(tmp_path / "out") == alone

@@ -6,10 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-import pytest
-
 import slimkit
-from slimkit.core.errors import UnsupportedError
 
 import torch
 import torch.distributed as dist
@@ -97,20 +94,6 @@ def main():
                 slimkit.merge_delta(model, unload=True)
                 close(model(X).detach(), expected, f"{kind} {how}, merged")
                 assert not [n for n, _ in model.named_parameters() if "mindpet_delta" in n]
-    # The trainer and its checkpoints hold whole parameters: each is refused in every process, before anything is done.
-    model = sharded(net())
-    put_on(model)
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1, foreach=False)
-    trainer = slimkit.Trainer(model, mse_loss, optimizer)
-    data = torch.utils.data.TensorDataset(X, Y)
-    for call in (
-        lambda: trainer.train(data, num_epochs=1, per_device_batch_size=4),
-        lambda: trainer.save_checkpoint(FOLDER / "run"),
-        lambda: slimkit.Checkpoints(FOLDER / "run").on_train_begin(trainer),
-    ):
-        with pytest.raises(UnsupportedError, match="is sharded"):
-            call()
-        assert not (FOLDER / "run").exists()
     # What goes wrong where the files are written goes wrong in every process.
     model = sharded(net())
     put_on(model)

@@ -33,6 +33,14 @@ def llama(dtype=torch.float32, **more):
     return hf.LlamaForCausalLM(hf.LlamaConfig(**SMALL, **more)).to(dtype)
 
 
+def t5():
+    import transformers as hf
+
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "vocab_size": 64}
+    return hf.T5ForConditionalGeneration(hf.T5Config(**sizes))
+
+
 def mixtral():
     import transformers as hf
 
@@ -52,10 +60,10 @@ def trained(model, kind, targets, folder, **options):
     save_delta(twin, folder)
 
 
-def peft_trained(model, folder, **options):
+def peft_trained(model, folder, targets=("q_proj",), **options):
     import peft
 
-    wrapped = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(r=2, target_modules=["q_proj"], **options))
+    wrapped = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(r=2, target_modules=list(targets), **options))
     for value in wrapped.parameters():
         if value.requires_grad:
             torch.nn.init.normal_(value)
@@ -95,6 +103,12 @@ CASES = {
         lambda: llama(tie_word_embeddings=True),
         lambda m, d: peft_trained(m, d, modules_to_save=["lm_head"]),
     ),
+    # The table trained, and what the base holds under its name alone goes on as the head.
+    "peft-table-untied": (
+        lambda: llama(tie_word_embeddings=True),
+        lambda m, d: peft_trained(m, d, modules_to_save=["embed_tokens"]),
+    ),
+    "peft-table-of-three": (t5, lambda m, d: peft_trained(m, d, ["q"], modules_to_save=["shared"])),
     "peft-pissa": (llama, lambda m, d: peft_trained(m, d, init_lora_weights="pissa_niter_4")),
 }
 
@@ -117,7 +131,8 @@ def test_a_folder_merges_to_what_the_whole_model_merges_to(case, tmp_path):
     got, told = type(model).from_pretrained(tmp_path / "out", dtype="auto", output_loading_info=True)
     assert not told["missing_keys"]
     assert not told["unexpected_keys"]
-    assert got.config.tie_word_embeddings == wanted.config.tie_word_embeddings
+    # T5's configuration says True whatever the file says.
+    assert got.config.tie_word_embeddings == wanted.config.tie_word_embeddings or type(model).__name__[:2] == "T5"
     here, there = wanted.state_dict(), got.state_dict()
     assert here.keys() == there.keys()
     for name in here:
@@ -165,6 +180,11 @@ def test_what_cannot_be_merged_is_refused_before_anything_is_written(tmp_path):
         merge_checkpoint(tmp_path / "base", tmp_path / "lora", tmp_path / "base")
     with pytest.raises(FileFormatError):
         merge_checkpoint(tmp_path / "lora", tmp_path / "lora", out)
+    tied = llama(tie_word_embeddings=True)
+    tied.save_pretrained(tmp_path / "tied")
+    peft_trained(tied, tmp_path / "both", ["q_proj", "lm_head"], modules_to_save=["embed_tokens"])
+    with pytest.raises(UnsupportedError, match=r"lm_head\.weight is adapted"):
+        merge_checkpoint(tmp_path / "tied", tmp_path / "both", out)
     assert not out.exists()
     merge_checkpoint(tmp_path / "base", tmp_path / "lora", out)
     assert (out / SHARDS / "job.json").exists()

@@ -168,6 +168,12 @@ def test_the_command_streams_to_what_it_writes_otherwise(tmp_path, monkeypatch):
     words = ["prune", "-m", str(tmp_path / "base"), "--keep-ratio", "0.7", "--importance", "l1", "--alignment", "8"]
     assert "Would keep" in CliRunner().invoke(app, [*words, "-o", "x", "--stream", "--dry-run"]).output
     for place, more in (("whole", []), ("small", ["--stream"])):
+        if more:  # begun by a version that had fewer options
+            assert killed_at(12, lambda: CliRunner().invoke(app, [*words, "-o", str(tmp_path / place), *more]))
+            state = tmp_path / place / SHARDS / "job.json"
+            job = json.loads(state.read_text())
+            del job["settings"]["rotation"], job["settings"]["latency_table"]
+            state.write_text(json.dumps(job))
         done = CliRunner().invoke(app, [*words, "-o", str(tmp_path / place), *more])
         assert done.exit_code == 0, done.exception
     assert not (tmp_path / "small" / SHARDS).exists()
@@ -239,6 +245,125 @@ def test_a_killed_calibrated_pruning_goes_on_to_the_same_bytes(tmp_path):
         work(part)
         assert digests(part) == wanted
     assert repaired
+
+
+INNER = ["*.q_proj", "*.k_proj", "*.v_proj", "*.gate_proj"]  # what stays, so that the hidden width must go
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-bf16-tied"])
+def test_a_hidden_width_is_turned_to_the_bits_of_the_whole_model(family, tmp_path):
+    from slimkit import PruneTorch, prune_checkpoint
+
+    kind = folder(family, tmp_path / "base")
+    options = {"calibration": texts(), "alignment": 4, "rotation": True}
+    report = prune_checkpoint(tmp_path / "base", tmp_path / "out", 0.85, INNER, **options)
+    wanted = kind.from_pretrained(tmp_path / "base", dtype="auto")
+    pruner = PruneTorch(wanted).set_alignment(4).set_rotation(True)
+    desc = pruner.set_importance_evaluation_function("auto", calibration=texts()).prune(0.85, INNER)
+    assert wanted.config.hidden_size < 32
+    assert json.loads((tmp_path / "out" / "plan.json").read_text()) == json.loads(json.dumps(desc))
+    assert report["report"]["compensation"] == pruner.report()["compensation"]
+    assert report["report"]["rotated"] == pruner.report()["rotated"]
+    got, told = kind.from_pretrained(tmp_path / "out", dtype="auto", output_loading_info=True)
+    assert not told["missing_keys"]
+    assert not told["unexpected_keys"]
+    assert got.config.tie_word_embeddings is False
+    here, there = wanted.state_dict(), got.state_dict()
+    assert here.keys() == there.keys()
+    for name, value in here.items():
+        assert torch.equal(there[name], value), name
+
+
+def test_the_command_turns_in_memory_and_on_disk_alike(tmp_path):
+    from typer.testing import CliRunner
+
+    from slimkit.cli import app
+
+    folder("llama-bf16-tied", tmp_path / "base", "60KB")
+    text = Path(__file__).with_name("test_prune_checkpoint.py")
+    words = ["prune", "-m", str(tmp_path / "base"), "--keep-ratio", "0.85", "--alignment", "4", "--rotation"]
+    words += [word for name in INNER for word in ("--un-prune", name)]
+    for place, more in (("whole", []), ("small", ["--stream"])):
+        done = CliRunner().invoke(app, [*words, "--calib", f"{text}:texts", "-o", str(tmp_path / place), *more])
+        assert done.exit_code in (0, 1), done.exception  # 1: widths lie too far apart to keep the share
+        assert (tmp_path / place).exists(), done.exception
+        assert "--rotation" in (tmp_path / place / "README.md").read_text()
+    plans = [json.loads((tmp_path / place / "plan.json").read_text()) for place in ("whole", "small")]
+    assert plans[0] == plans[1]
+    assert plans[0]["made"]["rotated"]
+    with pytest.raises(ArgumentError, match="needs the importance"):
+        CliRunner().invoke(
+            app,
+            [*words, "--importance", "l1", "-o", str(tmp_path / "no")],
+            standalone_mode=False,
+            catch_exceptions=False,
+        )
+
+
+def test_a_killed_turning_goes_on_to_the_same_bytes(tmp_path):
+    from slimkit import prune_checkpoint
+
+    folder("llama-bf16-tied", tmp_path / "base", "10GB")
+
+    def work(place):
+        options = {"calibration": texts(1), "alignment": 4, "compensation": None, "rotation": True}
+        prune_checkpoint(tmp_path / "base", place, 0.85, INNER, **options)
+
+    work(tmp_path / "whole")
+    wanted = digests(tmp_path / "whole")
+    turned = 0
+    for turn in (5, 14, 25):  # before the plan, while turned copies are written, after them
+        part = tmp_path / f"k{turn}"
+        assert killed_at(turn, partial(work, part))
+        if turn == 14:  # begun by a version that knew no rotation: it counts as its default, which is another job
+            job = json.loads((part / SHARDS / "job.json").read_text())
+            del job["settings"]["rotation"]
+            (part / SHARDS / "job.json").write_text(json.dumps(job))
+            with pytest.raises(UnsupportedError, match="another settings"):
+                work(part)
+            job["settings"]["rotation"] = True
+            (part / SHARDS / "job.json").write_text(json.dumps(job))
+        turned += 0 < len(list((part / SHARDS / "turned").glob("*.safetensors"))) < 21
+        work(part)
+        assert digests(part) == wanted
+        assert not (part / SHARDS / "turned").exists()
+    assert turned
+
+
+EXPERTS = {  # Mixtral's and Qwen's lie in the files one by one, the others in one tensor a layer
+    "Mixtral": {"num_local_experts": 8},
+    "Qwen3Moe": {"num_experts": 12, "moe_intermediate_size": 48, "head_dim": 8},
+    "GptOss": {"num_local_experts": 8, "layer_types": ["full_attention"] * 2, "head_dim": 8},
+}
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+def test_experts_go_to_the_bits_of_the_whole_model(family, tmp_path):
+    from slimkit import PruneTorch, prune_checkpoint
+
+    import transformers as hf
+
+    torch.manual_seed(0)
+    config = getattr(hf, f"{family}Config")(**KV, num_experts_per_tok=2, **EXPERTS[family])
+    kind = getattr(hf, f"{family}ForCausalLM")
+    model = kind(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" not in name:
+                parameter.normal_(0, 0.2)
+    model.save_pretrained(tmp_path / "base", max_shard_size="100KB")
+    left = ["*.self_attn.*"]
+    report = prune_checkpoint(tmp_path / "base", tmp_path / "out", 0.7, left, calibration=texts())
+    wanted = kind.from_pretrained(tmp_path / "base", dtype="auto")
+    pruner = PruneTorch(wanted).set_importance_evaluation_function("auto", calibration=texts())
+    desc = pruner.prune(0.7, left)
+    assert json.loads((tmp_path / "out" / "plan.json").read_text()) == json.loads(json.dumps(desc))
+    assert {v["kind"] for v in report["report"]["variables"].values() if v["keep"] < v["size"]} == {"experts"}
+    got, told = kind.from_pretrained(tmp_path / "out", dtype="auto", output_loading_info=True)
+    assert not told["missing_keys"]
+    assert not told["unexpected_keys"]
+    for name, value in wanted.state_dict().items():
+        assert torch.equal(got.state_dict()[name], value), name
 
 
 def test_gradients_of_all_weights_are_refused(tmp_path):

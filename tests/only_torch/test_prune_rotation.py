@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import shutil
 
 import numpy as np
 import pytest
@@ -139,6 +141,74 @@ def test_streams_that_cannot_be_turned_are_refused_with_the_reason():
         PruneTorch(built("Llama"), {"input_ids": IDS[:2]}).set_rotation().set_importance_evaluation_function(
             "l1"
         ).analysis(0.9)
+
+
+class Normed(torch.nn.Module):
+    """A table, a norm of some kind, and what reads it."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.table, self.head, self.norm = torch.nn.Embedding(60, 32), torch.nn.Linear(32, 4), norm
+
+    def forward(self, ids):
+        return self.head(self.norm(self.table(ids)))
+
+
+@pytest.mark.parametrize(
+    ("norm", "why"),
+    [
+        (lambda x: x * x.pow(4).mean(-1, keepdim=True).rsqrt(), "pow, which depends on its axes"),
+        (lambda x: torch.ones(()) / x, "div, which depends on its axes"),
+        (lambda x: x * x.pow(2).mean(-1, keepdim=True).rsqrt(), ""),
+        (lambda x: x / (x * x).mean(-1, keepdim=True).sqrt(), ""),
+        (lambda x: x / (x * x).sum(-1, keepdim=True).sqrt(), "a sum over its features in"),
+    ],
+)
+def test_only_the_root_mean_square_is_the_same_on_all_axes(norm, why):
+    job = PruneTorch(Normed(norm), IDS[:2]).set_rotation()
+    if why:
+        with pytest.raises(UnsupportedError, match=why):
+            job._solved()
+    else:
+        job._solved()
+
+
+NET = """
+from tests.only_torch.test_prune_rotation import BATCHES, IDS, built
+
+def net():
+    return built("Llama")
+
+def data():
+    example = {"input_ids": IDS[:2]}
+    return {"train": [(example, IDS[:2])], "example": example, "calibration": BATCHES}
+"""
+
+
+def test_a_recipe_turns_and_a_later_stage_begins_at_the_turned_model(tmp_path, monkeypatch):
+    from typer.testing import CliRunner
+
+    from slimkit.cli import app
+    from slimkit.core.run import report
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(report, "render", lambda _: "")
+    (tmp_path / "turned_net.py").write_text(NET)
+    stages = [
+        {"prune": {"reserved_ratio": 0.85, "alignment": 4, "rotation": True, "un_prune_list": INNER}},
+        {"sparsify": {"method": "magnitude", "sparse_ratio": 0.5}},
+    ]
+    recipe = {"version": 1, "name": "x", "model": "turned_net.py:net", "data": "turned_net.py:data", "stages": stages}
+    (tmp_path / "r.yaml").write_text(json.dumps(recipe))
+    found = []
+    for _ in range(2):
+        done = CliRunner().invoke(app, ["run", "r.yaml", "-o", "run", "-q"])
+        assert done.exit_code in (0, 1), done.exception  # 1: widths lie too far apart to keep the share
+        weights = next((tmp_path / "run").rglob("*sparsify/model.safetensors"))
+        found.append(weights.read_bytes())
+        shutil.rmtree(weights.parent)  # as if the run had been stopped in that stage
+        (tmp_path / "run" / "report.json").unlink()
+    assert found[0] == found[1]
 
 
 def test_the_axes_are_orthogonal_and_ordered_by_loss():

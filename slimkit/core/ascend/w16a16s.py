@@ -10,7 +10,7 @@ import numpy as np
 
 from slimkit.core import check, files, match
 from slimkit.core.ascend import folder as folders
-from slimkit.core.ascend.entropy import mean_entropy
+from slimkit.core.ascend.entropy import lzma_bits, mean_entropy
 from slimkit.core.ascend.folder import CONFIG, DENSE, DESCRIPTION, HEAD, Array, config_told_by
 from slimkit.core.errors import ArgumentError, FileFormatError
 from slimkit.core.showing import Shown
@@ -41,6 +41,7 @@ class W16A16SReport(Shown):
         weight_bytes: bytes of all tensors.
         entropy_bits: bits a weight that the W16A16S tensors' bytes hold, of 16: what a codec of single bytes needs at
             least. Zeros lower it, and few bits of mantissa (`SparseConfig.mantissa_bits`) more.
+        lzma_bits: the same as LZMA packs them, a general packer that may find what single bytes do not show.
         copied: files copied beside them.
         advice: what to consider; may be empty.
         tied: tensor that is not written -> the one that it is: an output layer that config.json ties to the table.
@@ -53,6 +54,7 @@ class W16A16SReport(Shown):
     underflowed: int
     weight_bytes: int
     entropy_bits: float
+    lzma_bits: float
     copied: list[str]
     advice: list[str]
     tied: dict[str, str] = field(default_factory=dict)
@@ -128,6 +130,7 @@ def save_arrays(
         underflowed=underflowed,
         weight_bytes=sum(v.nbytes for v in halves.values()),
         entropy_bits=mean_entropy(halves[name] for name in sparse),
+        lzma_bits=lzma_bits([halves[name] for name in sparse]),
         copied=copied,
         advice=_advice(ratio, sparse, underflowed),
         tied=once,

@@ -71,7 +71,7 @@ def locate(path: files.PathLike, name: str = "weight_file_path") -> Path:
         name: the argument's name, for the message.
 
     Returns:
-        The file; safetensors is preferred to .bin, an index to a single file.
+        The file, as transformers chooses it: safetensors before .bin, a whole file before an index.
 
     Raises:
         FileFormatError: there is no such file.
@@ -79,7 +79,7 @@ def locate(path: files.PathLike, name: str = "weight_file_path") -> Path:
     """
     found = files.as_path(path, name)
     if found.is_dir():
-        candidates = [found / n for n in (INDEXES[0], WHOLE[0], INDEXES[1], *WHOLE[1:])]
+        candidates = [found / n for n in (WHOLE[0], INDEXES[0], WHOLE[1], INDEXES[1], *WHOLE[2:])]
         whole = next((c for c in candidates if c.is_file() or c.is_symlink()), None)
         if whole is None:
             raise FileFormatError(

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from slimkit.core import files
+from slimkit.core import files, traffic
+from slimkit.core.checkpoint.openweights import INDEXES, WHOLE
 from slimkit.core.checkpoint.weightfile import STORED, Array, Piece, decode, file_chunks
 from slimkit.core.errors import FileFormatError, UnsupportedError
 
@@ -62,23 +63,45 @@ def _place(file: Path, base: int, entry: Any) -> Place:
 
 
 def locate(directory: Path) -> dict[str, Place]:
-    """Name -> place of every tensor in a checkpoint directory, sharded or not.
+    """Name -> place of every tensor in a checkpoint directory, sharded or not, in the files that transformers reads.
 
     Raises:
-        FileFormatError: there is no safetensors file, or one is damaged or missing.
+        FileFormatError: there is no safetensors file, or one is damaged or missing; a tensor that the index names is in
+            none of them, or one is in two with different values.
     """
-    index = directory / "model.safetensors.index.json"
-    if index.exists():
-        weight_map = files.read_json(index).get("weight_map", {})
-        names = sorted(set(weight_map.values()))
+    whole, index = directory / WHOLE[0], directory / INDEXES[0]
+    told: dict[str, str] = {}
+    if whole.exists() or whole.is_symlink():
+        names = [whole.name]
+    elif index.exists():
+        told = files.read_json(index).get("weight_map", {})
+        names = sorted(set(told.values()))
     else:
         names = [f.name for f in sorted(directory.glob("*.safetensors"))]
     if not names:
         raise FileFormatError(f"src must hold .safetensors weights. Received: {str(directory)!r}")
     places: dict[str, Place] = {}
     for name in names:
-        places |= header(files.readable_file(files.inside(directory, name, "a shard's name"), "a shard"))
+        for tensor, place in header(
+            files.readable_file(files.inside(directory, name, "a shard's name"), "a shard")
+        ).items():
+            other = places.setdefault(tensor, place)
+            if other is not place and not same_values(other, place):
+                raise FileFormatError(
+                    f"{directory} holds {tensor!r} twice, in {other.file.name} and {name}, with different values: take "
+                    "the file away that is not meant"
+                )
+    lost = next((tensor for tensor in told if tensor not in places), None)
+    if lost is not None:
+        raise FileFormatError(f"{index} says that {told[lost]!r} holds {lost!r}, and no file does")
     return places
+
+
+def same_values(one: Place, other: Place) -> bool:
+    """Whether two tensors are equal in type, shape and every byte."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    return all(a == b for a, b in zip(piece_of(one).chunks(), piece_of(other).chunks(), strict=True))
 
 
 def piece_of(place: Place) -> Piece:
@@ -137,5 +160,6 @@ def _copy(old: Any, new: Any, start: int, stop: int) -> None:
         piece = old.read(min(PIECE, stop - start))
         if not piece:
             raise FileFormatError(f"{old.name} became shorter while it was read.")
+        traffic.read(old.name, len(piece))
         new.write(piece)
         start += len(piece)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from slimkit.core import files
+from slimkit.core import files, traffic
 from slimkit.core.checkpoint.weightfile import Array, Entry, Weights
 from slimkit.core.errors import FileFormatError, UnsupportedError
 
@@ -123,6 +123,7 @@ class TorchFile(Weights):
         self._tensors[name] = tensor.detach()
 
     def raw(self, name: str) -> Array:
+        traffic.read(self.path, self.entries[name].nbytes)
         return stored(self._tensors[name], self._torch)
 
     def close(self) -> None:

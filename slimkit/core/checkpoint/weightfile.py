@@ -12,7 +12,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from slimkit.core import files
+from slimkit.core import files, traffic
 from slimkit.core.checkpoint.background import Outflow
 from slimkit.core.errors import FileFormatError, UnsupportedError
 
@@ -267,6 +267,18 @@ class Sharded(Weights):
             if name not in self._shards[shard].entries:
                 raise FileFormatError(f"{path} says that {shard!r} holds {name!r}, which it does not.")
             self.entries[name] = self._shards[shard].entries[name]
+        for shard, opened in self._shards.items():
+            for name in opened.entries.keys() & self.entries.keys():
+                if shard != home[name] and not self._same(name, shard):
+                    raise FileFormatError(
+                        f"{path} says that {home[name]!r} holds {name!r}, and so does {shard!r}, with other values: "
+                        "take the file away that is not meant"
+                    )
+
+    def _same(self, name: str, shard: str) -> bool:
+        """Whether a tensor lies in another shard with the same type, shape and bytes."""
+        here, there = self._shards[self._home[name]], self._shards[shard]
+        return here.entries[name] == there.entries[name] and here.raw(name).tobytes() == there.raw(name).tobytes()
 
     def raw(self, name: str) -> Array:
         return self._shards[self._home[name]].raw(name)
@@ -290,6 +302,7 @@ def read_into(handle: IO[bytes], offset: int, array: Array, what: str) -> None:
         if not count:
             raise FileFormatError(f"{what} is cut short.")
         rest = rest[count:]
+    traffic.read(handle.name, array.nbytes)
 
 
 def _is_size(value: Any) -> bool:

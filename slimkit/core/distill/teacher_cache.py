@@ -11,17 +11,20 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from slimkit.core import check, files
+from slimkit.core import check, files, traffic
 from slimkit.core.batch import as_call
 from slimkit.core.batch import dataset as check_dataset
+from slimkit.core.distill.cache_facts import VERSION, read_facts
 from slimkit.core.distill.config import LOSSES, DistillSpec, KnowledgeDistillConfig, SoftLabel
+from slimkit.core.distill.foreign import AT_LEAST, ForeignTeacher
 from slimkit.core.distill.sampling import draw, temperatures, undrawn
+from slimkit.core.distill.squeezing import spread_logits, squeeze_logits
+from slimkit.core.distill.vocabulary import VocabularyMap
 from slimkit.core.errors import ConfigError, FileFormatError
 from slimkit.core.locks import locked
 from slimkit.core.log import progress
 from slimkit.core.showing import Shown
 
-VERSION = 1
 Array = np.ndarray[Any, Any]
 Cache = TypeVar("Cache", bound="TeacherFiles")
 
@@ -51,43 +54,6 @@ def sample_keys(args: Sequence[Any], kwargs: Mapping[str, Any], to_numpy: Callab
     return found
 
 
-def squeeze_logits(logits: Array, k: int, dtype: str) -> dict[str, Array]:
-    """The k largest logits of each row, and one value for all others that keeps their total probability.
-
-    Args:
-        logits: (..., classes).
-        k: how many to keep; all classes or more keeps the array as it is.
-        dtype: "float32" or "float16", of the kept values.
-
-    Returns:
-        "dense", or "values", "places" (..., k) and "tail" (...).
-
-    Example:
-        >>> squeeze_logits(np.array([[1.0, 0.0]]), 2, "float32")["dense"].tolist()
-        [[1.0, 0.0]]
-    """
-    n = logits.shape[-1]
-    if k >= n:
-        return {"dense": logits.astype(dtype)}
-    places = np.argpartition(logits, n - k, axis=-1)[..., n - k :]
-    values = np.take_along_axis(logits, places, -1)
-    top = logits.max(-1, keepdims=True).astype(np.float64)
-    rest = np.exp(logits - top).sum(-1) - np.exp(values - top).sum(-1)
-    tail = np.log(np.maximum(rest, 1e-30) / (n - k)) + top[..., 0]
-    # A share of the rest can never exceed the smallest value that was kept.
-    tail = np.minimum(tail, values.min(-1))
-    return {"values": values.astype(dtype), "places": places.astype(np.int32), "tail": tail.astype(np.float32)}
-
-
-def spread_logits(kept: Mapping[str, Array], n_classes: int) -> Array:
-    """What `squeeze_logits` kept, as logits over all classes, float32."""
-    if "dense" in kept:
-        return kept["dense"].astype(np.float32)
-    full = np.repeat(kept["tail"][..., None], n_classes, -1).astype(np.float32)
-    np.put_along_axis(full, kept["places"].astype(np.int64), kept["values"].astype(np.float32), -1)
-    return full
-
-
 def targets(spec: DistillSpec) -> list[dict[str, Any]]:
     """What a specification asks of the teacher, label by label, as plain JSON."""
     found = []
@@ -104,6 +70,10 @@ class TeacherFiles(Shown, ABC):
     Args:
         directory: a folder that `build` finished.
 
+    Attributes:
+        bytes: of a teacher in a folder, what the build read and wrote once it knew the teacher by its digest: the
+            "source"'s size, "read_source", "read_own" and "written"; empty elsewhere.
+
     Raises:
         FileFormatError: no cache, not finished, or damaged.
     """
@@ -113,6 +83,7 @@ class TeacherFiles(Shown, ABC):
         self.facts = read_facts(self.directory)
         if not self.facts["complete"]:
             raise FileFormatError(f"{self.directory} is not finished: call build again, it goes on where it stopped")
+        self.bytes: dict[str, int] = {}
         self._place: dict[bytes, tuple[int, int, int]] = {}
         self._open: dict[int, Any] = {}
         for number, shard in enumerate(self.facts["shards"]):
@@ -134,6 +105,8 @@ class TeacherFiles(Shown, ABC):
         dtype: str = "float32",
         to_inputs: Callable[[Any], Any] | None = None,
         shard_mb: int = 256,
+        vocabulary: VocabularyMap | None = None,
+        mapped_at_least: float = AT_LEAST,
     ) -> Cache:
         """Run the teacher once over a data set and write what the configuration will compare.
 
@@ -152,13 +125,17 @@ class TeacherFiles(Shown, ABC):
             dtype: "float32" or "float16" on disk.
             to_inputs: makes of a batch what the models take, for example `lambda batch: batch[0]`.
             shard_mb: size of a file.
+            vocabulary: for a teacher of another tokenizer, or another size of its output table: the batches are the
+                student's, and so are the classes that are kept. `facts["mapped"]` then says of which share of the
+                teacher's probability, and of the tokens read, the other vocabulary has the same text.
+            mapped_at_least: the least share of the probability, on average; below it the build is an error.
 
         Returns:
             The finished cache, to be given to `get_distill_model` in the teacher's place.
 
         Raises:
             ConfigError: the folder holds a cache of another teacher, configuration or top_k, or another build runs in
-                it.
+                it; too little of a foreign teacher's probability can be mapped.
         """
         check.positive(top_k, "top_k")
         check.choice(dtype, ("float32", "float16"), "dtype")
@@ -176,13 +153,19 @@ class TeacherFiles(Shown, ABC):
         if sampled is not None:
             heats = temperatures(spec, [target["logits"] for target in wanted])
             identity |= {"sampled": sampled, "seed": seed, "temperatures": heats}
+        if vocabulary is not None:
+            check.instance(vocabulary, VocabularyMap, "vocabulary")
+            identity["vocabulary"] = vocabulary.digest
         facts: dict[str, Any] = {"version": VERSION, **identity, "complete": False, "widths": [], "shards": []}
         if (folder / "cache.json").exists():
             facts = read_facts(folder)
-            for name in (*identity, "sampled"):
+            for name in (*identity, "sampled", "vocabulary"):
                 if facts.get(name) != identity.get(name):
                     raise ConfigError(f"directory holds a cache of another {name}: {folder}")
         done = {key for shard in facts["shards"] for rows in shard["keys"] for key in rows}
+        foreign = None
+        if vocabulary is not None:
+            foreign = ForeignTeacher(vocabulary, spec, facts, cls._numpy, cls._tensor, mapped_at_least)
         held: dict[str, Array] = {}
         keys: list[list[str]] = []
 
@@ -196,16 +179,25 @@ class TeacherFiles(Shown, ABC):
                 held.clear()
                 keys.clear()
 
-        with locked(folder, "directory"), cls._answering(teacher, spec.soft_labels) as answer:
+        with (
+            locked(folder, "directory"),
+            traffic.counted(cls._files(teacher)) as moved,
+            cls._answering(teacher, spec.soft_labels) as answer,
+        ):
 
-            def asked() -> Iterator[tuple[Any, Any, list[str]]]:
+            def asked() -> Iterator[tuple[Any, Any, tuple[list[str], Any]]]:
                 for batch in progress(dataset, "teacher batches"):
                     args, kwargs = as_call(to_inputs(batch) if to_inputs else batch)
                     found = [key.hex() for key in sample_keys(args, kwargs, cls._numpy)]
                     if not all(key in done for key in found):
-                        yield args, kwargs, found
+                        seat = None
+                        if foreign is not None:
+                            args, kwargs, seat = foreign.call(args, kwargs)
+                        yield args, kwargs, (found, seat)
 
-            for found, answers in _answered(asked(), answer, cls._together(teacher)):
+            for (found, seat), answers in _answered(asked(), answer, cls._together(teacher)):
+                if foreign is not None:
+                    answers = foreign.answers(answers, seat)
                 facts["widths"] = [int(a.shape[-1]) for a in answers]
                 for place, (array, target) in enumerate(zip(answers, facts["targets"])):
                     if len(array) != len(found):
@@ -216,10 +208,16 @@ class TeacherFiles(Shown, ABC):
                 keys.append(found)
                 if sum(a.nbytes for a in held.values()) >= shard_mb << 20:
                     write()
+            if foreign is not None:
+                foreign.judge()
             write()
             facts["complete"] = True
             files.write_json(folder / "cache.json", facts)
-        return cls(folder)
+        made = cls(folder)
+        if cls._files(teacher):
+            made.bytes = moved.facts()
+            traffic.say("the teacher", made.bytes)
+        return made
 
     def check(self, spec: DistillSpec) -> None:
         """Refuse a specification that the cache was not built for."""
@@ -325,6 +323,11 @@ class TeacherFiles(Shown, ABC):
         """A digest of the teacher's weights."""
 
     @staticmethod
+    def _files(teacher: Any) -> list[Path]:
+        """The files that a teacher's weights are read from; none where it is in memory."""
+        return []
+
+    @staticmethod
     def _together(teacher: Any) -> int:
         """How many batches the teacher is asked at once."""
         return 1
@@ -336,11 +339,11 @@ class TeacherFiles(Shown, ABC):
 
 
 def _answered(
-    asked: Iterator[tuple[Any, Any, list[str]]],
+    asked: Iterator[tuple[Any, Any, tuple[list[str], Any]]],
     answer: Callable[[list[tuple[Any, Any]]], Iterable[list[Array]]],
     together: int,
-) -> Iterator[tuple[list[str], list[Array]]]:
-    """The keys and the teacher's tensors of each batch, some batches at once."""
+) -> Iterator[tuple[tuple[list[str], Any], list[Array]]]:
+    """What goes with each batch and the teacher's tensors, some batches at once."""
     while group := list(itertools.islice(asked, together)):
         yield from zip((keys for *_, keys in group), answer([(args, kwargs) for args, kwargs, _ in group]))
 
@@ -355,44 +358,3 @@ def _kept(array: Array, logits: bool, facts: Mapping[str, Any], place: int, keys
         drawn = draw(rows.reshape(-1, rows.shape[-1]), facts["sampled"], facts["temperatures"][place], rng)
         found.append({part: value.reshape(*rows.shape[:-1], -1) for part, value in drawn.items()})
     return {part: np.stack([one[part] for one in found]) for part in ("ids", "weights")}
-
-
-def read_facts(folder: Path) -> dict[str, Any]:
-    facts = files.read_json(folder / "cache.json", "directory", limit_bytes=4 << 30)
-    if not isinstance(facts, dict) or facts.get("version") != VERSION:
-        raise FileFormatError(f"{folder} holds no teacher cache of version {VERSION}")
-    if not _well_formed(facts):
-        raise FileFormatError(f"{folder / 'cache.json'} is damaged: build the cache again in another folder")
-    return facts
-
-
-def _well_formed(facts: Mapping[str, Any]) -> bool:
-    """Whether a cache's facts have the form in which `build` writes them."""
-    shards, targets, widths = facts.get("shards"), facts.get("targets"), facts.get("widths")
-    if not (isinstance(shards, list) and isinstance(targets, list) and isinstance(widths, list)):
-        return False
-    if not isinstance(facts.get("complete"), bool) or not {"teacher", "top_k", "dtype"} <= set(facts):
-        return False
-    heats = facts.get("temperatures")
-    if "sampled" in facts and not (
-        isinstance(heats, list) and len(heats) == len(targets) and all(_is_heat(heat) for heat in heats)
-    ):
-        return False
-    if shards and (len(widths) != len(targets) or not all(type(w) is int and 0 < w < 2**31 for w in widths)):
-        return False
-    return all(isinstance(target, dict) and "logits" in target for target in targets) and all(
-        isinstance(shard, dict)
-        and isinstance(shard.get("file"), str)
-        and isinstance(shard.get("digest"), str)
-        and isinstance(shard.get("keys"), list)
-        and all(isinstance(rows, list) and all(map(_is_key, rows)) for rows in shard["keys"])
-        for shard in shards
-    )
-
-
-def _is_heat(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < float("inf")
-
-
-def _is_key(text: Any) -> bool:
-    return isinstance(text, str) and len(text) == 32 and set(text) <= set("0123456789abcdef")

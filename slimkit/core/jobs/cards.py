@@ -11,11 +11,12 @@ from typing import Any
 
 from slimkit.core import files
 from slimkit.core.errors import FileFormatError
-from slimkit.core.jobs.fields import Strict, flag_of
+from slimkit.core.jobs.fields import Strict, flag_of, words_of
 from slimkit.core.jobs.framework import Opened
 from slimkit.core.jobs.measurement import show
 from slimkit.core.jobs.options import PruneOptions
 from slimkit.core.jobs.sources import DataPlace, ModelPlace
+from slimkit.core.jobs.timing import told
 from slimkit.core.yamltext import parse_yaml
 
 CARD = "README.md"
@@ -71,7 +72,12 @@ def command_line(command: str, place: ModelPlace, options: Strict, more: Mapping
             words.append(flag.names[0])
             continue
         pairs = [f"{k}={v}" for k, v in value.items()] if isinstance(value, dict) else value
-        words += _said(flag.names[0], pairs)
+        if not isinstance(value, bool):
+            words += _said(flag.names[0], pairs)
+        elif words_of(type(options), key) is not None:  # true and false are words beside others
+            words += _said(flag.names[0], str(value).lower())
+        else:
+            words.append(flag.names[0] if value else flag.names[0].replace("--", "--no-", 1))
     for name, value in (more or {}).items():
         words += [] if value is None else _said(name, value)
     return shlex.join(words)
@@ -151,6 +157,8 @@ def pruned_facts(facts: Mapping[str, Any], options: PruneOptions) -> dict[str, s
         "form": report["form"]["name"],
         "importance": options.importance,
     }
+    if "latency" in report:
+        rows["latency"] = told(report["latency"])
     if "padding" in report:
         rows["zeros that pad blocks to one width"] = show(report["padding"]["zeros"], "count")
     if facts.get("reloaded") is not None:

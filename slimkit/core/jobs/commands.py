@@ -10,7 +10,7 @@ from slimkit.core import files
 from slimkit.core.calibration.record import record_of, write_record
 from slimkit.core.errors import ConfigError, UnsupportedError
 from slimkit.core.examples import NoExampleError
-from slimkit.core.jobs import cards, early, fed, fitting, folders, sources, work
+from slimkit.core.jobs import cards, early, fed, fitting, folders, pruning, sources, work
 from slimkit.core.jobs.calibrating import calibration_of
 from slimkit.core.jobs.fields import Strict, flag_of
 from slimkit.core.jobs.framework import ComputeLoss, FitRun, JobFramework, Opened, Supervised
@@ -69,6 +69,9 @@ class CommandContext(work.JobContext):
 
     def function(self, reference: str, key: str) -> Callable[..., Any]:
         return sources.found(reference, self.spell(key))
+
+    def file(self, name: str) -> Path:
+        return Path(name)
 
     def calibration(self, count: int | None = None) -> Sequence[Any]:
         if not self._batches:
@@ -139,7 +142,7 @@ def prune(
     batches = proved(face, opened, calibration_of(face, opened, calib, out), calib)
     inputs = example_of(face, opened, example, seed=seed)
     context = CommandContext(face, seed, inputs, options, batches=batches)
-    done = work.prune(opened.model, options, context, plan_only=out is None)
+    done = pruning.prune(opened.model, options, context, plan_only=out is None)
     facts = {key: value for key, value in done.facts.items() if key not in ("headline", "goal")}
     if out is None or done.edit is None:
         return facts

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+from slimkit.core.errors import ConfigError
 
 
 def rank() -> int:
@@ -18,3 +25,51 @@ def size() -> int:
         True
     """
     return max(1, int(os.environ.get("WORLD_SIZE", "1") or "1"))
+
+
+def share_of(samples: int, option: str) -> int:
+    """How many samples of an update this process reads: together they read as many as one process would.
+
+    Args:
+        samples: of an update.
+        option: how the user gave them.
+
+    Raises:
+        ConfigError: they cannot be shared out evenly.
+
+    Example:
+        >>> share_of(16, "--batch-size")
+        16
+    """
+    if samples % size():
+        raise ConfigError(f"{option} must be a multiple of the {size()} processes. Received: {samples}")
+    return samples // size()
+
+
+@contextlib.contextmanager
+def result(out: Path) -> Iterator[Path]:
+    """A folder to write a result into: it appears whole, of the first process; those of the others are thrown away."""
+    from slimkit.core import files
+
+    with files.atomic_directory(out) if rank() == 0 else tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
+class CrewFramework(Protocol):
+    """What a command asks of a framework that lets several processes do it; by itself one process does."""
+
+    def join(self) -> None:
+        """Join the other processes of the command, where it was begun several times over."""
+        return
+
+    def once(self, work: Callable[[], Any]) -> Any:
+        """What the first process does alone; all get its result, a plain value, or its error."""
+        return work()
+
+    def share(self, opened: Any) -> None:
+        """Let each process hold a part of an `Opened` model from here on, in place."""
+        return
+
+    def gather(self, opened: Any) -> None:
+        """Put a shared model together again in the first process, in place; all of them call."""
+        return

@@ -1,4 +1,4 @@
-"""How an option is declared: strict values, the words it may take, and how the command line spells it."""
+"""How an option is declared: strict values, words and block numbers, and how the command line spells it."""
 
 from __future__ import annotations
 
@@ -54,8 +54,12 @@ class Strict(BaseModel):
 
     def changed(self) -> set[str]:
         """The keys whose values are not the defaults: a recipe as a run keeps it writes out all of them."""
-        unset = {key: field.get_default(call_default_factory=True) for key, field in type(self).model_fields.items()}
-        return {key for key, value in unset.items() if getattr(self, key) != value}
+        return {key for key, value in self.defaults().items() if getattr(self, key) != value}
+
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """Every key's default."""
+        return {key: field.get_default(call_default_factory=True) for key, field in cls.model_fields.items()}
 
 
 @dataclass(frozen=True)
@@ -67,11 +71,13 @@ class OneOf:
             loads no NumPy.
         functions: whether ``file.py:function`` of the user's own is taken as well.
         first: words before those of the table.
+        switches: whether true and false are taken as well.
     """
 
     table: str | tuple[str, ...]
     functions: bool = False
     first: tuple[str, ...] = ()
+    switches: bool = False
 
     @property
     def words(self) -> tuple[str, ...]:
@@ -81,13 +87,13 @@ class OneOf:
         place, _, name = self.table.partition(":")
         return (*self.first, *getattr(importlib.import_module(place), name))
 
-    def _known(self, value: str | None) -> str | None:
-        if value is None:  # the type has said whether that may be
-            return None
+    def _known(self, value: str | bool | None) -> str | bool | None:
+        if value is None or isinstance(value, bool):  # the type has said whether that may be
+            return value
         words = self.words
         if value in words or (self.functions and ":" in value):
             return value
-        more = ", or file.py:function" if self.functions else ""
+        more = ", or file.py:function" if self.functions else ", true or false" if self.switches else ""
         raise PydanticCustomError(
             "one_of",
             "must be one of {words}",
@@ -101,6 +107,8 @@ class OneOf:
         allowed: list[dict[str, Any]] = [{"type": "string", "enum": list(self.words)}]
         if self.functions:
             allowed.append({"type": "string", "pattern": ":"})
+        if self.switches:
+            allowed.append({"type": "boolean"})
         if schema["schema"]["type"] == "nullable":
             allowed.append({"type": "null"})
         return {"anyOf": allowed} if len(allowed) > 1 else allowed[0]
@@ -116,6 +124,7 @@ class Flag:
         sets: for a switch, what the option becomes where the switch is given.
         help: for a switch, what it says of itself.
         old: former names, which still work and say so.
+        stood: what the former names stand for, where they were switches; None where they take the option's value.
     """
 
     names: tuple[str, ...]
@@ -123,6 +132,7 @@ class Flag:
     sets: Any
     help: str | None
     old: tuple[str, ...]
+    stood: Any
 
     def __init__(
         self,
@@ -131,8 +141,9 @@ class Flag:
         sets: Any = None,
         help: str | None = None,
         old: tuple[str, ...] = (),
+        stood: Any = None,
     ) -> None:
-        given = {"names": names, "metavar": metavar, "sets": sets, "help": help, "old": old}
+        given = {"names": names, "metavar": metavar, "sets": sets, "help": help, "old": old, "stood": stood}
         for name, value in given.items():
             object.__setattr__(self, name, value)
 
@@ -190,3 +201,40 @@ def explained(error: ValidationError) -> list[tuple[tuple[Any, ...], str, str, A
         near = one.get("ctx", {}).get("near", "")
         found.append((one["loc"], one["type"], f"{one['msg']}{came}{near}", one["input"]))
     return found
+
+
+# No model has a block beyond this; a longer range is a slip of the keyboard.
+_HIGHEST_BLOCK = 9999
+
+
+def numbers_of(text: str) -> tuple[int, ...]:
+    """Numbers and ranges as a tuple, in the order in which they were written.
+
+    Example:
+        >>> numbers_of("0-2,5")
+        (0, 1, 2, 5)
+    """
+    found: list[int] = []
+    for part in text.split(","):
+        first, ranged, last = part.strip().partition("-")
+        last = last if ranged else first
+        if int(last) > _HIGHEST_BLOCK:
+            raise ValueError(part)
+        found += range(int(first), int(last) + 1)
+    return tuple(found)
+
+
+def whole_number(value: Any) -> Any:
+    """A block's number as JSON has it, whose keys are text."""
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
+
+
+def each_block(text: str) -> str:
+    """Block numbers as they were written, each once."""
+    try:
+        found = numbers_of(text)
+    except ValueError:
+        found = ()
+    if not found or len(set(found)) < len(found):
+        raise PydanticCustomError("blocks", "must be block numbers, each once, such as 0-9,12,20-29")
+    return text

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from slimkit.core.errors import ConfigError
-from slimkit.core.jobs import folders
+from slimkit.core.jobs import crew, folders
 from slimkit.core.jobs.fields import Spell
 from slimkit.core.jobs.framework import ComputeLoss, FitRun, JobFramework
 from slimkit.core.jobs.interrupt import SaveOnInterrupt
@@ -68,7 +68,7 @@ def fit(
     flat = options.schedule == "constant" and not options.warmup
     how = {
         "num_epochs": options.epochs,
-        "per_device_batch_size": options.batch_size,
+        "per_device_batch_size": crew.share_of(options.batch_size, spell("batch_size")),
         "gradient_clip_norm": options.gradient_clip_norm or None,
         "gradient_clip_value": options.gradient_clip_value,
         "create_scheduler_fn": None if flat else _SCHEDULES[options.schedule](options.warmup),
@@ -146,7 +146,7 @@ def fit_resumably(
         ConfigError: `out` holds something else, or the loss became no number.
         UnsupportedError: `out` holds an unfinished run with other inputs.
     """
-    state = begin(options, out, run, job)
+    state = Path(face.once(lambda: str(begin(options, out, run, job))))
     stop = SaveOnInterrupt(state / "last")
     keep = Checkpoints(state, metric=None, every_n_steps=run.save_every)
     callbacks = [ProgressBar(), keep, stop]
@@ -158,7 +158,8 @@ def fit_resumably(
             tokens=tokens,
         )  # fmt: skip
     except Diverged:
-        shutil.rmtree(state)  # what it holds leads nowhere
+        if crew.rank() == 0:
+            shutil.rmtree(state)  # what it holds leads nowhere
         raise
     finally:
         stop.restore()

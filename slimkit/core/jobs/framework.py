@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import numpy as np
 
 from slimkit.core.errors import ConfigError, UnsupportedError
+from slimkit.core.jobs.crew import CrewFramework
 from slimkit.core.jobs.measurement import Measurement
 from slimkit.core.jobs.sources import DataPlace, ModelPlace, StudentPlace
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from slimkit.core.compare.framework import CompareFramework
     from slimkit.core.distill.config import KnowledgeDistillConfig
     from slimkit.core.jobs.options import DistillOptions, FitOptions
+    from slimkit.core.prune.onnx_times import OnnxTimes
     from slimkit.core.sparse import SparseConfig
 
 Array = np.ndarray[Any, Any]
@@ -37,6 +39,7 @@ class Opened:
         directory: the folder with its configuration and tokenizer, where it has one.
         desc: the plan that pruned it, where its folder says so.
         fresh: parameters that the files lack and that were drawn at random, as the command allowed.
+        shared: what puts the model together where processes hold parts of it.
     """
 
     model: Any
@@ -44,6 +47,7 @@ class Opened:
     directory: Path | None = None
     desc: dict[str, Any] | None = None
     fresh: tuple[str, ...] = ()
+    shared: Any = None
 
     @property
     def is_hf(self) -> bool:
@@ -172,7 +176,7 @@ class Task:
     classes: bool
 
 
-class JobFramework(Protocol):
+class JobFramework(CrewFramework, Protocol):
     """A framework's side of the jobs: what it alone knows."""
 
     # The package whose public names do the work.
@@ -207,6 +211,10 @@ class JobFramework(Protocol):
     @abstractmethod
     def measure(self, model: Any, inputs: Any, dense: Any = None) -> Measurement:
         """Parameters, zeros, MACs and latency on one input; `dense` is timed in turn with it."""
+
+    @abstractmethod
+    def latency_times(self, model: Any, inputs: Any) -> OnnxTimes:
+        """What times networks of these inputs on this machine."""
 
     @abstractmethod
     def states(self, model: Any) -> Iterator[tuple[str, str, Array]]:

@@ -312,7 +312,7 @@ def _trainer(path: Path) -> Look:
 
 
 def _cache(path: Path) -> Look:
-    from slimkit.core.distill.teacher_cache import read_facts
+    from slimkit.core.distill.cache_facts import read_facts
 
     facts = read_facts(path)
     samples = [len(keys) for shard in facts["shards"] for keys in shard["keys"]]

@@ -35,9 +35,11 @@ class SaveOnInterrupt(TrainerCallback):
         logger.warning("stopping after this update; %s again stops at once", signal.Signals(number).name)
 
     def on_step_end(self, trainer: Any) -> None:
-        if self._asked is not None:
+        # A signal reaches each process after another update: all stop after the same one.
+        asked = trainer.asked_anywhere(self._asked or 0)
+        if asked:
             trainer.save_checkpoint(self.directory)
-            raise stopped_by(self._asked)
+            raise stopped_by(asked)
 
     def restore(self) -> None:
         """Put the handlers of before back."""

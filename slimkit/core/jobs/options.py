@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, NonNegativeInt, Pos
 from pydantic_core import PydanticCustomError
 
 from slimkit.core.jobs.factory import Factory, Reference
-from slimkit.core.jobs.fields import RECIPE_ONLY, Flag, OneOf, Strict
+from slimkit.core.jobs.fields import RECIPE_ONLY, Flag, OneOf, Strict, each_block, numbers_of, whole_number
 from slimkit.core.jobs.training_options import (
     AdaptOptions,
     DistillOptions,
@@ -27,42 +27,6 @@ if TYPE_CHECKING:
 Ratio = Annotated[float, Field(gt=0, lt=1)]
 
 
-# No model has a block beyond this; a longer range is a slip of the keyboard.
-_HIGHEST_BLOCK = 9999
-
-
-def numbers_of(text: str) -> tuple[int, ...]:
-    """Numbers and ranges as a tuple, in the order in which they were written.
-
-    Example:
-        >>> numbers_of("0-2,5")
-        (0, 1, 2, 5)
-    """
-    found: list[int] = []
-    for part in text.split(","):
-        first, ranged, last = part.strip().partition("-")
-        last = last if ranged else first
-        if int(last) > _HIGHEST_BLOCK:
-            raise ValueError(part)
-        found += range(int(first), int(last) + 1)
-    return tuple(found)
-
-
-def _number(value: Any) -> Any:
-    """A block's number as JSON has it, whose keys are text."""
-    return int(value) if isinstance(value, str) and value.isdecimal() else value
-
-
-def _blocks(text: str) -> str:
-    try:
-        found = numbers_of(text)
-    except ValueError:
-        found = ()
-    if not found or len(set(found)) < len(found):
-        raise PydanticCustomError("blocks", "must be block numbers, each once, such as 0-9,12,20-29")
-    return text
-
-
 # More batches than any data has.
 EVERY = 1_000_000_000
 
@@ -71,14 +35,21 @@ class PruneOptions(JobOptions):
     """Drop the least important channels, heads and widths (``Pruner``)."""
 
     reserved_ratio: Annotated[float, Field(gt=0, le=1), Flag("--keep-ratio", old=("--ratio", "-r"))] = Field(
-        0.75, description="share of the parameters (or MACs) kept"
+        0.75, description="share of the parameters (or MACs, or milliseconds) kept"
     )
     importance: Annotated[str, OneOf("slimkit.core.prune.criteria:CRITERIA", functions=True)] = Field(
         "auto",
         description="how channels are scored, by name (output, taylor, hessian, activation read calibration data) or "
         "file.py:function of one channel's weights; auto: output for a language model, l1 for others",
     )
-    budget: Annotated[str, OneOf(("params", "macs"))] = Field("params", description="what the ratio counts")
+    budget: Annotated[str, OneOf(("params", "macs", "latency"))] = Field(
+        "params", description="what the ratio counts; latency: milliseconds, as a table foretells them"
+    )
+    latency_table: Annotated[str | None, Flag("--latency-table", metavar="FILE")] = Field(
+        None,
+        description="table of times for the budget latency, as measure_latency makes it; where the file is not there "
+        "or lacks this network it is measured here (onnxruntime, one thread) and kept in it",
+    )
     allocation: Annotated[str | None, OneOf(("uniform", "global", "measured"))] = Field(
         None,
         description="uniform: each node keeps the same share; global: the least important go first; measured: what "
@@ -97,6 +68,13 @@ class PruneOptions(JobOptions):
         description="config: only what a Hugging Face configuration can say, so that from_pretrained loads the result; "
         "padded: blocks of their own widths, filled up with zeros to that; any: cuts of any shape, "
         "for slimkit's own loaders; unset: config where the model has such a configuration",
+    )
+    rotation: Annotated[
+        bool, Flag("--rotation", sets=True, help="turn the hidden width onto its principal axes before it is cut")
+    ] = Field(
+        False,
+        description="turn the hidden width onto its principal axes before it is cut (models with RMSNorm; wants the "
+        "importance output)",
     )
     parallel: PositiveInt = Field(
         1, description="devices that heads, key and value heads and inner widths must divide among"
@@ -117,6 +95,14 @@ class PruneOptions(JobOptions):
         description="batches to refit what remains, without labels; unset: no refit, but of a language model pruned by "
         "output all batches",
     )
+
+    @model_validator(mode="after")
+    def _timed(self) -> PruneOptions:
+        if (self.budget == "latency") != (self.latency_table is not None):
+            raise PydanticCustomError(
+                "together", "the budget latency and a latency table (a file) must be given together", {"near": ""}
+            )
+        return self
 
     @property
     def needs_data(self) -> bool:
@@ -144,7 +130,7 @@ class CutOptions(JobOptions):
         default=["prune_blocks"], description="prune_blocks, prune_bert_intra_block"
     )
     pattern: str | None = Field(None, description="regular expression of a block's name; group 1 is its number")
-    layers: dict[Annotated[int, BeforeValidator(_number)], int] | None = Field(
+    layers: dict[Annotated[int, BeforeValidator(whole_number)], int] | None = Field(
         None, description="new block number: old block number"
     )
     keep_blocks: PositiveInt | None = Field(
@@ -191,8 +177,8 @@ class StudentOptions(JobOptions):
     layers: PositiveInt | None = Field(
         None, description="how many blocks stay: those that the data needs most (block influence)"
     )
-    layer_map: Annotated[Annotated[str, AfterValidator(_blocks)] | None, Flag("--layer-map", metavar="BLOCKS")] = Field(
-        None, description="the blocks that stay, by number, such as 0-9,12,20-29; unset: by the data"
+    layer_map: Annotated[Annotated[str, AfterValidator(each_block)] | None, Flag("--layer-map", metavar="BLOCKS")] = (
+        Field(None, description="the blocks that stay, by number, such as 0-9,12,20-29; unset: by the data")
     )
     ffn: PositiveInt | None = Field(None, description="width of the feed-forward")
     heads: PositiveInt | None = Field(None, description="attention heads")
@@ -228,8 +214,14 @@ class SparsifyOptions(JobOptions):
     )
     pattern: str | None = Field(None, description='n:m along input channels, for example "2:4" ("4:2" for Ascend)')
     uniform: Annotated[
-        bool, Flag("--measured-ratios", sets=False, help="each layer gets the ratio that its sensitivity allows")
-    ] = Field(True, description="the same ratio in every layer; false: each gets what its sensitivity allows")
+        bool | str,
+        OneOf("slimkit.core.sparse.config:RULES", switches=True),
+        Flag("--uniform", metavar="RULE", old=("--measured-ratios",), stood="measured"),
+    ] = Field(
+        True,
+        description="true: the same ratio in every layer; measured, or false: each gets what its sensitivity allows; "
+        "dlp: each block by a median of its weights times input norms, almost for nothing",
+    )
     progressive: bool = Field(False, description="reach the ratio in steps")
     residual: bool = Field(False, description="also fit what the residual stream has lost (chains of blocks)")
     swaps: NonNegativeInt = Field(

@@ -9,7 +9,7 @@ from typing import Any
 from slimkit.core import files
 from slimkit.core.calibration.record import record_of, write_record
 from slimkit.core.errors import ConfigError, UnsupportedError
-from slimkit.core.jobs import cards, claim, commands, early, folders, work
+from slimkit.core.jobs import cards, claim, commands, early, folders, pruning, work
 from slimkit.core.jobs.framework import JobFramework
 from slimkit.core.jobs.options import PruneOptions
 from slimkit.core.jobs.sources import DataPlace, ModelPlace
@@ -116,9 +116,15 @@ def prune(
     early.check(place, options, calib=calib)
     if not can_stream(place) or place.model is None:
         raise ConfigError("--stream needs a --model folder with a config.json and .safetensors files")
+    if options.budget == "latency":
+        raise ConfigError(
+            "--budget latency times the model in memory, and --stream leaves it on disk: give --whole, or another "
+            "budget"
+        )
     source = place.model
     pruner, batches = face.folder_pruner(place, source if out is None else out, calib)
-    work.set_up(pruner, options, commands.CommandContext(face, seed, None, options, batches=batches))
+    context = commands.CommandContext(face, seed, None, options, batches=batches)
+    pruning.set_up(pruner, pruner.model, options, context)
     if out is None:
         before = work.count(face, pruner.model)
         after, _ = pruner.analysis(options.reserved_ratio, options.un_prune_list)
@@ -128,7 +134,7 @@ def prune(
     command = cards.command_line("prune", place, options, cards.data_flags(calib)) + " --stream"
 
     def write(folder: Path) -> dict[str, Any]:
-        report = pruner.write(folder, options.reserved_ratio, options.un_prune_list, settings)
+        report = pruner.write(folder, options.reserved_ratio, options.un_prune_list, settings, options.defaults())
         facts = {key: report[key] for key in ("parameters_before", "parameters", "kept", "report")}
         facts["written"] = "transformers"
         kind, rows = type(pruner.model).__name__, cards.pruned_facts(facts, options)

@@ -99,19 +99,28 @@ def taught(
     """
     rows = int(given.read.facts.get("tokens", given.read.count))
     decision = state / "teacher.json"
-    if decision.exists():
-        against = files.read_json(decision)["against"]
-    elif not face.keeps_answers():
-        against = "answers are not read from files in this mode of the framework"
-    else:
-        against = reason_against(given.read, config, options, asked, state, rows)
-    files.write_json(decision, {"against": against})
+
+    def decide() -> str:
+        if decision.exists():
+            against = files.read_json(decision)["against"]
+        elif not face.keeps_answers():
+            against = "answers are not read from files in this mode of the framework"
+        else:
+            against = reason_against(given.read, config, options, asked, state, rows)
+        files.write_json(decision, {"against": against})
+        return str(against)
+
+    against = face.once(decide)
     if against:
         logger.info("the teacher runs at every step: %s", against)
         return given.teacher.model
     size = show(rows * BYTES, "bytes")
     logger.info("the teacher runs once; its answers, at most %s, are kept until the student is done", size)
-    batches = given.read.batches(options.batch_size)
-    return face.slim.TeacherCache.build(
-        given.teacher.model, batches, config, state / "teacher", top_k=KEPT, sampled=draws(config)
-    )
+
+    def build() -> None:
+        batches = given.read.batches(options.batch_size)
+        place = state / "teacher"
+        face.slim.TeacherCache.build(given.teacher.model, batches, config, place, top_k=KEPT, sampled=draws(config))
+
+    face.once(build)
+    return face.slim.TeacherCache(state / "teacher")

@@ -11,7 +11,7 @@ from slimkit.core import files
 from slimkit.core.delta.peft import KINDS as PEFT_KINDS
 from slimkit.core.delta.spec import MERGING
 from slimkit.core.errors import ConfigError, SlimkitError
-from slimkit.core.jobs import cards, fed, fitting, folders, teaching, work
+from slimkit.core.jobs import cards, crew, fed, fitting, folders, teaching, work
 from slimkit.core.jobs.commands import CommandContext
 from slimkit.core.jobs.framework import ComputeLoss, FitRun, JobFramework, Lesson, Opened, Task
 from slimkit.core.jobs.options import AdaptOptions, DistillOptions, FitOptions, TrainOptions
@@ -48,6 +48,8 @@ def distill(
     Raises:
         ConfigError: no student, a network that cannot be called with the data, tensors that cannot be compared.
     """
+    if out is not None:
+        face.join()
     if face.learns_text(place, data):
         given = face.lesson(place, data, options, student, run.seed)
     else:
@@ -79,15 +81,21 @@ def distill(
     job = {"command": "distill", **_identity(options), **student.identity(), "label_key": label_key}
     job |= {"data": read.identity, "teacher": work.digest(face, teacher.model)}
     job |= {"start": work.digest(face, learner.model)}
-    state = fitting.begin(options, out, run, job)
+    state = Path(face.once(lambda: str(fitting.begin(options, out, run, job))))
     context.keeps = out, replace(run, restart=False), job
     knows = teaching.taught(face, given, config, options, student.teacher, state)
     if knows is not teacher.model:
         teacher.model = None  # its answers are on disk, and its memory is the student's
+    else:
+        face.share(teacher)
+    face.share(learner)
     facts["teacher"] = "online" if teacher.model is not None else "cached"
     done = work.distill(knows, learner.model, options, context, config)
     learner.model = done.model
     facts |= {key: done.facts[key] for key in ("steps", "loss_by_epoch")}
+    face.gather(learner)
+    if crew.rank() > 0:
+        return facts
     with files.atomic_directory(out) as folder:
         facts["written"] = face.write_model(learner, folder)
         folders.write_report(folder, "distill", facts)
@@ -138,6 +146,8 @@ def adapt(
         raise ConfigError(f"--merge is for --kind {kinds}: nothing else merges into weights. Received: {options.kind}")
     if format == "peft" and options.kind not in (known := sorted(set(PEFT_KINDS.values()))):
         raise ConfigError(f"--format peft is for --kind {', '.join(known)}. Received: {options.kind}")
+    if out is not None:
+        face.join()
     given = _task(face, place, data, evaluation, task, options, run.seed, label_key)
     opened, read = given.opened, given.read
     assert isinstance(given.options, AdaptOptions)
@@ -154,14 +164,19 @@ def adapt(
         return facts | work.place_delta(opened.model, options, context)
     job = {"command": "adapt", "task": given.name, **_identity(options), "label_key": label_key}
     context.keeps = out, run, job | {"base": work.digest(face, opened.model), "data": read.identity}
+    face.share(opened)
     facts |= work.adapt(opened.model, options, context).facts
     if given.held is not None:
         facts["evaluation"] = _evaluate(face, opened.model, given, options.batch_size)
-    with files.atomic_directory(out) as folder:
+    with crew.result(out) as folder:
         face.slim.save_delta(opened.model, folder, format=format)
-        facts["delta_bytes"] = sum(f.stat().st_size for f in folder.iterdir())
         if merge:
             face.slim.merge_delta(opened.model, unload=True)
+            face.gather(opened)
+        if crew.rank() > 0:
+            return facts
+        facts["delta_bytes"] = sum(f.stat().st_size for f in folder.iterdir())
+        if merge:
             (folder / "merged").mkdir()
             facts["written"] = face.write_model(opened, folder / "merged")
         folders.write_report(folder, "adapt", facts)
@@ -199,6 +214,8 @@ def train(
     Raises:
         ConfigError: the network cannot be called with the data, or data and loss do not fit.
     """
+    if out is not None:
+        face.join()
     given = _task(face, place, data, evaluation, task, options, run.seed, label_key)
     opened, read = given.opened, given.read
     made = [] if place.model is None or not place.model.is_dir() else folders.made_sparse(place.model)
@@ -214,10 +231,14 @@ def train(
     context = CommandContext(face, run.seed, inputs, options, read=read, named_loss=(given.name, given.loss))
     job = {"command": "train", "task": given.name, **_identity(options), "label_key": label_key}
     context.keeps = out, run, job | {"base": work.digest(face, opened.model), "data": read.identity}
+    face.share(opened)
     done = work.train(opened.model, options, context)
     facts |= {"steps": done.facts["steps"], "loss_by_epoch": done.curves["loss"]}
     if given.held is not None:
         facts["evaluation"] = _evaluate(face, opened.model, given, options.batch_size)
+    face.gather(opened)
+    if crew.rank() > 0:
+        return facts
     with files.atomic_directory(out) as folder:
         facts["written"] = face.write_model(opened, folder)
         if made and place.model is not None:  # what reads the folder knows which zeros were made

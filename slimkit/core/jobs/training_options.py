@@ -56,7 +56,9 @@ class FitOptions(JobOptions):
     learning_rate: Annotated[PositiveFloat, Flag("--learning-rate", old=("--lr",))] = Field(
         description="peak learning rate"
     )
-    batch_size: PositiveInt = Field(16, description="samples per update; ready batches keep their own size")
+    batch_size: PositiveInt = Field(
+        16, description="samples per update, of all processes together; ready batches keep their own size"
+    )
     optimizer: Annotated[str, OneOf(("adamw", "sgd"))] = Field("adamw", description="adamw, or sgd with momentum 0.9")
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
     schedule: Annotated[str, OneOf(("cosine", "linear", "constant"))] = Field(

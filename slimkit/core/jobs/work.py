@@ -21,17 +21,15 @@ from slimkit.core.errors import ConfigError
 from slimkit.core.files import digest_array
 from slimkit.core.jobs import fitting, rdrop
 from slimkit.core.jobs.framework import Array, ComputeLoss, JobFramework, JobResult
-from slimkit.core.jobs.measurement import MISSED, goal, show
+from slimkit.core.jobs.measurement import goal, show
 from slimkit.core.jobs.options import (
     AdaptOptions,
     CutOptions,
     DistillOptions,
     FitOptions,
-    PruneOptions,
     SparsifyOptions,
     TrainOptions,
 )
-from slimkit.core.prune.criteria import Criterion
 
 _START_BATCHES = 8  # of the training data, for a start that is read from data
 
@@ -55,6 +53,10 @@ class JobContext(ABC):
     @abstractmethod
     def function(self, reference: str, key: str) -> Callable[..., Any]:
         """The user's function that an option names."""
+
+    @abstractmethod
+    def file(self, name: str) -> Path:
+        """The file that an option names."""
 
     @abstractmethod
     def calibration(self, count: int | None = None) -> Sequence[Any]:
@@ -138,74 +140,7 @@ def _trained(fitted: Mapping[str, Any]) -> str:
     return f"{took}, loss {losses[0]:.4g}" + (f" to {losses[-1]:.4g}" if len(losses) > 1 else " on average")
 
 
-# prune, cut, sparsify -----------------------------------------------------------------------------------------------
-
-
-# What the words of a budget count.
-_COUNTED = {"params": "parameters", "macs": "MACs"}
-
-
-def set_up(pruner: Any, options: PruneOptions, context: JobContext) -> Any:
-    """Set on a pruner what the options ask for; returns it."""
-    importance: Any = options.importance
-    if ":" in importance:
-        importance = context.function(importance, "importance")
-    own = isinstance(importance, type) and issubclass(importance, Criterion) and importance.needs
-    measured = None
-    if options.scored_by_data or own:
-        measured = context.calibration(options.calibration_batches)
-    elif importance == "auto" and pruner.is_language_model:
-        try:
-            measured = context.calibration()
-        except ConfigError as error:
-            raise ConfigError(
-                f"{error}. Weights alone do not tell what a language model can lose; {context.spell('importance')} l1 "
-                "goes by them all the same"
-            ) from None
-    pruner.set_importance_evaluation_function(importance, calibration=measured, seed=context.seed)
-    pruner.set_parallel(options.parallel).set_alignment(options.alignment).set_budget(options.budget)
-    if options.form is not None:
-        pruner.set_form(options.form)
-    if options.node_reserved_ratio is not None:
-        pruner.set_node_reserved_ratio(options.node_reserved_ratio)
-    if options.allocation is not None:
-        pruner.set_allocation(options.allocation)
-    if options.compensation_batches:
-        pruner.set_compensation(context.calibration(options.compensation_batches))
-    return pruner
-
-
-def prune(model: Any, options: PruneOptions, context: JobContext, *, plan_only: bool = False) -> JobResult:
-    """Drop channels, heads and widths, in place; with `plan_only` the model is left as it is."""
-    face = context.face
-    before = count(face, model)
-    pruner = set_up(face.slim.Pruner(model, context.example), options, context)
-    desc = None
-    if plan_only:
-        after, _ = pruner.analysis(options.reserved_ratio, options.un_prune_list)
-    else:
-        desc = pruner.prune(options.reserved_ratio, options.un_prune_list)
-        after = count(face, model)
-    report = pruner.report()
-    said = f"{show(before, 'count')} to {show(after, 'count')} parameters: {after / before:.3f} kept"
-    if options.budget != "params":
-        said += f"; of the {options.budget} {report['reached']:.3f}"
-    if "padding" in report:
-        said += f"; {show(report['padding']['zeros'], 'count')} of them are padding"
-    facts = {
-        "headline": f"{said}, {options.reserved_ratio} asked for",
-        "goal": goal(
-            f"{_COUNTED[options.budget]} kept",
-            options.reserved_ratio,
-            report["reached"],
-            report["reached"] > MISSED * options.reserved_ratio,
-        ),
-        "parameters_before": before,
-        "parameters": after,
-        "kept": after / before,
-        "report": report,
-    }
-    return JobResult(model, edit=None if desc is None else {"prune": desc}, facts=facts)
+# cut, sparsify -----------------------------------------------------------------------------------------------------
 
 
 def cut(small: Any, weights: Path, options: CutOptions, context: JobContext, large: Any) -> JobResult:

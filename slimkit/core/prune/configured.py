@@ -46,6 +46,7 @@ class Said:
         explicit: fields that are unset today, and the value that says the same.
         shapes: what the configuration builds today.
         together: field -> others of its value that must change with it, or another architecture is built.
+        computed: tensors that no file holds: what is cut from them comes back otherwise, so that their widths stay.
     """
 
     fields: dict[str, Field]
@@ -55,6 +56,7 @@ class Said:
     explicit: dict[str, int]
     shapes: Shapes
     together: dict[str, list[str]] = field(default_factory=dict)
+    computed: set[str] = field(default_factory=set)
 
     def with_values(self, values: Mapping[str, int | float]) -> dict[str, Field]:
         """Whole fields for new values of fields and elements."""
@@ -240,6 +242,9 @@ def levers_said(view: View, said: Said) -> list[Lever]:
     relative = {axis: ratio for ratio, axes in said.ratios.items() for axis in axes}
     for path, exprs in view.axes.items():
         for axis, expr in enumerate(exprs):
+            if path in said.computed:
+                demand(expr, {})
+                continue
             ratio = relative.get((path, axis))
             if ratio is not None:
                 demand(expr, {ratio: Fraction(said.shapes[path][axis])})

@@ -27,6 +27,12 @@ Array = np.ndarray[Any, Any]
 Field = int | float | list[int] | None  # as `attributes` has it, which reads this file
 Build = Callable[[Mapping[str, Field]], Mapping[str, tuple[int, ...]] | None]
 KEPT_WHOLE = 'experts: only data tells which of them can go (importance "output")'
+# Why no plan may touch the experts of a module.
+WHY_STAY = {
+    "torch": "no configuration of Hugging Face's tells which axes count them",
+    "mindspore": "cells carry no configuration that tells which axes count them. Prune experts in PyTorch, and convert "
+    "the model",
+}
 NUMBER = re.compile(r"experts$")
 # How many experts one token is given to: never more than there are.
 CHOSEN = re.compile(r"experts_per_tok|(^|_)top_?k$")
@@ -139,6 +145,18 @@ def _loosen(relations: Relations, found: Sequence[Experts], widths: set[Dim]) ->
             if any(find(d) in counting for d in dims[out]) or (reads and all(fixed)):
                 scores.add(out)
             dims[out] = [Dim(d.size, elastic=True) if loose else d for d, loose in zip(dims[out], fixed)]
+
+
+def stay_note(framework: str, modules: Iterable[str]) -> str:
+    """What a report says of modules whose experts no plan may touch; "" for none.
+
+    Example:
+        >>> stay_note("torch", ["h.0.moe", "h.1.moe", "h.2.moe"]).partition(":")[0]
+        'the experts of h.0.moe, h.1.moe and 1 more stay whole'
+    """
+    named = [path or "the model" for path in modules]
+    told = ", ".join(named[:2]) + (f" and {len(named) - 2} more" if len(named) > 2 else "")
+    return f"the experts of {told} stay whole: {WHY_STAY[framework]}" if named else ""
 
 
 def expert_losses(signal: ExpertSignal) -> Array:

@@ -14,6 +14,7 @@ from slimkit.core.errors import UnsupportedError
 from slimkit.core.log import logger
 from slimkit.core.prune.attributes import HEADS, HIDDEN, Field
 from slimkit.core.prune.configured import Said, ask, levers_said
+from slimkit.core.prune.expressions import Expr
 from slimkit.core.prune.framework import PruneFramework
 from slimkit.core.prune.levers import Lever, free_levers
 from slimkit.core.prune.plan import PrunePlan
@@ -44,6 +45,7 @@ class CutForm:
         wanted: what was asked for.
         name: the form in force.
         because: why it is not the one a model with a configuration has, in one line; "" where it is.
+        notes: what else the form demands, in words.
 
     Raises:
         UnsupportedError: the configuration can say no cut of this model, and a form that needs one was asked for.
@@ -51,6 +53,7 @@ class CutForm:
 
     def __init__(self, wanted: str | None, wing: PruneFramework, coupling: Coupling) -> None:
         self.wanted, self._wing, self.because = wanted, wing, ""
+        self.notes: list[str] = []
         self._said: Said | None = None  # known in the form "config" alone
         self._held: set[str] = set()
         self.name = wanted or "config"
@@ -58,6 +61,11 @@ class CutForm:
             return
         view, fields = coupling.view(), wing.config()
         found: Said | str = ask(view, fields, wing.configured) if fields else ""
+        if isinstance(found, Said):
+            found.computed = {p for p in wing.computed() & view.axes.keys() if not all(map(_fixed, view.axes[p]))}
+            self.notes = [
+                f"{path} is computed anew at loading: its width stays whole" for path in sorted(found.computed)
+            ]
         if found == "" and wanted is None:
             self.name = "any"
             return
@@ -228,6 +236,10 @@ class CutForm:
         # Where nothing tells which of them is to blame, nothing that moved can be said.
         self._held |= held or moved
         return True
+
+
+def _fixed(expr: Expr) -> bool:
+    return isinstance(expr, int)
 
 
 def parallel_steps(view: View, levers: Sequence[Lever], number: int) -> list[int]:

@@ -12,7 +12,7 @@ from slimkit.core.prune.attributes import Field
 from slimkit.core.prune.elimination import LayerSignal
 from slimkit.core.prune.experts import ExpertSignal
 from slimkit.core.prune.graph import Graph
-from slimkit.core.prune.plan import PrunePlan
+from slimkit.core.prune.plan import Derived, PrunePlan
 from slimkit.core.prune.rehearsal import Rehearsal
 from slimkit.core.prune.solve import View
 
@@ -84,8 +84,20 @@ class PruneFramework(Protocol):
         it builds none, empty where a framework has no such configurations."""
 
     @abstractmethod
+    def stacked(self) -> list[str]:
+        """Paths of the modules that say that they hold experts, one matrix an expert in one parameter."""
+
+    @abstractmethod
     def config_mismatch(self) -> str | None:
         """Where a model built afresh from the configuration differs from this one: "" nowhere, None without one."""
+
+    @abstractmethod
+    def computed(self) -> set[str]:
+        """Paths of the parameters and buffers that a saved model lacks: loading by a configuration computes them."""
+
+    @abstractmethod
+    def derived(self, config: Mapping[str, tuple[Field, Field]]) -> Derived:
+        """Numbers in the model that become others with the fields of its configuration, (before, after) each."""
 
     @abstractmethod
     def gradients(self, data: Iterable[Any], loss: Callable[..., Any] | None, square: bool) -> dict[str, Array]:
@@ -105,10 +117,6 @@ class PruneFramework(Protocol):
     @abstractmethod
     def cut(self, plan: PrunePlan, names: Mapping[str, str]) -> Callable[[], None]:
         """Cut the model in place and return a call that takes it back; on an error the model is as it was."""
-
-    @abstractmethod
-    def demand_rotation(self) -> None:
-        """Raise UnsupportedError where the framework's models cannot be turned."""
 
     @abstractmethod
     def turn(self, values: Iterable[tuple[str, Array]], parted: Mapping[str, str]) -> Callable[[], None]:

@@ -98,6 +98,10 @@ class LatencyTable(Shown):
         found: Array = np.maximum(low * (1 - a) + high * a, 0.0)
         return found
 
+    def holds(self, view: View) -> bool:
+        """Whether a network was timed, and the layers that it is made of."""
+        return digest_of(view) in self.networks and {x.kind for x in timed_layers(view)} <= self.layers.keys()
+
     def to_dict(self) -> dict[str, Any]:
         """The table as plain data (docs/formats.md)."""
         told = {name: getattr(self, name) for name in _KEYS[2:]}

@@ -86,6 +86,7 @@ def _join(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
         if any(isinstance(e, str) for e in exprs):
             axes_of[path] = exprs
     groups = {**one.groups, **two.groups}
+    derived = _changes(first.get("derived", {}), second.get("derived", {}))
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -96,6 +97,7 @@ def _join(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
         "groups": {scope: [attribute, number] for scope, (attribute, number) in groups.items()},
         "attributes": _changes(first.get("attributes", {}), second.get("attributes", {})),
         "config": _changed("config", first.get("config", {}), second.get("config", {})),
+        **({"derived": derived} if "derived" in first or "derived" in second else {}),
         "made": {
             **{k: v for k, v in second.get("made", {}).items() if k in ("framework", "left_params")},
             "steps": [dict(step) for step in (*one.steps, *two.steps)],

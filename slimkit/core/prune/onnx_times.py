@@ -41,7 +41,7 @@ class OnnxTimes:
         device: str = "",
         budget_s: float = 0.02,
     ) -> None:
-        self._export, self._inputs, self._run, self._budget = export, inputs, run, budget_s
+        self._export, self.feeds, self._run, self._budget = export, inputs, run, budget_s
         onnx = library("onnx", "onnx")
         self.versions = {"onnx": onnx.__version__}
         if run is None:
@@ -61,17 +61,26 @@ class OnnxTimes:
 
     def networks(self, models: Sequence[Any]) -> list[float]:
         with tempfile.TemporaryDirectory() as folder:
-            files_made = []
-            for number, model in enumerate(models):
-                path = Path(folder) / f"{number}.onnx"
-                self._export(model, path)
-                files_made.append(path)
-            feeds = self._inputs(models[0])
-            if self._run is not None:
-                return [float(self._run(path)) for path in files_made]
-            sessions = [_session(str(path)) for path in files_made]
-            calls = [(s, {i.name: feeds[i.name] for i in s.get_inputs()}) for s in sessions]
-            return _in_turn(calls, 20 * self._budget * len(calls))
+            made = [self.written(model, Path(folder) / f"{number}.onnx") for number, model in enumerate(models)]
+            return self.of_files(made, self.feeds(models[0]))
+
+    def written(self, model: Any, path: Path) -> Path:
+        """Write a network as a file to be timed; returns its path."""
+        self._export(model, path)
+        return path
+
+    def of_files(self, made: Sequence[Path], feeds: Mapping[str, Any]) -> list[float]:
+        """Milliseconds of networks that were written, taken in turn.
+
+        Args:
+            made: ONNX files.
+            feeds: name of an input -> array.
+        """
+        if self._run is not None:
+            return [float(self._run(path)) for path in made]
+        sessions = [_session(str(path)) for path in made]
+        calls = [(s, {i.name: feeds[i.name] for i in s.get_inputs()}) for s in sessions]
+        return _in_turn(calls, 20 * self._budget * len(calls))
 
     def _timed(self, points: Sequence[Point], budget_s: float) -> list[float]:
         found: list[float] = []
@@ -92,6 +101,40 @@ class OnnxTimes:
                 next(bar, None)
         next(bar, None)
         return found
+
+
+class TimedCut:
+    """A network's times before and after a cut, each written as a file, the two timed in turn.
+
+    Args:
+        times: what times.
+        model: the network before the cut.
+    """
+
+    def __init__(self, times: OnnxTimes, model: Any) -> None:
+        self._times, self._feeds = times, times.feeds(model)
+        self._folder = tempfile.TemporaryDirectory()
+        try:
+            self._before = times.written(model, Path(self._folder.name) / "before.onnx")
+        except BaseException:
+            self._folder.cleanup()
+            raise
+
+    def __enter__(self) -> TimedCut:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._folder.cleanup()
+
+    def ms(self, model: Any) -> tuple[float, float]:
+        """Milliseconds (before, after).
+
+        Args:
+            model: the network after the cut.
+        """
+        after = self._times.written(model, Path(self._folder.name) / "after.onnx")
+        before_ms, after_ms = self._times.of_files([self._before, after], self._feeds)
+        return before_ms, after_ms
 
 
 def _processor() -> str:

@@ -15,6 +15,9 @@ from slimkit.core.prune.solve import View
 
 FORMAT, VERSION = "slimkit.prune", 1
 
+# Module -> attribute or buffer -> (before, after): numbers that a model computes from its configuration.
+Derived = dict[str, dict[str, tuple[float, float]]]
+
 
 def make_desc(
     view: View,
@@ -111,6 +114,10 @@ class PrunePlan:
             }
             self.attributes = {m: dict(c) for m, c in desc.get("attributes", {}).items()}
             self.config = {f: (old, new) for f, (old, new) in desc.get("config", {}).items()}
+            self.derived: Derived = {
+                m: {n: (float(old), float(new)) for n, (old, new) in c.items()}
+                for m, c in desc.get("derived", {}).items()
+            }
         except PlanError:
             raise
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:

@@ -14,13 +14,13 @@ from slimkit.core.match import demand, match
 from slimkit.core.prune.allocate import Account, Allocation, allocate
 from slimkit.core.prune.attributes import config_changes, new_values, scope_sizes
 from slimkit.core.prune.criteria import CRITERIA, Criterion
-from slimkit.core.prune.experts import fields_after, find_experts, numbers_after
+from slimkit.core.prune.experts import fields_after, find_experts, numbers_after, stay_note
 from slimkit.core.prune.expressions import Index
 from slimkit.core.prune.forms import CutForm, parallel_steps
 from slimkit.core.prune.framework import PruneFramework
 from slimkit.core.prune.importance import best
 from slimkit.core.prune.knapsack import foretold, measured
-from slimkit.core.prune.latency import LatencyAccount
+from slimkit.core.prune.latency import LatencyAccount, LatencyTable
 from slimkit.core.prune.levers import Lever, counts_experts, joined_losses, joined_scores, lever_matrix
 from slimkit.core.prune.narrowing import Narrowing, alike_levers
 from slimkit.core.prune.plan import PrunePlan, make_desc
@@ -60,6 +60,10 @@ class PrunerPlanning(PrunerSettings):
         """Whether the model has a table of embeddings and attention, so that only data tells what it can lose."""
         return self._solved().is_language_model
 
+    def is_timed_by(self, table: LatencyTable) -> bool:
+        """Whether a table tells this network's latency, at the size of the example."""
+        return table.holds(self._solved().view([]))
+
     def _planned(self, ratio: float, whole: list[str], most: Mapping[str, int] | None = None) -> dict[str, Any]:
         """A plan, and the report that belongs to it.
 
@@ -93,12 +97,16 @@ class PrunerPlanning(PrunerSettings):
                 break
             if rounds == _ROUNDS:
                 narrowing.keep_everything(f"its code contradicted {rounds} plans")
+        if form.name != "any":
+            # What loading by the configuration will compute, the cut model holds as well.
+            desc["derived"] = self._wing.derived(PrunePlan(desc).config)
         parameters, held = Account(view), form.held_at(view, allocation.keep)
         left = parameters.count(np.array([held[n] for n in view.counts], dtype=np.int64))
         copied = self._copied()
         self._report = allocated(view, allocation, account, left, ratio, self._budget, self._quiet, copied)
         if "rotated" in desc["made"]:
             self._report["rotated"] = {**desc["made"]["rotated"], "added_params": copied}
+        self._report["notes"] += form.notes
         self._report["form"] = {"name": form.name, "because": form.because}
         if form.name == "padded":
             live = parameters.count(np.array([allocation.keep[n] for n in view.counts], dtype=np.int64))
@@ -122,6 +130,9 @@ class PrunerPlanning(PrunerSettings):
             if self._rotate:
                 coupling = self._stream_found(coupling)
             coupling.open_experts(find_experts(coupling.graph, self._wing.config(), self._wing.configured))
+            left = [path for path in self._wing.stacked() if path not in coupling.expert_dims]
+            if note := stay_note(self._wing.framework, left):
+                coupling.graph.notes.append(note)
             self._narrowing = Narrowing(coupling)
         return self._narrowing
 
@@ -186,6 +197,11 @@ class PrunerPlanning(PrunerSettings):
         """What the ratio counts."""
         if self._budget == "latency":
             assert self._table is not None
+            if self._form_begun().name == "padded":
+                raise ArgumentError(
+                    'the budget "latency" needs the form "config" or "any": zeros that pad a width take time like any '
+                    'other numbers. Received: the form "padded"'
+                )
             return LatencyAccount(view, self._table)
         return Account(view, self._budget)
 

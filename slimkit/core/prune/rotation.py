@@ -74,6 +74,8 @@ def principal_axes(stream: Stream, signals: Callable[[Sequence[str]], Mapping[st
                     flows[norm] = signal.gram / known / known[:, None]
             uses[norm] = use
     axes = np.linalg.eigh(np.sum(list(flows.values()), axis=0))[1][:, ::-1]
+    # An axis may point either way; one rule makes the result that of another machine and framework.
+    axes = axes * np.sign(np.take_along_axis(axes, np.abs(axes).argmax(0)[None], 0))
     turned = {norm: axes.T @ gram @ axes for norm, gram in flows.items()}
     channels = [
         ChannelReader(
@@ -100,19 +102,30 @@ def turned_values(stream: Stream, rotation: Rotation, kept: Array, read: Read) -
     Yields:
         Path and values, of the shape that they had; of a table that is read as well the two ways are apart.
     """
+    for path in turned_paths(stream):
+        yield path, turned_value(stream, rotation, kept, read, path)
+
+
+def turned_paths(stream: Stream) -> list[str]:
+    """The parameters that turning a stream changes: what writes it, what reads it, and its norms."""
+    return list(dict.fromkeys([p for p, _ in stream.writers] + [r.path for r in stream.readers] + stream.norms))
+
+
+def turned_value(stream: Stream, rotation: Rotation, kept: Array, read: Read, path: str) -> Array:
+    """One of the parameters that `turned_values` gives."""
     axes = rotation.axes
-    for path, axis in stream.writers:
-        values = np.asarray(read(path), dtype=np.float64)
-        yield path, values @ axes if axis == values.ndim - 1 else np.tensordot(axes.T, values, 1)
-    for reader in stream.readers:
-        if (reader.path, reader.axis) in stream.writers:
-            continue  # a table without a scale behind it: its two ways turn alike
-        turned = (_matrix(reader, read) * _scale(stream, reader.norm, read)) @ axes
-        yield reader.path, turned if reader.axis else turned.T
-    for norm in stream.norms:
-        energy = rotation.energy[norm]
+    if path in stream.norms:
+        energy = rotation.energy[path]
         share = energy[kept].sum() / energy.sum() if len(kept) < len(energy) else 1.0
-        yield norm, np.full(stream.width, np.sqrt(share * stream.width / len(kept)))
+        return np.full(stream.width, np.sqrt(share * stream.width / len(kept)))
+    for written, axis in stream.writers:  # a table without a scale behind it: its two ways turn alike
+        if written == path:
+            values = np.asarray(read(path), dtype=np.float64)
+            turned: Array = values @ axes if axis == values.ndim - 1 else np.tensordot(axes.T, values, 1)
+            return turned
+    reader = next(r for r in stream.readers if r.path == path)
+    turned = (_matrix(reader, read) * _scale(stream, reader.norm, read)) @ axes
+    return turned if reader.axis else turned.T
 
 
 def _scale(stream: Stream, norm: str, read: Read) -> Array:

@@ -164,12 +164,9 @@ class PrunerSettings(Shown):
 
         Raises:
             ArgumentTypeError: no bool.
-            UnsupportedError: in MindSpore; at the first plan, where the model's stream cannot be turned, with the
-                reason.
+            UnsupportedError: at the first plan, where the model's stream cannot be turned, with the reason.
         """
-        if check.boolean(on, "on"):
-            self._wing.demand_rotation()
-        self._rotate = on
+        self._rotate = check.boolean(on, "on")
         self._begin_anew()
         return self
 

@@ -22,8 +22,9 @@ from slimkit.core.prune.solve import View
 
 # Operators that hand every index of the last axis on as it is.
 _PASSING = frozenset({"identity", "reshape", "transpose", "expand", "slice", "select", "gather", "concat"})
-_SUMS, _PRODUCTS = frozenset({"add", "add_", "sub", "sub_"}), frozenset({"mul", "mul_", "div", "div_"})
-_SAME = frozenset({"dropout", "neg", "native_dropout", "clone"})
+_SUMS, _TIMES = frozenset({"add", "add_", "sub", "sub_"}), frozenset({"mul", "mul_"})
+_OVER = frozenset({"div", "div_"})
+_SAME = frozenset({"dropout", "neg", "native_dropout", "clone", "cast"})
 
 
 @dataclass(frozen=True)
@@ -147,8 +148,9 @@ class _Walk:
             last = len(self.exprs(live[0])) - 1
             if last not in node.attrs["axes"]:
                 self.states.update(dict.fromkeys(node.outputs, self.states[live[0]]))
-            elif states != {"square"} or name not in ("mean", "sum"):
-                self.refuse(node, f"a {name} over its features (as LayerNorm takes one)")
+            elif states != {"square"} or name != "mean":
+                told = "" if states == {"square"} else " (as LayerNorm takes one)"
+                self.refuse(node, f"a {name} over its features{told}")
         elif node.op in _PASSING and len(states) == 1 and not held and all(map(self.last_only, node.outputs)):
             self.states.update(dict.fromkeys(node.outputs, states.pop()))
         else:
@@ -194,16 +196,16 @@ class _Walk:
         out: str | None = None
         if held and len(live) == len(held) == 1 and states == [""] and not others:
             path = self.path(held[0])
-            if self.view.axes[path] == [self.name] and name in ("mul", "mul_"):
+            if self.view.axes[path] == [self.name] and name in _TIMES:
                 out = path
             elif self.view.axes[path] == [self.name] and name in ("add", "add_"):
                 self.stream.writers += [] if (path, 0) in self.stream.writers else [(path, 0)]
                 out = ""
         elif held:
             out = None
-        elif states in ([""], ["", ""]) and (name in ("pow", "square") or (name in _PRODUCTS and live[1:] == live[:1])):
+        elif states in ([""], ["", ""]) and (name == "square" or (name in _TIMES and live[1:] == live[:1])):
             out = "square"
-        elif (name in _PRODUCTS and len(live) == 1) or name in _SAME:
+        elif name in _SAME or (len(live) == 1 and (name in _TIMES or (name in _OVER and live[0] == node.inputs[0]))):
             out = states[0]
         elif name in _SUMS and not others and set(states) == {""}:
             out = ""
@@ -220,6 +222,11 @@ def part(graph: Graph, table: str) -> str:
         UnsupportedError: it is shared by more than one.
     """
     further = [path for path, first in graph.aliases.items() if first == table]
+    if not further:
+        raise UnsupportedError(
+            f"the residual stream cannot be turned: {table} is read behind a norm's scale too, by code that holds no "
+            "matrix of its own for it"
+        )
     if len(further) != 1:
         raise UnsupportedError(f"{table} is shared by {len(further) + 1} modules: which of them reads the stream?")
     shared = {n for n, v in enumerate(graph.values) if v.kind == "param" and v.path == table}

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from slimkit.core.errors import ConfigError, FileFormatError
-from slimkit.core.jobs import factory, fitting, work
+from slimkit.core.jobs import factory, fitting, pruning, work
 from slimkit.core.jobs.framework import ComputeLoss, JobFramework, JobResult, Opened
 from slimkit.core.jobs.measurement import Measurement, show
 from slimkit.core.jobs.options import AdaptOptions, CompareOptions, CutOptions, ExportOptions, FitOptions
@@ -43,6 +43,9 @@ class RecipeContext(work.JobContext):
 
     def function(self, reference: str, key: str) -> Callable[..., Any]:
         return factory.resolve(reference, self.stage.folder, self.spell(key))
+
+    def file(self, name: str) -> Path:
+        return self.stage.folder / name
 
     def calibration(self, count: int | None = None) -> list[Any]:
         batches = self.stage.data.get("calibration")
@@ -160,7 +163,7 @@ class Stages:
         if kind == "compare":
             return self._compare(options, model, stage)
         jobs: dict[str, Callable[..., JobResult]] = {
-            "train": work.train, "finetune": work.train, "prune": work.prune, "sparsify": work.sparsify,
+            "train": work.train, "finetune": work.train, "prune": pruning.prune, "sparsify": work.sparsify,
         }  # fmt: skip
         return jobs[kind](model, options, context)
 

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from slimkit.core import check, files
+from slimkit.core import check, files, traffic
+from slimkit.core.checkpoint.stepwise import identity
 from slimkit.core.errors import UnsupportedError
 from slimkit.core.joblog import JobLog
 from slimkit.core.locks import BLOCKS as STATE
@@ -63,13 +64,13 @@ def sparsify_folder(
         on_progress: called after every layer, in process 0.
 
     Returns:
-        The report.
+        The report, with the "bytes" that this call's processes read and wrote (see `traffic.Traffic.facts`).
 
     Raises:
         UnsupportedError: processes were given different things, or `target` was begun with others.
         ConfigError: another run is at work in `target`.
     """
-    job = {"config": cfg.to_dict(), "source": _digests(host, weights), **job}
+    job = {"config": cfg.to_dict(), "source": identity(weights), **job}
     told = host.gather(job)
     if any(other != told[0] for other in told):
         raise UnsupportedError("all processes must be given the same model, data, configuration and threads.")
@@ -95,7 +96,7 @@ def sparsify_folder(
         files.commit(finished, target)
         tidy(state)
 
-    with _claimed(host, target):
+    with _claimed(host, target), traffic.counted(weights) as count:
         report = first(host, begin)
         if report is None:
             report = _walk(host, cfg, data, state, on_progress if host.rank() == 0 else _unseen)
@@ -104,7 +105,9 @@ def sparsify_folder(
                 rewrite(file, finished / file.name)
             host.gather(None)  # all are written
             first(host, commit)
-    return Report("sparsity", report)
+        moved = traffic.added(host.gather(count.facts()))
+        traffic.say("sparsify", moved)
+    return Report("sparsity", {**report, "bytes": moved})
 
 
 def _unseen(_step: Progress) -> None:
@@ -131,13 +134,6 @@ def _claim(held: contextlib.ExitStack, target: Path) -> None:
     if target.exists() and any(f.name != STATE for f in target.iterdir()) and not (state / "job.json").exists():
         check.wrong_value("dst", "absent, empty, or an unfinished run", str(target))
     held.enter_context(locked(state, "dst", inside=True))
-
-
-def _digests(host: SparseFramework, weights: Sequence[Path]) -> dict[str, str]:
-    """The digest of each file, which one process reads."""
-    n, rank = host.processes(), host.rank()
-    every = host.gather([files.digest_file(file) for file in weights[rank::n]])
-    return {file.name: every[i % n][i // n] for i, file in enumerate(weights)}
 
 
 def _walk(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from slimkit.core import errors
@@ -93,6 +93,12 @@ def first(host: Crew, work: Callable[[], Any]) -> Any:
         kind = getattr(errors, told["kind"], None)
         raise (kind if kind is not None else errors.ProcessLostError)(told["error"])
     return told["value"]
+
+
+def dealt(host: SparseFramework, dataset: Iterable[Any]) -> list[tuple[Any, int]]:
+    """The batches that are this process's in a walk of files, with their numbers: p, p + n, p + 2 n, ... of n."""
+    n, rank = host.processes(), host.rank()
+    return [(batch, i) for i, batch in enumerate(dataset) if i % n == rank]
 
 
 def in_order(host: SparseFramework, own: Sequence[Any]) -> list[Any]:

@@ -12,7 +12,12 @@ trains, y is z + inherited (y - z), z what the dense block makes of x: little of
 be foretold from x, and with all of it in y the training rows gain and others lose. What judges is y itself. One of
 HOLD_OUT samples is kept apart to judge by: a pass that makes it worse is taken back, and the next goes on from the
 best values at a FALL of the rate. With few calibration rows a block learns their noise within a pass or two: only what
-helps other rows stays. Sources: reconstruction of blocks after pruning, Guo et al. 2024 (EBFT); this loss is ours.
+helps other rows stays.
+
+Of several processes that share one data set each has every n-th batch. An update still takes one batch: the process
+that has it makes the gradient and gives it to all, and all make the same update, so that the values are those of one
+process to the last bit; what judges is spread. Processes with data of their own update together, on a batch of each.
+Sources: reconstruction of blocks after pruning, Guo et al. 2024 (EBFT); this loss is ours.
 """
 
 from __future__ import annotations
@@ -22,8 +27,11 @@ from math import cos, pi
 from typing import Any
 
 from slimkit.core.sparse.framework import SparseFramework
-from slimkit.core.sparse.maths.backend import Array, device_of, library, namespace
+from slimkit.core.sparse.maths.backend import Array, bits, device_of, library, namespace
+from slimkit.core.sparse.processes import in_order
 from slimkit.core.sparse.trained import TrainedBlock
+
+Part = tuple[Array, float]  # what the errors of a batch's tokens count, and how many tokens that are
 
 # One of so many samples judges and does not train; with fewer than LEAST all do both.
 HOLD_OUT = 8
@@ -58,19 +66,20 @@ def reconstruct(host: SparseFramework, block: TrainedBlock, options: Mapping[str
         Facts for the report: "block_error" and "block_error_before", the relative error on the samples that judge, and
         "passes", after how many it was best.
     """
-    judges, learners = _split(block)
+    sizes = list(block.sizes())
+    judges, learners = _split(host, block, sizes)
     values, free = block.start(), block.free()
-    n_batches = max(host.gather(len(learners)))
+    turns = _turns(host, len(sizes), learners)
+    n_batches = len(turns)
     optimizer = _Adam(values, free, float(options["rate"]))
-    best = before = _judged(host, block, values, judges)
+    best = before = _judged(host, block, values, judges, len(sizes))
     kept, found, failed = {name: _copy(value) for name, value in values.items()}, 0, 0
     passes = int(options["passes"])
     for done in range(1, passes + 1):
-        for index in range(n_batches):
-            slopes = _slopes(host, block, values, learners[index] if index < len(learners) else None)
-            if slopes is not None:
-                optimizer.update(slopes, share_of_rate((done - 1) * n_batches + index, passes * n_batches))
-        error = _judged(host, block, values, judges)
+        for index, (batch, n) in enumerate(turns):
+            slopes = _slopes(host, block, values, None if batch is None else (batch, learners[batch][0]), n)
+            optimizer.update(slopes, share_of_rate((done - 1) * n_batches + index, passes * n_batches))
+        error = _judged(host, block, values, judges, len(sizes))
         failed = 0 if error < best else failed + 1
         if error < best:
             best, found = error, done
@@ -101,25 +110,38 @@ def share_of_rate(update: int, updates: int) -> float:
     return min(1.0, (update + 1) / max(1.0, WARM * updates)) * (1 + cos(pi * update / updates)) / 2
 
 
-def _split(block: TrainedBlock) -> tuple[list[tuple[int, Array, float]], list[tuple[int, Array, float]]]:
-    """For each batch its number, weights and tokens: of the samples that judge, and of those that train."""
-    sizes = block.sizes()
-    total, first = sum(sizes), 0
+def _split(host: SparseFramework, block: TrainedBlock, own: Sequence[int]) -> tuple[dict[int, Part], dict[int, Part]]:
+    """This process's batches by number, as far as they judge and as far as they train."""
+    n, rank = (host.processes(), host.rank()) if host.deals else (1, 0)
+    sizes = in_order(host, own) if host.deals else list(own)  # of all batches that the samples are counted over
+    total = sum(sizes)
     apart = {s for s in range(total) if s % HOLD_OUT == HOLD_OUT - 1} or ({total - 1} if total >= LEAST else set())
-    judges: list[tuple[int, Array, float]] = []
-    learners: list[tuple[int, Array, float]] = []
-    for index, size in enumerate(sizes):
+    judges: dict[int, Part] = {}
+    learners: dict[int, Part] = {}
+    for index, size in enumerate(own):
+        first = sum(sizes[: index * n + rank])
         weights, counts = token_weights(*block.target(index))
         xp = namespace(weights)
         here = [float(first + i in apart) for i in range(size)]
         mark = xp.asarray(here, dtype=weights.dtype, device=device_of(weights))
         mark = mark.reshape(-1, *[1] * (weights.ndim - 1))  # (samples, 1, ..)
         for part, mine in ((judges, mark if apart else mark + 1), (learners, 1 - mark)):
-            n = float(xp.sum(counts * mine))
-            if n:
-                part.append((index, weights * mine, n))
-        first += size
+            tokens = float(xp.sum(counts * mine))
+            if tokens:
+                part[index] = weights * mine, tokens
     return judges, learners
+
+
+def _turns(host: SparseFramework, n_batches: int, learners: Mapping[int, Part]) -> list[tuple[int | None, float]]:
+    """For each update of a pass the batch that this process has for it, if any, and over how many tokens it is."""
+    if host.deals:
+        n, rank = host.processes(), host.rank()
+        tokens = in_order(host, [learners[i][1] if i in learners else 0.0 for i in range(n_batches)])
+        return [(i // n if i % n == rank else None, float(t)) for i, t in enumerate(tokens) if t]
+    every = host.gather([n for _, n in learners.values()])
+    longest = max(map(len, every))
+    own: list[int | None] = [*learners, *[None] * (longest - len(learners))]
+    return [(index, float(sum(found[i] for found in every if i < len(found)))) for i, index in enumerate(own)]
 
 
 def token_weights(target: Array, valid: Array | None) -> tuple[Array, Array]:
@@ -146,28 +168,29 @@ def token_weights(target: Array, valid: Array | None) -> tuple[Array, Array]:
 
 
 def _judged(
-    host: SparseFramework, block: TrainedBlock, values: Mapping[str, Array], judges: Sequence[tuple[int, Array, float]]
+    host: SparseFramework, block: TrainedBlock, values: Mapping[str, Array], judges: Mapping[int, Part], n_batches: int
 ) -> float:
     """The mean loss of a token, over all processes."""
-    sums = host.gather([sum(block.loss(values, i, w) for i, w, _ in judges), sum(n for _, _, n in judges)])
-    return float(sum(loss for loss, _ in sums) / max(1, sum(n for _, n in sums)))
+    own = [[0.0, 0.0] for _ in range(n_batches)]
+    for index, (weights, n) in judges.items():
+        own[index] = [block.loss(values, index, weights), n]
+    every = in_order(host, own)  # batch by batch, so that no process's share of them decides
+    return float(sum(loss for loss, _ in every) / max(1, sum(n for _, n in every)))
 
 
 def _slopes(
-    host: SparseFramework,
-    block: TrainedBlock,
-    values: Mapping[str, Array],
-    learner: tuple[int, Array, float] | None,
-) -> dict[str, Array] | None:
-    """The gradient of a token's mean loss, over the batches of all processes; None where no one has a token."""
-    n = sum(host.gather(learner[2] if learner else 0))
-    if not n:
-        return None
-    if learner is None:
+    host: SparseFramework, block: TrainedBlock, values: Mapping[str, Array], batch: tuple[int, Array] | None, n: float
+) -> dict[str, Array]:
+    """The gradient of a token's mean loss over n tokens, those of the processes that have a batch."""
+    if batch is None:
         slopes = {name: namespace(v).zeros_like(v) for name, v in values.items()}
     else:
-        slopes = block.slope(values, learner[0], learner[1])[1]
-    totals = host.reduce([slopes[name] for name in values]) if host.processes() > 1 else list(slopes.values())
+        slopes = block.slope(values, *batch)[1]
+    totals = [slopes[name] for name in values]
+    if host.processes() > 1 and host.deals:  # all but one give zeros: as numbers, -0 and 0 would be 0
+        totals = [t.view(v.dtype) for t, v in zip(host.reduce([bits(t) for t in totals]), values.values())]
+    elif host.processes() > 1:
+        totals = host.reduce(totals)
     for total in totals:
         total /= n
     return dict(zip(values, totals))

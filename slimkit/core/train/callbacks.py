@@ -125,9 +125,6 @@ class Checkpoints(TrainerCallback):
         self.every_n_epochs = check.positive(every_n_epochs, "every_n_epochs")
         self.every_n_steps = None if every_n_steps is None else check.positive(every_n_steps, "every_n_steps")
 
-    def on_train_begin(self, trainer: Any) -> None:
-        trainer.refuse_parts()
-
     def on_step_end(self, trainer: Any) -> None:
         if self.every_n_steps and trainer.global_step % self.every_n_steps == 0:
             trainer.save_checkpoint(self.directory / "last")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,14 @@ class TrainFramework(ABC):
         """(rank, world, rank on this node)."""
 
     @abstractmethod
+    def _meet(self) -> None:
+        """Wait at the end of a run until every process has come so far."""
+
+    def asked_anywhere(self, number: int) -> int:
+        """The largest of a small number of every process; each calls at the same place of the run."""
+        return number
+
+    @abstractmethod
     def _to_floats(self, losses: list[Any]) -> list[float]:
         """Losses as floats, averaged over processes."""
 
@@ -81,6 +90,11 @@ class TrainFramework(ABC):
         """A tensor as an array; None for anything else."""
 
     # Checkpoints.
+
+    @contextlib.contextmanager
+    def _saving(self) -> Iterator[bool]:
+        """Everything around writing a checkpoint, in every process; gives whether this one writes."""
+        yield self._processes()[0] == 0
 
     @abstractmethod
     def _save_state(self, folder: Path) -> dict[str, Any]:
@@ -93,7 +107,3 @@ class TrainFramework(ABC):
     @abstractmethod
     def _load_model(self, folder: Path, state: dict[str, Any]) -> None:
         """Take back the model's weights alone."""
-
-    def _sharded(self) -> str:
-        """Path of a parameter that several processes hold parts of; "" for none."""
-        return ""

@@ -104,12 +104,15 @@ def plan_batches(n_samples: int, batch_size: int, options: LoaderOptions) -> lis
 
 
 def shared_out(batches: Iterable[Any], options: LoaderOptions) -> Iterator[Any]:
-    """Every world-th of ready batches; the last round of an epoch is filled up with the first batch.
+    """Every world-th of ready batches; the last round of an epoch is filled up with the first batch, that of an
+    evaluation is not: there nothing is read twice.
 
     Example:
         >>> how = {"shuffle": False}
         >>> [list(shared_out("abc", LoaderOptions(0, 1, rank, 2, None, how))) for rank in (0, 1)]
         [['a', 'c'], ['b', 'a']]
+        >>> [list(shared_out("abc", LoaderOptions(0, 0, rank, 2, None, how))) for rank in (0, 1)]
+        [['a', 'c'], ['b']]
     """
     first, turn = None, []
     for batch in batches:
@@ -118,8 +121,10 @@ def shared_out(batches: Iterable[Any], options: LoaderOptions) -> Iterator[Any]:
         if len(turn) == options.world:
             yield turn[options.rank]
             turn = []
-    if turn:
-        yield turn[options.rank] if options.rank < len(turn) else first
+    if options.rank < len(turn):
+        yield turn[options.rank]
+    elif turn and options.epoch:
+        yield first
 
 
 def samples_in(batch: Any) -> int:

@@ -209,6 +209,7 @@ class TrainerLoop(Shown, Resumable, Counting):
             self._fire("on_train_begin")
             self._drive()
             self._fire("on_train_end")
+            self._meet()
         finally:
             self._modes(False)
             self._finish()

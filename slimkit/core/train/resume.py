@@ -35,17 +35,11 @@ class Resumable(TrainFramework):
     _terms: dict[str, list[Any]]  # the parts of those losses, if the model has them
     _term_values: dict[str, list[float]]
 
-    def refuse_parts(self) -> None:
-        """Raise UnsupportedError where processes hold parts of parameters: a checkpoint of a run holds whole ones."""
-        path = self._sharded()
-        if path:
-            raise UnsupportedError(
-                f"a checkpoint of a run holds whole parameters. {path} is sharded: save with "
-                f"torch.distributed.checkpoint, and a delta with save_delta, which gathers."
-            )
-
     def save_checkpoint(self, directory: str | Path) -> Path:
         """Write everything that `train(resume_from=...)` needs: weights, optimizer, scheduler, random state, history.
+
+        Every process of a run calls it. The first one writes; of a model that they hold parts of (FSDP2) it writes
+        whole tensors, one at a time, so that any number of processes goes on from it.
 
         Args:
             directory: the folder; it appears whole or not at all, replacing an older one. No file in it is a pickle.
@@ -54,15 +48,18 @@ class Resumable(TrainFramework):
             The folder.
 
         Raises:
-            UnsupportedError: a state that could not be read back as it is, or parameters that processes hold parts of;
-                an older checkpoint stays.
+            UnsupportedError: a state that could not be read back as it is; an older checkpoint stays.
+            OSError: the disk is full, or the folder cannot be written.
         """
         target = files.as_path(directory, "directory")
-        self.refuse_parts()  # in every process: gathering them in the first one alone would wait for the others
         self._flush()
+        with self._saving() as writes:
+            if writes:
+                self._write(target)
+        return target
+
+    def _write(self, target: Path) -> None:
         config = self.run_config.to_dict() if self.run_config else {}
-        if self._processes()[0] != 0:
-            return target
         with files.atomic_directory(target) as folder:
             state = self._save_state(folder)
             history = self.run_history
@@ -91,7 +88,6 @@ class Resumable(TrainFramework):
                     "state": state,
                 },
             )
-        return target
 
     def _flush(self) -> None:
         """Bring the losses of the updates since the last call into the history."""
@@ -128,7 +124,6 @@ class Resumable(TrainFramework):
         return kept
 
     def _resume(self, folder: Path) -> None:
-        self.refuse_parts()
         kept = self._read(folder, "resume_from")
         assert self.run_config is not None
         for name, now in (

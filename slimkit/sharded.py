@@ -7,7 +7,7 @@ import functools
 import os
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,15 @@ __all__ = [
     "beside",
     "bridge",
     "forget_deltas",
+    "gathered_for",
     "in_step",
+    "is_distributed",
+    "is_in_step",
+    "is_managed",
     "like_parts_of",
+    "meshes_of",
+    "one_writes",
+    "own_part",
     "sharded_class",
     "whole",
     "written_once",
@@ -60,22 +67,67 @@ def _is_gone(info: Any) -> bool:
     return PREFIX in info.param_name and info.param_name not in info.module._parameters
 
 
-def _is_distributed(tensor: torch.Tensor) -> bool:
+def is_distributed(tensor: Any) -> bool:
+    """Whether processes hold a tensor together: each a part of it, or all of it with a note of that."""
     tensors = sys.modules.get("torch.distributed.tensor")
     return tensors is not None and isinstance(tensor, tensors.DTensor)
 
 
-def in_step(weight: Any, parameters: Iterable[nn.Parameter]) -> None:
+def meshes_of(model: nn.Module) -> dict[int, Any]:
+    """id of each parameter that FSDP shares out -> the processes among which it does."""
+    groups = (g for module in _sharded(model) for g in module._get_fsdp_state()._fsdp_param_groups)
+    return {id(p.sharded_param): g.mesh_info.mesh for g in groups for p in g.fsdp_params}
+
+
+def gathered_for(model: nn.Module, path: str, tensor: torch.Tensor) -> None:
+    """Let a tensor that was taken out of the middle of a model begin a backward pass, in place.
+
+    FSDP gathers a module's weights when the gradient of the module's output comes, and here none may come.
+
+    Args:
+        model: as it was called.
+        path: the module that the tensor belongs to.
+        tensor: what needs a gradient.
+    """
+    kind = sharded_class()
+    if kind is None:
+        return
+    around: nn.Module | None = bridge.unwrapped(model)
+    for name in (*path.split("."), ""):
+        if isinstance(around, kind):
+            tensor.register_hook(around._get_fsdp_state()._pre_backward)
+        around = around._modules.get(name) if around is not None else None
+        around = None if around is None else bridge.unwrapped(around)
+
+
+def is_managed(module: nn.Module) -> bool:
+    """Whether FSDP gathers the module's parameters for each of its calls."""
+    return bool(getattr(module, "_is_fsdp_managed_module", False))
+
+
+def in_step(weight: Any, parameters: Iterable[nn.Parameter]) -> list[Any]:
     """Keep parameters that come to a sharded layer the same in every process, in place.
 
     FSDP does not know of them: they start with the first process's values, and their gradients are averaged.
+
+    Returns:
+        What ends the averaging: objects with `remove()`.
     """
-    if not _is_distributed(weight):
-        return
+    if not is_distributed(weight):
+        return []
+    handles = []
     for parameter in parameters:
         for group in weight.device_mesh.get_all_groups():
             torch.distributed.broadcast(parameter.data, group=group, group_src=0)
-        parameter.register_post_accumulate_grad_hook(functools.partial(_average, weight.device_mesh))
+        average = functools.partial(_average, weight.device_mesh)
+        handles.append(parameter.register_post_accumulate_grad_hook(average))
+    return handles
+
+
+def is_in_step(parameter: Any) -> bool:
+    """Whether `in_step` averages a parameter's gradient."""
+    hooks = getattr(parameter, "_post_accumulate_grad_hooks", None) or {}
+    return any(getattr(hook, "func", None) is _average for hook in hooks.values())
 
 
 def _average(mesh: Any, parameter: torch.Tensor) -> None:
@@ -86,13 +138,19 @@ def _average(mesh: Any, parameter: torch.Tensor) -> None:
 
 def whole(tensor: Any) -> torch.Tensor:
     """A tensor with all of its values, gathered where it is distributed."""
-    gathered: torch.Tensor = tensor.full_tensor() if _is_distributed(tensor) else tensor
+    gathered: torch.Tensor = tensor.full_tensor() if is_distributed(tensor) else tensor
     return gathered
+
+
+def own_part(tensor: Any) -> torch.Tensor:
+    """What this process holds of a tensor, in the tensor's own memory."""
+    part: torch.Tensor = tensor.to_local() if is_distributed(tensor) else tensor
+    return part
 
 
 def beside(value: torch.Tensor, base: Any) -> torch.Tensor:
     """A value that is the same in every process as a tensor that computes with a distributed one."""
-    if not _is_distributed(base) or _is_distributed(value):
+    if not is_distributed(base) or is_distributed(value):
         return value
     from torch.distributed.tensor import DTensor, Replicate
 
@@ -101,11 +159,38 @@ def beside(value: torch.Tensor, base: Any) -> torch.Tensor:
 
 def like_parts_of(tensor: Any, value: torch.Tensor) -> torch.Tensor:
     """A whole value as the processes hold the tensor: in parts, or whole."""
-    if not _is_distributed(tensor):
+    if not is_distributed(tensor):
         return value
     from torch.distributed.tensor import distribute_tensor
 
-    return distribute_tensor(value.to(tensor.device, tensor.dtype), tensor.device_mesh, tensor.placements)
+    # Every process has the whole value: each cuts its own part out, and none waits for another.
+    whole_value = value.to(tensor.device, tensor.dtype)
+    return distribute_tensor(whole_value, tensor.device_mesh, tensor.placements, src_data_rank=None)
+
+
+@contextlib.contextmanager
+def one_writes(what: str, at_end: Callable[[], object] = lambda: None) -> Iterator[bool]:
+    """Save what processes hold together: gives whether this one writes, and ends in all when it has written.
+
+    Args:
+        what: how a message calls it.
+        at_end: called in every process, whatever went wrong: what the others wait for.
+
+    Raises:
+        OSError: in the other processes, what went wrong in the first one.
+    """
+    distributed = torch.distributed
+    wrong: list[str | None] = [None]
+    try:
+        yield distributed.get_rank() == 0
+    except Exception as error:
+        wrong = [f"{type(error).__name__}: {error}"]
+        raise
+    finally:
+        at_end()
+        distributed.broadcast_object_list(wrong, src=0)
+    if wrong[0] is not None:
+        raise OSError(f"the first process could not save {what}: {wrong[0]}")
 
 
 @contextlib.contextmanager
@@ -120,7 +205,7 @@ def written_once(model: nn.Module, directory: str | os.PathLike[str]) -> Iterato
         directory: where the files shall be.
     """
     distributed = torch.distributed
-    split = any(map(_is_distributed, model.parameters()))
+    split = any(map(is_distributed, model.parameters()))
     replicated = isinstance(model, nn.parallel.DistributedDataParallel)
     if not (split or replicated) or not (distributed.is_available() and distributed.is_initialized()):
         yield directory
@@ -131,14 +216,5 @@ def written_once(model: nn.Module, directory: str | os.PathLike[str]) -> Iterato
         with contextlib.nullcontext(directory) if first else tempfile.TemporaryDirectory() as place:
             yield place
         return
-    wrong: list[str | None] = [None]
-    with tempfile.TemporaryDirectory() as spare:
-        try:
-            yield directory if first else Path(spare, "delta")
-        except Exception as error:
-            wrong = [f"{type(error).__name__}: {error}"]
-            raise
-        finally:
-            distributed.broadcast_object_list(wrong, src=0)
-    if wrong[0] is not None:
-        raise OSError(f"the first process could not save the delta: {wrong[0]}")
+    with tempfile.TemporaryDirectory() as spare, one_writes("the delta"):
+        yield directory if first else Path(spare, "delta")
