@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -179,7 +180,12 @@ class FolderPruner(PrunerBase):
         raise UnsupportedError("a folder is not pruned in place: write() makes another one")
 
     def write(
-        self, target: Path, ratio: float, whole: Sequence[int | str] | None, settings: Mapping[str, Any]
+        self,
+        target: Path,
+        ratio: float,
+        whole: Sequence[int | str] | None,
+        settings: Mapping[str, Any],
+        defaults: Mapping[str, Any],
     ) -> dict[str, Any]:
         """Write the pruned folder, or go on with it.
 
@@ -188,6 +194,7 @@ class FolderPruner(PrunerBase):
             ratio: share to keep.
             whole: as in `analysis`.
             settings: what else decides the result, as plain JSON values.
+            defaults: of settings, for runs that were begun before these came.
 
         Returns:
             The report; see `prune_checkpoint`.
@@ -201,7 +208,8 @@ class FolderPruner(PrunerBase):
             "calibration": None if self._scoring.calibration is None else digest_of(self._scoring.calibration),
             "compensation": None if repair is None else digest_of(repair),
         }
-        return stepwise.write_folder(target, own, job, lambda state: self._work(state, ratio, whole), REPORT)
+        begin = functools.partial(self._work, ratio=ratio, whole=whole)
+        return stepwise.write_folder(target, own, job, begin, REPORT, {"settings": defaults})
 
     def _work(self, state: Path, ratio: float, whole: Sequence[int | str] | None) -> stepwise.Work:
         """Plan the cut, repair it, and say what is to be written."""
@@ -362,12 +370,12 @@ def prune_checkpoint(
         "parallel": parallel,
         "budget": budget,
         "allocation": allocation,
+        "rotation": rotation,
         "inputs": None if inputs is None else hashlib.sha256(repr(inputs).encode()).hexdigest(),
     }
-    if check.boolean(rotation, "rotation"):  # a key that came later is in no older job
-        settings["rotation"] = True
-        pruner.set_rotation(True)
-    pruner.set_importance_evaluation_function(importance, calibration=calibration, loss=loss, seed=seed)
+    pruner.set_rotation(rotation).set_importance_evaluation_function(
+        importance, calibration=calibration, loss=loss, seed=seed
+    )
     pruner.set_alignment(alignment)
     if not (isinstance(compensation, str) and compensation == "calibration"):
         pruner.set_compensation(compensation, damping)
@@ -380,7 +388,7 @@ def prune_checkpoint(
         pruner.set_node_reserved_ratio(node_reserved_ratio)
     if allocation is not None:
         pruner.set_allocation(allocation)
-    return Report("pruned folder", pruner.write(target, reserved_ratio, un_prune_list, settings))
+    return Report("pruned folder", pruner.write(target, reserved_ratio, un_prune_list, settings, {"rotation": False}))
 
 
 def _named(importance: Any) -> str:

@@ -24,7 +24,7 @@ require("mindspore")
 
 import mindspore as ms  # noqa: E402
 from mindspore import nn  # noqa: E402
-from mindspore.common.api import _pynative_executor  # noqa: E402  (no public call forgets a broken-off gradient)
+from mindspore.graph.api import _pynative_executor  # noqa: E402  (no public call forgets a broken-off gradient)
 
 
 def check_model(model: Any, name: str = "model") -> nn.Cell:

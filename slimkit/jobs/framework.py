@@ -104,7 +104,9 @@ class TorchJobs(JobFramework):
     def outputs(self, model: nn.Module, inputs: Any) -> list[np.ndarray]:
         with bridge.evaluating(model):
             found = export.named_tensors(bridge.run(model, inputs))
-        return [tensor.detach().cpu().numpy() for _, tensor in found]
+        # NumPy has no bfloat16, and float32 holds its every number.
+        plain = (t.float() if t.dtype == torch.bfloat16 else t for _, t in found)
+        return [tensor.detach().cpu().numpy() for tensor in plain]
 
     def inside(self, model: nn.Module, inputs: Any, paths: Sequence[str]) -> dict[str, Any]:
         found: dict[str, Any] = {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ def sparsify_checkpoint(
     *,
     build: Callable[[str], nn.Cell | None],
     blocks: Sequence[str],
-    names: Callable[[str], str] | None = None,
+    names: Callable[[str], str] | Mapping[str, str] | None = None,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> Report:
     """Make a model that is larger than memory sparse, building and holding one of its blocks at a time.
@@ -56,8 +56,9 @@ def sparsify_checkpoint(
             comes before the blocks: a Cell that gives for a batch what the first block takes, a tensor or a tuple (what
             stands behind the hidden states goes to every block), or None where batches enter the first block.
         blocks: the blocks' paths, first to last: what leaves one enters the next.
-        names: parameter name -> tensor name in the files. Without it also .weight and .bias are found for .gamma and
-            .beta, and .weight for .embedding_table.
+        names: where the files call things otherwise: a map as `convert_checkpoint` takes it, from their names to the
+            cells' (`{"re:mlp\\.": ""}`), or a function from a parameter's name to a tensor's. A prefix that all names
+            share, and PyTorch's words (.weight for .gamma and .embedding_table), are found without it.
         on_progress: called after every layer with a `Progress` (layer, done, total, seconds, seconds_left); None shows
             a bar on a terminal and log lines elsewhere.
 

@@ -70,14 +70,19 @@ class CheckpointCells(MindSporeSparse):
         found: dict[str, SparseLayer] = {}
         skipped: dict[str, str] = {}
         slots: dict[str, WeightSlot] = {}
+        stem = self._build("")
+        names = [] if stem is None else [own[0] for _, own in bridge.parameter_paths(stem)]
+        del stem
         for path in self._blocks:
             self.model = self._made(path)
+            names += [f"{path}.{own[0]}" for _, own in bridge.parameter_paths(self.model)]
             inside, left = super().layers()
             for name, layer in inside.items():
                 family = f"{path}.{layer.family}" if layer.family else ""
                 found[f"{path}.{name}"] = replace(layer, name=f"{path}.{name}", family=family)
                 slots[f"{path}.{name}"] = self._slots[name]
             skipped |= {f"{path}.{name}": why for name, why in left.items()}
+        self._stored.pair(names)
         self.model, self._slots, self._layers = nn.Cell(), slots, found
         return dict(found), skipped
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,9 @@ from slimkit.core import files, traffic
 from slimkit.core.checkpoint import openweights
 from slimkit.core.checkpoint.ckpt import Ckpt, stream_ckpt
 from slimkit.core.checkpoint.weightfile import Safetensors, Sharded, Weights, decode, encode, stream_safetensors
-from slimkit.core.errors import UnsupportedError
+from slimkit.core.convert.names import mapped
+from slimkit.core.errors import PlanError, UnsupportedError
+from slimkit.core.weights.names import pair_names
 from slimkit_ms import bridge
 
 import mindspore as ms
@@ -53,11 +55,22 @@ class StoredCells:
 
     Args:
         weights: the files, open.
-        names: parameter name -> tensor name, or None.
+        names: parameter name -> tensor name; or a map as `convert_checkpoint` takes it, from the files' names to the
+            cells'; or None.
     """
 
-    def __init__(self, weights: Weights, names: Callable[[str], str] | None) -> None:
-        self.weights, self._names = weights, names
+    def __init__(self, weights: Weights, names: Callable[[str], str] | Mapping[str, str] | None) -> None:
+        self.weights, self._told = weights, names if callable(names) else None
+        self._pairs: dict[str, str] = {}
+        self._files: dict[str, str] = {}  # what the map makes of a name -> the name
+        for name, new in mapped(weights.entries, None if callable(names) else names).items():
+            if new in self._files:
+                raise PlanError(f"names: {self._files[new]!r} and {name!r} of src would both become {new!r}.")
+            self._files[new] = name
+
+    def pair(self, parameters: Iterable[str]) -> None:
+        """Find the tensors of parameters, all of the model's that will be asked for: by the rules of `convert`."""
+        self._pairs = {ours: self._files[theirs] for ours, theirs in pair_names(parameters, self._files).items()}
 
     def key(self, name: str) -> str:
         """The tensor of the files that a parameter is.
@@ -65,11 +78,14 @@ class StoredCells:
         Raises:
             UnsupportedError: there is none.
         """
-        if self._names is not None:
-            name = self._names(name)
-        for ours, theirs in _ENDINGS:
-            if name.endswith(ours) and name.removesuffix(ours) + theirs in self.weights.entries:
-                return name.removesuffix(ours) + theirs
+        if self._told is None:
+            if name in self._pairs:
+                return self._pairs[name]
+        else:
+            name = self._told(name)
+            for ours, theirs in _ENDINGS:
+                if name.endswith(ours) and name.removesuffix(ours) + theirs in self.weights.entries:
+                    return name.removesuffix(ours) + theirs
         raise UnsupportedError(f"src must hold a tensor for {name!r}; pass `names` for files that name it otherwise.")
 
     def fill(self, cell: nn.Cell, path: str) -> nn.Cell:

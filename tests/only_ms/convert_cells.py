@@ -207,6 +207,26 @@ class LlamaLayer(nn.Cell):
         return x + self.down_proj(gate * ops.sigmoid(gate) * self.up_proj(y))
 
 
+def positions(n, size):
+    """Cosines, sines and the causal mask of n tokens."""
+    frequency = 1.0 / 10000.0 ** (np.arange(0, size, 2) / size)
+    angle = np.outer(np.arange(n), frequency)
+    angle = np.concatenate([angle, angle], -1)
+    cos, sin = ms.Tensor(np.cos(angle).astype(np.float32)), ms.Tensor(np.sin(angle).astype(np.float32))
+    return cos, sin, ms.Tensor(np.triu(np.full((n, n), -1e9, np.float32), 1))
+
+
+class LlamaStem(nn.Cell):
+    """What stands before the layers, and what each of them takes."""
+
+    def __init__(self, vocab=64, width=32, heads=4):
+        super().__init__()
+        self.embed_tokens, self.size = nn.Embedding(vocab, width), width // heads
+
+    def construct(self, ids):
+        return self.embed_tokens(ids), *positions(ids.shape[1], self.size)
+
+
 class Llama(nn.Cell):
     """With tied embeddings, the output matrix is the embedding table; or without any."""
 
@@ -219,15 +239,9 @@ class Llama(nn.Cell):
         self.size = width // heads
 
     def construct(self, ids):
-        n = ids.shape[1]
-        frequency = 1.0 / 10000.0 ** (np.arange(0, self.size, 2) / self.size)
-        angle = np.outer(np.arange(n), frequency)
-        angle = np.concatenate([angle, angle], -1)
-        cos, sin = ms.Tensor(np.cos(angle).astype(np.float32)), ms.Tensor(np.sin(angle).astype(np.float32))
-        mask = ms.Tensor(np.triu(np.full((n, n), -1e9, np.float32), 1))
         x = self.embed_tokens(ids)
         for layer in self.layers:
-            x = layer(x, cos, sin, mask)
+            x = layer(x, *positions(ids.shape[1], self.size))
         x = self.norm(x)
         return ops.matmul(x, self.embed_tokens.embedding_table.transpose(1, 0)) if self.head else x
 

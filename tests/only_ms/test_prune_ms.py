@@ -38,6 +38,24 @@ def count(model):
     return sum(p.size for p in model.trainable_params())
 
 
+class Fused(nn.Cell):
+    """A norm that is one operator, as Ascend has it."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head, self.norm = nn.Embedding(40, 32), nn.Dense(32, 4), ops.RmsNorm(1e-6)
+        self.scale = ms.Parameter(ms.Tensor(np.ones(32, np.float32)), name="scale")
+
+    def construct(self, ids):
+        return self.head(self.norm(self.embed(ids), self.scale)[0])
+
+
+def test_a_stream_is_followed_through_the_fused_norm():
+    job = PruneMindSpore(Fused(), ms.Tensor(np.zeros((2, 5), np.int32))).set_rotation(True)
+    job._solved()
+    assert job._stream.norms == ["scale"]
+
+
 def values(model):
     return {p.name: p.asnumpy().copy() for p in model.get_parameters()}
 

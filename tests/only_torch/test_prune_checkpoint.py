@@ -168,6 +168,12 @@ def test_the_command_streams_to_what_it_writes_otherwise(tmp_path, monkeypatch):
     words = ["prune", "-m", str(tmp_path / "base"), "--keep-ratio", "0.7", "--importance", "l1", "--alignment", "8"]
     assert "Would keep" in CliRunner().invoke(app, [*words, "-o", "x", "--stream", "--dry-run"]).output
     for place, more in (("whole", []), ("small", ["--stream"])):
+        if more:  # begun by a version that had fewer options
+            assert killed_at(12, lambda: CliRunner().invoke(app, [*words, "-o", str(tmp_path / place), *more]))
+            state = tmp_path / place / SHARDS / "job.json"
+            job = json.loads(state.read_text())
+            del job["settings"]["rotation"], job["settings"]["latency_table"]
+            state.write_text(json.dumps(job))
         done = CliRunner().invoke(app, [*words, "-o", str(tmp_path / place), *more])
         assert done.exit_code == 0, done.exception
     assert not (tmp_path / "small" / SHARDS).exists()
@@ -268,6 +274,32 @@ def test_a_hidden_width_is_turned_to_the_bits_of_the_whole_model(family, tmp_pat
         assert torch.equal(there[name], value), name
 
 
+def test_the_command_turns_in_memory_and_on_disk_alike(tmp_path):
+    from typer.testing import CliRunner
+
+    from slimkit.cli import app
+
+    folder("llama-bf16-tied", tmp_path / "base", "60KB")
+    text = Path(__file__).with_name("test_prune_checkpoint.py")
+    words = ["prune", "-m", str(tmp_path / "base"), "--keep-ratio", "0.85", "--alignment", "4", "--rotation"]
+    words += [word for name in INNER for word in ("--un-prune", name)]
+    for place, more in (("whole", []), ("small", ["--stream"])):
+        done = CliRunner().invoke(app, [*words, "--calib", f"{text}:texts", "-o", str(tmp_path / place), *more])
+        assert done.exit_code in (0, 1), done.exception  # 1: widths lie too far apart to keep the share
+        assert (tmp_path / place).exists(), done.exception
+        assert "--rotation" in (tmp_path / place / "README.md").read_text()
+    plans = [json.loads((tmp_path / place / "plan.json").read_text()) for place in ("whole", "small")]
+    assert plans[0] == plans[1]
+    assert plans[0]["made"]["rotated"]
+    with pytest.raises(ArgumentError, match="needs the importance"):
+        CliRunner().invoke(
+            app,
+            [*words, "--importance", "l1", "-o", str(tmp_path / "no")],
+            standalone_mode=False,
+            catch_exceptions=False,
+        )
+
+
 def test_a_killed_turning_goes_on_to_the_same_bytes(tmp_path):
     from slimkit import prune_checkpoint
 
@@ -283,6 +315,14 @@ def test_a_killed_turning_goes_on_to_the_same_bytes(tmp_path):
     for turn in (5, 14, 25):  # before the plan, while turned copies are written, after them
         part = tmp_path / f"k{turn}"
         assert killed_at(turn, partial(work, part))
+        if turn == 14:  # begun by a version that knew no rotation: it counts as its default, which is another job
+            job = json.loads((part / SHARDS / "job.json").read_text())
+            del job["settings"]["rotation"]
+            (part / SHARDS / "job.json").write_text(json.dumps(job))
+            with pytest.raises(UnsupportedError, match="another settings"):
+                work(part)
+            job["settings"]["rotation"] = True
+            (part / SHARDS / "job.json").write_text(json.dumps(job))
         turned += 0 < len(list((part / SHARDS / "turned").glob("*.safetensors"))) < 21
         work(part)
         assert digests(part) == wanted

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import shutil
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ import pytest
 from slimkit import PruneTorch, load_pruned, save_pruned
 from slimkit.core import files
 from slimkit.core.errors import ArgumentError, FileFormatError, PlanError, UnsupportedError
+from slimkit.core.prune.latency import digest_of
 from slimkit.core.prune.rotation import Rotation, principal_axes, turned_values
 
 import torch
@@ -169,6 +172,50 @@ def test_only_the_root_mean_square_is_the_same_on_all_axes(norm, why):
             job._solved()
     else:
         job._solved()
+
+
+NET = """
+from tests.only_torch.test_prune_rotation import BATCHES, IDS, built
+
+def net():
+    return built("Llama")
+
+def data():
+    example = {"input_ids": IDS[:2]}
+    return {"train": [(example, IDS[:2])], "example": example, "calibration": BATCHES}
+"""
+
+
+def test_a_recipe_turns_and_a_later_stage_begins_at_the_turned_model(tmp_path, monkeypatch):
+    from typer.testing import CliRunner
+
+    from slimkit.cli import app
+    from slimkit.core.run import report
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(report, "render", lambda _: "")
+    (tmp_path / "turned_net.py").write_text(NET)
+    stages = [
+        {"prune": {"reserved_ratio": 0.85, "alignment": 4, "rotation": True, "un_prune_list": INNER}},
+        {"sparsify": {"method": "magnitude", "sparse_ratio": 0.5}},
+    ]
+    recipe = {"version": 1, "name": "x", "model": "turned_net.py:net", "data": "turned_net.py:data", "stages": stages}
+    (tmp_path / "r.yaml").write_text(json.dumps(recipe))
+    found = []
+    for _ in range(2):
+        done = CliRunner().invoke(app, ["run", "r.yaml", "-o", "run", "-q"])
+        assert done.exit_code in (0, 1), done.exception  # 1: widths lie too far apart to keep the share
+        weights = next((tmp_path / "run").rglob("*sparsify/model.safetensors"))
+        found.append(weights.read_bytes())
+        shutil.rmtree(weights.parent)  # as if the run had been stopped in that stage
+        (tmp_path / "run" / "report.json").unlink()
+    assert found[0] == found[1]
+
+
+def test_a_table_of_times_knows_the_network_that_is_turned():
+    tied = built("Llama")
+    plain, turned = (digest_of(pruner(tied, on)._solved().view([])) for on in (False, True))
+    assert plain == turned
 
 
 def test_the_axes_are_orthogonal_and_ordered_by_loss():

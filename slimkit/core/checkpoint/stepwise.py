@@ -48,7 +48,12 @@ class Work:
 
 
 def write_folder(
-    target: Path, source: Iterable[Path], job: Mapping[str, Any], begin: Callable[[Path], Work], report_name: str
+    target: Path,
+    source: Iterable[Path],
+    job: Mapping[str, Any],
+    begin: Callable[[Path], Work],
+    report_name: str,
+    defaults: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write a folder of weights and what belongs to them; the same call after a kill goes on to the same bytes.
 
@@ -61,6 +66,7 @@ def write_folder(
         begin: given the folder of the job's state, in which it may keep what took time; says what to write. Where it
             raises an error and kept nothing, `target` is as it was.
         report_name: the report's file.
+        defaults: what parts of the job that came since a run was begun mean where nobody sets them.
 
     Returns:
         The report, with the "bytes" that this call read and wrote (see `traffic.Traffic.facts`), which the file lacks:
@@ -72,12 +78,18 @@ def write_folder(
         ConfigError: another process is at work there.
     """
     with traffic.counted(source) as count:
-        report = _written(target, job, begin, report_name)
+        report = _written(target, job, begin, report_name, defaults)
     traffic.say(report_name.removesuffix("_report.json"), count.facts())
     return {**report, "bytes": count.facts()}
 
 
-def _written(target: Path, job: Mapping[str, Any], begin: Callable[[Path], Work], report_name: str) -> dict[str, Any]:
+def _written(
+    target: Path,
+    job: Mapping[str, Any],
+    begin: Callable[[Path], Work],
+    report_name: str,
+    defaults: Mapping[str, Any] | None,
+) -> dict[str, Any]:
     state = target / SHARDS
     # A run killed in its first moments leaves its state folder and nothing else.
     if target.exists() and any(f.name != SHARDS for f in target.iterdir()) and not (state / "job.json").exists():
@@ -85,7 +97,7 @@ def _written(target: Path, job: Mapping[str, Any], begin: Callable[[Path], Work]
     missing = [p for p in (target, *target.absolute().parents) if not p.exists()]
     try:
         with locked(state, "dst", inside=True):
-            same_job(state, job)
+            same_job(state, job, defaults)
             files.settle(target)
             for part in state.rglob(".*.part"):  # a killed writer cannot clean up after itself
                 part.unlink()

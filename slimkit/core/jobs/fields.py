@@ -54,8 +54,12 @@ class Strict(BaseModel):
 
     def changed(self) -> set[str]:
         """The keys whose values are not the defaults: a recipe as a run keeps it writes out all of them."""
-        unset = {key: field.get_default(call_default_factory=True) for key, field in type(self).model_fields.items()}
-        return {key for key, value in unset.items() if getattr(self, key) != value}
+        return {key for key, value in self.defaults().items() if getattr(self, key) != value}
+
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """Every key's default."""
+        return {key: field.get_default(call_default_factory=True) for key, field in cls.model_fields.items()}
 
 
 @dataclass(frozen=True)

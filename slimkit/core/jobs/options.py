@@ -69,6 +69,13 @@ class PruneOptions(JobOptions):
         "padded: blocks of their own widths, filled up with zeros to that; any: cuts of any shape, "
         "for slimkit's own loaders; unset: config where the model has such a configuration",
     )
+    rotation: Annotated[
+        bool, Flag("--rotation", sets=True, help="turn the hidden width onto its principal axes before it is cut")
+    ] = Field(
+        False,
+        description="turn the hidden width onto its principal axes before it is cut (models with RMSNorm; wants the "
+        "importance output)",
+    )
     parallel: PositiveInt = Field(
         1, description="devices that heads, key and value heads and inner widths must divide among"
     )

@@ -41,6 +41,8 @@ def set_up(
                 "goes by them all the same"
             ) from None
     pruner.set_importance_evaluation_function(importance, calibration=measured, seed=context.seed)
+    if options.rotation:
+        pruner.set_rotation(True)
     table = timing.table_for(pruner, model, options, context, keep) if options.budget == "latency" else None
     pruner.set_parallel(options.parallel).set_alignment(options.alignment).set_budget(options.budget, table)
     if options.form is not None:

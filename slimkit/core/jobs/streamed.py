@@ -134,7 +134,7 @@ def prune(
     command = cards.command_line("prune", place, options, cards.data_flags(calib)) + " --stream"
 
     def write(folder: Path) -> dict[str, Any]:
-        report = pruner.write(folder, options.reserved_ratio, options.un_prune_list, settings)
+        report = pruner.write(folder, options.reserved_ratio, options.un_prune_list, settings, options.defaults())
         facts = {key: report[key] for key in ("parameters_before", "parameters", "kept", "report")}
         facts["written"] = "transformers"
         kind, rows = type(pruner.model).__name__, cards.pruned_facts(facts, options)
