@@ -54,7 +54,7 @@ def save_w16a16s(
     """
     if isinstance(model, dict):
         return save_arrays(directory, model, config_told_by(None, config), targets=targets)
-    arrays, tied = _arrays(bridge.check_model(model))
+    arrays, tied = _arrays(bridge.check_whole(model))
     return save_arrays(directory, arrays, config_told_by(model, config), targets=targets, tied=tied)
 
 
@@ -66,11 +66,12 @@ def save_w8a8s(
     *,
     targets: Sequence[str] | None = None,
     ranges: str = "minmax",
+    most_error: float = w8a8s.MOST_ERROR,
 ) -> w8a8s.W8A8SReport:
     """Write a model on the int8 grid as a W8A8S folder, which vLLM-Ascend and MindIE read for the 310P.
 
     The weights are not rounded here: compress with ``SparseConfig(weight_bits=8)``, which rounds while it solves.
-    Inputs get one static step a layer, from what calibration shows.
+    Inputs get one static step a layer, from what calibration shows. Layers that need finer ones stay float16.
 
     Args:
         directory: the folder; made if missing, other files in it are left alone.
@@ -80,14 +81,19 @@ def save_w8a8s(
             None: the model's own config.
         targets: globs over layer names. None: every linear layer whose weight is on the grid.
         ranges: "minmax", or "percentile": a ten-thousandth of the inputs may lie beyond either end.
+        most_error: the share of a layer's answers that rounding its inputs may change, 0.1 by default. Where it changes
+            more the layer stays float16, with those that are served as one with it. In language models these are
+            layers that see a few tokens with huge activations.
 
     Returns:
-        What was written: each layer's share of zeros and its inputs' range.
+        What was written: each layer's share of zeros, its inputs' range and what rounding them changes; the layers that
+        stay float16.
 
     Raises:
         ArgumentTypeError: `model` is no sparse model, or the batches are none.
         ArgumentError: no layer on the grid; a target is not; of layers that are served as one (query, key and value;
-            gate and up) some are not; no batch reached a layer; a value beyond float16.
+            gate and up) some are not; no batch reached a layer; rounding changes more than `most_error` of a target, or
+            of every layer; a value beyond float16.
         PatternError: a target matches nothing.
         FileFormatError: the folder of `config` holds no readable config.json.
 
@@ -98,10 +104,20 @@ def save_w8a8s(
         >>> list(save_w8a8s("/tmp/w8a8s-torch", net, batches, {"model_type": "none"}).layers)
         ['0']
     """
-    host = TorchSparse(bridge.refuse_offloaded(bridge.check_model(model)))
+    host = TorchSparse(bridge.refuse_offloaded(bridge.check_whole(model)))
     arrays, tied = _arrays(model)
     told = config_told_by(model, config)
-    return w8a8s.save(directory, host, arrays, calibration, told, targets=targets, ranges=ranges, tied=tied)
+    return w8a8s.save(
+        directory,
+        host,
+        arrays,
+        calibration,
+        told,
+        targets=targets,
+        ranges=ranges,
+        most_error=most_error,
+        tied=tied,
+    )
 
 
 def emulate_w8a8s(model: Any, directory: PathLike) -> list[str]:
@@ -130,7 +146,7 @@ def emulate_w8a8s(model: Any, directory: PathLike) -> list[str]:
         ['0']
     """
     layers = w8a8s.load_w8a8s(directory).layers
-    modules = dict(bridge.check_model(model).named_modules())
+    modules = dict(bridge.check_whole(model).named_modules())
     for name, layer in layers.items():
         own = modules.get(name)
         if own is not None and kinds.is_kind(own, "linear") and not kinds.is_in_out(own):

@@ -94,6 +94,18 @@ def refuse_offloaded(model: torch.nn.Module, name: str = "model") -> torch.nn.Mo
     return model
 
 
+def check_whole(model: Any, name: str = "model") -> torch.nn.Module:
+    """`check_model`, and refuse a model of which processes hold parts: a part would be taken for all of it."""
+    checked = check_model(model, name)
+    for path, parameter in checked.named_parameters():
+        if hasattr(parameter, "full_tensor"):
+            raise UnsupportedError(
+                f"{name} must hold whole parameters. Received: {path!r}, of which processes hold parts: do this before "
+                "fully_shard, or on what save_checkpoint puts together"
+            )
+    return checked
+
+
 def refuse_sharded(model: torch.nn.Module, name: str = "model") -> torch.nn.Module:
     """Refuse a model that data-parallel training wraps or shards: it remembers the shapes of its parameters."""
     for path, module in model.named_modules():

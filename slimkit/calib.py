@@ -96,7 +96,7 @@ def own_text(
         >>> len(rows), len(rows[0])
         (2, 5)
     """
-    bridge.check_model(model, "model")
+    bridge.check_whole(model, "model")
     options = OwnTextOptions(n, length, seed, start_token(model) if start is None else start)
     with bridge.evaluating(model), torch.no_grad():
         return write_own_text(_Writer(model), options, _states(model), None if file is None else Path(file))

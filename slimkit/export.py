@@ -129,7 +129,7 @@ def export_onnx(
         >>> export_onnx(nn.Linear(4, 3), torch.ones(1, 4), "/tmp/linear.onnx").opset
         13
     """
-    bridge.check_model(model)
+    bridge.check_whole(model)
     check.integer(opset, "opset", minimum=9, maximum=_NEWER_LIMIT)
     check.number(tolerance, "tolerance", minimum=0)
     if external_data is not None:

@@ -52,7 +52,7 @@ def save_pruned(
     folder = files.save_directory(directory, relative=True)
     if factory is not None:
         checked(factory, arguments)
-    plan, model = PrunePlan(desc), bridge.uncompiled(bridge.check_model(model))
+    plan, model = PrunePlan(desc), bridge.uncompiled(bridge.check_whole(model))
     try:
         plan.match_cut({p: tuple(t.shape) for p, t in surgery.tensors(model).items()})
     except PlanError as error:
@@ -117,7 +117,7 @@ def load_pruned(directory: PathLike, model: nn.Module) -> nn.Module:
     folder = files.as_path(directory, "directory")
     desc = files.read_json(folder / "plan.json", "directory/plan.json")
     plan = PrunePlan(desc)
-    given, model = model, bridge.uncompiled(bridge.check_model(model))
+    given, model = model, bridge.uncompiled(bridge.check_whole(model))
     own = model.state_dict()
     state = _read(folder, desc, own)
     share_again = turn(model, (), plan.parted)

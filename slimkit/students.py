@@ -63,7 +63,7 @@ def make_student(
         >>> len(student.transformer.h), sorted(report["layers"])
         (2, [0, 1])
     """
-    bridge.check_model(teacher, "teacher")
+    bridge.check_whole(teacher, "teacher")
     kept, path = None, None
     if layers is not None or layer_map is not None:
         path, count = _blocks(teacher) if pattern is None else (None, _count(teacher, pattern))

@@ -58,7 +58,7 @@ def prune_model_weight(
         >>> bool((small.weight == large.weight[:2]).all()), sorted(report["cut"])
         (True, ['bias', 'weight'])
     """
-    bridge.check_model(model)
+    bridge.check_whole(model)
     check.instance(config, PruneConfig, "config")
     check.boolean(strict, "strict")
     spec = config.spec()
@@ -127,7 +127,7 @@ def _model(model_or_file: Any) -> torch.nn.Module:
     if isinstance(model_or_file, (str, os.PathLike)):
         found: torch.nn.Module = library("transformers", "hf").AutoModel.from_pretrained(os.fspath(model_or_file))
         return found
-    return bridge.check_model(model_or_file, "model_or_file")
+    return bridge.check_whole(model_or_file, "model_or_file")
 
 
 class TorchWeights:

@@ -68,11 +68,12 @@ def save_w8a8s(
     *,
     targets: Sequence[str] | None = None,
     ranges: str = "minmax",
+    most_error: float = w8a8s.MOST_ERROR,
 ) -> w8a8s.W8A8SReport:
     """Write a model on the int8 grid as a W8A8S folder, which vLLM-Ascend and MindIE read for the 310P.
 
     The weights are not rounded here: compress with ``SparseConfig(weight_bits=8)``, which rounds while it solves.
-    Inputs get one static step a layer, from what calibration shows.
+    Inputs get one static step a layer, from what calibration shows. Layers that need finer ones stay float16.
 
     Args:
         directory: the folder; made if missing, other files in it are left alone.
@@ -82,14 +83,19 @@ def save_w8a8s(
             None: the cell's own config.
         targets: globs over layer names. None: every linear layer whose weight is on the grid.
         ranges: "minmax", or "percentile": a ten-thousandth of the inputs may lie beyond either end.
+        most_error: the share of a layer's answers that rounding its inputs may change, 0.1 by default. Where it changes
+            more the layer stays float16, with those that are served as one with it. In language models these are
+            layers that see a few tokens with huge activations.
 
     Returns:
-        What was written: each layer's share of zeros and its inputs' range.
+        What was written: each layer's share of zeros, its inputs' range and what rounding them changes; the layers that
+        stay float16.
 
     Raises:
         ArgumentTypeError: `model` is no sparse cell, or the batches are none.
         ArgumentError: no layer on the grid; a target is not; of layers that are served as one (query, key and value;
-            gate and up) some are not; no batch reached a layer; a value beyond float16.
+            gate and up) some are not; no batch reached a layer; rounding changes more than `most_error` of a target, or
+            of every layer; a value beyond float16.
         PatternError: a target matches nothing.
         FileFormatError: the folder of `config` holds no readable config.json.
 
@@ -104,7 +110,17 @@ def save_w8a8s(
     host = MindSporeSparse(bridge.check_model(model))
     arrays, tied = _arrays(model)
     told = config_told_by(model, config)
-    return w8a8s.save(directory, host, arrays, calibration, told, targets=targets, ranges=ranges, tied=tied)
+    return w8a8s.save(
+        directory,
+        host,
+        arrays,
+        calibration,
+        told,
+        targets=targets,
+        ranges=ranges,
+        most_error=most_error,
+        tied=tied,
+    )
 
 
 def emulate_w8a8s(model: Any, directory: PathLike) -> list[str]:

@@ -107,6 +107,11 @@ def export(
                 talk.line(f"  {advice}")
         elif format == "w8a8s":
             talk.line(f"Written: {out}: {len(found['layers'])} int8 layers, {found['zero_ratio']:.1%} zeros")
+            if found["kept_float"]:
+                talk.line(
+                    f"  {len(found['kept_float'])} more stay float16: rounding their inputs changes too much (up to "
+                    f"{max(found['kept_float'].values()):.2g} of the answers)"
+                )
         else:
             talk.line(
                 f"Written: {out} ({show(found['file_bytes'], 'bytes')}, inputs {shapes}); largest difference from the "

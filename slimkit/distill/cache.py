@@ -59,7 +59,7 @@ class TeacherCache(TeacherFiles):
             for file in TeacherCache._files(teacher):
                 digest.update(f"{file.name}{files.digest_file(file)}".encode())
             return digest.hexdigest()
-        for name, tensor in bridge.check_model(teacher, "teacher").state_dict().items():
+        for name, tensor in bridge.check_whole(teacher, "teacher").state_dict().items():
             digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()

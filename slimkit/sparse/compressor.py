@@ -14,4 +14,4 @@ class Compressor(BaseCompressor):
     __doc__ = BaseCompressor.__doc__
 
     def _ask(self, model: Any) -> SparseFramework:
-        return TorchSparse(bridge.refuse_offloaded(bridge.check_model(model)))
+        return TorchSparse(bridge.refuse_offloaded(bridge.check_whole(model)))

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from slimkit.cli import main
 from slimkit.core.jobs.interrupt import SaveOnInterrupt
+from slimkit.train_state import Parcel
 
 WORLD, RANK = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
 HOW = "--max-length 16 --epochs 2 --batch-size 8 --learning-rate 0.002 --save-every 1 --json"
@@ -52,22 +53,29 @@ def run(folder, name):
         (folder / f"{name}_{WORLD}.json").write_text(json.dumps(json.loads(text)))
 
 
-def dies(folder, name, step):
-    """The same, and the last process is killed after an update that the first has saved."""
-    after = SaveOnInterrupt.on_step_end
+def dies(folder, name, who, step=2):
+    """The same, and a process is killed: the last after an update that is saved, the first in the middle of saving."""
+    after, each, saved = SaveOnInterrupt.on_step_end, Parcel._each, []
 
     def on_step_end(self, trainer):
         after(self, trainer)
-        if trainer.global_step == step and RANK == WORLD - 1:
+        if who == "last" and trainer.global_step == step and RANK == WORLD - 1:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    SaveOnInterrupt.on_step_end = on_step_end
+    def half(self, writes):
+        saved.append(self)
+        for number, found in enumerate(each(self, writes)):
+            if who == "first" and RANK == 0 and len(saved) == step + 1 and number == 3:
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield found
+
+    SaveOnInterrupt.on_step_end, Parcel._each = on_step_end, half
     run(folder, name)
 
 
 if __name__ == "__main__":
     where, *names = sys.argv[1:]
     if names[0] == "dies":
-        dies(Path(where), names[1], 2)
+        dies(Path(where), *names[1:])
     for each in names if names[0] != "dies" else ():
         run(Path(where), each)

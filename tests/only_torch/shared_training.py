@@ -12,7 +12,7 @@ import pytest
 import slimkit
 from slimkit import KnowledgeDistillConfig, Trainer, get_distill_model
 from slimkit.core.errors import ConfigError, UnsupportedError
-from slimkit.sharded import whole
+from slimkit.sharded import own_part, whole
 
 import torch
 import torch.distributed as dist
@@ -194,6 +194,8 @@ def files(folder):
     saver = slimkit.TrainableParamsCheckPoint(folder / f"trainable_{WORLD}", optimizer_state=True)
     trainer = Trainer(model, mse_loss, adamw, [saver])
     trainer.train(data(), **HOW)
+    sizes = [(own_part(p).numel(), p.numel(), p[0].numel()) for p in model.parameters()]
+    assert all(own <= whole / WORLD + row for own, whole, row in sizes)  # rows are not always shared out evenly
     slimkit.save_checkpoint(model, folder / f"by_hand_{WORLD}.safetensors")
     fresh = shared(Net(7))
     slimkit.load_checkpoint(folder / f"by_hand_{WORLD}.safetensors", fresh, strict_load=True)
@@ -234,6 +236,20 @@ def refused(folder):
     fully_shard(half, mesh=meshes[RANK])
     with pytest.raises(UnsupportedError, match="1 of 2 processes"):
         Trainer(half, mse_loss, adamw).train(data(), **HOW)
+    # What works on weights as they are would take a part for all of it.
+    whole_only = shared(Net(0))
+    (term,) = [{"func_name": "KDMse", "func_weight": 1.0}]
+    config = KnowledgeDistillConfig().add_output_soft_label({"t_output_idx": 0, "s_output_idx": 0, "loss_func": [term]})
+    for call in (
+        lambda: slimkit.Compressor(whole_only, slimkit.SparseConfig(method="magnitude")),
+        lambda: slimkit.make_student(whole_only, layers=1),
+        lambda: slimkit.save_w16a16s(folder / f"w{RANK}", whole_only),
+        lambda: slimkit.export_onnx(whole_only, data()[:1][0], folder / f"x{RANK}.onnx"),
+        lambda: slimkit.TeacherCache.build(whole_only, [data()[:1][0]], config, folder / f"c{RANK}"),
+        lambda: slimkit.Pruner(whole_only, data()[:1][0]),
+    ):
+        with pytest.raises(UnsupportedError, match="whole parameters"):
+            call()
     # A disk that fails in the first process fails in all.
     (folder / "file").write_text("in the way") if RANK == 0 else None
     dist.barrier()

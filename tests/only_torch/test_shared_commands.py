@@ -16,6 +16,7 @@ from tests.chain import tiny_models
 from tests.only_torch import shared_commands
 
 FOLDER = Path(__file__).parent
+MANY = pytest.mark.skipif(int(os.environ.get("SLIMKIT_KILLS", "2")) <= 2, reason="seconds of imports: SLIMKIT_KILLS=20")
 NAMES = ("cached", "online", "train", "adapt", "factory")
 
 
@@ -99,18 +100,29 @@ def test_transformers_opens_the_folder(folder, name):
     assert torch.isfinite(model(input_ids=torch.tensor([[1, 2, 3]])).logits).all()
 
 
-def test_what_a_killed_process_leaves_is_ended_by_one(folder, monkeypatch):
-    kept = folder / "kept"
+@pytest.mark.parametrize("who", ["last", pytest.param("first", marks=MANY)])
+def test_what_a_killed_process_leaves_is_ended_by_one(folder, monkeypatch, who):
+    kept = folder / f"kept_{who}"
     os.rename(folder / "online_2", kept)
-    done = torchrun(folder, "dies", "online")
+    done = torchrun(folder, "dies", "online", who)
     assert done.returncode != 0
-    assert (folder / "online_2" / ".slimkit-train" / "last" / "trainer.json").exists()
+    left = json.loads((folder / "online_2" / ".slimkit-train" / "last" / "trainer.json").read_text())
+    assert left["global_step"] == 2
     assert not (folder / "online_2" / "config.json").exists()
     before = tensors(kept)
     monkeypatch.setattr(shared_commands, "WORLD", 2)  # the folder's name
     shared_commands.run(folder, "online")
     for name, value in tensors(folder / "online_2").items():
         np.testing.assert_allclose(value, before[name], atol=2e-4, err_msg=name)
+
+
+def test_a_recipe_is_for_one_process(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    recipe = FOLDER.parents[1] / "tools" / "recipes" / "digits.yaml"
+    with pytest.raises(AssertionError, match="ended with"):
+        shared_commands.command("run", str(recipe), "--output", str(tmp_path / "run"))
+    assert "a recipe runs in one process" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_samples_that_cannot_be_shared_out_are_refused(monkeypatch):

@@ -120,3 +120,16 @@ def test_the_commands_make_a_folder_out_of_a_folder(tmp_path, monkeypatch):
     ):
         refused = CliRunner().invoke(app, arguments)
         assert "--calib is needed for --format w8a8s" in str(refused.exception)
+
+
+def test_what_is_served_as_one_stays_float_together(llama, tmp_path):
+    _, sparse, batches = llama
+    errors = {n: row["input_error"] for n, row in slimkit.save_w8a8s(tmp_path / "a", sparse, batches).layers.items()}
+    group = [n for n in errors if n.rpartition(".")[2] in ("q_proj", "k_proj", "v_proj") and ".1." in n]
+    least, most = sorted(errors[n] for n in group)[::2]
+    report = slimkit.save_w8a8s(tmp_path / "b", sparse, batches, most_error=(least + most) / 2)
+    assert set(group) <= set(report.kept_float)
+    assert any(error < (least + most) / 2 for error in report.kept_float.values())
+    described = json.loads((tmp_path / "b" / "quant_model_description.json").read_text())
+    assert {described[f"{n}.weight"] for n in report.kept_float} == {"FLOAT"}
+    assert sorted([*report.layers, *report.kept_float]) == sorted(errors)

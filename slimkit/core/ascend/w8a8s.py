@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
-from slimkit.core import batch as batches
 from slimkit.core import check, files, match
 from slimkit.core.ascend import folder as folders
 from slimkit.core.ascend.entropy import lzma_bits, mean_entropy
 from slimkit.core.ascend.folder import DENSE, Array
+from slimkit.core.ascend.inputs import RANGES, input_error, inputs_of
 from slimkit.core.ascend.int8 import PARTS, Int8Layer, int8_layer, on_grid
 from slimkit.core.ascend.w16a16s import as_halves
 from slimkit.core.errors import ArgumentError, FileFormatError
+from slimkit.core.log import logger
 from slimkit.core.showing import Shown
 from slimkit.core.sparse.framework import SparseFramework
-from slimkit.core.sparse.maths.backend import to_numpy
 
 WEIGHTS = "quant_model_weight_w8a8s.safetensors"
 KIND = "W8A8S"
-RANGES = ("minmax", "percentile")
 
-# Of "percentile": this share of a batch's values lies below the low or above the high end, the batches' mean taken.
-TAIL = 1e-4
+# A layer stays float16 where rounding its inputs changes more of its answers.
+MOST_ERROR = 0.1
+
 # Layers that servers join into one, which then has one input step: all of them are int8, or none.
 JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
@@ -36,7 +36,10 @@ class W8A8SReport(Shown):
 
     Args:
         directory: the folder.
-        layers: layer -> {"zeros": share, "low", "high": of its inputs, "input_scale", "input_offset"}.
+        layers: layer -> {"zeros": share, "low", "high": of its inputs, "input_scale", "input_offset", "input_error":
+            the share of its answers that rounding its inputs changes}.
+        kept_float: layer on the grid -> the same share, for those that stay float16 because one step for all their
+            inputs loses too much, and those that are served as one with them.
         dense: tensors that stay floats.
         zero_ratio: share of zeros over all int8 weights.
         weight_bytes: bytes of all tensors.
@@ -48,6 +51,7 @@ class W8A8SReport(Shown):
 
     directory: str
     layers: dict[str, dict[str, float]]
+    kept_float: dict[str, float]
     dense: list[str]
     zero_ratio: float
     weight_bytes: int
@@ -82,41 +86,6 @@ class W8A8S(Shown):
         return {name: Int8Layer(**{part: self.tensors[f"{name}.{part}"] for part in PARTS}) for name in names}
 
 
-def ranges_of(host: SparseFramework, dataset: Any, names: Iterable[str], how: str) -> dict[str, tuple[float, float]]:
-    """Between which values each layer's inputs lie, padding apart; layers that share one input have one range.
-
-    Args:
-        host: the model.
-        dataset: a re-iterable of batches.
-        names: linear layers.
-        how: "minmax", or "percentile": all but `TAIL` of a batch's values on either side, the batches' mean.
-
-    Returns:
-        Layer -> (low, high), for those that a batch has reached.
-    """
-    names = list(names)
-    found: dict[str, tuple[float, float]] = {}
-    for stage in host.stages(batches.Steady(batches.dataset(dataset)), names, False):
-        ends: dict[str, list[tuple[float, float]]] = {}
-
-        def seen(name: str, x: Any, *_: Any, ends: dict[str, list[tuple[float, float]]] = ends) -> None:
-            values = to_numpy(x).reshape(-1)
-            if values.size:
-                tails = (TAIL, 1 - TAIL) if how == "percentile" else (0.0, 1.0)
-                low, high = (float(v) for v in np.quantile(values.astype(np.float32), tails))
-                ends.setdefault(name, []).append((low, high))
-
-        if stage.feeds:
-            stage.replay([feed[0] for feed in stage.feeds], seen)
-        for feed in stage.feeds:
-            if feed[0] in ends:
-                lows, highs = zip(*ends[feed[0]], strict=True)
-                pair = (float(np.mean(lows)), float(np.mean(highs))) if how == "percentile" else (min(lows), max(highs))
-                found.update(dict.fromkeys((name for name in feed if name in names), pair))
-        stage.advance()
-    return found
-
-
 def save(
     directory: files.PathLike,
     host: SparseFramework,
@@ -126,6 +95,7 @@ def save(
     *,
     targets: Sequence[str] | None = None,
     ranges: str = "minmax",
+    most_error: float = MOST_ERROR,
     tied: Mapping[str, str] | None = None,
     named: Mapping[str, str] | None = None,
 ) -> W8A8SReport:
@@ -139,11 +109,13 @@ def save(
         config: what config.json shall say, or a folder.
         targets: globs over layer names; None takes every linear layer whose weight is on the grid.
         ranges: "minmax" or "percentile".
+        most_error: the largest share of a layer's answers that rounding its inputs may change.
         tied: name -> the name of the same tensor, which stands before it.
         named: layer -> its name in the folder, where that is another.
     """
     folder = files.as_path(directory, "directory")
     check.choice(ranges, RANGES, "ranges")
+    check.number(most_error, "most_error", minimum=0.0)
     settings, companions = folders.settings_of(config)
     called = dict(named or {})
     known, _ = host.layers(dataset)
@@ -161,21 +133,27 @@ def save(
             "SparseConfig(weight_bits=8)."
         )
     _demand_whole_groups(linear, set(chosen))
-    ends = ranges_of(host, dataset, chosen, ranges)
-    if missing := [n for n in chosen if n not in ends]:
+    inputs = inputs_of(host, dataset, chosen, ranges)
+    if missing := [n for n in chosen if n not in inputs]:
         raise ArgumentError(f"calibration must reach every layer: none of its batches reached {', '.join(missing[:3])}")
     once = dict(tied or {}) if settings.get("tie_word_embeddings") is True else {}
-    made, tensors, kinds, rows = {}, dict[str, Array](), dict[str, str](), dict[str, dict[str, float]]()
+    layers, rows = dict[str, Int8Layer](), dict[str, dict[str, float]]()
     for layer in chosen:
-        name = linear[layer]
-        made[name] = int8_layer(layer, arrays[f"{name}.weight"], arrays.get(f"{name}.bias"), *ends[layer])
+        weight, shown = arrays[f"{linear[layer]}.weight"], inputs[layer]
+        layers[layer] = int8_layer(layer, weight, arrays.get(f"{linear[layer]}.bias"), shown.low, shown.high)
         rows[layer] = {
-            "zeros": 1 - np.count_nonzero(made[name].weight) / made[name].weight.size,
-            "low": ends[layer][0],
-            "high": ends[layer][1],
-            "input_scale": float(made[name].input_scale[0]),
-            "input_offset": int(made[name].input_offset[0]),
+            "zeros": 1 - np.count_nonzero(layers[layer].weight) / layers[layer].weight.size,
+            "low": shown.low,
+            "high": shown.high,
+            "input_scale": float(layers[layer].input_scale[0]),
+            "input_offset": int(layers[layer].input_offset[0]),
+            "input_error": input_error(layers[layer], weight, shown.rows),
         }
+    kept = _too_rough(linear, {n: row["input_error"] for n, row in rows.items()}, most_error)
+    _demand_allowed(kept, targets, len(chosen), most_error)
+    chosen = [n for n in chosen if n not in kept]
+    made = {linear[n]: layers[n] for n in chosen}
+    tensors, kinds = dict[str, Array](), dict[str, str]()
     halves, _ = as_halves({n: v for n, v in arrays.items() if n not in once})
     for name, value in halves.items():
         layer, _, part = name.rpartition(".")
@@ -188,7 +166,8 @@ def save(
     sizes = [made[linear[n]].weight.size for n in chosen]
     return W8A8SReport(
         directory=str(folder),
-        layers=rows,
+        layers={n: rows[n] for n in chosen},
+        kept_float=kept,
         dense=[name for name, kind in kinds.items() if kind == DENSE],
         zero_ratio=float(np.average([rows[n]["zeros"] for n in chosen], weights=sizes)),
         weight_bytes=sum(v.nbytes for v in tensors.values()),
@@ -199,21 +178,49 @@ def save(
     )
 
 
-def _demand_whole_groups(linear: Mapping[str, str], chosen: set[str]) -> None:
-    """Layers that a server joins must all be int8 or all be floats."""
-    for layer, name in linear.items():
+def _joined(linear: Mapping[str, str]) -> Iterator[list[str]]:
+    """Layers that a server joins into one, together."""
+    for name in linear.values():
         head, _, own = name.rpartition(".")
         for group in JOINED:
-            if own != group[0]:
-                continue
-            beside = [n for n, other in linear.items() if other in {f"{head}.{part}" for part in group}]
-            inside = [n for n in beside if n in chosen]
-            if inside and len(inside) < len(beside):
-                left = next(n for n in beside if n not in chosen)
-                raise ArgumentError(
-                    f"{layer!r} and its like are served as one layer, so all must be int8 or none. Received: "
-                    f"{left!r} is not on the int8 grid, or not among targets"
-                )
+            if own == group[0]:
+                yield [n for n, other in linear.items() if other in {f"{head}.{part}" for part in group}]
+
+
+def _demand_whole_groups(linear: Mapping[str, str], chosen: set[str]) -> None:
+    """Layers that a server joins must all be int8 or all be floats."""
+    for beside in _joined(linear):
+        left = [n for n in beside if n not in chosen]
+        if left and len(left) < len(beside):
+            raise ArgumentError(
+                f"{beside[0]!r} and its like are served as one layer, so all must be int8 or none. Received: "
+                f"{left[0]!r} is not on the int8 grid, or not among targets"
+            )
+
+
+def _too_rough(linear: Mapping[str, str], errors: Mapping[str, float], most: float) -> dict[str, float]:
+    """The layers that rounding their inputs, or those of one that is served with them, changes too much."""
+    rough = {n for n, error in errors.items() if error > most}
+    for beside in _joined({n: linear[n] for n in errors}):
+        if rough & set(beside):
+            rough |= set(beside)
+    return {n: error for n, error in errors.items() if n in rough}
+
+
+def _demand_allowed(kept: Mapping[str, float], targets: Any, number: int, most: float) -> None:
+    """Say which layers stay float16; refuse where they were asked for by name, or none is left."""
+    if not kept:
+        return
+    worst = max(kept, key=lambda n: kept[n])
+    said = f"one step for all inputs of {worst!r} changes {kept[worst]:.3g} of its answers, more than most_error={most}"
+    if targets is not None:
+        raise ArgumentError(
+            f"{said}; {len(kept)} of the {number} targets are such. Leave them out of targets, to stay float16, or "
+            "allow more by most_error"
+        )
+    if len(kept) == number:
+        raise ArgumentError(f"{said}; no layer is left to write. Allow more by most_error")
+    logger.warning("%d of %d layers on the int8 grid stay float16: %s", len(kept), number, said)
 
 
 def demand_linear(name: str, layer: Int8Layer, shape: Sequence[int] | None) -> None:
