@@ -177,6 +177,7 @@ def test_data_that_cannot_be_read_changes_nothing(kit):
         ([], ArgumentError, "at least one batch"),
         (rows(kit, 4, 1), TypeError, "a list of batches"),
         ([rows(kit, 4, 1), kit.tensor(np.zeros((2, 3), np.float32))], Exception, None),
+        ([kit.tensor(np.full((2, 40), np.inf, np.float32))], ArgumentError, "finite"),
     ):
         with pytest.raises(error, match=words):
             kit.slim.compress_delta(net, tuned, calibration=data)

@@ -23,6 +23,7 @@ import numpy as np
 
 from slimkit.core.delta import rest
 from slimkit.core.delta.framework import DeltaFramework
+from slimkit.core.errors import ArgumentError
 
 Array = np.ndarray[Any, Any]
 
@@ -124,11 +125,16 @@ def solve(
         kind: what the delta holds beside its low rank, "signs" or nothing; see `rest.PARTS`.
         rank: of the low rank.
         rng: for the decomposition of large weights.
+
+    Raises:
+        ArgumentError: the data is not finite.
     """
     means = np.zeros((2, len(pairs.own_total)))
     gram, cross = (m.astype(np.float64) / pairs.count for m in (pairs.gram, pairs.cross))
     square = float(np.trace(gram)) / len(gram)
-    if not square > 0:
+    if not np.isfinite(square) or not np.isfinite(cross).all():
+        raise ArgumentError("calibration must give finite inputs to every layer. Received: NaN or infinity")
+    if square == 0:
         return None
     if bias is not None:  # it says what is the same for all rows
         means = np.stack((pairs.tuned_total, pairs.own_total)) / pairs.count
