@@ -16,6 +16,7 @@ from slimkit.core.errors import FileFormatError, UnsupportedError
 from slimkit.core.files import PathLike
 from slimkit.core.jobs.folders import PLAN, copy_companions
 from slimkit.core.showing import Report
+from slimkit.delta.held_base import held, restored
 from slimkit.delta.storage import TorchStorage, as_tensor
 from slimkit.stored import StoredModel, as_stored, tag_of, to_stubs
 
@@ -36,6 +37,7 @@ class StoredDelta(TorchStorage):
         self._stored = stored
         self.names = _named(stored.model)
         self.filled: set[int] = set()  # tensors of the base that came with the delta
+        self.held: dict[int, str] = {}  # weights that the layer computes with in fewer bits
 
     def value(self, tensor: torch.Tensor) -> Any:
         return super().value(self.read(tensor))
@@ -52,6 +54,23 @@ class StoredDelta(TorchStorage):
             return
         tensor.data = as_tensor(value).to(tensor.dtype, copy=True)
         self.filled.add(id(tensor))
+
+    def holdable(self, module: nn.Module) -> bool:
+        return id(module._parameters.get("weight")) in self.names
+
+    def attach(self, kind: str, module: nn.Module, name: str, dtype: Any, options: Mapping[str, Any]) -> None:
+        fewer = options.get("base_dtype")
+        if fewer:  # the layer never runs: what it would compute with is made of the file's weight when it is merged
+            self.held[id(module.weight)] = fewer
+            vars(module)["held_kind"] = fewer
+            options = {**options, "base_dtype": ""}
+        super().attach(kind, module, name, dtype, options)
+
+    def computed_with(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A weight with the values that its layer computes with."""
+        value = self.read(tensor)
+        fewer = self.held.get(id(tensor))
+        return restored(*held(value, fewer), value.dtype) if fewer else value
 
     def exchange(self, parameter: Any, value: Any) -> Any:
         # What lies aside is never looked at: the folder is written once.
@@ -151,7 +170,7 @@ class _Merger:
         try:
             for source in layer.sources().values():
                 before.append((source, source.data))
-                source.data = self._access.read(source)
+                source.data = self._access.computed_with(source)
             layer.write_weight(layer.merged_weight())
             for source, _ in before:
                 found |= self._stored.pieces(self._names[id(source)], source.data)

@@ -12,29 +12,43 @@ from slimkit.delta.lora_layers import LoraLinear
 import torch
 from torch import nn
 
-__all__ = ["HeldLora", "bridge"]
+__all__ = ["HeldLora", "bridge", "held", "restored"]
 
 
 class _HeldLinear(torch.autograd.Function):
     """y = scale (x q') + bias; the weight is made wide anew each way and never kept, nor is x."""
 
     @staticmethod
-    def forward(ctx: Any, x: Any, held: Any, scale: Any, bias: Any) -> torch.Tensor:
-        y = x.reshape(-1, x.shape[-1]) @ held.to(x.dtype).t()  # (n, out)
+    def forward(ctx: Any, x: Any, numbers: Any, scale: Any, bias: Any) -> torch.Tensor:
+        y = x.reshape(-1, x.shape[-1]) @ numbers.to(x.dtype).t()  # (n, out)
         if scale is not None:
             y = y.mul_(scale)
-        ctx.save_for_backward(held, scale)
+        ctx.save_for_backward(numbers, scale)
         return (y if bias is None else y.add_(bias)).view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        held, scale = ctx.saved_tensors
+        numbers, scale = ctx.saved_tensors
         g = grads[0].reshape(-1, grads[0].shape[-1])
         g_bias = g.sum(0) if ctx.needs_input_grad[3] else None
         if not ctx.needs_input_grad[0]:
             return None, None, None, g_bias
         g = g if scale is None else g * scale
-        return (g @ held.to(g.dtype)).view(*grads[0].shape[:-1], held.shape[1]), None, None, g_bias
+        return (g @ numbers.to(g.dtype)).view(*grads[0].shape[:-1], numbers.shape[1]), None, None, g_bias
+
+
+def held(weight: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A weight (outputs, inputs) in "int8" or "bfloat16", and the scale of each output or None."""
+    if kind != "int8":
+        return weight.detach().to(torch.bfloat16), None
+    numbers, scales = quantised(weight.detach().float().cpu().numpy())
+    return torch.from_numpy(numbers).to(weight.device), torch.from_numpy(scales).to(weight.device)
+
+
+def restored(numbers: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """The weight that a layer computes with where its own is held in fewer bits."""
+    wide = numbers.detach().float()
+    return (wide if scale is None else wide * scale.float().unsqueeze(1)).to(dtype)
 
 
 class HeldLora(LoraLinear):
@@ -58,22 +72,15 @@ class HeldLora(LoraLinear):
         weight: Any = self._parameters["weight"]
         flat, places = weight.detach().reshape(-1), torch.from_numpy(sample_places(weight.numel()))
         self.plain_sample = flat[places.to(flat.device)].float().cpu().numpy()
-        scale = None
-        if kind == "int8":
-            numbers, scales = quantised(weight.detach().float().cpu().numpy())
-            held, scale = torch.from_numpy(numbers).to(weight.device), torch.from_numpy(scales).to(weight.device)
-        else:
-            held = weight.detach().to(torch.bfloat16)
+        numbers, scale = held(weight, kind)
         self.plain_dtype, self.plain_trains, self.held_kind = weight.dtype, weight.requires_grad, kind
         del self._parameters["weight"]
-        self._parameters["weight_held"] = nn.Parameter(held, requires_grad=False)
+        self._parameters["weight_held"] = nn.Parameter(numbers, requires_grad=False)
         self.register_buffer("weight_scale", scale)
 
     @torch.no_grad()
     def _wide(self) -> torch.Tensor:
-        held = self.weight_held.detach().float()
-        wide: torch.Tensor = held if self.weight_scale is None else held * self.weight_scale.float().unsqueeze(1)
-        return wide.to(self.plain_dtype)
+        return restored(self.weight_held, self.weight_scale, self.plain_dtype)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if not isinstance(self, HeldLora):  # somebody kept this method, and the delta is off

@@ -53,11 +53,13 @@ def apply_delta(
             it). adapter: bottleneck_size, non_linearity. low_rank_adapter: reduction_factor, low_rank_size,
             low_rank_w_init, non_linearity. ia3: feedforward (globs of the targets whose inputs are scaled, not
             outputs). miss: rank, repeat, dropout. shira: rank, support ("nonzero", "magnitude", "random"), seed.
-            prefix: prefix_token_num, projection, mid_dim, dropout_rate, text_ids, inputs (one batch,
+            prefix: prefix_token_num, projection, mid_dim, dropout_rate, inputs (one batch,
             where a model has no dummy inputs of its own), or sizes ({path: (heads, width, query heads)}) instead of
             a run, positions (globs over the modules that are given position numbers, which then begin behind the
-            prefix; None: those of Hugging Face models do, others stay as they are). prompt: num_virtual_tokens, init
-            ("vocabulary", "random"), text_ids.
+            prefix; None: those of Hugging Face models do, others stay as they are). prompt: num_virtual_tokens.
+            prefix and prompt begin as init says ("vocabulary": as tokens drawn by seed, "random"; None: a prompt as
+            tokens, a prefix at random), or as a text: text with tokenizer (of transformers or tokenizers, or its
+            folder), or text_ids.
 
     Returns:
         The layers changed, what was skipped, and the share of parameters that train now (print it).

@@ -188,9 +188,7 @@ class LoraEmbedding(LoraLayer):
         return out
 
     def _rest_of_rows(self, part: Part, x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        """What a compressed delta adds to these rows; of signs no others are unpacked."""
-        if self.delta_specs[part.name].rest != "signs":
-            return F.embedding(x, self.rest(part, like))
+        """What a compressed delta adds to these rows; no others are unpacked."""
         signs, scale = (getattr(self, key("lora", p, part.name)) for p in ("signs", "scale"))
         at = x.to(signs.device)
         return self.active_deltas[part.name] * signed(signs[at], scale[at], tuple(self.weight.shape)).to(like)

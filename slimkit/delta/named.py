@@ -151,7 +151,7 @@ class LoraLayer(NamedLoras, MergingLayer):
         if spec.init == "pissa":
             self._buffer(key("lora", "a0", name), a.clone())
             self._buffer(key("lora", "b0", name), b.clone())
-        for part, (shape, word) in rest.shapes(spec.rest, tuple(weight.shape), spec.count).items():
+        for part, (shape, word) in rest.shapes(spec.rest, tuple(weight.shape)).items():
             empty = torch.zeros(shape, dtype=getattr(torch, word), device=place)
             self._buffer(key("lora", part, name), empty)
         self.take(name, spec)
@@ -200,13 +200,8 @@ class LoraLayer(NamedLoras, MergingLayer):
     def rest(self, part: Part, like: torch.Tensor) -> torch.Tensor:
         """What a compressed delta adds beside its low rank, in the weight's layout; where and as `like` is."""
         shape, weight = tuple(self.weight.shape), self.active_deltas[part.name]
-        first, second = (getattr(self, key("lora", p, part.name)) for p in PARTS[self.delta_specs[part.name].rest])
-        if self.delta_specs[part.name].rest == "signs":
-            rows = signed(first, second, shape).to(like)
-            return weight * rows.view(shape)
-        filled = torch.zeros(math.prod(shape), dtype=like.dtype, device=like.device)
-        filled[first.to(like.device, torch.int64)] = second.to(like)
-        return weight * filled.view(shape)
+        signs, scale = (getattr(self, key("lora", p, part.name)) for p in PARTS["signs"])
+        return weight * signed(signs, scale, shape).to(like).view(shape)
 
     def own_bias(self, part: Part, like: torch.Tensor) -> torch.Tensor | None:
         """(outputs,) that a LoRA's b adds by itself, where and as `like` is; None where it has none."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 import copyreg
 import functools
 import inspect
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from slimkit import bridge
 from slimkit.core.delta import prefix as rules
 from slimkit.core.delta.named import OneAdapter
+from slimkit.core.delta.prompt import call_with
 from slimkit.core.errors import SlimkitError, UnsupportedError
 from slimkit.core.log import logger
 from slimkit.delta.layer import DeltaLayer
@@ -19,6 +21,7 @@ from slimkit.delta.prefix import PrefixLayer
 from slimkit.delta.prefix_cache import decoder_of, looks_in_windows, put_cached, self_attention, text_decoder
 from slimkit.delta.prefix_found import attention_kernel, find_attention, inspect_call
 from slimkit.delta.prefix_judged import UNFIT, agrees_with_cache
+from slimkit.delta.prompt_model import token_table
 from slimkit.delta.written import Extending, also_fused, edited_class, written_attention
 
 import torch
@@ -155,6 +158,7 @@ def put_prefix(
         Path -> options, of each layer.
     """
     plan = rules.checked(**options)
+    plan = replace(plan, text_ids=plan.ids(lambda: int(token_table(model)[1].weight.shape[0])))
     decoder, beside_encoder = decoder_of(model), True
     if decoder is None:
         decoder, beside_encoder = text_decoder(model), False
@@ -182,11 +186,17 @@ def put_prefix(
     return put() or {}
 
 
+def _text(model: nn.Module, ids: list[int]) -> dict[str, torch.Tensor]:
+    """What the model is called with to read a text alone."""
+    parameters = list(inspect.signature(type(model).forward).parameters.values())
+    return {name: torch.from_numpy(a) for name, a in call_with(parameters, type(model).__name__, ids).items()}
+
+
 def _in_attention(
     model: nn.Module, targets: Any, plan: rules.PrefixOptions, name: str, dtype: Any, strict: bool
 ) -> tuple[dict[str, dict[str, Any]], list[Any]]:
     """Put a prefix where attention runs, in place; path -> options, and the layers."""
-    inputs = plan.inputs if plan.text_ids is None else {"input_ids": torch.tensor([plan.text_ids])}
+    inputs = plan.inputs if plan.text_ids is None else _text(model, plan.text_ids)
     kernels = attention_kernel(model)
     try:
         seen = rules.given_sizes(plan, dict(bridge.named_modules(model))) or find_attention(model, inputs)
@@ -224,7 +234,7 @@ def _in_cache(
     """Put a prefix into the cache of a decoder, in place; None where other layers of an encoder-decoder are meant."""
     inputs = plan.inputs
     if plan.text_ids is not None:
-        inputs = {"input_ids": torch.tensor([plan.text_ids])}
+        inputs = _text(model, plan.text_ids)
         if beside_encoder:
             raise UnsupportedError("a prefix on an encoder-decoder model cannot be started from a text.")
     found = self_attention(model, decoder, inputs, beside_encoder=beside_encoder)

@@ -54,16 +54,25 @@ class PromptFront(OneAdapter, DeltaLayer, PromptTuning):
         delattr(owner, FRONT)
 
 
-def put_prompt(
-    model: nn.Module,
-    targets: Any,
-    *,
-    name: str,
-    dtype: Any,
-    num_virtual_tokens: Any = None,
-    init: Any = "vocabulary",
-    text_ids: Any = None,
-) -> dict[str, dict[str, Any]]:
+def _takes_embeddings(module: nn.Module) -> bool:
+    return hasattr(module, "get_input_embeddings") and "inputs_embeds" in library.parameters(type(module))
+
+
+def token_table(model: nn.Module, targets: Any = None) -> tuple[Any, Any]:
+    """The Hugging Face model that this is or holds, or None; and the embedding of the tokens.
+
+    Args:
+        model: the model.
+        targets: names the embedding of a model that is not Hugging Face's.
+    """
+    owner: Any = next((m for m in model.modules() if _takes_embeddings(m)), None)
+    if owner is not None:
+        return owner, owner.get_input_embeddings()
+    tables: dict[str, Any] = {p: m for p, m in bridge.named_modules(model) if isinstance(m, nn.Embedding)}
+    return None, tables[rules.embedding_path({p: m.num_embeddings for p, m in tables.items()}, targets)]
+
+
+def put_prompt(model: nn.Module, targets: Any, *, name: str, dtype: Any, **options: Any) -> dict[str, dict[str, Any]]:
     """Put virtual tokens in front of a model's input, in place.
 
     Args:
@@ -71,32 +80,25 @@ def put_prompt(
         targets: the token embedding of a model that is not Hugging Face's, where its name does not say it.
         name: the delta's name.
         dtype: of the parameters; None means float32.
-        num_virtual_tokens: length of the prompt; 20 unless a text says otherwise.
-        init: "vocabulary" (embeddings of random tokens) or "random" (normal).
-        text_ids: token ids; the prompt starts as this text, repeated or cut to the length asked for.
+        options: see `slimkit.core.delta.prompt.checked`.
 
     Returns:
         Path -> options.
     """
-    tokens, ids = rules.checked(num_virtual_tokens, init, text_ids)
-    owner: Any = next((m for m in model.modules() if _takes_embeddings(m)), None)
+    plan = rules.checked(**options)
+    tokens = plan.tokens
     rules.refuse_taken(any(isinstance(m, PromptFront) for m in model.modules()))
+    owner, embedding = token_table(model, targets)
     if owner is None:
         grows = rules.growth(list(inspect.signature(type(model).forward).parameters.values()), type(model).__name__)
-        tables: dict[str, Any] = {p: m for p, m in bridge.named_modules(model) if isinstance(m, nn.Embedding)}
-        embedding = tables[rules.embedding_path({p: m.num_embeddings for p, m in tables.items()}, targets)]
     elif targets is not None and not all(t.endswith(FRONT) for t in targets):
         check.wrong_value("targets", "None for prompt on a Hugging Face model", targets)
-    else:
-        embedding = owner.get_input_embeddings()
     table = embedding.weight
+    ids = plan.ids(table.shape[0])
     front = PromptFront(tokens, table.shape[1])
-    rows: Any = front.mindpet_delta_prompttuning_embedding.weight
-    with torch.no_grad():
-        if ids is not None:
-            rows.copy_(table[torch.tensor((ids * (tokens // len(ids) + 1))[:tokens], device=table.device)])
-        elif init == "vocabulary":
-            rows.copy_(table[torch.randint(table.shape[0], (tokens,), device=table.device)])
+    if ids is not None:
+        with torch.no_grad():
+            front.mindpet_delta_prompttuning_embedding.weight.copy_(table[torch.tensor(ids, device=table.device)])
     front.to(device=table.device, dtype=dtype or torch.float32)
     front.carry_delta({"num_virtual_tokens": tokens}, name)
     if owner is not None:
@@ -163,10 +165,6 @@ def _answer(module: Any, _args: Any, out: torch.Tensor) -> torch.Tensor:
         return out
     rows = front.mindpet_delta_prompttuning_embedding.weight.to(out.dtype)
     return torch.cat((rows.expand(out.shape[0], -1, -1), out[:, rows.shape[0] :]), 1)
-
-
-def _takes_embeddings(module: nn.Module) -> bool:
-    return hasattr(module, "get_input_embeddings") and "inputs_embeds" in library.parameters(type(module))
 
 
 def _front_of(module: Any) -> PromptFront:

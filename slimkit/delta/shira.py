@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 
 from slimkit import bridge
-from slimkit.core.delta.rest import refuse_index
-from slimkit.core.delta.shira import INDEX, ShiraSpec, chosen
+from slimkit.core.delta.shira import INDEX, ShiraSpec, chosen, refuse_index
 from slimkit.core.errors import UnsupportedError
 from slimkit.delta.fused import computing, fuses
 from slimkit.delta.summed import Summed

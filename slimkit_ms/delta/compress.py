@@ -24,6 +24,7 @@ def compress_delta(
     rank: int | None = None,
     exclude: Sequence[str] | None = None,
     seed: int = 0,
+    calibration: Sequence[Any] | None = None,
 ) -> DeltaReport:
     """Put what a fully fine-tuned model has learned on its base as a small delta, in place; it acts.
 
@@ -34,17 +35,22 @@ def compress_delta(
     Args:
         model: the base.
         tuned: the fine-tuned model, its weights by torch's names, or a file or folder of them.
-        kind: "bits" (the sign of every entry, with a scale for each row of the weight, and a low-rank rest), "low_rank"
-            (that alone), or "sparse" (the largest entries, and a low-rank rest).
+        kind: "bits" (the sign of every entry, with a scale for each row of the weight, and a low-rank rest) or
+            "low_rank" (that alone).
         name: of the delta.
         bytes_ratio: share of the weight's bytes in bfloat16 that its delta may take, in (0, 1); "bits" takes 1/16 at
-            least. The rest's rank, or the number of entries, follows from it.
+            least. The rest's rank follows from it.
         rank: of the low-rank part; None lets it follow.
         exclude: globs of layers that travel whole, a classifier's head for one.
         seed: of the random range by which large weights are factored.
+        calibration: batches that both models are run on (no labels; a few thousand tokens or rows do). Linear layers
+            are then fitted so that the small model's answers are the tuned one's, block by block: the same bytes lose
+            several times less. `tuned` must be a model then. Of the layers of a block, twice the square of their
+            inputs is in memory.
 
     Returns:
-        Each layer's options, its relative error and its bytes; how many times smaller the whole is.
+        Each layer's options, its bytes and its relative error, of the weight's change or, with calibration, of what
+        that change answers; how many times smaller the whole is.
 
     Raises:
         ArgumentTypeError, ArgumentError: an argument is of the wrong type or value, the two models are the same, or a
@@ -55,7 +61,7 @@ def compress_delta(
         In every case the model is as it was.
 
     Source:
-        Liu et al. 2024, "BitDelta", section 3; Yao et al. 2025, "DeltaZip".
+        Liu et al. 2024, "BitDelta", section 3; Yao et al. 2025, "DeltaZip"; Frantar et al. 2023, "OPTQ", section 3.
 
     Example:
         >>> import copy
@@ -68,5 +74,14 @@ def compress_delta(
     """
     bridge.check_model(model)
     return steps.compress(
-        STORAGE, model, tuned, kind, name=name, bytes_ratio=bytes_ratio, rank=rank, exclude=exclude, seed=seed
+        STORAGE,
+        model,
+        tuned,
+        kind,
+        name=name,
+        bytes_ratio=bytes_ratio,
+        rank=rank,
+        exclude=exclude,
+        seed=seed,
+        calibration=calibration,
     )

@@ -56,8 +56,10 @@ def apply_delta(
             prefix: prefix_token_num, projection, mid_dim, dropout_rate, text_ids, inputs (one batch to
             see the attention at work), or sizes ({path: (heads, width, query heads)}) instead of
             a run, positions (globs over the cells that are given position numbers, which then begin behind the prefix;
-            None: positions stay). prompt: num_virtual_tokens,
-            init ("vocabulary", "random"), text_ids.
+            None: positions stay). prompt: num_virtual_tokens.
+            prefix and prompt begin as init says ("vocabulary": as tokens drawn by seed, "random"; None: a prompt as
+            tokens, a prefix at random), or as a text: text with tokenizer (of transformers or tokenizers, or its
+            folder), or text_ids.
 
     Returns:
         The layers changed, what was skipped, and the share of parameters that train now (print it).

@@ -93,11 +93,9 @@ class LoraLayer(NamedLoras, MergingLayer):
 
         self.part_rests = [self.delta_specs[p.name].rest for p in parts]
         self.part_shares = [self.active_deltas[p.name] for p in parts]
-        named = [PARTS[rest] or ("", "") for rest in self.part_rests]
-        self.rest_first = [key("lora", names[0], p.name) for p, names in zip(parts, named)]
-        self.rest_second = [key("lora", names[1], p.name) for p, names in zip(parts, named)]
+        self.rest_first, self.rest_second = ([key("lora", part, p.name) for p in parts] for part in PARTS["signs"])
         self.rest_shape = tuple(self.weight.shape)
-        if "signs" in self.part_rests:
+        if any(self.part_rests):
             self.sign_table = ms.Tensor(rest.sign_table())
 
     def halves(self, i: int, kind: Any) -> tuple[Any, Any]:
@@ -113,12 +111,8 @@ class LoraLayer(NamedLoras, MergingLayer):
         columns = 1
         for size in self.rest_shape[1:]:
             columns = columns * size
-        if self.part_rests[i] == "signs":
-            rows = ops.gather(self.sign_table, ops.cast(first, ms.int32), 0).reshape((self.rest_shape[0], -1))
-            dense = rows[:, :columns] * ops.expand_dims(second, 1)
-        else:
-            empty = ops.zeros((self.rest_shape[0] * columns,), ms.float32)
-            dense = ops.tensor_scatter_add(empty, ops.expand_dims(first, 1), ops.cast(second, ms.float32))
+        rows = ops.gather(self.sign_table, ops.cast(first, ms.int32), 0).reshape((self.rest_shape[0], -1))
+        dense = rows[:, :columns] * ops.expand_dims(second, 1)
         return self.part_shares[i] * dense.reshape(self.rest_shape)
 
     def leave(self) -> None:
@@ -170,7 +164,7 @@ class LoraLayer(NamedLoras, MergingLayer):
         if spec.bias:
             s_key = key("lora", "bias", name)
             self.insert_param_to_cell(s_key, initial.parameter("zeros", b_shape[:1], kind, s_key))
-        for part, (shape, word) in rest.shapes(spec.rest, tuple(self.weight.shape), spec.count).items():
+        for part, (shape, word) in rest.shapes(spec.rest, tuple(self.weight.shape)).items():
             object.__setattr__(self, key("lora", part, name), ms.Tensor(np.zeros(shape, word)))
         self.take(name, spec)
 
@@ -207,7 +201,7 @@ class LoraLayer(NamedLoras, MergingLayer):
         """What a compressed delta adds beside its low rank, as NumPy."""
         spec = self.delta_specs[name]
         parts = {p: bridge.as_numpy(getattr(self, key("lora", p, name))) for p in PARTS[spec.rest]}
-        return rest.dense(spec.rest, parts, tuple(self.weight.shape))
+        return rest.dense(parts, tuple(self.weight.shape))
 
     def _lengths(self, weight: Any) -> Any:
         return np.linalg.norm(weight, axis=1)

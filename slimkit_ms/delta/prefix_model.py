@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import inspect
+from dataclasses import replace
 from typing import Any
-
-import numpy as np
 
 from slimkit.core import check
 from slimkit.core.batch import as_call
 from slimkit.core.delta import prefix as rules
 from slimkit.core.delta.named import OneAdapter
+from slimkit.core.delta.prompt import call_with
 from slimkit.core.errors import UnsupportedError
 from slimkit.core.source.attention_method import edited_method, softmax_method
 from slimkit.core.weights.heads import heads_told_by
-from slimkit_ms import bridge
+from slimkit_ms import bridge, kinds
 from slimkit_ms.delta.layer import DeltaLayer
 from slimkit_ms.delta.multihead import METHODS, PrefixedMultiheadAttention
 from slimkit_ms.delta.positions import shifted_classes, start_behind
 from slimkit_ms.delta.prefix import PrefixLayer
+from slimkit_ms.delta.prompt_model import token_table
 
 import mindspore as ms
 from mindspore import nn, ops
@@ -228,9 +230,8 @@ def sizes_by_config(model: nn.Cell, heads: int, key_width: int) -> dict[str, tup
 def put_prefix(model: nn.Cell, targets: Any, *, name: str, dtype: Any, strict: bool, **options: Any) -> Any:
     """Give attention cells a prefix, in place; see `apply_delta`. Returns path -> options of each layer."""
     plan = rules.checked(**options)
-    inputs = plan.inputs
-    if plan.text_ids is not None:
-        inputs = ms.Tensor(np.array([plan.text_ids]), ms.int32)
+    plan = replace(plan, text_ids=plan.ids(lambda: len(kinds.weight_of(token_table(model)))))
+    inputs = plan.inputs if plan.text_ids is None else _text(model, plan.text_ids)
     seen = rules.given_sizes(plan, _candidates(model)[0] if plan.sizes else {}) or find_attention(model, inputs)
     seen = rules.chosen(seen, targets, strict)
     cells = {path: bridge.get_module(model, path) for path in seen}
@@ -252,6 +253,13 @@ def put_prefix(model: nn.Cell, targets: Any, *, name: str, dtype: Any, strict: b
     start_behind(model, plan.prefix_token_num, counting)
     bridge.forget_graphs(model)
     return described
+
+
+def _text(model: nn.Cell, ids: list[int]) -> dict[str, Any]:
+    """What the model is called with to read a text alone."""
+    parameters = list(inspect.signature(type(model).construct).parameters.values())
+    read = call_with(parameters, type(model).__name__, ids)
+    return {name: ms.Tensor(value, ms.int32) for name, value in read.items()}
 
 
 def _rows(seen: rules.Seen, plan: rules.PrefixOptions, dtype: Any) -> nn.Cell:

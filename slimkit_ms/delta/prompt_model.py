@@ -5,8 +5,6 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-import numpy as np
-
 from slimkit.core.delta import prompt as rules
 from slimkit.core.delta.named import OneAdapter
 from slimkit.core.delta.prefix import refuse_replaced, torch_name
@@ -85,40 +83,28 @@ class _Fronted(nn.Cell):
         return ops.concat((front, given + self.prompt_tokens), 1)
 
 
-def _embedding(model: nn.Cell, targets: Any) -> nn.Cell:
+def token_table(model: nn.Cell, targets: Any = None) -> nn.Cell:
     """The cell that turns token ids into vectors."""
     cells = {p: c for p, c in model.cells_and_names() if kinds.is_kind(c, "embedding")}
     tables = {p: c for p, c in cells.items() if not isinstance(c, DeltaLayer)}
     return tables[rules.embedding_path({p: len(kinds.weight_of(c)) for p, c in tables.items()}, targets)]
 
 
-def put_prompt(
-    model: nn.Cell,
-    targets: Any,
-    *,
-    name: str,
-    dtype: Any,
-    num_virtual_tokens: Any = None,
-    init: Any = "vocabulary",
-    text_ids: Any = None,
-) -> dict[str, dict[str, Any]]:
+def put_prompt(model: nn.Cell, targets: Any, *, name: str, dtype: Any, **options: Any) -> dict[str, dict[str, Any]]:
     """Put virtual tokens in front of a model, in place; see `apply_delta`. Returns path -> options of the prompt."""
-    tokens, ids = rules.checked(num_virtual_tokens, init, text_ids)
-    embedding: Any = _embedding(model, targets)
+    plan = rules.checked(**options)
+    tokens, embedding = plan.tokens, token_table(model, targets)
     rules.refuse_taken(FRONT in embedding._cells or hasattr(model, "prompt_tokens"))
     replaced = {"the token embedding": embedding, "": model}
     refuse_replaced([path for path, cell in replaced.items() if "construct" in vars(cell)], "construct")
     inputs = list(inspect.signature(type(model).construct).parameters.values())
     source = rules.fronted_source(inputs, type(model).__name__)
     table = kinds.weight_of(embedding)
+    ids = plan.ids(len(table))
     front: Any = PromptFront(tokens, int(table.shape[1]))
     rows = front.mindpet_delta_prompttuning_embedding.embedding_table
-    values = bridge.as_numpy(rows if init == "random" and ids is None else table.astype(ms.float32))
-    if ids is not None:
-        values = values[(ids * (tokens // len(ids) + 1))[:tokens]]
-    elif init == "vocabulary":
-        values = values[np.random.default_rng().integers(0, len(values), tokens)]
-    rows.set_data(ms.Tensor(values, dtype or ms.float32))
+    values = bridge.as_numpy(rows if ids is None else table.astype(ms.float32))
+    rows.set_data(ms.Tensor(values if ids is None else values[ids], dtype or ms.float32))
     rows.set_dtype(dtype or ms.float32)
     construct = method_from(source, type(model).__name__, _outer(model))
     path = next(p for p, c in model.cells_and_names() if c is embedding)

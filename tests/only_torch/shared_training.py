@@ -12,7 +12,7 @@ import pytest
 import slimkit
 from slimkit import KnowledgeDistillConfig, Trainer, get_distill_model
 from slimkit.core.errors import ConfigError, UnsupportedError
-from slimkit.sharded import whole
+from slimkit.sharded import own_part, whole
 
 import torch
 import torch.distributed as dist
@@ -194,6 +194,8 @@ def files(folder):
     saver = slimkit.TrainableParamsCheckPoint(folder / f"trainable_{WORLD}", optimizer_state=True)
     trainer = Trainer(model, mse_loss, adamw, [saver])
     trainer.train(data(), **HOW)
+    sizes = [(own_part(p).numel(), p.numel(), p[0].numel()) for p in model.parameters()]
+    assert all(own <= whole / WORLD + row for own, whole, row in sizes)  # rows are not always shared out evenly
     slimkit.save_checkpoint(model, folder / f"by_hand_{WORLD}.safetensors")
     fresh = shared(Net(7))
     slimkit.load_checkpoint(folder / f"by_hand_{WORLD}.safetensors", fresh, strict_load=True)

@@ -86,6 +86,11 @@ def digests(folder):
 CASES = {
     "lora": (llama, lambda m, d: trained(m, "lora", ["*q_proj", "*down_proj"], d, rank=3)),
     "lora-bf16": (lambda: llama(torch.bfloat16), lambda m, d: trained(m, "lora", ["*q_proj"], d, rank=3)),
+    "lora-on-int8": (
+        lambda: llama(torch.bfloat16),
+        lambda m, d: trained(m, "lora", ["*q_proj", "*down_proj"], d, rank=3, base_dtype="int8"),
+    ),
+    "lora-on-bf16": (llama, lambda m, d: trained(m, "lora", ["*q_proj"], d, rank=3, base_dtype="bfloat16")),
     "miss": (llama, lambda m, d: trained(m, "miss", ["*k_proj", "*down_proj"], d, rank=4)),
     "shira": (llama, lambda m, d: trained(m, "shira", ["*k_proj", "*down_proj"], d, rank=2)),
     "ia3": (

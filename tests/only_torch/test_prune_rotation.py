@@ -12,6 +12,7 @@ import pytest
 from slimkit import PruneTorch, load_pruned, save_pruned
 from slimkit.core import files
 from slimkit.core.errors import ArgumentError, FileFormatError, PlanError, UnsupportedError
+from slimkit.core.prune.latency import digest_of
 from slimkit.core.prune.rotation import Rotation, principal_axes, turned_values
 
 import torch
@@ -209,6 +210,12 @@ def test_a_recipe_turns_and_a_later_stage_begins_at_the_turned_model(tmp_path, m
         shutil.rmtree(weights.parent)  # as if the run had been stopped in that stage
         (tmp_path / "run" / "report.json").unlink()
     assert found[0] == found[1]
+
+
+def test_a_table_of_times_knows_the_network_that_is_turned():
+    tied = built("Llama")
+    plain, turned = (digest_of(pruner(tied, on)._solved().view([])) for on in (False, True))
+    assert plain == turned
 
 
 def test_the_axes_are_orthogonal_and_ordered_by_loss():

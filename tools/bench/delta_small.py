@@ -1,7 +1,7 @@
 """Fully fine-tuned models as small deltas (compress_delta): bytes, and accuracy beside the tuned model's own.
 
     python tools/bench/delta_small.py [--task digits,minilm] [--steps 200] [--length 64] [--test 1000]
-        [--ways bits:0.07,bits:0.09,low_rank:0.09,sparse:0.09]
+        [--ways bits:0.07,bits:0.09,low_rank:0.09] [--calibration 0,256]
 
 MiniLM learns which package a docstring comes from (delta_task.py); a small network that knows digits learns
 them mirrored. Differences are in points, on the same texts; the error is that of a paired difference.
@@ -16,6 +16,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import copy
+import itertools
 import json
 import pathlib
 import tempfile
@@ -25,7 +26,7 @@ import delta_task
 import numpy as np
 
 # kind, share of the bfloat16 bytes of a weight
-WAYS = "bits:0.07,bits:0.09,low_rank:0.09,sparse:0.09"
+WAYS = "bits:0.07,bits:0.09,low_rank:0.09"
 
 
 def digits():
@@ -54,7 +55,7 @@ def digits():
         with torch.no_grad():
             return (model.eval()(x[rest[1]]).argmax(1) == y[rest[1]]).numpy()
 
-    return base, tuned, right, None
+    return base, tuned, right, None, lambda count: [x[:count]]
 
 
 def minilm(steps, length, test):
@@ -87,7 +88,10 @@ def minilm(steps, length, test):
             ]
         return (torch.cat(found) == held[2]).numpy()
 
-    return base, tuned, right, ["head"]
+    def given(count):
+        return [(train[0][i : i + 32], train[1][i : i + 32]) for i in range(0, count, 32)]
+
+    return base, tuned, right, ["head"], given
 
 
 def learn(model, call, labels, steps, rate, head=None):
@@ -107,21 +111,23 @@ def learn(model, call, labels, steps, rate, head=None):
         plan.step()
 
 
-def measure(ways, base, tuned, right, exclude):
+def measure(ways, calibration, base, tuned, right, exclude, given):
     import slimkit
 
     wanted, before = right(tuned), right(base)
     numbers = sum(v.numel() for v in tuned.state_dict().values() if v.is_floating_point())
-    out = {
+    told = {
         "base": round(100 * before.mean(), 2),
         "tuned": round(100 * wanted.mean(), 2),
         "bf16 MB": round(2e-6 * numbers, 2),
     }
-    print(json.dumps(out), flush=True)
-    for kind, ratio in (way.split(":") for way in ways.split(",")):
+    print(json.dumps(told), flush=True)
+    for way, count in itertools.product(ways.split(","), map(int, calibration.split(","))):
+        kind, ratio = way.split(":")
         model = copy.deepcopy(base)
         began = time.process_time()
-        slimkit.compress_delta(model, tuned, kind, bytes_ratio=float(ratio), exclude=exclude)
+        data = given(count) if count else None
+        slimkit.compress_delta(model, tuned, kind, bytes_ratio=float(ratio), exclude=exclude, calibration=data)
         taken = time.process_time() - began
         with tempfile.TemporaryDirectory() as place:
             folder = slimkit.save_delta(model, place)
@@ -129,13 +135,15 @@ def measure(ways, base, tuned, right, exclude):
             fresh = copy.deepcopy(base)
             slimkit.load_delta(fresh, folder)
         difference = right(fresh).astype(float) - wanted
-        out[f"{kind} {ratio}"] = {
+        row = {
+            "way": way,
+            "calibration": count,
             "points": round(100 * difference.mean(), 2),
             "error": round(100 * difference.std() / len(difference) ** 0.5, 2),
             "times smaller": round(2 * numbers / size, 1),
             "CPU seconds": round(taken, 1),
         }
-        print(json.dumps({f"{kind} {ratio}": out[f"{kind} {ratio}"]}), flush=True)
+        print(json.dumps(row), flush=True)
 
 
 def main():
@@ -145,6 +153,7 @@ def main():
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--test", type=int, default=1000)
     parser.add_argument("--ways", default=WAYS, help="kind:bytes_ratio, several by commas")
+    parser.add_argument("--calibration", default="0,256", help="training texts (images) to fit to, several by commas")
     given = parser.parse_args()
     import torch
 
@@ -152,7 +161,7 @@ def main():
     for task in given.task.split(","):
         made = digits() if task == "digits" else minilm(given.steps, given.length, given.test)
         print(task, flush=True)
-        measure(given.ways, *made)
+        measure(given.ways, given.calibration, *made)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from slimkit.core import check
 from slimkit.core.checkpoint.openweights import open_weights
 from slimkit.core.checkpoint.torchfile import TorchFile
 from slimkit.core.delta import base as base_values
-from slimkit.core.delta import filling, inject, rest
+from slimkit.core.delta import filling, fitted, inject, rest, starts
 from slimkit.core.delta import spec as rules
 from slimkit.core.delta.base import BaseValue
 from slimkit.core.delta.drawn import drawing
@@ -30,7 +30,7 @@ Array = np.ndarray[Any, Any]
 Values = Callable[[str], Array]
 
 # kind -> what it holds beside the low rank
-KINDS = {"bits": "signs", "low_rank": "", "sparse": "entries"}
+KINDS = {"bits": "signs", "low_rank": ""}
 _FIT = ("linear", "conv1d", "embedding", "conv2d")
 
 
@@ -58,10 +58,11 @@ def compress(
     rank: Any,
     exclude: Any,
     seed: Any,
+    calibration: Any,
 ) -> DeltaReport:
     """Put what a tuned model has learned on its base as a small delta, in place; see `compress_delta` of the wings.
 
-    Everything is decided and computed before the model is touched.
+    Everything is decided and computed before the model is touched, except by how much data betters it.
     """
     check.choice(kind, KINDS, "kind")
     rules.delta_name(name)
@@ -73,6 +74,9 @@ def compress(
         check.wrong_value(
             "bytes_ratio", "more than 1/16 for kind='bits', which takes one bit of bfloat16's 16", bytes_ratio
         )
+    batches = [] if calibration is None else starts.batches_of(calibration)
+    if batches and isinstance(tuned, (str, Path, Mapping)):
+        check.wrong_value("tuned", "the tuned model itself where calibration is given, which it reads", type(tuned))
     access.at_rest(model)
     # The base's own values, whatever deltas are on it.
     alone = inject.disabled(access, model) if access.layers(model) else contextlib.nullcontext()
@@ -95,6 +99,9 @@ def compress(
         made = _layers(access, sites, every, after, kind, bytes_ratio, rank, seed)
         weights = {f"{path}.weight" for path in made}
         values = _whole(access, every, after, weights)
+        fits = _fits(access, sites, every, made) if batches else {}
+        # What is the same for all rows goes into the bias, which travels whole.
+        values |= {bias: np.asarray(after(bias), order="C") for bias in fits.values() if bias and bias not in values}
     if not made and not values:
         raise ArgumentError("tuned must differ from the base; every value is the same.")
     places = base_values.place(every, {n: BaseValue(v, trains=False, owner=name) for n, v in values.items()}, "tuned")
@@ -102,10 +109,25 @@ def compress(
         raise ArgumentError(
             "no layer differs that a delta goes on; save_delta after training those tensors alone does."
         )
+    statistics = {n: np.array(access.value(every[n])) for n in values if not access.may_train(every[n])}
     specs, parts = {p: small.spec for p, small in made.items()}, {p: small.parts for p, small in made.items()}
+    if batches:  # a batch that the models cannot read is found out while nothing has changed
+        for one in (tuned, model):
+            access.given(one, list(fits)[:1], batches, lambda path, rows: None)
+    acting = inject.active_weights(access, model)
     report = filling.put_made(access, model, name, specs, parts, freeze=True)
     notes = filling.fill_base(access, model, places, [{"name": name}], freeze=True)
     inject.activate(access, model, name)
+    if batches:
+        try:
+            notes = (*notes, *_fit(access, model, tuned, name, made, fits, after, batches, seed))
+        except BaseException:
+            for place, value in statistics.items():
+                access.fill(every[place], value)
+            inject.remove(access, model, name)
+            if acting:
+                inject.activate(access, model, acting)
+            raise
     total = sum(small.nbytes for small in made.values()) + sum(v.nbytes for v in values.values())
     numbers = sum(int(np.prod(t.shape)) for t in {id(t): t for t in every.values()}.values())
     notes = (
@@ -193,6 +215,45 @@ def _layers(
     return found
 
 
+def _fits(
+    access: DeltaStorage, sites: Mapping[str, Site], every: Mapping[str, Any], made: Mapping[str, _Small]
+) -> dict[str, str]:
+    """Path of each layer that data can better -> its bias, or "" where it has none of its own."""
+    alone = {group[0] for group in base_values.common(every) if len(group) == 1}
+    found: dict[str, str] = {}
+    for path in made:
+        if sites[path].kind == "linear" and f"{path}.weight" in alone:
+            bias = f"{path}.bias"
+            found[path] = bias if bias in alone and access.may_train(every[bias]) else ""
+    return found
+
+
+def _fit(
+    access: DeltaStorage, model: Any, tuned: Any, name: str, made: dict[str, _Small], fits: Mapping[str, str],
+    after: Values, batches: list[Any], seed: int,
+) -> list[str]:  # fmt: skip
+    """Fit the deltas of linear layers to data, block by block in place; lines about those that stay as they are."""
+    tensors = access.neutral(model)
+    silent = []
+    for path, pairs in fitted.fit(access, model, tuned, fits, batches):
+        base = wide(access.value(access.weight(model, path))).astype(np.float32)
+        bias = wide(after(fits[path])).astype(np.float32) if fits[path] else None
+        spec, rng = made[path].spec, drawing(seed, path)
+        target = wide(after(f"{path}.weight")).astype(np.float32)
+        found = None if pairs is None else fitted.solve(base, target, bias, pairs, spec.rest, spec.rank, rng)
+        if found is None:
+            silent.append(path)
+            continue
+        made[path] = _Small(spec, found.parts, found.error)
+        filling.fill_made(access, model, name, {path: found.parts})
+        if found.bias is not None:
+            access.fill(tensors[fits[path]], found.bias)
+    rest_of = [path for path in made if path not in fits]
+    notes = [f"{len(fits) - len(silent)} layers are fitted to the data, the others to the weights alone"]
+    notes += [f"the data says nothing comparable of {len(silent)} layers: {silent[0]} ..."] if silent else []
+    return notes if silent or rest_of else []
+
+
 def _small(
     change: Array, layer: str, kind: str, bytes_ratio: float, rank: int | None, rng: np.random.Generator
 ) -> _Small:
@@ -200,31 +261,25 @@ def _small(
     rows = rest.flat(change)
     turned = layer in ("conv1d", "embedding")  # stored (inputs, outputs)
     outputs, inputs = rows.shape[::-1] if turned else rows.shape
-    budget = 2 * rows.size * bytes_ratio
     name = KINDS[kind]
-    fixed = len(rows) * (-(-rows.shape[1] // 8) + 4) if name == "signs" else 0
     wanted = rank
     if wanted is None:
-        share = budget - fixed if name != "entries" else 2 * (outputs + inputs)
-        wanted = max(1, int(share // (2 * (outputs + inputs))))
+        fixed = len(rows) * (-(-rows.shape[1] // 8) + 4) if name else 0
+        wanted = max(1, int((2 * rows.size * bytes_ratio - fixed) // (2 * (outputs + inputs))))
     wanted = min(wanted, outputs, inputs)
-    count = 0
-    if name == "entries":
-        count = min(rows.size, max(1, int((budget - 2 * wanted * (outputs + inputs)) // 6)))
     parts: dict[str, Array] = {}
     left = rows
     if name:
-        # First what low rank says best, then the rest of what it leaves; further turns gain a hundredth of the error.
+        # First what low rank says best, then the signs of what it leaves; further turns gain a hundredth of the error.
         product = _product(rest.nearest(rows.T if turned else rows, wanted, rng), turned=turned)
-        found = rest.signs_of(rows - product) if name == "signs" else rest.entries_of(rows - product, count)
-        parts = dict(zip(rest.PARTS[name], found, strict=True))
-        left = rows - rest.dense(name, parts, rows.shape)
+        parts = dict(zip(rest.PARTS[name], rest.signs_of(rows - product), strict=True))
+        left = rows - rest.dense(parts, rows.shape)
     a, b = rest.nearest(left.T if turned else left, wanted, rng)
     product = _product((a, b), turned=turned)
     error = float(np.linalg.norm(left - product) / np.linalg.norm(rows))
     if layer == "conv2d":
         a, b = a.reshape(len(a), *change.shape[1:]), b.reshape(*b.shape, 1, 1)
-    spec = LoraSpec(rank=wanted, alpha=float(wanted), rest=name, count=count)
+    spec = LoraSpec(rank=wanted, alpha=float(wanted), rest=name)
     return _Small(spec, {"a": np.ascontiguousarray(a), "b": np.ascontiguousarray(b), **parts}, round(error, 4))
 
 

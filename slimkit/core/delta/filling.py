@@ -41,6 +41,12 @@ def put_made(
         freeze: whether the base stands still under it.
     """
     report = inject.apply_layers(access, model, "lora", None, name=name, freeze=freeze, specs=specs)
+    fill_made(access, model, name, parts)
+    return report
+
+
+def fill_made(access: DeltaStorage, model: Any, name: str, parts: Mapping[str, Mapping[str, Array]]) -> None:
+    """Give the parts of a LoRA that is made, not trained, their values, in place, in the values' own types."""
     for path, layer in access.layers(model).items():
         tensors = layer.delta_tensors(name) if path in parts else {}
         for part, value in parts.get(path, {}).items():
@@ -49,7 +55,6 @@ def put_made(
             access.fill(tensor, value)
             if part in ("a", "b"):
                 tensor.requires_grad = False
-    return report
 
 
 def check_paths(access: DeltaStorage, model: Any, paths: Iterable[str], where: str) -> None:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from slimkit.core.delta.face import DeltaFace
-from slimkit.core.delta.rest import PARTS, refuse_index
+from slimkit.core.delta.rest import PARTS
 from slimkit.core.delta.spec import DEFAULT_NAME, LoraSpec, key
 from slimkit.core.errors import ArgumentError, UnsupportedError
 
@@ -190,12 +188,6 @@ class NamedLoras(MergingFace):
     def delta_options(self, name: str) -> dict[str, Any]:
         """One delta's options as plain values."""
         return self.delta_specs[name].to_dict()
-
-    def refuse_values(self, parts: Mapping[str, Any], where: str) -> None:
-        """Refuse indices of a rest that are no places of the weight."""
-        for attribute, index in parts.items():
-            if attribute.startswith(key("lora", "index")):
-                refuse_index(index, math.prod(self.weight.shape), attribute, where)
 
     def set_active_deltas(self, weights: dict[str, float]) -> None:
         """Make these deltas active, each times its weight, and no other, in place."""

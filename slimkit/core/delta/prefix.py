@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from slimkit.core import check
+from slimkit.core.delta import opening
 from slimkit.core.delta.layers import rate, size
 from slimkit.core.errors import ArgumentError, PatternError, UnsupportedError
 from slimkit.core.match import demand, match
@@ -39,6 +41,23 @@ class PrefixOptions:
     inputs: Any
     sizes: Mapping[str, Sequence[int]] | None
     positions: list[str] | None
+    init: str = "random"
+    seed: int = 0
+
+    def ids(self, vocabulary: Callable[[], int]) -> list[int] | None:
+        """The tokens whose keys and values a prefix starts as; None for random numbers.
+
+        Args:
+            vocabulary: gives how many tokens the model knows.
+
+        Raises:
+            ArgumentError: the text has a token that the vocabulary lacks.
+        """
+        if self.text_ids is not None:
+            with contextlib.suppress(UnsupportedError):  # no table is known: the run that reads the text finds out
+                opening.refuse_unknown(self.text_ids, vocabulary())
+            return self.text_ids
+        return opening.drawn(vocabulary(), self.prefix_token_num, self.seed) if self.init == "vocabulary" else None
 
     def record(self, seen: Seen, shift: bool) -> dict[str, Any]:
         """What a bundle says of the prefix of one layer, as plain values.
@@ -82,6 +101,10 @@ def checked(
     inputs: Any = None,
     sizes: Any = None,
     positions: Any = None,
+    init: Any = None,
+    text: Any = None,
+    tokenizer: Any = None,
+    seed: Any = 0,
 ) -> PrefixOptions:
     """The options of a prefix, checked.
 
@@ -96,10 +119,13 @@ def checked(
         positions: globs over the modules that are given position numbers (an embedding of positions, a rotary
             embedding): they get them increased by the prefix's length. Empty: none. None: Hugging Face models count
             from behind the prefix, all others as they did.
+        init: "random" (normal numbers; the default) or "vocabulary" (keys and values of drawn tokens).
+        text, tokenizer: the text itself, and what turns it into tokens, instead of `text_ids`; see `opening.ids_of`.
+        seed: of the draw.
 
     Raises:
         ArgumentTypeError, ArgumentError: an option of the wrong type or value.
-        UnsupportedError: text_ids and projection together.
+        UnsupportedError: a start from tokens and projection together.
 
     Example:
         >>> checked(prefix_token_num=4).prefix_token_num
@@ -108,14 +134,12 @@ def checked(
     check.boolean(projection, "projection")
     rate(dropout_rate, "dropout_rate")
     size(mid_dim, "mid_dim")
+    check.integer(seed, "seed", minimum=0)
+    text_ids = opening.checked(init, text, text_ids, tokenizer)
+    if projection and (text_ids is not None or init == "vocabulary"):
+        raise UnsupportedError("a start from tokens and projection exclude each other: a network has no such start.")
     if text_ids is not None:
-        if projection:
-            raise UnsupportedError(
-                "text_ids and projection exclude each other: a network cannot be started from a text."
-            )
-        check.instance(text_ids, (list, tuple), "text_ids")
-        text_ids = [int(check.integer(i, "text_ids", minimum=0)) for i in text_ids]
-        if not text_ids or prefix_token_num not in (None, len(text_ids)):
+        if prefix_token_num not in (None, len(text_ids)):
             check.wrong_value("prefix_token_num", f"the text's {len(text_ids)} tokens", prefix_token_num)
         prefix_token_num = len(text_ids)
     tokens = size(8 if prefix_token_num is None else prefix_token_num, "prefix_token_num")
@@ -123,7 +147,9 @@ def checked(
         check.instance(sizes, Mapping, "sizes", "a mapping of path to (heads, width, query heads)")
     if positions is not None:
         positions = list(check.strings(positions, "positions")) if positions != [] else []
-    return PrefixOptions(tokens, projection, mid_dim, dropout_rate, text_ids, inputs, sizes, positions)
+    return PrefixOptions(
+        tokens, projection, mid_dim, dropout_rate, text_ids, inputs, sizes, positions, init or "random", seed
+    )
 
 
 def given_sizes(plan: PrefixOptions, paths: Mapping[str, Any]) -> dict[str, Seen]:

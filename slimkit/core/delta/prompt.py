@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from slimkit.core import check
+from slimkit.core.delta import opening
 from slimkit.core.delta.layers import size
 from slimkit.core.errors import ArgumentError, UnsupportedError
 from slimkit.core.match import match
 
+Array = np.ndarray[Any, Any]
+
 FRONT = "mindpet_delta_prompttuning"
-INITS = ("vocabulary", "random")
 
 # How the table of the tokens is usually called, where a model has several embeddings.
 _TOKEN_TABLES = (
@@ -37,21 +41,52 @@ _INPUTS = (
 )
 
 
-def checked(num_virtual_tokens: Any, init: Any, text_ids: Any) -> tuple[int, list[int] | None]:
-    """The number of virtual tokens (20 unless a text says otherwise) and the text's ids, checked.
+def checked(
+    num_virtual_tokens: Any = None,
+    init: Any = None,
+    text_ids: Any = None,
+    text: Any = None,
+    tokenizer: Any = None,
+    seed: Any = 0,
+) -> PromptOptions:
+    """The options of a prompt, checked.
+
+    Args:
+        num_virtual_tokens: length of the prompt; 20 unless a text says otherwise.
+        init: "vocabulary" (embeddings of drawn tokens; the default) or "random" (normal).
+        text_ids: token ids; the prompt starts as this text, repeated or cut to the length asked for.
+        text, tokenizer: the text itself, and what turns it into tokens; see `opening.ids_of`.
+        seed: of the draw.
 
     Example:
-        >>> checked(None, "vocabulary", [5, 6])
-        (2, [5, 6])
+        >>> checked(text_ids=[5, 6]).tokens
+        2
     """
-    check.choice(init, INITS, "init")
-    if text_ids is not None:
-        check.instance(text_ids, (list, tuple), "text_ids", "a list of token ids")
-        text_ids = [int(check.integer(i, "text_ids", minimum=0)) for i in text_ids]
-        if not text_ids:
-            check.wrong_value("text_ids", "at least one token id", text_ids)
-        num_virtual_tokens = len(text_ids) if num_virtual_tokens is None else num_virtual_tokens
-    return size(20 if num_virtual_tokens is None else num_virtual_tokens, "num_virtual_tokens"), text_ids
+    ids = opening.checked(init, text, text_ids, tokenizer)
+    check.integer(seed, "seed", minimum=0)
+    if num_virtual_tokens is None:
+        num_virtual_tokens = 20 if ids is None else len(ids)
+    return PromptOptions(size(num_virtual_tokens, "num_virtual_tokens"), init or opening.INITS[0], ids, seed)
+
+
+class PromptOptions(NamedTuple):
+    """The checked options of a prompt; see `checked`."""
+
+    tokens: int
+    init: str
+    text_ids: list[int] | None
+    seed: int
+
+    def ids(self, rows: int) -> list[int] | None:
+        """The tokens whose embeddings a prompt starts as, of a vocabulary of so many; None for random numbers.
+
+        Raises:
+            ArgumentError: the text has a token that the vocabulary lacks.
+        """
+        if self.text_ids is None:
+            return opening.drawn(rows, self.tokens, self.seed) if self.init == "vocabulary" else None
+        opening.refuse_unknown(self.text_ids, rows)
+        return (self.text_ids * (self.tokens // len(self.text_ids) + 1))[: self.tokens]
 
 
 def refuse_taken(taken: bool) -> None:
@@ -146,3 +181,33 @@ def fronted_source(parameters: Sequence[inspect.Parameter], class_name: str) -> 
         f"    def construct({', '.join(['self', *signature])}):\n"
         f"        return self.construct_without_prompt({', '.join(passed)})"
     )
+
+
+def call_with(parameters: Sequence[inspect.Parameter], class_name: str, ids: Sequence[int]) -> Mapping[str, Array]:
+    """What a model is called with to read a text alone: argument -> (1, tokens).
+
+    A model with `input_ids` is given those; of another one the first argument is taken for the token ids, and what else
+    it cannot do without grows as under a prompt (ones for a mask, places counted from zero).
+
+    Args:
+        parameters: of the model's forward or construct, self first.
+        class_name: the model's class, for messages.
+        ids: of the text.
+
+    Raises:
+        UnsupportedError: an argument whose name does not say what it takes.
+
+    Example:
+        >>> words = inspect.Parameter("words", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        >>> call = call_with([words.replace(name="self"), words, words.replace(name="mask")], "Net", [7, 8])
+        >>> {name: value.tolist() for name, value in call.items()}
+        {'words': [[7, 8]], 'mask': [[1, 1]]}
+    """
+    rows = np.array([ids], np.int64)
+    if any(p.name == "input_ids" for p in parameters):
+        return {"input_ids": rows}
+    wanted = [p for i, p in enumerate(parameters) if i < 2 or p.default is p.empty]
+    found = {}
+    for name, (how, value) in growth(wanted, class_name).items():
+        found[name] = np.arange(len(ids))[None] if how == "prompt_places" else np.full_like(rows, value)
+    return {**found, wanted[1].name: rows}

@@ -1,4 +1,4 @@
-"""What a compressed delta holds beside its low rank: the sign of every entry with a scale a row, or a few entries.
+"""What a compressed delta holds beside its low rank: the sign of every entry, with a scale a row.
 
 Source: Liu et al. 2024, "BitDelta"; Yao et al. 2025, "DeltaZip".
 """
@@ -11,12 +11,11 @@ from typing import Any
 import numpy as np
 
 from slimkit.core.delta.drawn import decomposed
-from slimkit.core.errors import FileFormatError
 
 Array = np.ndarray[Any, Any]
 
 # What each kind of rest consists of.
-PARTS = {"": (), "signs": ("signs", "scale"), "entries": ("index", "values")}
+PARTS = {"": (), "signs": ("signs", "scale")}
 
 
 def sign_table() -> Array:
@@ -35,17 +34,17 @@ def flat(weight: Array) -> Array:
     return weight.reshape(weight.shape[0], -1)
 
 
-def shapes(rest: str, shape: tuple[int, ...], count: int) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Part -> shape and element type, for a weight of a shape; empty values of `count` entries.
+def shapes(rest: str, shape: tuple[int, ...]) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Part -> shape and element type, for a weight of a shape.
 
     Example:
-        >>> shapes("signs", (3, 10), 0)
+        >>> shapes("signs", (3, 10))
         {'signs': ((3, 2), 'uint8'), 'scale': ((3,), 'float32')}
     """
-    if rest == "signs":
-        columns = int(np.prod(shape[1:]))
-        return {"signs": ((shape[0], -(-columns // 8)), "uint8"), "scale": ((shape[0],), "float32")}
-    return {"index": ((count,), "int32"), "values": ((count,), "float16")} if rest else {}
+    if not rest:
+        return {}
+    columns = int(np.prod(shape[1:]))
+    return {"signs": ((shape[0], -(-columns // 8)), "uint8"), "scale": ((shape[0],), "float32")}
 
 
 def signs_of(change: Array) -> tuple[Array, Array]:
@@ -60,36 +59,26 @@ def signs_of(change: Array) -> tuple[Array, Array]:
     return packed, np.abs(change).mean(1).astype(np.float32)
 
 
-def entries_of(change: Array, count: int) -> tuple[Array, Array]:
-    """The `count` entries that are largest in magnitude: flat indices in rising order, and values in float16.
+def dense(parts: Mapping[str, Array], shape: tuple[int, ...]) -> Array:
+    """What signs and scales add to a weight of that shape, in float32.
 
     Example:
-        >>> [x.tolist() for x in entries_of(np.array([[0.5, -3.0], [2.0, 0.1]]), 2)]
-        [[1, 2], [-3.0, 2.0]]
-    """
-    values = change.reshape(-1)
-    places = np.sort(np.argpartition(-np.abs(values), count - 1)[:count])
-    return places.astype(np.int32), values[places].astype(np.float16)
-
-
-def dense(rest: str, parts: Mapping[str, Array], shape: tuple[int, ...]) -> Array:
-    """What a rest adds to a weight of that shape, in float32.
-
-    Example:
-        >>> dense("signs", {"signs": np.array([[1]], np.uint8), "scale": np.array([2.0])}, (1, 2)).tolist()
+        >>> dense({"signs": np.array([[1]], np.uint8), "scale": np.array([2.0])}, (1, 2)).tolist()
         [[2.0, -2.0]]
     """
-    if rest == "signs":
-        signs = sign_table()[parts["signs"]].reshape(shape[0], -1)[:, : int(np.prod(shape[1:]))]
-        found: Array = (signs * parts["scale"].astype(np.float32)[:, None]).reshape(shape)
-        return found
-    filled = np.zeros(int(np.prod(shape)), np.float32)
-    filled[parts["index"]] = parts["values"]
-    return filled.reshape(shape)
+    signs = sign_table()[parts["signs"]].reshape(shape[0], -1)[:, : int(np.prod(shape[1:]))]
+    found: Array = (signs * parts["scale"].astype(np.float32)[:, None]).reshape(shape)
+    return found
 
 
 def nearest(matrix: Array, rank: int, rng: np.random.Generator) -> tuple[Array, Array]:
-    """a (rank, in) and b (out, rank) in float16 whose product is about the nearest of that rank to a matrix (out, in).
+    """a (rank, in) and b (out, rank) in float16 whose product is about the nearest of its rank to (out, in)."""
+    a, b = leading(matrix, rank, rng)
+    return a.astype(np.float16), b.astype(np.float16)
+
+
+def leading(matrix: Array, rank: int, rng: np.random.Generator) -> tuple[Array, Array]:
+    """a (rank, in) and b (out, rank) of the same, in the matrix's own type.
 
     Exact where the rank is much of the smaller side; otherwise by a few passes over a random range.
     """
@@ -99,16 +88,4 @@ def nearest(matrix: Array, rank: int, rng: np.random.Generator) -> tuple[Array, 
     else:
         u, s, vt = decomposed(matrix, rng.standard_normal((matrix.shape[1], rank + 8), dtype=np.float32), 3)
     root = np.sqrt(s[:rank])
-    return (root[:, None] * vt[:rank]).astype(np.float16), (u[:, :rank] * root).astype(np.float16)
-
-
-def refuse_index(index: Array, size: int, name: str, where: str) -> None:
-    """Refuse a file's indices that are no places among `size`, each once and rising.
-
-    Raises:
-        FileFormatError: they are not whole numbers, out of range, or one comes twice.
-    """
-    # Wide, so that no difference wraps around; then the first and the last are the bounds of all.
-    places = index.astype(np.int64) if index.dtype.kind == "i" else None
-    if places is None or (places.size and (places[0] < 0 or places[-1] >= size or not (np.diff(places) > 0).all())):
-        raise FileFormatError(f"{where}: {name} must name places among {size} entries, each once, rising.")
+    return root[:, None] * vt[:rank], u[:, :rank] * root

@@ -16,7 +16,7 @@ import numpy as np
 
 from slimkit.core import check
 from slimkit.core.delta.spec import Site
-from slimkit.core.errors import ArgumentError, UnsupportedError
+from slimkit.core.errors import ArgumentError, FileFormatError, UnsupportedError
 
 Array = np.ndarray[Any, Any]
 
@@ -121,3 +121,15 @@ def weight_change(values: Array, index: Array, shape: tuple[int, ...]) -> Array:
     found = np.zeros(int(np.prod(shape)), values.dtype)
     found[index] = values
     return found.reshape(shape)
+
+
+def refuse_index(index: Array, size: int, name: str, where: str) -> None:
+    """Refuse a file's indices that are no places among `size`, each once and rising.
+
+    Raises:
+        FileFormatError: they are not whole numbers, out of range, or one comes twice.
+    """
+    # Wide, so that no difference wraps around; then the first and the last are the bounds of all.
+    places = index.astype(np.int64) if index.dtype.kind == "i" else None
+    if places is None or (places.size and (places[0] < 0 or places[-1] >= size or not (np.diff(places) > 0).all())):
+        raise FileFormatError(f"{where}: {name} must name places among {size} entries, each once, rising.")

@@ -14,7 +14,7 @@ from slimkit.core.match import match
 from slimkit.core.showing import Shown, some
 
 # What a compressed delta may hold beside its low rank; rest.py says what each consists of.
-RESTS = ("", "signs", "entries")
+RESTS = ("", "signs")
 
 PREFIX = "mindpet_delta_"
 DEFAULT_NAME = "default"
@@ -32,17 +32,7 @@ KINDS: dict[str, tuple[str, ...]] = {
 }
 OPTIONS: dict[str, tuple[str, ...]] = {
     "lora": (
-        "rank",
-        "alpha",
-        "dropout",
-        "rslora",
-        "dora",
-        "init",
-        "keep_zeros",
-        "ranks",
-        "alphas",
-        "calibration",
-        "loss",
+        "rank", "alpha", "dropout", "rslora", "dora", "init", "keep_zeros", "ranks", "alphas", "calibration", "loss",
         "base_dtype",
     ),
     "adapter": ("bottleneck_size", "non_linearity"),
@@ -50,12 +40,15 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "ia3": ("feedforward",),
     "miss": ("rank", "repeat", "dropout"),
     "shira": ("rank", "support", "seed"),
-    "prefix": ("prefix_token_num", "projection", "mid_dim", "dropout_rate", "text_ids", "inputs", "sizes", "positions"),
-    "prompt": ("num_virtual_tokens", "init", "text_ids"),
-}
+    "prefix": (
+        "prefix_token_num", "init", "text", "text_ids", "tokenizer", "seed", "projection", "mid_dim", "dropout_rate",
+        "inputs", "sizes", "positions",
+    ),
+    "prompt": ("num_virtual_tokens", "init", "text", "text_ids", "tokenizer", "seed"),
+}  # fmt: skip
 MERGING = ("lora", "ia3", "miss", "shira")  # kinds that can be merged into weights
 _HEAD = "it is the output embedding; name it to adapt it"
-_RARE = ("parameters", "bias", "rest", "count", "base_dtype")  # fields of LoraSpec that only some layers have
+_RARE = ("parameters", "bias", "rest", "base_dtype")  # fields of LoraSpec that only some layers have
 HELD = ("multihead", "experts")  # layers that read their parameters themselves
 BASE_DTYPES = ("int8", "bfloat16")
 LORA_INITS = ("kaiming", "gaussian", "pissa", "gradient", "activations")
@@ -95,9 +88,7 @@ class LoraSpec:
         keep_zeros: the delta is zero wherever the base weight is, so that a sparse base stays sparse when merged.
         parameters: of a module that reads them itself (multi-head attention, experts): those the LoRA is on.
         bias: b has a bias of its own, which the scale multiplies as well (PEFT's lora_bias).
-        rest: what a compressed delta holds beside the low rank: "signs" (of every entry, with a scale a row), "entries"
-            (the largest), or nothing.
-        count: how many entries.
+        rest: what a compressed delta holds beside the low rank: "signs" (of every entry, a scale a row) or nothing.
         base_dtype: what the layer's own weight is held in: "int8" with a scale for each output, "bfloat16", or "" for
             what it is.
     """
@@ -112,7 +103,6 @@ class LoraSpec:
     parameters: tuple[str, ...] = ()
     bias: bool = False
     rest: str = ""
-    count: int = 0
     base_dtype: str = ""
 
     def __post_init__(self) -> None:
@@ -123,7 +113,6 @@ class LoraSpec:
             check.boolean(getattr(self, name), name)
         check.choice(self.init, LORA_INITS, "init")
         check.choice(self.rest, RESTS, "rest")
-        check.integer(self.count, "count", minimum=0)
         check.choice(self.base_dtype, ("", *BASE_DTYPES), "base_dtype")
         check.strings(self.parameters, "parameters") if self.parameters else None
 

@@ -113,6 +113,15 @@ def check_data(init: str, calibration: Any, loss: Any) -> list[Any]:
         check.function(loss, "loss")
         if init != "gradient":
             raise ArgumentError(f"loss is for init='gradient'. Received: init={init!r}")
+    return batches_of(calibration)
+
+
+def batches_of(calibration: Any) -> list[Any]:
+    """A list of at least one batch, checked.
+
+    Raises:
+        ArgumentTypeError, ArgumentError: it is none.
+    """
     if isinstance(calibration, (Mapping, str)) or not isinstance(calibration, Sequence):
         check.wrong_type("calibration", "a list of batches", calibration)
     if not calibration:

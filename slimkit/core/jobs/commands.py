@@ -41,6 +41,7 @@ class CommandContext(work.JobContext):
         read: the training data.
         is_hf: whether transformers made the model, which then knows no loss on arrays.
         named_loss: the task's loss and its name, where that is settled.
+        words: gives the tokenizer that came with the model.
     """
 
     def __init__(
@@ -54,8 +55,10 @@ class CommandContext(work.JobContext):
         read: Supervised | None = None,
         is_hf: bool = False,
         named_loss: tuple[str, ComputeLoss] | None = None,
+        words: Callable[[], Any] | None = None,
     ) -> None:
         super().__init__(face, seed, example)
+        self._words = words
         self._kind, self._batches, self._read, self._is_hf = type(options), batches, read, is_hf
         self._loss = named_loss
         # Where a training run keeps its state, how, and the inputs that it is known by.
@@ -74,6 +77,11 @@ class CommandContext(work.JobContext):
         if not self._batches:
             raise ConfigError("--calib DATA is needed: calibration batches, which nothing else gives")
         return self._batches
+
+    def tokenizer(self, folder: str | None) -> Any:
+        if folder is not None:
+            return folder
+        return super().tokenizer(None) if self._words is None else self._words()
 
     def lessons(self, count: int, size: int) -> list[Any]:
         assert self._read is not None

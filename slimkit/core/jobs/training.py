@@ -153,7 +153,10 @@ def adapt(
     assert isinstance(given.options, AdaptOptions)
     options = given.options
     inputs = read.first(options.batch_size)[0]
-    context = CommandContext(face, run.seed, inputs, options, read=read, named_loss=(given.name, given.loss))
+    context = CommandContext(
+        face, run.seed, inputs, options, read=read, named_loss=(given.name, given.loss),
+        words=lambda: face.tokenizer(opened),
+    )  # fmt: skip
     facts: dict[str, Any] = {
         "task": given.name, "labels": given.labels, "fresh": list(opened.fresh), "samples": read.count, **read.facts
     }  # fmt: skip

@@ -301,19 +301,21 @@ class AdaptOptions(FitOptions):
 
     def build(self) -> Any:
         """What the kind can build without a layer, or at least the check of its options."""
-        from slimkit.core.delta import layers, prefix, prompt
+        from slimkit.core import check
+        from slimkit.core.delta import layers, opening, prefix, prompt
         from slimkit.core.delta.layered import SPECS
 
         given = {key: value for key, value in self.of_kind().items() if value is not None}
         if self.kind in SPECS and self.kind != "ia3":  # whose one option is about layers
             known = {field.name for field in fields(SPECS[self.kind])}
             return SPECS[self.kind](**{key: value for key, value in given.items() if key in known})
-        if self.kind == "prefix":
-            return prefix.checked(**given)
-        if self.kind == "prompt":
-            return prompt.checked(
-                given.get("num_virtual_tokens"), given.get("init", prompt.INITS[0]), given.get("text_ids")
-            )
+        if self.kind in ("prefix", "prompt"):
+            # The text is read by the tokenizer, which is there when the job runs.
+            given.pop("tokenizer", None)
+            if "text" in given:
+                opening.refuse_several(given.get("init"), given["text"], given.get("text_ids"))
+                check.text(given.pop("text"), "text")
+            return (prefix if self.kind == "prefix" else prompt).checked(**given)
         for key in {"bottleneck_size", "reduction_factor", "low_rank_size"} & set(given):
             layers.size(given[key], key)
         if "non_linearity" in given:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from slimkit.core.delta import opening
 from slimkit.core.delta.starts import FROM_DATA
 from slimkit.core.distill.config import LOSSES, KnowledgeDistillConfig
 from slimkit.core.distill.shapes import pick
@@ -65,6 +66,10 @@ class JobContext(ABC):
     def has_data(self) -> bool:
         """Whether there are calibration batches."""
         return False
+
+    def tokenizer(self, folder: str | None) -> Any:
+        """The tokenizer in a folder, or (None) the one that came with the model; ConfigError where it has none."""
+        raise ConfigError(f"{self.spell('settings')}: a text needs a tokenizer, which this job has none of")
 
     @abstractmethod
     def lessons(self, count: int, size: int) -> list[Any]:
@@ -272,10 +277,18 @@ def _start(options: AdaptOptions, context: JobContext) -> dict[str, Any]:
     return {"calibration": batches, "loss": context.loss(options.loss)[1]}
 
 
-def _again(options: AdaptOptions) -> dict[str, Any]:
+def _again(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments that make the same structure again, for values that are loaded into it."""
-    arguments = options.arguments()
     return {k: v for k, v in arguments.items() if k != "init" or v not in FROM_DATA}
+
+
+def _arguments(options: AdaptOptions, context: JobContext) -> dict[str, Any]:
+    """The arguments of `apply_delta` as plain values; a text that a delta begins as becomes its token ids."""
+    arguments = options.arguments()
+    if "text" not in arguments:
+        return arguments
+    text, tokenizer = arguments.pop("text"), context.tokenizer(arguments.pop("tokenizer", None))
+    return {**arguments, "text_ids": opening.ids_of(text, tokenizer)}
 
 
 def _warmth(options: AdaptOptions) -> dict[str, Any]:
@@ -284,15 +297,19 @@ def _warmth(options: AdaptOptions) -> dict[str, Any]:
 
 def place_delta(model: Any, options: AdaptOptions, context: JobContext) -> dict[str, Any]:
     """Put an untrained delta on a model, in place; returns what it weighs."""
+    return _placed(model, options, context, _arguments(options, context))
+
+
+def _placed(model: Any, options: AdaptOptions, context: JobContext, arguments: Mapping[str, Any]) -> dict[str, Any]:
     with context.face.seeded(context.seed):
-        told = put_on(context.face, model, options.arguments() | _start(options, context), context.example)
+        told = put_on(context.face, model, {**arguments, **_start(options, context)}, context.example)
     return {"kind": options.kind, "layers": sorted(told.layers), **fitting.share(context.face.sizes(model))}
 
 
 def adapt(model: Any, options: AdaptOptions, context: JobContext, teacher: Any = None) -> JobResult:
     """Put a delta on a model and train it, in place; `teacher` answers too where the options weigh its answers."""
-    face = context.face
-    facts = place_delta(model, options, context)
+    face, arguments = context.face, _arguments(options, context)
+    facts = _placed(model, options, context, arguments)
     name, hard = context.loss(options.loss)
     if options.rdrop:
         hard = rdrop.loss_of(face, name, options.rdrop)
@@ -313,7 +330,7 @@ def adapt(model: Any, options: AdaptOptions, context: JobContext, teacher: Any =
     with face.statistics_held(model):
         fitted = context.fit(learner, options, loss)
     facts |= {"steps": fitted["steps"], "loss_by_epoch": fitted["loss_by_epoch"]}
-    return JobResult(model, edit={"adapt": _again(options)}, facts=facts, curves=curves(fitted))
+    return JobResult(model, edit={"adapt": _again(arguments)}, facts=facts, curves=curves(fitted))
 
 
 # export -------------------------------------------------------------------------------------------------------------

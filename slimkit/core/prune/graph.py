@@ -158,6 +158,7 @@ class Graph:
             the first one only. Empty for one pass.
         further: paths of Conv and Linear layers that only later passes ran.
         crossings: module -> values that modules inside it handed to it, in the first pass.
+        parted: paths among `shapes` that were tied when the model was traced, and are to be apart.
 
     Example:
         >>> g = Graph(shapes={"fc.weight": (4, 3)})
@@ -179,6 +180,7 @@ class Graph:
     ends: list[int] = field(default_factory=list)
     further: list[str] = field(default_factory=list)
     crossings: dict[str, list[int]] = field(default_factory=dict)
+    parted: set[str] = field(default_factory=set)
 
     def add_value(self, shape: Iterable[int], kind: str = "result", path: str = "") -> int:
         """Append a value and return its number."""

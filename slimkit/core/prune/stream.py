@@ -233,6 +233,7 @@ def part(graph: Graph, table: str) -> str:
     graph.shapes[further[0]] = graph.shapes[table]
     own = graph.add_value(graph.shapes[table], "param", further[0])
     del graph.aliases[further[0]]
+    graph.parted.add(further[0])
     for node in graph.nodes:
         if node.op != "embedding":
             swapped: Any = tuple(own if n in shared else n for n in node.inputs)

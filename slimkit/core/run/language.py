@@ -106,6 +106,18 @@ def _reader(recipe: Recipe, folder: Path, face: JobFramework, key: str) -> TextR
     return TextReader(tokenizer, int(min(tokenizer.model_max_length, 1 << 30)), causal, make)
 
 
+def tokenizer_of(recipe: Recipe, folder: Path, face: JobFramework, key: str) -> Any:
+    """The tokenizer that a recipe names, or that lies beside its model; ConfigError where there is none.
+
+    Args:
+        recipe: the recipe.
+        folder: its folder.
+        face: the framework.
+        key: what wants it, for messages.
+    """
+    return _reader(recipe, folder, face, key).tokenizer
+
+
 def _held_out(
     recipe: Recipe, folder: Path, face: JobFramework, asked: EvaluateOptions, data: Mapping[str, Any]
 ) -> list[Array]:
@@ -117,7 +129,7 @@ def _held_out(
     else:
         assert asked.text is not None
         documents = read_documents(folder / asked.text, asked.text_key)
-        tokenizer = _reader(recipe, folder, face, "evaluate").tokenizer
+        tokenizer = tokenizer_of(recipe, folder, face, "evaluate")
     # From all over the file; the same ones whatever the recipe's seed.
     chosen = sorted(np.random.default_rng(0).permutation(len(documents))[: asked.documents].tolist())
     encode = Encoder(tokenizer, special=False)
@@ -171,7 +183,7 @@ def evaluation(recipe: Recipe, folder: Path, face: JobFramework, data: Mapping[s
         return None
     tokenizer = None
     if recipe.evaluate.bos:
-        tokenizer = _reader(recipe, folder, face, "evaluate").tokenizer
+        tokenizer = tokenizer_of(recipe, folder, face, "evaluate")
     return Evaluation(face.judging(), data["held_out"], recipe.evaluate, tokenizer)
 
 

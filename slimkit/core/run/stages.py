@@ -59,6 +59,11 @@ class RecipeContext(work.JobContext):
     def has_data(self) -> bool:
         return bool(self.stage.data.get("calibration"))
 
+    def tokenizer(self, folder: str | None) -> Any:
+        if folder is not None:
+            return self.stage.folder / folder
+        return language.tokenizer_of(self.stage.recipe, self.stage.folder, self.face, self.spell("settings"))
+
     def lessons(self, count: int, size: int) -> list[Any]:
         samples = self._training
         if is_samples(samples):
