@@ -36,15 +36,19 @@ class Proportional:
         return [float(path.read_text()) for path in made]
 
 
-def net(kit):
+def net(kit, between=None):
     layers = {
         "a": kit.linear(16, 64),
-        "b": kit.relu(),
+        "b": between or kit.relu(),
         "c": kit.linear(64, 96),
         "d": kit.relu(),
         "e": kit.linear(96, 8),
     }
     return kit.fill(kit.named(**layers))
+
+
+def sigmoid(kit):
+    return kit.torch.nn.Sigmoid() if kit.name == "torch" else kit.ms.nn.Sigmoid()
 
 
 @pytest.fixture
@@ -86,5 +90,8 @@ def test_a_latency_budget_says_what_it_needs(kit, times, tmp_path):
     with pytest.raises(ArgumentError, match="no measurement of this network"):
         pruner.set_budget("latency", LatencyTable("", "", 1, {})).prune(0.5)
     assert measuring.measure(times(None, None), model, lambda m: kit.room("prune").Pruner(m, x), tmp_path / "t", 4)
+    other = kit.room("prune").Pruner(net(kit, sigmoid(kit)), x).set_budget("latency", tmp_path / "t")
+    with pytest.raises(ArgumentError, match="no measurement of this network"):
+        other.prune(0.5)
     with pytest.raises(FileFormatError, match="another device"):
         kit.room("latency").measure_latency(model, x, tmp_path / "t", device="another")

@@ -170,9 +170,11 @@ def _between(widths: Array, wanted: Any) -> tuple[Array, Array]:
 def digest_of(view: View) -> str:
     """What tells one network, at one size of its input, from others."""
     graph = view.coupling.graph
+    # What stands between the layers costs time too: the same widths with another activation are another network.
+    between = [str(node.attrs.get("fn", node.op)) for node in graph.nodes if node.op == "elementwise"]
     # A matrix apart from its table takes the time that it took before.
     shapes = sorted((p, list(s)) for p, s in graph.shapes.items() if p not in graph.parted)
-    told = [shapes, [x.kind for x in timed_layers(view)]]
+    told = [shapes, [x.kind for x in timed_layers(view)], [fn for fn in between if "dropout" not in fn]]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
 
 
