@@ -97,13 +97,25 @@ def refuse_offloaded(model: torch.nn.Module, name: str = "model") -> torch.nn.Mo
 def check_whole(model: Any, name: str = "model") -> torch.nn.Module:
     """`check_model`, and refuse a model of which processes hold parts: a part would be taken for all of it."""
     checked = check_model(model, name)
-    for path, parameter in checked.named_parameters():
-        if hasattr(parameter, "full_tensor"):
-            raise UnsupportedError(
-                f"{name} must hold whole parameters. Received: {path!r}, of which processes hold parts: do this before "
-                "fully_shard, or on what save_checkpoint puts together"
-            )
+    path = _in_parts(checked)
+    if path is not None:
+        raise UnsupportedError(
+            f"{name} must hold whole parameters. Received: {path}, of which processes hold parts: do this before "
+            "fully_shard, or on what save_checkpoint puts together"
+        )
     return checked
+
+
+def _in_parts(model: torch.nn.Module) -> str | None:
+    """What processes hold parts of, in words; None for nothing."""
+    for path, parameter in model.named_parameters():
+        if hasattr(parameter, "full_tensor"):
+            return repr(path)
+    # After a bare forward FSDP2 leaves gathered copies in the outermost module, where writing is lost.
+    for path, module in model.named_modules():
+        if getattr(module, "_is_fsdp_managed_module", False):
+            return repr(path) if path else "a model"
+    return None
 
 
 def refuse_sharded(model: torch.nn.Module, name: str = "model") -> torch.nn.Module:
@@ -115,9 +127,9 @@ def refuse_sharded(model: torch.nn.Module, name: str = "model") -> torch.nn.Modu
                 f"{name} must be the module inside. Received: a {kind} (at {path or 'the model'!r}), whose buckets "
                 f"keep the shapes it was made with: prune the module inside, then wrap it anew"
             )
-    for path, parameter in model.named_parameters():
-        if hasattr(parameter, "full_tensor"):
-            raise UnsupportedError(f"{name} must hold whole parameters. Received: {path!r}, sharded: prune first")
+    sharded = _in_parts(model)
+    if sharded is not None:
+        raise UnsupportedError(f"{name} must hold whole parameters. Received: {sharded}, sharded: prune first")
     return model
 
 

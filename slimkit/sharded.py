@@ -205,6 +205,7 @@ def written_once(model: nn.Module, directory: str | os.PathLike[str]) -> Iterato
         directory: where the files shall be.
     """
     distributed = torch.distributed
+    at_rest(model)  # gathered copies look like whole parameters
     split = any(map(is_distributed, model.parameters()))
     replicated = isinstance(model, nn.parallel.DistributedDataParallel)
     if not (split or replicated) or not (distributed.is_available() and distributed.is_initialized()):

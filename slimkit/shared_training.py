@@ -27,7 +27,6 @@ class SharedTraining:
     """
 
     def __init__(self, model: nn.Module, world: int) -> None:
-        at_rest(model)
         self.model, self.world = model, world
         self._steps: list[Any] = []
         meshes = meshes_of(model)
@@ -46,6 +45,7 @@ class SharedTraining:
     @classmethod
     def of(cls, model: nn.Module, world: int) -> SharedTraining | None:
         """The same for a model of which anything is shared out, else None."""
+        at_rest(model)  # gathered copies look like whole parameters
         return cls(model, world) if any(map(is_distributed, model.parameters())) else None
 
     def begin(self) -> None:

@@ -18,7 +18,7 @@ from slimkit.core.errors import ConfigError, FileFormatError, UnsupportedError
 from slimkit.core.log import logger
 from slimkit.core.train import packing
 from slimkit.core.train.loop import TrainerLoop
-from slimkit.sharded import is_distributed, like_parts_of, one_writes, whole
+from slimkit.sharded import at_rest, is_distributed, like_parts_of, one_writes, whole
 from slimkit.torchfile import storable, stored, tag_of
 
 import torch
@@ -79,13 +79,11 @@ class TrainState(TrainerLoop):
     _run_optimizer: Any
     _parcel: Parcel
 
-    def _sharded(self) -> str:
-        return next((n for n, p in self.model.named_parameters() if is_distributed(p)), "")
-
     @contextlib.contextmanager
     def _saving(self) -> Iterator[bool]:
         rank, world, _ = self._processes()
-        shared = bool(self._sharded())
+        at_rest(self.model)  # an evaluation may have left gathered copies, which look like whole parameters
+        shared = any(map(is_distributed, self.model.parameters()))
         # Within a run each process is here, and draws numbers of its own.
         drawn = [_random(self.accelerator.device)] * world
         if world > 1 and (shared or self._run_optimizer is not None):

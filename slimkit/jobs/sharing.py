@@ -53,7 +53,8 @@ class SharedOut:
                         raise FileFormatError(f"the trained model has no tensor {name!r}, which it had before")
                     value = whole(found[name].detach())
                     made[id(empty)] = value.cpu() if first else None
-        return _filled(self._hollow, made).eval() if first else None
+        # What no state holds (rotary tables) has stayed on the device.
+        return _filled(self._hollow, made).cpu().eval() if first else None
 
 
 def _hollow(model: nn.Module) -> nn.Module:

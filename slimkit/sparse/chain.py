@@ -9,6 +9,7 @@ from typing import Any
 
 from slimkit.core.sparse.call_order import CallOrder
 from slimkit.replay import replaying
+from slimkit.sparse import memory
 from slimkit.sparse.blocks import Modules, Seen, WholeModel, trace
 from slimkit.sparse.inputs import BlockInputs
 from slimkit.sparse.residual import first_tensor, joints
@@ -119,9 +120,10 @@ class LentBlock(ModelBlock):
         self._lend, self._round = lend, rounding
 
     def replay(self, names: Sequence[str], seen: Seen, ended: Callable[[], None] | None = None) -> None:
-        """Send every batch through, as any stage does."""
+        """Send every batch through, as any stage does; what they leave free is given back before layers are solved."""
         with self._lend():
             super().replay(names, seen, ended)
+        memory.trim()
 
     def advance(self) -> None:
         """The block's outputs become the next block's inputs, with its weights as the files will hold them."""

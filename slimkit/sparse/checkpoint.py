@@ -28,7 +28,6 @@ import torch
 _COMPUTED = {"float32": torch.float32, "float64": torch.float64}
 
 
-@memory.returned_at_once()
 def sparsify_checkpoint(
     src: PathLike,
     dst: PathLike,
@@ -99,7 +98,8 @@ def sparsify_checkpoint(
     def rewrite(file: Path, out: Path) -> None:
         shards.rewrite(file, out, finished())
 
-    return sparsify_folder(host, cfg, data, target, weights, job, copy, rewrite, on_progress)
+    with memory.returned_at_once(host.largest_bytes()):
+        return sparsify_folder(host, cfg, data, target, weights, job, copy, rewrite, on_progress)
 
 
 def computing(

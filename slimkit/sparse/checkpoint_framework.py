@@ -85,6 +85,14 @@ class CheckpointSparse(TorchSparse):
             self.layers()
         return len(self._blocks)
 
+    def largest_bytes(self) -> int:
+        """The size of the largest matrix in a block, as it is computed in."""
+        if not self._blocks:
+            self.layers()
+        width = {n: self.weight(n).itemsize for n in self._layers}
+        own = self._stored.compute.itemsize if self._stored.compute is not None else 0
+        return max((layer.size * max(own, width[n]) for n, layer in self._layers.items()), default=0)
+
     @property
     def device(self) -> str:
         """Where blocks compute."""
@@ -130,6 +138,7 @@ class CheckpointSparse(TorchSparse):
         self._changed.clear()
         yield block
         self._loader.release(path)
+        memory.trim()
 
     def _stage(
         self, index: int, block: torch.nn.Module, mine: list[str], inputs: StoredInputs | None, paired: bool
@@ -175,7 +184,6 @@ class CheckpointSparse(TorchSparse):
     def settled(self, name: str, row: dict[str, Any]) -> None:
         """Keep a layer's row of the report, to be written with its block."""
         self._own[name] = row
-        memory.trim()
 
     def kept(self, what: str, make: Callable[[], Any]) -> Any:
         """What an earlier run has found out; else it is made, and kept."""

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slimkit.core.distill.config import KnowledgeDistillConfig, LossTerm
+from slimkit.core.distill.foreign import ForeignTeacher
 from slimkit.core.distill.losses import log_softmax, reference
 from slimkit.core.distill.vocabulary import VocabularyMap, texts_of
 from slimkit.core.errors import ArgumentError, ArgumentTypeError, ConfigError
@@ -52,6 +53,25 @@ def test_families_spell_one_text_alike():
         texts_of(["cat"])
     with pytest.raises(ArgumentError, match="student_classes"):
         VocabularyMap(PIECES, BYTE_LEVEL, student_classes=3)
+
+
+def test_a_letter_that_is_anothers_mark_does_not_make_the_family():
+    assert texts_of({"▁cat": 0, "▁dog": 1, "Ġ": 2})[0] == ("text", b" cat")
+    assert texts_of({"Ġcat": 0, "Ġdog": 1, "▁": 2})[0] == ("text", b" cat")
+
+
+def test_one_token_that_begins_and_ends_texts_stands_for_both():
+    both = Tokenizer(["<|end|>", "Ġcat"], bos="<|end|>", eos="<|end|>", unk="<|end|>")
+    apart = Tokenizer(["<s>", "</s>", "▁cat"], begins=True, bos="<s>", eos="</s>")
+    logits = np.log([[0.125, 0.25, 0.625]])
+    np.testing.assert_allclose(np.exp(VocabularyMap(apart, both).logits(logits)), [[0.375, 0.625]], rtol=1e-12)
+    # The end is what is foretold.
+    ends = np.exp(VocabularyMap(both, apart).logits(np.log([[0.25, 0.75]])))
+    np.testing.assert_allclose(ends, [[0, 0.25, 0.75]], atol=1e-12)
+    told, _, places, counted = VocabularyMap(both, apart).inputs(np.array([[0, 2, 1]]))
+    assert (told.tolist(), places.tolist(), counted) == ([[0, 1, 0]], [[0, 1, 2]], [3, 0, 3])
+    told, _, places, _ = VocabularyMap(apart, both).inputs(np.array([[1, 0]]))
+    assert (told.tolist(), places.tolist()) == ([[0, 2, 1]], [[1, 2]])
 
 
 def test_one_tokenizer_and_a_larger_table_are_exact():
@@ -199,6 +219,18 @@ def test_too_little_in_common_is_an_error_that_names_the_way_out(kit, tmp_path):
         build(teacher, batches(kit), config(), tmp_path / "c", vocabulary=found, mapped_at_least=1.5)
     with pytest.raises(ArgumentTypeError, match="vocabulary"):
         build(teacher, batches(kit), config(), tmp_path / "c", vocabulary="llama")
+
+
+@pytest.mark.parametrize("share", [0.146, 0.144, 0.5])
+def test_what_the_error_says_is_accepted(share):
+    facts = {"mapped": {"probability": [share * 10, 10], "tokens": [0, 0, 0]}}
+
+    def judge(least):
+        ForeignTeacher(VocabularyMap(*vocabularies()), config().spec(), facts, np.asarray, np.asarray, least).judge()
+
+    with pytest.raises(ConfigError, match="mapped_at_least") as refused:
+        judge(0.9)
+    judge(float(str(refused.value).partition("mapped_at_least=")[2].split()[0]))
 
 
 def test_the_same_vocabulary_writes_the_same_bytes(kit, tmp_path):

@@ -60,6 +60,19 @@ def test_arrays_calibrate_and_a_checkpoint_is_read_again(tmp_path):
     assert run("inspect", "s/model.ckpt", *CELL, *SHAPE, "--macs", "--json")["facts"]["zeros"] == done["zeros"]
 
 
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_several_processes_are_refused_before_each_does_a_part_by_itself(tmp_path, monkeypatch, rank):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", rank)
+    np.savez("x.npz", x=np.zeros((8, 3, 8, 8), np.float32), labels=np.zeros(8, np.int64))
+    for command in (("sparsify", "--method", "magnitude"), ("train", "--data", "x.npz"), ("adapt", "--data", "x.npz")):
+        found = refused(command[0], *CELL, *command[1:], "-o", "out")
+        assert isinstance(found, ConfigError), found
+        assert "2 processes" in str(found)
+        assert "leave torchrun out" in str(found)
+        assert not (tmp_path / "out").exists()
+
+
 def test_what_mindspore_lacks_says_so(tmp_path):
     np.save("x.npy", np.zeros((2, 3), np.float32))
     (tmp_path / "t.jsonl").write_text('{"text": "a"}\n')

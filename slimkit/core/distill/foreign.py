@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from math import floor
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -135,7 +136,8 @@ class ForeignTeacher:
         if total:
             said += f"; {own / total:.1%} of the tokens it reads are its own, {unknown / total:.1%} unknown to it"
         if share < self.at_least:
+            enough = floor(share * 100) / 100  # as it is said, it is to be accepted
             raise ConfigError(
-                f"vocabulary: {said}. At least {self.at_least:.1%} must; mapped_at_least={share:.2f} accepts it"
+                f"vocabulary: {said}. At least {self.at_least:.1%} must; mapped_at_least={enough:.2f} accepts it"
             )
         logger.info("%s (%d of its %d tokens)", said, v.mapped_classes, v.teacher_tokens)

@@ -18,7 +18,8 @@ Text = tuple[str, bytes]  # ("text", its bytes), ("role", "eos") or ("special", 
 
 # So far below a row's largest logit lies a class that the teacher does not know: a probability of zero in float32.
 BELOW = 1e4
-ROLES = ("bos", "eos", "pad", "unk", "sep", "cls", "mask")
+# A token of several roles stands for the first: what ends texts is foretold, what begins them is only read.
+ROLES = ("eos", "bos", "pad", "unk", "sep", "cls", "mask")
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -54,9 +55,7 @@ def texts_of(tokenizer: Any) -> dict[int, Text]:
         check.wrong_type("tokenizer", "a tokenizer with get_vocab(), or a mapping of tokens to ids", tokenizer)
     roles: dict[int, str] = {}
     for role in ROLES:
-        number = getattr(tokenizer, f"{role}_token_id", None)
-        if isinstance(number, int):
-            roles.setdefault(number, role)
+        roles.setdefault(_token_of(tokenizer, role), role)
     special = set(getattr(tokenizer, "all_special_ids", ())) | set(getattr(tokenizer, "added_tokens_decoder", ()))
     plain = [token for token, number in vocabulary.items() if number not in special]
     read = _reader(plain)
@@ -71,12 +70,29 @@ def texts_of(tokenizer: Any) -> dict[int, Text]:
     return found
 
 
+def _token_of(tokenizer: Any, role: str) -> int:
+    """The token that has a role; -1 for none."""
+    number = getattr(tokenizer, f"{role}_token_id", None)
+    return number if isinstance(number, int) else -1
+
+
+def _with_roles(numbers: dict[Text, int], tokenizer: Any) -> dict[Text, int]:
+    """Text -> token, where a token that begins and ends texts stands for both."""
+    for role in ("bos", "eos"):
+        number = _token_of(tokenizer, role)
+        if number >= 0:
+            numbers.setdefault(("role", role.encode()), number)
+    return numbers
+
+
 def _reader(tokens: Sequence[str]) -> Callable[[str], bytes]:
     """How a family of vocabularies spells text, by the marks in its tokens."""
-    if any(token.startswith("Ġ") for token in tokens):
+    # The more frequent mark: a large vocabulary has the other one, too, as a letter (Maltese) or a sign.
+    bytewise, pieces = sum(token.startswith("Ġ") for token in tokens), sum("▁" in token for token in tokens)
+    if bytewise > pieces:
         of = _byte_of()
         return lambda token: bytes(of[c] for c in token) if all(c in of for c in token) else token.encode()
-    if any("▁" in token for token in tokens):
+    if pieces:
         return _sentence_piece
     if any(token.startswith("##") for token in tokens):
         return lambda token: token[2:].encode() if token.startswith("##") else b" " + token.encode()
@@ -119,17 +135,17 @@ class VocabularyMap(Shown):
         self.student_classes = least if student_classes is None else check.positive(student_classes, "student_classes")
         if self.student_classes < least:
             check.wrong_value("student_classes", f"at least the student's {least} tokens", student_classes)
-        place = {text: number for number, text in reversed(mine.items())}
+        place = _with_roles({text: number for number, text in reversed(mine.items())}, student)
         # Of several tokens of one text each is itself, where the other vocabulary has it there too.
         self._classes = {n: n if mine.get(n) == t else place[t] for n, t in theirs.items() if t in place}
         self._least = max(theirs) + 1
-        first = {text: number for number, text in reversed(theirs.items())}
+        first = _with_roles({text: number for number, text in reversed(theirs.items())}, teacher)
         # The empty tuple: nothing of the teacher's stands for this token.
         self._spelled = {n: (n,) if theirs.get(n) == t else _spelling(t, first) for n, t in mine.items()}
         self._unknown = next((n for n, text in theirs.items() if text == ("role", b"unk")), None)
         self._texts = mine
         self.same_inputs = all(self._spelled[number] == (number,) for number in mine)
-        self._begin = () if self.same_inputs else _begins(teacher, theirs)
+        self._begin = () if self.same_inputs else _begins(teacher)
         self._pad = next((n for n, text in theirs.items() if text == ("role", b"pad")), 0)
         self.mapped_classes = len(self._classes)
         self.teacher_tokens, self.student_tokens = len(theirs), len(mine)
@@ -234,12 +250,12 @@ class VocabularyMap(Shown):
         return told, valid, places, [own, unknown, int(counts.sum())]
 
 
-def _begins(tokenizer: Any, texts: Mapping[int, Text]) -> tuple[int, ...]:
+def _begins(tokenizer: Any) -> tuple[int, ...]:
     """What a tokenizer puts before a text by itself."""
     if not callable(tokenizer):
         return ()
     first = list(tokenizer("a")["input_ids"])[:1]
-    return tuple(n for n in first if texts.get(n) in (("role", b"bos"), ("role", b"cls")))
+    return tuple(n for n in first if n in (_token_of(tokenizer, "bos"), _token_of(tokenizer, "cls")))
 
 
 def _spelling(text: Text, first: Mapping[Text, int]) -> tuple[int, ...]:

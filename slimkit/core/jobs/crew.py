@@ -59,8 +59,15 @@ class CrewFramework(Protocol):
     """What a command asks of a framework that lets several processes do it; by itself one process does."""
 
     def join(self) -> None:
-        """Join the other processes of the command, where it was begun several times over."""
-        return
+        """Join the other processes of the command, where it was begun several times over.
+
+        Raises:
+            ConfigError: this framework's commands run in one process.
+        """
+        if size() > 1:
+            raise ConfigError(
+                f"this command was begun by {size()} processes, and in this framework one does it: leave torchrun out"
+            )
 
     def once(self, work: Callable[[], Any]) -> Any:
         """What the first process does alone; all get its result, a plain value, or its error."""

@@ -396,4 +396,5 @@ class JobFramework(CrewFramework, Protocol):
 
         `command` is for the model card.
         """
+        self.join()
         return None

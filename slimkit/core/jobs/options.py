@@ -69,9 +69,7 @@ class PruneOptions(JobOptions):
         "padded: blocks of their own widths, filled up with zeros to that; any: cuts of any shape, "
         "for slimkit's own loaders; unset: config where the model has such a configuration",
     )
-    rotation: Annotated[
-        bool, Flag("--rotation", sets=True, help="turn the hidden width onto its principal axes before it is cut")
-    ] = Field(
+    rotation: bool = Field(
         False,
         description="turn the hidden width onto its principal axes before it is cut (models with RMSNorm; wants the "
         "importance output)",
