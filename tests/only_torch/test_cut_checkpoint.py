@@ -129,3 +129,23 @@ def test_what_cannot_be_cut_is_refused_and_leaves_nothing(tmp_path):
     assert {**again, "bytes": report["bytes"]} == report  # whose keys JSON makes text
     with pytest.raises(UnsupportedError, match="fields"):
         cut_checkpoint(large, out, {"num_hidden_layers": 1}, steps(BLOCKS).add_blocks_params(LAYERS, {0: 0}))
+
+
+def test_tables_that_differ_are_not_made_one_in_silence(tmp_path):
+    import json
+
+    import slimkit
+
+    llama().save_pretrained(tmp_path / "src")
+    told = json.loads((tmp_path / "src" / "config.json").read_text())
+    (tmp_path / "src" / "config.json").write_text(json.dumps({**told, "tie_word_embeddings": True}))
+    config = PruneConfig().set_steps(["prune_blocks"]).add_blocks_params(r"layers\.(\d+)\.", {0: 0})
+    with pytest.raises(PlanError, match="different values, and the model ties them"):
+        slimkit.cut_checkpoint(tmp_path / "src", tmp_path / "dst", {"num_hidden_layers": 1}, config)
+    report = slimkit.cut_checkpoint(
+        tmp_path / "src", tmp_path / "loose", {"num_hidden_layers": 1}, config, strict=False
+    )
+    assert report["unused"] == ["lm_head.weight"]
+    fields = {"num_hidden_layers": 1, "tie_word_embeddings": False}
+    whole = slimkit.cut_checkpoint(tmp_path / "src", tmp_path / "dst", fields, config)
+    assert not whole["unused"]

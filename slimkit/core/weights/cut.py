@@ -74,7 +74,14 @@ def plan_weights(
     paired = pair_names(structure.targets, names)
     aliases = _feed_tied_once(structure, paired)
     feeds = {target: names[found] for target, found in paired.items()}
-    used = {*feeds.values(), *(names[s] for s in aliases.values())}
+    apart = _differing(source, {names[s]: feeds[fed] for s, fed in aliases.items()})
+    if apart and strict:
+        lost, taken = next(iter(apart.items()))
+        raise PlanError(
+            f"{lost} and {taken} hold different values, and the model ties them: give a model that does not "
+            "(tie_word_embeddings=False). strict=False leaves the first one unused and reports it."
+        )
+    used = {*feeds.values(), *(names[s] for s in aliases if names[s] not in apart)}
     missing = [n for n in structure.targets if n not in feeds and not _fed_by_twin(n, structure, feeds)]
     unused = [n for n in source.entries if n not in used and n not in dropped]
     surplus = [n for n in unused if not _ignorable(n, structure)]
@@ -110,13 +117,23 @@ def plan_weights(
 
 
 def _feed_tied_once(structure: Structure, paired: dict[str, str]) -> dict[str, str]:
-    """Leave one name of each tied group in `paired`, in place; returns the others that had a source too."""
+    """Leave one name of each tied group in `paired`, in place; returns the others' sources -> the name left."""
     aliases = {}
     for group in structure.tied:
         fed = [n for n in group if n in paired]
         for name in fed[1:]:
-            aliases[name] = paired.pop(name)
+            aliases[paired.pop(name)] = fed[0]
     return aliases
+
+
+def _differing(source: Weights, pairs: Mapping[str, str]) -> dict[str, str]:
+    """The pairs of tensors that are not equal."""
+    return {
+        one: other
+        for one, other in pairs.items()
+        if source.entries[one].shape != source.entries[other].shape
+        or not np.array_equal(source.read(one), source.read(other), equal_nan=True)
+    }
 
 
 def _fed_by_twin(name: str, structure: Structure, feeds: Mapping[str, str]) -> bool:
