@@ -73,6 +73,15 @@ class Wing:
     def configured(self, changes):
         return {}
 
+    def stacked(self):
+        return []
+
+    def computed(self):
+        return set()
+
+    def derived(self, config):
+        return {}
+
 
 def planned(objects, integers=None):
     wing = Wing(objects, integers or {})
