@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 from collections.abc import Iterator
@@ -36,7 +37,14 @@ def join(device: torch.device) -> torch.device:
     own = {"cuda": "cpu:gloo,cuda:nccl", "npu": "cpu:gloo,npu:hccl"}.get(device.type, "gloo")
     with exchanging():
         dist.init_process_group(own, timeout=PATIENCE)
+    atexit.register(_leave)
     return device
+
+
+def _leave() -> None:
+    """Give the group up: its threads abort a process that ends with them, and its work then looks failed."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def processes() -> int:
