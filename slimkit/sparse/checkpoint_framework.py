@@ -12,6 +12,7 @@ from slimkit.core import batch as batches
 from slimkit.core import files
 from slimkit.core.checkpoint import shards
 from slimkit.core.errors import UnsupportedError
+from slimkit.core.sparse import allocate
 from slimkit.core.sparse.blockfiles import BlockFiles
 from slimkit.core.sparse.call_order import CallOrder
 from slimkit.core.sparse.framework import CalibratedBlock
@@ -198,12 +199,7 @@ class CheckpointSparse(TorchSparse):
             mine = [n for n in names if n.startswith(path + ".")]
             with self._loaded(index) as block:
                 stages = [self._stage(index, block, mine, one, False) for one in inputs]
-                for mask, stage in zip((None, *variants), stages):
-                    back = self.snapshot(mine)
-                    if mask is not None:
-                        mask(mine)
-                    stage.pass_on()
-                    back()
+                allocate.pass_variants(self, stages, mine, variants)
         self._loader.close()
         own = [batch for batch, _ in dealt(self, probes)]
         with self._outside(whole=True):

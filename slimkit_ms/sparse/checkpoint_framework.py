@@ -13,6 +13,7 @@ import numpy as np
 from slimkit.core.batch import Call
 from slimkit.core.checkpoint.weightfile import Safetensors
 from slimkit.core.errors import UnsupportedError
+from slimkit.core.sparse import allocate
 from slimkit.core.sparse.blockfiles import BlockFiles
 from slimkit.core.sparse.call_order import CallOrder
 from slimkit.core.sparse.framework import CalibratedBlock
@@ -158,12 +159,7 @@ class CheckpointCells(MindSporeSparse):
             mine = [n for n in names if n.startswith(path + ".")]
             with self._loaded(path) as cell:
                 stages = [self._stage(index, cell, mine, inputs, False) for inputs in every]
-                for mask, stage in zip((None, *variants), stages):
-                    back = self.snapshot(mine)
-                    if mask is not None:
-                        mask(mine)
-                    stage.pass_on()
-                    back()
+                allocate.pass_variants(self, stages, mine, variants)
         rows = []
         for index, valid in enumerate(every[0].valid):
             dense, *others = (as_input(self.model, inputs.hidden[False][index], valid) for inputs in every)

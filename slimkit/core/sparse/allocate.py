@@ -25,7 +25,7 @@ import numpy as np
 
 from slimkit.core.log import logger, progress
 from slimkit.core.sparse.config import SparseConfig
-from slimkit.core.sparse.framework import CalibratedBlock, SparseFramework
+from slimkit.core.sparse.framework import CalibratedBlock, PassedBlock, SparseFramework
 from slimkit.core.sparse.maths.backend import Array, like, namespace, to_numpy
 from slimkit.core.sparse.maths.layer import SparseLayer
 from slimkit.core.sparse.maths.moments import SPOILT, SpoiltError
@@ -212,6 +212,28 @@ def changes(
             row.append(float(((host.outputs(batch) - d) ** 2).sum()))
         back()
     return rows
+
+
+def pass_variants(
+    host: SparseFramework,
+    stages: Sequence[PassedBlock],
+    names: Sequence[str],
+    variants: Sequence[Callable[[Sequence[str]], None]],
+) -> None:
+    """Pass one block's inputs on through it as it is, and through each variant of it; it is as it was after.
+
+    Args:
+        host: the model.
+        stages: the block with the inputs of the dense model, then with those of each variant.
+        names: its layers.
+        variants: each masks some layers, in place.
+    """
+    for mask, stage in zip((None, *variants), stages):
+        back = host.snapshot(names)
+        if mask is not None:
+            mask(names)
+        stage.pass_on()
+        back()
 
 
 def _walked(

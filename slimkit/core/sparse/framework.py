@@ -12,6 +12,13 @@ from slimkit.core.sparse.trained import TrainedBlock
 Seen = Callable[..., None]
 
 
+class PassedBlock(Protocol):
+    """A block of a walk over files that only looks, with one way of inputs."""
+
+    def pass_on(self) -> None:
+        """Send every batch through the block as it is, also through the last one."""
+
+
 class CalibratedBlock(Protocol):
     """A part of the model through which calibration data can be sent again and again.
 
