@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slimkit.core import files
-from slimkit.core.ascend import load_w8a8s
+from slimkit.core.ascend import inputs, load_w8a8s
 from slimkit.core.ascend.folder import DESCRIPTION, write
 from slimkit.core.ascend.int8 import PARTS, int8_layer, on_grid
 from slimkit.core.ascend.w8a8s import KIND, WEIGHTS
@@ -123,3 +123,12 @@ def test_inspect_and_load_tell_what_it_is(tmp_path):
 def test_a_folder_that_no_reader_could_use_is_refused(tmp_path, change, said):
     with pytest.raises(FileFormatError, match=said):
         load_w8a8s(folder(tmp_path / "m", change))
+
+
+def test_rows_of_many_batches_are_few_and_from_every_place():
+    rows = np.arange(1_000, dtype=np.float32)[:, None]
+    few = inputs._few(rows)
+    assert len(few) == inputs.MOST_ROWS
+    assert np.all(np.diff(few[:, 0]) > 0)
+    assert len(set(few[:, 0] % 16)) == 16
+    assert np.array_equal(inputs._few(rows[:256]), rows[:256])

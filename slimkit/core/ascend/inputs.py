@@ -20,6 +20,8 @@ RANGES = ("minmax", "percentile")
 TAIL = 1e-4
 # Of each batch so many rows of a layer's inputs are kept, evenly spread, to see what rounding them changes.
 ROWS = 16
+# Of all batches together; every layer's are held to the end.
+MOST_ROWS = 256
 
 
 @dataclass
@@ -76,10 +78,17 @@ def inputs_of(host: SparseFramework, dataset: Any, names: Iterable[str], how: st
             if feed[0] in ends:
                 lows, highs = zip(*ends[feed[0]], strict=True)
                 least, most = (np.mean, np.mean) if how == "percentile" else (min, max)
-                shown = Inputs(float(least(lows)), float(most(highs)), np.concatenate(rows[feed[0]]))
+                shown = Inputs(float(least(lows)), float(most(highs)), _few(np.concatenate(rows[feed[0]])))
                 found.update(dict.fromkeys((name for name in feed if name in names), shown))
         stage.advance()
     return found
+
+
+def _few(rows: Array) -> Array:
+    """`MOST_ROWS` of the rows at most, drawn: a step through them would meet the same place of every batch."""
+    if len(rows) <= MOST_ROWS:
+        return rows
+    return rows[np.sort(np.random.default_rng(0).choice(len(rows), MOST_ROWS, replace=False))]
 
 
 def input_error(layer: Int8Layer, weight: Array, rows: Array) -> float:
