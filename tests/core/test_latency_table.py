@@ -51,6 +51,24 @@ def test_a_damaged_table_is_refused_by_name(tmp_path, change, said):
     assert "t.json" in str(raised.value)
 
 
+@pytest.mark.parametrize("share", [0.2, 0.6, 1.0])
+def test_layers_that_take_no_time_beside_a_call_do_not_make_others_endless(share):
+    rng = np.random.default_rng(int(10 * share))
+    ins, outs = Widths(), Widths()
+    ins.add("a", {"a": 80}, 8, 1)
+    outs.add("b", {"b": 64}, 8, 1)
+    for _ in range(20):
+        measured = {pair: float(rng.uniform(0.001, 1) * (rng.uniform() > share)) for pair in cross(ins, outs)}
+        longest = max(measured.values())
+        found = np.array(filled(measured, ins, outs))
+        assert found.min() >= 0
+        assert found.max() <= longest + 1e-6
+        for i in ins.coarse:
+            for o in outs.coarse:
+                wanted = max(measured[i, o], 0.01 * longest)
+                assert found[sorted(ins.fine).index(i), sorted(outs.fine).index(o)] == pytest.approx(wanted, abs=2e-6)
+
+
 def test_times_of_a_product_are_filled_exactly_from_a_cross():
     """What is a product of both widths is known from a row and a column; measured points stay what they are."""
     ins, outs = Widths(), Widths()

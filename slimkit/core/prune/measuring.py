@@ -27,6 +27,7 @@ _FINE = 16  # widths of one side at most
 _SHARES = (0.25, 0.5, 1.0)
 # Cuts at which the whole network is timed: how the parameters are shared, and how many stay.
 _CUTS = (("uniform", 0.8), ("uniform", 0.6), ("uniform", 0.4), ("uniform", 0.25), ("global", 0.7), ("global", 0.45))
+_LEAST = 0.01  # of the longest time of a kind: what a shorter one counts as
 _DENSE = 3.0  # the dense network's weight in the fit
 
 
@@ -168,23 +169,28 @@ def filled(measured: Mapping[tuple[int, int], float], ins: Widths, outs: Widths)
     """Times of all pairs of fine widths.
 
     t(i, o) = t(i, O) t(I, o) / t(I, O) r(i, o), with r the factor that makes it right on the coarse grid, linear
-    between.
+    between. The time of a small layer can come out as nothing beside the call's: none counts as less than a hundredth
+    of the longest, so that no factor divides by nothing, and none comes out as longer than the longest.
 
     Args:
         measured: (width in, width out) -> time, of the pairs of `cross`.
         ins: widths in.
         outs: widths out.
     """
+    longest = max(measured.values())
+    if longest <= 0:
+        return [[0.0] * len(outs.fine) for _ in ins.fine]
+    ms = {pair: max(time, _LEAST * longest) for pair, time in measured.items()}
     rows, columns = sorted(ins.fine), sorted(outs.fine)
-    by_in = np.array([measured[i, columns[-1]] for i in rows])
-    by_out = np.array([measured[rows[-1], o] for o in columns])
-    product = np.outer(by_in, by_out) / max(measured[rows[-1], columns[-1]], 1e-12)
+    by_in = np.array([ms[i, columns[-1]] for i in rows])
+    by_out = np.array([ms[rows[-1], o] for o in columns])
+    product = np.outer(by_in, by_out) / ms[rows[-1], columns[-1]]
     sparse = LatencyTable("", "", 1, {})
     some, other = sorted(ins.coarse), sorted(outs.coarse)
-    told = [[measured[i, o] / max(product[rows.index(i), columns.index(o)], 1e-12) for o in other] for i in some]
+    told = [[ms[i, o] / product[rows.index(i), columns.index(o)] for o in other] for i in some]
     sparse.put("factor", some, other, told)
     low, high = np.meshgrid(np.clip(rows, some[0], some[-1]), np.clip(columns, other[0], other[-1]), indexing="ij")
-    found = product * sparse.ms("factor", low.ravel(), high.ravel()).reshape(product.shape)
+    found = np.minimum(product * sparse.ms("factor", low.ravel(), high.ravel()).reshape(product.shape), longest)
     return [[round(float(x), 6) for x in row] for row in found]
 
 
