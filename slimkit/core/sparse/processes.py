@@ -220,7 +220,8 @@ def exchange(
             arrays += [xp.astype(layer.to_matrix(own.keep), xp.uint8)] if host.keeps_masks else []
             arrays += [xp.astype(own.bias_shift, dtype)] if own.bias_shift is not None else []
         else:
-            shapes = [(shape, dtype), *([(shape, xp.uint8)] if host.keeps_masks else [])]
+            shapes: list[tuple[tuple[int, ...], Any]] = [(shape, dtype)]
+            shapes += [(shape, xp.uint8)] if host.keeps_masks else []
             shapes += [((layer.groups * layer.n_out,), dtype)] if shifted else []
             arrays = [xp.empty(s, dtype=d, device=device) for s, d in shapes]
         new, *rest = (host.spread(a, owner[layer.name]) for a in arrays)
