@@ -123,6 +123,32 @@ def test_what_cannot_be_made_small_changes_nothing(kit, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_table_that_is_the_head_too_gets_the_same_delta_in_both_places(kit, tmp_path, kind):
+    def tied(learned=0):
+        net = kit.named(table=kit.embedding(40, 16), head=kit.linear(16, 40, bias=False))
+        kit.train_mode(kit.fill(net), False)
+        table = next(iter(kit.params(net.table).values()))
+        step = np.random.default_rng(1).standard_normal(tuple(table.shape)) * 0.01 * learned
+        kit.assign(table, kit.array(table) + step.astype(np.float32))
+        net.head.weight = table
+        return net
+
+    net, rows = tied(), kit.tensor(np.arange(40, dtype=np.int32)[None])
+    before, given = out(kit, net, rows), kit.tensor(np.eye(16, dtype=np.float32))
+    report = kit.slim.compress_delta(net, tied(1), kind, bytes_ratio=0.3)
+    assert set(report.layers) == {"table", "head"}
+    got, table, head = out(kit, net, rows), kit.array(net.table(rows))[0], kit.array(net.head(given))
+    np.testing.assert_allclose(head, table.T, rtol=1e-5, atol=1e-6)
+    assert np.abs(got - before).max() > 1e-3
+    kit.slim.save_delta(net, tmp_path)
+    fresh = tied()
+    kit.slim.load_delta(fresh, tmp_path)
+    np.testing.assert_array_equal(out(kit, fresh, rows), got)
+    kit.slim.remove_delta(net)
+    np.testing.assert_array_equal(out(kit, net, rows), before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_nothing_is_left_on_a_layer_when_it_comes_off(kit, kind):
     net = build(kit)
     before = {path: set(vars(layer)) for path, layer in kit.children(net)}
