@@ -133,7 +133,7 @@ class HeldLora(LoraLinear):
         super().leave()
         if "weight" not in self._parameters:
             self.write_weight(self._wide())
-        self._parameters["weight"].requires_grad_(self.plain_trains)  # type: ignore[union-attr]
+        self._parameters["weight"].requires_grad_(self.plain_trains)
         del self._buffers["weight_scale"]
         for attribute in ("plain_dtype", "plain_trains", "plain_sample", "held_kind"):
             del vars(self)[attribute]
