@@ -107,14 +107,25 @@ def check_whole(model: Any, name: str = "model") -> torch.nn.Module:
     return checked
 
 
+def is_distributed(tensor: Any) -> bool:
+    """Whether processes hold a tensor together: each a part of it, or all of it with a note of that."""
+    tensors = sys.modules.get("torch.distributed.tensor")  # importing it only to ask takes long
+    return tensors is not None and isinstance(tensor, tensors.DTensor)
+
+
+def is_managed(module: torch.nn.Module) -> bool:
+    """Whether FSDP gathers the module's parameters for each of its calls."""
+    return bool(getattr(module, "_is_fsdp_managed_module", False))
+
+
 def _in_parts(model: torch.nn.Module) -> str | None:
     """What processes hold parts of, in words; None for nothing."""
     for path, parameter in model.named_parameters():
-        if hasattr(parameter, "full_tensor"):
+        if is_distributed(parameter):
             return repr(path)
     # After a bare forward FSDP2 leaves gathered copies in the outermost module, where writing is lost.
     for path, module in model.named_modules():
-        if getattr(module, "_is_fsdp_managed_module", False):
+        if is_managed(module):
             return repr(path) if path else "a model"
     return None
 
