@@ -20,8 +20,8 @@ from slimkit.core.sparse.maths.moments import Moments
 from slimkit.core.sparse.maths.shrink import ROWS_AS_ONE
 
 # The regression that makes up for what earlier layers lost has a ridge of channels / independent calibration rows, at
-# most RIDGE, as a share of a channel's variance. Little of the loss is predictable: with less, the calibration texts gain
-# and others lose.
+# most RIDGE, as a share of a channel's variance. Little of the loss is predictable: with less, the calibration texts
+# gain and others lose.
 RIDGE = 0.3
 
 
