@@ -44,7 +44,8 @@ class Moments:
 
     Attributes:
         count: rows seen.
-        gram: (groups, n_in, n_in) sum of x x^T, None before the first row.
+        gram: (groups, n_in, n_in) sum of x x^T, None before the first row; where one half is made, `average` adds the
+            other.
         total: (groups, n_in) sum of x.
         cross: (groups, n_in, n_in) sum of dense x times sparse x^T; None when not paired, or where `missing` is.
         missing: (groups, n_out, n_in) sum of weight (dense x - x) times x^T; None when not paired or without a weight.
