@@ -15,7 +15,7 @@ from slimkit.core.jobs.fields import Strict, flag_of, words_of
 from slimkit.core.jobs.framework import Opened
 from slimkit.core.jobs.measurement import show
 from slimkit.core.jobs.options import PruneOptions
-from slimkit.core.jobs.sources import DataPlace, ModelPlace
+from slimkit.core.jobs.sources import ModelPlace
 from slimkit.core.jobs.timing import told
 from slimkit.core.yamltext import parse_yaml
 
@@ -87,12 +87,6 @@ def _said(name: str, value: Any) -> list[str]:
     """A flag and its value; a list gives the flag once an item."""
     items = value if isinstance(value, (list, tuple)) else [value]
     return [word for item in items for word in (name, Path(item).name if isinstance(item, Path) else str(item))]
-
-
-def data_flags(calib: DataPlace | None) -> dict[str, Any]:
-    """The options of a command line that name calibration data."""
-    places = () if calib is None else (calib, *calib.more)
-    return {"--calib": [p.reference if p.weight == 1.0 else f"{p.reference}={p.weight:g}" for p in places]}
 
 
 def sparse_facts(report: Mapping[str, Any]) -> dict[str, str]:

@@ -15,6 +15,9 @@ from slimkit.core import check
 # How a message names an option, by its key: "stages[2].train.epochs" or "--epochs".
 Spell = Callable[[str], str]
 
+# So many samples are all there are.
+EVERY = 1_000_000_000
+
 
 class Strict(BaseModel):
     """Unknown keys are errors, values keep their types ("3" is not 3), and nothing changes after loading."""
