@@ -10,7 +10,7 @@ from slimkit import bridge, students
 from slimkit.chain import stack_of
 from slimkit.core.distill.config import KnowledgeDistillConfig
 from slimkit.core.distill.masks import IGNORED
-from slimkit.core.errors import ConfigError
+from slimkit.core.errors import ArgumentError, ConfigError
 from slimkit.core.jobs import fed
 from slimkit.core.jobs.documents import is_chat
 from slimkit.core.jobs.framework import JobFramework, Lesson, Opened, Supervised, Task
@@ -101,8 +101,16 @@ def _own_student(face: JobFramework, teacher: Opened, place: ModelPlace) -> tupl
             f"--student {place.model} must have the teacher's vocabulary of {theirs} tokens, which it reads and "
             f"answers in; TeacherCache.build(vocabulary=...) in Python maps another. Received: {mine}"
         )
-    count = len(stack_of(learner.model))
-    return learner, {i: i for i in range(count)} if count == len(stack_of(teacher.model)) else {}
+    count, known = _blocks(learner.model), _blocks(teacher.model)
+    return learner, {i: i for i in range(count)} if count == known else {}
+
+
+def _blocks(model: nn.Module) -> int:
+    """How many blocks a model has; 0 where it is no stack of them."""
+    try:
+        return len(stack_of(model))
+    except ArgumentError:
+        return 0
 
 
 def _to_imitate(reader: Reader, rows: list[dict[str, Any]], language: bool) -> Supervised:
@@ -154,12 +162,12 @@ def _comparison(
     if weight is None:
         weight = LANGUAGE_HIDDEN if language else 1.0
     if weight:
-        theirs, mine = stack_of(teacher), stack_of(student)
         if not layers:
             raise ConfigError(
-                f"--student has {len(mine)} blocks and the teacher {len(theirs)}, so that none answers to another: "
-                "give --hidden-weight 0"
+                "--student and its teacher must have as many blocks where layers are compared; --hidden-weight 0 "
+                f"compares the outputs alone. Received: {_blocks(student)} and {_blocks(teacher)}"
             )
+        theirs, mine = stack_of(teacher), stack_of(student)
         for at, path in enumerate(mine):
             label = {
                 "t_module": theirs[layers.get(at, at)], "s_module": path, "t_output_idx": 0, "s_output_idx": 0, **mask,

@@ -473,6 +473,18 @@ def test_a_distillation_without_terms_learns_the_answers(kit, task, tmp_path):
     assert len(facts["terms"]) == 2
 
 
+def test_a_distillation_keeps_the_zeros_that_were_made_and_a_training_says_that_it_fills_them(
+    kit, task, tmp_path, caplog
+):
+    stages = [{"sparsify": {"method": "magnitude"}}, {"distill": {"max_steps": 3, "learning_rate": 0.05}}]
+    _, sparse, taught = recipe(kit, task, tmp_path, *stages)["stages"]
+    assert taught["measurement"]["zeros"] >= sparse["measurement"]["zeros"] > 0
+    assert "zeros kept" in taught["facts"]["headline"]
+    assert "fills the zeros" not in caplog.text
+    recipe(kit, task, tmp_path, *stages, {"finetune": {"max_steps": 1}}, out="again")
+    assert "fills the zeros" in caplog.text
+
+
 def test_a_registered_method_is_a_word_of_both_doors(kit, task, tmp_path):
     from slimkit.core.sparse import METHODS
 

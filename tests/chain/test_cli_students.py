@@ -78,9 +78,9 @@ def test_a_sparse_student_keeps_its_zeros(home, tmp_path):
         ((), "give --student FOLDER, such as the pruned teacher, or at least one of --layers"),
         (("--student", "pruned", "--layers", 1), "--student is a model that is small already"),
         (("--student", "pruned", "--selection", "first"), "--student is a model that is small already"),
-        (("--student", "shorter", "--hidden-weight", 1.0), "--student has 1 blocks and the teacher 2"),
+        (("--student", "shorter", "--hidden-weight", 1.0), "must have as many blocks where layers are compared"),
         (("--student", "other"), "must have the teacher's vocabulary"),
-        (("--student", "pruned", "--student-arg", "a=1"), "are for --factory"),
+        (("--student", "pruned", "--student-arg", "a=1"), "--student-arg is for the function of"),
     ],
 )
 def test_a_student_that_cannot_be_is_refused(home, tmp_path, monkeypatch, more, words):

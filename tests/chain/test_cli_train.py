@@ -101,7 +101,7 @@ def test_cards_of_hugging_face_folders_say_how_to_load_them(tmp_path):
                 "largest output error of a layer",
             ),
         ),
-        ("d", ("slimkit distill", "--samples 4 --max-length 128 --layers 1 --seed 3", "of the teacher's")),
+        ("d", ("slimkit distill", "--samples 4 --max-length 128 --seed 3 --layers 1", "of the teacher's")),
         ("t", ("slimkit train --model s ", "--samples 4 --max-length 128", 'base_model: "llama"')),
         ("p", ("PeftModel.from_pretrained", "--samples 4 --max-length 128", "--format peft")),
         ("a", ("load_delta(model",)),

@@ -152,7 +152,7 @@ def prune(
         if facts["written"] == "transformers":
             # Only now it is more than a promise: the folder is read again by its library's own loader.
             facts["reloaded"] = face.reloaded(opened, folder, inputs)
-        command = cards.command_line("prune", place, options, data_flags(calib, seed))
+        command = cards.command_line("prune", place, options, cards.data_flags(calib, seed=seed))
         cards.write_card(folder, "pruned", opened, command, cards.pruned_facts(facts, options), facts["written"])
         folders.write_report(folder, "prune", {"asked": options.reserved_ratio, "command": command, **facts})
         write_record(folder, "prune", record_of(batches), place.model)
@@ -185,7 +185,7 @@ def sparsify(
     """
     config = options.build()
     early.check(place, options, calib=calib)
-    command = cards.command_line("sparsify", place, options, data_flags(calib))
+    command = cards.command_line("sparsify", place, options, cards.data_flags(calib))
     found = face.sparsify_blocks(place, out, config, calib, command, restart=restart, plan=plan)
     if found is not None:
         return found
@@ -201,11 +201,6 @@ def sparsify(
         cards.write_card(folder, "sparse", opened, command, cards.sparse_facts(report), written)
         write_record(folder, "sparsify", record_of(batches), place.model)
     return {**report, "written": written, "resumable": False}
-
-
-def data_flags(calib: DataPlace | None, seed: int = 0) -> dict[str, Any]:
-    """The options of a command line that name calibration data, and the seed of a command that draws without it."""
-    return ({} if calib is None else calib.flags()) | {"--seed": seed or (calib.seed if calib else 0) or None}
 
 
 def proved(face: JobFramework, opened: Opened, batches: Any, place: DataPlace | None) -> Any:

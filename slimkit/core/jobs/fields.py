@@ -202,7 +202,10 @@ def explained(error: ValidationError) -> list[tuple[tuple[Any, ...], str, str, A
         # What concerns several options shows none of them.
         came = "" if isinstance(one["input"], Mapping) and "ctx" in one else f". Received: {shown}"
         near = one.get("ctx", {}).get("near", "")
-        found.append((one["loc"], one["type"], f"{one['msg']}{came}{near}", one["input"]))
+        wrong = one["msg"]
+        if one["type"] == "list_type" and isinstance(one["input"], str):
+            wrong = f"must be a list, such as {[one['input']]!r}"
+        found.append((one["loc"], one["type"], f"{wrong}{came}{near}", one["input"]))
     return found
 
 

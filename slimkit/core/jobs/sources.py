@@ -21,7 +21,6 @@ from slimkit.core.calibration import OWN
 from slimkit.core.errors import ConfigError, FileFormatError
 from slimkit.core.files import meant, read_tensors, readable_file
 from slimkit.core.jobs.documents import is_chat
-from slimkit.core.jobs.fields import EVERY
 from slimkit.core.lazy import library
 from slimkit.core.yamltext import parse_yaml
 
@@ -92,18 +91,6 @@ class StudentPlace:
     def __post_init__(self) -> None:
         check.choice(self.selection, ("importance", "first"), "--selection")
 
-    def flags(self) -> dict[str, Any]:
-        """The options of a command line that say the same."""
-        made: dict[str, Any] = {f"--{key}": value for key, value in self.sizes.items()}
-        if self.layer_map is not None:
-            made["--layer-map"] = ",".join(map(str, self.layer_map))
-        made["--selection"] = None if self.selection == "importance" else self.selection
-        made["--teacher"] = None if self.teacher == "auto" else self.teacher
-        if self.place is not None:
-            made |= {"--student": self.place.model, "--student-factory": self.place.factory}
-            made["--student-arg"] = [f"{key}={value}" for key, value in self.place.arguments.items()]
-        return made
-
     def identity(self) -> dict[str, Any]:
         """What a resumed run must agree in, the student's weights apart."""
         made = None if self.place is None else [self.place.factory, dict(self.place.arguments)]
@@ -130,6 +117,7 @@ class DataPlace:
         weight: share of the windows beside other sources of calibration text.
         more: the other sources.
         seed: of what is drawn from text.
+        option: the flag that named it.
     """
 
     reference: str
@@ -140,6 +128,7 @@ class DataPlace:
     weight: float = 1.0
     more: tuple[DataPlace, ...] = ()
     seed: int = 0
+    option: str = "--data"
 
     @property
     def kind(self) -> str:
@@ -155,24 +144,9 @@ class DataPlace:
         elif ":" in self.reference:
             return "function"
         raise ConfigError(
-            f"data must be an existing file that ends in {', '.join((*TEXT_ENDINGS, *ARRAY_ENDINGS))}, or "
-            f"MODULE:FUNCTION. Received: {self.reference!r}"
+            f"{self.option} must name an existing file that ends in {', '.join((*TEXT_ENDINGS, *ARRAY_ENDINGS))}, or "
+            f"MODULE:FUNCTION. Received: {self.reference!r}{'' if path.exists() else meant(path)}"
         )
-
-    def flags(self, option: str = "--calib") -> dict[str, Any]:
-        """The options of a command line that say the same; the files need not be there any more.
-
-        Args:
-            option: what names the data; the batches of training data are an option of the job.
-        """
-        places = (self, *self.more)
-        made: dict[str, Any] = {option: [p.reference + ("" if p.weight == 1.0 else f"={p.weight:g}") for p in places]}
-        text = self.reference == OWN or Path(self.reference).suffix in TEXT_ENDINGS
-        made["--text-key"] = self.text_key if text and self.text_key != "text" else None
-        made["--samples"] = self.samples if self.samples < EVERY else None
-        made["--max-length"] = self.max_length if text else None
-        made["--batch-size"] = self.batch_size if option == "--calib" else None
-        return made
 
     def rows(self, *, chats: bool = False) -> list[dict[str, Any]]:
         """The samples of a text file; with `chats` also conversations, and prompts with completions."""

@@ -131,7 +131,7 @@ def prune(
         facts = {"parameters_before": before, "parameters": after, "kept": after / before}
         return {**facts, "report": pruner.report()}
     settings = {"seed": seed, **options.model_dump(mode="json")}
-    command = cards.command_line("prune", place, options, commands.data_flags(calib, seed)) + " --stream"
+    command = cards.command_line("prune", place, options, cards.data_flags(calib, seed=seed)) + " --stream"
 
     def write(folder: Path) -> dict[str, Any]:
         report = pruner.write(folder, options.reserved_ratio, options.un_prune_list, settings, options.defaults())

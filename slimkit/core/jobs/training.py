@@ -102,9 +102,8 @@ def distill(
         if begun is not None and begun.is_dir() and folders.made_sparse(begun):
             files.write_json(folder / folders.SPARSE_REPORT, files.read_json(begun / folders.SPARSE_REPORT))
         folders.write_report(folder, "distill", facts)
-        command = cards.command_line(
-            "distill", place, options, data.flags("--data") | student.flags() | _beside(run, label_key)
-        )
+        more = cards.data_flags(data, "--data") | cards.student_flags(student) | _beside(run, label_key)
+        command = cards.command_line("distill", place, options, more)
         cards.write_card(folder, "distilled", learner, command, cards.distilled_facts(facts), facts["written"])
     return facts
 
@@ -185,7 +184,7 @@ def adapt(
             (folder / "merged").mkdir()
             facts["written"] = face.write_model(opened, folder / "merged")
         folders.write_report(folder, "adapt", facts)
-        more = data.flags("--data") | _beside(run, label_key, task, evaluation)
+        more = cards.data_flags(data, "--data") | _beside(run, label_key, task, evaluation)
         more["--format"] = "peft" if format == "peft" else None
         command = cards.command_line("adapt", place, options, more)
         reads = "peft" if format == "peft" else "delta"
@@ -251,7 +250,7 @@ def train(
             files.write_json(folder / folders.SPARSE_REPORT, files.read_json(place.model / folders.SPARSE_REPORT))
         folders.write_report(folder, "train", facts)
         command = cards.command_line(
-            "train", place, options, data.flags("--data") | _beside(run, label_key, task, evaluation)
+            "train", place, options, cards.data_flags(data, "--data") | _beside(run, label_key, task, evaluation)
         )
         cards.write_card(folder, "trained", opened, command, cards.trained_facts(facts), facts["written"])
     return facts

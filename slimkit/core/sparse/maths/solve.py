@@ -124,7 +124,7 @@ def solve(
         new, keep, facts = method.solve(
             SparseProblem(
                 weight=dense,
-                # Methods use up what they are given; swaps need it once more, and so does the error of what is polished.
+                # Methods use up what they are given; swaps and the error after them and after rounding need it.
                 target=own_copy(target) if polished and target is not dense else target,
                 gram=gram,
                 spend=(means.own or dead is not None) and not polished,
