@@ -98,3 +98,14 @@ def test_a_shorter_student_learns_the_answers_alone(home, tmp_path):
     done = run(*teach(home, "--student", short, "-o", tmp_path / "d"))
     assert done["layers"] == {}
     assert len(done["terms"]) == 1
+
+
+def test_calibration_data_that_nothing_reads_is_told(home, tmp_path, caplog):
+    prune = ("prune", "-m", home / "llama", "--keep-ratio", 0.8, "--alignment", 8, "--importance", "l1", "-o")
+    text = ("--calib", home / "t.jsonl", "--samples", 4)
+    for stream in ("--whole", "--stream"):
+        run(*prune, tmp_path / stream.strip("-"), *text, stream)
+        assert "--calib is read by nothing here" in caplog.text
+        caplog.clear()
+    run(*prune, tmp_path / "refitted", *text, "--compensate")
+    assert "--calib is read by nothing" not in caplog.text

@@ -45,7 +45,9 @@ def _inside(tmp_path, monkeypatch):
 def test_training_a_sparse_model_keeps_its_zeros_and_writes_what_it_read(tmp_path, net):
     said = run("sparsify", *net, "--method", "wanda", "--calib", "x.npz", "-o", "sparse")
     assert "Worst layers: fc" in said
-    assert "Measure what it lost: slimkit compare" in said
+    weights = "model.ckpt -f mindspore" if "mindspore" in net else "model.safetensors"
+    factory = net[-1]
+    assert f"Measure what it lost: slimkit compare {factory} {factory}=sparse/{weights} --data" in said
     teach = ("train", *net, "-m", "sparse", "--data", "labelled.npz", "--learning-rate", 0.01, "--epochs", 8)
     planned = run(*teach, "-o", "tuned", "--dry-run", "--json")
     assert not (tmp_path / "tuned").exists()

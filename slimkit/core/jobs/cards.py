@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from slimkit.core import files
+from slimkit.core.calibration import OWN
 from slimkit.core.errors import FileFormatError
 from slimkit.core.jobs.fields import EVERY, Strict, flag_of, words_of
 from slimkit.core.jobs.framework import Opened
 from slimkit.core.jobs.measurement import show
 from slimkit.core.jobs.options import PruneOptions
-from slimkit.core.jobs.sources import OWN, TEXT_ENDINGS, DataPlace, ModelPlace, StudentPlace
+from slimkit.core.jobs.sources import TEXT_ENDINGS, DataPlace, ModelPlace, StudentPlace
 from slimkit.core.jobs.timing import told
 from slimkit.core.yamltext import parse_yaml
 

@@ -125,6 +125,7 @@ def prune(
     pruner, batches = face.folder_pruner(place, source if out is None else out, calib)
     context = commands.CommandContext(face, seed, None, options, batches=batches)
     pruning.set_up(pruner, pruner.model, options, context)
+    context.warn_unread(pruning.UNREAD)
     if out is None:
         before = work.count(face, pruner.model)
         after, _ = pruner.analysis(options.reserved_ratio, options.un_prune_list)
