@@ -59,7 +59,7 @@ def distill(
 
     Example: slimkit distill --model llama --student llama-70 --data text.jsonl --out llama-70-taught
 
-    Example: torchrun --nproc 8 -m slimkit distill --model llama --layers 16 --data text.jsonl --out small --device cuda
+    Example: torchrun --nproc-per-node 8 -m slimkit distill --model llama --layers 16 --data text.jsonl --out small
 
     Example: slimkit distill --factory nets.py:net --model net.pt --student-arg width=16 --data x.npz --out small
     """

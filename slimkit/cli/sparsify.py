@@ -38,7 +38,7 @@ def sparsify(
 
     Example: slimkit sparsify --model llama --method par --sparsity 0.5 --calib text.jsonl --out llama-sparse
 
-    Example: torchrun --nproc 8 -m slimkit sparsify --model llama --calib text.jsonl --out llama-sparse --device cuda
+    Example: torchrun --nproc-per-node 8 -m slimkit sparsify --model llama --calib text.jsonl --out sparse --device cuda
 
     Example: slimkit sparsify --model llama --pattern 4:2 --calib text.jsonl --out llama-42 --dry-run
     """

@@ -40,7 +40,8 @@ class Solved:
 
     Args:
         weight: in the shape of the layer's own weight, float32.
-        keep: boolean, same shape; True where the weight stays.
+        keep: boolean, same shape; True where the weight stays. None where another process solved it and masks are not
+            kept.
         bias_shift: what to add to the bias, or None.
         account: the layer's row of the report.
     """
