@@ -11,6 +11,7 @@ import numpy as np
 
 from slimkit.core import check
 from slimkit.core.errors import ArgumentError
+from slimkit.core.log import logger
 from slimkit.core.match import demand, match
 from slimkit.core.prune.allocate import Account, Allocation, allocate
 from slimkit.core.prune.attributes import config_changes, counts_heads_unseen, new_values, scope_sizes
@@ -105,9 +106,17 @@ class PrunerPlanning(PrunerSettings):
         parameters, held = Account(view), form.held_at(view, allocation.keep)
         left = parameters.count(np.array([held[n] for n in view.counts], dtype=np.int64))
         copied = self._copied()
-        self._report = allocated(view, allocation, account, left, ratio, self._budget, self._quiet, copied)
+        self._report = allocated(
+            view, allocation, account, left, ratio, self._budget, self._quiet, copied, desc["made"].get("allocation")
+        )
         if "rotated" in desc["made"]:
             self._report["rotated"] = {**desc["made"]["rotated"], "added_params": copied}
+            if copied:
+                # The ratio is of the model before, so that a model which is mostly table pays dearly.
+                note = f"a turned model holds its tied table twice: {copied:,} parameters more, which count"
+                self._report["notes"].append(note)
+                if not self._quiet:
+                    logger.warning("%s; without rotation they are spared", note)
         self._report["notes"] += form.notes
         self._report["form"] = {"name": form.name, "because": form.because}
         if form.name == "padded":
