@@ -11,6 +11,7 @@ import numpy as np
 
 from slimkit.core import check
 from slimkit.core.errors import ArgumentError
+from slimkit.core.log import logger
 from slimkit.core.match import demand, match
 from slimkit.core.prune.allocate import Account, Allocation, allocate
 from slimkit.core.prune.attributes import config_changes, counts_heads_unseen, new_values, scope_sizes
@@ -21,7 +22,7 @@ from slimkit.core.prune.forms import CutForm, parallel_steps, steps_of_rows
 from slimkit.core.prune.framework import PruneFramework
 from slimkit.core.prune.importance import best
 from slimkit.core.prune.knapsack import foretold, measured
-from slimkit.core.prune.latency import LatencyAccount, LatencyTable
+from slimkit.core.prune.latency import BAD_FIT, LatencyAccount, LatencyTable
 from slimkit.core.prune.levers import Lever, counts_experts, joined_losses, joined_scores, lever_matrix
 from slimkit.core.prune.narrowing import Narrowing, alike_levers
 from slimkit.core.prune.plan import PrunePlan, make_desc
@@ -53,6 +54,7 @@ class PrunerPlanning(PrunerSettings):
         self._stream: Stream | None = None  # what is turned before the cut
         self._parted: dict[str, str] = {}  # a matrix that gets values of its own -> the table it shared them with
         self._steps: dict[str, int] = {}
+        self._floor = 1.0
         self._quiet = False  # whether a ratio that is missed is of no interest
         self._most: Mapping[str, int] = {}  # steps that levers may keep at most, where less than all
 
@@ -93,6 +95,7 @@ class PrunerPlanning(PrunerSettings):
         for rounds in count():
             view = narrowing.coupling.view(whole, self._scoring.suited(self.is_language_model) is CRITERIA["output"])
             allocation, account = self._allocate(view, ratio)
+            self._refuse_ruin(allocation, account, view)
             desc = self._describe(view, allocation, ratio, whole)
             if not form.contradicts(view, PrunePlan(desc)) and self._rehearse(view, desc):
                 break
@@ -117,7 +120,15 @@ class PrunerPlanning(PrunerSettings):
         if self._budget == "latency":
             full = account.count(np.array(list(view.counts.values()), dtype=np.int64))
             told = {"before_ms": full / 1e6, "after_ms": allocation.total / 1e6}
-            self._report["latency"] = desc["made"]["latency"] = told
+            desc["made"]["latency"] = told
+            self._report["latency"] = told
+            assert isinstance(account, LatencyAccount)
+            if account.off_by > BAD_FIT:
+                self._report["latency"] = {**told, "off_by": account.off_by}
+                self._say(
+                    f"the table foretells this network's time up to {account.off_by:.0%} wrong: measure it anew on a "
+                    "quiet machine, and time what comes out"
+                )
         desc["made"]["left_params"] = left
         desc["made"]["reached"] = self._report["reached"]
         if self._made["importance"] == "output":
@@ -136,6 +147,25 @@ class PrunerPlanning(PrunerSettings):
         for module, numbers in self._wing.heads_told(PrunePlan(desc).config, silent).items() if silent else ():
             for name, change in numbers.items():
                 desc["attributes"].setdefault(module, {}).setdefault(name, list(change))
+
+    def _refuse_ruin(self, allocation: Allocation, account: Account, view: View) -> None:
+        """Refuse a latency that no cut reaches, by whose floors the network would go nearly whole for nothing."""
+        missed = allocation.total > 1.05 * allocation.target
+        if self._budget == "latency" and self._floor == 0 and missed:
+            share = allocation.total / account.count(np.array(list(view.counts.values()), dtype=np.int64))
+            check.wrong_value(
+                "reserved_ratio",
+                f"a latency that the table foretells of some cut: the narrowest network takes {share:.0%} of the dense "
+                "one's (what widths do not change takes the rest, or the layers were too short to be timed); "
+                "set_node_reserved_ratio cuts as far as it allows",
+                allocation.target / allocation.total * share,
+            )
+
+    def _say(self, note: str) -> None:
+        """Put a note into the report, and into the log."""
+        self._report["notes"].append(note)
+        if not self._quiet:
+            logger.warning("%s", note)
 
     def _begun(self) -> Narrowing:
         if self._narrowing is None:
@@ -285,6 +315,7 @@ class PrunerPlanning(PrunerSettings):
         least = _LEAST_MEASURED if allocation == "measured" else _LEAST
         self._made["node_reserved_ratio"] = self._node_ratio or least
         least = self._node_ratio or account.floor_for(sizes, least, self._alignment, target)
+        self._floor = least  # 0: no floor that is left reaches the target
         limits, level = (target, least, self._alignment), self._begun().level
         labels = alike_levers(view, levers)
         most = [min(size, self._most.get(x.name, size)) for x, size in zip(levers, sizes)]
