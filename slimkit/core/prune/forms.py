@@ -307,3 +307,12 @@ def steps_of_rows(view: View, levers: Sequence[Lever], rows: Mapping[str, int]) 
             step = math.lcm(step, multiple // math.gcd(multiple, grown))
         out.append(step if lever.size % step == 0 else lever.size)
     return out
+
+
+def multiples_of(view: View, levers: Sequence[Lever], parallel: int, rows: Mapping[str, int]) -> dict[str, int]:
+    """Lever -> what its steps must be multiples of, whatever the alignment: for devices, and for rows of parameters."""
+    found = {}
+    for lever, n, m in zip(levers, parallel_steps(view, levers, parallel), steps_of_rows(view, levers, rows)):
+        both = math.lcm(n, m)
+        found[lever.name] = both if both in (n, m) or lever.size % both == 0 else lever.size
+    return found

@@ -22,7 +22,7 @@ import numpy as np
 from slimkit.core import check, files
 from slimkit.core.errors import ArgumentError, FileFormatError
 from slimkit.core.files import PathLike
-from slimkit.core.prune.allocate import Account
+from slimkit.core.prune.allocate import Account, Allocation
 from slimkit.core.prune.expressions import Expr, linear_form
 from slimkit.core.prune.layer_times import TimedLayer, other_elements, timed_layers
 from slimkit.core.prune.solve import View
@@ -262,6 +262,22 @@ class LatencyAccount(Account):
         """How far the table foretells a network that it was fitted to wrong, relative to what was measured, at most."""
         fitted = self._fitted.get("fitted_to") or ()
         return max((abs(one["foretold_ms"] / one["ms"] - 1) for one in fitted), default=0.0)
+
+    def refuse_ruin(self, allocation: Allocation, full: Mapping[str, int]) -> None:
+        """Refuse a latency that no cut reaches, by whose floors the network would go nearly whole for nothing.
+
+        Raises:
+            ArgumentError: the allocation misses its target by more than a twentieth.
+        """
+        if allocation.total > 1.05 * allocation.target:
+            dense = self.count(np.array(list(full.values()), dtype=np.int64))
+            check.wrong_value(
+                "reserved_ratio",
+                "a latency that the table foretells of some cut: the narrowest network takes "
+                f"{allocation.total / dense:.0%} of the dense one's (what widths do not change takes the rest, or the "
+                "layers were too short to be timed); set_node_reserved_ratio cuts as far as it allows",
+                allocation.target / dense,
+            )
 
     def ms(self, counts: Array) -> float:
         """Milliseconds for these counts."""

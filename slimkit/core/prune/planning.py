@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from itertools import count
-from math import lcm
 from typing import Any
 
 import numpy as np
@@ -14,11 +13,11 @@ from slimkit.core.errors import ArgumentError
 from slimkit.core.log import logger
 from slimkit.core.match import demand, match
 from slimkit.core.prune.allocate import Account, Allocation, allocate
-from slimkit.core.prune.attributes import config_changes, counts_heads_unseen, new_values, scope_sizes
+from slimkit.core.prune.attributes import config_changes, new_values, scope_sizes, told_heads
 from slimkit.core.prune.criteria import CRITERIA, Criterion
 from slimkit.core.prune.experts import fields_after, find_experts, numbers_after, stay_note
 from slimkit.core.prune.expressions import Index
-from slimkit.core.prune.forms import CutForm, parallel_steps, steps_of_rows
+from slimkit.core.prune.forms import CutForm, multiples_of
 from slimkit.core.prune.framework import PruneFramework
 from slimkit.core.prune.importance import best
 from slimkit.core.prune.knapsack import foretold, measured
@@ -95,7 +94,8 @@ class PrunerPlanning(PrunerSettings):
         for rounds in count():
             view = narrowing.coupling.view(whole, self._scoring.suited(self.is_language_model) is CRITERIA["output"])
             allocation, account = self._allocate(view, ratio)
-            self._refuse_ruin(allocation, account, view)
+            if isinstance(account, LatencyAccount) and self._floor == 0:
+                account.refuse_ruin(allocation, view.counts)
             desc = self._describe(view, allocation, ratio, whole)
             if not form.contradicts(view, PrunePlan(desc)) and self._rehearse(view, desc):
                 break
@@ -104,13 +104,21 @@ class PrunerPlanning(PrunerSettings):
         if form.name != "any":
             # What loading by the configuration will compute, the cut model holds as well.
             desc["derived"] = self._wing.derived(PrunePlan(desc).config)
-            self._heads_told(view, desc, form.held_at(view, allocation.keep))
+            told_heads(self._wing, view, desc, form.held_at(view, allocation.keep))
         parameters, held = Account(view), form.held_at(view, allocation.keep)
         left = parameters.count(np.array([held[n] for n in view.counts], dtype=np.int64))
         copied = self._copied()
-        self._report = allocated(view, allocation, account, left, ratio, self._budget, self._quiet, copied)
+        self._report = allocated(
+            view, allocation, account, left, ratio, self._budget, self._quiet, copied, desc["made"].get("allocation")
+        )
         if "rotated" in desc["made"]:
             self._report["rotated"] = {**desc["made"]["rotated"], "added_params": copied}
+            if copied:
+                # The ratio is of the model before, so that a model which is mostly table pays dearly.
+                note = f"a turned model holds its tied table twice: {copied:,} parameters more, which count"
+                self._report["notes"].append(note)
+                if not self._quiet:
+                    logger.warning("%s; without rotation they are spared", note)
         self._report["notes"] += form.notes
         self._report["form"] = {"name": form.name, "because": form.because}
         if form.name == "padded":
@@ -134,32 +142,6 @@ class PrunerPlanning(PrunerSettings):
         if self._made["importance"] == "output":
             desc["made"]["foretold_loss"] = foretold(view.counts, allocation.keep, self._scoring.losses)
         return desc
-
-    def _heads_told(self, view: View, desc: dict[str, Any], held: Mapping[str, int]) -> None:
-        """Let attributes of numbers of heads that no code of their module met say what the configuration gives, in the
-        plan in place: those that only the making of a model reads, as XLM's own beside its layers'."""
-        sizes = scope_sizes(view, held)
-        silent = {
-            module: found
-            for module, numbers in self._wing.integers().items()
-            if (found := [n for n, old in numbers.items() if counts_heads_unseen(n, old, sizes.get(module, {}))])
-        }
-        for module, numbers in self._wing.heads_told(PrunePlan(desc).config, silent).items() if silent else ():
-            for name, change in numbers.items():
-                desc["attributes"].setdefault(module, {}).setdefault(name, list(change))
-
-    def _refuse_ruin(self, allocation: Allocation, account: Account, view: View) -> None:
-        """Refuse a latency that no cut reaches, by whose floors the network would go nearly whole for nothing."""
-        missed = allocation.total > 1.05 * allocation.target
-        if self._budget == "latency" and self._floor == 0 and missed:
-            share = allocation.total / account.count(np.array(list(view.counts.values()), dtype=np.int64))
-            check.wrong_value(
-                "reserved_ratio",
-                f"a latency that the table foretells of some cut: the narrowest network takes {share:.0%} of the dense "
-                "one's (what widths do not change takes the rest, or the layers were too short to be timed); "
-                "set_node_reserved_ratio cuts as far as it allows",
-                allocation.target / allocation.total * share,
-            )
 
     def _say(self, note: str) -> None:
         """Put a note into the report, and into the log."""
@@ -269,7 +251,7 @@ class PrunerPlanning(PrunerSettings):
             )
         self._made = {"importance": criterion.name, "allocation": allocation}
         self._levers = self._form_begun().levers(view)
-        multiples = self._multiples(view, self._levers)
+        multiples = multiples_of(view, self._levers, self._parallel, self._wing.row_steps())
         fixed: dict[str, int] = {}
         while True:
             # Levers that had to be put elsewhere stay there, and the others make up for it.
@@ -293,13 +275,6 @@ class PrunerPlanning(PrunerSettings):
         found.keep = dict(zip(account.names, counts.tolist()))
         found.held_back = [n for n in account.names if n in held]
         return found, account
-
-    def _multiples(self, view: View, levers: Sequence[Lever]) -> dict[str, int]:
-        """Lever -> what its steps must be multiples of, whatever the alignment."""
-        devices = parallel_steps(view, levers, self._parallel)
-        rows = steps_of_rows(view, levers, self._wing.row_steps())
-        both = [lcm(n, m) if x.size % lcm(n, m) == 0 else x.size for x, n, m in zip(levers, devices, rows)]
-        return {x.name: m if n == 1 else n if m == 1 else b for x, n, m, b in zip(levers, devices, rows, both)}
 
     def _turned(
         self,
