@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
 
 from slimkit.core.prune.experts import NUMBER
 from slimkit.core.prune.expressions import Expr, size_of
 from slimkit.core.prune.solve import View
-
-if TYPE_CHECKING:
-    from slimkit.core.prune.framework import PruneFramework
 
 # What a field of a configuration may hold.
 Field = int | float | list[int] | None
@@ -125,28 +121,6 @@ def counts_heads_unseen(name: str, old: int, sizes: Sizes) -> bool:
         (True, False)
     """
     return bool(HEADS.search(name)) and "heads" not in sizes.get(old, {})
-
-
-def told_heads(wing: PruneFramework, view: View, desc: dict[str, Any], held: Mapping[str, int]) -> None:
-    """Let attributes of numbers of heads that no code of their module met say what the configuration gives, in the plan
-    in place: those that only the making of a model reads, as XLM's own beside its layers'.
-
-    Args:
-        wing: the framework's side.
-        view: the coupling.
-        desc: the plan.
-        held: variable -> indices that the cut model has.
-    """
-    sizes = scope_sizes(view, held)
-    silent = {
-        module: found
-        for module, numbers in wing.integers().items()
-        if (found := [n for n, old in numbers.items() if counts_heads_unseen(n, old, sizes.get(module, {}))])
-    }
-    config = {field: (old, new) for field, (old, new) in desc["config"].items()}
-    for module, numbers in wing.heads_told(config, silent).items() if silent else ():
-        for name, change in numbers.items():
-            desc["attributes"].setdefault(module, {}).setdefault(name, list(change))
 
 
 def widths_of(fields: Mapping[str, object]) -> dict[str, Field]:

@@ -13,11 +13,11 @@ from slimkit.core.errors import ArgumentError
 from slimkit.core.log import logger
 from slimkit.core.match import demand, match
 from slimkit.core.prune.allocate import Account, Allocation, allocate
-from slimkit.core.prune.attributes import config_changes, new_values, scope_sizes, told_heads
+from slimkit.core.prune.attributes import config_changes, new_values, scope_sizes
 from slimkit.core.prune.criteria import CRITERIA, Criterion
 from slimkit.core.prune.experts import fields_after, find_experts, numbers_after, stay_note
 from slimkit.core.prune.expressions import Index
-from slimkit.core.prune.forms import CutForm, multiples_of
+from slimkit.core.prune.forms import CutForm, multiples_of, told_heads
 from slimkit.core.prune.framework import PruneFramework
 from slimkit.core.prune.importance import best
 from slimkit.core.prune.knapsack import foretold, measured
