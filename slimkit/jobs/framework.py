@@ -238,7 +238,7 @@ class TorchJobs(JobFramework):
         if format == "w16a16s":
             return self.slim.save_w16a16s(out, opened.model, opened.place.model).to_dict()
         if format == "w8a8s":
-            return self.slim.save_w8a8s(out, opened.model, inputs, opened.place.model).to_dict()
+            return self.slim.save_w8a8s(out, opened.model, inputs, opened.place.model, **settings).to_dict()
         return export.export_onnx(opened.model, inputs, out, **settings).to_dict()
 
     def judging(self) -> compare.TorchCompare:

@@ -10,12 +10,13 @@ from slimkit.core import files
 from slimkit.core.calibration.record import record_of, write_record
 from slimkit.core.errors import ConfigError, UnsupportedError
 from slimkit.core.examples import NoExampleError
-from slimkit.core.jobs import cards, early, fed, fitting, folders, pruning, sources, work
+from slimkit.core.jobs import cards, crew, early, fed, fitting, folders, pruning, sources, work
 from slimkit.core.jobs.calibrating import calibration_of
 from slimkit.core.jobs.fields import Strict, flag_of
 from slimkit.core.jobs.framework import ComputeLoss, FitRun, JobFramework, Opened, Supervised
 from slimkit.core.jobs.measurement import Measurement
 from slimkit.core.jobs.options import (
+    W8A8S,
     ExportOptions,
     FitOptions,
     PruneOptions,
@@ -186,7 +187,11 @@ def sparsify(
     config = options.build()
     early.check(place, options, calib=calib)
     command = cards.command_line("sparsify", place, options, cards.data_flags(calib))
-    found = face.sparsify_blocks(place, out, config, calib, command, restart=restart, plan=plan)
+    if config.smooth and crew.size() > 1:
+        raise ConfigError("--smooth holds the whole model in memory, which one process does: leave torchrun out")
+    found = None
+    if not config.smooth:
+        found = face.sparsify_blocks(place, out, config, calib, command, restart=restart, plan=plan)
     if found is not None:
         return found
     opened = face.open(place)
@@ -282,6 +287,8 @@ def export(
         raise ConfigError(
             "--calib is needed for --format w8a8s, whose inputs get their steps from it, and for no other"
         )
+    if format != "w8a8s" and (odd := [key for key in W8A8S if key in options.changed()]):
+        raise ConfigError(f"--{odd[0].replace('_', '-')} is an option of --format w8a8s. Received: --format {format}")
     if format == "mindir" and out is not None and out.suffix != ".mindir":
         raise ConfigError(f"--out must end in .mindir for --format mindir. Received: {out.name!r}")
     early.check(place, options)
@@ -299,9 +306,9 @@ def export(
     if out is None:
         return facts
     if format not in FOLDERS:
-        return {**facts, **face.export(opened, inputs, out, format, options.build())}
+        return {**facts, **face.export(opened, inputs, out, format, options.build(format))}
     with files.atomic_directory(out) as folder:
-        written = face.export(opened, inputs, folder, format, options.build())
+        written = face.export(opened, inputs, folder, format, options.build(format))
     return {**facts, **written, "directory": str(out)}
 
 
