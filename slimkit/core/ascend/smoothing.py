@@ -6,15 +6,15 @@ finds who does either), and the step shrinks (SmoothQuant, Xiao et al. 2023, arX
 number says for each place, as in Outlier Suppression+ (Wei et al. 2023, arXiv 2304.09145, sec. 4.2): channels whose
 largest input is above a limit are brought down to it,
 
-    s_j = max(1, max |x_j| / limit),    limit = max |x| 2^-k,   k = 0 .. 8,
+    s_j = max(1, max |x_j| / limit),    limit = max |x| 2^-k,    k = 0 .. 8,
 
-and the limit is the one whose layers, weights and inputs rounded, answer most nearly as before. Every s is a power of
-two, so that the floats of the model compute the same bits as before.
+and the limit is the one whose layers, weights and inputs rounded, answer most nearly as before. Every s is rounded up
+to a power of two, so that the floats of the model compute the same bits as before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,8 @@ from slimkit.core.ascend.inputs import Inputs, inputs_of
 from slimkit.core.ascend.int8 import input_step
 from slimkit.core.errors import UnsupportedError
 from slimkit.core.log import logger
-from slimkit.core.prune.scaling import NONE, Ends, scalable
+from slimkit.core.prune.moves import NONE
+from slimkit.core.prune.scaling import Ends, scalable
 from slimkit.core.sparse.framework import SparseFramework
 from slimkit.core.sparse.maths.backend import to_numpy
 from slimkit.core.sparse.maths.grid import IntegerGrid, steps_of
@@ -36,9 +37,7 @@ ROWS = 128  # of a layer's inputs, on which limits are judged
 SAME = 1e-3
 
 
-def smooth(
-    host: SparseFramework, dataset: Any, names: Sequence[str]
-) -> tuple[dict[str, dict[str, Any]], Callable[[], None]]:
+def smooth(host: SparseFramework, dataset: Any, names: Sequence[str]) -> tuple[dict[str, Any], Callable[[], None]]:
     """Bring the channels of some layers' inputs closer together, in place; the model says what it said before.
 
     Args:
@@ -48,7 +47,7 @@ def smooth(
 
     Returns:
         What the report says, and a call that takes it back. The report: "smoothed", layer -> {"factor": the largest s,
-        "error": [before, after], the share of the answers that rounding changes}, and "unsmoothed", layer -> why.
+        "error": [before, after], the share of the answers that rounding changes}, and "unsmoothed", the other layers.
 
     Raises:
         GraphError: the model does not run on the first batch.
@@ -122,7 +121,7 @@ class Rounding:
     def powers(self, k: int) -> Array:
         """(channels,) whole numbers: s = 2^p with the limit 2^-k of the largest input."""
         limit = max(float(self._tops.max()), 1e-30) * 2.0**-k
-        return np.round(np.log2(np.maximum(self._tops / limit, 1.0))).astype(np.int64)
+        return np.ceil(np.log2(np.maximum(self._tops / limit, 1.0))).astype(np.int64)
 
     def error(self, powers: Array) -> float:
         """The share of the answers that rounding weights and inputs changes, as `input_error` counts it."""

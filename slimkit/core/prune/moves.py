@@ -1,4 +1,4 @@
-"""Operators that only move elements, and where they put what is said of each: arrays that broadcast to values' shapes."""
+"""Operators that only move elements, and where they put what is said of each, in arrays that broadcast."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ Given = Sequence[Any]
 
 # What is said of an element of which nothing is.
 NONE = -1
+
 
 def _reshape(node: Node, shapes: Shapes, given: Given) -> list[Array]:
     """Axes that a reshape joins or parts are spelled out where one of them tells channels apart."""

@@ -27,7 +27,7 @@ from slimkit.core.prune.moves import MOVES, NONE
 Array = np.ndarray[Any, Any]
 
 # f(s x) = s f(x) for s > 0, by either framework's name.
-_ALIKE = frozenset("cast dropout native_dropout clone neg abs relu leaky_relu leakyrelu".split())
+_ALIKE = frozenset(["cast", "dropout", "native_dropout", "clone", "neg", "abs", "relu", "leaky_relu", "leakyrelu"])
 _SUMS, _PASSING_REDUCTIONS = frozenset({"add", "sub", "biasadd"}), frozenset({"sum", "mean", "amax", "amin"})
 
 
@@ -198,7 +198,7 @@ class _Walk:
                 self.fix(self.labels.get(number))
                 for views in (self.vectors, self.matrices):
                     if number in views:
-                        self.elsewhere.add(views[number][0])  # type: ignore[index]
+                        self.elsewhere.add(views[number][0])
 
     # Operators -------------------------------------------------------------------------------------------------
 
@@ -272,14 +272,16 @@ class _Walk:
             self.refuse(inputs)
         elif not carried:
             return
-        elif name == "mul" and len(carried) == 2 and carried[0] != carried[1]:
+        elif len(carried) == 1:
+            alone = name in (*_ALIKE, "mul", "div") if len(inputs) == 1 else name == "mul"
+            if alone or (name == "div" and carried[0] == inputs[0]):
+                self.put(out, self.labels[carried[0]])
+            else:
+                self.refuse(inputs)
+        elif name == "mul" and carried[0] != carried[1]:
             self.refuse(carried[:1])
             self.put(out, self.labels[carried[1]])
-        elif (len(inputs) == 1 and name in (*_ALIKE, "mul", "div")) or (
-            len(inputs) == 2 and len(carried) == 1 and (name == "mul" or (name == "div" and carried[0] == inputs[0]))
-        ):
-            self.put(out, self.labels[carried[0]])
-        elif name in _SUMS and len(carried) == 2 and np.array_equal(*(self.labels[n] for n in carried)):
+        elif name in _SUMS and np.array_equal(self.labels[carried[0]], self.labels[carried[1]]):
             self.put(out, self.labels[carried[0]])
         else:
             self.refuse(inputs)
