@@ -23,8 +23,9 @@ from slimkit.core.jobs.options import (
     SparsifyOptions,
 )
 from slimkit.core.jobs.sources import DataPlace, ModelPlace
+from slimkit.core.log import logger
 from slimkit.core.sparse import SparseConfig
-from slimkit.core.sparse.select import select
+from slimkit.core.sparse.select import said, select
 
 # Formats that are a folder with the model's configuration beside the weights.
 FOLDERS = ("w16a16s", "w8a8s", "hf")
@@ -189,11 +190,14 @@ def sparsify(
     command = cards.command_line("sparsify", place, options, cards.data_flags(calib))
     if config.smooth and crew.size() > 1:
         raise ConfigError("--smooth holds the whole model in memory, which one process does: leave torchrun out")
-    found = None
     if not config.smooth:
         found = face.sparsify_blocks(place, out, config, calib, command, restart=restart, plan=plan)
-    if found is not None:
-        return found
+        if found is not None:
+            return found
+    elif left := face.outside_blocks(place):  # the same layers as a walk changes, though the model is in memory
+        logger.warning("%s left alone: outside the blocks", said(left))
+        options = options.model_copy(update={"ignore": [*(options.ignore or []), *left]})
+        config = options.build()
     opened = face.open(place)
     batches = needed(proved(face, opened, calibration_of(face, opened, calib, out), calib), config)
     if plan:
