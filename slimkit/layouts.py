@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from functools import cached_property
 from typing import Any
 
 from slimkit import bridge  # noqa: F401  (says in one line that torch is missing)
@@ -21,17 +22,26 @@ class Layouts:
 
     def __init__(self, model: torch.nn.Module) -> None:
         self._model = model
+
+    @cached_property
+    def _loading(self) -> Any:
+        """Where transformers converts; None before version 5."""
         try:
-            from transformers import conversion_mapping, core_model_loading
+            from transformers import conversion_mapping, core_model_loading  # noqa: F401
         except ImportError:
-            self._loading: Any = None
-            return
-        self._loading = core_model_loading
+            return None
+        return core_model_loading
+
+    @cached_property
+    def _conversions(self) -> list[Any]:
+        """Half a second of patterns: made where a parameter is not in the files as it is."""
+        from transformers import conversion_mapping
+
         # A prefix that some files carry is looked for where tensors are looked for.
-        self._conversions = [
+        return [
             c
-            for c in conversion_mapping.get_model_conversion_mapping(model, add_legacy=False)
-            if not isinstance(c, core_model_loading.PrefixChange)
+            for c in conversion_mapping.get_model_conversion_mapping(self._model, add_legacy=False)
+            if not isinstance(c, self._loading.PrefixChange)
         ]
 
     def split(self, name: str, value: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -11,8 +11,10 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from slimkit import bridge
+from slimkit import bridge, together
+from slimkit.bridge import is_distributed, is_managed
 from slimkit.core.delta.spec import PREFIX
+from slimkit.core.errors import ProcessLostError
 
 import torch
 from torch import nn
@@ -67,12 +69,6 @@ def _is_gone(info: Any) -> bool:
     return PREFIX in info.param_name and info.param_name not in info.module._parameters
 
 
-def is_distributed(tensor: Any) -> bool:
-    """Whether processes hold a tensor together: each a part of it, or all of it with a note of that."""
-    tensors = sys.modules.get("torch.distributed.tensor")
-    return tensors is not None and isinstance(tensor, tensors.DTensor)
-
-
 def meshes_of(model: nn.Module) -> dict[int, Any]:
     """id of each parameter that FSDP shares out -> the processes among which it does."""
     groups = (g for module in _sharded(model) for g in module._get_fsdp_state()._fsdp_param_groups)
@@ -98,11 +94,6 @@ def gathered_for(model: nn.Module, path: str, tensor: torch.Tensor) -> None:
             tensor.register_hook(around._get_fsdp_state()._pre_backward)
         around = around._modules.get(name) if around is not None else None
         around = None if around is None else bridge.unwrapped(around)
-
-
-def is_managed(module: nn.Module) -> bool:
-    """Whether FSDP gathers the module's parameters for each of its calls."""
-    return bool(getattr(module, "_is_fsdp_managed_module", False))
 
 
 def in_step(weight: Any, parameters: Iterable[nn.Parameter]) -> list[Any]:
@@ -137,9 +128,27 @@ def _average(mesh: Any, parameter: torch.Tensor) -> None:
 
 
 def whole(tensor: Any) -> torch.Tensor:
-    """A tensor with all of its values, gathered where it is distributed."""
-    gathered: torch.Tensor = tensor.full_tensor() if is_distributed(tensor) else tensor
+    """A tensor with all of its values, gathered where it is distributed.
+
+    Raises:
+        ProcessLostError: another process has ended, or failed while all save.
+    """
+    gathered: torch.Tensor = tensor
+    if is_distributed(tensor):
+        failed = [(n, wrong) for n, wrong in enumerate(together.step()) if wrong is not None]
+        if failed:
+            raise _OtherFailedError(*failed[0])
+        with together.exchanging():
+            gathered = tensor.full_tensor()
     return gathered
+
+
+class _OtherFailedError(ProcessLostError):
+    """Another process, by its number, has said what went wrong in it."""
+
+    def __init__(self, number: int, wrong: str) -> None:
+        super().__init__(f"process {number} of this job has failed, and this one ends with it: {wrong}")
+        self.number, self.wrong = number, wrong
 
 
 def own_part(tensor: Any) -> torch.Tensor:
@@ -174,23 +183,30 @@ def one_writes(what: str, at_end: Callable[[], object] = lambda: None) -> Iterat
 
     Args:
         what: how a message calls it.
-        at_end: called in every process, whatever went wrong: what the others wait for.
+        at_end: called in every process: takes part in what is left to put together.
 
     Raises:
         OSError: in the other processes, what went wrong in the first one.
+        ProcessLostError: another process has failed, or ended.
     """
-    distributed = torch.distributed
-    wrong: list[str | None] = [None]
-    try:
-        yield distributed.get_rank() == 0
-    except Exception as error:
-        wrong = [f"{type(error).__name__}: {error}"]
-        raise
-    finally:
-        at_end()
-        distributed.broadcast_object_list(wrong, src=0)
-    if wrong[0] is not None:
-        raise OSError(f"the first process could not save {what}: {wrong[0]}")
+    first: str | None = None
+    with together.keeping_step():
+        try:
+            yield together.rank() == 0
+            at_end()
+            first = together.step()[0]
+        except _OtherFailedError as error:
+            if error.number > 0:
+                raise
+            first = error.wrong
+        except ProcessLostError:
+            raise
+        except Exception as error:
+            with contextlib.suppress(ProcessLostError):  # this is what went wrong first
+                together.step(f"{type(error).__name__}: {error}")
+            raise
+    if first is not None:
+        raise OSError(f"the first process could not save {what}: {first}")
 
 
 @contextlib.contextmanager

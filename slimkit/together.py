@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import contextvars
 import os
 from collections.abc import Iterator
 from datetime import timedelta
@@ -17,6 +18,13 @@ import torch.distributed as dist
 
 # A process may be at work alone for long: it reads files, or solves what no other waits for.
 PATIENCE = timedelta(hours=6)
+# How long one that has failed waits for the others to hear of it: they may be in an exchange that it did not come to,
+# and end when it ends.
+GRACE = timedelta(seconds=20)
+# Of what a process tells in a step, in bytes.
+_TOLD = 1024
+# The group in which processes keep step.
+_BESIDE: contextvars.ContextVar[Any] = contextvars.ContextVar("beside", default=None)
 
 
 def join(device: torch.device) -> torch.device:
@@ -76,13 +84,54 @@ def exchanging() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if isinstance(error, ProcessLostError):
+        if isinstance(error, (ProcessLostError, torch.OutOfMemoryError)):
             raise
         first_line = (str(error).splitlines() or [""])[0][:200]
         raise ProcessLostError(
             "another process of this job has ended or cannot be reached; the same command goes on from the last "
             f"finished block ({first_line})"
         ) from None
+
+
+@contextlib.contextmanager
+def keeping_step() -> Iterator[None]:
+    """Exchange tensors in such a way that no process waits for one that has failed; all of them enter.
+
+    Before each exchange, and at the end, each tells the others by `step` that it goes on, or what went wrong: on a way
+    of its own, so that it reaches those who are about to exchange something else.
+    """
+    if processes() < 2:
+        yield
+        return
+    with exchanging():
+        beside = dist.new_group(backend="gloo", timeout=PATIENCE)
+    token = _BESIDE.set(beside)
+    try:
+        yield
+    finally:
+        _BESIDE.reset(token)
+        dist.destroy_process_group(beside)
+
+
+def step(wrong: str | None = None) -> list[str | None]:
+    """What went wrong in each of the processes that keep step, by its number: None where it goes on.
+
+    Args:
+        wrong: what went wrong in this one.
+
+    Raises:
+        ProcessLostError: another process has ended.
+    """
+    beside = _BESIDE.get()
+    if beside is None:
+        return [wrong]
+    words = b"" if wrong is None else wrong.encode()[: _TOLD - 1] + b"."
+    own = torch.tensor(list(words.ljust(_TOLD, b"\0")), dtype=torch.uint8)
+    every = [torch.empty_like(own) for _ in range(processes())]
+    with exchanging():
+        dist.all_gather(every, own, group=beside, async_op=True).wait(PATIENCE if wrong is None else GRACE)
+    found = [bytes(one.tolist()).rstrip(b"\0")[:-1].decode(errors="ignore") for one in every]
+    return [text or None for text in found]
 
 
 def speaks() -> bool:

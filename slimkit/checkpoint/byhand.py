@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -64,10 +65,9 @@ def save_checkpoint(
         10
     """
     path = saving.path_to_save(ckpt_file_name, ENDINGS, f"{', '.join(ENDINGS)}; convert_checkpoint writes .ckpt")
-    items = items_of(save_obj, append_dict).chosen(choice_func)
-    if not _held_together(save_obj):
-        return write(path, items, async_save=async_save, manifest=manifest)
-    with one_writes("the checkpoint") as writes:
+    shared = _held_together(save_obj)
+    with one_writes("the checkpoint") if shared else contextlib.nullcontext(True) as writes:
+        items = items_of(save_obj, append_dict).chosen(choice_func)
         if writes:
             return write(path, items, async_save=async_save, manifest=manifest)
     return Saving(path, lambda: None, False)

@@ -27,7 +27,7 @@ def train(
 
     Example: slimkit train --model llama-sparse --data text.jsonl --learning-rate 1e-5 --out llama-tuned
 
-    Example: torchrun --nproc 8 -m slimkit train --model llama-sparse --data text.jsonl --out llama-tuned --device cuda
+    Example: torchrun --nproc-per-node 8 -m slimkit train --model llama-sparse --data text.jsonl --out llama-tuned
 
     Example: slimkit train --factory nets.py:net --model small --data labelled.npz --epochs 3 --out tuned
     """

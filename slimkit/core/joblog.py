@@ -63,6 +63,6 @@ def own_command() -> str:
     n = int(os.environ.get("WORLD_SIZE", "1") or "1")
     if n > 1:
         here, nodes = os.environ.get("LOCAL_WORLD_SIZE", str(n)), os.environ.get("GROUP_WORLD_SIZE", "1")
-        begin = ["torchrun", *([] if nodes == "1" else ["--nnodes", nodes]), "--nproc", here]
+        begin = ["torchrun", *([] if nodes == "1" else ["--nnodes", nodes]), "--nproc-per-node", here]
         return shlex.join([*begin, *(["-m", "slimkit"] if ours else [str(program)]), *arguments])
     return shlex.join(["slimkit", *arguments] if ours else ["python", str(program), *arguments])

@@ -20,9 +20,10 @@ class _HeldLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Any, numbers: Any, scale: Any, bias: Any) -> torch.Tensor:
-        y = x.reshape(-1, x.shape[-1]) @ numbers.to(x.dtype).t()  # (n, out)
-        if scale is not None:
-            y = y.mul_(scale)
+        wide, after = _factors(numbers, scale, x.dtype)
+        y = x.reshape(-1, x.shape[-1]) @ wide.t()  # (n, out)
+        if after is not None:
+            y = y.mul_(after)
         ctx.save_for_backward(numbers, scale)
         return (y if bias is None else y.add_(bias)).view(*x.shape[:-1], y.shape[-1])
 
@@ -33,8 +34,17 @@ class _HeldLinear(torch.autograd.Function):
         g_bias = g.sum(0) if ctx.needs_input_grad[3] else None
         if not ctx.needs_input_grad[0]:
             return None, None, None, g_bias
-        g = g if scale is None else g * scale
-        return (g @ numbers.to(g.dtype)).view(*grads[0].shape[:-1], numbers.shape[1]), None, None, g_bias
+        wide, after = _factors(numbers, scale, g.dtype)
+        g = g if after is None else (g * after).to(g.dtype)
+        return (g @ wide).view(*grads[0].shape[:-1], numbers.shape[1]), None, None, g_bias
+
+
+def _factors(numbers: Any, scale: Any, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What inputs are multiplied by, in their type, and what the answers are multiplied by then (float32) or None."""
+    if scale is None or dtype != torch.float16:
+        return numbers.to(dtype), scale
+    # Whole numbers up to 127 would lead beyond float16's range, and a gradient times a scale below it.
+    return restored(numbers, scale, dtype), None
 
 
 def held(weight: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -78,6 +88,17 @@ class HeldLora(LoraLinear):
         self._parameters["weight_held"] = nn.Parameter(numbers, requires_grad=False)
         self.register_buffer("weight_scale", scale)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        # What is held keeps its types wherever it goes; the weight that comes back has that of the layer's others.
+        kept = {n: t.detach() for n in ("weight_held", "weight_scale") if (t := getattr(self, n, None)) is not None}
+        super()._apply(fn, recurse)  # type: ignore[misc]
+        for name, before in kept.items():
+            tensor = getattr(self, name)
+            if tensor.dtype != before.dtype:
+                tensor.data = before.to(tensor.device)
+        self.plain_dtype = fn(torch.empty(0, dtype=self.plain_dtype)).dtype
+        return self
+
     @torch.no_grad()
     def _wide(self) -> torch.Tensor:
         return restored(self.weight_held, self.weight_scale, self.plain_dtype)
@@ -88,18 +109,17 @@ class HeldLora(LoraLinear):
         if self.delta_is_merged:
             return super().forward(input)
         kind = input.dtype if input.is_floating_point() else self.plain_dtype
-        scale = None if self.weight_scale is None else self.weight_scale.to(kind)
         bias = None if self.bias is None else self.bias.to(kind)
-        return self.acted(_HeldLinear.apply(input, self.weight_held, scale, bias), input)
+        return self.acted(_HeldLinear.apply(input, self.weight_held, self.weight_scale, bias), input)
 
     def acted(self, out: torch.Tensor, x: Any = None, low: Any = None) -> torch.Tensor:
         """Any number of deltas, one after the other; none of them reads the weight."""
         return self._with_sides(out, x, out, self.bias)
 
     def write_weight(self, value: torch.Tensor) -> None:
-        """Let the layer have a plain weight with these values, in place."""
+        """Let the layer have a plain weight with these values, in place; it stands still as long as deltas are on."""
         self._parameters.pop("weight_held", None)
-        self._parameters["weight"] = nn.Parameter(value, requires_grad=self.plain_trains)
+        self._parameters["weight"] = nn.Parameter(value, requires_grad=False)
 
     def _write_sources(self, values: dict[str, Any]) -> None:
         if "weight_held" not in values:
@@ -113,6 +133,7 @@ class HeldLora(LoraLinear):
         super().leave()
         if "weight" not in self._parameters:
             self.write_weight(self._wide())
+        self._parameters["weight"].requires_grad_(self.plain_trains)
         del self._buffers["weight_scale"]
         for attribute in ("plain_dtype", "plain_trains", "plain_sample", "held_kind"):
             del vars(self)[attribute]

@@ -44,7 +44,7 @@ class MergingLayer(MergingFace, DeltaLayer):
 
     def sample_of(self, tensor: torch.Tensor) -> list[float]:
         """Some 64 of a tensor's values; none of a distributed one, of which this process holds a part."""
-        if hasattr(tensor, "full_tensor"):
+        if bridge.is_distributed(tensor):
             return []
         flat = tensor.detach().reshape(-1)
         found: list[float] = flat[:: max(1, len(flat) // 64)].float().cpu().tolist()
@@ -143,7 +143,7 @@ class LoraLayer(NamedLoras, MergingLayer):
             made["magnitude"] = nn.Parameter(self._lengths(whole(weight).float()).to(kind))
         if spec.bias:
             made["bias"] = nn.Parameter(torch.zeros(b_shape[0], dtype=kind, device=place))
-        if spec.rest and hasattr(weight, "full_tensor"):
+        if spec.rest and bridge.is_distributed(weight):
             raise UnsupportedError("compressed deltas go on whole weights; put them on before the model is sharded.")
         in_step(weight, made.values())
         for part, parameter in made.items():

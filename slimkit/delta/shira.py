@@ -71,7 +71,7 @@ class Entries(Summed):
     def width_for(cls, layer: Any, options: Mapping[str, Any]) -> Any:
         """The entries that train; those of a file are filled in afterwards."""
         weight = layer.weight
-        if hasattr(weight, "full_tensor"):
+        if bridge.is_distributed(weight):
             raise UnsupportedError("shira goes on whole weights; put it on before the model is sharded.")
         if options["count"]:
             return np.zeros(options["count"], np.int32)

@@ -26,7 +26,7 @@ def gradients(
     weights: dict[str, Any] = {}
     for path, layer in layers.items():
         weight = layer._parameters.get("weight")
-        if weight is None or weight.is_meta or hasattr(weight, "full_tensor"):
+        if weight is None or weight.is_meta or bridge.is_distributed(weight):
             raise UnsupportedError(f"init='gradient' wants the weight of {path} whole and in memory, as a parameter.")
         weights[path] = weight
     had = {id(p): (p, p.grad, p.requires_grad) for p in model.parameters()}

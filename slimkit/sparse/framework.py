@@ -193,6 +193,15 @@ class TorchSparse:
                 dist.all_reduce(array)
         return totals
 
+    def spread(self, array: torch.Tensor, owner: int) -> torch.Tensor:
+        """What the process with that number has, in all: the others hand in a tensor of its shape and type."""
+        import torch.distributed as dist
+
+        found = array.contiguous()
+        with together.exchanging():
+            dist.broadcast(found, owner)
+        return found
+
     def swap(self, sent: torch.Tensor, gives: Sequence[int], gets: Sequence[int]) -> torch.Tensor:
         """Give every process its part of a flat array, and get as many numbers of each, in the processes' order."""
         import torch.distributed as dist

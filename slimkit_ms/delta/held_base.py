@@ -68,9 +68,14 @@ class HeldLora(LoraLinear):
 
     def construct(self, x: Any) -> Any:
         flat = x.reshape((-1, x.shape[-1]))
-        out = ops.matmul(flat, ops.cast(self.weight_held, x.dtype).swapaxes(0, 1))
-        if self.held_scaled:
-            out = out * ops.cast(self.weight_scale, x.dtype)
+        if self.held_scaled and x.dtype == ms.float16:
+            # Whole numbers up to 127 would lead beyond float16's range, and a gradient times a scale below it.
+            wide = ops.cast(self.weight_held, ms.float32) * self.weight_scale.reshape((-1, 1))
+            out = ops.matmul(flat, ops.cast(wide, x.dtype).swapaxes(0, 1))
+        else:
+            out = ops.matmul(flat, ops.cast(self.weight_held, x.dtype).swapaxes(0, 1))
+            if self.held_scaled:
+                out = ops.cast(out * self.weight_scale, x.dtype)
         if self.bias is not None:
             out = out + ops.cast(self.bias, x.dtype)
         out = self.with_deltas(out, flat, x.dtype)

@@ -204,6 +204,10 @@ class MindSporeSparse:
             for array in arrays
         ]
 
+    def spread(self, array: Array, owner: int) -> Array:
+        """What the process with that number has, in all: the others hand in an array of its shape and type."""
+        return _all_gather(array)[owner].reshape(array.shape)
+
     def swap(self, sent: Array, gives: Sequence[int], gets: Sequence[int]) -> Array:
         """Give every process its part of a flat array, and get as many numbers of each, in the processes' order."""
         # MindSpore's exchange of parts has no kernel for the CPU: all get everything, and keep what is theirs.

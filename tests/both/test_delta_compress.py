@@ -123,6 +123,32 @@ def test_what_cannot_be_made_small_changes_nothing(kit, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_table_that_is_the_head_too_gets_the_same_delta_in_both_places(kit, tmp_path, kind):
+    def tied(learned=0):
+        net = kit.named(table=kit.embedding(40, 16), head=kit.linear(16, 40, bias=False))
+        kit.train_mode(kit.fill(net), False)
+        table = next(iter(kit.params(net.table).values()))
+        step = np.random.default_rng(1).standard_normal(tuple(table.shape)) * 0.01 * learned
+        kit.assign(table, kit.array(table) + step.astype(np.float32))
+        net.head.weight = table
+        return net
+
+    net, rows = tied(), kit.tensor(np.arange(40, dtype=np.int32)[None])
+    before, given = out(kit, net, rows), kit.tensor(np.eye(16, dtype=np.float32))
+    report = kit.slim.compress_delta(net, tied(1), kind, bytes_ratio=0.3)
+    assert set(report.layers) == {"table", "head"}
+    got, table, head = out(kit, net, rows), kit.array(net.table(rows))[0], kit.array(net.head(given))
+    np.testing.assert_allclose(head, table.T, rtol=1e-5, atol=1e-6)
+    assert np.abs(got - before).max() > 1e-3
+    kit.slim.save_delta(net, tmp_path)
+    fresh = tied()
+    kit.slim.load_delta(fresh, tmp_path)
+    np.testing.assert_array_equal(out(kit, fresh, rows), got)
+    kit.slim.remove_delta(net)
+    np.testing.assert_array_equal(out(kit, net, rows), before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_nothing_is_left_on_a_layer_when_it_comes_off(kit, kind):
     net = build(kit)
     before = {path: set(vars(layer)) for path, layer in kit.children(net)}
@@ -227,6 +253,29 @@ def test_the_layer_answers_as_the_tuned_one_where_rank_is_no_bound(rng):
     ridge = fitted.DAMPING * np.trace(y.T @ y) / 12
     want = np.linalg.solve(y.T @ y + ridge * np.eye(12), y.T @ (x @ tuned.T) + ridge * tuned.T).T
     np.testing.assert_allclose(got, want, atol=2e-2)  # a and b in float16, values of 3
+
+
+def test_a_row_counts_as_no_longer_than_ten_median_ones(rng):
+    """Weighted sums by their definition: the first token of a language model alone would decide everything."""
+    x, y = (rng.standard_normal((60, 8)).astype(np.float32) for _ in range(2))
+    x[::20] *= 1000
+    y[::20] *= 900
+    pairs, whole = fitted.PairedMoments(), fitted.PairedMoments()
+    shares = []
+    for part in np.split(np.arange(60), 2):
+        pairs.add(x[part], y[part])
+        lengths = np.linalg.norm(x[part], axis=1)
+        shares.append(np.minimum(1, 10 * np.sort(lengths)[15] / lengths))
+    share = np.concatenate(shares)[:, None]
+    np.testing.assert_allclose(pairs.gram, (share * y).T @ (share * y), rtol=1e-4)
+    np.testing.assert_allclose(pairs.cross, (share * x).T @ (share * y), rtol=1e-4)
+    np.testing.assert_allclose(pairs.own_total, (share**2 * y).sum(0), rtol=1e-4)
+    np.testing.assert_allclose(pairs.tuned_total, (share**2 * x).sum(0), rtol=1e-4)
+    assert pairs.count == pytest.approx((share**2).sum(), rel=1e-5)
+    assert (share < 0.1).sum() == 3
+    whole.add(y, y)
+    whole.add(x[1:20], x[1:20])
+    assert whole.count > 19  # rows of like length count whole
 
 
 def test_the_random_range_is_about_as_near_as_the_decomposition(rng):

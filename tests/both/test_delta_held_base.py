@@ -154,6 +154,41 @@ def test_what_it_is_not_offered_with_is_named_and_changes_nothing(kit, net):
     assert type(net.up) is type(build(kit).up)
 
 
+def test_half_precision_neither_overflows_nor_loses_its_gradients(kit, rng):
+    """127 times a massive input is beyond float16, and a small gradient times a scale is below it."""
+    net = kit.named(up=kit.linear(64, 8))
+    kit.train_mode(kit.fill(net), False)
+    weight, x = rng.standard_normal((8, 64)).astype(np.float32) * 0.1, np.full((2, 64), 0.25, np.float16)
+    x[:, 5] = 1500
+    kit.assign(kit.params(net)["up.weight"], weight)
+    bias = kit.values(net)["up.bias"]
+    kit.slim.apply_delta(net, "lora", rank=2, base_dtype="int8")
+    base = by_hand(weight, "int8")
+    np.testing.assert_allclose(kit.array(net(kit.tensor(x))), x.astype(np.float32) @ base.T + bias, rtol=5e-3)
+    if kit.name == "torch":
+        given = kit.tensor(x).requires_grad_()
+        (net(given).float().sum() * 1e-4).backward()
+        gradient = kit.array(given.grad)
+    else:
+        gradient = kit.array(kit.ms.grad(lambda v: net(v).astype(kit.ms.float32).sum() * 1e-4)(kit.tensor(x)))
+    assert np.linalg.norm(gradient[0] - 1e-4 * base.sum(0)) < 0.02 * np.linalg.norm(1e-4 * base.sum(0))
+
+
+@KINDS
+def test_saved_while_merged_it_is_the_delta_and_not_a_base_that_trains(kit, net, x, held, tmp_path):
+    kit.slim.apply_delta(net, "lora", rank=2, base_dtype=held)
+    stir(kit, net)
+    y, names = kit.array(net(kit.tensor(x))), {n for n, p in kit.params(net).items() if kit.trains(p)}
+    kit.slim.merge_delta(net)
+    assert {n for n, p in kit.params(net).items() if kit.trains(p)} <= names
+    kit.slim.save_delta(net, tmp_path)
+    again = build(kit)
+    kit.slim.load_delta(again, tmp_path)
+    np.testing.assert_array_equal(kit.array(again(kit.tensor(x))), y)
+    kit.slim.merge_delta(net, unload=True)
+    assert all(kit.trains(p) for p in kit.params(net).values())
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(0, 99), st.floats(1e-3, 1e3))
 def test_a_row_is_off_by_half_a_step_at_most_and_zeros_stay(outputs, inputs, seed, size):

@@ -99,6 +99,18 @@ def test_the_first_step_goes_further_along_the_gradient_than_from_random_rows(ki
         assert shares[0] > shares[1]
 
 
+def test_a_massive_row_does_not_make_the_others_loud(kit, rng):
+    """The first token of a language model is some hundred times as long as the rest, which the rows' length is for."""
+    net = kit.named(up=kit.linear(24, 8))
+    kit.train_mode(kit.fill(net), False)
+    rows = (rng.standard_normal((60, 3)) @ rng.standard_normal((3, 24))).astype(np.float32)
+    rows[0] = 1000 * rng.standard_normal(24)
+    kit.slim.apply_delta(net, "lora", rank=3, init="activations", calibration=[kit.tensor(rows)])
+    answers = rows[1:] @ kit.array(kit.params(net)[f"up.{A}"]).T
+    usual = np.square(rows[1:]).sum(1).mean() / (3 * 24)
+    assert (np.square(answers).mean(0) < 4 * usual).all()
+
+
 def test_layers_that_the_data_says_nothing_of_start_at_random(kit, net, batches):
     _, given = batches
     report = kit.slim.apply_delta(net, "lora", rank=2, init="gradient", loss=lambda m, b: (m(b[0]) * 0).sum(),

@@ -100,5 +100,5 @@ def test_a_command_of_torchrun_is_told_as_it_was_given(monkeypatch):
     assert own_command() == "slimkit sparsify --out 'a b'"
     for key, value in {"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8", "GROUP_WORLD_SIZE": "2", "RANK": "3"}.items():
         monkeypatch.setenv(key, value)
-    assert own_command() == "torchrun --nnodes 2 --nproc 8 -m slimkit sparsify --out 'a b'"
+    assert own_command() == "torchrun --nnodes 2 --nproc-per-node 8 -m slimkit sparsify --out 'a b'"
     assert (crew.rank(), crew.size()) == (3, 16)

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from tests.only_ms.test_train_ms import free_port
 FOLDER = Path(__file__).parent
 
 
-def under_msrun(script, folder):
+def under_msrun(script, folder, *words):
     """Run a script of this folder in two workers; how it ended."""
     bin_folder = str(Path(sys.executable).parent)
     env = {
@@ -29,7 +30,7 @@ def under_msrun(script, folder):
         "OMP_NUM_THREADS": "1",
     }
     command = [f"{bin_folder}/msrun", "--worker_num=2", "--local_worker_num=2", f"--master_port={free_port()}"]
-    command += ["--join=True", f"--log_dir={folder / 'log'}", str(FOLDER / script), str(folder)]
+    command += ["--join=True", f"--log_dir={folder / 'log'}", str(FOLDER / script), str(folder), *words]
     # In PyNative the scheduler may end with 1 though both workers are right, so the files tell.
     return subprocess.run(command, env=env, capture_output=True, text=True, cwd=folder, timeout=240)
 
@@ -78,6 +79,27 @@ def test_two_workers_write_the_bytes_of_one_and_end_what_one_began(kit, tmp_path
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(CheckpointCells, "_write", stop)
         walked_workers.walk(tmp_path, "par")
-    two = under_msrun("walked_workers.py", tmp_path)
+    two = under_msrun("walked_workers.py", tmp_path, ",".join(walked_workers.CASES))
+    assert (tmp_path / "done-1").exists(), two.stdout[-2000:] + two.stderr[-2000:]
+    assert tree(tmp_path / "out") == alone
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kit", ["mindspore"], indirect=True, scope="session")
+def test_a_killed_worker_takes_the_other_down_and_the_same_command_goes_on(kit, tmp_path):
+    from tests.only_ms import stacks_ms, walked_workers
+    from tests.only_ms.test_sparse_checkpoint_ms import saved, tree
+
+    assert kit.name == "mindspore"  # it has set the device of this process
+    saved(stacks_ms.filled(stacks_ms.Stack()), tmp_path / "src", "map")
+    walked_workers.walk(tmp_path, "par")
+    alone = tree(tmp_path / "out")
+    shutil.rmtree(tmp_path / "out")
+    under_msrun("walked_workers.py", tmp_path, "par", "1")
+    assert time.time() - float((tmp_path / "killed").read_text()) < 60  # and so no worker is left
+    state = tmp_path / "out" / "par" / ".slimkit-sparse"
+    assert (state / "block-00000.json").exists()
+    assert not list(tmp_path.glob("done-*"))
+    two = under_msrun("walked_workers.py", tmp_path, "par")
     assert (tmp_path / "done-1").exists(), two.stdout[-2000:] + two.stderr[-2000:]
     assert tree(tmp_path / "out") == alone

@@ -1,6 +1,9 @@
-"""Run under msrun, or alone: sparsify a stack of cells block by block from files."""
+"""Run under msrun, or alone: sparsify cells block by block from files. A worker may kill itself on its way."""
 
+import os
+import signal
 import sys
+import time
 from pathlib import Path
 from unittest import mock
 
@@ -43,10 +46,33 @@ def walk(folder, case):
         )
 
 
+def dying(folder):
+    """Let this worker be killed as a block but the first is calibrated; it leaves word of when."""
+    from slimkit_ms.sparse.checkpoint import CheckpointCells
+
+    write, settled = CheckpointCells._write, CheckpointCells.settled
+    done = []
+
+    def note(self, index, *rest):
+        write(self, index, *rest)
+        done.append(index)
+
+    def kill(self, *rest):
+        if done:
+            Path(folder, "killed").write_text(str(time.time()))
+            os.kill(os.getpid(), signal.SIGKILL)
+        settled(self, *rest)
+
+    CheckpointCells._write, CheckpointCells.settled = note, kill
+
+
 if __name__ == "__main__":
     ms.set_device("CPU")
     ms.runtime.launch_blocking()
     ms.communication.init()  # in the scheduler that msrun starts, too
-    for case in CASES:
+    cases, killed = sys.argv[2].split(","), sys.argv[3:]
+    if killed == [str(ms.communication.get_rank())]:
+        dying(sys.argv[1])
+    for case in cases:
         walk(sys.argv[1], case)
     Path(sys.argv[1], f"done-{ms.communication.get_rank()}").touch()

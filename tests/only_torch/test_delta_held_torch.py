@@ -56,6 +56,27 @@ def test_other_types(dtype):
     assert net[0].weight.dtype == dtype
 
 
+@pytest.mark.parametrize("held", ["int8", "bfloat16"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_moved_to_another_type_what_is_held_stays_and_the_weight_comes_back_in_it(held, dtype):
+    net = build(8)
+    slimkit.apply_delta(net, "lora", rank=2, base_dtype=held)
+    before = {n: t.clone() for n, t in net.state_dict().items() if n.endswith(("weight_held", "weight_scale"))}
+    net.to(dtype)
+    for name, value in before.items():
+        assert torch.equal(net.state_dict()[name], value)
+        assert net.state_dict()[name].dtype == value.dtype
+    x = torch.randn(2, 8, dtype=dtype)
+    y = net(x)
+    slimkit.merge_delta(net)
+    torch.testing.assert_close(net(x), y, rtol=0.05, atol=0.05)  # three layers of bfloat16
+    slimkit.unmerge_delta(net)
+    assert torch.equal(net(x), y)
+    slimkit.remove_delta(net)
+    assert {p.dtype for p in net.parameters()} == {dtype}
+    assert {p.requires_grad for p in net.parameters()} == {True}
+
+
 def test_compiled_and_under_autocast():
     net, x = build(8), torch.randn(2, 8)
     slimkit.apply_delta(net, "lora", rank=2, base_dtype="int8")

@@ -32,6 +32,7 @@ Values = Callable[[str], Array]
 # kind -> what it holds beside the low rank
 KINDS = {"bits": "signs", "low_rank": ""}
 _FIT = ("linear", "conv1d", "embedding", "conv2d")
+_TURNED = ("conv1d", "embedding")  # stored (inputs, outputs)
 
 
 @dataclass
@@ -45,6 +46,11 @@ class _Small:
 
     def __post_init__(self) -> None:
         self.nbytes = sum(part.nbytes for part in self.parts.values())
+
+    def turned(self) -> _Small:
+        """The same for a layer that reads the same weight the other way: the table of embeddings as a linear layer."""
+        halves = {"a": self.parts["b"].T, "b": self.parts["a"].T}
+        return _Small(self.spec, {**self.parts, **{n: np.ascontiguousarray(h) for n, h in halves.items()}}, self.error)
 
 
 def compress(
@@ -194,7 +200,7 @@ def _layers(
 ) -> dict[str, _Small]:
     """Path -> small delta, of every layer that differs and has one."""
     found: dict[str, _Small] = {}
-    done: dict[int, _Small] = {}
+    done: dict[int, tuple[bool, _Small]] = {}
     for path, site in sites.items():
         tensor = every.get(f"{path}.weight")
         if site.kind not in _FIT or site.reason or tensor is None:
@@ -210,8 +216,9 @@ def _layers(
             small = _small(change, site.kind, kind, bytes_ratio, rank, rng)
             if small.nbytes >= change.size * 2:
                 continue  # it travels whole
-            done[id(tensor)] = small
-        found[path] = done[id(tensor)]
+            done[id(tensor)] = (site.kind in _TURNED, small)
+        turned, small = done[id(tensor)]
+        found[path] = small if turned == (site.kind in _TURNED) else small.turned()
     return found
 
 
@@ -259,7 +266,7 @@ def _small(
 ) -> _Small:
     """The small delta of one weight."""
     rows = rest.flat(change)
-    turned = layer in ("conv1d", "embedding")  # stored (inputs, outputs)
+    turned = layer in _TURNED
     outputs, inputs = rows.shape[::-1] if turned else rows.shape
     name = KINDS[kind]
     wanted = rank

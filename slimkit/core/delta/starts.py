@@ -6,7 +6,8 @@ Both fill `a` alone; `b` is zero, so that training starts from the base and the 
     activations   rows of a: those of the layer's inputs                     Paischer et al. 2024, "EVA", sec. 3.1
 
 Such directions are also the ones in which inputs are large: unit rows would answer ten times as loud as random ones,
-and the usual rates would be ten times too high. Each row is as long as makes its answers as large as a random row's.
+and the usual rates would be ten times too high. Each row is as long as makes its answers as large as a random row's; no
+input counts as longer than ten median ones there (see `LONGEST` of the sparse methods' moments).
 LoRA-GA also starts b and takes b a out of the base, which makes files of twice the rank; that is not offered.
 """
 
@@ -21,6 +22,7 @@ from slimkit.core import check
 from slimkit.core.delta.drawn import decomposed
 from slimkit.core.delta.spec import LoraSpec, Site
 from slimkit.core.errors import ArgumentError, UnsupportedError
+from slimkit.core.sparse.maths.moments import shares
 
 if TYPE_CHECKING:
     from slimkit.core.delta.framework import DeltaFramework
@@ -160,10 +162,10 @@ def work_out(
         found = {path: _directions(gradient, specs[path].rank) for path, gradient in gradients}
     else:
         sketches = {path: Sketch(spec.rank) for path, spec in specs.items()}
-        access.given(model, paths, calibration, lambda path, rows: sketches[path].add(rows), loss)
+        access.given(model, paths, calibration, lambda path, rows: sketches[path].add(_bounded(rows)), loss)
         found = {path: sketch.directions for path, sketch in sketches.items()}
     loudness = {path: Loudness(rows) for path, rows in found.items() if len(rows)}
-    access.given(model, list(loudness), calibration, lambda path, rows: loudness[path].add(rows), loss)
+    access.given(model, list(loudness), calibration, lambda path, rows: loudness[path].add(_bounded(rows)), loss)
     silent = [path for path in specs if path not in loudness]
     notes = []
     if silent:
@@ -204,6 +206,12 @@ class Loudness:
         lengths = np.sqrt(np.minimum(usual / np.maximum(self._answers, 1e-30), 1.0))
         found: Array = (self.directions * lengths[:, None]).astype(np.float32)
         return found
+
+
+def _bounded(rows: Array) -> Array:
+    """Rows of which none is longer than ten median ones: the first token of a language model may be hundreds."""
+    with np.errstate(invalid="ignore"):  # what is not finite stays so
+        return rows * shares(rows)
 
 
 def _directions(gradient: Array, rank: int) -> Array:

@@ -134,5 +134,8 @@ class SparseFramework(Protocol):
     def reduce(self, arrays: Sequence[Array]) -> list[Array]:
         """Sums over all processes; exact where all but one give zeros."""
 
+    def spread(self, array: Array, owner: int) -> Array:
+        """What the process with that number has, in all: the others hand in an array of its shape and type."""
+
     def swap(self, sent: Array, gives: Sequence[int], gets: Sequence[int]) -> Array:
         """Give every process its part of a flat array, and get as many numbers of each, in the processes' order."""

@@ -4,12 +4,12 @@ Process p of n has the batches p, p + n, p + 2 n, ... The product that one call 
 the process that has the batch. In round i all processes have sent their i-th batch through; then the products of the
 batches i n, i n + 1, ... are added to the total one by one, in this order, so that the total goes through the same
 additions as in one process. Of the total each process keeps and adds to one part only: what it sends to the others in a
-round is a whole product, and what it gets is its part of everybody's.
+round is a whole product, and what it gets is its part of everybody's. In the end the parts go to those who need them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from math import prod
 from typing import Any
 
@@ -45,12 +45,16 @@ class OrderedSums:
         """This process has sent a batch through."""
         self._round(False)
 
-    def close(self) -> None:
-        """This process has sent all its batches through; wait for the others."""
+    def close(self, readers: Mapping[str, Collection[int]]) -> None:
+        """This process has sent all its batches through; wait for the others, and put the totals together.
+
+        Args:
+            readers: layer -> the processes that need its total; the others are left without one.
+        """
         while self._n > 1 and not self._round(True):
             pass
         for name, moments in self._moments.items() if self._n > 1 else ():
-            self._whole(name, moments)
+            self._whole(moments, readers[name])
 
     def _round(self, done: bool) -> bool:
         """Add what every process's batch gave; whether all processes are done."""
@@ -96,18 +100,21 @@ class OrderedSums:
             for fact, own in zip(told, arrays):
                 moments.fold(fact, own)
 
-    def _whole(self, name: str, moments: Moments) -> None:
-        """Give every process all parts of a total."""
+    def _whole(self, moments: Moments, readers: Collection[int]) -> None:
+        """Give the processes that need it all parts of a total."""
         for field in SUMS:
             part = getattr(moments, field)
             if part is None:
                 continue
             bounds = self._bounds(moments, field)
-            widths = [bounds[r + 1] - bounds[r] for r in range(self._n)]
-            sent = namespace(part).concat([part] * self._n)
+            reads = [r in readers for r in range(self._n)]
+            gives = [part.shape[0] * read for read in reads]
+            gets = [(bounds[r + 1] - bounds[r]) * reads[self._rank] for r in range(self._n)]
+            sent = namespace(part).concat([part] * sum(reads))
             setattr(moments, field, None)
-            whole = self._host.swap(sent, [widths[self._rank]] * self._n, widths)
-            setattr(moments, field, whole.reshape(moments.shape(field)))
+            whole = self._host.swap(sent, gives, gets)
+            if reads[self._rank]:
+                setattr(moments, field, whole.reshape(moments.shape(field)))
 
     def _bounds(self, moments: Moments, field: str) -> list[int]:
         """Where each process's part of a flat sum begins and ends."""

@@ -9,7 +9,7 @@ from slimkit.core import errors
 from slimkit.core.errors import ArgumentError
 from slimkit.core.sparse.call_order import CallOrder
 from slimkit.core.sparse.framework import SparseFramework
-from slimkit.core.sparse.maths.backend import Array, bits, device_of, namespace, own_copy, precision
+from slimkit.core.sparse.maths.backend import Array, device_of, namespace, precision
 from slimkit.core.sparse.maths.layer import SparseLayer
 from slimkit.core.sparse.maths.moments import SUMS, Moments
 from slimkit.core.sparse.maths.solve import Solved
@@ -214,19 +214,16 @@ def exchange(
         account, shifted = accounts[layer.name]
         weight = host.weight(layer.name)
         xp, dtype, device = namespace(weight), precision(weight, layer.n_in), device_of(weight)
-        own = solved.get(layer.name)
-        shape = (layer.groups, layer.n_out, layer.n_in)
+        own, shape = solved.get(layer.name), (layer.groups, layer.n_out, layer.n_in)
         if isinstance(own, Solved):
-            arrays = [layer.to_matrix(own.weight), layer.to_matrix(xp.astype(own.keep, dtype))]
-            arrays += [own.bias_shift] if own.bias_shift is not None else []
-            arrays = [xp.astype(a, dtype) for a in arrays]
-        else:  # nothing added to what its owner sends is what its owner sends
-            shapes = [shape, shape, *([(layer.groups * layer.n_out,)] if shifted else [])]
-            arrays = [xp.zeros(s, dtype=dtype, device=device) for s in shapes]
-        if host.deals:  # to the last bit: as numbers, -0 and 0 would be 0
-            found = host.reduce([bits(own_copy(a)) for a in arrays])
-            new, keep, *shift = (a.view(dtype) for a in found)
+            arrays = [xp.astype(layer.to_matrix(own.weight), dtype)]
+            arrays += [xp.astype(layer.to_matrix(own.keep), xp.uint8)] if host.keeps_masks else []
+            arrays += [xp.astype(own.bias_shift, dtype)] if own.bias_shift is not None else []
         else:
-            new, keep, *shift = host.reduce(arrays)
-        keep = layer.from_matrix(keep) > 0.5
-        yield layer.name, Solved(layer.from_matrix(new), keep, shift[0] if shift else None, account)
+            shapes: list[tuple[tuple[int, ...], Any]] = [(shape, dtype)]
+            shapes += [(shape, xp.uint8)] if host.keeps_masks else []
+            shapes += [((layer.groups * layer.n_out,), dtype)] if shifted else []
+            arrays = [xp.empty(s, dtype=d, device=device) for s, d in shapes]
+        new, *rest = (host.spread(a, owner[layer.name]) for a in arrays)
+        keep = layer.from_matrix(rest.pop(0) > 0) if host.keeps_masks else None
+        yield layer.name, Solved(layer.from_matrix(new), keep, rest[0] if shifted else None, account)

@@ -27,7 +27,7 @@ from math import cos, pi
 from typing import Any
 
 from slimkit.core.sparse.framework import SparseFramework
-from slimkit.core.sparse.maths.backend import Array, bits, device_of, library, namespace
+from slimkit.core.sparse.maths.backend import Array, device_of, library, namespace
 from slimkit.core.sparse.processes import in_order
 from slimkit.core.sparse.trained import TrainedBlock
 
@@ -76,8 +76,8 @@ def reconstruct(host: SparseFramework, block: TrainedBlock, options: Mapping[str
     kept, found, failed = {name: _copy(value) for name, value in values.items()}, 0, 0
     passes = int(options["passes"])
     for done in range(1, passes + 1):
-        for index, (batch, n) in enumerate(turns):
-            slopes = _slopes(host, block, values, None if batch is None else (batch, learners[batch][0]), n)
+        for index, (batch, n, owner) in enumerate(turns):
+            slopes = _slopes(host, block, values, None if batch is None else (batch, learners[batch][0]), n, owner)
             optimizer.update(slopes, share_of_rate((done - 1) * n_batches + index, passes * n_batches))
         error = _judged(host, block, values, judges, len(sizes))
         failed = 0 if error < best else failed + 1
@@ -132,16 +132,19 @@ def _split(host: SparseFramework, block: TrainedBlock, own: Sequence[int]) -> tu
     return judges, learners
 
 
-def _turns(host: SparseFramework, n_batches: int, learners: Mapping[int, Part]) -> list[tuple[int | None, float]]:
-    """For each update of a pass the batch that this process has for it, if any, and over how many tokens it is."""
+def _turns(
+    host: SparseFramework, n_batches: int, learners: Mapping[int, Part]
+) -> list[tuple[int | None, float, int | None]]:
+    """For each update of a pass: the batch that this process has for it, if any; over how many tokens the update is;
+    which process has its batch, where one alone has."""
     if host.deals:
         n, rank = host.processes(), host.rank()
         tokens = in_order(host, [learners[i][1] if i in learners else 0.0 for i in range(n_batches)])
-        return [(i // n if i % n == rank else None, float(t)) for i, t in enumerate(tokens) if t]
+        return [(i // n if i % n == rank else None, float(t), i % n) for i, t in enumerate(tokens) if t]
     every = host.gather([n for _, n in learners.values()])
     longest = max(map(len, every))
     own: list[int | None] = [*learners, *[None] * (longest - len(learners))]
-    return [(index, float(sum(found[i] for found in every if i < len(found)))) for i, index in enumerate(own)]
+    return [(index, float(sum(found[i] for found in every if i < len(found))), None) for i, index in enumerate(own)]
 
 
 def token_weights(target: Array, valid: Array | None) -> tuple[Array, Array]:
@@ -179,18 +182,21 @@ def _judged(
 
 
 def _slopes(
-    host: SparseFramework, block: TrainedBlock, values: Mapping[str, Array], batch: tuple[int, Array] | None, n: float
+    host: SparseFramework,
+    block: TrainedBlock,
+    values: Mapping[str, Array],
+    batch: tuple[int, Array] | None,
+    n: float,
+    owner: int | None,
 ) -> dict[str, Array]:
-    """The gradient of a token's mean loss over n tokens, those of the processes that have a batch."""
+    """The gradient of a token's mean loss over n tokens: those of the owner's batch, or of all that have one."""
     if batch is None:
         slopes = {name: namespace(v).zeros_like(v) for name, v in values.items()}
     else:
         slopes = block.slope(values, *batch)[1]
     totals = [slopes[name] for name in values]
-    if host.processes() > 1 and host.deals:  # all but one give zeros: as numbers, -0 and 0 would be 0
-        totals = [t.view(v.dtype) for t, v in zip(host.reduce([bits(t) for t in totals]), values.values())]
-    elif host.processes() > 1:
-        totals = host.reduce(totals)
+    if host.processes() > 1:
+        totals = host.reduce(totals) if owner is None else [host.spread(total, owner) for total in totals]
     for total in totals:
         total /= n
     return dict(zip(values, totals))

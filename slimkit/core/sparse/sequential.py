@@ -144,13 +144,14 @@ class SequentialPass:
             self._estimate.added(time.perf_counter() - start)
 
         stage.replay(list(moments), add, ordered.ended if ordered is not None else None)
+        together = [self._layers[name] for feed in feeds for name in feed]
+        owner = processes.owners(together, self._config.method, self._host.processes())
         if ordered is not None:
-            ordered.close()
+            every = range(self._host.processes())
+            ordered.close({feed[0]: {owner[n] for n in feed} if owner else every for feed in feeds})
         self._estimate.replayed(feeds[0][0])
         for name, sums in moments.items() if ordered is None else ():
             processes.add_up(self._host, sums, self._host.weight(name))
-        together = [self._layers[name] for feed in feeds for name in feed]
-        owner = processes.owners(together, self._config.method, self._host.processes())
         mine: dict[str, Solved | Exception] = {}
         for feed in feeds:
             shared = moments.pop(feed[0])

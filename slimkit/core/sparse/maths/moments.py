@@ -86,9 +86,9 @@ class Moments:
             self.cross = self.missing = self.dense_total = None
             drift = None
         if self._bounds:
-            shares = _shares(dense if self.paired else x)
-            x, dense = x * shares, dense * shares if self.paired else None
-            drift = None if drift is None else drift * xp.reshape(shares, (*drift.shape[:-1], 1))
+            bound = shares(dense if self.paired else x)
+            x, dense = x * bound, dense * bound if self.paired else None
+            drift = None if drift is None else drift * xp.reshape(bound, (*drift.shape[:-1], 1))
         pieces = (
             zip(self.layer.rows(x), self.layer.rows(dense)) if self.paired else ((r, None) for r in self.layer.rows(x))
         )
@@ -207,12 +207,12 @@ class Moments:
         return [a for a in (getattr(self, name) for name in SUMS) if a is not None]
 
 
-def _shares(rows: Array) -> Array:
+def shares(rows: Array) -> Array:
     """What makes no row (..., n) longer than `LONGEST` times the median one that is not zero: (..., 1), at most 1.
 
     Example:
         >>> import numpy as np
-        >>> _shares(np.array([[1.0, 0.0], [0.0, 1.0], [0.0, 40.0]])).tolist()
+        >>> shares(np.array([[1.0, 0.0], [0.0, 1.0], [0.0, 40.0]])).tolist()
         [[1.0], [1.0], [0.25]]
     """
     xp = namespace(rows)
