@@ -8,6 +8,7 @@ import functools
 import gc
 import importlib.util
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -322,7 +323,11 @@ def _readings(held: Sequence[torch.nn.Parameter], paths: Sequence[str]) -> Itera
 
 def structure(model: torch.nn.Module) -> Structure:
     """What weight pruning asks of a model: shapes, kinds of layer, attention heads, tied and computed tensors."""
-    state = {n: t for n, t in model.state_dict(keep_vars=True).items() if isinstance(t, torch.Tensor)}
+    held = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
+    missing = unsaved(model, [name for name, _ in held])
+    state = {
+        n: t for n, t in model.state_dict(keep_vars=True).items() if isinstance(t, torch.Tensor) and n not in missing
+    }
     kinds: dict[str, str] = {}
     heads: dict[str, Heads] = {}
     for path, module in model.named_modules(remove_duplicate=False):
@@ -344,9 +349,17 @@ def structure(model: torch.nn.Module) -> Structure:
         targets={n: SmallTensor(tuple(t.shape), kinds.get(n, "other")) for n, t in state.items()},
         heads=heads,
         tied=tuple(tuple(g) for g in groups.values() if len(g) > 1),
-        ignorable=computed_names([n for n, _ in model.named_buffers() if n not in state]),
+        ignorable=computed_names(missing),
         rotary=any("rotary" in type(m).__name__.lower() for m in model.modules()),
+        computed={n: tuple(t.shape) for n, t in held if n in missing and t.is_floating_point()},
     )
+
+
+def unsaved(model: torch.nn.Module, names: Iterable[str]) -> set[str]:
+    """Those of a model's tensors that a saved one lacks, so that loading computes them anew."""
+    saved = model.state_dict().keys()
+    ignored = getattr(model, "_keys_to_ignore_on_save", None) or ()
+    return {name for name in names if name not in saved or any(re.search(pattern, name) for pattern in ignored)}
 
 
 def _kind(module: torch.nn.Module) -> str:

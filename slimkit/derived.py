@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import copy
 import functools
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from slimkit import bridge  # noqa: F401  (a missing framework gives one line)
+from slimkit import bridge
 from slimkit.core.lazy import library
 from slimkit.core.prune.attributes import Field
 from slimkit.core.prune.plan import Derived, PrunePlan
@@ -42,13 +41,7 @@ def build(model: nn.Module, values: Mapping[str, Any] | None = None) -> nn.Modul
 
 def unsaved(model: nn.Module) -> set[str]:
     """The parameters and floating-point buffers that a saved model lacks, so that loading computes them anew."""
-    saved = model.state_dict().keys()
-    ignored = getattr(model, "_keys_to_ignore_on_save", None) or ()
-    return {
-        path
-        for path, _ in named_tensors(model)
-        if path not in saved or any(re.search(pattern, path) for pattern in ignored)
-    }
+    return bridge.unsaved(model, (path for path, _ in named_tensors(model)))
 
 
 def derived_numbers(model: nn.Module, config: Mapping[str, tuple[Field, Field]]) -> Derived:
@@ -75,6 +68,32 @@ def derived_numbers(model: nn.Module, config: Mapping[str, tuple[Field, Field]])
                     made = held.new_tensor(float(after[name])) if isinstance(held, torch.Tensor) else after[name]
                     if float(made) != float(held):
                         found.setdefault(path, {})[name] = (float(held), float(made))
+    return found
+
+
+def told_attributes(
+    model: nn.Module, config: Mapping[str, tuple[Field, Field]], among: Mapping[str, Sequence[str]]
+) -> dict[str, dict[str, tuple[int, int]]]:
+    """Whole numbers in modules that become others when the configuration does.
+
+    Args:
+        model: the model.
+        config: field -> (before, after).
+        among: module -> attributes that are asked about.
+
+    Returns:
+        Module -> attribute -> (what the model holds, what one of the new configuration holds), where these differ.
+    """
+    found: dict[str, dict[str, tuple[int, int]]] = {}
+    if not config:
+        return found
+    old, new = (dict(build(model, {n: pair[k] for n, pair in config.items()}).named_modules()) for k in range(2))
+    for path, names in among.items():
+        for name in names:
+            held, before, after = (getattr(m.get(path), name, None) for m in (dict(model.named_modules()), old, new))
+            # What the configuration does not decide is the model's own.
+            if type(held) is int and held == before and type(after) is int and after != held:
+                found.setdefault(path, {})[name] = (held, after)
     return found
 
 

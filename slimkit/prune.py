@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -23,7 +24,7 @@ from slimkit.core.prune.record import plans_of, whole_desc
 from slimkit.core.prune.rehearsal import Rehearsal, compare
 from slimkit.core.prune.solve import View
 from slimkit.core.sparse.experts import fused
-from slimkit.derived import build, derived_numbers, unsaved, with_derived
+from slimkit.derived import build, derived_numbers, told_attributes, unsaved, with_derived
 from slimkit.replay import replaying, unchanged
 from slimkit.signals import layer_signals
 from slimkit.trace import trace
@@ -39,6 +40,8 @@ from torch import nn
 __getattr__, __dir__ = door("slimkit", room="prune")
 
 Array = np.ndarray[Any, Any]
+
+_ROW_BYTES = 16  # torch's grouped product, by which experts run, refuses rows that are no multiple of it
 
 
 class TorchPrune:
@@ -145,6 +148,13 @@ class TorchPrune:
             if fused(module, {k: tuple(p.shape) for k, p in module._parameters.items() if p is not None}).keys
         ]
 
+    def row_steps(self) -> dict[str, int]:
+        inside = {*self.stacked()}
+        held = {p: t for p, t in surgery.tensors(self.model).items() if p.rpartition(".")[0] in inside and t.dim() == 3}
+        # Half precision counts, whatever the model is in: it may be loaded so. A width that is refused already is no
+        # worse at another one.
+        return {path: math.gcd(tensor.shape[-1], _ROW_BYTES // 2) for path, tensor in held.items()}
+
     def config_mismatch(self) -> str | None:
         return config_mismatch(self.model)
 
@@ -153,6 +163,11 @@ class TorchPrune:
 
     def derived(self, config: Mapping[str, tuple[Field, Field]]) -> Derived:
         return derived_numbers(self.model, config)
+
+    def heads_told(
+        self, config: Mapping[str, tuple[Field, Field]], among: Mapping[str, Sequence[str]]
+    ) -> dict[str, dict[str, tuple[int, int]]]:
+        return told_attributes(self.model, config, among)
 
     def gradients(self, data: Iterable[Any], loss: Callable[..., Any] | None, square: bool) -> dict[str, Array]:
         found = surgery.tensors(self.model)

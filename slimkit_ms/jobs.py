@@ -99,6 +99,9 @@ class MindSporeJobs(JobFramework):
     def record_zeros(self, model: nn.Cell, names: Iterable[str]) -> None:
         bridge.record_zeros_of(model, names)
 
+    def made_zeros(self, model: nn.Cell) -> bool:
+        return any(bridge.has_made_zeros(part) for part in (cell for _, cell in model.cells_and_names()))
+
     def call(self, model: nn.Cell, inputs: Any) -> Any:
         return bridge.run(model, inputs)
 

@@ -134,6 +134,9 @@ class MindSporePrune:
             and fused(cell, {k: tuple(p.shape) for k, p in cell._params.items() if p is not None}).keys
         ]
 
+    def row_steps(self) -> dict[str, int]:
+        return {}
+
     def config_mismatch(self) -> str | None:
         return None  # cells carry no configuration that builds them
 
@@ -141,6 +144,11 @@ class MindSporePrune:
         return set()
 
     def derived(self, config: Mapping[str, tuple[Field, Field]]) -> Derived:
+        return {}
+
+    def heads_told(
+        self, config: Mapping[str, tuple[Field, Field]], among: Mapping[str, Sequence[str]]
+    ) -> dict[str, dict[str, tuple[int, int]]]:
         return {}
 
     def gradients(self, data: Iterable[Any], loss: Callable[..., Any] | None, square: bool) -> dict[str, Array]:

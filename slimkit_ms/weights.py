@@ -40,7 +40,8 @@ def prune_model_weight(
     Returns:
         A plain dict: "copied", "cut" (name -> from and to shape), "renamed" (name -> name in the file), "initialised"
         (parameters left as they were), "tied", "unused", "dropped" (tensors of dropped blocks), "choices" (per width
-        how it was selected, per attention layer the heads that stay), "selection".
+        how it was selected, per attention layer the heads that stay), "selection", "computed" (tables in no file whose
+        features were cut: the smaller model computes others).
 
     Raises:
         ArgumentTypeError: an argument of the wrong type.

@@ -39,18 +39,25 @@ def distill(
     ] = None,
     student: Annotated[
         Path | None,
-        typer.Option("--student", help="Weights or a pruned folder to begin the student with.", show_default=False),
+        typer.Option(
+            "--student",
+            help="The student to begin with: a folder, such as the pruned teacher; of a factory also weights.",
+            show_default=False,
+        ),
     ] = None,
     label_key: training.LabelKey = "labels",
 ) -> None:
     """Distil a teacher into a smaller student.
 
     The student of a Hugging Face directory is cut out of the teacher's own weights, by what the text shows to matter
-    least, and trained on that text to give the teacher's answers. A factory's network learns from the teacher's answers
+    least, or comes from a folder (--student), and is trained on that text to give the teacher's answers. Zeros that
+    sparsify made stay. A factory's network learns from the teacher's answers
     to arrays, in PyTorch and MindSpore. Ctrl-C and SIGTERM save the state; the same command goes on. Under torchrun
     each process holds a part of the models.
 
     Example: slimkit distill --model minilm --layers 3 --data text.jsonl --epochs 3 --out minilm-3
+
+    Example: slimkit distill --model llama --student llama-70 --data text.jsonl --out llama-70-taught
 
     Example: torchrun --nproc-per-node 8 -m slimkit distill --model llama --layers 16 --data text.jsonl --out small
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -51,9 +52,19 @@ def exiting(command: Callable[[], object]) -> None:
         _fail("terminated; nothing was written", 143)
     except OSError as error:
         _fail(f"{error.filename or 'output'}: {error.strerror or error}", 2)
-    except Exception:  # noqa: BLE001  (the last resort: whatever is left is a bug, and says so)
+    except Exception as error:  # noqa: BLE001  (the last resort: whatever is left is a bug, and says so)
+        if (told := _system(error)) is not None:
+            _fail(f"output: {told}", 2)
         traceback.print_exc()
         _fail("this is a bug; please report it with the lines above", 70)
+
+
+def _system(error: Exception) -> str | None:
+    """What the system said, where a library that writes files hides its error in one of its own."""
+    if type(error).__name__ != "SafetensorError":
+        return None
+    found = re.search(r"I/O error: (.+) \(os error \d+\)", str(error))
+    return found[1] if found else None
 
 
 def _fail(message: str, code: int) -> NoReturn:

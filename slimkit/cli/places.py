@@ -50,9 +50,12 @@ def student(
     arguments: list[str] | None,
 ) -> StudentPlace:
     """The student that a command's options name."""
+    from slimkit.core.errors import ConfigError
     from slimkit.core.jobs.sources import ModelPlace, StudentPlace, settings
 
     place = None
+    if arguments and factory is None and network.factory is None:
+        raise ConfigError("--student-arg is for the function of --student-factory or --factory")
     if weights is not None or factory is not None or arguments:
         place = ModelPlace(weights, factory or network.factory, settings(arguments or [], "--student-arg"))
     return StudentPlace(cut.sizes(), cut.selection, cut.blocks(), cut.teacher, place)

@@ -86,19 +86,21 @@ def sparsify(
         if goal["missed"]:
             talk.line(f"Not reached: {goal['what']} {goal['reached']:.3f}, asked for {goal['asked']}")
         talk.line(f"Written: {out}")
-        talk.line(_measure(place, out, report))
+        talk.line(_measure(place, out, report, network.framework))
         talk.result({"model": places.say_where(place), "out": out, **report})
     if goal["missed"]:
         raise typer.Exit(1)
 
 
-def _measure(place: ModelPlace, out: Path, report: dict[str, Any]) -> str:
+def _measure(place: ModelPlace, out: Path, report: dict[str, Any], framework: str) -> str:
     """The line that measures what the model lost."""
     if report["written"] == "transformers" and place.model is not None:
         return f"Measure what it lost: slimkit compare {place.model} {out} --text HELD_OUT.jsonl"
     weights = "model.ckpt" if (out / "model.ckpt").exists() else "model.safetensors"
     made = place.factory or place.model
-    return f"Measure what it lost: slimkit compare {made} {made}={out / weights} --data MODULE:FUNCTION"
+    dense = made if place.factory is None or place.model is None else f"{made}={place.model}"
+    kind = "" if framework == "torch" else f" -f {framework}"
+    return f"Measure what it lost: slimkit compare {dense} {made}={out / weights}{kind} --data MODULE:FUNCTION"
 
 
 def _plan(talk: Session, plan: dict[str, Any], asked: SparsifyOptions, out: Path) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from slimkit.cli import options, places
+from slimkit.core.jobs.fields import EVERY
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
 
 # What a stopped training command says.
 GO_ON = "the state is saved; the same command goes on from there"
-
-_EVERY = 1_000_000_000
 
 Data = Annotated[
     str,
@@ -64,7 +63,7 @@ class Texts:
     text_key: options.TextKey = "text"
     samples: Annotated[
         int, typer.Option("--samples", min=1, help="Take at most so many samples.", rich_help_panel="Data")
-    ] = _EVERY
+    ] = EVERY
     max_length: Annotated[
         int,
         typer.Option(

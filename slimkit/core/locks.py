@@ -129,8 +129,8 @@ def same_job(state: Path, job: Mapping[str, Any], defaults: Mapping[str, Any] | 
     changed = [k for k in job if found.get(k) != job[k]] + [k for k in found if k not in job]
     if changed:
         raise UnsupportedError(
-            f"dst holds a run begun with another {', '.join(changed)}; resume with the same inputs, or remove "
-            f"{str(state.parent)!r} to start over."
+            f"{str(state.parent)!r} holds a run begun with another {', '.join(changed)}; resume with the same inputs, "
+            "or remove it to start over, as --restart does where a command has it."
         )
 
 

@@ -98,6 +98,9 @@ class TorchJobs(JobFramework):
     def record_zeros(self, model: nn.Module, names: Iterable[str]) -> None:
         bridge.record_zeros_of(model, names)
 
+    def made_zeros(self, model: nn.Module) -> bool:
+        return any(bridge.has_made_zeros(part) for part in model.modules())
+
     def call(self, model: nn.Module, inputs: Any) -> Any:
         return bridge.run(model, inputs)
 

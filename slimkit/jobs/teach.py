@@ -10,7 +10,7 @@ from slimkit import bridge, students
 from slimkit.chain import stack_of
 from slimkit.core.distill.config import KnowledgeDistillConfig
 from slimkit.core.distill.masks import IGNORED
-from slimkit.core.errors import ConfigError
+from slimkit.core.errors import ArgumentError, ConfigError
 from slimkit.core.jobs import fed
 from slimkit.core.jobs.documents import is_chat
 from slimkit.core.jobs.framework import JobFramework, Lesson, Opened, Supervised, Task
@@ -36,26 +36,35 @@ HEADS = ("classifier", "score")
 def lesson(
     face: JobFramework, place: ModelPlace, data: DataPlace, options: DistillOptions, cut: StudentPlace, seed: int
 ) -> Lesson:
-    """Cut a student out of a teacher, to learn on plain text to answer and to think like it.
+    """A student, cut out of its teacher or in a folder of its own, that learns on plain text to answer like it.
 
     Args:
         face: PyTorch's side of the jobs.
         place: the teacher, a Hugging Face directory.
         data: text.
         options: the terms.
-        cut: the student's sizes.
+        cut: the student's sizes, or its folder.
         seed: of what the teacher has nothing for.
 
     Raises:
-        ConfigError: options of networks of one's own, or nothing that makes the student smaller.
+        ConfigError: options of networks of one's own, nothing that makes the student smaller, or a student that does
+            not answer in the teacher's vocabulary or has no blocks to compare.
     """
-    if not cut.sizes and cut.layer_map is None:
+    own = cut.place is not None and (cut.place.factory is not None or cut.place.arguments)
+    if own or options.match or options.hard_weight or options.output_loss != "auto":
         raise ConfigError(
-            "give at least one of --layers, --layer-map, --ffn, --heads and --hidden: what makes the student smaller"
+            "--student-factory, --student-arg, --match, --hard-weight and --output-loss are for --factory"
         )
-    if cut.place is not None or options.match or options.hard_weight or options.output_loss != "auto":
+    sized = bool(cut.sizes) or cut.layer_map is not None
+    if cut.place is not None and (sized or cut.selection != "importance"):
         raise ConfigError(
-            "--student-factory, --student, --student-arg, --match, --hard-weight and --output-loss are for --factory"
+            "--student is a model that is small already: --layers, --layer-map, --ffn, --heads, --hidden and "
+            "--selection cut one out of the teacher"
+        )
+    if cut.place is None and not sized:
+        raise ConfigError(
+            "give --student FOLDER, such as the pruned teacher, or at least one of --layers, --layer-map, --ffn, "
+            "--heads and --hidden: what makes the student smaller"
         )
     teacher = face.open(place)
     assert teacher.directory is not None
@@ -68,16 +77,40 @@ def lesson(
     language = "logits" in outputs and outputs["logits"].ndim == 3
     read = _to_imitate(reader, rows, language)
     fed.fitting_form(face, teacher, read.first(1), "--data")
-    seen = read.spread(max(1, MEASURED // reader.max_length), options.batch_size)
-    sizes: dict[str, Any] = dict(cut.sizes)
-    with face.seeded(seed):
-        student, report = students.make_student(
-            teacher.model, selection=cut.selection, layer_map=cut.layer_map, calibration=seen, **sizes
-        )
-    layers = report["layers"]
-    config = _comparison(teacher.model, student, layers, outputs, "attention_mask" in read.first(1), options)
-    learner = Opened(student.eval(), place, teacher.directory)
+    if cut.place is not None:
+        learner, layers = _own_student(face, teacher, cut.place)
+    else:
+        seen = read.spread(max(1, MEASURED // reader.max_length), options.batch_size)
+        sizes: dict[str, Any] = dict(cut.sizes)
+        with face.seeded(seed):
+            student, report = students.make_student(
+                teacher.model, selection=cut.selection, layer_map=cut.layer_map, calibration=seen, **sizes
+            )
+        learner, layers = Opened(student.eval(), place, teacher.directory), report["layers"]
+    config = _comparison(teacher.model, learner.model, layers, outputs, "attention_mask" in read.first(1), options)
     return Lesson(teacher, learner, read, config, {str(k): v for k, v in layers.items()})
+
+
+def _own_student(face: JobFramework, teacher: Opened, place: ModelPlace) -> tuple[Opened, dict[int, int]]:
+    """The student in a folder, and which of the teacher's blocks each of its own learns from: none where their numbers
+    differ."""
+    learner = face.open(place)
+    mine, theirs = (getattr(getattr(x.model, "config", None), "vocab_size", None) for x in (learner, teacher))
+    if mine != theirs:
+        raise ConfigError(
+            f"--student {place.model} must have the teacher's vocabulary of {theirs} tokens, which it reads and "
+            f"answers in; TeacherCache.build(vocabulary=...) in Python maps another. Received: {mine}"
+        )
+    count, known = _blocks(learner.model), _blocks(teacher.model)
+    return learner, {i: i for i in range(count)} if count == known else {}
+
+
+def _blocks(model: nn.Module) -> int:
+    """How many blocks a model has; 0 where it is no stack of them."""
+    try:
+        return len(stack_of(model))
+    except ArgumentError:
+        return 0
 
 
 def _to_imitate(reader: Reader, rows: list[dict[str, Any]], language: bool) -> Supervised:
@@ -129,6 +162,11 @@ def _comparison(
     if weight is None:
         weight = LANGUAGE_HIDDEN if language else 1.0
     if weight:
+        if not layers:
+            raise ConfigError(
+                "--student and its teacher must have as many blocks where layers are compared; --hidden-weight 0 "
+                f"compares the outputs alone. Received: {_blocks(student)} and {_blocks(teacher)}"
+            )
         theirs, mine = stack_of(teacher), stack_of(student)
         for at, path in enumerate(mine):
             label = {

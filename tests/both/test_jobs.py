@@ -442,6 +442,7 @@ MISTAKES = {
     "data without a key": ([{"train": {}}], {"data": "keyless"}, "keys train and example"),
     "no calibration": ([{"train": {}}, {"sparsify": {}}], {}, "stages[1].sparsify: needs calibration"),
     "no labels": ([{"train": {}}], {"data": "unlabelled"}, "stages[0].train: the loss reads (inputs, labels)"),
+    "labels that nothing learns": ([{"distill": {}}], {}, "stages[0].distill: learns from inputs alone"),
     "a batch that cannot be read": ([{"train": {}}], {"data": "broken"}, "data['train']: reading one batch raised"),
     "open axes": ([{"export": {"dynamic": ["x"]}}], {}, "stages[0].export"),
 }  # fmt: skip
@@ -459,7 +460,8 @@ def test_a_check_finds_what_a_run_would_trip_over(kit, task, tmp_path, what):
 
 
 def test_a_check_of_a_good_recipe_says_so_and_writes_nothing(kit, task, tmp_path):
-    stages = [{"train": {}}, {"prune": {"reserved_ratio": 0.7}}, {"distill": {}}, {"sparsify": {}}, {"export": {}},
+    stages = [{"train": {}}, {"prune": {"reserved_ratio": 0.7}}, {"distill": {"hard_weight": 0.5}}, {"sparsify": {}},
+              {"export": {}},
               {"adapt": {"kind": "low_rank_adapter"}}]  # fmt: skip
     found = checked(kit, task, tmp_path, *stages, data="calibrated")
     assert found.exit_code == 0, found.exception
@@ -473,6 +475,18 @@ def test_a_distillation_without_terms_learns_the_answers(kit, task, tmp_path):
     assert facts["steps"] == 2
     assert any("KDKLDiv" in term for term in facts["terms"])
     assert len(facts["terms"]) == 2
+
+
+def test_a_distillation_keeps_the_zeros_that_were_made_and_a_training_says_that_it_fills_them(
+    kit, task, tmp_path, caplog
+):
+    stages = [{"sparsify": {"method": "magnitude"}}, {"distill": {"max_steps": 3, "hard_weight": 0.5}}]
+    _, sparse, taught = recipe(kit, task, tmp_path, *stages)["stages"]
+    assert taught["measurement"]["zeros"] >= sparse["measurement"]["zeros"] > 0
+    assert "zeros kept" in taught["facts"]["headline"]
+    assert "fills the zeros" not in caplog.text
+    recipe(kit, task, tmp_path, *stages, {"finetune": {"max_steps": 1}}, out="again")
+    assert "fills the zeros" in caplog.text
 
 
 def test_a_registered_method_is_a_word_of_both_doors(kit, task, tmp_path):

@@ -156,6 +156,7 @@ def test_every_kit_turns_and_cuts_alike(head):
         job = pruner(kit, model)
         desc = job.prune(0.85, INNER)
         assert job.report()["rotated"]["added_params"] == (40 * 32 if head == "shared" else 0)
+        assert any("tied table twice" in note for note in job.report()["notes"]) == (head == "shared")
         found.append((desc, [kit.array(p) for p in kit.params(model).values()], logits(kit, model)))
     (desc, weights, said), *others = found
     assert weights[0].shape[1] < 32

@@ -256,6 +256,63 @@ def test_the_command_that_goes_on_is_one_that_can_be_given():
     assert said == "slimkit sparsify --factory a:b --sparsity 0.7 --uniform false --progressive"
 
 
+def test_a_full_disk_is_told_in_one_line_whichever_library_met_it(capsys):
+    from safetensors import SafetensorError
+
+    from slimkit.cli.exits import exiting
+
+    def full():
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    def broken():
+        raise SafetensorError("Error while deserializing header: invalid header")
+
+    for command, code in ((full, 2), (broken, 70)):
+        with pytest.raises(SystemExit) as stopped:
+            exiting(command)
+        assert stopped.value.code == code
+        said = capsys.readouterr().err
+        assert ("Traceback" in said) == (code == 70)
+    assert "this is a bug" in said
+
+
+def test_a_bundle_where_pefts_files_are_wanted_is_called_by_its_name(tmp_path):
+    from slimkit.core.ascend.adapters import check_adapter
+    from slimkit.core.convert.adapters.converting import convert_adapter
+    from slimkit.core.errors import UnsupportedError
+
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "delta.safetensors").touch()
+    for job in (
+        lambda: check_adapter(tmp_path / "lora"),
+        lambda: convert_adapter(tmp_path / "lora", tmp_path, to="peft"),
+    ):
+        with pytest.raises(UnsupportedError, match=r"is a bundle of slimkit's.*save_delta"):
+            job()
+
+
+def test_a_word_where_a_list_is_wanted_is_shown_as_one():
+    from pydantic import ValidationError
+
+    from slimkit.core.jobs.fields import explained
+    from slimkit.core.jobs.options import ExportOptions
+
+    with pytest.raises(ValidationError) as found:
+        ExportOptions(dynamic="0:batch,1:sequence")
+    (mistake,) = explained(found.value)
+    assert mistake[2] == "must be a list, such as ['0:batch,1:sequence']. Received: '0:batch,1:sequence'"
+
+
+def test_missing_calibration_text_names_its_option_and_the_nearest_file(tmp_path, monkeypatch):
+    from slimkit.core.errors import ConfigError
+    from slimkit.core.jobs.calibrating import weighted
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "calibration.jsonl").touch()
+    with pytest.raises(ConfigError, match=r"^--calib must name .* Did you mean 'calibration.jsonl'\?"):
+        weighted(["calibratoin.jsonl"], "text", 8, 8, 8, 0)
+
+
 def test_a_recipe_takes_the_words_of_the_command_line():
     from slimkit.core.jobs.options import PruneOptions, SparsifyOptions, TrainOptions
 

@@ -45,7 +45,9 @@ def _inside(tmp_path, monkeypatch):
 def test_training_a_sparse_model_keeps_its_zeros_and_writes_what_it_read(tmp_path, net):
     said = run("sparsify", *net, "--method", "wanda", "--calib", "x.npz", "-o", "sparse")
     assert "Worst layers: fc" in said
-    assert "Measure what it lost: slimkit compare" in said
+    weights = "model.ckpt -f mindspore" if "mindspore" in net else "model.safetensors"
+    factory = net[-1]
+    assert f"Measure what it lost: slimkit compare {factory} {factory}=sparse/{weights} --data" in said
     teach = ("train", *net, "-m", "sparse", "--data", "labelled.npz", "--learning-rate", 0.01, "--epochs", 8)
     planned = run(*teach, "-o", "tuned", "--dry-run", "--json")
     assert not (tmp_path / "tuned").exists()
@@ -88,15 +90,22 @@ def test_cards_of_hugging_face_folders_say_how_to_load_them(tmp_path):
     said = run("sparsify", "-m", model, "--method", "wanda", "--calib", text, "--samples", 4, "-o", "s")
     assert "Output error by block" in said
     assert f"Measure what it lost: slimkit compare {model} s --text" in said
-    run("distill", "-m", model, "--layers", 1, *data, "-o", "d")
+    run("distill", "-m", model, "--layers", 1, *data, "--seed", 3, "-o", "d")
     run("train", "-m", "s", *data, "-o", "t")
     run("adapt", "-m", model, *data, "--format", "peft", "-o", "p")
     run("adapt", "-m", model, *data, "-o", "a")
     for folder, words in (
-        ("s", ("slimkit sparsify --model llama --method wanda --calib", "largest output error of a layer")),
-        ("d", ("slimkit distill", "--layers 1", "of the teacher's")),
-        ("t", ("slimkit train --model s ", "--data", 'base_model: "llama"')),
-        ("p", ("PeftModel.from_pretrained", "--format peft")),
+        (
+            "s",
+            (
+                "slimkit sparsify --model llama --method wanda --calib",
+                "--samples 4 --max-length 512 --batch-size 4",
+                "largest output error of a layer",
+            ),
+        ),
+        ("d", ("slimkit distill", "--samples 4 --max-length 128 --seed 3 --layers 1", "of the teacher's")),
+        ("t", ("slimkit train --model s ", "--samples 4 --max-length 128", 'base_model: "llama"')),
+        ("p", ("PeftModel.from_pretrained", "--samples 4 --max-length 128", "--format peft")),
         ("a", ("load_delta(model",)),
     ):
         card = (tmp_path / folder / "README.md").read_text()

@@ -82,6 +82,12 @@ class Wing:
     def derived(self, config):
         return {}
 
+    def heads_told(self, config, among):
+        return {}
+
+    def row_steps(self):
+        return {}
+
 
 def planned(objects, integers=None):
     wing = Wing(objects, integers or {})

@@ -118,6 +118,23 @@ def test_whole_numbers_stand_in_the_weight_itself(dtype, pattern):
     assert 0 < found[8].account["rounding_gain"] < 1
 
 
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("method", ["par", "par_v2"])
+def test_the_error_told_after_rounding_is_of_what_the_layer_was_fitted_to(method, has_bias):
+    """A method uses up what it is fitted to; the error after rounding and swaps was measured against what it left."""
+    rng = np.random.default_rng(2)
+    layer, weight = SparseLayer("layer", "linear", (16, 32), has_bias=has_bias), rng.standard_normal((16, 32))
+    dense = rng.standard_normal((600, 32))
+    moments = Moments(layer, paired=True)
+    moments.add(dense + 0.1 * rng.standard_normal(dense.shape), dense)
+    told = [
+        solve(layer, weight, moments, 0.5, SparseConfig(method=method, **more)).account["output_error"]
+        for more in ({}, {"weight_bits": 8}, {"mantissa_bits": 8}, {"swaps": 2})
+    ]
+    assert 0.05 < told[0] < 0.9
+    assert all(0.9 * told[0] < error < 1.01 * told[0] for error in told[1:]), told
+
+
 def test_descent_on_whole_numbers_beats_rounding_row_by_row():
     for seed in range(5):
         target, gram = problem(seed)

@@ -132,3 +132,26 @@ def test_a_free_cut_of_computed_tables_is_not_said_to_load_by_its_configuration(
     assert not pruner.report()["from_config"]["loads"]
     slimkit.save_pruned(tmp_path, model, desc)
     assert torch.equal(says(slimkit.load_pruned(tmp_path, built(name)[0]), inputs), says(model, inputs))
+
+
+def test_numbers_of_heads_that_only_the_making_of_a_model_reads_follow_too(tmp_path):
+    import transformers
+
+    config = transformers.XLMConfig(vocab_size=96, emb_dim=64, n_layers=2, n_heads=8, max_position_embeddings=40)
+    model = transformers.XLMWithLMHeadModel(config).eval()
+    ids = {"input_ids": torch.arange(5, 21).reshape(2, 8)}
+    job = PruneTorch(model, ids).set_alignment(8).set_importance_evaluation_function("l1")
+    desc = job.prune(0.7, [])
+    assert model.transformer.n_heads == model.config.n_heads < 8
+    assert job.report()["from_config"]["loads"]
+    assert job.report()["notes"] == [
+        f"asked to keep 0.700, keeps {job.report()['reached']:.3f}: the widths that alignment and heads allow lie too "
+        "far apart to come nearer"
+    ]
+    model.save_pretrained(tmp_path / "hf")
+    again = transformers.XLMWithLMHeadModel.from_pretrained(tmp_path / "hf").eval()
+    assert torch.equal(again(**ids).logits, model(**ids).logits)
+    fresh = transformers.XLMWithLMHeadModel(transformers.XLMConfig(**{**config.to_dict(), "emb_dim": 64, "n_heads": 8}))
+    slimkit.save_pruned(tmp_path / "own", model, desc)
+    slimkit.load_pruned(tmp_path / "own", fresh)
+    assert fresh.transformer.n_heads == model.config.n_heads

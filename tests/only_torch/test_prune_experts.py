@@ -169,6 +169,18 @@ def test_code_that_cannot_do_with_fewer_experts_keeps_them_and_nothing_else():
     assert len(kept(job, "heads")) == 2
 
 
+@pytest.mark.parametrize(("dtype", "alignment"), [(torch.bfloat16, 1), (torch.bfloat16, 4), (torch.float32, 1)])
+def test_widths_inside_experts_keep_rows_that_a_grouped_product_takes(dtype, alignment):
+    model = built("Qwen3Moe", hidden_size=64).to(dtype)
+    job = pruner(model, calibrated=False).set_alignment(alignment).set_importance_evaluation_function("l1")
+    job.prune(0.7, [])
+    held = model.model.layers[0].mlp.experts
+    assert held.down_proj.shape[-1] < 48
+    assert held.down_proj.shape[-1] % 8 == held.gate_up_proj.shape[-1] % 8 == 0
+    assert model.config.num_attention_heads < 4 or model.config.hidden_size < 64
+    model.to(torch.bfloat16)(input_ids=IDS)  # a model may be loaded in half precision
+
+
 def test_a_module_that_is_called_in_another_way_has_no_signal():
     class Odd(nn.Module):
         def __init__(self):

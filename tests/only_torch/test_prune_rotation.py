@@ -14,6 +14,7 @@ from slimkit.core import files
 from slimkit.core.errors import ArgumentError, FileFormatError, PlanError, UnsupportedError
 from slimkit.core.prune.latency import digest_of
 from slimkit.core.prune.rotation import Rotation, principal_axes, turned_values
+from tests.only_torch.test_prune_experts import built as experts
 
 import torch
 
@@ -133,6 +134,8 @@ def test_streams_that_cannot_be_turned_are_refused_with_the_reason():
     job = pruner(transformers.GPT2LMHeadModel(config).eval())
     with pytest.raises(UnsupportedError, match=r"cannot be turned: a LayerNorm in transformer\.h\.0"):
         job.analysis(0.9, [])
+    with pytest.raises(UnsupportedError, match="experts and their routers are not turned"):
+        pruner(experts("Mixtral"))._solved()  # before any calibration
     job = PruneTorch(
         torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.ReLU(), torch.nn.Linear(32, 4)), torch.ones(1, 8)
     )

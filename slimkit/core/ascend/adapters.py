@@ -10,7 +10,7 @@ from slimkit.core import check, files
 from slimkit.core.ascend.findings import Check, Finding, in_order
 from slimkit.core.checkpoint.openweights import base_config
 from slimkit.core.checkpoint.weightfile import Entry, Safetensors
-from slimkit.core.delta.peft import CONFIG, ROOT, TENSORS
+from slimkit.core.delta.peft import CONFIG, ROOT, TENSORS, refuse_bundle
 from slimkit.core.errors import FileFormatError
 
 FORMAT = "slimkit-adapter-check"
@@ -109,6 +109,7 @@ def check_adapter(
     check.choice(target, RULES, "target")
     check.positive(tensor_parallel, "tensor_parallel")
     folder = files.as_path(directory, "directory")
+    refuse_bundle(folder)
     said = files.read_json(folder / CONFIG, CONFIG)
     if not isinstance(said, dict) or said.get("peft_type") != "LORA":
         raise FileFormatError(f"{folder / CONFIG} must be the configuration of a LoRA adapter of PEFT.")

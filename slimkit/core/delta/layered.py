@@ -68,7 +68,9 @@ def _told_of_zeros(sites: Mapping[str, Site], specs: Mapping[str, LoraSpec], ask
     filled = [p for p, spec in specs.items() if sites[p].zeros and not spec.keep_zeros]
     notes = []
     if kept and asked is None:
-        notes.append(f"{len(kept)} layers were made sparse: their deltas keep the zeros (keep_zeros=False)")
+        notes.append(
+            f"{len(kept)} layers were made sparse: their deltas keep the zeros; keep_zeros=False lets them fill"
+        )
     if filled:
         notes.append(f"{len(filled)} sparse layers get deltas that fill their zeros when merged: {filled[0]} ...")
     return notes

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from slimkit.core import check, files
+from slimkit.core.delta import bundle
 from slimkit.core.delta import tensors as arrays
 from slimkit.core.delta.bundle import compare_keys, compare_shapes
 from slimkit.core.errors import FileFormatError, PatternError, UnsupportedError
@@ -182,6 +183,15 @@ def task_type(class_name: str) -> str | None:
         "Model": "FEATURE_EXTRACTION",
     }
     return next((word for ending, word in endings.items() if class_name.endswith(ending)), None)
+
+
+def refuse_bundle(folder: Path) -> None:
+    """An error that says how PEFT's files are made of slimkit's own, where a folder holds these and not those."""
+    if (folder / bundle.TENSORS).exists() and not is_adapter(folder):
+        raise UnsupportedError(
+            f"{folder} is a bundle of slimkit's: load_delta(base, {str(folder)!r}) and save_delta(base, DIR, "
+            'format="peft") make PEFT\'s files of it, as slimkit adapt --format peft does at once.'
+        )
 
 
 def is_adapter(folder: Path) -> bool:

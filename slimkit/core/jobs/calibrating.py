@@ -71,7 +71,7 @@ def weighted(
                 weight = 0.0
             if not 0 < weight < float("inf"):
                 raise ConfigError(f"{option} FILE=WEIGHT: the weight must be a number above 0. Received: {reference!r}")
-        place = DataPlace(text, text_key, samples, max_length, batch_size, weight, seed=seed)
+        place = DataPlace(text, text_key, samples, max_length, batch_size, weight, seed=seed, option=option)
         _ = place.kind  # refused now, and not after a model was loaded
         found.append(place)
     if len(found) > 1 and any(p.kind not in ("text", OWN) for p in found):

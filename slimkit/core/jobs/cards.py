@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from slimkit.core import files
+from slimkit.core.calibration import OWN
 from slimkit.core.errors import FileFormatError
-from slimkit.core.jobs.fields import Strict, flag_of, words_of
+from slimkit.core.jobs.fields import EVERY, Strict, flag_of, words_of
 from slimkit.core.jobs.framework import Opened
 from slimkit.core.jobs.measurement import show
 from slimkit.core.jobs.options import PruneOptions
-from slimkit.core.jobs.sources import DataPlace, ModelPlace
+from slimkit.core.jobs.sources import TEXT_ENDINGS, DataPlace, ModelPlace, StudentPlace
 from slimkit.core.jobs.timing import told
 from slimkit.core.yamltext import parse_yaml
 
@@ -89,10 +90,38 @@ def _said(name: str, value: Any) -> list[str]:
     return [word for item in items for word in (name, Path(item).name if isinstance(item, Path) else str(item))]
 
 
-def data_flags(calib: DataPlace | None) -> dict[str, Any]:
-    """The options of a command line that name calibration data."""
-    places = () if calib is None else (calib, *calib.more)
-    return {"--calib": [p.reference if p.weight == 1.0 else f"{p.reference}={p.weight:g}" for p in places]}
+def data_flags(data: DataPlace | None, option: str = "--calib", seed: int = 0) -> dict[str, Any]:
+    """The options of a command line that say which data was read, how much of it, and the seed.
+
+    Args:
+        data: the data; the files need not be there any more.
+        option: what names it; the batches of training data are an option of the job.
+        seed: of what is drawn without data.
+    """
+    if data is None:
+        return {"--seed": seed or None}
+    places = (data, *data.more)
+    text = data.reference == OWN or Path(data.reference).suffix in TEXT_ENDINGS
+    return {
+        option: [p.reference + ("" if p.weight == 1.0 else f"={p.weight:g}") for p in places],
+        "--text-key": data.text_key if text and data.text_key != "text" else None,
+        "--samples": data.samples if data.samples < EVERY else None,
+        "--max-length": data.max_length if text else None,
+        "--batch-size": data.batch_size if option == "--calib" else None,
+        "--seed": seed or data.seed or None,
+    }
+
+
+def student_flags(student: StudentPlace) -> dict[str, Any]:
+    """The options of a command line that say which student was trained."""
+    made: dict[str, Any] = {f"--{key}": value for key, value in student.sizes.items()}
+    made["--layer-map"] = None if student.layer_map is None else ",".join(map(str, student.layer_map))
+    made["--selection"] = None if student.selection == "importance" else student.selection
+    made["--teacher"] = None if student.teacher == "auto" else student.teacher
+    if (place := student.place) is not None:
+        made |= {"--student": place.model, "--student-factory": place.factory}
+        made["--student-arg"] = [f"{key}={value}" for key, value in place.arguments.items()]
+    return made
 
 
 def sparse_facts(report: Mapping[str, Any]) -> dict[str, str]:

@@ -15,13 +15,9 @@ from slimkit.core.jobs.calibrating import calibration_of
 from slimkit.core.jobs.fields import Strict, flag_of
 from slimkit.core.jobs.framework import ComputeLoss, FitRun, JobFramework, Opened, Supervised
 from slimkit.core.jobs.measurement import Measurement
-from slimkit.core.jobs.options import (
-    ExportOptions,
-    FitOptions,
-    PruneOptions,
-    SparsifyOptions,
-)
+from slimkit.core.jobs.options import ExportOptions, FitOptions, PruneOptions, SparsifyOptions
 from slimkit.core.jobs.sources import DataPlace, ModelPlace
+from slimkit.core.log import logger
 from slimkit.core.sparse import SparseConfig
 from slimkit.core.sparse.select import select
 
@@ -60,7 +56,7 @@ class CommandContext(work.JobContext):
         super().__init__(face, seed, example)
         self._words = words
         self._kind, self._batches, self._read, self._is_hf = type(options), batches, read, is_hf
-        self._loss = named_loss
+        self._loss, self._asked = named_loss, False
         # Where a training run keeps its state, how, and the inputs that it is known by.
         self.keeps: tuple[Path, FitRun, Mapping[str, Any]] | None = None
 
@@ -76,7 +72,13 @@ class CommandContext(work.JobContext):
     def calibration(self, count: int | None = None) -> Sequence[Any]:
         if not self._batches:
             raise ConfigError("--calib DATA is needed: calibration batches, which nothing else gives")
+        self._asked = True
         return self._batches
+
+    def warn_unread(self, what: str) -> None:
+        """Say so where calibration data was given and nothing asked for it."""
+        if self._batches and not self._asked:
+            logger.warning("--calib is read by nothing here: %s", what)
 
     def tokenizer(self, folder: str | None) -> Any:
         if folder is not None:
@@ -143,6 +145,7 @@ def prune(
     inputs = example_of(face, opened, example, seed=seed)
     context = CommandContext(face, seed, inputs, options, batches=batches)
     done = pruning.prune(opened.model, options, context, plan_only=out is None)
+    context.warn_unread(pruning.UNREAD)
     facts = {key: value for key, value in done.facts.items() if key not in ("headline", "goal")}
     if out is None or done.edit is None:
         return facts
@@ -152,7 +155,7 @@ def prune(
         if facts["written"] == "transformers":
             # Only now it is more than a promise: the folder is read again by its library's own loader.
             facts["reloaded"] = face.reloaded(opened, folder, inputs)
-        command = cards.command_line("prune", place, options, cards.data_flags(calib))
+        command = cards.command_line("prune", place, options, cards.data_flags(calib, seed=seed))
         cards.write_card(folder, "pruned", opened, command, cards.pruned_facts(facts, options), facts["written"])
         folders.write_report(folder, "prune", {"asked": options.reserved_ratio, "command": command, **facts})
         write_record(folder, "prune", record_of(batches), place.model)

@@ -15,6 +15,9 @@ from slimkit.core import check
 # How a message names an option, by its key: "stages[2].train.epochs" or "--epochs".
 Spell = Callable[[str], str]
 
+# So many samples are all there are.
+EVERY = 1_000_000_000
+
 
 class Strict(BaseModel):
     """Unknown keys are errors, values keep their types ("3" is not 3), and nothing changes after loading."""
@@ -199,7 +202,10 @@ def explained(error: ValidationError) -> list[tuple[tuple[Any, ...], str, str, A
         # What concerns several options shows none of them.
         came = "" if isinstance(one["input"], Mapping) and "ctx" in one else f". Received: {shown}"
         near = one.get("ctx", {}).get("near", "")
-        found.append((one["loc"], one["type"], f"{one['msg']}{came}{near}", one["input"]))
+        wrong = one["msg"]
+        if one["type"] == "list_type" and isinstance(one["input"], str):
+            wrong = f"must be a list, such as {[one['input']]!r}"
+        found.append((one["loc"], one["type"], f"{wrong}{came}{near}", one["input"]))
     return found
 
 

@@ -256,15 +256,9 @@ class JobFramework(CrewFramework, Protocol):
 
     @abstractmethod
     def train(
-        self,
-        model: Any,
-        samples: Any,
-        options: FitOptions,
-        loss: ComputeLoss,
-        callbacks: list[Any],
-        how: Mapping[str, Any],
-        tokens: Callable[[Any], float] | None = None,
-    ) -> Any:
+        self, model: Any, samples: Any, options: FitOptions, loss: ComputeLoss, callbacks: list[Any],
+        how: Mapping[str, Any], tokens: Callable[[Any], float] | None = None,
+    ) -> Any:  # fmt: skip
         """Train what wants a gradient, in place; returns the trainer.
 
         `how` is what `Trainer.train` takes; `tokens` says over how many tokens a batch's loss is a mean.
@@ -273,6 +267,10 @@ class JobFramework(CrewFramework, Protocol):
     @abstractmethod
     def record_zeros(self, model: Any, names: Iterable[str]) -> None:
         """Note on these layers, in place, that their zeros were made: a delta keeps them. Unknown names pass."""
+
+    @abstractmethod
+    def made_zeros(self, model: Any) -> bool:
+        """Whether a layer's zeros were made, here or by what its folder says."""
 
     @abstractmethod
     def statistics_held(self, model: Any) -> contextlib.AbstractContextManager[None]:

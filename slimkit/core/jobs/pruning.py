@@ -18,6 +18,10 @@ from slimkit.core.prune.latency import LatencyTable
 _COUNTED = {"params": "parameters", "macs": "MACs", "latency": "latency"}
 
 
+# Why calibration data may be of no use to a command.
+UNREAD = "the importance goes by weights alone (--importance output reads data), and --compensate was not given"
+
+
 def set_up(
     pruner: Any, model: Any, options: PruneOptions, context: JobContext, *, keep: bool = True
 ) -> LatencyTable | None:

@@ -91,16 +91,6 @@ class StudentPlace:
     def __post_init__(self) -> None:
         check.choice(self.selection, ("importance", "first"), "--selection")
 
-    def flags(self) -> dict[str, Any]:
-        """The options of a command line that say the same."""
-        made: dict[str, Any] = {f"--{key}": value for key, value in self.sizes.items()}
-        if self.layer_map is not None:
-            made["--layer-map"] = ",".join(map(str, self.layer_map))
-        if self.place is not None:
-            made |= {"--student": self.place.model, "--student-factory": self.place.factory}
-            made["--student-arg"] = [f"{key}={value}" for key, value in self.place.arguments.items()]
-        return made
-
     def identity(self) -> dict[str, Any]:
         """What a resumed run must agree in, the student's weights apart."""
         made = None if self.place is None else [self.place.factory, dict(self.place.arguments)]
@@ -127,6 +117,7 @@ class DataPlace:
         weight: share of the windows beside other sources of calibration text.
         more: the other sources.
         seed: of what is drawn from text.
+        option: the flag that named it.
     """
 
     reference: str
@@ -137,6 +128,7 @@ class DataPlace:
     weight: float = 1.0
     more: tuple[DataPlace, ...] = ()
     seed: int = 0
+    option: str = "--data"
 
     @property
     def kind(self) -> str:
@@ -152,8 +144,8 @@ class DataPlace:
         elif ":" in self.reference:
             return "function"
         raise ConfigError(
-            f"data must be an existing file that ends in {', '.join((*TEXT_ENDINGS, *ARRAY_ENDINGS))}, or "
-            f"MODULE:FUNCTION. Received: {self.reference!r}"
+            f"{self.option} must name an existing file that ends in {', '.join((*TEXT_ENDINGS, *ARRAY_ENDINGS))}, or "
+            f"MODULE:FUNCTION. Received: {self.reference!r}{'' if path.exists() else meant(path)}"
         )
 
     def rows(self, *, chats: bool = False) -> list[dict[str, Any]]:

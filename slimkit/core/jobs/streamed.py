@@ -125,13 +125,14 @@ def prune(
     pruner, batches = face.folder_pruner(place, source if out is None else out, calib)
     context = commands.CommandContext(face, seed, None, options, batches=batches)
     pruning.set_up(pruner, pruner.model, options, context)
+    context.warn_unread(pruning.UNREAD)
     if out is None:
         before = work.count(face, pruner.model)
         after, _ = pruner.analysis(options.reserved_ratio, options.un_prune_list)
         facts = {"parameters_before": before, "parameters": after, "kept": after / before}
         return {**facts, "report": pruner.report()}
     settings = {"seed": seed, **options.model_dump(mode="json")}
-    command = cards.command_line("prune", place, options, cards.data_flags(calib)) + " --stream"
+    command = cards.command_line("prune", place, options, cards.data_flags(calib, seed=seed)) + " --stream"
 
     def write(folder: Path) -> dict[str, Any]:
         report = pruner.write(folder, options.reserved_ratio, options.un_prune_list, settings, options.defaults())

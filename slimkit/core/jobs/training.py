@@ -98,8 +98,12 @@ def distill(
         return facts
     with files.atomic_directory(out) as folder:
         facts["written"] = face.write_model(learner, folder)
+        begun = None if student.place is None else student.place.model
+        if begun is not None and begun.is_dir() and folders.made_sparse(begun):
+            files.write_json(folder / folders.SPARSE_REPORT, files.read_json(begun / folders.SPARSE_REPORT))
         folders.write_report(folder, "distill", facts)
-        command = cards.command_line("distill", place, options, {"--data": data.reference, **student.flags()})
+        more = cards.data_flags(data, "--data") | cards.student_flags(student) | _beside(run, label_key)
+        command = cards.command_line("distill", place, options, more)
         cards.write_card(folder, "distilled", learner, command, cards.distilled_facts(facts), facts["written"])
     return facts
 
@@ -180,7 +184,8 @@ def adapt(
             (folder / "merged").mkdir()
             facts["written"] = face.write_model(opened, folder / "merged")
         folders.write_report(folder, "adapt", facts)
-        more = {"--data": data.reference, "--format": "peft" if format == "peft" else None}
+        more = cards.data_flags(data, "--data") | _beside(run, label_key, task, evaluation)
+        more["--format"] = "peft" if format == "peft" else None
         command = cards.command_line("adapt", place, options, more)
         reads = "peft" if format == "peft" else "delta"
         cards.write_card(folder, "delta", opened, command, cards.trained_facts(facts), reads)
@@ -244,7 +249,9 @@ def train(
         if made and place.model is not None:  # what reads the folder knows which zeros were made
             files.write_json(folder / folders.SPARSE_REPORT, files.read_json(place.model / folders.SPARSE_REPORT))
         folders.write_report(folder, "train", facts)
-        command = cards.command_line("train", place, options, {"--data": data.reference})
+        command = cards.command_line(
+            "train", place, options, cards.data_flags(data, "--data") | _beside(run, label_key, task, evaluation)
+        )
         cards.write_card(folder, "trained", opened, command, cards.trained_facts(facts), facts["written"])
     return facts
 
@@ -252,6 +259,16 @@ def train(
 def _identity(options: FitOptions) -> dict[str, Any]:
     """What a resumed run must agree in, beside how it trains."""
     return options.model_dump(mode="json", exclude=set(FitOptions.model_fields))
+
+
+def _beside(run: FitRun, label_key: str, task: str = "auto", evaluation: DataPlace | None = None) -> dict[str, Any]:
+    """The options of a command line beside those of the job and of its data."""
+    return {
+        "--task": None if task == "auto" else task,
+        "--label-key": None if label_key == "labels" else label_key,
+        "--eval": None if evaluation is None else evaluation.reference,
+        "--seed": run.seed or None,
+    }
 
 
 def _lesson(

@@ -30,6 +30,7 @@ from slimkit.core.jobs.options import (
     SparsifyOptions,
     TrainOptions,
 )
+from slimkit.core.log import logger
 
 _START_BATCHES = 8  # of the training data, for a start that is read from data
 
@@ -118,13 +119,20 @@ def named_loss(face: JobFramework, name: str, spell: Callable[[str], str]) -> Co
 def train(model: Any, options: TrainOptions, context: JobContext) -> JobResult:
     """Train all parameters, in place; zeros stay zero where that was asked for."""
     face = context.face
-    keeper: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
-    if options.keep_zeros:
-        keeper = face.slim.freeze_zeros(model)
-    with keeper:
+    if not options.keep_zeros and face.made_zeros(model):
+        logger.warning("training fills the zeros that were made in this model; keep_zeros keeps them")
+    with _zeros_kept(face, model, options.keep_zeros):
         fitted = context.fit(model, options, context.loss(options.loss)[1])
     said = _trained(fitted) + (", zeros kept" if options.keep_zeros else "")
     return JobResult(model, facts={"headline": said, "steps": fitted["steps"]}, curves=curves(fitted))
+
+
+def _zeros_kept(face: JobFramework, model: Any, wanted: bool) -> contextlib.AbstractContextManager[Any]:
+    """A context in which the zeros of a model stay, where that is wanted."""
+    if not wanted:
+        return contextlib.nullcontext()
+    held: contextlib.AbstractContextManager[Any] = face.slim.freeze_zeros(model)
+    return held
 
 
 def curves(fitted: Mapping[str, Any]) -> dict[str, list[float]]:
@@ -208,7 +216,10 @@ def distill(
     context: JobContext,
     config: KnowledgeDistillConfig | None = None,
 ) -> JobResult:
-    """Train a student to answer as its teacher does, in place; `config` says what is compared, or the options do."""
+    """Train a student to answer as its teacher does, in place; `config` says what is compared, or the options do.
+
+    Zeros that were made in it stay.
+    """
     face = context.face
     if config is None:
         config = compared(face, teacher, options, context.example)
@@ -221,8 +232,11 @@ def distill(
             return face.soft_loss(dual, batch)
         return face.soft_loss(dual, batch[0]) + options.hard_weight * hard(student, batch)
 
-    fitted = context.fit(dual, options, loss)
-    facts = {"headline": f"against the dense model {_trained(fitted)}", "terms": terms(config), **fitted}
+    sparse = face.made_zeros(student)
+    with _zeros_kept(face, student, sparse):
+        fitted = context.fit(dual, options, loss)
+    said = f"against the dense model {_trained(fitted)}" + (", zeros kept" if sparse else "")
+    facts = {"headline": said, "terms": terms(config), **fitted}
     facts.pop("loss_by_step")
     return JobResult(dual.get_student_model(), facts=facts, curves=curves(fitted))
 

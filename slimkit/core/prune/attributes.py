@@ -113,6 +113,16 @@ def new_values(name: str, old: int, sizes: Sizes) -> list[int]:
     return list(dict.fromkeys(values)) or [old]
 
 
+def counts_heads_unseen(name: str, old: int, sizes: Sizes) -> bool:
+    """Whether an attribute counts heads by its name, and the module's own code met none of that number.
+
+    Example:
+        >>> counts_heads_unseen("n_heads", 8, {64: {"hidden": {48}}}), counts_heads_unseen("width", 8, {})
+        (True, False)
+    """
+    return bool(HEADS.search(name)) and "heads" not in sizes.get(old, {})
+
+
 def widths_of(fields: Mapping[str, object]) -> dict[str, Field]:
     """The fields of a configuration that may say a width: whole numbers above one, lists of them, ratios, and None.
 

@@ -14,7 +14,7 @@ from slimkit.core.errors import UnsupportedError
 from slimkit.core.log import logger
 from slimkit.core.prune.attributes import HEADS, HIDDEN, Field
 from slimkit.core.prune.configured import Said, ask, levers_said
-from slimkit.core.prune.expressions import Expr
+from slimkit.core.prune.expressions import Expr, linear_form
 from slimkit.core.prune.framework import PruneFramework
 from slimkit.core.prune.levers import Lever, free_levers
 from slimkit.core.prune.plan import PrunePlan
@@ -282,4 +282,28 @@ def parallel_steps(view: View, levers: Sequence[Lever], number: int) -> list[int
                 "parallel", f"a number that divides what {', '.join(known[lever.name].layers[:3])} is tied to", number
             )
         out.append(step)
+    return out
+
+
+def steps_of_rows(view: View, levers: Sequence[Lever], rows: Mapping[str, int]) -> list[int]:
+    """The multiples of each lever's steps that keep the last axes of some parameters at what they must be multiples of.
+
+    Args:
+        view: the coupling.
+        levers: what may be turned.
+        rows: parameter -> what its last axis is a multiple of.
+
+    Returns:
+        One number a lever; a lever without room for it stays whole.
+    """
+    place = {name: k for k, name in enumerate(view.counts)}
+    known = {path: multiple for path, multiple in rows.items() if path in view.axes}
+    slopes = [(multiple, linear_form(view.axes[path][-1], place)[1]) for path, multiple in known.items()]
+    out = []
+    for lever in levers:
+        step = 1
+        for multiple, by_place in slopes:
+            grown = sum(each * by_place.get(place[name], 0) for name, each in lever.members.items())
+            step = math.lcm(step, multiple // math.gcd(multiple, grown))
+        out.append(step if lever.size % step == 0 else lever.size)
     return out

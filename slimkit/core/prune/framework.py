@@ -88,6 +88,10 @@ class PruneFramework(Protocol):
         """Paths of the modules that say that they hold experts, one matrix an expert in one parameter."""
 
     @abstractmethod
+    def row_steps(self) -> Mapping[str, int]:
+        """Parameter -> what its last axis stays a multiple of, so that the framework can still compute with it."""
+
+    @abstractmethod
     def config_mismatch(self) -> str | None:
         """Where a model built afresh from the configuration differs from this one: "" nowhere, None without one."""
 
@@ -98,6 +102,12 @@ class PruneFramework(Protocol):
     @abstractmethod
     def derived(self, config: Mapping[str, tuple[Field, Field]]) -> Derived:
         """Numbers in the model that become others with the fields of its configuration, (before, after) each."""
+
+    @abstractmethod
+    def heads_told(
+        self, config: Mapping[str, tuple[Field, Field]], among: Mapping[str, Sequence[str]]
+    ) -> Mapping[str, Mapping[str, tuple[int, int]]]:
+        """Of some attributes (module -> names) those that become others with the fields of the configuration."""
 
     @abstractmethod
     def gradients(self, data: Iterable[Any], loss: Callable[..., Any] | None, square: bool) -> dict[str, Array]:

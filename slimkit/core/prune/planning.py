@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from itertools import count
+from math import lcm
 from typing import Any
 
 import numpy as np
 
 from slimkit.core import check
 from slimkit.core.errors import ArgumentError
+from slimkit.core.log import logger
 from slimkit.core.match import demand, match
 from slimkit.core.prune.allocate import Account, Allocation, allocate
-from slimkit.core.prune.attributes import config_changes, new_values, scope_sizes
+from slimkit.core.prune.attributes import config_changes, counts_heads_unseen, new_values, scope_sizes
 from slimkit.core.prune.criteria import CRITERIA, Criterion
 from slimkit.core.prune.experts import fields_after, find_experts, numbers_after, stay_note
 from slimkit.core.prune.expressions import Index
-from slimkit.core.prune.forms import CutForm, parallel_steps
+from slimkit.core.prune.forms import CutForm, parallel_steps, steps_of_rows
 from slimkit.core.prune.framework import PruneFramework
 from slimkit.core.prune.importance import best
 from slimkit.core.prune.knapsack import foretold, measured
@@ -100,12 +102,21 @@ class PrunerPlanning(PrunerSettings):
         if form.name != "any":
             # What loading by the configuration will compute, the cut model holds as well.
             desc["derived"] = self._wing.derived(PrunePlan(desc).config)
+            self._heads_told(view, desc, form.held_at(view, allocation.keep))
         parameters, held = Account(view), form.held_at(view, allocation.keep)
         left = parameters.count(np.array([held[n] for n in view.counts], dtype=np.int64))
         copied = self._copied()
-        self._report = allocated(view, allocation, account, left, ratio, self._budget, self._quiet, copied)
+        self._report = allocated(
+            view, allocation, account, left, ratio, self._budget, self._quiet, copied, desc["made"].get("allocation")
+        )
         if "rotated" in desc["made"]:
             self._report["rotated"] = {**desc["made"]["rotated"], "added_params": copied}
+            if copied:
+                # The ratio is of the model before, so that a model which is mostly table pays dearly.
+                note = f"a turned model holds its tied table twice: {copied:,} parameters more, which count"
+                self._report["notes"].append(note)
+                if not self._quiet:
+                    logger.warning("%s; without rotation they are spared", note)
         self._report["notes"] += form.notes
         self._report["form"] = {"name": form.name, "because": form.because}
         if form.name == "padded":
@@ -121,6 +132,19 @@ class PrunerPlanning(PrunerSettings):
         if self._made["importance"] == "output":
             desc["made"]["foretold_loss"] = foretold(view.counts, allocation.keep, self._scoring.losses)
         return desc
+
+    def _heads_told(self, view: View, desc: dict[str, Any], held: Mapping[str, int]) -> None:
+        """Let attributes of numbers of heads that no code of their module met say what the configuration gives, in the
+        plan in place: those that only the making of a model reads, as XLM's own beside its layers'."""
+        sizes = scope_sizes(view, held)
+        silent = {
+            module: found
+            for module, numbers in self._wing.integers().items()
+            if (found := [n for n, old in numbers.items() if counts_heads_unseen(n, old, sizes.get(module, {}))])
+        }
+        for module, numbers in self._wing.heads_told(PrunePlan(desc).config, silent).items() if silent else ():
+            for name, change in numbers.items():
+                desc["attributes"].setdefault(module, {}).setdefault(name, list(change))
 
     def _begun(self) -> Narrowing:
         if self._narrowing is None:
@@ -139,6 +163,7 @@ class PrunerPlanning(PrunerSettings):
     def _stream_found(self, coupling: Coupling) -> Coupling:
         """Find the stream to turn; where its table is read behind a scale, the coupling with the two apart."""
         self._stream, self._parted = find_stream(coupling.view()), {}
+        self._stream.check_read_by(coupling.graph)
         if not self._stream.tied:
             return coupling
         path = part(coupling.graph, self._stream.table)
@@ -223,7 +248,7 @@ class PrunerPlanning(PrunerSettings):
             )
         self._made = {"importance": criterion.name, "allocation": allocation}
         self._levers = self._form_begun().levers(view)
-        multiples = dict(zip((x.name for x in self._levers), parallel_steps(view, self._levers, self._parallel)))
+        multiples = self._multiples(view, self._levers)
         fixed: dict[str, int] = {}
         while True:
             # Levers that had to be put elsewhere stay there, and the others make up for it.
@@ -247,6 +272,13 @@ class PrunerPlanning(PrunerSettings):
         found.keep = dict(zip(account.names, counts.tolist()))
         found.held_back = [n for n in account.names if n in held]
         return found, account
+
+    def _multiples(self, view: View, levers: Sequence[Lever]) -> dict[str, int]:
+        """Lever -> what its steps must be multiples of, whatever the alignment."""
+        devices = parallel_steps(view, levers, self._parallel)
+        rows = steps_of_rows(view, levers, self._wing.row_steps())
+        both = [lcm(n, m) if x.size % lcm(n, m) == 0 else x.size for x, n, m in zip(levers, devices, rows)]
+        return {x.name: m if n == 1 else n if m == 1 else b for x, n, m, b in zip(levers, devices, rows, both)}
 
     def _turned(
         self,

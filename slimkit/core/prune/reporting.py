@@ -41,8 +41,20 @@ def allocated(
     budget: str,
     quiet: bool = False,
     copied: int = 0,
+    chosen: str | None = None,
 ) -> dict[str, Any]:
-    """The same, with what each variable keeps and how near that comes to what was asked, `copied` apart."""
+    """The same, with what each variable keeps and how near that comes to what was asked.
+
+    Args:
+        view: the coupling.
+        allocation: what each variable keeps.
+        account: what the ratio counts.
+        left: parameters of the cut model.
+        ratio, budget: what was asked for.
+        quiet: log nothing.
+        copied: parameters of a tied table that rotation must hold twice.
+        chosen: how the allocation was found: "uniform", "global" or "measured".
+    """
     report = coupled(view)
     before = account.count(np.array(list(view.counts.values()), dtype=np.int64))
     if budget == "params":
@@ -60,14 +72,19 @@ def allocated(
         ],
     )
     missed = allocation.total > allocation.target * 1.02
-    if allocation.total < allocation.target * 0.98:
-        wide = "the widths that alignment and heads allow lie too far apart to come nearer"
+    stuck = missed and not allocation.held_back and any(k < view.counts[n] for n, k in allocation.keep.items())
+    if allocation.total < allocation.target * 0.98 or stuck:
+        wide = (
+            "of the widths that alignment and heads allow, these are foretold to lose least"
+            if chosen == "measured" and not stuck
+            else "the widths that alignment and heads allow lie too far apart to come nearer"
+        )
         report["notes"].append(f"asked to keep {ratio:.3f}, keeps {report['reached']:.3f}: {wide}")
         if not quiet:
             logger.warning("asked to keep %.3f of the %s, keeps %.3f: %s", ratio, budget, report["reached"], wide)
-    if missed and not allocation.held_back:
+    if missed and not allocation.held_back and not stuck:
         report["notes"].append("nothing more can be pruned: every other axis stays whole")
-    if missed and not quiet:
+    if missed and not stuck and not quiet:
         logger.warning(
             "asked to keep %.3f of the %s, reached %.3f; report() says what holds it back",
             ratio,

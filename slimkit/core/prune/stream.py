@@ -68,6 +68,21 @@ class Stream:
         """Whether the table is read as a matrix too, behind a scale that it cannot hold."""
         return any(r.path == self.table and r.norm for r in self.readers)
 
+    def check_read_by(self, graph: Graph) -> None:
+        """Refuse readers that are no layers of the graph, so that calibration could tell nothing of them.
+
+        Raises:
+            UnsupportedError: experts or a router read the stream; the message names them.
+        """
+        layers = {*graph.layers, *graph.further}
+        for reader in self.readers:
+            module = reader.path.rpartition(".")[0]
+            if reader.path != self.table and module not in layers:
+                raise UnsupportedError(
+                    f"the residual stream cannot be turned: {reader.path} of {list(graph.shapes[reader.path])} reads "
+                    "it, which is no layer of its own (experts and their routers are not turned)"
+                )
+
     def variable(self, view: View) -> str | None:
         """Its variable in a view of the same graph, where it may be cut there."""
         expr = view.axes[self.table][1]

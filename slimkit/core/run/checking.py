@@ -9,7 +9,7 @@ from typing import Any
 
 from slimkit.core.errors import ConfigError, SlimkitError
 from slimkit.core.jobs import factory
-from slimkit.core.jobs.options import CutOptions, ExportOptions, FitOptions
+from slimkit.core.jobs.options import CutOptions, DistillOptions, ExportOptions, FitOptions
 from slimkit.core.run.language import model_folder
 from slimkit.core.run.recipe import Recipe
 
@@ -96,6 +96,29 @@ def check_data(recipe: Recipe, data: Any) -> None:
     for key, options in _stages(recipe):
         if options.needs_data and recipe.calibrate is None and not data.get("calibration"):
             raise ConfigError(f"{key}: needs calibration batches; the data factory returned no key 'calibration'")
+        if isinstance(options, FitOptions):
+            source = _source(key, data)
+            if isinstance(data[source], list) and data[source]:  # a loader is read by --check alone
+                _refuse_labels(key, options, source, data[source][0], data["example"])
+
+
+def _source(key: str, data: Mapping[str, Any]) -> str:
+    """The key of the data that a stage trains on."""
+    kind = key.rpartition(".")[2]
+    return kind if kind in data else "train"
+
+
+def _refuse_labels(key: str, options: FitOptions, source: str, one: Any, example: Any) -> None:
+    """A distillation without labels gives the student all of a batch, so labels in it would be inputs."""
+    if isinstance(options, DistillOptions) and not options.labelled and _is_pair(one) and not _is_pair(example):
+        raise ConfigError(
+            f"{key}: learns from inputs alone, and data[{source!r}] gives (inputs, labels): give it hard_weight, or "
+            "inputs under the key 'distill'"
+        )
+
+
+def _is_pair(one: Any) -> bool:
+    return isinstance(one, tuple | list) and len(one) == 2
 
 
 def _trains(recipe: Recipe) -> bool:
@@ -107,11 +130,11 @@ def _read_one(recipe: Recipe, data: Mapping[str, Any]) -> None:
     for key, options in _stages(recipe):
         if not isinstance(options, FitOptions):
             continue
-        kind = key.rpartition(".")[2]
-        source = kind if kind in data else "train"
+        source = _source(key, data)
         one = _first(data[source], source)
+        _refuse_labels(key, options, source, one, data["example"])
         loss = recipe.loss if options.loss is None else options.loss
-        if options.labelled and loss in factory.LOSS_NAMES and not (isinstance(one, tuple | list) and len(one) == 2):
+        if options.labelled and loss in factory.LOSS_NAMES and not _is_pair(one):
             raise ConfigError(
                 f"{key}: the loss reads (inputs, labels), and data[{source!r}] gives a {type(one).__name__}"
             )

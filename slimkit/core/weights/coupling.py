@@ -40,6 +40,7 @@ class Structure:
         tied: groups of names that are one tensor.
         ignorable: names that the model computes itself, so that a file may hold them in vain.
         rotary: the model turns queries and keys by rotary position embeddings.
+        computed: name -> shape of floating tensors that no saved file of the model holds.
     """
 
     targets: Mapping[str, SmallTensor]
@@ -47,6 +48,7 @@ class Structure:
     tied: tuple[tuple[str, ...], ...] = ()
     ignorable: frozenset[str] = frozenset()
     rotary: bool = False
+    computed: Mapping[str, Shape] = field(default_factory=dict)
 
 
 def computed_names(names: Iterable[str]) -> frozenset[str]:

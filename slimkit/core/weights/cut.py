@@ -27,7 +27,7 @@ class WeightPlan:
     Args:
         feeds: name in the model -> name in the file, for every tensor that is read.
         index: name in the model -> for each axis the kept positions, or None where all stay.
-        report: copied, renamed, cut, initialised, unused, tied: what `prune_model_weight` returns.
+        report: copied, renamed, cut, initialised, unused, tied, ...: what `prune_model_weight` returns.
     """
 
     feeds: dict[str, str]
@@ -112,8 +112,29 @@ def plan_weights(
         "unused": unused,
         "dropped": dropped,
         "choices": choice,
+        "computed": _computed_anew(structure, coupling),
     }
     return plan
+
+
+def _computed_anew(structure: Structure, coupling: WeightCoupling | None) -> list[str]:
+    """The tables in no file whose features are as many as a cut leaves: the small model computes others than the large
+    one's, whichever channels stay."""
+    hidden = {
+        use.variable
+        for name, uses in (coupling.uses.items() if coupling is not None else ())
+        for use in uses[1:]
+        if use is not None and structure.targets[name].kind == "embedding"
+    }
+    left = {coupling.widths[key].target for key in hidden if key in coupling.widths} if coupling is not None else set()
+    found = sorted(n for n, shape in structure.computed.items() if len(shape) > 1 and shape[-1] in left)
+    if found:
+        logger.warning(
+            "%s: in no file, but computed by a formula for the width that is left, other numbers than the large model "
+            "adds to the channels that stay; train the small model before it is used",
+            ", ".join(found),
+        )
+    return found
 
 
 def _feed_tied_once(structure: Structure, paired: dict[str, str]) -> dict[str, str]:

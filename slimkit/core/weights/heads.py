@@ -127,7 +127,7 @@ def config_size(config: Mapping[str, Any], rows: int | None) -> int | None:
         size = config.get(key)
         if isinstance(size, int) and size > 0 and (rows is None or rows % size == 0):
             return size
-    for key in ("num_attention_heads", "n_head", "num_heads", "n_heads", "encoder_attention_heads"):
+    for key in ("num_attention_heads", "n_head", "num_heads", "n_heads", "attention_heads", "encoder_attention_heads"):
         heads = config.get(key)
         if rows and isinstance(heads, int) and heads > 0 and rows % heads == 0:
             return rows // heads

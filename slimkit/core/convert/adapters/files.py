@@ -75,6 +75,7 @@ def layout_of(folder: Path) -> str:
     """
     if peft.is_adapter(folder) and not (folder / RECORD).exists():
         return "peft"
+    peft.refuse_bundle(folder)
     if shard_files(folder):
         return "megatron"
     if _mindformers_file(folder) is not None:

@@ -125,8 +125,8 @@ def solve(
         new, keep, facts = method.solve(
             SparseProblem(
                 weight=dense,
-                # Methods use up what they are given, and swaps need it once more.
-                target=own_copy(target) if config.swaps and target is not dense else target,
+                # Methods use up what they are given; swaps and the error after them and after rounding need it.
+                target=own_copy(target) if polished and target is not dense else target,
                 gram=gram,
                 spend=(means.own or dead is not None) and not polished,
                 dead=dead,
