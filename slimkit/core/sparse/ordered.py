@@ -10,7 +10,6 @@ round is a whole product, and what it gets is its part of everybody's. In the en
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from math import prod
 from typing import Any
 
 from slimkit.core.sparse.framework import SparseFramework
@@ -80,7 +79,7 @@ class OrderedSums:
             if not any(has):
                 continue
             bounds = self._bounds(moments, field)
-            mine = [getattr(calls[i], field).reshape(-1) for i in has[self._rank]]
+            mine = [calls[i].flat(field) for i in has[self._rank]]
             if len(mine) == 1:
                 sent = mine[0]  # its parts lie in the order of the processes already
             else:
@@ -114,11 +113,11 @@ class OrderedSums:
             setattr(moments, field, None)
             whole = self._host.swap(sent, gives, gets)
             if reads[self._rank]:
-                setattr(moments, field, whole.reshape(moments.shape(field)))
+                moments.take(field, whole)
 
     def _bounds(self, moments: Moments, field: str) -> list[int]:
         """Where each process's part of a flat sum begins and ends."""
-        size = prod(moments.shape(field))
+        size = moments.flat_size(field)
         return [size * r // self._n for r in range(self._n + 1)]
 
     def _weight(self, moments: Moments) -> Array:

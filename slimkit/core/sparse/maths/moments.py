@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 from typing import Any
 
 from slimkit.core.errors import ArgumentError
@@ -11,6 +12,8 @@ from slimkit.core.sparse.maths.layer import SparseLayer
 
 # Rows of a sum whose products are in memory at once, where each call's are made by themselves.
 PANEL = 512
+# The same of a symmetric sum of which one half is made: smaller ones make less of the other half.
+HALF_PANEL = 256
 
 # Rows longer than so many times the median one of their call count as no longer: the first token of a language model is
 # some hundred times as long as the others (massive activations, Sun et al. 2024), and squares would leave nothing of
@@ -37,11 +40,12 @@ class Moments:
         weight: the layer's dense weight, to sum `missing` and not `cross`: less to add and to keep where outputs are
             fewer than inputs, and exact where the inputs hardly differ. Only one layer can use such moments.
         apart: make the product of each call's rows by itself before it is added, so that the sums come out alike to
-            the last bit wherever that product was made (see `fold`).
+            the last bit wherever that product was made (see `fold`). Of the symmetric one only one half is made then.
 
     Attributes:
         count: rows seen.
-        gram: (groups, n_in, n_in) sum of x x^T, None before the first row.
+        gram: (groups, n_in, n_in) sum of x x^T, None before the first row; where one half is made, `average` adds the
+            other.
         total: (groups, n_in) sum of x.
         cross: (groups, n_in, n_in) sum of dense x times sparse x^T; None when not paired, or where `missing` is.
         missing: (groups, n_out, n_in) sum of weight (dense x - x) times x^T; None when not paired or without a weight.
@@ -54,6 +58,8 @@ class Moments:
         self.layer = layer
         self._weight = weight
         self._apart = apart
+        # Where dense rows have sums of the same shape, all is made alike: of equal rows the two are equal to the bit.
+        self._half = apart and layer.groups == 1 and (not paired or weight is not None)
         self.paired = paired
         self._bounds = paired and layer.kind == "linear"
         self.count = 0
@@ -100,7 +106,7 @@ class Moments:
                 self.total = _zeros(rows)
             turned = xp.permute_dims(rows, (0, 2, 1))
             self.count += rows.shape[1]
-            _add(self.gram, turned, rows, self._apart)
+            _add(self.gram, turned, rows, self._apart, self._half)
             self.total += xp.sum(rows, axis=1)
             if self.paired:
                 self._add_dense(rows, xp.astype(dense_rows, dtype, copy=False))
@@ -133,7 +139,36 @@ class Moments:
 
     def alike(self) -> Moments:
         """Moments of the same layer without rows."""
-        return Moments(self.layer, self.paired, self._weight, self._apart)
+        made = Moments(self.layer, self.paired, self._weight, self._apart)
+        made._half = self._half  # whatever has become of the pairs by now
+        return made
+
+    def flat(self, name: str) -> Array:
+        """One of the sums in one piece, as processes exchange it: of a symmetric one the half that was made."""
+        array = getattr(self, name)
+        if name != "gram" or not self._half:
+            return array.reshape(-1)
+        n = self.layer.n_in
+        return namespace(array).concat([array[0, r, r.start :].reshape(-1) for r in _panels(n, HALF_PANEL)])
+
+    def flat_size(self, name: str) -> int:
+        """How many numbers `flat` gives."""
+        if name != "gram" or not self._half:
+            return prod(self.shape(name))
+        n = self.layer.n_in
+        return sum((r.stop - r.start) * (n - r.start) for r in _panels(n, HALF_PANEL))
+
+    def take(self, name: str, flat: Array) -> None:
+        """Take as one of the sums what `flat` gave."""
+        if name != "gram" or not self._half:
+            setattr(self, name, flat.reshape(self.shape(name)))
+            return
+        n, at = self.layer.n_in, 0
+        self.gram = namespace(flat).zeros((1, n, n), dtype=flat.dtype, device=device_of(flat))
+        for r in _panels(n, HALF_PANEL):
+            high, wide = r.stop - r.start, n - r.start
+            self.gram[0, r, r.start :] = flat[at : at + high * wide].reshape(high, wide)
+            at += high * wide
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of one of the sums."""
@@ -178,6 +213,8 @@ class Moments:
         """Turn the sums over rows into means, in place: no second Hessian in memory. No row can be added after it."""
         if not self._averaged:
             self._averaged = True
+            for r in _panels(self.layer.n_in, HALF_PANEL) if self._half and self.gram is not None else ():
+                self.gram[0, r.stop :, r] = self.gram[0, r, r.stop :].T
             count = max(self.count, 1)  # an expert that nobody chose has no rows, nor has padding
             for array in self.state():
                 array /= count
@@ -234,12 +271,19 @@ def _zeros(rows: Array, n: int | None = None) -> Array:
     return namespace(rows).zeros(shape, dtype=rows.dtype, device=device_of(rows))
 
 
-def _add(sums: Array, left: Array, right: Array, apart: bool) -> None:
+def _panels(n: int, height: int) -> list[slice]:
+    """Rows that are made at once."""
+    return [slice(start, min(start + height, n)) for start in range(0, n, height)]
+
+
+def _add(sums: Array, left: Array, right: Array, apart: bool, half: bool = False) -> None:
+    """Add products of rows; `half` leaves out what lies below the diagonal, panel by panel."""
     if sums.shape[0] > 1:
         sums += left @ right
     elif not apart:  # the common case: without the product in memory
         add_product(sums[0], left[0], right[0])
     else:
-        for start in range(0, sums.shape[1], PANEL):
-            panel = sums[0, start : start + PANEL]
-            panel += left[0, start : start + PANEL] @ right[0]
+        for r in _panels(sums.shape[1], HALF_PANEL if half else PANEL):
+            begin = r.start if half else 0
+            panel = sums[0, r, begin:]
+            panel += left[0, r] @ right[0, :, begin:]
