@@ -281,11 +281,18 @@ def record_zeros(module: torch.nn.Module) -> None:
 
 
 def record_zeros_of(model: torch.nn.Module, names: Iterable[str]) -> None:
-    """Note on the layers of these names, in place, that their zeros were made; names that no layer has pass."""
+    """Note on the layers of these names, in place, that their zeros were made; names that no layer has pass.
+
+    A part of a parameter has the parameter's name and which part it is: "experts.gate_up_proj[3]",
+    "attn.in_proj_weight[query]"; the note is on the module that has the parameter.
+    """
     modules = dict(model.named_modules(remove_duplicate=False))
     for name in names:
+        path, _, key = name.partition("[")[0].rpartition(".")
         if name in modules:
             record_zeros(modules[name])
+        elif path in modules and key in modules[path]._parameters:
+            record_zeros(modules[path])
 
 
 def forget_zeros(module: torch.nn.Module) -> None:

@@ -137,11 +137,18 @@ def record_zeros(cell: nn.Cell) -> None:
 
 
 def record_zeros_of(model: nn.Cell, names: Iterable[str]) -> None:
-    """Note on the layers of these names, in place, that their zeros were made; names that no layer has pass."""
+    """Note on the layers of these names, in place, that their zeros were made; names that no layer has pass.
+
+    A part of a parameter has the parameter's name and which part it is: "experts.w[3]", "attn.in_proj_weight[query]";
+    the note is on the cell that has the parameter.
+    """
     cells = dict(model.cells_and_names())
     for name in names:
+        path, _, key = name.partition("[")[0].rpartition(".")
         if name in cells:
             record_zeros(cells[name])
+        elif path in cells and key in cells[path]._params:
+            record_zeros(cells[path])
 
 
 def forget_zeros(cell: nn.Cell) -> None:

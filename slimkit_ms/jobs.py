@@ -224,7 +224,7 @@ class MindSporeJobs(JobFramework):
         if format == "w16a16s":
             return self.slim.save_w16a16s(out, opened.model, opened.place.model).to_dict()
         if format == "w8a8s":
-            return self.slim.save_w8a8s(out, opened.model, inputs, opened.place.model).to_dict()
+            return self.slim.save_w8a8s(out, opened.model, inputs, opened.place.model, **settings).to_dict()
         given = _positional(opened.model, inputs)
         if format == "mindir":
             return self.slim.export_mindir(opened.model, given, out, tolerance=settings["tolerance"]).to_dict()

@@ -78,11 +78,9 @@ class TorchStorage(TorchDelta, DeltaStorage):
 
     def weight(self, model: nn.Module, path: str) -> Any:
         layer: Any = bridge.get_module(model, path)
-        return (
-            layer.unmerged
-            if isinstance(layer, DeltaLayer) and layer.delta_is_merged
-            else getattr(layer, "weight", None)
-        )
+        merged = isinstance(layer, DeltaLayer) and layer.delta_is_merged
+        found = layer.unmerged if merged else getattr(layer, "weight", None)
+        return found if isinstance(found, torch.Tensor) else None  # a module that reads its weights itself has several
 
     def neutral(self, model: nn.Module) -> dict[str, Any]:
         modules = list(bridge.named_modules(model, remove_duplicate=False))

@@ -255,29 +255,6 @@ def test_the_layer_answers_as_the_tuned_one_where_rank_is_no_bound(rng):
     np.testing.assert_allclose(got, want, atol=2e-2)  # a and b in float16, values of 3
 
 
-def test_a_row_counts_as_no_longer_than_ten_median_ones(rng):
-    """Weighted sums by their definition: the first token of a language model alone would decide everything."""
-    x, y = (rng.standard_normal((60, 8)).astype(np.float32) for _ in range(2))
-    x[::20] *= 1000
-    y[::20] *= 900
-    pairs, whole = fitted.PairedMoments(), fitted.PairedMoments()
-    shares = []
-    for part in np.split(np.arange(60), 2):
-        pairs.add(x[part], y[part])
-        lengths = np.linalg.norm(x[part], axis=1)
-        shares.append(np.minimum(1, 10 * np.sort(lengths)[15] / lengths))
-    share = np.concatenate(shares)[:, None]
-    np.testing.assert_allclose(pairs.gram, (share * y).T @ (share * y), rtol=1e-4)
-    np.testing.assert_allclose(pairs.cross, (share * x).T @ (share * y), rtol=1e-4)
-    np.testing.assert_allclose(pairs.own_total, (share**2 * y).sum(0), rtol=1e-4)
-    np.testing.assert_allclose(pairs.tuned_total, (share**2 * x).sum(0), rtol=1e-4)
-    assert pairs.count == pytest.approx((share**2).sum(), rel=1e-5)
-    assert (share < 0.1).sum() == 3
-    whole.add(y, y)
-    whole.add(x[1:20], x[1:20])
-    assert whole.count > 19  # rows of like length count whole
-
-
 def test_the_random_range_is_about_as_near_as_the_decomposition(rng):
     matrix = (
         rng.standard_normal((300, 12)) @ rng.standard_normal((12, 200)) + 0.3 * rng.standard_normal((300, 200))

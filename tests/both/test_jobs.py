@@ -173,6 +173,8 @@ KINDS = {
     "lora": ({"rank": 2}, ("--rank", 2)),
     "lora from the gradient": ({"rank": 2, "settings": {"init": "gradient"}}, ("--rank", 2, "--set", "init=gradient")),
     "lora from the inputs": ({"settings": {"init": "activations"}}, ("--set", "init=activations")),
+    "lora over int8": ({"rank": 2, "settings": {"base_dtype": "int8"}}, ("--rank", 2, "--set", "base_dtype=int8")),
+    "lora of the weight": ({"rank": 2, "settings": {"init": "pissa"}}, ("--rank", 2, "--set", "init=pissa", "--merge")),
     "adapter": ({"settings": {"bottleneck_size": 4}}, ("--set", "bottleneck_size=4")),
     "low_rank_adapter": ({}, ()),
     "ia3": ({}, ()),

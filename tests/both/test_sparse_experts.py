@@ -188,6 +188,17 @@ def test_padding_tokens_do_not_count(kit):
     assert sum(found[True].values()) == 80
 
 
+def test_zeros_in_experts_count_as_made_when_a_report_names_them(kit):
+    bridge = kit.room("bridge")
+    model, *_ = model_of(kit, "loop", False)
+    report = kit.slim.Compressor(model, SparseConfig(method="magnitude", ignore=["gate"])).compress([])
+    again, *_ = model_of(kit, "loop", False)
+    assert not bridge.has_made_zeros(again)
+    bridge.record_zeros_of(again, [*report["layers"], "gone[0]", "gate.gone"])
+    assert bridge.has_made_zeros(again)
+    assert not bridge.has_made_zeros(again.gate)
+
+
 def test_an_error_leaves_experts_as_they_were(kit):
     model, *_ = model_of(kit, "loop", False)
     before = kit.array(kit.params(model)["w"])

@@ -10,7 +10,9 @@ import pytest
 
 from slimkit.core.errors import ConfigError
 from slimkit.core.joblog import LOG, JobLog, own_command, read_log
-from slimkit.core.jobs import crew
+from slimkit.core.jobs import crew, fitting
+from slimkit.core.jobs.framework import FitRun
+from slimkit.core.jobs.options import TrainOptions
 from slimkit.core.jobs.status import lines, status
 from slimkit.core.locks import BLOCKS, SHARDS, holder, locked
 
@@ -74,6 +76,9 @@ def test_shards_recipes_trainings_and_results_are_told_apart(tmp_path):
     (training / ".slimkit-train" / "last").mkdir(parents=True)
     (training / ".slimkit-train" / "last" / "trainer.json").write_text('{"global_step": 7}')
     assert status(training)["done"] == {"updates": [7, None]}
+    assert status(training)["go_on"] is None
+    fitting.begin(TrainOptions(), training, FitRun(0, 100, False), {"command": "train"})
+    assert status(training)["go_on"] == own_command()
     result = tmp_path / "result"
     result.mkdir()
     with pytest.raises(ConfigError, match="no job"):

@@ -251,3 +251,31 @@ def test_trained_token_rows_are_the_adapters_own(tied, tmp_path):
     for left in (net, again):
         slimkit.remove_delta(left)
         assert torch.equal(logits(left), base)
+
+
+@pytest.mark.parametrize("format", ["slimkit", "peft"])
+@pytest.mark.parametrize("where", ["heads", "experts"])
+def test_what_reads_its_weights_itself_is_saved_while_merged(where, format, tmp_path):
+    def build():
+        torch.manual_seed(0)
+        if where == "heads":
+            return torch.nn.ModuleDict({"at": torch.nn.MultiheadAttention(8, 2)})
+        config = transformers.MixtralConfig(
+            hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+            vocab_size=64, num_local_experts=3,
+        )  # fmt: skip
+        return transformers.MixtralForCausalLM(config).eval()
+
+    def run(model):
+        with torch.no_grad():
+            x = torch.randn(3, 1, 8, generator=torch.Generator().manual_seed(2))
+            return model["at"](x, x, x)[0] if where == "heads" else logits(model)
+
+    model = build()
+    slimkit.apply_delta(model, "lora", ["at" if where == "heads" else "*experts"], rank=2)
+    wanted = run(stir(model))
+    slimkit.merge_delta(model)
+    slimkit.save_delta(model, tmp_path / "d", format=format)
+    again = build()
+    slimkit.load_delta(again, tmp_path / "d")
+    torch.testing.assert_close(run(again), wanted, rtol=1e-5, atol=1e-5)

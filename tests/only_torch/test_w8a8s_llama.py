@@ -2,6 +2,7 @@
 
 import copy
 import json
+from pathlib import Path
 
 import pytest
 
@@ -114,6 +115,16 @@ def test_the_commands_make_a_folder_out_of_a_folder(tmp_path, monkeypatch):
     assert "int8 layers, 50." in done.stdout
     assert len(slimkit.load_w8a8s("npu").layers) == 21
     assert CliRunner().invoke(app, ["inspect", "npu"]).exit_code == 0
+    # Two options of this format alone, from the one table.
+    few = run("export", "-m", "int8", "--format", "w8a8s", "--ranges", "percentile", "--most-error", "1e-9", "-o", "x")
+    assert "no layer is left" in str(few.exception)
+    odd = CliRunner().invoke(app, ["export", "-m", "int8", "-o", "m.onnx", "--most-error", "0.2"])
+    assert "--most-error is an option of --format w8a8s" in str(odd.exception)
+    done = run("sparsify", "-m", "llama", "--method", "hessian", "--weight-bits", "8", "--smooth", "-o", "smooth")
+    assert done.exit_code == 0, done.output
+    report = json.loads(Path("smooth/sparse_report.json").read_text())
+    # What a walk block by block leaves alone is left alone here too.
+    assert (len(report["smoothed"]), report["ignored"]) == (21, ["lm_head"])
     for arguments in (
         ("export", "-m", "int8", "-o", "m.onnx", *calib),
         ("export", "-m", "int8", "--format", "w8a8s", "-o", "x"),
@@ -125,11 +136,36 @@ def test_the_commands_make_a_folder_out_of_a_folder(tmp_path, monkeypatch):
 def test_what_is_served_as_one_stays_float_together(llama, tmp_path):
     _, sparse, batches = llama
     errors = {n: row["input_error"] for n, row in slimkit.save_w8a8s(tmp_path / "a", sparse, batches).layers.items()}
-    group = [n for n in errors if n.rpartition(".")[2] in ("q_proj", "k_proj", "v_proj") and ".1." in n]
-    least, most = sorted(errors[n] for n in group)[::2]
+    parts = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")
+    groups = [[f"model.layers.{k}.{part}" for part in own] for k in range(2) for own in parts]
+    # The group whose worst layer is worst of all: others stay below the middle of its least and its most.
+    group = max(groups, key=lambda own: max(errors[n] for n in own))
+    least, most = min(errors[n] for n in group), max(errors[n] for n in group)
     report = slimkit.save_w8a8s(tmp_path / "b", sparse, batches, most_error=(least + most) / 2)
     assert set(group) <= set(report.kept_float)
     assert any(error < (least + most) / 2 for error in report.kept_float.values())
     described = json.loads((tmp_path / "b" / "quant_model_description.json").read_text())
     assert {described[f"{n}.weight"] for n in report.kept_float} == {"FLOAT"}
     assert sorted([*report.layers, *report.kept_float]) == sorted(errors)
+
+
+def test_a_recipe_makes_the_folder(tmp_path):
+    from typer.testing import CliRunner
+
+    from slimkit.cli import app
+    from tests.chain import tiny_models
+
+    tiny_models.hugging_face(tmp_path, "llama")
+    tiny_models.text(tmp_path / "t.jsonl")
+    (tmp_path / "r.yaml").write_text(
+        "version: 1\nname: r\nmodel: llama\ncalibrate: {text: t.jsonl, samples: 8, length: 8}\nstages:\n"
+        "- sparsify: {method: hessian, sparse_ratio: 0.3, weight_bits: 8, smooth: true, ignore: [lm_head]}\n"
+        "- export: {formats: [w8a8s], most_error: 0.5}\n"
+    )
+    done = CliRunner().invoke(app, ["run", str(tmp_path / "r.yaml"), "-o", str(tmp_path / "run")])
+    assert done.exit_code == 0, done.output
+    stage = json.loads((tmp_path / "run" / "report.json").read_text())["stages"][-1]
+    assert stage["facts"]["headline"] == "21 int8 layers, 0 left float16"
+    folder = next((tmp_path / "run").rglob("model.w8a8s"))
+    assert len(slimkit.load_w8a8s(folder).layers) == 21
+    assert (folder / "tokenizer.json").is_file()

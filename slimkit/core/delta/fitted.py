@@ -9,7 +9,8 @@ rows of calibration data, with T the tuned weight and B the base's (outputs, inp
     f   = each row's scale: (s G r') / (s G s'), r the row of R - b a
     bias: the difference of the mean answers
 
-No row counts as longer than ten median ones: see `LONGEST` of the sparse methods' moments.
+Every row counts as it is, the first token of a language model too, which may be hundreds of times as long as others:
+bounded as in the sparse methods' moments, answers came no nearer (docs/numbers.md).
 
 Sources: Liu et al. 2024, "BitDelta" (signs with scales); Yao et al. 2025, "DeltaZip" (deltas fitted to activations);
 Frantar et al. 2023, "OPTQ", section 3 (the sweep over columns).
@@ -26,7 +27,6 @@ import numpy as np
 from slimkit.core.delta import rest
 from slimkit.core.delta.framework import DeltaFramework
 from slimkit.core.errors import ArgumentError
-from slimkit.core.sparse.maths.moments import shares
 
 Array = np.ndarray[Any, Any]
 
@@ -39,14 +39,10 @@ _TURNS = 2  # of signs and scales, each for the other
 
 
 class PairedMoments:
-    """Moments of what one layer is given in the tuned model and in the small one, over the same rows.
-
-    A row that is longer in the tuned model than ten median ones of its call counts by the square of what makes it as
-    long as those, in `count` as well.
-    """
+    """Moments of what one layer is given in the tuned model and in the small one, over the same rows."""
 
     def __init__(self) -> None:
-        self.count = 0.0
+        self.count = 0
         self.gram: Array = np.zeros((0, 0), np.float32)
         self.cross, self.tuned_total, self.own_total = self.gram, self.gram[:0], self.gram[:0]
 
@@ -56,14 +52,11 @@ class PairedMoments:
             width = own.shape[1]
             self.gram, self.cross = (np.zeros((width, width), np.float32) for _ in range(2))
             self.tuned_total, self.own_total = (np.zeros(width) for _ in range(2))
-        with np.errstate(invalid="ignore"):  # what is not finite is refused by `solve`
-            share = shares(tuned)
-        tuned, own = tuned * share, own * share
-        self.count += float(np.square(share, dtype=np.float64).sum())
+        self.count += len(own)
         self.gram += own.T @ own
         self.cross += tuned.T @ own
-        self.tuned_total += (tuned * share).sum(0, dtype=np.float64)
-        self.own_total += (own * share).sum(0, dtype=np.float64)
+        self.tuned_total += tuned.sum(0, dtype=np.float64)
+        self.own_total += own.sum(0, dtype=np.float64)
 
 
 class FittedDelta(NamedTuple):

@@ -10,16 +10,16 @@ from slimkit.core import files
 from slimkit.core.calibration.record import record_of, write_record
 from slimkit.core.errors import ConfigError, UnsupportedError
 from slimkit.core.examples import NoExampleError
-from slimkit.core.jobs import cards, early, fed, fitting, folders, pruning, sources, work
+from slimkit.core.jobs import cards, crew, early, fed, fitting, folders, pruning, sources, work
 from slimkit.core.jobs.calibrating import calibration_of
 from slimkit.core.jobs.fields import Strict, flag_of
 from slimkit.core.jobs.framework import ComputeLoss, FitRun, JobFramework, Opened, Supervised
 from slimkit.core.jobs.measurement import Measurement
-from slimkit.core.jobs.options import ExportOptions, FitOptions, PruneOptions, SparsifyOptions
+from slimkit.core.jobs.options import W8A8S, ExportOptions, FitOptions, PruneOptions, SparsifyOptions
 from slimkit.core.jobs.sources import DataPlace, ModelPlace
 from slimkit.core.log import logger
 from slimkit.core.sparse import SparseConfig
-from slimkit.core.sparse.select import select
+from slimkit.core.sparse.select import said, select
 
 # Formats that are a folder with the model's configuration beside the weights.
 FOLDERS = ("w16a16s", "w8a8s", "hf")
@@ -189,9 +189,16 @@ def sparsify(
     config = options.build()
     early.check(place, options, calib=calib)
     command = cards.command_line("sparsify", place, options, cards.data_flags(calib))
-    found = face.sparsify_blocks(place, out, config, calib, command, restart=restart, plan=plan)
-    if found is not None:
-        return found
+    if config.smooth and crew.size() > 1:
+        raise ConfigError("--smooth holds the whole model in memory, which one process does: leave torchrun out")
+    if not config.smooth:
+        found = face.sparsify_blocks(place, out, config, calib, command, restart=restart, plan=plan)
+        if found is not None:
+            return found
+    elif left := face.outside_blocks(place):  # the same layers as a walk changes, though the model is in memory
+        logger.warning("%s left alone: outside the blocks", said(left))
+        options = options.model_copy(update={"ignore": [*(options.ignore or []), *left]})
+        config = options.build()
     opened = face.open(place)
     batches = needed(proved(face, opened, calibration_of(face, opened, calib, out), calib), config)
     if plan:
@@ -285,6 +292,8 @@ def export(
         raise ConfigError(
             "--calib is needed for --format w8a8s, whose inputs get their steps from it, and for no other"
         )
+    if format != "w8a8s" and (odd := [key for key in W8A8S if key in options.changed()]):
+        raise ConfigError(f"--{odd[0].replace('_', '-')} is an option of --format w8a8s. Received: --format {format}")
     if format == "mindir" and out is not None and out.suffix != ".mindir":
         raise ConfigError(f"--out must end in .mindir for --format mindir. Received: {out.name!r}")
     early.check(place, options)
@@ -302,9 +311,9 @@ def export(
     if out is None:
         return facts
     if format not in FOLDERS:
-        return {**facts, **face.export(opened, inputs, out, format, options.build())}
+        return {**facts, **face.export(opened, inputs, out, format, options.build(format))}
     with files.atomic_directory(out) as folder:
-        written = face.export(opened, inputs, folder, format, options.build())
+        written = face.export(opened, inputs, folder, format, options.build(format))
     return {**facts, **written, "directory": str(out)}
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from slimkit.core.errors import ConfigError
+from slimkit.core.joblog import JobLog
 from slimkit.core.jobs import crew, folders
 from slimkit.core.jobs.fields import Spell
 from slimkit.core.jobs.framework import ComputeLoss, FitRun, JobFramework
@@ -114,6 +115,7 @@ def begin(options: FitOptions, out: Path, run: FitRun, job: Mapping[str, Any]) -
     # As JSON gives it back, so that tuples compare like the lists that were read.
     usual = defaults(type(options))
     same_job(state, {**job, "plan": plan}, {**usual, "plan": usual})
+    JobLog(state).begun("training")
     return state
 
 

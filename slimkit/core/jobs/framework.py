@@ -25,8 +25,7 @@ if TYPE_CHECKING:
     from slimkit.core.sparse import SparseConfig
 
 Array = np.ndarray[Any, Any]
-# f(model, batch) -> scalar
-ComputeLoss = Callable[[Any, Any], Any]
+ComputeLoss = Callable[[Any, Any], Any]  # f(model, batch) -> scalar
 
 
 @dataclass
@@ -379,6 +378,10 @@ class JobFramework(CrewFramework, Protocol):
         """A pruner of a folder that is never in memory whole, and the batches; own text goes beside `out`."""
         raise UnsupportedError("--stream reads folders of transformers, which are PyTorch's: leave --framework out")
 
+    def outside_blocks(self, place: ModelPlace) -> list[str]:
+        """The layers of a folder's model that a walk block by block leaves alone."""
+        return []
+
     def sparsify_blocks(
         self,
         place: ModelPlace,
@@ -390,9 +393,6 @@ class JobFramework(CrewFramework, Protocol):
         restart: bool,
         plan: bool,
     ) -> dict[str, Any] | None:
-        """Sparsify a folder block by block (or `plan` it); None where the model has to be in memory whole.
-
-        `command` is for the model card.
-        """
+        """Sparsify a folder block by block, or `plan` it, `command` on its card; None where it is in memory whole."""
         self.join()
         return None

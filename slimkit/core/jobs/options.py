@@ -25,10 +25,8 @@ if TYPE_CHECKING:
     from slimkit.core.weights.blocks import PruneConfig
 
 Ratio = Annotated[float, Field(gt=0, lt=1)]
-
-
-# More batches than any data has.
-EVERY = 1_000_000_000
+W8A8S = ("ranges", "most_error")  # options of export that this format alone has
+EVERY = 1_000_000_000  # more batches than any data has
 
 
 class PruneOptions(JobOptions):
@@ -234,6 +232,11 @@ class SparsifyOptions(JobOptions):
     weight_bits: PositiveInt | None = Field(
         None, description="round what stays to whole numbers of so many bits, 2 to 8, by output channel; unset: not"
     )
+    smooth: bool = Field(
+        False,
+        description="with 8 weight bits: bring inputs' channels closer together first, so that w8a8s loses less; "
+        "the whole model is in memory",
+    )
     targets: Annotated[list[str] | None, Flag("--target", metavar="GLOB")] = Field(
         None, description="globs of layers to sparsify; unset: all"
     )
@@ -271,14 +274,22 @@ class ExportOptions(JobOptions):
     compare_dense: Annotated[bool, RECIPE_ONLY] = Field(
         True, description="also export the dense model and measure the latency ratio"
     )
+    ranges: Annotated[str, OneOf("slimkit.core.ascend.inputs:RANGES")] = Field(
+        "minmax", description="w8a8s: inputs lie between all that calibration shows, or all but a ten-thousandth"
+    )
+    most_error: Annotated[float, Field(ge=0)] = Field(
+        0.1, description="w8a8s: a layer whose answers change by a larger share from rounded inputs stays float16"
+    )
     formats: Annotated[
-        Annotated[list[Annotated[str, OneOf(("onnx", "mindir"))]], Field(min_length=1)] | None, RECIPE_ONLY
-    ] = Field(None, description="which files; unset: onnx, and mindir too in MindSpore")
+        Annotated[list[Annotated[str, OneOf(("onnx", "mindir", "w8a8s"))]], Field(min_length=1)] | None, RECIPE_ONLY
+    ] = Field(None, description="which files; unset: onnx, and mindir too in MindSpore; w8a8s is a folder")
 
-    def build(self) -> dict[str, Any]:
-        """The arguments of `JobFramework.export`."""
+    def build(self, format: str = "onnx") -> dict[str, Any]:
+        """The arguments of `JobFramework.export` for a format."""
         from slimkit.core.onnxaxes import parse_axes
 
+        if format == "w8a8s":
+            return {key: getattr(self, key) for key in W8A8S}
         keys = ("opset", "dynamic_batch", "tolerance")
         return {**{key: getattr(self, key) for key in keys}, "dynamic": parse_axes(self.dynamic or [])}
 

@@ -111,7 +111,7 @@ def _shards(base: Path, state: Path) -> dict[str, Any]:
 
 
 def _training(out: Path) -> dict[str, Any]:
-    found = _found("training", out, lock_file(out), [])
+    found = _found("training", out, lock_file(out), read_log(out / folders.STATE))
     last = out / folders.STATE / "last"
     progress = last / "trainer.json"
     if progress.exists():

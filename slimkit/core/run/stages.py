@@ -231,19 +231,23 @@ class Stages:
         """One file a format; ONNX also beside the dense model's, both timed."""
         files = ("onnx", "mindir")
         wanted = options.formats or [form for form in self.face.formats if form in files]
-        example, settings = stage.data["example"], options.build()
+        example, folder = stage.data["example"], language.model_folder(stage.recipe, stage.folder)
+        place = ModelPlace(factory="the recipe's") if folder is None else ModelPlace(folder)
         facts: dict[str, Any] = {}
         said: list[str] = []
 
         def write(which: Any, name: str, form: str) -> dict[str, Any]:
-            opened = Opened(which, ModelPlace(factory="the recipe's"))
-            return self.face.export(opened, example, stage.directory / name, form, settings)
+            inputs = RecipeContext(self.face, stage).calibration() if form == "w8a8s" else example
+            return self.face.export(Opened(which, place), inputs, stage.directory / name, form, options.build(form))
 
         for form in wanted:
             if form not in self.face.formats:
                 raise ConfigError(f"{stage.key}.formats: {form} is MindSpore's; this recipe runs in torch")
             written = write(model, f"model.{form}", form)
             facts[form] = {**written, "path": f"model.{form}"}
+            if form == "w8a8s":
+                said.append(f"{len(written['layers'])} int8 layers, {len(written['kept_float'])} left float16")
+                continue
             opset = f"opset {written['opset']}, " if form == "onnx" else "MINDIR "
             said.append(f"{opset}within {written['max_difference']:.1e} of the model")
             if form == "onnx" and options.compare_dense:
