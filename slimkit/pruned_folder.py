@@ -167,7 +167,7 @@ class FolderPruner(PrunerBase):
         return super().set_form(form)
 
     def set_budget(self, budget: str, table: Any = None) -> Self:
-        """Choose what the ratio counts: "params" or "macs"."""
+        """Choose what the ratio counts: "params", "macs" or "kv_cache"."""
         if budget == "latency":
             raise UnsupportedError(
                 "the budget latency times the model in memory, and a folder stays on disk: prune the model, or choose "

@@ -40,8 +40,10 @@ class PruneOptions(JobOptions):
         description="how channels are scored, by name (output, taylor, hessian, activation read calibration data) or "
         "file.py:function of one channel's weights; auto: output for a language model, l1 for others",
     )
-    budget: Annotated[str, OneOf(("params", "macs", "latency"))] = Field(
-        "params", description="what the ratio counts; latency: milliseconds, as a table foretells them"
+    budget: Annotated[str, OneOf(("params", "macs", "kv_cache", "latency"))] = Field(
+        "params",
+        description="what the ratio counts; kv_cache: keys and values that a decoder holds for each token, and nothing "
+        "else is cut; latency: milliseconds, as a table foretells them",
     )
     latency_table: Annotated[str | None, Flag("--latency-table", metavar="FILE")] = Field(
         None,

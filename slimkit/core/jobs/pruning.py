@@ -15,7 +15,7 @@ from slimkit.core.prune.criteria import Criterion
 from slimkit.core.prune.latency import LatencyTable
 
 # What the words of a budget count.
-_COUNTED = {"params": "parameters", "macs": "MACs", "latency": "latency"}
+_COUNTED = {"params": "parameters", "macs": "MACs", "kv_cache": "KV cache", "latency": "latency"}
 
 
 # Why calibration data may be of no use to a command.

@@ -14,6 +14,7 @@ from slimkit.core.log import logger
 from slimkit.core.match import demand, match
 from slimkit.core.prune.allocate import Account, Allocation, allocate
 from slimkit.core.prune.attributes import config_changes, new_values, scope_sizes
+from slimkit.core.prune.cache_size import CacheAccount
 from slimkit.core.prune.criteria import CRITERIA, Criterion
 from slimkit.core.prune.experts import fields_after, find_experts, numbers_after, stay_note
 from slimkit.core.prune.expressions import Index
@@ -231,7 +232,7 @@ class PrunerPlanning(PrunerSettings):
                     'other numbers. Received: the form "padded"'
                 )
             return LatencyAccount(view, self._table)
-        return Account(view, self._budget)
+        return CacheAccount(view) if self._budget == "kv_cache" else Account(view, self._budget)
 
     def _allocate(self, view: View, ratio: float) -> tuple[Allocation, Account]:
         account = self._account(view)

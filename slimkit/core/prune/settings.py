@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-BUDGETS = ("params", "macs", "latency")
+BUDGETS = ("params", "macs", "kv_cache", "latency")
 ALLOCATIONS = ("uniform", "global", "measured")
 
 
@@ -177,15 +177,17 @@ class PrunerSettings(Shown):
         """Choose what the ratio counts.
 
         Args:
-            budget: "params", "macs" for multiplications of one forward pass on the example, or "latency" for
-                milliseconds as a table foretells them.
+            budget: "params", "macs" for multiplications of one forward pass on the example, "kv_cache" for the keys and
+                values that a decoder holds for each token (nothing else is cut then), or "latency" for milliseconds as
+                a table foretells them.
             table: for "latency": what `measure_latency` returned, or the file that it wrote.
 
         Returns:
             This pruner.
 
         Raises:
-            ArgumentError: "latency" without a table, or a table with another budget.
+            ArgumentError: "latency" without a table, or a table with another budget; at the first plan, "kv_cache" of a
+                network without attention.
             FileFormatError: the file is no table.
         """
         check.choice(budget, BUDGETS, "budget")
