@@ -121,7 +121,9 @@ def layer_signals(
                     output = run(batch if loss is None else without_labels(batch, model.forward))
                     if loss is not None:
                         placed = bridge.to_device(batch, bridge.device_of(model))
-                        loss(output, placed).backward()
+                        wanted = loss(output, placed)
+                        if wanted.requires_grad:
+                            wanted.backward()
                         sums.answered(1)
                     else:
                         _back(output, padding, sums)
@@ -140,5 +142,6 @@ def _back(output: Any, padding: Padding, sums: SignalSums) -> None:
         answer = next(iter(answer.values() if isinstance(answer, Mapping) else answer))
     rows = real_rows(padding, "", answer).reshape(-1, answer.shape[-1])
     shares = rows.detach().float().cpu().numpy() if is_logits else None
-    rows.backward(torch.from_numpy(sent_back(sums.random, shares, tuple(rows.shape))).to(rows))
+    if rows.requires_grad:  # else no layer that is watched took part in it
+        rows.backward(torch.from_numpy(sent_back(sums.random, shares, tuple(rows.shape))).to(rows))
     sums.answered(len(rows))

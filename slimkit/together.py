@@ -128,8 +128,11 @@ def step(wrong: str | None = None) -> list[str | None]:
     words = b"" if wrong is None else wrong.encode()[: _TOLD - 1] + b"."
     own = torch.tensor(list(words.ljust(_TOLD, b"\0")), dtype=torch.uint8)
     every = [torch.empty_like(own) for _ in range(processes())]
+    # `dist.all_gather` knows the group's patience alone, and no process can end with an exchange under way.
+    limit = dist.distributed_c10d.AllgatherOptions()
+    limit.timeout = PATIENCE if wrong is None else GRACE
     with exchanging():
-        dist.all_gather(every, own, group=beside, async_op=True).wait(PATIENCE if wrong is None else GRACE)
+        beside.allgather([every], [own], limit).wait()
     found = [bytes(one.tolist()).rstrip(b"\0")[:-1].decode(errors="ignore") for one in every]
     return [text or None for text in found]
 

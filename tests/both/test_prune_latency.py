@@ -54,6 +54,7 @@ def sigmoid(kit):
 @pytest.fixture
 def times(kit, monkeypatch):
     Proportional.timed = []
+    monkeypatch.setattr(Proportional, "networks", Proportional.networks)  # a test may set another
     Proportional.shapes = lambda model: kit.room("prune").Pruner(model)._wing.shapes()
     monkeypatch.setattr(kit.room("latency"), "OnnxTimes", Proportional)
     monkeypatch.setattr(measuring, "_CUTS", measuring._CUTS[2::2])  # MindSpore compiles for each
@@ -95,3 +96,35 @@ def test_a_latency_budget_says_what_it_needs(kit, times, tmp_path):
         other.prune(0.5)
     with pytest.raises(FileFormatError, match="another device"):
         kit.room("latency").measure_latency(model, x, tmp_path / "t", device="another")
+
+
+def test_a_latency_that_no_cut_reaches_is_refused_and_the_network_left(kit, times, tmp_path):
+    model, x = net(kit), kit.tensor(np.ones((2, 16), np.float32))
+    times.networks = lambda self, models: [1.0 for _ in models]  # calls, and nothing that widths change
+    table = kit.room("latency").measure_latency(model, x, alignment=4)
+    shapes = times.shapes(model)
+    pruner = kit.room("prune").Pruner(model, x).set_alignment(4).set_budget("latency", table)
+    with pytest.raises(ArgumentError, match="the narrowest network takes 100% of the dense one's"):
+        pruner.prune(0.5, [])
+    assert times.shapes(model) == shapes
+    pruner.set_node_reserved_ratio(0.5).prune(0.5, [])  # a floor of one's own is gone to, with a warning
+    assert times.shapes(model)["a.weight"][0] == 32
+
+
+@pytest.mark.parametrize("ms", [0.0, math.nan])
+def test_times_that_are_none_make_no_table(kit, times, ms):
+    model, x = net(kit), kit.tensor(np.ones((2, 16), np.float32))
+    times.networks = lambda self, models: [ms for _ in models]
+    with pytest.raises(ArgumentError, match="times of whole networks"):
+        kit.room("latency").measure_latency(model, x, alignment=4)
+
+
+def test_a_table_that_foretells_badly_says_so_wherever_it_is_used(kit, times):
+    model, x = net(kit), kit.tensor(np.ones((2, 16), np.float32))
+    plain = Proportional.networks
+    times.networks = lambda self, models: [ms * (1 + k % 2) for k, ms in enumerate(plain(self, models))]
+    table = kit.room("latency").measure_latency(model, x, alignment=4)
+    pruner = kit.room("prune").Pruner(model, x).set_alignment(4).set_budget("latency", table)
+    pruner.prune(0.7, [])
+    assert pruner.report()["latency"]["off_by"] > 0.1
+    assert any("foretells this network's time up to" in note for note in pruner.report()["notes"])

@@ -127,6 +127,37 @@ def test_widths_that_multiply_one_another_stay_within_the_target(rng):
     assert 0.85 * 384 < found.total <= 384
 
 
+class Stepped(Account):
+    """Costs as a device's times may be: nothing is saved until three quarters are left, then much at once."""
+
+    is_linear = False
+
+    def count(self, counts):
+        return int(sum(96 if k > 12 else 64 if k > 8 else 8 * k for k in counts))
+
+
+def test_times_that_stand_still_at_first_do_not_let_everything_go_to_the_floor(rng):
+    sizes = {f"d{k}": 16 for k in range(4)}
+    losses = {name: np.cumsum(rng.random(16))[::-1].copy() for name in sizes}
+    stepped = Stepped.of_terms([[name] for name in sizes], sizes)
+    for target, least in ((384, 64), (320, 44), (256, 32), (120, 15)):
+        found = knapsack.measured(stepped, [16] * 4, target, 0.1, 1, losses, None)
+        assert 0.9 * target <= found.total <= target
+        assert sum(found.keep.values()) >= least
+
+
+def test_where_no_sum_keeps_to_the_target_all_lose_as_much(rng, monkeypatch):
+    sizes = {f"d{k}": 16 for k in range(4)}
+    losses = {name: np.cumsum(rng.random(16))[::-1].copy() for name in sizes}
+    chain = Account.of_terms([["d0", "d1"], ["d1", "d2"], ["d2", "d3"]], sizes)
+    monkeypatch.setattr(knapsack, "_solve", lambda *given: None)
+    found = knapsack.measured(chain, [16] * 4, 384, 0.1, 1, losses, None)
+    assert 0.8 * 384 < found.total <= 384
+    lost = [0.0 if k == 16 else float(np.sort(losses[n])[15 - k]) for n, k in found.keep.items()]
+    nearest = [float(np.sort(losses[n])[16 - k]) for n, k in found.keep.items() if k > 1]
+    assert max(lost) <= min(nearest)
+
+
 def test_what_is_sent_back_has_the_second_derivative_of_the_divergence():
     logits = np.log(np.array([0.5, 0.3, 0.2], dtype=np.float32))
     sent = sent_back(np.random.default_rng(0), np.tile(logits, (20000, 1)), (20000, 3))

@@ -387,3 +387,19 @@ def test_blocks_that_read_one_another_are_no_chain(batches):
     assert chain.find_blocks(Net().eval(), torch.randn(2, 8)) == []
     plain = torch.nn.Sequential(*(torch.nn.Linear(8, 8) for _ in range(3))).eval()
     assert chain.find_blocks(plain, torch.randn(2, 8)) == ["0", "1", "2"]
+
+
+def test_layers_that_are_no_plain_products_have_no_signal_and_stop_nothing():
+    class Own(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(4, 3))
+
+        def forward(self, x):
+            return x @ self.weight.T
+
+    model = torch.nn.Sequential(Own())
+    batches = [torch.ones(2, 3)]
+    assert layer_signals(model, batches, ["0"], None, 0) == {}
+    assert layer_signals(model, batches, ["0"], lambda out, batch: out.sum(), 0) == {}
+    assert model[0].weight.requires_grad

@@ -108,3 +108,30 @@ def test_the_others_hear_what_went_wrong_as_the_first_one_writes(tmp_path, monke
                 os._exit(OWN)
 
     assert processes(2, work)[0] == [OWN] * 2
+
+
+def test_one_that_fails_inside_an_exchange_ends_the_others_as_it_ends(tmp_path, monkeypatch):
+    from torch.distributed.tensor import DTensor
+
+    monkeypatch.setattr(together, "GRACE", timedelta(seconds=1))
+    gather, seen = DTensor.full_tensor, []
+
+    def full(self):
+        seen.append(self)
+        if together.rank() == 0 and len(seen) == 2:
+            raise Spoilt("out of memory, say")
+        return gather(self)
+
+    def work():
+        together.join(torch.device("cpu"))
+        save = by_hand(tmp_path)
+        monkeypatch.setattr(DTensor, "full_tensor", full)
+        try:
+            save()
+        except Spoilt:
+            os._exit(OWN)
+
+    codes, times = processes(2, work)
+    assert codes == [OWN, LOST]
+    assert times[1] - times[0] < 10
+    assert not list(tmp_path.iterdir())

@@ -42,6 +42,8 @@ class Account:
         28
     """
 
+    is_linear = True  # in each variable by itself
+
     def __init__(self, view: View, what: str = "params") -> None:
         buffers, full = view.coupling.graph.buffers, view.counts
         terms = (

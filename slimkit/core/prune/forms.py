@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from slimkit.core import check
 from slimkit.core.errors import UnsupportedError
 from slimkit.core.log import logger
-from slimkit.core.prune.attributes import HEADS, HIDDEN, Field
+from slimkit.core.prune.attributes import HEADS, HIDDEN, Field, counts_heads_unseen, scope_sizes
 from slimkit.core.prune.configured import Said, ask, levers_said
 from slimkit.core.prune.expressions import Expr, linear_form
 from slimkit.core.prune.framework import PruneFramework
@@ -307,3 +308,34 @@ def steps_of_rows(view: View, levers: Sequence[Lever], rows: Mapping[str, int]) 
             step = math.lcm(step, multiple // math.gcd(multiple, grown))
         out.append(step if lever.size % step == 0 else lever.size)
     return out
+
+
+def multiples_of(view: View, levers: Sequence[Lever], parallel: int, rows: Mapping[str, int]) -> dict[str, int]:
+    """Lever -> what its steps must be multiples of, whatever the alignment: for devices, and for rows of parameters."""
+    found = {}
+    for lever, n, m in zip(levers, parallel_steps(view, levers, parallel), steps_of_rows(view, levers, rows)):
+        both = math.lcm(n, m)
+        found[lever.name] = both if both in (n, m) or lever.size % both == 0 else lever.size
+    return found
+
+
+def told_heads(wing: PruneFramework, view: View, desc: dict[str, Any], held: Mapping[str, int]) -> None:
+    """Let attributes of numbers of heads that no code of their module met say what the configuration gives, in the plan
+    in place: those that only the making of a model reads, as XLM's own beside its layers'.
+
+    Args:
+        wing: the framework's side.
+        view: the coupling.
+        desc: the plan.
+        held: variable -> indices that the cut model has.
+    """
+    sizes = scope_sizes(view, held)
+    silent = {
+        module: found
+        for module, numbers in wing.integers().items()
+        if (found := [n for n, old in numbers.items() if counts_heads_unseen(n, old, sizes.get(module, {}))])
+    }
+    config = {field: (old, new) for field, (old, new) in desc["config"].items()}
+    for module, numbers in wing.heads_told(config, silent).items() if silent else ():
+        for name, change in numbers.items():
+            desc["attributes"].setdefault(module, {}).setdefault(name, list(change))

@@ -70,8 +70,9 @@ def cheapest(
     """The counts of least loss whose account is no more than the target.
 
     Minimises the sum of the variables' losses over one choice each, by HiGHS (`scipy.optimize.milp`). The account is
-    linear in each variable; where two multiply one another (the channels between two convolutions) it is taken as
-    linear around the last answer, and solved again.
+    linear in each variable, or the cost of each choice is asked for (a table of times); where two multiply one another
+    (the channels between two convolutions) it is taken as a sum around the last answer, and solved again. Where no
+    answer keeps to the target, every variable goes down to one common loss.
 
     Args:
         account: what is counted.
@@ -109,7 +110,31 @@ def cheapest(
             break
         # What was taken for linear was not: ask for as much less as it missed by.
         around, asked = found, asked - max(over, 0)
-    return floors if best is None else best
+    return _levelled(account, ceilings, groups, choices, prices, target) if best is None else best
+
+
+def _levelled(
+    account: Account,
+    ceilings: Array,
+    groups: Sequence[Array],
+    choices: Sequence[list[int]],
+    prices: Sequence[Array],
+    target: float,
+) -> Array:
+    """The counts within the target of which no variable has lost more than one common loss, as low as may be."""
+    every = np.unique(np.concatenate(prices))
+
+    def at(loss: float) -> Array:
+        counts = ceilings.copy()
+        for group, numbers, price in zip(groups, choices, prices):
+            counts[group] = min(n for n, p in zip(numbers, price) if p <= max(loss, price.min()))
+        return counts
+
+    low, high = 0, len(every) - 1
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if account.count(at(every[middle])) <= target else (middle + 1, high)
+    return at(every[low])
 
 
 def foretold(full: Mapping[str, int], keep: Mapping[str, int], losses: Mapping[str, Array]) -> float | None:
@@ -150,15 +175,21 @@ def _solve(
     from scipy.sparse import csr_array
 
     base = account.count(around)
-    slopes = []
-    for group in groups:
-        less = around.copy()
-        less[group] -= 1
-        slopes.append(base - account.count(less))
     number = [len(c) for c in choices]
     starts = np.concatenate([[0], np.cumsum(number)])
-    costs = np.concatenate([s * np.array(c, dtype=np.float64) for s, c in zip(slopes, choices)])
-    free = target - (base - sum(s * int(around[g[0]]) for s, g in zip(slopes, groups)))
+
+    def moved(group: Array, number: int) -> int:
+        there = around.copy()
+        there[group] = number
+        return account.count(there)
+
+    if account.is_linear:
+        slopes = [base - moved(g, int(around[g[0]]) - 1) for g in groups]
+        costs = np.concatenate([s * np.array(c, dtype=np.float64) for s, c in zip(slopes, choices)])
+        free = target - (base - sum(s * int(around[g[0]]) for s, g in zip(slopes, groups)))
+    else:
+        costs = np.concatenate([[float(moved(g, n) - base) for n in c] for g, c in zip(groups, choices)])
+        free = target - base
     scale = max(abs(free), 1.0)
     rows = np.repeat(np.arange(len(groups)), number)
     one = csr_array((np.ones(starts[-1]), (rows, np.arange(starts[-1]))), shape=(len(groups), starts[-1]))

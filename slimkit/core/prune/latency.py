@@ -22,7 +22,7 @@ import numpy as np
 from slimkit.core import check, files
 from slimkit.core.errors import ArgumentError, FileFormatError
 from slimkit.core.files import PathLike
-from slimkit.core.prune.allocate import Account
+from slimkit.core.prune.allocate import Account, Allocation
 from slimkit.core.prune.expressions import Expr, linear_form
 from slimkit.core.prune.layer_times import TimedLayer, other_elements, timed_layers
 from slimkit.core.prune.solve import View
@@ -32,6 +32,7 @@ Array = np.ndarray[Any, Any]
 
 FORMAT, VERSION = "slimkit.latency", 1
 _KEYS = ("format", "version", "device", "runtime", "threads", "versions", "layers", "networks")
+BAD_FIT = 0.1  # of a network's time: a table that foretells one worse is named wherever it is used
 _NS = 1e6  # an account counts whole numbers: nanoseconds
 
 
@@ -148,8 +149,11 @@ class LatencyTable(Shown):
                     raise FileFormatError(f"the times of {kind!r} must be one for each pair of ascending widths")
                 self.put(kind, layer["in"], layer["out"], layer["ms"])
             for digest, network in told["networks"].items():
-                if min(float(network[k]) for k in ("layers", "elements", "constant")) < 0:
-                    raise FileFormatError(f"the coefficients of {digest} must not be negative")
+                told_by = [float(network[k]) for k in ("layers", "elements", "constant")]
+                if min(told_by) < 0 or not np.isfinite(told_by).all():
+                    raise FileFormatError(f"the coefficients of {digest} must be finite and not negative")
+                if any(float(one["ms"]) <= 0 or float(one["foretold_ms"]) < 0 for one in network.get("fitted_to", ())):
+                    raise FileFormatError(f"the times that {digest} was fitted to must be above 0")
                 self.networks[str(digest)] = dict(network)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             if isinstance(error, FileFormatError):
@@ -199,7 +203,9 @@ class LatencyAccount(Account):
         ArgumentError: the table does not hold this network.
     """
 
-    def __init__(self, view: View, table: LatencyTable, fitted: Mapping[str, float] | None = None) -> None:
+    is_linear = False
+
+    def __init__(self, view: View, table: LatencyTable, fitted: Mapping[str, Any] | None = None) -> None:
         if fitted is None:
             fitted = table.networks.get(digest_of(view))
         if fitted is None:
@@ -250,6 +256,28 @@ class LatencyAccount(Account):
         n_in, n_out = sizes[: len(sizes) // 2], sizes[len(sizes) // 2 :]
         layers = sum(float(self._table.ms(k, n_in[at], n_out[at]).sum()) for k, at in self._kinds.items())
         return layers, float(self._volume.count(counts))
+
+    @property
+    def off_by(self) -> float:
+        """How far the table foretells a network that it was fitted to wrong, relative to what was measured, at most."""
+        fitted = self._fitted.get("fitted_to") or ()
+        return max((abs(one["foretold_ms"] / one["ms"] - 1) for one in fitted), default=0.0)
+
+    def refuse_ruin(self, allocation: Allocation, full: Mapping[str, int]) -> None:
+        """Refuse a latency that no cut reaches, by whose floors the network would go nearly whole for nothing.
+
+        Raises:
+            ArgumentError: the allocation misses its target by more than a twentieth.
+        """
+        if allocation.total > 1.05 * allocation.target:
+            dense = self.count(np.array(list(full.values()), dtype=np.int64))
+            check.wrong_value(
+                "reserved_ratio",
+                "a latency that the table foretells of some cut: the narrowest network takes "
+                f"{allocation.total / dense:.0%} of the dense one's (what widths do not change takes the rest, or the "
+                "layers were too short to be timed); set_node_reserved_ratio cuts as far as it allows",
+                allocation.target / dense,
+            )
 
     def ms(self, counts: Array) -> float:
         """Milliseconds for these counts."""

@@ -15,7 +15,7 @@ from slimkit.core.errors import FileFormatError
 from slimkit.core.files import PathLike
 from slimkit.core.log import logger
 from slimkit.core.prune.expressions import Expr, size_of
-from slimkit.core.prune.latency import LatencyAccount, LatencyTable, digest_of
+from slimkit.core.prune.latency import BAD_FIT, LatencyAccount, LatencyTable, digest_of
 from slimkit.core.prune.layer_times import TimedLayer, timed_layers
 from slimkit.core.prune.onnx_times import Point
 
@@ -88,6 +88,8 @@ def measure(
         networks.append(small)
         told.append((allocation, desc["made"]["reached"]))
     found = times.networks(networks)
+    if not all(math.isfinite(ms) and ms > 0 for ms in found):
+        check.wrong_value("the times of whole networks", "finite milliseconds above 0", found)
     table.networks[digest_of(view)] = _fitted(type(model).__name__, features, found, told)
     if path is not None:
         table.save(path)
@@ -125,7 +127,11 @@ def _time_layers(
         if known is not None and ins.fine <= set(known["in"]) and outs.fine <= set(known["out"]):
             continue
         points[kind] = [(spec, i, o) for i, o in cross(ins, outs)]
-    found = iter(times.layers([point for some in points.values() for point in some]))
+    timed = times.layers([point for some in points.values() for point in some])
+    if not all(math.isfinite(ms) and ms >= 0 for ms in timed):
+        odd = next(ms for ms in timed if not math.isfinite(ms) or ms < 0)
+        check.wrong_value("the times of layers", "finite milliseconds from 0 on", odd)
+    found = iter(timed)
     for kind, some in points.items():
         _, ins, outs = plans[kind]
         measured = {(i, o): next(found) for _, i, o in some}
@@ -209,7 +215,7 @@ def _fitted(
     coefficients = answer / scale
     foretold = rows @ coefficients
     worst = float(np.abs(foretold / wanted - 1).max())
-    if worst > 0.1:
+    if worst > BAD_FIT:
         logger.warning("latencies of %s are foretold up to %.0f %% off: its times vary, or widths do not say them",
                        name, 100 * worst)  # fmt: skip
     return {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from itertools import count
-from math import lcm
 from typing import Any
 
 import numpy as np
@@ -14,15 +13,15 @@ from slimkit.core.errors import ArgumentError
 from slimkit.core.log import logger
 from slimkit.core.match import demand, match
 from slimkit.core.prune.allocate import Account, Allocation, allocate
-from slimkit.core.prune.attributes import config_changes, counts_heads_unseen, new_values, scope_sizes
+from slimkit.core.prune.attributes import config_changes, new_values, scope_sizes
 from slimkit.core.prune.criteria import CRITERIA, Criterion
 from slimkit.core.prune.experts import fields_after, find_experts, numbers_after, stay_note
 from slimkit.core.prune.expressions import Index
-from slimkit.core.prune.forms import CutForm, parallel_steps, steps_of_rows
+from slimkit.core.prune.forms import CutForm, multiples_of, told_heads
 from slimkit.core.prune.framework import PruneFramework
 from slimkit.core.prune.importance import best
 from slimkit.core.prune.knapsack import foretold, measured
-from slimkit.core.prune.latency import LatencyAccount, LatencyTable
+from slimkit.core.prune.latency import BAD_FIT, LatencyAccount, LatencyTable
 from slimkit.core.prune.levers import Lever, counts_experts, joined_losses, joined_scores, lever_matrix
 from slimkit.core.prune.narrowing import Narrowing, alike_levers
 from slimkit.core.prune.plan import PrunePlan, make_desc
@@ -54,6 +53,7 @@ class PrunerPlanning(PrunerSettings):
         self._stream: Stream | None = None  # what is turned before the cut
         self._parted: dict[str, str] = {}  # a matrix that gets values of its own -> the table it shared them with
         self._steps: dict[str, int] = {}
+        self._floor = 1.0
         self._quiet = False  # whether a ratio that is missed is of no interest
         self._most: Mapping[str, int] = {}  # steps that levers may keep at most, where less than all
 
@@ -94,6 +94,8 @@ class PrunerPlanning(PrunerSettings):
         for rounds in count():
             view = narrowing.coupling.view(whole, self._scoring.suited(self.is_language_model) is CRITERIA["output"])
             allocation, account = self._allocate(view, ratio)
+            if isinstance(account, LatencyAccount) and self._floor == 0:
+                account.refuse_ruin(allocation, view.counts)
             desc = self._describe(view, allocation, ratio, whole)
             if not form.contradicts(view, PrunePlan(desc)) and self._rehearse(view, desc):
                 break
@@ -102,7 +104,7 @@ class PrunerPlanning(PrunerSettings):
         if form.name != "any":
             # What loading by the configuration will compute, the cut model holds as well.
             desc["derived"] = self._wing.derived(PrunePlan(desc).config)
-            self._heads_told(view, desc, form.held_at(view, allocation.keep))
+            told_heads(self._wing, view, desc, form.held_at(view, allocation.keep))
         parameters, held = Account(view), form.held_at(view, allocation.keep)
         left = parameters.count(np.array([held[n] for n in view.counts], dtype=np.int64))
         copied = self._copied()
@@ -126,25 +128,26 @@ class PrunerPlanning(PrunerSettings):
         if self._budget == "latency":
             full = account.count(np.array(list(view.counts.values()), dtype=np.int64))
             told = {"before_ms": full / 1e6, "after_ms": allocation.total / 1e6}
-            self._report["latency"] = desc["made"]["latency"] = told
+            desc["made"]["latency"] = told
+            self._report["latency"] = told
+            assert isinstance(account, LatencyAccount)
+            if account.off_by > BAD_FIT:
+                self._report["latency"] = {**told, "off_by": account.off_by}
+                self._say(
+                    f"the table foretells this network's time up to {account.off_by:.0%} wrong: measure it anew on a "
+                    "quiet machine, and time what comes out"
+                )
         desc["made"]["left_params"] = left
         desc["made"]["reached"] = self._report["reached"]
         if self._made["importance"] == "output":
             desc["made"]["foretold_loss"] = foretold(view.counts, allocation.keep, self._scoring.losses)
         return desc
 
-    def _heads_told(self, view: View, desc: dict[str, Any], held: Mapping[str, int]) -> None:
-        """Let attributes of numbers of heads that no code of their module met say what the configuration gives, in the
-        plan in place: those that only the making of a model reads, as XLM's own beside its layers'."""
-        sizes = scope_sizes(view, held)
-        silent = {
-            module: found
-            for module, numbers in self._wing.integers().items()
-            if (found := [n for n, old in numbers.items() if counts_heads_unseen(n, old, sizes.get(module, {}))])
-        }
-        for module, numbers in self._wing.heads_told(PrunePlan(desc).config, silent).items() if silent else ():
-            for name, change in numbers.items():
-                desc["attributes"].setdefault(module, {}).setdefault(name, list(change))
+    def _say(self, note: str) -> None:
+        """Put a note into the report, and into the log."""
+        self._report["notes"].append(note)
+        if not self._quiet:
+            logger.warning("%s", note)
 
     def _begun(self) -> Narrowing:
         if self._narrowing is None:
@@ -248,7 +251,7 @@ class PrunerPlanning(PrunerSettings):
             )
         self._made = {"importance": criterion.name, "allocation": allocation}
         self._levers = self._form_begun().levers(view)
-        multiples = self._multiples(view, self._levers)
+        multiples = multiples_of(view, self._levers, self._parallel, self._wing.row_steps())
         fixed: dict[str, int] = {}
         while True:
             # Levers that had to be put elsewhere stay there, and the others make up for it.
@@ -273,13 +276,6 @@ class PrunerPlanning(PrunerSettings):
         found.held_back = [n for n in account.names if n in held]
         return found, account
 
-    def _multiples(self, view: View, levers: Sequence[Lever]) -> dict[str, int]:
-        """Lever -> what its steps must be multiples of, whatever the alignment."""
-        devices = parallel_steps(view, levers, self._parallel)
-        rows = steps_of_rows(view, levers, self._wing.row_steps())
-        both = [lcm(n, m) if x.size % lcm(n, m) == 0 else x.size for x, n, m in zip(levers, devices, rows)]
-        return {x.name: m if n == 1 else n if m == 1 else b for x, n, m, b in zip(levers, devices, rows, both)}
-
     def _turned(
         self,
         view: View,
@@ -294,6 +290,7 @@ class PrunerPlanning(PrunerSettings):
         least = _LEAST_MEASURED if allocation == "measured" else _LEAST
         self._made["node_reserved_ratio"] = self._node_ratio or least
         least = self._node_ratio or account.floor_for(sizes, least, self._alignment, target)
+        self._floor = least  # 0: no floor that is left reaches the target
         limits, level = (target, least, self._alignment), self._begun().level
         labels = alike_levers(view, levers)
         most = [min(size, self._most.get(x.name, size)) for x, size in zip(levers, sizes)]
