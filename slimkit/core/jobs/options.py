@@ -236,7 +236,7 @@ class SparsifyOptions(JobOptions):
     )
     smooth: bool = Field(
         False,
-        description="with 8 weight bits: bring inputs' channels closer together first, so that w8a8s loses less; "
+        description="with 8 weight bits: bring inputs' channels closer together first, for w8a8s (compare both); "
         "the whole model is in memory",
     )
     targets: Annotated[list[str] | None, Flag("--target", metavar="GLOB")] = Field(

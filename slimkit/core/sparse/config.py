@@ -56,7 +56,8 @@ class SparseConfig(Shown):
             channel, the others of a row making up for each rounding; `save_w8a8s` writes 8. None does not round.
         smooth: before that, bring the channels of each layer's inputs closer together: what writes a loud channel (a
             norm's scale, rows of a matrix) becomes smaller by a power of two and the weights that read it larger, so
-            that `save_w8a8s` loses less. The model in floats says what it said. With weight_bits=8; reads data.
+            that one step for all inputs loses less. The model in floats says what it said; rows of weights get wider
+            steps, so compare both. With weight_bits=8; reads data.
         progressive_steps: how many steps `progressive` takes.
         strict: raise when a pattern matches no layer, or an n:m pattern does not fit a layer; False lists it in
             the report instead.
