@@ -236,8 +236,8 @@ class SparsifyOptions(JobOptions):
     )
     smooth: bool = Field(
         False,
-        description="with 8 weight bits: bring inputs' channels closer together first, for w8a8s (compare both); "
-        "the whole model is in memory",
+        description="with 8 weight bits: bring inputs' channels closer together first, for w8a8s (a language model "
+        "was ruined by it: compare both); the whole model is in memory",
     )
     targets: Annotated[list[str] | None, Flag("--target", metavar="GLOB")] = Field(
         None, description="globs of layers to sparsify; unset: all"
