@@ -65,8 +65,7 @@ def save_checkpoint(
         10
     """
     path = saving.path_to_save(ckpt_file_name, ENDINGS, f"{', '.join(ENDINGS)}; convert_checkpoint writes .ckpt")
-    shared = _held_together(save_obj)
-    with one_writes("the checkpoint") if shared else contextlib.nullcontext(True) as writes:
+    with one_writes("the checkpoint") if _held_together(save_obj) else contextlib.nullcontext(True) as writes:
         items = items_of(save_obj, append_dict).chosen(choice_func)
         if writes:
             return write(path, items, async_save=async_save, manifest=manifest)
@@ -77,6 +76,8 @@ def _held_together(save_obj: Any) -> bool:
     """Whether processes hold parts of what is saved."""
     if isinstance(save_obj, torch.nn.Module):
         return any(map(is_distributed, save_obj.parameters()))
+    if not isinstance(save_obj, (Mapping, list, tuple)):
+        return False  # refused by `items_of`
     return any(is_distributed(value) for _, value in saving.listed(save_obj))
 
 

@@ -276,7 +276,7 @@ class ExportOptions(JobOptions):
     compare_dense: Annotated[bool, RECIPE_ONLY] = Field(
         True, description="also export the dense model and measure the latency ratio"
     )
-    ranges: Annotated[str, OneOf("slimkit.core.ascend.inputs:RANGES")] = Field(
+    ranges: Annotated[str, OneOf(("minmax", "percentile"))] = Field(
         "minmax", description="w8a8s: inputs lie between all that calibration shows, or all but a ten-thousandth"
     )
     most_error: Annotated[float, Field(ge=0)] = Field(

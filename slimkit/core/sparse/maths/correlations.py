@@ -35,11 +35,11 @@ class Mixed:
 
     Args:
         sample: (n, n), ones on the diagonal; its memory becomes the estimate's.
-        count: rows behind it, of which `ROWS_AS_ONE` count as one.
+        count: rows behind it.
     """
 
     def __init__(self, sample: Array, count: int) -> None:
-        self._matrix, self.share = shrink.linear(sample, count / shrink.ROWS_AS_ONE)
+        self._matrix, self.share = shrink.linear(sample, count)
 
     def matrix(self) -> Array:
         """The mixture."""
@@ -74,7 +74,7 @@ class Spectral:
 
     Args:
         sample: (n, n), ones on the diagonal; its memory serves for the estimate and inverses in turn.
-        count: rows behind it, of which `ROWS_AS_ONE` count as one.
+        count: rows behind it.
     """
 
     def __init__(self, sample: Array, count: int) -> None:
@@ -83,7 +83,7 @@ class Spectral:
         values = to_numpy(found_values)
         self._sample = xp.astype(found_values, sample.dtype, copy=False)
         self._vectors = xp.astype(vectors, sample.dtype, copy=False)
-        self.share = shrink.share(len(values), float((values**2).sum()), count / shrink.ROWS_AS_ONE)
+        self.share = shrink.share(len(values), float((values**2).sum()), count)
         found = shrink.nonlinear(values, count) * (1 - self.share) + self.share
         self._values = xp.astype(like(np.asarray(found), self._sample), sample.dtype)
         self._room = sample
