@@ -43,6 +43,7 @@ class Account:
     """
 
     is_linear = True  # in each variable by itself
+    _aligned: Account | None = None  # of whose axes alignment is; None: this one's
 
     def __init__(self, view: View, what: str = "params") -> None:
         buffers, full = view.coupling.graph.buffers, view.counts
@@ -111,6 +112,8 @@ class Account:
         new._offsets = self._offsets + self._slopes @ offsets  # (sizes,) + (sizes, variables) @ (variables,)
         new._slopes = self._slopes @ matrix  # (sizes, variables) @ (variables, levers)
         new._multiples, new._counted = list(multiples), frozenset(counted)
+        if self._aligned is not None:
+            new._aligned = self._aligned.joined(names, offsets, matrix, multiples, counted)
         return new
 
     def count(self, counts: Array) -> int:
@@ -125,6 +128,8 @@ class Account:
         An axis that is no multiple of the alignment itself keeps its own largest common step. One that is narrower than
         the alignment (channels of one group, heads in a table) does not count beside a wider one of the same variable.
         """
+        if self._aligned is not None:
+            return self._aligned.steps(alignment, sizes)
         steps = np.ones(len(self.names), dtype=np.int64)
         for variable in range(len(self.names)):
             slopes = {int(s) for s in self._slopes[:, variable]} - {0}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -35,23 +35,7 @@ class CacheAccount(Account):
                 'the budget "kv_cache" needs a decoder, whose attention reads keys and values. This network has none'
             )
         self._build(terms, view.counts)
-        self._plain = Account(view)  # alignment is of all parameters' axes
-
-    def joined(
-        self,
-        names: Sequence[str],
-        offsets: Array,
-        matrix: Array,
-        multiples: Sequence[int],
-        counted: Collection[str] = (),
-    ) -> CacheAccount:
-        new = super().joined(names, offsets, matrix, multiples, counted)
-        assert isinstance(new, CacheAccount)
-        new._plain = self._plain.joined(names, offsets, matrix, multiples, counted)
-        return new
-
-    def steps(self, alignment: int, sizes: Array) -> Array:
-        return self._plain.steps(alignment, sizes)
+        self._aligned = Account(view)
 
     def floors(self, sizes: Sequence[int] | Array, floor_ratio: float, alignment: int) -> Array:
         least = super().floors(sizes, floor_ratio, alignment)

@@ -214,7 +214,7 @@ class LatencyAccount(Account):
                 "others): make one with measure_latency(model, inputs), which adds to a table"
             )
         self._table, self._fitted = table, fitted
-        self._plain = Account(view)  # alignment is of all parameters' axes
+        self._aligned = Account(view)
         self._volume = Account.of_terms(other_elements(view), view.counts)
         self.names = list(view.counts)
         self._multiples = []
@@ -243,12 +243,8 @@ class LatencyAccount(Account):
     ) -> LatencyAccount:
         new = super().joined(names, offsets, matrix, multiples, counted)
         assert isinstance(new, LatencyAccount)
-        new._plain = self._plain.joined(names, offsets, matrix, multiples, counted)
         new._volume = self._volume.joined(names, offsets, matrix, multiples, counted)
         return new
-
-    def steps(self, alignment: int, sizes: Array) -> Array:
-        return self._plain.steps(alignment, sizes)
 
     def features(self, counts: Array) -> tuple[float, float]:
         """(milliseconds of the layers alone, numbers that other operators write)."""

@@ -320,12 +320,16 @@ class _Walk:
             self.fix(labels)
         self.reads(path, read, channels)
         out: Array | None = self.writes(path, made)
+        self.put_biased(node.outputs[0], out, bias)
+
+    def put_biased(self, number: int, out: Array | None, bias: int | None) -> None:
+        """A value to which a bias was added, which is scaled as it is where both can be."""
         if bias is not None and bias in self.vectors and out is not None:
             out = self.add(bias, out, 1)
         elif bias is not None:
             self.refuse([bias])
             self.fix(out)
-        self.put(node.outputs[0], out)
+        self.put(number, out)
 
     def matmul(self, node: Node) -> None:
         a, b = node.inputs[0], node.inputs[1]
@@ -359,12 +363,7 @@ class _Walk:
         self.refuse(node.inputs[:1])
         path, index = self.vectors[weight]
         out: Array | None = self.writes(path, 0)[index]
-        if bias is not None and bias in self.vectors and out is not None:
-            out = self.add(bias, out, 1)
-        elif bias is not None:
-            self.refuse([bias])
-            self.fix(out)
-        self.put(node.outputs[0], out)
+        self.put_biased(node.outputs[0], out, bias)
 
     def reduce(self, node: Node) -> None:
         labels = self.labels.get(node.inputs[0]) if node.inputs[0] is not None else None

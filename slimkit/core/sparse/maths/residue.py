@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from slimkit.core.sparse.maths.backend import Array, add_product, namespace, own_copy
 from slimkit.core.sparse.maths.factor import STRIP, inverse_factor
 from slimkit.core.sparse.maths.moments import Moments
-from slimkit.core.sparse.maths.shrink import ROWS_AS_ONE
 
-# The regression that makes up for what earlier layers lost has a ridge of channels / independent calibration rows, at
-# most RIDGE, as a share of a channel's variance. Little of the loss is predictable: with less, the calibration texts
-# gain and others lose.
+# The regression that makes up for what earlier layers lost has a ridge of RIDGE_PER_ROW * channels / calibration rows,
+# at most RIDGE, as a share of a channel's variance. Little of the loss is predictable, and tokens of one text resemble
+# each other: with less, the calibration texts gain and others lose.
+RIDGE_PER_ROW = 4.0
 RIDGE = 0.3
 
 
@@ -118,5 +118,5 @@ def alive(gram: Array, own: bool) -> tuple[Array, Array | None]:
 
 def regress(missing: Array, gram: Array, count: int) -> Array:
     """Coefficients of a ridge regression of missing outputs on the inputs, from their mean products."""
-    upper, _ = inverse_factor(gram, min(RIDGE, ROWS_AS_ONE * gram.shape[0] / count), each=True)
+    upper, _ = inverse_factor(gram, min(RIDGE, RIDGE_PER_ROW * gram.shape[0] / count), each=True)
     return (missing @ upper.T) @ upper  # (out, n) @ (n, n) twice: U^T U is the inverse

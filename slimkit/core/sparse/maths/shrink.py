@@ -11,16 +11,13 @@ from slimkit.core.sparse.maths.backend import Array, inner
 # The identity's share at most: with less of the sample its own loss could not be had back from the mixed one's.
 MOST = 0.99
 
-# Tokens of one text resemble each other: in a ridge so many rows say as much as one that is independent of the others.
-ROWS_AS_ONE = 4.0
 
-
-def linear(correlation: Array, count: float) -> tuple[Array, float]:
+def linear(correlation: Array, count: int) -> tuple[Array, float]:
     """Mix correlations with the identity, in place, by the oracle-approximating share (Chen et al. 2010, eq. 23).
 
     Args:
         correlation: (n, n), ones on the diagonal; becomes the mixed one.
-        count: independent rows behind it.
+        count: rows behind it.
 
     Returns:
         The matrix and the identity's share, 0..0.99.
@@ -32,7 +29,7 @@ def linear(correlation: Array, count: float) -> tuple[Array, float]:
     return correlation, part
 
 
-def share(n: int, square: float, count: float) -> float:
+def share(n: int, square: float, count: int) -> float:
     """The identity's share for correlations of n channels whose squares add up to `square`."""
     if square <= n or count <= 0:
         return 1.0
