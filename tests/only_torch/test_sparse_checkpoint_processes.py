@@ -7,6 +7,7 @@ import random
 import shutil
 import sys
 import time
+import traceback
 
 import pytest
 
@@ -72,6 +73,8 @@ def processes(n, work, dying=None, calls=0):
                 code = LOST
             except UnsupportedError:
                 code = REFUSED
+            except BaseException:
+                os.write(2, traceback.format_exc().encode())  # past Python's buffers, which end with the process
             finally:
                 os._exit(code)  # never back into pytest
         children.append(child)
