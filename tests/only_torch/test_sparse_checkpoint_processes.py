@@ -75,6 +75,7 @@ def processes(n, work, dying=None, calls=0):
                 code = REFUSED
             except BaseException:
                 os.write(2, traceback.format_exc().encode())  # past Python's buffers, which end with the process
+                raise
             finally:
                 os._exit(code)  # never back into pytest
         children.append(child)
