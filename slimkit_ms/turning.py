@@ -1,4 +1,4 @@
-"""A MindSpore cell on other axes or scales: parameters get other values of their shape, all or none."""
+"""A MindSpore cell on other axes: parameters get other values of their shape, all or none."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from slimkit.core.errors import ArgumentError
 from slimkit_ms import bridge
 
 import mindspore as ms
@@ -64,38 +63,6 @@ def turn(model: nn.Cell, values: Iterable[tuple[str, Array]], parted: Mapping[st
             # By way of float32: no kernel here takes float64 to bfloat16.
             whole = ms.Tensor(np.ascontiguousarray(value, dtype=np.float32))
             parameter.set_data(whole.astype(parameter.dtype))
-    except BaseException:
-        undo()
-        raise
-    return undo
-
-
-def rescale(model: nn.Cell, *changes: Mapping[str, tuple[int, Array]]) -> Callable[[], None]:
-    """Multiply parameters by powers of two, in place; on an error the cell is as it was.
-
-    Args:
-        model: the cell.
-        changes: parameter -> an axis, and for each of its indices the power.
-
-    Returns:
-        A call that takes it back.
-    """
-    known, before = by_path(model), dict[str, Array]()
-
-    def undo() -> None:
-        for path, held in before.items():
-            known[path].set_data(ms.Tensor(held))
-        before.clear()
-
-    try:
-        for path, (axis, powers) in (item for one in changes for item in one.items()):
-            value = known[path].asnumpy()
-            shape = [len(powers) if k == axis else 1 for k in range(value.ndim)]
-            made = (value * np.ldexp(1.0, powers.reshape(shape))).astype(value.dtype)
-            if not np.isfinite(made).all():
-                raise ArgumentError(f"{path} must hold values that {value.dtype} holds times {2 ** powers.max()}")
-            before.setdefault(path, value.copy())  # asnumpy may be a view
-            known[path].set_data(ms.Tensor(made))
     except BaseException:
         undo()
         raise

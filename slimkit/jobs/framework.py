@@ -34,7 +34,7 @@ from slimkit.jobs import devices, models, sharing, teach, texts
 from slimkit.measurement import measure_model
 from slimkit.sharded import at_rest
 from slimkit.shared_training import one_by_one
-from slimkit.sparse.checkpoint_framework import OUTSIDE, CheckpointSparse
+from slimkit.sparse.checkpoint_framework import CheckpointSparse
 from slimkit.sparse.framework import TorchSparse
 from slimkit.trace.examples import find_example
 
@@ -282,16 +282,6 @@ class TorchJobs(JobFramework):
         if self.device.type != "cpu":
             raise UnsupportedError("--stream prunes on the CPU: leave --device out, or give --whole")
         return pruned_folder.folder_pruner(place.model), self._calibration(place, place.model, out, calib)
-
-    def outside_blocks(self, place: ModelPlace) -> list[str]:
-        source = place.model
-        if place.factory is not None or source is None or not any(source.glob("*.safetensors")):
-            return []
-        try:
-            _, skipped = CheckpointSparse(source, source, shards.locate(source), None).layers()
-        except UnsupportedError:
-            return []  # no chain of blocks, so that nothing is outside of it
-        return [name for name, why in skipped.items() if why == OUTSIDE]
 
     def sparsify_blocks(
         self,

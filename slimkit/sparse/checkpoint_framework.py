@@ -28,9 +28,6 @@ from slimkit.stored import StoredModel, stored_dtype, to_meta, write_tensors
 
 import torch
 
-# Why a layer is left alone.
-OUTSIDE = "outside the blocks"
-
 
 class CheckpointSparse(TorchSparse):
     """A model whose blocks come from files one by one, and go back to files.
@@ -77,7 +74,7 @@ class CheckpointSparse(TorchSparse):
             )
         for name in list(found):
             if not name.startswith(tuple(b + "." for b in self._blocks)):
-                skipped[name] = OUTSIDE
+                skipped[name] = "outside the blocks"
                 del found[name]
         self._layers = found
         return dict(found), skipped

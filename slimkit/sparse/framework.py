@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from slimkit import bridge, together
-from slimkit.core.prune.graph import Graph
 from slimkit.core.sparse.allocate import changes
 from slimkit.core.sparse.experts import learn_layouts
 from slimkit.core.sparse.framework import CalibratedBlock
@@ -20,8 +19,6 @@ from slimkit.sparse.inputs import BlockInputs, as_input, valid_tokens
 from slimkit.sparse.reads import Reads
 from slimkit.sparse.slots import WeightSlot, described
 from slimkit.sparse.trained import norm_parameters, output_of
-from slimkit.trace import trace as trace_operators
-from slimkit.turning import rescale
 
 import torch
 
@@ -160,14 +157,6 @@ class TorchSparse:
             output = run(batch)
         output = as_input(self.model, output_of(output), valid_tokens(batch))
         return output.float().cpu().numpy()
-
-    def graph(self, batch: Any) -> Graph:
-        """The model's operators, as they run on a batch."""
-        return trace_operators(self.model, [batch]).graph
-
-    def rescale(self, *changes: Mapping[str, tuple[int, Any]]) -> Callable[[], None]:
-        """Multiply parameters by powers of two, in place; the function returned takes it back."""
-        return rescale(self.model, *changes)
 
     def processes(self) -> int:
         """How many processes of torch.distributed share the calibration data."""

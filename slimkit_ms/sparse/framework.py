@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from slimkit.core.prune.graph import Graph
 from slimkit.core.sparse.allocate import changes
 from slimkit.core.sparse.experts import learn_layouts
 from slimkit.core.sparse.framework import CalibratedBlock
@@ -23,8 +22,6 @@ from slimkit_ms.sparse.chain import ModelBlock
 from slimkit_ms.sparse.reads import Reads
 from slimkit_ms.sparse.slots import WeightSlot, own_matrices, parts, slots_of, unclear
 from slimkit_ms.sparse.trained import norm_parameters
-from slimkit_ms.trace import trace as trace_operators
-from slimkit_ms.turning import rescale
 
 import mindspore as ms
 from mindspore import nn
@@ -164,14 +161,6 @@ class MindSporeSparse:
         with watching(self.model, {}, unwatched) as run:
             output = run(batch)
         return as_input(self.model, first_tensor(output), valid_tokens(batch))
-
-    def graph(self, batch: Any) -> Graph:
-        """The cell's operators, as they run on a batch."""
-        return trace_operators(self.model, batch)
-
-    def rescale(self, *changes: Mapping[str, tuple[int, Any]]) -> Callable[[], None]:
-        """Multiply parameters by powers of two, in place; the function returned takes it back."""
-        return rescale(self.model, *changes)
 
     def processes(self) -> int:
         """How many processes of mindspore.communication share the calibration data."""

@@ -66,7 +66,6 @@ SPARSE = (
     *("hessian 0.5 swaps", "wanda 0.5 swaps", "par 0.5 swaps", "block 0.5", "block 2:4"),
     *("par 0.3", "par 0.3 bits", "par 0.3 rounded"),  # 2 bits of mantissa, while solving or afterwards
     *("par 0.4", "par 0.4 int8", "par 0.4 w8a8s", "par 0.4 w8a8s percentile"),  # whole numbers; inputs too, by ranges
-    "par 0.4 w8a8s smooth",
 )
 CALIBRATION = (
     *("all 4x512", "all 16x512", "all 64x128", "all 16x128", "all 64x512"),
@@ -192,7 +191,6 @@ def sparsified(text: str, batches: Any) -> Callable[[nn.Module], dict[str, float
         mantissa_bits=2 if "bits" in switches else None,
         outliers=0.02 if "bits" in switches else 0.0,
         weight_bits=8 if {"int8", "w8a8s"} & set(switches) else None,
-        smooth="smooth" in switches,
     )
 
     def make(model: nn.Module) -> dict[str, float]:

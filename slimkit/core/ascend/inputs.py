@@ -30,14 +30,11 @@ class Inputs:
 
     Args:
         low, high: between which values they lie.
-        lows, highs: (k,) the least and the largest value of each.
         rows: (rows, k) float32, some of them.
     """
 
     low: float
     high: float
-    lows: Array
-    highs: Array
     rows: Array
 
 
@@ -57,7 +54,6 @@ def inputs_of(host: SparseFramework, dataset: Any, names: Iterable[str], how: st
     found: dict[str, Inputs] = {}
     for stage in host.stages(batches.Steady(batches.dataset(dataset)), names, False):
         ends: dict[str, list[tuple[float, float]]] = {}
-        sides: dict[str, tuple[Array, Array]] = {}
         rows: dict[str, list[Array]] = {}
 
         def seen(
@@ -65,17 +61,13 @@ def inputs_of(host: SparseFramework, dataset: Any, names: Iterable[str], how: st
             x: Any,
             *_: Any,
             ends: dict[str, list[tuple[float, float]]] = ends,
-            sides: dict[str, tuple[Array, Array]] = sides,
             rows: dict[str, list[Array]] = rows,
         ) -> None:
             values = to_numpy(x).astype(np.float32)
             if values.size:
                 flat = values.reshape(-1, values.shape[-1])
-                lows, highs = flat.min(axis=0), flat.max(axis=0)
-                tails = np.quantile(values, (TAIL, 1 - TAIL)) if how == "percentile" else (lows.min(), highs.max())
+                tails = np.quantile(values, (TAIL, 1 - TAIL)) if how == "percentile" else (values.min(), values.max())
                 ends.setdefault(name, []).append((float(tails[0]), float(tails[1])))
-                known = sides.get(name, (lows, highs))
-                sides[name] = np.minimum(known[0], lows), np.maximum(known[1], highs)
                 # Copies: a view would hold the whole batch.
                 rows.setdefault(name, []).append(flat[np.linspace(0, len(flat) - 1, min(ROWS, len(flat))).astype(int)])
 
@@ -85,8 +77,7 @@ def inputs_of(host: SparseFramework, dataset: Any, names: Iterable[str], how: st
             if feed[0] in ends:
                 lows, highs = zip(*ends[feed[0]], strict=True)
                 least, most = (np.mean, np.mean) if how == "percentile" else (min, max)
-                some = _few(np.concatenate(rows[feed[0]]))
-                shown = Inputs(float(least(lows)), float(most(highs)), *sides[feed[0]], some)
+                shown = Inputs(float(least(lows)), float(most(highs)), _few(np.concatenate(rows[feed[0]])))
                 found.update(dict.fromkeys((name for name in feed if name in names), shown))
         stage.advance()
     return found

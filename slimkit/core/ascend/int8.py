@@ -92,12 +92,15 @@ def int8_layer(name: str, weight: Array, bias: Array | None, low: float, high: f
             "Compress the model with SparseConfig(weight_bits=8), which rounds while it solves."
         )
     whole = np.round(wide / step)  # (n, k)
-    try:
-        half, offset = input_step(low, high)
-    except OverflowError:
-        raise ArgumentError(
-            f"the inputs of {name!r} must lie within what float16 holds. Received: {low:g} to {high:g}"
-        ) from None
+    low, high = min(low, 0.0), max(high, 0.0)  # zero must be a whole number: padding and ReLU give it
+    scale = max((high - low) / 255, _LEAST_SCALE)
+    with np.errstate(over="ignore"):
+        half = np.float16(scale)
+        if float(half) < scale:  # rounded down, it would cut the range
+            half = np.nextafter(half, np.float16(np.inf))
+    if not np.isfinite(half):
+        raise ArgumentError(f"the inputs of {name!r} must lie within what float16 holds. Received: {low:g} to {high:g}")
+    offset = int(np.clip(np.round(-128 - low / float(half)), -128, 127))
     deq = (float(half) * step[:, 0]).astype(np.float32)  # (n,)
     shift = np.zeros(len(deq)) if bias is None else np.asarray(bias, np.float64) / deq
     held = np.round(shift - offset * whole.sum(axis=1))
@@ -110,31 +113,6 @@ def int8_layer(name: str, weight: Array, bias: Array | None, low: float, high: f
         held.astype(np.int32),
         deq.view(np.uint32).astype(np.int64),
     )
-
-
-def input_step(low: float, high: float) -> tuple[np.float16, int]:
-    """The step of a layer's inputs, and the whole number of zero.
-
-    Args:
-        low, high: between which they lie.
-
-    Raises:
-        OverflowError: float16 holds no such step.
-
-    Example:
-        >>> step, zero = input_step(0.0, 2.55)
-        >>> round(float(step), 4), zero
-        (0.01, -128)
-    """
-    low, high = min(low, 0.0), max(high, 0.0)  # zero must be a whole number: padding and ReLU give it
-    scale = max((high - low) / 255, _LEAST_SCALE)
-    with np.errstate(over="ignore"):
-        half = np.float16(scale)
-        if float(half) < scale:  # rounded down, it would cut the range
-            half = np.nextafter(half, np.float16(np.inf))
-    if not np.isfinite(half):
-        raise OverflowError
-    return half, int(np.clip(np.round(-128 - low / float(half)), -128, 127))
 
 
 def on_grid(weight: Array) -> bool:

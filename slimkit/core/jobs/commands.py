@@ -10,7 +10,7 @@ from slimkit.core import files
 from slimkit.core.calibration.record import record_of, write_record
 from slimkit.core.errors import ConfigError, UnsupportedError
 from slimkit.core.examples import NoExampleError
-from slimkit.core.jobs import cards, crew, early, fed, fitting, folders, pruning, sources, work
+from slimkit.core.jobs import cards, early, fed, fitting, folders, pruning, sources, work
 from slimkit.core.jobs.calibrating import calibration_of
 from slimkit.core.jobs.fields import Strict, flag_of
 from slimkit.core.jobs.framework import ComputeLoss, FitRun, JobFramework, Opened, Supervised
@@ -19,7 +19,7 @@ from slimkit.core.jobs.options import W8A8S, ExportOptions, FitOptions, PruneOpt
 from slimkit.core.jobs.sources import DataPlace, ModelPlace
 from slimkit.core.log import logger
 from slimkit.core.sparse import SparseConfig
-from slimkit.core.sparse.select import said, select
+from slimkit.core.sparse.select import select
 
 # Formats that are a folder with the model's configuration beside the weights.
 FOLDERS = ("w16a16s", "w8a8s", "hf")
@@ -189,16 +189,9 @@ def sparsify(
     config = options.build()
     early.check(place, options, calib=calib)
     command = cards.command_line("sparsify", place, options, cards.data_flags(calib))
-    if config.smooth and crew.size() > 1:
-        raise ConfigError("--smooth holds the whole model in memory, which one process does: leave torchrun out")
-    if not config.smooth:
-        found = face.sparsify_blocks(place, out, config, calib, command, restart=restart, plan=plan)
-        if found is not None:
-            return found
-    elif left := face.outside_blocks(place):  # the same layers as a walk changes, though the model is in memory
-        logger.warning("%s left alone: outside the blocks", said(left))
-        options = options.model_copy(update={"ignore": [*(options.ignore or []), *left]})
-        config = options.build()
+    found = face.sparsify_blocks(place, out, config, calib, command, restart=restart, plan=plan)
+    if found is not None:
+        return found
     opened = face.open(place)
     batches = needed(proved(face, opened, calibration_of(face, opened, calib, out), calib), config)
     if plan:

@@ -378,10 +378,6 @@ class JobFramework(CrewFramework, Protocol):
         """A pruner of a folder that is never in memory whole, and the batches; own text goes beside `out`."""
         raise UnsupportedError("--stream reads folders of transformers, which are PyTorch's: leave --framework out")
 
-    def outside_blocks(self, place: ModelPlace) -> list[str]:
-        """The layers of a folder's model that a walk block by block leaves alone."""
-        return []
-
     def sparsify_blocks(
         self,
         place: ModelPlace,

@@ -234,11 +234,6 @@ class SparsifyOptions(JobOptions):
     weight_bits: PositiveInt | None = Field(
         None, description="round what stays to whole numbers of so many bits, 2 to 8, by output channel; unset: not"
     )
-    smooth: bool = Field(
-        False,
-        description="with 8 weight bits: bring inputs' channels closer together first, for w8a8s (a language model "
-        "was ruined by it: compare both); the whole model is in memory",
-    )
     targets: Annotated[list[str] | None, Flag("--target", metavar="GLOB")] = Field(
         None, description="globs of layers to sparsify; unset: all"
     )

@@ -50,13 +50,7 @@ def compress(
     if config.weight_bits == 8:
         demand_whole_numbers(name for name in names if str(host.weight(name).dtype).endswith("bfloat16"))
     _demand_finite(host, names)
-    told, unsmooth = _smoothed(host, config, dataset, layers, names)
-    put_back = host.snapshot(names)
-
-    def restore() -> None:
-        put_back()
-        unsmooth()
-
+    restore = host.snapshot(names)
     try:
         ratios, allocation = (
             (None, None) if config.allocation is None else measured(host, config, dataset, layers, names)
@@ -72,7 +66,7 @@ def compress(
         restore()
         raise
     report = _report(config, layers, names, walk.solved, skipped, unmatched, time.perf_counter() - began)
-    return report | told | ({"allocation": allocation} if allocation else {}), walk.masks
+    return report | ({"allocation": allocation} if allocation else {}), walk.masks
 
 
 def demand_whole_numbers(bfloats: Iterable[str]) -> None:
@@ -94,17 +88,6 @@ def _demand_finite(host: SparseFramework, names: Sequence[str]) -> None:
     for name in names if host.keeps_masks else ():
         if not all_finite(host.weight(name)):
             raise ArgumentError(f"the weight of {name!r} must be finite. Received: NaN or infinity")
-
-
-def _smoothed(
-    host: SparseFramework, config: SparseConfig, dataset: Any, layers: Mapping[str, SparseLayer], names: Sequence[str]
-) -> tuple[dict[str, Any], Callable[[], None]]:
-    """Smooth the inputs of linear layers where that was asked for; what the report says, and what takes it back."""
-    if not config.smooth:
-        return {}, lambda: None
-    from slimkit.core.ascend.smoothing import smooth
-
-    return smooth(host, dataset, [n for n in names if layers[n].kind == "linear"])
 
 
 def _report(

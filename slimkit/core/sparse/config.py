@@ -54,10 +54,6 @@ class SparseConfig(Shown):
             `mantissa_bits`.
         weight_bits: what stays is rounded to whole numbers of so many bits, 2 to 8, times one step for each output
             channel, the others of a row making up for each rounding; `save_w8a8s` writes 8. None does not round.
-        smooth: before that, bring the channels of each layer's inputs closer together: what writes a loud channel (a
-            norm's scale, rows of a matrix) becomes smaller by a power of two and the weights that read it larger, so
-            that one step for all inputs loses less. The model in floats says what it said; rows of weights get wider
-            steps, so compare both. With weight_bits=8; reads data.
         progressive_steps: how many steps `progressive` takes.
         strict: raise when a pattern matches no layer, or an n:m pattern does not fit a layer; False lists it in
             the report instead.
@@ -94,7 +90,6 @@ class SparseConfig(Shown):
     mantissa_bits: int | None = None
     outliers: float = 0.0
     weight_bits: int | None = None
-    smooth: bool = False
     progressive_steps: int = 4
     strict: bool = True
     options: Mapping[str, Any] | None = None
@@ -103,7 +98,7 @@ class SparseConfig(Shown):
         check.choice(self.mode, ("sparse",), "SparseConfig.mode")
         check.choice(self.method, list(METHODS), "SparseConfig.method")
         check.ratio(self.sparse_ratio, "SparseConfig.sparse_ratio")
-        for name in ("progressive", "sequential", "residual", "smooth", "strict"):
+        for name in ("progressive", "sequential", "residual", "strict"):
             check.boolean(getattr(self, name), f"SparseConfig.{name}")
         if isinstance(self.uniform, str):
             check.choice(self.uniform, RULES, "SparseConfig.uniform")
@@ -185,8 +180,6 @@ class SparseConfig(Shown):
                 )
         if self.mantissa_bits is not None and self.weight_bits is not None:
             raise ConfigError("SparseConfig.mantissa_bits and weight_bits are two grids: set one of them.")
-        if self.smooth and self.weight_bits != 8:
-            raise ConfigError("SparseConfig.smooth is for int8 layers: it needs weight_bits=8.")
         if self.outliers and self.mantissa_bits is None:
             raise ConfigError("SparseConfig.outliers needs mantissa_bits: without it every weight keeps its value.")
         if self.residual and not self.paired:
@@ -222,7 +215,7 @@ class SparseConfig(Shown):
     @property
     def needs_data(self) -> bool:
         """Whether calibration data is read."""
-        return self.row.needs_data or self.allocation is not None or self.smooth
+        return self.row.needs_data or self.allocation is not None
 
     @property
     def allocation(self) -> str | None:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from slimkit.core import check, files, traffic
 from slimkit.core.checkpoint.stepwise import identity
-from slimkit.core.errors import ConfigError, UnsupportedError
+from slimkit.core.errors import UnsupportedError
 from slimkit.core.joblog import JobLog
 from slimkit.core.locks import BLOCKS as STATE
 from slimkit.core.locks import locked, same_job, tidy
@@ -68,13 +68,8 @@ def sparsify_folder(
 
     Raises:
         UnsupportedError: processes were given different things, or `target` was begun with others.
-        ConfigError: another run is at work in `target`; or inputs are to be smoothed.
+        ConfigError: another run is at work in `target`.
     """
-    if cfg.smooth:
-        raise ConfigError(
-            "SparseConfig.smooth must be False for a folder that is walked block by block: who writes a layer's "
-            "inputs, and how large they are, is known before the first block. Compressor takes it"
-        )
     job = {"config": cfg.to_dict(), "source": identity(weights), **job}
     told = host.gather(job)
     if any(other != told[0] for other in told):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
-from slimkit.core.prune.graph import Graph
 from slimkit.core.sparse.maths.backend import Array
 from slimkit.core.sparse.maths.layer import SparseLayer
 from slimkit.core.sparse.trained import TrainedBlock
@@ -111,16 +110,6 @@ class SparseFramework(Protocol):
 
     def outputs(self, batch: Any) -> Any:
         """The model's first output for a batch, as a NumPy array without the rows of padding."""
-
-    def graph(self, batch: Any) -> Graph:
-        """The model's operators, as they run on a batch."""
-
-    def rescale(self, *changes: Mapping[str, tuple[int, Any]]) -> Callable[[], None]:
-        """Multiply parameters by powers of two, (an axis, the power of each of its indices), in place, all or none.
-
-        Returns:
-            A call that takes it back.
-        """
 
     def processes(self) -> int:
         """How many processes share the calibration data."""
