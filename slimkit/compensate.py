@@ -80,15 +80,15 @@ class TorchRepair:
     def stages(self, layers: Sequence[str], behind: Collection[str]) -> Iterator[RepairStage]:
         batch = next(iter(self._data), None)
         blocks = [] if batch is None else find_blocks(self._dense, batch)
-        before, inside, after = parted(layers, blocks)
+        before, inside, after = parted(layers, blocks, behind)
         if before:
             yield WholePair(self._dense, self._pruned, before, self._data)
-        if any(inside):
-            pair = ChainPair(self._dense, self._pruned, blocks, list(self._data))
-            for number, own in enumerate(inside):
-                yield pair.stage(number, [p for p in own if p in behind])
-        if after:
-            yield WholePair(self._dense, self._pruned, after, self._data)
+        pair = ChainPair(self._dense, self._pruned, blocks, list(self._data)) if any(inside) else None
+        for number, (own, further) in enumerate(zip(inside, after)):
+            if pair is not None:
+                yield pair.stage(number, own)
+            if further:
+                yield WholePair(self._dense, self._pruned, further, self._data)
 
     def write(self, path: str, weight: Array, bias: Array | None) -> None:
         module = bridge.get_module(self._pruned, path)

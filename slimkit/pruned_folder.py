@@ -235,6 +235,7 @@ class FolderPruner(PrunerBase):
             after = sum(p.numel() for p in stored.model.parameters())
             facts = {"parameters_before": before, "parameters": after, "kept": after / before}
             report = {**self.report(), **refit}
+            report.pop("seconds")  # a run that went on after a kill ends in the same bytes
             report["notes"] = [*report.get("notes", ()), *cutter.left_alone()]
             return {"format": "slimkit-prune", "version": 1, "asked": ratio, **facts, "report": report}
 

@@ -73,16 +73,16 @@ class MindSporeRepair:
         blocks = block_paths(self._dense, layers)
         if not is_chain(self._dense, blocks, batches[:1]) or not is_chain(self._pruned, blocks, batches[:1]):
             blocks = []
-        before, inside, after = parted(layers, blocks)
+        before, inside, after = parted(layers, blocks, behind)
         if before:
             yield WholePair(self._dense, self._pruned, before, batches)
-        if any(inside):
-            pair = ChainPair(self._dense, self._pruned, blocks, batches)
-            for number, own in enumerate(inside):
-                yield BlockPair(pair, number, [p for p in own if p in behind])
+        pair = ChainPair(self._dense, self._pruned, blocks, batches) if any(inside) else None
+        for number, (own, further) in enumerate(zip(inside, after)):
+            if pair is not None:
+                yield BlockPair(pair, number, own)
                 pair.advance(1, number)
-        if after:
-            yield WholePair(self._dense, self._pruned, after, batches)
+            if further:
+                yield WholePair(self._dense, self._pruned, further, batches)
 
     def write(self, path: str, weight: Array, bias: Array | None) -> None:
         cell = bridge.get_module(self._pruned, path)

@@ -76,6 +76,8 @@ def prune(
             f"{'Would keep' if output.dry_run else 'Kept'} {show(after, 'count')} of {show(before, 'count')} "
             f"parameters: {after / before:.3f}{reached}, {asked.reserved_ratio} asked for"
         )
+        if seconds := found["report"].get("seconds"):
+            talk.line("Seconds: " + ", ".join(f"{stage} {took:.1f}" for stage, took in seconds.items()))
         if asked.budget == "latency":
             from slimkit.core.jobs.timing import told
 

@@ -380,3 +380,18 @@ def test_masks_that_do_not_fit_change_nothing(kit, edit, message):
     with pytest.raises(PlanError, match=message):
         kit.slim.Pruner(model, example(kit)).prune_by_desc(edit)
     assert shapes(kit, model) == before
+
+
+def test_layers_that_stay_whole_are_another_question_with_another_answer(kit):
+    """Two layers alike: the scores of one stood for the other's, since what may go was called alike."""
+
+    def asked(*lists):
+        net = kit.fill(
+            kit.named(a=kit.linear(8, 32), b=kit.relu(), c=kit.linear(32, 32), d=kit.relu(), e=kit.linear(32, 8))
+        )
+        pruner = kit.room("prune").Pruner(net, kit.tensor(np.ones((2, 8), np.float32))).set_alignment(1)
+        pruner.set_importance_evaluation_function("l2", calibration=[kit.tensor(np.ones((2, 8), np.float32))])
+        return [pruner.analysis(0.7, whole)[1] for whole in lists][-1]["variables"]
+
+    assert asked(["a"], ["c"]) == asked(["c"])
+    assert asked(["c"], ["a"]) == asked(["a"])

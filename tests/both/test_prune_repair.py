@@ -57,3 +57,32 @@ def test_what_a_norm_at_the_end_of_a_block_is_given_makes_up_for_the_stream(kit,
         # On the data of the repair: what its least squares are of.
         errors.append(sum(float(np.square(kit.array(model(x)) - kit.array(dense(x))).mean()) for x in data(kit)))
     assert errors[0] < 0.97 * errors[1]  # both are exact: .957
+
+
+def chain_with_layers_between(kit):
+    """Blocks of one list, and between two of them a layer in none."""
+    blocks = residual_chain(kit).blocks
+
+    class Between(kit.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = blocks
+            self.wide, self.act, self.narrow = kit.linear(16, 24), kit.relu(), kit.linear(24, 16)
+
+        def forward(self, x):
+            x = self.blocks[1](self.blocks[0](x))
+            return self.blocks[2](self.narrow(self.act(self.wide(x))))
+
+        construct = forward
+
+    return kit.fill(Between())
+
+
+def test_a_layer_between_two_blocks_is_repaired_too(kit):
+    """It was passed over, and no word of it in the report."""
+    model = chain_with_layers_between(kit)
+    pruner = kit.room("prune").Pruner(model, data(kit)[0]).set_alignment(1)
+    pruner.set_importance_evaluation_function("l2").set_compensation(data(kit)).prune(0.7, ["*.down", "narrow"])
+    behind = ["blocks.0.down", "blocks.1.down", "narrow", "blocks.2.down"]
+    # Where the layer between makes the blocks no chain, all layers are refitted.
+    assert [path for path in pruner.report()["compensation"]["refitted"] if path in behind] == behind

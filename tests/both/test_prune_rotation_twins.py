@@ -221,3 +221,14 @@ def test_streams_that_cannot_be_turned_are_refused_with_the_reason(kit):
     net = kit.named(a=kit.embedding(40, 32), b=kit.layer_norm(32), c=kit.linear(32, 4))
     with pytest.raises(UnsupportedError, match="the residual stream cannot be turned: a LayerNorm in b"):
         kit.room("prune").Pruner(net, kit.tensor(IDS)).set_rotation().analysis(0.9)
+
+
+def test_a_plan_with_nothing_to_turn_does_not_stand_for_the_next(kit):
+    """A harder cut by the same pruner was one of channels, and no word of it."""
+    job = pruner(kit, built(kit, "shared"))
+    mild = job.analysis(0.9, ["*.o_proj", "*.down"])[1]  # what writes the stream stays, so that its width does
+    assert "rotated" not in mild["made"]
+    hard = job.analysis(0.7, INNER)[1]
+    fresh = pruner(kit, built(kit, "shared")).analysis(0.7, INNER)[1]
+    assert hard["made"]["rotated"] == fresh["made"]["rotated"]
+    assert hard["variables"] == fresh["variables"]

@@ -119,6 +119,19 @@ def test_no_variable_keeps_more_than_it_may(rng):
         assert found.total <= target
 
 
+def test_a_variable_stands_only_where_it_may(rng):
+    counted, full = Account.of_terms([[5, f"d{k}"] for k in range(3)], {f"d{k}": 8 for k in range(3)}), np.full(3, 8)
+    losses = {f"d{k}": np.cumsum(rng.random(8)) for k in range(3)}
+    losses["d0"] /= 100  # so that it would go first
+    target = 0.8 * counted.count(full)
+    free = knapsack.measured(counted, [8] * 3, target, 0.1, 1, losses, None)
+    assert free.keep["d0"] not in (4, 8)
+    for places in ([4, 8], [8]):
+        found = knapsack.measured(counted, [8] * 3, target, 0.1, 1, losses, None, places={"d0": places})
+        assert found.keep["d0"] in places
+        assert found.total <= target
+
+
 def test_widths_that_multiply_one_another_stay_within_the_target(rng):
     sizes = {f"d{k}": 16 for k in range(4)}
     chain = Account.of_terms([["d0", "d1"], ["d1", "d2"], ["d2", "d3"]], sizes)

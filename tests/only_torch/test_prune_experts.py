@@ -35,7 +35,7 @@ BATCHES = [{"input_ids": IDS}, {"input_ids": IDS.flip(0, 1)}]
 
 def built(family, **sizes):
     torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(**{**SIZES, **FAMILIES[family], **sizes})
+    config = getattr(transformers, f"{family}Config")(**{**SIZES, **FAMILIES.get(family, {}), **sizes})
     model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -191,3 +191,13 @@ def test_a_module_that_is_called_in_another_way_has_no_signal():
             return hidden
 
     assert expert_call(Odd(), (torch.ones(3, 8), torch.ones(3, 4)), {}, torch.ones(3, 8)) is None
+
+
+def test_experts_that_a_router_sorts_into_groups_stay_and_are_told():
+    """With six of eight each group would be another one: the router would choose otherwise, and nothing would fail."""
+    sizes = {"n_routed_experts": 8, "topk_group": 1, "moe_intermediate_size": 32, "n_shared_experts": 1}
+    for groups in (2, 1):
+        job = pruner(built("Glm4Moe", **sizes, n_group=groups, first_k_dense_replace=0))
+        job.analysis(0.7, [])
+        assert [k < 8 for k in kept(job)] == ([] if groups == 2 else [True, True])
+        assert any("chooses among groups" in note for note in job.report()["notes"]) is (groups == 2)

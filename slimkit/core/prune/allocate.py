@@ -175,6 +175,22 @@ class Account:
         return low
 
 
+def aligned_places(
+    account: Account, places: Mapping[str, Sequence[int]], sizes: Sequence[int], alignment: int
+) -> dict[str, list[int]]:
+    """Of the numbers that some variables may keep alone those that alignment allows."""
+    steps = dict(zip(account.names, account.steps(alignment, np.asarray(sizes, dtype=np.int64)).tolist()))
+    return {n: [k for k in some if k % steps[n] == 0 or k == some[-1]] for n, some in places.items() if n in steps}
+
+
+def least_places(account: Account, floors: Array, places: Mapping[str, Sequence[int]]) -> Array:
+    """The least that each variable keeps, of those places at which some of them may stand alone."""
+    return np.array(
+        [min((k for k in places.get(n, ()) if k >= f), default=f) for n, f in zip(account.names, floors.tolist())],
+        dtype=np.int64,
+    )
+
+
 @dataclass
 class Allocation:
     """How many indices each variable keeps.

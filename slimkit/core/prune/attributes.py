@@ -21,7 +21,7 @@ WIDTHS = re.compile(r"hidden|width|channel|dim|sizes|planes|filters|heads")
 # Widths relative to another one.
 RATIOS = re.compile(r"(mlp|ffn)_ratio$")
 # Fields that mean four times the hidden size when they are None.
-_FOUR_TIMES = frozenset({"n_inner"})
+FOUR_TIMES = ("n_inner", "intermediate_size", "ffn_dim", "ffn_hidden_size")
 # Numbers that never say a width, whatever they happen to equal.
 OTHER = re.compile(
     r"(^|_)(idx|index|id|ids|layer_id|layers|blocks|depth|window|patch|image|img|kernel|stride|padding|pad|dilation|vocab|"
@@ -202,7 +202,7 @@ def config_changes(
             new = _new_field(name, old, by_kind, whole)
         elif isinstance(old, list) and WIDTHS.search(name):
             new = [_new_field(name, width, by_kind, whole) for width in old]
-        elif old is None and name in _FOUR_TIMES:
+        elif old is None and name in FOUR_TIMES:
             hidden = next((v for f, v in fields.items() if isinstance(v, int) and HIDDEN.search(f)), 0)
             inner = _new_field(name, 4 * hidden, by_kind, whole)
             new = inner if inner != 4 * hidden else None

@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 
-from slimkit.core.prune.attributes import HEADS, HIDDEN, OTHER, RATIOS, WIDTHS, Field, parts_of
+from slimkit.core.prune.attributes import FOUR_TIMES, HEADS, HIDDEN, OTHER, RATIOS, WIDTHS, Field, parts_of
 from slimkit.core.prune.expressions import Expr, linear_form, size_of
 from slimkit.core.prune.levers import Lever, Row, solve_levers
 from slimkit.core.prune.solve import View
@@ -186,7 +186,7 @@ def _unset(fields: Mapping[str, Field]) -> Iterator[tuple[str, int]]:
         here = {n.rpartition(".")[2]: v for n, v in known.items() if n.rpartition(".")[0] == prefix}
         hidden = next((v for n, v in here.items() if HIDDEN.search(n)), 0)
         heads = next((v for n, v in here.items() if HEADS.search(n) and "kv" not in n and "key" not in n), 0)
-        for name, value in (("n_inner", 4 * hidden), ("head_dim", hidden // heads if heads else 0)):
+        for name, value in (*((n, 4 * hidden) for n in FOUR_TIMES), ("head_dim", hidden // heads if heads else 0)):
             full = f"{prefix}.{name}" if prefix else name
             # One that the configuration does not declare may be read by this library and not by others.
             if value > 1 and full in fields and fields[full] is None:

@@ -33,6 +33,7 @@ WHY_STAY = {
     "mindspore": "cells carry no configuration that tells which axes count them. Prune experts in PyTorch, and convert "
     "the model",
 }
+GROUPED = "the router chooses among groups of them, which are told apart by their place"
 NUMBER = re.compile(r"experts$")
 # How many experts one token is given to: never more than there are.
 CHOSEN = re.compile(r"experts_per_tok|(^|_)top_?k$")
@@ -49,6 +50,7 @@ class Experts:
         axes: (parameter, axis) of everything that counts them.
         module: the module that holds their matrices.
         scope: the module around it and its router.
+        grouped: whether code sorts them into groups by their place: without some, others would change their group.
     """
 
     field: str
@@ -56,6 +58,7 @@ class Experts:
     axes: tuple[tuple[str, int], ...]
     module: str
     scope: str
+    grouped: bool = False
 
 
 @dataclass(frozen=True)
@@ -98,8 +101,22 @@ def find_experts(graph: Graph, fields: Mapping[str, Field], build: Build) -> lis
                          for path, _ in axes) if held else False  # fmt: skip
             if held and routed:
                 scope = common_scope([path.rpartition(".")[0] for path, _ in axes])
-                found.append(Experts(field, value, tuple(axes), held[0].rpartition(".")[0], scope))
+                grouped = _sorted_into_groups(graph, scope, value)
+                found.append(Experts(field, value, tuple(axes), held[0].rpartition(".")[0], scope, grouped))
     return found
+
+
+def _sorted_into_groups(graph: Graph, scope: str, number: int) -> bool:
+    """Whether a reshape in a layer of experts makes two axes of the one that counts them."""
+    shapes = [
+        (graph.values[node.inputs[0]].shape, graph.values[node.outputs[0]].shape)
+        for node in graph.nodes
+        if node.op == "reshape" and node.inputs[0] is not None and within(node.scope, scope)
+    ]
+    return any(
+        before[-1:] == (number,) and before[:-1] == after[:-2] and len(after) > 1 and 1 not in after[-2:]
+        for before, after in ((tuple(b), tuple(a)) for b, a in shapes)
+    )
 
 
 def free_experts(relations: Relations, found: Sequence[Experts]) -> dict[str, Dim]:
@@ -147,16 +164,27 @@ def _loosen(relations: Relations, found: Sequence[Experts], widths: set[Dim]) ->
             dims[out] = [Dim(d.size, elastic=True) if loose else d for d, loose in zip(dims[out], fixed)]
 
 
-def stay_note(framework: str, modules: Iterable[str]) -> str:
-    """What a report says of modules whose experts no plan may touch; "" for none.
+def stay_notes(framework: str, modules: Iterable[str], grouped: Iterable[str]) -> list[str]:
+    """What a report says of modules whose experts no plan may touch.
+
+    Args:
+        framework: whose modules they are.
+        modules: those that hold experts which no plan may touch.
+        grouped: those of them whose experts are sorted into groups.
 
     Example:
-        >>> stay_note("torch", ["h.0.moe", "h.1.moe", "h.2.moe"]).partition(":")[0]
+        >>> stay_notes("torch", ["h.0.moe", "h.1.moe", "h.2.moe"], [])[0].partition(":")[0]
         'the experts of h.0.moe, h.1.moe and 1 more stay whole'
     """
-    named = [path or "the model" for path in modules]
-    told = ", ".join(named[:2]) + (f" and {len(named) - 2} more" if len(named) > 2 else "")
-    return f"the experts of {told} stay whole: {WHY_STAY[framework]}" if named else ""
+    by_reason: dict[str, list[str]] = {}
+    known = {*grouped}
+    for path in modules:
+        by_reason.setdefault(GROUPED if path in known else WHY_STAY[framework], []).append(path or "the model")
+    return [
+        f"the experts of {', '.join(named[:2])}{f' and {len(named) - 2} more' if len(named) > 2 else ''} stay whole: "
+        f"{why}"
+        for why, named in by_reason.items()
+    ]
 
 
 def expert_losses(signal: ExpertSignal) -> Array:

@@ -7,7 +7,7 @@ shape inside a block, kept among zeros at the widest that the configuration says
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from slimkit.core import check
@@ -113,7 +113,11 @@ class CutForm:
 
     def _uniform(self, view: View, counts: Mapping[str, int]) -> dict[str, int]:
         """Of each lever that the configuration says the fewest steps that hold all of its members' counts."""
-        return {x.name: max(-(-counts[n] // each) for n, each in x.members.items()) for x in self._told(view)}
+        told = self._told(view)
+        steps = {x.name: max(-(-counts[n] // each) for n, each in x.members.items()) for x in told}
+        for name, places in self.beside_whole(told, [x.name for x in told if steps[x.name] < x.size]).items():
+            steps[name] = min(k for k in places if k >= steps[name])  # zeros make up for it
+        return steps
 
     def fields(
         self, view: View, levers: list[Lever], steps: Mapping[str, int], counts: Mapping[str, int]
@@ -198,13 +202,10 @@ class CutForm:
             gone = lever.size - (steps[lever.name] if stands is None else stands)
             return numbers[name] - int(lever.says[name] * gone)
 
-        for hidden in [n for n in numbers if HIDDEN.search(n.rpartition(".")[2]) and n in by_field]:
-            lever, inside = by_field[hidden], hidden.rpartition(".")[0]
-            heads = [
-                n for n in numbers
-                if HEADS.search(n.rpartition(".")[2]) and n.rpartition(".")[0] == inside
-                and numbers[hidden] % numbers[n] == 0 and n not in lever.says
-            ]  # fmt: skip
+        for hidden, heads in self._divisors(levers):
+            if hidden not in by_field:
+                continue
+            lever = by_field[hidden]
             common = math.lcm(1, *map(after, heads))
             if after(hidden) % common == 0:
                 continue
@@ -217,6 +218,43 @@ class CutForm:
             else:
                 fixed.update({x.name: most.get(x.name, x.size) for x in (lever, *others.values())})
         return fixed
+
+    def _divisors(self, levers: Sequence[Lever]) -> Iterator[tuple[str, list[str]]]:
+        """Each field of a hidden size, and those of numbers of heads that divide it today and move without it."""
+        assert self._said is not None
+        numbers, says = self._said.numbers, {name: x.says for x in levers for name in x.says}
+        for hidden in [n for n in numbers if HIDDEN.search(n.rpartition(".")[2])]:
+            inside = hidden.rpartition(".")[0]
+            yield hidden, [
+                n for n in numbers
+                if HEADS.search(n.rpartition(".")[2]) and n.rpartition(".")[0] == inside
+                and numbers[hidden] % numbers[n] == 0 and n not in says.get(hidden, ())
+            ]  # fmt: skip
+
+    def beside_whole(self, levers: Sequence[Lever], cut: Collection[str] = ()) -> dict[str, list[int]]:
+        """Where levers of heads may stand beside a hidden size that stays whole and that they must divide.
+
+        Args:
+            levers: what may be turned.
+            cut: levers that do not stay whole; beside those nothing is told.
+
+        Returns:
+            Lever -> its steps, rising; one that may stand anywhere is left out.
+        """
+        found: dict[str, list[int]] = {}
+        if self._said is None:
+            return found
+        for hidden, heads in self._divisors(levers):
+            if not self._said.slopes[hidden] or any(hidden in x.says for x in levers if x.name in cut):
+                continue
+            for lever in levers:
+                if any(HIDDEN.search(n.rpartition(".")[2]) for n in lever.says):
+                    continue  # heads that move with a hidden size
+                for name in (n for n in heads if n in lever.says):
+                    size, least, each = self._said.numbers[hidden], self._said.numbers[name], lever.says[name]
+                    places = found.get(lever.name, range(1, lever.size + 1))
+                    found[lever.name] = [k for k in places if size % (least - int(each * (lever.size - k))) == 0]
+        return found
 
     def contradicts(self, view: View, plan: PrunePlan) -> bool:
         """Whether the configuration, rewritten, builds other shapes than the plan leaves; what it then cannot say stays
@@ -284,6 +322,20 @@ def parallel_steps(view: View, levers: Sequence[Lever], number: int) -> list[int
             )
         out.append(step)
     return out
+
+
+def vocabulary_notes(fields: Mapping[str, Field], number: int) -> list[str]:
+    """What to say of vocabularies that so many devices do not divide: they are never cut.
+
+    Example:
+        >>> vocabulary_notes({"vocab_size": 100}, 8)
+        ['8 devices do not divide vocab_size 100, which is never cut: what serves the model must pad it']
+    """
+    return [
+        f"{number} devices do not divide {name} {value}, which is never cut: what serves the model must pad it"
+        for name, value in fields.items()
+        if name.rpartition(".")[2] == "vocab_size" and isinstance(value, int) and value % number
+    ]
 
 
 def steps_of_rows(view: View, levers: Sequence[Lever], rows: Mapping[str, int]) -> list[int]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from slimkit.core.prune.allocate import Account, Allocation
+from slimkit.core.prune.allocate import Account, Allocation, least_places
 
 Array = np.ndarray[Any, Any]
 
@@ -26,6 +26,7 @@ def measured(
     losses: Mapping[str, Array],
     alike: Sequence[Any] | None,
     most: Sequence[int] | None = None,
+    places: Mapping[str, Sequence[int]] | None = None,
 ) -> Allocation:
     """Choose kept counts of least loss.
 
@@ -38,6 +39,7 @@ def measured(
         losses: variable -> loss at which each of its indices goes; a variable without any keeps all it has.
         alike: a label each; equally labelled variables keep equal numbers. None: each its own.
         most: the most that each variable may keep, where that is not all.
+        places: variable -> the only numbers that it may keep, all it has among them.
 
     Returns:
         The counts.
@@ -45,13 +47,13 @@ def measured(
     full = np.asarray(sizes, dtype=np.int64)
     ceilings = full if most is None else np.asarray(most, dtype=np.int64)
     floors = np.where([n in losses for n in account.names], account.floors(sizes, floor_ratio, alignment), full)
-    floors = np.minimum(floors, ceilings)
+    floors = np.minimum(least_places(account, floors, places or {}), ceilings)
     labels = list(alike) if alike is not None else list(range(len(full)))
     together = [np.flatnonzero([x == label for x in labels]) for label in dict.fromkeys(labels)]
     counts = ceilings
     if len(full) and account.count(ceilings) > target:
         steps = account.steps(alignment, full)
-        counts = cheapest(account, full, floors, steps, target, losses, together, ceilings)
+        counts = cheapest(account, full, floors, steps, target, losses, together, ceilings, places or {})
     held = [n for n, k, f in zip(account.names, counts, floors) if k == f]
     total = account.count(counts)
     return Allocation(dict(zip(account.names, counts.tolist())), total, target, held if total > target * 1.005 else [])
@@ -66,6 +68,7 @@ def cheapest(
     losses: Mapping[str, Array],
     together: Sequence[Array],
     ceilings: Array,
+    places: Mapping[str, Sequence[int]],
 ) -> Array:
     """The counts of least loss whose account is no more than the target.
 
@@ -83,6 +86,7 @@ def cheapest(
         losses: variable -> loss at which each of its indices goes, as `eliminate` gives them.
         together: places of variables that keep equal numbers.
         ceilings: (n,) the most that each keeps.
+        places: variable -> the only numbers that it may keep.
 
     Returns:
         (n,) counts; the floors where even these exceed the target.
@@ -92,7 +96,10 @@ def cheapest(
         return floors
     groups = [g[known[g]] for g in together if known[g].any()]
     levels = max(_LEVELS, _ALL_LEVELS // max(1, len(groups)))
-    choices = [_choices(int(ceilings[g[0]]), int(floors[g[0]]), int(steps[g[0]]), levels) for g in groups]
+    choices = [
+        _choices(int(ceilings[g[0]]), int(floors[g[0]]), int(steps[g[0]]), levels, places.get(account.names[g[0]]))
+        for g in groups
+    ]
     prices: list[Array] = []
     for group, numbers in zip(groups, choices):
         rising = [np.concatenate([[0.0], np.sort(losses[account.names[k]])]) for k in group]
@@ -150,8 +157,10 @@ def foretold(full: Mapping[str, int], keep: Mapping[str, int], losses: Mapping[s
     return float(sum(np.sort(losses[name])[full[name] - keep[name] - 1] for name in cut))
 
 
-def _choices(most: int, floor: int, step: int, levels: int) -> list[int]:
+def _choices(most: int, floor: int, step: int, levels: int, places: Sequence[int] | None) -> list[int]:
     numbers = sorted({*range(-(-floor // step) * step, most, step), floor, most})
+    if places is not None:
+        numbers = [n for n in numbers if n in places or n in (floor, most)]
     if len(numbers) > levels:
         numbers = sorted({numbers[k] for k in np.linspace(0, len(numbers) - 1, levels).round().astype(int)})
     return numbers

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from slimkit.core.prune.allocate import Account, least_places
 from slimkit.core.prune.solve import View
 
 Array = np.ndarray[Any, Any]
@@ -50,6 +51,35 @@ def free_levers(view: View) -> list[Lever]:
 def counts_experts(view: View, lever: Lever) -> bool:
     """Whether a lever counts experts, which are no width."""
     return {v.kind for v in view.variables if v.name in lever.members} == {"experts"}
+
+
+def inner_levers(
+    view: View,
+    account: Account,
+    levers: Sequence[Lever],
+    sizes: Sequence[int],
+    limits: tuple[float, float, int],
+    places: Mapping[str, Sequence[int]],
+) -> set[str] | None:
+    """The levers that a measured cut may turn: those that leave the hidden width whole, since every layer reads it;
+    None for all, where they would not do.
+
+    Args:
+        view: the coupling.
+        account: what is counted.
+        levers: in the account's order.
+        sizes: steps of each.
+        limits: the number not to exceed, the least share that each keeps, and the alignment.
+        places: lever -> where alone it may stand beside a whole hidden width.
+    """
+    target, least, alignment = limits
+    hidden = {v.name for v in view.variables if v.kind == "hidden"}
+    outer = [bool(hidden & x.members.keys()) for x in levers]
+    floors = least_places(account, account.floors(sizes, least, alignment), places)
+    counts = [size if whole else int(f) for size, whole, f in zip(sizes, outer, floors)]
+    if account.count(np.array(counts, dtype=np.int64)) > target:
+        return None
+    return {x.name for x, whole in zip(levers, outer) if not whole}
 
 
 def joined_scores(lever: Lever, scores: Mapping[str, Array]) -> Array:

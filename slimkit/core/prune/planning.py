@@ -12,23 +12,23 @@ from slimkit.core import check
 from slimkit.core.errors import ArgumentError
 from slimkit.core.log import logger
 from slimkit.core.match import demand, match
-from slimkit.core.prune.allocate import Account, Allocation, allocate
+from slimkit.core.prune.allocate import Account, Allocation, aligned_places, allocate
 from slimkit.core.prune.attributes import config_changes, new_values, scope_sizes
 from slimkit.core.prune.cache_size import CacheAccount
 from slimkit.core.prune.criteria import CRITERIA, Criterion
-from slimkit.core.prune.experts import fields_after, find_experts, numbers_after, stay_note
+from slimkit.core.prune.experts import fields_after, find_experts, numbers_after, stay_notes
 from slimkit.core.prune.expressions import Index
-from slimkit.core.prune.forms import CutForm, multiples_of, told_heads
+from slimkit.core.prune.forms import CutForm, multiples_of, told_heads, vocabulary_notes
 from slimkit.core.prune.framework import PruneFramework
 from slimkit.core.prune.importance import best
 from slimkit.core.prune.knapsack import foretold, measured
 from slimkit.core.prune.latency import BAD_FIT, LatencyAccount, LatencyTable
-from slimkit.core.prune.levers import Lever, counts_experts, joined_losses, joined_scores, lever_matrix
+from slimkit.core.prune.levers import Lever, counts_experts, inner_levers, joined_losses, joined_scores, lever_matrix
 from slimkit.core.prune.narrowing import Narrowing, alike_levers
 from slimkit.core.prune.plan import PrunePlan, make_desc
 from slimkit.core.prune.reporting import allocated, padding
 from slimkit.core.prune.settings import PrunerSettings
-from slimkit.core.prune.solve import Coupling, Variable, View
+from slimkit.core.prune.solve import Coupling, View
 from slimkit.core.prune.stream import Stream, find_stream, part
 
 _ROUNDS = 200
@@ -75,6 +75,8 @@ class PrunerPlanning(PrunerSettings):
             whole: layers whose outputs stay whole.
             most: lever -> steps that it may keep at most.
         """
+        if self._rotate and self._narrowing is not None and self._stream is None:
+            self._begin_anew()  # the last plan had nothing to turn
         desc = self._plan_made(ratio, whole, most)
         if self._parted and "rotated" not in desc["made"]:
             # A copy of the table would be held for nothing.
@@ -120,7 +122,7 @@ class PrunerPlanning(PrunerSettings):
                 self._report["notes"].append(note)
                 if not self._quiet:
                     logger.warning("%s; without rotation they are spared", note)
-        self._report["notes"] += form.notes
+        self._report["notes"] += form.notes + vocabulary_notes(self._wing.config(), self._parallel)
         self._report["form"] = {"name": form.name, "because": form.because}
         if form.name == "padded":
             live = parameters.count(np.array([allocation.keep[n] for n in view.counts], dtype=np.int64))
@@ -152,17 +154,21 @@ class PrunerPlanning(PrunerSettings):
 
     def _begun(self) -> Narrowing:
         if self._narrowing is None:
-            coupling = Coupling(self._wing.trace())
-            if self._wing.one_head_size:
-                coupling.keep_head_sizes()
-            if self._rotate:
-                coupling = self._stream_found(coupling)
-            coupling.open_experts(find_experts(coupling.graph, self._wing.config(), self._wing.configured))
-            left = [path for path in self._wing.stacked() if path not in coupling.expert_dims]
-            if note := stay_note(self._wing.framework, left):
-                coupling.graph.notes.append(note)
-            self._narrowing = Narrowing(coupling)
+            with self._seconds.stage("trace"):
+                self._narrowing = Narrowing(self._coupled())
         return self._narrowing
+
+    def _coupled(self) -> Coupling:
+        coupling = Coupling(self._wing.trace())
+        if self._wing.one_head_size:
+            coupling.keep_head_sizes()
+        if self._rotate:
+            coupling = self._stream_found(coupling)
+        found = find_experts(coupling.graph, self._wing.config(), self._wing.configured)
+        coupling.open_experts(e for e in found if not e.grouped)
+        left = [path for path in self._wing.stacked() if path not in coupling.expert_dims]
+        coupling.graph.notes += stay_notes(self._wing.framework, left, [e.module for e in found if e.grouped])
+        return coupling
 
     def _stream_found(self, coupling: Coupling) -> Coupling:
         """Find the stream to turn; where its table is read behind a scale, the coupling with the two apart."""
@@ -180,7 +186,7 @@ class PrunerPlanning(PrunerSettings):
 
     def _begin_anew(self) -> None:
         self._narrowing, self._report, self._cut_form, self._stream, self._parted = None, {}, None, None, {}
-        self._scoring.forget()
+        self._scoring.anew()
 
     def _copied(self) -> int:
         """Parameters that a rotation adds."""
@@ -296,11 +302,20 @@ class PrunerPlanning(PrunerSettings):
         labels = alike_levers(view, levers)
         most = [min(size, self._most.get(x.name, size)) for x, size in zip(levers, sizes)]
         if allocation == "measured":
-            wanted = view.variables if self._rotate else self._open(view, account, levers, sizes, *limits)
-            self._scoring.score(view, criterion, wanted, self._stream)
+            beside = aligned_places(account, self._form_begun().beside_whole(levers), sizes, self._alignment)
+            inner = None if self._rotate else inner_levers(view, account, levers, sizes, limits, beside)
+            wanted = view.variables
+            if inner is None:
+                beside = {}
+            else:
+                moved = {v for x in self._levers if x.name in inner or x not in levers for v in x.members}
+                wanted = [v for v in wanted if v.name in moved]
+            with self._seconds.stage("score"):
+                self._scoring.score(view, criterion, wanted, self._stream)
             losses = joined_losses(levers, sizes, self._scoring.losses)
-            return measured(account, sizes, *limits, losses, labels if level else None, most)
-        scores = self._scoring.score(view, criterion, view.variables)
+            return measured(account, sizes, *limits, losses, labels if level else None, most, beside)
+        with self._seconds.stage("score"):
+            scores = self._scoring.score(view, criterion, view.variables)
         chunks = None
         if allocation == "global":
             comparable = criterion.comparable
@@ -308,21 +323,6 @@ class PrunerPlanning(PrunerSettings):
             chunks = {x.name: joined_scores(x, chunks)[x.size - size :] for x, size in zip(levers, sizes)}
         gives_way = self._node_ratio is None
         return allocate(account, sizes, *limits, chunks, labels, level=level, gives_way=gives_way, most=most)
-
-    @staticmethod
-    def _open(
-        view: View, account: Account, levers: list[Lever], sizes: list[int], target: float, least: float, alignment: int
-    ) -> list[Variable]:
-        """The variables that a measured cut may touch: the hidden width only where all else would not do, since every
-        layer of the model reads it."""
-        hidden = {v.name for v in view.variables if v.kind == "hidden"}
-        stays = [bool(hidden & x.members.keys()) for x in levers]
-        floors = account.floors(sizes, least, alignment)
-        counts = [size if whole else int(f) for size, whole, f in zip(sizes, stays, floors)]
-        if account.count(np.array(counts, dtype=np.int64)) > target:
-            return view.variables
-        inner = {v for x, whole in zip(levers, stays) if not whole for v in x.members}
-        return [v for v in view.variables if v.name in inner]
 
     def _describe(self, view: View, allocation: Allocation, ratio: float, whole: list[str]) -> dict[str, Any]:
         form, scores = self._form_begun(), self._scoring.scores

@@ -88,7 +88,9 @@ class PrunerBase(PrunerPlanning):
             GraphError: the model could not be traced.
         """
         check.ratio(reserved_ratio, "reserved_ratio", one=True)
-        desc = self._planned(reserved_ratio, self._wanted_whole(un_prune_list))
+        self._seconds.begin("trace")
+        with self._seconds.stage("plan"):
+            desc = self._planned(reserved_ratio, self._wanted_whole(un_prune_list))
         return desc["made"]["left_params"], Report("plan", desc)
 
     def prune(self, reserved_ratio: float = 0.75, un_prune_list: Sequence[int | str] | None = None) -> dict[str, Any]:
@@ -133,7 +135,9 @@ class PrunerBase(PrunerPlanning):
             ArgumentError: no ratio, or one out of range.
             GraphError: the model could not be traced.
         """
-        return Report("frontier", frontier_of(self, reserved_ratios, un_prune_list, nested))
+        self._seconds.begin("trace")
+        with self._seconds.stage("plan"):
+            return Report("frontier", frontier_of(self, reserved_ratios, un_prune_list, nested))
 
     def prune_by_desc(self, desc: dict[str, Any], *, repair: bool = False, weights_follow: bool = False) -> Any:
         """Replay a plan on a fresh model of the same make, in place; weights that a repair changed are not in a plan.
@@ -190,7 +194,8 @@ class PrunerBase(PrunerPlanning):
         Of a cut model that carries a configuration, `from_config` says whether a model built from it has the cut
         shapes, so that its own `from_pretrained` loads it: {"loads": bool, "because": the first difference}. `serves`
         holds the limits that transformers, vLLM and vLLM-Ascend state against it, each with its source. `form` says
-        which form the cut has, and why a model with a configuration has not the form "config".
+        which form the cut has, and why a model with a configuration has not the form "config". `seconds` says how long
+        each stage took: trace, score, plan, cut and repair.
         """
         if not self._report:
             self._report = coupled(self._solved().view())
@@ -200,7 +205,8 @@ class PrunerBase(PrunerPlanning):
                 self._report["from_config"] = {"loads": not mismatch, "because": mismatch}
                 kind = type(self._wing.model).__name__
                 self._report["serves"] = serves(kind, self._wing.config(), mismatch, self._parallel)
-        return Report("pruning", self._report)
+        seconds = {stage: round(took, 3) for stage, took in self._seconds.spent.items()}
+        return Report("pruning", {**self._report, "seconds": seconds})
 
     def draw(self, path: PathLike | None = None) -> str:
         """Draw the coupling: one row a group, its width before and after the last analysis, and the layers it ties.
@@ -235,7 +241,8 @@ class PrunerBase(PrunerPlanning):
             turn_back()
             raise
         try:
-            self._report["compensation"] = self._wing.compensate(dense, plan, layers, data, self._damping)
+            with self._seconds.stage("repair"):
+                self._report["compensation"] = self._wing.compensate(dense, plan, layers, data, self._damping)
         except BaseException:
             undo()
             turn_back()
@@ -258,6 +265,10 @@ class PrunerBase(PrunerPlanning):
         return self._wing.turn(turned_values(stream, rotation, kept, read), parted)
 
     def _cut(self, plan: PrunePlan, turned: bool = False, weights_follow: bool = False) -> Callable[[], None]:
+        with self._seconds.stage("cut"):
+            return self._cut_now(plan, turned, weights_follow)
+
+    def _cut_now(self, plan: PrunePlan, turned: bool, weights_follow: bool) -> Callable[[], None]:
         turn_back: Callable[[], None] = (lambda: None) if turned else self._turn(plan, weights_follow)
         try:
             names = plan.match(self._wing.shapes())

@@ -126,21 +126,35 @@ def repair(models: Repair, layers: Sequence[str], plan: PrunePlan, damping: floa
     return report
 
 
-def parted(layers: Sequence[str], blocks: Sequence[str]) -> tuple[list[str], list[list[str]], list[str]]:
-    """Layers before the first block, those in each block, and those behind the last that has any.
+def parted(
+    layers: Sequence[str], blocks: Sequence[str], behind: Collection[str]
+) -> tuple[list[str], list[list[str]], list[list[str]]]:
+    """The layers to refit: those before the first block, those in each block, and those that run behind each block and
+    are in none.
 
     Args:
-        layers: paths in the order they run; one between two blocks and in none is left out.
+        layers: paths in the order they run.
         blocks: the blocks' paths.
+        behind: the layers behind the cut; of those in a block, and between two, no others are refitted.
 
     Example:
-        >>> parted(["stem", "h.0.up", "h.1.up", "head"], ["h.0", "h.1"])
-        (['stem'], [['h.0.up'], ['h.1.up']], ['head'])
+        >>> parted(["stem", "h.0.up", "h.1.up", "head"], ["h.0", "h.1"], ["h.1.up"])
+        (['stem'], [[], ['h.1.up']], [[], ['head']])
     """
-    inside = [[path for path in layers if path.startswith(block + ".")] for block in blocks]
-    places = [k for k, path in enumerate(layers) if any(path in own for own in inside)]
-    first, last = (places[0], places[-1]) if places else (len(layers), len(layers))
-    return list(layers[:first]), inside, list(layers[last + 1 :])
+    before: list[str] = []
+    inside: list[list[str]] = [[] for _ in blocks]
+    after: list[list[str]] = [[] for _ in blocks]
+    last = -1
+    for path in layers:
+        place = next((k for k, block in enumerate(blocks) if path.startswith(f"{block}.")), None)
+        if place is None:
+            (before if last < 0 else after[last]).append(path)
+        else:
+            inside[place].append(path)
+            last = max(last, place)
+    for own in (*inside, *after[: max(last, 0)]):
+        own[:] = [path for path in own if path in behind]
+    return before, inside, after
 
 
 class _Filled:

@@ -54,8 +54,12 @@ class Scoring:
 
     def forget(self) -> None:
         """The model or what was set is another: score anew."""
-        self._made_from, self.rotation = None, None
+        self.anew()
         self._known.clear()
+
+    def anew(self) -> None:
+        """The model is traced anew, of the same weights: what data said of its layers is kept."""
+        self._made_from, self.rotation = None, None
 
     def look(self, paths: Iterable[str]) -> None:
         """Forget scores of weights that were trained since the last look; what data said of the same weights is kept.
@@ -95,7 +99,9 @@ class Scoring:
             variables: those whose losses are wanted, where the criterion foretells losses.
             stream: one that is turned onto its principal axes before it is cut.
         """
-        key = criterion, tuple((v.name, v.size, len(v.places)) for v in view.variables), len(variables)
+        # Names are given in order, so that the same ones are of other layers where others stay whole.
+        turned = stream and stream.variable(view)
+        key = criterion, repr(view.axes), tuple(view.counts.items()), tuple(v.name for v in variables), turned
         if self._made_from == key:
             return self.scores
         shapes, need = view.coupling.graph.shapes, criterion.needs
@@ -117,7 +123,6 @@ class Scoring:
             def signals(layers: Sequence[str]) -> Mapping[str, LayerSignal | ExpertSignal]:
                 return self._wing.signals(self.calibration, layers, self.loss, self.seed)
 
-            turned = stream and stream.variable(view)
             variables = [v for v in variables if v.name != turned]
             self.losses = output_losses(view, variables, signals, read, self._known)
             if stream and turned:

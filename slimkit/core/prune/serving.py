@@ -36,6 +36,16 @@ _IN_VLLM = {
 # What FlashAttention takes in vLLM; its slower FlexAttention takes every head size.
 _HEAD_SIZES = (32, 64, 96, 128, 160, 192, 224, 256)
 
+# Fields that configurations have for the number of heads, of key and value heads, and for inner widths.
+_QUERIES = (
+    "num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads", "decoder_attention_heads",
+)  # fmt: skip
+_SHARED = ("num_key_value_heads", "num_kv_heads", "n_head_kv")
+_INNER = (
+    "intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "moe_intermediate_size", "d_ff", "encoder_ffn_dim",
+    "shared_expert_intermediate_size", "decoder_ffn_dim",
+)  # fmt: skip
+
 # Class -> (row of vLLM-Ascend's table, what the table says)
 _IN_ASCEND = {
     "BertModel": ("Bert", "experimental"),
@@ -73,10 +83,12 @@ def serves(kind: str, fields: Mapping[str, Field], mismatch: str, parallel: int 
     vllm = [f"the configuration does not say the shapes: {mismatch}"] if mismatch else []
     if kind not in _IN_VLLM:
         vllm.append(f"{kind} is not among the classes that slimkit knows in its registry")
-    vllm += _divided(fields, parallel)
-    size = _head_size(fields)
-    if size and size not in _HEAD_SIZES:
-        vllm.append(f"FlashAttention takes no heads of {size} (FlexAttention does)")
+    for tower in _towers(fields):
+        vllm += _divided(tower, parallel)
+        size = _head_size(tower)
+        if size and size not in _HEAD_SIZES:
+            vllm.append(f"FlashAttention takes no heads of {size} (FlexAttention does)")
+    vllm = list(dict.fromkeys(vllm))
     row, status = _IN_ASCEND.get(kind, ("", ""))
     ascend = list(vllm)
     if status != "supported":
@@ -89,25 +101,37 @@ def serves(kind: str, fields: Mapping[str, Field], mismatch: str, parallel: int 
     }
 
 
+def _head_size(fields: Mapping[str, Field]) -> int:
+    told = _number(fields, "head_dim", "d_kv")
+    heads = _number(fields, *_QUERIES)
+    return told or (_number(fields, "hidden_size", "n_embd", "d_model") // heads if heads else 0)
+
+
 def _number(fields: Mapping[str, Field], *names: str) -> int:
     return next((v for n in names if type(v := fields.get(n)) is int), 0)
 
 
-def _head_size(fields: Mapping[str, Field]) -> int:
-    told = _number(fields, "head_dim", "d_kv")
-    heads = _number(fields, "num_attention_heads", "n_head", "num_heads")
-    return told or (_number(fields, "hidden_size", "n_embd", "d_model") // heads if heads else 0)
+def _towers(fields: Mapping[str, Field]) -> list[dict[str, Field]]:
+    """The fields of a configuration and of each of those inside it, by their own names."""
+    found: dict[str, dict[str, Field]] = {}
+    for path, value in fields.items():
+        inside, _, name = path.rpartition(".")
+        found.setdefault(inside, {})[name] = value
+    return list(found.values())
 
 
 def _divided(fields: Mapping[str, Field], parallel: int) -> list[str]:
     out = []
-    heads = _number(fields, "num_attention_heads", "n_head", "num_heads")
-    shared = _number(fields, "num_key_value_heads")
-    inner = _number(fields, "intermediate_size", "n_inner", "ffn_dim", "moe_intermediate_size")
-    if heads % parallel:
-        out.append(f"{heads} heads do not divide among {parallel} devices")
-    if shared and shared % parallel and parallel % shared:
-        out.append(f"{shared} key and value heads neither divide among {parallel} devices nor are shared evenly")
-    if inner % parallel:
-        out.append(f"an inner width of {inner} does not divide among {parallel} devices")
+    for name in _QUERIES:
+        heads = _number(fields, name)
+        if heads % parallel:
+            out.append(f"{heads} heads do not divide among {parallel} devices")
+    for name in _SHARED:
+        shared = _number(fields, name)
+        if shared and shared % parallel and parallel % shared:
+            out.append(f"{shared} key and value heads neither divide among {parallel} devices nor are shared evenly")
+    inner = [_number(fields, name) for name in _INNER]
+    if "n_inner" in fields and fields["n_inner"] is None:
+        inner.append(4 * _number(fields, "n_embd", "hidden_size"))  # what GPT-2's means where it is unset
+    out += [f"an inner width of {n} does not divide among {parallel} devices" for n in inner if n % parallel]
     return out

@@ -13,6 +13,7 @@ from slimkit.core.prune.forms import FORMS
 from slimkit.core.prune.framework import PruneFramework
 from slimkit.core.prune.latency import LatencyTable, table_of
 from slimkit.core.prune.scoring import Scoring
+from slimkit.core.prune.seconds import Seconds
 from slimkit.core.showing import Shown
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ class PrunerSettings(Shown):
     def __init__(self, wing: PruneFramework) -> None:
         self._wing = wing
         self._scoring = Scoring(wing)
+        self._seconds = Seconds()
         self._node_ratio: float | None = None
         self._form: str | None = None
         self._parallel = 1
