@@ -53,8 +53,8 @@ def compress(
         place = places.model(network)
         learned = ModelPlace(tuned, place.factory, place.arguments, option="--tuned")
         data = places.calibration(calib, text_key, samples, max_length, batch_size, seed)
-        how = {"force": output.force, "dry_run": output.dry_run, "reads": (network.model, tuned)}
-        with claim.claimed(out, **how) as target:
+        reads = (network.model, tuned)
+        with claim.claimed(out, force=output.force, dry_run=output.dry_run, reads=reads) as target:
             face = places.framework(network)
             found = compressing.compress(face, place, learned, target, asked, calib=data, seed=seed)
         rows = [

@@ -126,6 +126,19 @@ def test_what_cannot_be_made_small_changes_nothing(kit, tmp_path):
         kit.slim.compress_delta(build(kit), net)
 
 
+def test_tied_places_that_tuning_untied_are_refused(kit):
+    net = kit.named(table=kit.embedding(40, 16), head=kit.linear(16, 40, bias=False))
+    kit.fill(net)
+    net.head.weight = next(iter(kit.params(net.table).values()))
+    before = snapshot(kit, net)
+    table = kit.array(net.head.weight)
+    values = {"table.weight": table + 0.01, "head.weight": table + 0.02}
+    with pytest.raises(PlanError, match="one tensor in the base and two in tuned"):
+        kit.slim.compress_delta(net, values)
+    assert same(snapshot(kit, net), before)
+    kit.slim.compress_delta(net, values | {"head.weight": table + 0.01}, "low_rank")
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_table_that_is_the_head_too_gets_the_same_delta_in_both_places(kit, tmp_path, kind):
     def tied(learned=0):

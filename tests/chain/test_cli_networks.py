@@ -133,7 +133,7 @@ def test_compress_a_network_that_was_trained_whole(net, tmp_path, data):
     assert not (tmp_path / "d").exists()
     done = run(*how, "-o", "d")
     assert done["layers"] == planned["layers"]
-    assert set(done["layers"]) == {"fc1"}  # a sign for every one of 48 entries and float16 factors are more than fc2
+    assert set(done["layers"]) == {"fc1", "fc2"}
     assert done["delta_bytes"] == sum(f.stat().st_size for f in (tmp_path / "d").iterdir()) - _beside(tmp_path / "d")
     assert "slimkit compress --model" in (tmp_path / "d" / "README.md").read_text()
     assert "--tuned" in (tmp_path / "d" / "README.md").read_text()
