@@ -61,7 +61,7 @@ class Moments:
         # Where dense rows have sums of the same shape, all is made alike: of equal rows the two are equal to the bit.
         self._half = apart and layer.groups == 1 and (not paired or weight is not None)
         self.paired = paired
-        self._bounds = paired and layer.kind == "linear"
+        self._bounds = paired and layer.kind != "conv2d"
         self.count = 0
         self.gram: Array = None
         self.total: Array = None
