@@ -140,7 +140,7 @@ class Moments:
     def alike(self) -> Moments:
         """Moments of the same layer without rows."""
         made = Moments(self.layer, self.paired, self._weight, self._apart)
-        made._half = self._half  # whatever has become of the pairs by now
+        made._half, made._bounds = self._half, self._bounds  # whatever has become of the pairs by now
         return made
 
     def flat(self, name: str) -> Array:
