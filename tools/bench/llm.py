@@ -241,7 +241,7 @@ def run_calibration(bench: Bench) -> None:
 def run_prune(bench: Bench) -> None:
     batches = bench.calibration()
     ids = torch.cat(list(batches))
-    only = bench.asked.only or ["slimkit", "free", *llm_prune.PEERS]
+    only = bench.asked.only or ["slimkit", "free", "rotated", *llm_prune.PEERS]
     seen = llm_prune.Seen(bench.dense, ids) if set(only) & llm_prune.PEERS.keys() else None
     shape = llm_prune.Shape(bench.dense)
     for keep in bench.asked.keep:
@@ -250,7 +250,8 @@ def run_prune(bench: Bench) -> None:
                 make = lambda model, n=name, k=keep: llm_prune.PEERS[n](model, seen, shape, k, ids)
             else:
                 form = "any" if name == "free" else None
-                make = lambda model, f=form, k=keep: llm_prune.ours(model, ids, k, f)
+                rotated = name == "rotated"
+                make = lambda model, f=form, k=keep, r=rotated: llm_prune.ours(model, ids, k, f, r)
             bench.measure(f"{name} keeps {keep}", make)
 
 
