@@ -202,7 +202,8 @@ def sparsified(text: str, batches: Any) -> Callable[[nn.Module], dict[str, float
         layers = [model.get_submodule(name) for name in report["layers"]]
         for layer in layers if "rounded" in switches else ():
             weight = layer.weight.data
-            layer.weight.data = on_grid(weight, weight != 0, None, FloatGrid(2), 0.02)[0]
+            keep = weight != 0
+            layer.weight.data = on_grid(weight, keep, None, FloatGrid(2), int(0.02 * int(keep.sum())))[0]
         halves = np.concatenate([layer.weight.detach().half().numpy().reshape(-1) for layer in layers])
         if "w8a8s" in switches:
             ranges = "percentile" if "percentile" in switches else "minmax"

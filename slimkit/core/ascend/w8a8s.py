@@ -116,7 +116,7 @@ def save(
     folder = files.as_path(directory, "directory")
     check.choice(ranges, RANGES, "ranges")
     check.number(most_error, "most_error", minimum=0.0)
-    settings, companions = folders.settings_of(config)
+    settings, companions = folders.settings_of(config, KIND)
     called = dict(named or {})
     known, _ = host.layers(dataset)
     linear = {n: called.get(n, n) for n, layer in known.items() if layer.kind == "linear"}
@@ -162,7 +162,7 @@ def save(
                 tensors[f"{layer}.{own}"], kinds[f"{layer}.{own}"] = getattr(made[layer], own), KIND
         else:
             tensors[name], kinds[name] = value, DENSE
-    copied = folders.write(folder, WEIGHTS, tensors, settings, companions, KIND, kinds)
+    copied = folders.write(folder, WEIGHTS, tensors, settings, companions, KIND, kinds, once)
     sizes = [made[linear[n]].weight.size for n in chosen]
     return W8A8SReport(
         directory=str(folder),
@@ -178,8 +178,12 @@ def save(
     )
 
 
-def _joined(linear: Mapping[str, str]) -> Iterator[list[str]]:
-    """Layers that a server joins into one, together."""
+def joined(linear: Mapping[str, str]) -> Iterator[list[str]]:
+    """Layers that a server joins into one, together.
+
+    Args:
+        linear: layer -> its name in the folder.
+    """
     for name in linear.values():
         head, _, own = name.rpartition(".")
         for group in JOINED:
@@ -189,7 +193,7 @@ def _joined(linear: Mapping[str, str]) -> Iterator[list[str]]:
 
 def _demand_whole_groups(linear: Mapping[str, str], chosen: set[str]) -> None:
     """Layers that a server joins must all be int8 or all be floats."""
-    for beside in _joined(linear):
+    for beside in joined(linear):
         left = [n for n in beside if n not in chosen]
         if left and len(left) < len(beside):
             raise ArgumentError(
@@ -201,7 +205,7 @@ def _demand_whole_groups(linear: Mapping[str, str], chosen: set[str]) -> None:
 def _too_rough(linear: Mapping[str, str], errors: Mapping[str, float], most: float) -> dict[str, float]:
     """The layers that rounding their inputs, or those of one that is served with them, changes too much."""
     rough = {n for n, error in errors.items() if error > most}
-    for beside in _joined({n: linear[n] for n in errors}):
+    for beside in joined({n: linear[n] for n in errors}):
         if rough & set(beside):
             rough |= set(beside)
     return {n: error for n, error in errors.items() if n in rough}
