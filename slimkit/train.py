@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from slimkit import bridge
+from slimkit import bridge, together
 from slimkit.core import check
 from slimkit.core.batch import as_call
 from slimkit.core.distill.joined import TotalLoss
@@ -97,6 +97,8 @@ class Trainer(TrainState):
 
     def _processes(self) -> tuple[int, int, int]:
         run = self.accelerator
+        if together.is_alone() and run.num_processes > 1:
+            raise ConfigError("Trainer: one process works here alone, and a trainer would wait for the others")
         joined = dist.is_available() and dist.is_initialized()
         if joined and dist.get_world_size() != run.num_processes:
             raise ConfigError(
