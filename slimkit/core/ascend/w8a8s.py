@@ -26,6 +26,9 @@ KIND = "W8A8S"
 # A layer stays float16 where rounding its inputs changes more of its answers.
 MOST_ERROR = 0.1
 
+# Parameters of nn.MultiheadAttention, which multiplies with them and with its output layer's weight itself.
+_READ = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+
 # Layers that servers join into one, which then has one input step: all of them are int8, or none.
 JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
@@ -119,7 +122,13 @@ def save(
     settings, companions = folders.settings_of(config, KIND)
     called = dict(named or {})
     known, _ = host.layers(dataset)
-    linear = {n: called.get(n, n) for n, layer in known.items() if layer.kind == "linear"}
+    # An attention that reads its weights itself is no layer that a reader of the folder calls.
+    read = {n.partition("[")[0].rpartition(".")[0] for n in known if n.partition("[")[0].endswith(_READ)}
+    linear = {
+        n: called.get(n, n)
+        for n, layer in known.items()
+        if layer.kind == "linear" and not (n.endswith("out_proj") and n.rpartition(".")[0] in read)
+    }
     linear = {n: name for n, name in linear.items() if f"{name}.weight" in arrays}
     if targets is None:
         chosen = [n for n, name in linear.items() if on_grid(arrays[f"{name}.weight"])]
