@@ -61,6 +61,7 @@ class StoredModel:
         self.compute = compute
         self._names = names
         self._refuse_two_names()
+        self._refuse_other_shapes()
         self._part_what_differs()
         self._layouts = Layouts(self.model)
 
@@ -73,6 +74,16 @@ class StoredModel:
                 f"{self.places[key].file.parent} holds one parameter as {key!r} and as {prefix + key!r}: take the one "
                 "away that is not meant"
             )
+
+    def _refuse_other_shapes(self) -> None:
+        """Refuse files whose tensors have other shapes than the configuration gives the model's parameters."""
+        for name, parameter in self.model.named_parameters():
+            key = self.find(self._names(name) if self._names is not None else name)
+            if key is not None and self.places[key].shape != tuple(parameter.shape):
+                raise FileFormatError(
+                    f"{self.places[key].file} holds {key!r} as {self.places[key].shape}, and config.json beside it "
+                    f"makes it {tuple(parameter.shape)}: one of them is of another model"
+                )
 
     def _part_what_differs(self) -> None:
         """Let parameters that the configuration ties be two where the files hold two with different values, in place:

@@ -25,6 +25,8 @@ GRACE = timedelta(seconds=20)
 _TOLD = 1024
 # The group in which processes keep step.
 _BESIDE: contextvars.ContextVar[Any] = contextvars.ContextVar("beside", default=None)
+# Whether this process does something that the others wait for.
+_ALONE: contextvars.ContextVar[bool] = contextvars.ContextVar("alone", default=False)
 
 
 def join(device: torch.device) -> torch.device:
@@ -55,8 +57,25 @@ def _leave() -> None:
         dist.destroy_process_group()
 
 
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Work as one process does while the others wait: nothing in here may exchange anything with them."""
+    token = _ALONE.set(True)
+    try:
+        yield
+    finally:
+        _ALONE.reset(token)
+
+
+def is_alone() -> bool:
+    """Whether this process works while the others wait."""
+    return _ALONE.get()
+
+
 def processes() -> int:
     """How many processes of torch.distributed do the job."""
+    if _ALONE.get():
+        return 1
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
@@ -88,8 +107,8 @@ def exchanging() -> Iterator[None]:
             raise
         first_line = (str(error).splitlines() or [""])[0][:200]
         raise ProcessLostError(
-            "another process of this job has ended or cannot be reached; the same command goes on from the last "
-            f"finished block ({first_line})"
+            "another process of this job has ended or cannot be reached; the same command goes on from what is "
+            f"finished ({first_line})"
         ) from None
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from slimkit import bridge
+from slimkit import bridge, together
 from slimkit.core import check
 from slimkit.core.batch import as_call
 from slimkit.core.distill.joined import TotalLoss
@@ -26,6 +26,7 @@ from slimkit.shared_training import SharedTraining, one_by_one
 from slimkit.train_state import TrainState
 
 import torch
+import torch.distributed as dist
 
 __getattr__, __dir__ = _door("slimkit", "train")
 
@@ -81,6 +82,10 @@ class Trainer(TrainState):
         if self._accelerator is None:
             accelerate = library("accelerate", "torch")
             state = accelerate.state.AcceleratorState
+            known = accelerate.state.PartialState._shared_state.get("num_processes")
+            if dist.is_available() and dist.is_initialized() and known not in (None, dist.get_world_size()):
+                # accelerate keeps for its life what it saw first: an earlier trainer came before the processes joined.
+                state._reset_state(reset_partial_state=True)
             asked = self.mixed_precision
             if asked is not None and state._shared_state and state._shared_state.get("_mixed_precision") != asked:
                 # accelerate keeps one precision for the process; a second trainer may want another.
@@ -92,10 +97,12 @@ class Trainer(TrainState):
 
     def _processes(self) -> tuple[int, int, int]:
         run = self.accelerator
-        joined = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if joined and torch.distributed.get_world_size() != run.num_processes:
+        if together.is_alone() and run.num_processes > 1:
+            raise ConfigError("Trainer: one process works here alone, and a trainer would wait for the others")
+        joined = dist.is_available() and dist.is_initialized()
+        if joined and dist.get_world_size() != run.num_processes:
             raise ConfigError(
-                f"torch.distributed has {torch.distributed.get_world_size()} processes, and accelerate sees "
+                f"torch.distributed has {dist.get_world_size()} processes, and accelerate sees "
                 f"{run.num_processes}: it reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, which "
                 "torchrun sets"
             )
@@ -171,13 +178,13 @@ class Trainer(TrainState):
         if self._shared is not None:
             self._shared.settle()
         if self._processes()[1] > 1:
-            torch.distributed.barrier()
+            dist.barrier()
 
     def asked_anywhere(self, number: int) -> int:
         if self._processes()[1] == 1:
             return number
         told = torch.tensor(number, device=self.accelerator.device)
-        torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX)
+        dist.all_reduce(told, dist.ReduceOp.MAX)
         return int(told)
 
     def _finish(self) -> None:

@@ -2,8 +2,10 @@
 
 from slimkit.core.ascend import AdapterCheck as AdapterCheck
 from slimkit.core.ascend import OnnxCheck as OnnxCheck
+from slimkit.core.ascend import ServedCheck as ServedCheck
 from slimkit.core.ascend import check_adapter as check_adapter
 from slimkit.core.ascend import check_onnx as check_onnx
+from slimkit.core.ascend import check_served as check_served
 from slimkit.core.ascend import load_w16a16s as load_w16a16s
 from slimkit.core.ascend import load_w8a8s as load_w8a8s
 from slimkit.core.ascend import padded_waste as padded_waste

@@ -13,7 +13,7 @@ import typer.main
 from slimkit.cli import exits
 
 _COMMANDS = (
-    "run", "report", "prune", "sparsify", "distill", "adapt", "train",
+    "run", "report", "prune", "sparsify", "distill", "adapt", "compress", "train",
     "compare", "convert", "export", "check", "inspect", "status",
     "migrate", "schema",
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""LoRA adapters in `slimkit convert` and `slimkit check`: the part of the two commands that talks of them."""
+"""Folders in `slimkit check`, LoRA adapters in `slimkit convert`: the part of the two commands that talks of them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from slimkit.core.errors import ConfigError
 if TYPE_CHECKING:
     from slimkit.cli import options
     from slimkit.cli.session import Session
-    from slimkit.core.ascend import AdapterCheck
+    from slimkit.core.ascend import AdapterCheck, ServedCheck
 
 # Words of --to that name the layout of an adapter, and not a framework.
 LAYOUTS = ("peft", "mindformers", "megatron")
@@ -73,12 +73,20 @@ def check(folder: Path, target: str, config: Path | None, tensor_parallel: int) 
     return check_adapter(folder, target, config=config, tensor_parallel=tensor_parallel)
 
 
-def show(found: AdapterCheck, *, quiet: bool) -> None:
+def check_served(folder: Path, target: str) -> ServedCheck:
+    """Check one folder of sparse weights."""
+    from slimkit.core.ascend import check_served
+    from slimkit.core.check import choice
+
+    choice(target, SERVERS, "--target of a folder")
+    return check_served(folder, target)
+
+
+def show(found: AdapterCheck | ServedCheck, *, quiet: bool) -> None:
     """The findings by severity."""
-    typer.echo(
-        f"{found.folder}: rank {found.rank}, {found.target}, {len(found.of('error'))} errors, "
-        f"{len(found.of('warning'))} warnings"
-    )
+    what = getattr(found, "kind", None) or f"rank {getattr(found, 'rank', 0)}"
+    counts = f"{len(found.of('error'))} errors, {len(found.of('warning'))} warnings"
+    typer.echo(f"{found.folder}: {what}, {found.target}, {counts}")
     for one in found.findings:
         if quiet and one.severity == "info":
             continue

@@ -1,4 +1,4 @@
-"""`slimkit check`: ONNX files against an Ascend target, adapters against a server, for people and for CI."""
+"""`slimkit check`: ONNX files against an Ascend target, folders against a server, for people and for CI."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _ROWS = 15
 
 
 def check(
-    files: Annotated[list[Path], typer.Argument(help="ONNX files, or folders of LoRA adapters.", show_default=False)],
+    files: Annotated[list[Path], typer.Argument(help="ONNX files; folders: LoRA, W16A16S, W8A8S.", show_default=False)],
     target: Annotated[
         str,
-        typer.Option("--target", "-t", help="310P, A2 or A3; of an adapter vllm-ascend, mindie-a2 or mindie-300i-duo."),
+        typer.Option("--target", "-t", help="310P, A2 or A3; of a folder vllm-ascend, mindie-a2 or mindie-300i-duo."),
     ] = "310P",
     cann: Annotated[str, typer.Option("--cann", help="The CANN version that will convert it.")] = "8.0",
     soc_version: Annotated[
@@ -52,7 +52,8 @@ def check(
 ) -> None:
     """Check ONNX files for an Ascend target: operators, opset, types, shapes, padding, sparsity, and the atc line.
 
-    Folders of LoRA adapters are checked for a server: ranks, matrices, types, scales, heads by devices.
+    Folders are checked for a server: LoRA adapters (ranks, matrices, types, scales, heads by devices), and W16A16S and
+    W8A8S folders (every tensor's word, type and shape, the configuration, what is served as one layer).
 
     No device and no CANN is needed: everything is compared with public documents, which each finding names.
 
@@ -61,11 +62,14 @@ def check(
     Example: slimkit check model.onnx --target 310P --cann 8.0 --shape input:1,3,224,224
 
     Example: slimkit check lora --target vllm-ascend --config llama --tensor-parallel 4
+
+    Example: slimkit check w8a8s --target mindie-300i-duo
     """
     import json
 
     from slimkit.core.ascend import OnnxCheck, check_onnx
     from slimkit.core.ascend.findings import SEVERITIES, without
+    from slimkit.core.ascend.folder import DESCRIPTION
     from slimkit.core.check import choice
 
     counted = SEVERITIES[: SEVERITIES.index(choice(fail_on, SEVERITIES, "--fail-on")) + 1]
@@ -77,8 +81,10 @@ def check(
         raise ConfigError("--soc-version and --shape go with an ONNX file")
     found: list[Any] = []
     for file in files:
-        if file in folders:
-            one: Any = adapters.check(file, target, config, tensor_parallel)
+        if (file / DESCRIPTION).exists():
+            one: Any = adapters.check_served(file, target)
+        elif file in folders:
+            one = adapters.check(file, target, config, tensor_parallel)
         else:
             one = check_onnx(file, target, cann, soc_version=soc_version, precision=precision, shapes=shapes)
         found.append(without(one, ignore or []))

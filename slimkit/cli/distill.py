@@ -9,7 +9,8 @@ import typer
 
 from slimkit.cli import options, places, training
 from slimkit.cli.session import session
-from slimkit.core.jobs.options import DistillOptions, StudentOptions
+from slimkit.core.jobs.command_options import StudentOptions
+from slimkit.core.jobs.options import DistillOptions
 
 
 @options.spread

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from slimkit.cli.options import Network
 
 if TYPE_CHECKING:
+    from slimkit.core.jobs.command_options import StudentOptions
     from slimkit.core.jobs.framework import JobFramework
-    from slimkit.core.jobs.options import StudentOptions
     from slimkit.core.jobs.sources import DataPlace, ModelPlace, StudentPlace
 
 # framework -> the module and class of its side of the jobs
@@ -57,7 +57,8 @@ def student(
     if arguments and factory is None and network.factory is None:
         raise ConfigError("--student-arg is for the function of --student-factory or --factory")
     if weights is not None or factory is not None or arguments:
-        place = ModelPlace(weights, factory or network.factory, settings(arguments or [], "--student-arg"))
+        named = settings(arguments or [], "--student-arg")
+        place = ModelPlace(weights, factory or network.factory, named, option="--student")
     return StudentPlace(cut.sizes(), cut.selection, cut.blocks(), cut.teacher, place)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,23 +32,23 @@ def run(
 ) -> None:
     """Run a recipe: load, prune, distil, sparsify, adapt, export, report.
 
-    A run that was stopped goes on from the last finished stage when the same command is given again.
+    A run that was stopped goes on from the last finished stage when the same command is given again. Under torchrun
+    stages that train or calibrate are done by all processes, the others by the first.
 
     Example: slimkit run tools/recipes/digits.yaml --set seed=3 --output runs/digits-3
+
+    Example: torchrun --nproc-per-node 2 -m slimkit run tools/recipes/digits.yaml
     """
     from slimkit.core.jobs.sources import settings
     from slimkit.core.run.recipe import load_recipe, paths_begin
 
     with session("run", asked) as talk:
-        from slimkit.core.errors import ConfigError
         from slimkit.core.jobs import crew
 
-        if crew.size() > 1:
-            raise ConfigError(
-                "a recipe runs in one process; its stages as commands (distill, train, adapt, sparsify) take torchrun"
-            )
         checked = load_recipe(recipe, settings(set_ or [], "--set"))
         folder = output or Path(checked.output or f"runs/{checked.name}")
+        if (check or asked.dry_run) and crew.rank() > 0:
+            return  # the first process looks for all
         if check or asked.dry_run:
             steps = [kind for kind, _ in checked.steps()]
             if check:
@@ -68,7 +69,9 @@ def run(
         from slimkit.core.run.pipeline import run_recipe
         from slimkit.core.run.stages import Stages
 
-        with claim.claimed(folder, force=asked.force, states=claim.RUN, reads=(recipe,), option="--output"):
+        how: dict[str, Any] = {"force": asked.force, "states": claim.RUN, "reads": (recipe,), "option": "--output"}
+        # Of several processes the first one holds the place for all.
+        with claim.claimed(folder, **how) if crew.rank() == 0 else contextlib.nullcontext():
             wing = Stages(places.framework(options.Network(framework=checked.framework)))
             report = run_recipe(
                 checked,
@@ -78,7 +81,7 @@ def run(
                 restart=restart,
                 command=_command(recipe, output, set_ or []),
             )
-        missed = _show(report, folder, talk)
+        missed = crew.rank() == 0 and _show(report, folder, talk)
     if missed:
         raise typer.Exit(1)
 

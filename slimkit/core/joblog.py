@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 LOG = "log.jsonl"
+# Flags that throw a begun job away: what goes on with it is the command without them.
+_ANEW = ("--restart",)
 
 
 class JobLog:
@@ -36,6 +39,11 @@ class JobLog:
         who = {"pid": os.getpid(), "host": socket.gethostname(), "folder": os.getcwd(), "command": own_command()}
         self.note("begun", job=job, **who, **facts)
 
+    def stopped(self, error: BaseException) -> None:
+        """An error, Ctrl-C or a signal has stopped the job; a full disk does not hide it."""
+        with contextlib.suppress(OSError):
+            self.note("stopped", why=" ".join(f"{type(error).__name__} {error}".split())[:300])
+
     def note(self, event: str, **facts: Any) -> None:
         """Append an event; what it says must be plain JSON values."""
         line = json.dumps({"time": round(time.time(), 3), "event": event, **facts}, ensure_ascii=False)
@@ -57,8 +65,8 @@ def read_log(state: Path) -> list[dict[str, Any]]:
 
 
 def own_command() -> str:
-    """The command line that began this process, with torchrun where it began several."""
-    program, arguments = Path(sys.argv[0]), sys.argv[1:]
+    """The command line that goes on with what this process began, with torchrun where it began several."""
+    program, arguments = Path(sys.argv[0]), [word for word in sys.argv[1:] if word not in _ANEW]
     ours = program.name in ("slimkit", "slimkit.exe") or program.parent.name == "slimkit"
     n = int(os.environ.get("WORLD_SIZE", "1") or "1")
     if n > 1:

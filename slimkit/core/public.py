@@ -129,7 +129,9 @@ ROOMS: dict[str, dict[str, str]] = {
     "ascend": {
         "check_onnx": "core.ascend",
         "check_adapter": "core.ascend",
+        "check_served": "core.ascend",
         "AdapterCheck": "core.ascend",
+        "ServedCheck": "core.ascend",
         "OnnxCheck": "core.ascend",
         "padded_waste": "core.ascend",
         "save_w16a16s": "ascend",

@@ -87,6 +87,10 @@ class TorchStorage(TorchDelta, DeltaStorage):
         held = [(path, m._parameters) for path, m in modules] + [(path, m._buffers) for path, m in modules]
         return {f"{p}.{k}" if p else k: t for p, tensors in held for k, t in tensors.items() if t is not None}
 
+    def unsaved(self, model: nn.Module) -> set[str]:
+        modules = bridge.named_modules(model, remove_duplicate=False)
+        return {f"{p}.{k}" if p else k for p, m in modules for k in m._non_persistent_buffers_set}
+
     def positions(self, model: nn.Module) -> list[str] | None:
         return None if is_counted_by_library(model) else super().positions(model)
 

@@ -65,6 +65,11 @@ class TeacherCache(TeacherFiles):
         return digest.hexdigest()
 
     @staticmethod
+    def _beside(teacher: Any) -> dict[str, Any]:
+        config = Path(teacher) / "config.json" if isinstance(teacher, (str, Path)) else None
+        return {"config": files.digest_file(config)} if config is not None and config.is_file() else {}
+
+    @staticmethod
     def _files(teacher: Any) -> list[Path]:
         if not isinstance(teacher, (str, Path)):
             return []

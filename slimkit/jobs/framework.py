@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 import slimkit
-from slimkit import bridge, compare, export, latency, pruned_folder, together, train
+from slimkit import bridge, compare, export, latency, loading, pruned_folder, together, train
 from slimkit.core import files
 from slimkit.core.calibration.reading import TextReader
 from slimkit.core.calibration.record import record_of, write_record
@@ -36,6 +36,7 @@ from slimkit.sharded import at_rest
 from slimkit.shared_training import one_by_one
 from slimkit.sparse.checkpoint_framework import CheckpointSparse
 from slimkit.sparse.framework import TorchSparse
+from slimkit.stored import digest_of
 from slimkit.trace.examples import find_example
 
 import torch
@@ -148,7 +149,7 @@ class TorchJobs(JobFramework):
             optimizer = torch.optim.AdamW(wanted, **how_fast)
         device = bridge.device_of(model)
         trainer = train.Trainer(model, optimizer=optimizer, compute_loss=loss, callbacks=callbacks, count_tokens=tokens)
-        trainer.train(samples, **how)
+        trainer.train(loading.in_pieces(samples, together.processes()), **how)
         model.to(device)  # accelerate may have put it elsewhere
         return trainer
 
@@ -174,7 +175,19 @@ class TorchJobs(JobFramework):
         self.device = together.join(self.device)
 
     def once(self, work: Callable[[], Any]) -> Any:
-        return first(together, work)
+        def alone() -> Any:
+            with together.alone():
+                return work()
+
+        return first(together, alone)
+
+    def each(self, value: Any) -> list[Any]:
+        return together.gather(value)
+
+    def agree(self, what: str, batches: Sequence[Any]) -> None:
+        found = self.each(digest_of(batches)) if crew.size() > 1 else []
+        if len(set(found)) > 1:
+            raise ConfigError(f"{what} must be the same in every process: seed what draws it by itself")
 
     def share(self, opened: Opened) -> None:
         if together.processes() > 1:

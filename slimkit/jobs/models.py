@@ -46,14 +46,16 @@ def open_model(place: ModelPlace, *, kind: str | None = None, fresh: tuple[str, 
     directory = place.model
     assert directory is not None
     if not directory.is_dir():
-        raise ConfigError(f"--model {directory} is a file of weights: give --factory MODULE:FUNCTION for its network")
+        raise ConfigError(
+            f"{place.option} {directory} is a file of weights: give --factory MODULE:FUNCTION for its network"
+        )
     if (directory / folders.PLAN).exists() and (directory / folders.BASE / "config.json").exists():
         base, empty = architecture(directory / folders.BASE, kind)
         model = prune.load_pruned(directory, empty(base))
         return Opened(model.eval(), place, directory, files.read_json(directory / folders.PLAN))
     if not (directory / "config.json").exists():
         raise ConfigError(
-            "--model must be a Hugging Face directory (with config.json), or have a --factory. "
+            f"{place.option} must be a Hugging Face directory (with config.json), or have a --factory. "
             f"Received: {str(directory)!r}"
         )
     _, maker = architecture(directory, kind)

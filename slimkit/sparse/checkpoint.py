@@ -89,7 +89,7 @@ def sparsify_checkpoint(
     host = CheckpointSparse(source, target / STATE, places, names, compute, where, offload)
     weights = sorted({p.file for p in places.values()})
     job = {"dataset": digest_of(data), "threads": torch.get_num_threads()}
-    job |= {"compute": str(compute), "device": where.type}
+    job |= {"compute": str(compute), "device": where.type, "model": files.digest_file(source / "config.json")}
     finished = cache(host.finished)  # asked once all blocks are done
 
     def copy(folder: Path) -> None:

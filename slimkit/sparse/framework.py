@@ -54,9 +54,22 @@ class TorchSparse:
     def store(self, name: str, weight: torch.Tensor, bias_shift: torch.Tensor | None) -> None:
         """Put a weight in place and shift the bias, in the parameters' own dtype and device."""
         self._slots[name].weight(self.model).copy_(weight)
-        bias = self._slots[name].bias(self.model)
-        if bias_shift is not None and bias is not None:
+        for slot in self._biased(name) if bias_shift is not None else ():
+            bias = slot.bias(self.model)
+            assert bias is not None  # it has one
             bias.copy_(bias.float() + bias_shift)
+
+    def _biased(self, name: str) -> list[WeightSlot]:
+        """Where the biases of a layer lie: layers that share a weight may each have one of their own."""
+        found: dict[tuple[int, str], WeightSlot] = {}
+        layer = self._layers.get(name)
+        for path in (name, *(layer.aliases if layer is not None else ())):
+            slot = self._slots[path]
+            if slot.bias(self.model) is not None:
+                found.setdefault(
+                    (id(slot.owner(self.model)._parameters[str(slot.bias_key)]), str(slot.bias_index)), slot
+                )
+        return list(found.values())
 
     def not_finite(self) -> list[str]:
         """The parameters in memory that hold NaN or infinity."""
@@ -71,11 +84,10 @@ class TorchSparse:
         """Remember weights and biases in main memory; the function returned puts them back."""
         kept = []
         for name in names:
-            slot = self._slots[name]
-            for part in (slot.weight, slot.bias):
+            for part in (self._slots[name].weight, *(slot.bias for slot in self._biased(name))):
                 value = part(self.model)
-                if value is not None:
-                    kept.append((part, value.to("cpu", copy=True)))
+                assert value is not None  # a weight, or a bias that is there
+                kept.append((part, value.to("cpu", copy=True)))
         norms = {n: p.detach().to("cpu", copy=True) for n, p in norm_parameters(self.model).items() if not p.is_meta}
 
         def restore() -> None:

@@ -169,7 +169,9 @@ def described(
             skipped[name] = "its weight is tied to an embedding"
         elif place in owner:
             first = found[owner[place]]
-            found[first.name] = replace(first, aliases=(*first.aliases, name))
+            # A shift of the mean can go to the bias where every layer that has the weight has one.
+            has_bias = first.has_bias and slot.bias(model) is not None
+            found[first.name] = replace(first, aliases=(*first.aliases, name), has_bias=has_bias)
             slots[name] = slot
         else:
             owner[place] = name

@@ -56,7 +56,8 @@ def compress_delta(
         ArgumentTypeError, ArgumentError: an argument is of the wrong type or value, the two models are the same, or a
             name is taken.
         PatternError: a glob of `exclude` matches nothing.
-        PlanError: the tuned model has other tensors than the base.
+        PlanError: the tuned model has fewer tensors than the base, more, or of another shape, or two values for one
+            that places of the base share.
         FileFormatError: `tuned` is a damaged file.
         In every case the model is as it was.
 

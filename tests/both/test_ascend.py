@@ -74,7 +74,9 @@ def test_the_config_of_the_model_is_taken(kit, tmp_path):
         kit.slim.save_w16a16s(tmp_path, model)
     model.config = Config()
     kit.slim.save_w16a16s(tmp_path, model)
-    assert kit.slim.load_w16a16s(tmp_path).config == {"model_type": "own", "torch_dtype": "float16"}
+    assert kit.slim.load_w16a16s(tmp_path).config == {
+        "model_type": "own", "torch_dtype": "float16", "quantize": "w16a16s"
+    }  # fmt: skip
 
 
 def test_what_is_no_model_is_refused(kit, tmp_path):

@@ -80,17 +80,19 @@ def test_several_lie_on_one_base_and_take_turns(kit, x, tmp_path):
         np.testing.assert_array_equal(out(kit, fresh, x), wanted[name])
 
 
+def by_torchs_names(kit, net):
+    words = {"embedding_table": "weight", "gamma": "weight", "beta": "bias"}
+    parts = {name: name.rpartition(".") for name in kit.values(net)}
+    return {f"{parts[n][0]}.{words.get(parts[n][2], parts[n][2])}": v for n, v in kit.values(net).items()}
+
+
 def test_tuned_weights_may_be_arrays_or_a_file(kit, x, tmp_path, monkeypatch):
     reads, read = [], Weights.read
     monkeypatch.setattr(Weights, "read", lambda self, name: reads.append(name) or read(self, name))
     net, tuned = build(kit), build(kit, 1)
     kit.slim.compress_delta(net, tuned)
     wanted = out(kit, net, x)
-    words = {"embedding_table": "weight", "gamma": "weight", "beta": "bias"}
-    values = {
-        ".".join([*n.split(".")[:-1], words.get(n.split(".")[-1], n.split(".")[-1])]): v
-        for n, v in kit.values(tuned).items()
-    }
+    values = by_torchs_names(kit, tuned)
     files.write_tensors(tmp_path / "model.safetensors", values)
     for source in (values, tmp_path, str(tmp_path / "model.safetensors")):
         fresh = build(kit)
@@ -103,12 +105,14 @@ def test_what_cannot_be_made_small_changes_nothing(kit, tmp_path):
     net, tuned = build(kit), build(kit, 1)
     before = snapshot(kit, net)
     values = {n: np.zeros((2, 2), np.float32) for n in ("table.weight", "query.weight")}
+    more = by_torchs_names(kit, tuned) | {"head.adapter.bias": np.zeros(3, np.float32)}
     for call, error, words in (
         (lambda: kit.slim.compress_delta(net, build(kit)), ArgumentError, "every value is the same"),
         (lambda: kit.slim.compress_delta(net, tuned, "zip"), ArgumentError, "must be one of"),
         (lambda: kit.slim.compress_delta(net, tuned, bytes_ratio=0.05), ArgumentError, "1/16"),
         (lambda: kit.slim.compress_delta(net, build(kit, 1, 32)), PlanError, "has shape"),
         (lambda: kit.slim.compress_delta(net, values), PlanError, "lacks"),
+        (lambda: kit.slim.compress_delta(net, more), PlanError, r"that the base lacks, 'head\.adapter\.bias'"),
     ):
         with pytest.raises(error, match=words):
             call()
@@ -120,6 +124,19 @@ def test_what_cannot_be_made_small_changes_nothing(kit, tmp_path):
         kit.slim.combine_delta(net, ["p"])
     with pytest.raises(ArgumentError, match="plain model"):
         kit.slim.compress_delta(build(kit), net)
+
+
+def test_tied_places_that_tuning_untied_are_refused(kit):
+    net = kit.named(table=kit.embedding(40, 16), head=kit.linear(16, 40, bias=False))
+    kit.fill(net)
+    net.head.weight = next(iter(kit.params(net.table).values()))
+    before = snapshot(kit, net)
+    table = kit.array(net.head.weight)
+    values = {"table.weight": table + 0.01, "head.weight": table + 0.02}
+    with pytest.raises(PlanError, match="one tensor in the base and two in tuned"):
+        kit.slim.compress_delta(net, values)
+    assert same(snapshot(kit, net), before)
+    kit.slim.compress_delta(net, values | {"head.weight": table + 0.01}, "low_rank")
 
 
 @pytest.mark.parametrize("kind", KINDS)

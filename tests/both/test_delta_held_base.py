@@ -199,3 +199,26 @@ def test_a_row_is_off_by_half_a_step_at_most_and_zeros_stay(outputs, inputs, see
     assert (np.abs(restored(held, scale) - weight) <= 0.5 * scale[:, None] * (1 + 1e-5)).all()
     assert not restored(held, scale)[weight == 0].any()
     assert (np.abs(held).max(1)[weight.any(1)] == 127).all()
+
+
+@KINDS
+def test_what_comes_later_remembers_the_base_that_it_was_made_over(kit, net, x, held, tmp_path):
+    kit.slim.apply_delta(net, "lora", ["up"], rank=2, name="one", base_dtype=held)
+    kit.slim.apply_delta(net, "lora", ["up"], rank=2, name="two")
+    stir(kit, net)
+    kit.slim.combine_delta(net, {"one": 0.5, "two": 1.0}, "both")
+    for name in ("two", "both"):
+        kit.slim.set_delta(net, name)
+        fresh = build(kit)
+        kit.slim.load_delta(fresh, kit.slim.save_delta(net, tmp_path / name, names=name))
+        np.testing.assert_array_equal(kit.array(fresh(kit.tensor(x))), kit.array(net(kit.tensor(x))))
+
+
+def test_a_delta_over_whole_weights_says_that_they_are_held_here(kit, net, tmp_path):
+    kit.slim.apply_delta(net, "lora", ["up"], rank=2)
+    folder = kit.slim.save_delta(net, tmp_path / "whole")
+    other = build(kit)
+    kit.slim.apply_delta(other, "lora", ["up", "down"], rank=2, name="one", base_dtype="int8")
+    report = kit.slim.load_delta(other, folder, name="two")
+    assert any("made over whole ones" in note for note in report.notes)
+    assert not any("whole ones" in note for note in kit.slim.load_delta(build(kit), folder).notes)

@@ -104,6 +104,16 @@ def test_what_does_not_fit_is_refused(kit, tmp_path):
         kit.slim.TeacherCache.build(teacher, batches(kit), config().set_teacher_train(), tmp_path / "d")
 
 
+@pytest.mark.parametrize("how", [{"top_k": 2}, {"sampled": 2}])
+def test_answers_that_are_no_numbers_are_refused(kit, tmp_path, how):
+    teacher = pieces(kit)[0]
+    bias = list(kit.params(teacher).values())[-1]
+    kit.assign(bias, np.array([0.0, np.nan, 0.0], np.float32))
+    logits = KnowledgeDistillConfig().add_output_soft_label(output(term("KDCrossEntropy")))
+    with pytest.raises(ConfigError, match="NaN or infinity"):
+        kit.slim.TeacherCache.build(teacher, batches(kit), logits, tmp_path / "c", **how)
+
+
 def test_a_changed_file_is_found(kit, tmp_path):
     teacher, _ = pieces(kit)
     cache = kit.slim.TeacherCache.build(teacher, batches(kit), config(), tmp_path / "c")

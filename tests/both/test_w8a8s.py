@@ -124,3 +124,30 @@ def test_huge_inputs_of_one_layer_leave_the_others_int8(kit, tmp_path, caplog):
     assert "1 of 2 layers on the int8 grid stay float16" in caplog.text
     assert "'two'" in caplog.text
     assert kit.slim.emulate_w8a8s(model, tmp_path) == ["one"]
+
+
+def test_attention_that_reads_its_weights_itself_stays_float_and_is_named(kit, tmp_path):
+    """Its output layer was written as int8, and the emulated model ended with an error."""
+    cells = kit.torch.nn if kit.name == "torch" else kit.ms.nn
+
+    class Net(kit.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention, self.last = cells.MultiheadAttention(16, 2, batch_first=True), kit.linear(16, 8)
+
+        def forward(self, x):
+            return self.last(self.attention(x, x, x)[0])
+
+        construct = forward
+
+    model = kit.fill(Net())
+    data = [kit.tensor(b.reshape(4, 8, 16)) for b in BATCHES]
+    kit.slim.Compressor(model, kit.slim.SparseConfig(method="par", sparse_ratio=0.3, weight_bits=8)).compress(data)
+    report = kit.slim.save_w8a8s(tmp_path, model, data, {"model_type": "none"}, most_error=1.0)
+    assert list(report.layers) == ["last"]
+    assert "attention.out_proj.weight" in report.dense
+    before = kit.array(model(data[0]))
+    assert kit.slim.emulate_w8a8s(model, tmp_path) == ["last"]
+    assert np.linalg.norm(kit.array(model(data[0])) - before) < 0.1 * np.linalg.norm(before)
+    with pytest.raises(PatternError, match="out_proj"):
+        kit.slim.save_w8a8s(tmp_path, model, data, {"model_type": "none"}, targets=["attention.out_proj"])

@@ -248,6 +248,32 @@ def test_adapt_a_language_model_as_peft(here, tmp_path):
     assert not (tmp_path / "m.onnx").exists()
 
 
+def test_compress_what_a_language_model_has_learned(here, tmp_path):
+    from slimkit import load_delta
+
+    import torch
+    import transformers
+
+    run("train", "-m", "llama", "-d", "plain.jsonl", "--max-steps", 2, "--learning-rate", 0.003, "-o", tmp_path / "t")
+    how = ("compress", "-m", "llama", "--tuned", tmp_path / "t", "--bytes-ratio", 0.3, "--exclude", "lm_head")
+    text = ("--calib", "plain.jsonl", "--samples", 4, "--max-length", 32)
+    done = run(*how, *text, "-o", tmp_path / "d", "--json")
+    assert "model.layers.0.mlp.up_proj" in done["layers"]
+    assert "lm_head" not in done["layers"]
+    assert "times smaller than the model in bfloat16" in done["notes"][0]
+    assert "--calib plain.jsonl" in (tmp_path / "d" / "README.md").read_text()
+    base, tuned = (transformers.AutoModelForCausalLM.from_pretrained(f).eval() for f in ("llama", tmp_path / "t"))
+    ids = torch.arange(4, 12).reshape(1, -1)
+    with torch.no_grad():
+        before, wanted = base(ids).logits, tuned(ids).logits
+        load_delta(base, tmp_path / "d")
+        got = base(ids).logits
+    assert float((got - wanted).abs().mean()) < 0.5 * float((before - wanted).abs().mean())
+    said = str(refused(*how[:3], "--tuned", "bert", "-o", tmp_path / "x"))
+    assert "tuned" in said
+    assert not (tmp_path / "x").exists()
+
+
 def test_distill_cuts_a_student_and_trains_it(here, tmp_path):
     distill = ("distill", "-m", "bert", "--layers", 2, "--ffn", 48, "-d", "plain.jsonl")
     planned = run(*distill, "-o", tmp_path / "d", "--dry-run", "--json")

@@ -1,4 +1,4 @@
-"""`slimkit distill` and `slimkit adapt` on networks of one's own: the same commands in both frameworks."""
+"""`slimkit distill`, `adapt` and `compress` on networks of one's own: the same commands in both frameworks."""
 
 from __future__ import annotations
 
@@ -120,6 +120,51 @@ def test_other_data_and_losses_adapt_alike(net, tmp_path):
     own = run(*ADAPT, *net, "--loss", factory(net, "margin"), "--kind", "adapter", "-o", "c")
     assert own["task"].endswith(":margin")
     assert own["kind"] == "adapter"
+
+
+@pytest.mark.parametrize("data", [(), ("--calib", "x.npz")], ids=("weights", "data"))
+def test_compress_a_network_that_was_trained_whole(net, tmp_path, data):
+    base = saved(net, tmp_path)
+    given = ("--data", "x.npz", "--learning-rate", 0.05, "--epochs", 3, "--batch-size", 8)
+    run("train", *net, *base, *given, "-o", "t")
+    tuned = tmp_path / "t" / base[1].name
+    how = ("compress", *net, *base, "--tuned", tuned, "--bytes-ratio", 0.7, *data)
+    planned = run(*how, "-o", "d", "--dry-run")
+    assert not (tmp_path / "d").exists()
+    done = run(*how, "-o", "d")
+    assert done["layers"] == planned["layers"]
+    assert set(done["layers"]) == {"fc1", "fc2"}
+    assert done["delta_bytes"] == sum(f.stat().st_size for f in (tmp_path / "d").iterdir()) - _beside(tmp_path / "d")
+    assert "slimkit compress --model" in (tmp_path / "d" / "README.md").read_text()
+    assert "--tuned" in (tmp_path / "d" / "README.md").read_text()
+    assert run("inspect", "d")["facts"]["deltas"] == {"default": "lora"}
+    x = np.load("held.npz")["x"][:2]
+    answers = []
+    for name, more in (("b", base), ("d", (*base, "--delta", "d")), ("t", ("--model", tuned))):
+        run("export", *net, *more, "--example", "2,6", "-o", f"{name}.onnx")
+        answers.append(_onnx(f"{name}.onnx", x))
+    assert np.abs(answers[1] - answers[2]).mean() < 0.5 * np.abs(answers[0] - answers[2]).mean()
+
+
+def _beside(folder):
+    """Bytes of the files about a delta, which are written after it."""
+    return sum(f.stat().st_size for f in folder.iterdir() if f.name in ("README.md", "compress_report.json"))
+
+
+def test_compress_refuses_what_is_no_tuning_of_the_base(net, tmp_path):
+    base = saved(net, tmp_path)
+    how = ("compress", *net, *base, "-o", "d")
+    for more, kind, words in (
+        (("--tuned", "nowhere.pt"), FileFormatError, "--tuned must be an existing file"),
+        (("--tuned", base[1]), ValueError, "every value is the same"),
+        (("--tuned", base[1], "--bytes-ratio", 0.01), ValueError, "--bytes-ratio"),
+        (("--tuned", base[1], "--bytes-ratio", 2), ConfigError, "--bytes-ratio"),
+        (("--tuned", base[1], "--kind", "zip"), ConfigError, "--kind"),
+    ):
+        error = refused(*how, *more)
+        assert isinstance(error, kind), error
+        assert words in str(error)
+        assert not (tmp_path / "d").exists()
 
 
 def test_distill_a_network_into_a_smaller_one(net, tmp_path):

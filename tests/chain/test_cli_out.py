@@ -32,6 +32,7 @@ def rows(net):
         (("adapt", *net, "--data", "labelled.npz", "--rank", 2, "--max-steps", 1), False),
         (("distill", *net, *SMALL, "--hidden-weight", 0, "--max-steps", 1), False),
         (("export", *net, "--example", "2,6"), True),
+        (("compress", *net, "--tuned", "tuned.safetensors"), False),
     ]
 
 
@@ -69,6 +70,10 @@ def here(tmp_path_factory):
     np.savez(folder / "x.npz", x=x)
     np.savez(folder / "labelled.npz", x=x, labels=x[:, :3].argmax(1))
     files.write_tensors(folder / "w.safetensors", {"bn.weight": np.ones(2, np.float32)})
+    shapes = {"fc1.weight": (16, 6), "fc1.bias": 16, "fc2.weight": (3, 16), "fc2.bias": 3}
+    shapes |= dict.fromkeys(("norm.weight", "norm.bias", "norm.running_mean", "norm.running_var"), 16)
+    tuned = {name: np.full(shape, 0.1, np.float32) for name, shape in shapes.items()}
+    files.write_tensors(folder / "tuned.safetensors", tuned | {"norm.num_batches_tracked": np.zeros((), np.int64)})
     if "torch" in INSTALLED:
         tiny_models.hugging_face(folder, "llama", num_hidden_layers=2)
     return folder

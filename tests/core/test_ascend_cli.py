@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from slimkit.cli import app
 from slimkit.core.ascend import findings, targets
+from slimkit.core.ascend.folder import KINDS
 from slimkit.core.errors import ArgumentError, ConfigError, FileFormatError
 from tests.core.test_ascend_check import activation, dense
 
@@ -111,6 +112,10 @@ def test_the_page_says_what_the_tables_say():
     page = (Path(__file__).parents[2] / "docs" / "ascend.md").read_text(encoding="utf-8")
     for rule in findings.RULES:
         assert f"`{rule}`" in page, rule
+    served = page.split("## Who serves which file")[1].split("## ")[0]
+    for kind in KINDS:
+        assert f"| {kind}, `save_{kind.lower()}` |" in served
+    assert "Read on" in served
     for severity in findings.SEVERITIES:
         assert f"| {severity} |" in page
     for target in targets.TARGETS.values():

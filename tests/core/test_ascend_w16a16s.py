@@ -38,7 +38,10 @@ def test_the_folder_holds_what_the_document_shows(tmp_path):
         "model.layers.0.q_norm.weight": "FLOAT",
         "model.layers.0.ids": "FLOAT",
     }
-    assert json.loads((tmp_path / "out" / CONFIG).read_text()) == {"model_type": "qwen3", "torch_dtype": "float16"}
+    # MindIE asks config.json which kind the folder is of, and reads no description without that word.
+    assert json.loads((tmp_path / "out" / CONFIG).read_text()) == {
+        "model_type": "qwen3", "torch_dtype": "float16", "quantize": "w16a16s"
+    }  # fmt: skip
     assert report.sparse == {"model.layers.0.q_proj.weight": pytest.approx(0.3)}
     assert 0 < report.entropy_bits < 16
     assert report.zero_ratio == pytest.approx(0.3)
@@ -90,7 +93,7 @@ def test_config_and_tokenizer_come_from_a_folder(tmp_path):
     assert report.copied == ["tokenizer.json"]
     assert not (tmp_path / "out" / "model.safetensors").exists()
     assert load_w16a16s(tmp_path / "out").config == {
-        "model_type": "llama", "dtype": "float16", "torch_dtype": "float16"
+        "model_type": "llama", "dtype": "float16", "torch_dtype": "float16", "quantize": "w16a16s"
     }  # fmt: skip
     with pytest.raises(FileFormatError, match=r"config\.json"):
         save_arrays(tmp_path / "out2", weights(), str(tmp_path / "nowhere"))

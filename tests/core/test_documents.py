@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from slimkit.core.errors import ConfigError, FileFormatError
+from slimkit.core.jobs.command_options import StudentOptions
 from slimkit.core.jobs.documents import answered, is_chat, packed
-from slimkit.core.jobs.options import StudentOptions, numbers_of
+from slimkit.core.jobs.fields import numbers_of
 from slimkit.core.jobs.sources import read_rows
 from slimkit.core.jobs.tasks import task_of
 

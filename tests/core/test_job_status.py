@@ -67,11 +67,6 @@ def test_shards_recipes_trainings_and_results_are_told_apart(tmp_path):
     (shards / SHARDS / "finished" / "model-00001-of-00002.safetensors").touch()
     JobLog(shards / SHARDS).begun("prune", shards=2)
     assert status(shards)["done"] == {"shards": [1, 2]}
-    run = tmp_path / "run"
-    (run / "stages" / "01-prune").mkdir(parents=True)
-    (run / "stages" / "01-prune" / "stage.json").write_text("{}")
-    (run / "run.json").write_text(json.dumps({"recipe": {"name": "r", "stages": [{}, {}]}}))
-    assert (status(run)["done"], status(run)["state"]) == ({"stages": [1, 2]}, "stopped")
     training = tmp_path / "training"
     (training / ".slimkit-train" / "last").mkdir(parents=True)
     (training / ".slimkit-train" / "last" / "trainer.json").write_text('{"global_step": 7}')
@@ -107,3 +102,27 @@ def test_a_command_of_torchrun_is_told_as_it_was_given(monkeypatch):
         monkeypatch.setenv(key, value)
     assert own_command() == "torchrun --nnodes 2 --nproc-per-node 8 -m slimkit sparsify --out 'a b'"
     assert (crew.rank(), crew.size()) == (3, 16)
+
+
+def test_a_recipe_is_finished_with_its_last_stage_and_names_what_goes_on(tmp_path):
+    run = tmp_path / "a run"
+    (run / "stages").mkdir(parents=True)
+    (run / "run.json").write_text(json.dumps({"recipe": {"name": "r", "stages": [{}, {}]}}))
+    seen = []
+    for name in ("00-load", "01-prune", "02-export"):  # the model as it was loaded is no stage
+        (run / "stages" / name).mkdir()
+        (run / "stages" / name / "stage.json").write_text("{}")
+        seen.append((status(run)["done"]["stages"], status(run)["state"]))
+    assert seen == [([0, 2], "stopped"), ([1, 2], "stopped"), ([2, 2], "finished")]
+    (run / "stages" / "02-export" / "stage.json").unlink()
+    assert status(run)["go_on"] == f"slimkit run '{run}/run.json' --output '{run}'"  # begun by an earlier version
+    log = JobLog(run / "stages")
+    log.begun("the recipe 'r'", processes=2)
+    log.stopped(KeyboardInterrupt())
+    found = status(run)
+    assert (found["go_on"], found["why"], found["processes"]) == (own_command(), "KeyboardInterrupt", 2)
+
+
+def test_what_goes_on_does_not_begin_anew(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["slimkit", "run", "r.yaml", "--restart", "--output", "out"])
+    assert own_command() == "slimkit run r.yaml --output out"

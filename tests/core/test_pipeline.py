@@ -14,6 +14,7 @@ import pytest
 
 from slimkit.core import files
 from slimkit.core.errors import ConfigError
+from slimkit.core.jobs.crew import CrewFramework
 from slimkit.core.jobs.framework import JobResult
 from slimkit.core.jobs.measurement import LayerMeasurement, Measurement, show, summary_rows
 from slimkit.core.run import report
@@ -38,7 +39,7 @@ TASK = """
 """
 
 
-class NumpyWing:
+class NumpyWing(CrewFramework):
     """A model is a dict of arrays; training adds noise, pruning drops rows, sparsify sets zeros."""
 
     def __init__(self, stop_at=None):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -20,6 +22,7 @@ from slimkit.core.sparse.maths.par import refit
 from slimkit.core.sparse.maths.pattern import NM
 from slimkit.core.sparse.maths.solve import solve, steps_to
 from slimkit.core.sparse.maths.sweep import sweep
+from slimkit.core.sparse.methods import METHODS, SparseMethod
 
 few = settings(max_examples=25, deadline=None)
 
@@ -235,11 +238,9 @@ def test_the_error_told_is_the_calibration_rows_error(method, rows):
         assert kept.account["output_error"] == spent.account["output_error"]
         if len(inputs) == 1:
             change = sparse @ (weight - np.asarray(kept.weight)).T
-            told = kept.account["output_error"] ** 2 * (
-                np.sum((sparse @ weight.T) ** 2) + rows * np.sum(weight[:, 5] ** 2)
-            )
-            dead = rows * np.sum((weight - np.asarray(kept.weight))[:, 5] ** 2)  # which counts as of variance one
-            np.testing.assert_allclose(told, np.sum(change**2) + dead, rtol=1e-6)
+            # A column without input makes no error and no output, whatever its weights become.
+            told = kept.account["output_error"] ** 2 * np.sum((sparse @ weight.T) ** 2)
+            np.testing.assert_allclose(told, np.sum(change**2), rtol=1e-6)
 
 
 @pytest.mark.parametrize("has_bias", [False, True])
@@ -316,3 +317,43 @@ def test_shrinking_each_eigenvalue_beats_one_share_for_all(rows):
         for m in ((vectors * found) @ vectors.T, shrink.linear(sample.copy(), rows)[0], sample)
     ]
     assert error[0] < 0.97 * error[1] < error[2]
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
+@pytest.mark.parametrize("method", ["hessian", "par", "par_v2", "wanda"])
+def test_dead_columns_do_as_little_at_any_scale_of_the_inputs(method, scale):
+    """Ones on their diagonal, as the published loop has them, were most of the damping where inputs are small."""
+    rng = np.random.default_rng(1)
+    layer, weight = SparseLayer("l", "linear", (12, 24)), rng.standard_normal((12, 24))
+    rows = rng.standard_normal((300, 24)) @ (np.eye(24) + 0.3 * rng.standard_normal((24, 24)))
+    rows[:, ::3] = 0
+    found = []
+    for factor in (1.0, scale):
+        moments = Moments(layer)
+        moments.add(factor * rows)
+        found.append(solve(layer, weight, moments, 0.5, SparseConfig(method=method, swaps=3)))
+    np.testing.assert_array_equal(found[0].keep, found[1].keep)
+    np.testing.assert_allclose(found[0].weight, found[1].weight, rtol=1e-9, atol=1e-12)
+    assert found[1].account["output_error"] == pytest.approx(found[0].account["output_error"], rel=1e-9)
+    assert not found[1].keep[:, ::3].any()
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+@pytest.mark.parametrize("method", ["hessian", "par", "par_v2"])
+def test_hardly_a_row_makes_no_weight_that_is_not_finite(method, rows):
+    """Nonlinear shrinkage of one row has no eigenvalue to start from: its weights were NaN."""
+    rng = np.random.default_rng(2)
+    for layer in (SparseLayer("l", "linear", (6, 16)), SparseLayer("l", "linear", (6, 16), has_bias=True)):
+        x, weight = rng.standard_normal((rows, 16)), rng.standard_normal((6, 16))
+        moments = Moments(layer, paired=True)
+        moments.add(x + 0.1 * rng.standard_normal(x.shape), x)
+        found = solve(layer, weight, moments, 0.5, SparseConfig(method=method, min_tokens=0))
+        assert np.isfinite(found.weight).all()
+        assert np.count_nonzero(found.keep) == 48
+
+
+def test_a_method_whose_weights_are_not_finite_is_refused_by_name():
+    layer, weight = SparseLayer("l", "linear", (2, 4)), np.ones((2, 4))
+    broken = SparseMethod(lambda p: (p.weight * np.nan, p.weight > 0, {}), needs_data=False)
+    with mock.patch.dict(METHODS, {"broken": broken}), pytest.raises(ArgumentError, match="'broken' gave 'l'"):
+        solve(layer, weight, None, 0.5, SparseConfig(method="broken"))

@@ -50,11 +50,13 @@ def test_descent_stays_on_the_mask_and_the_grid_and_beats_rounding(bits, outlier
         target, gram = problem(seed)
         keep = np.random.default_rng(seed + 10).random(target.shape) < 0.6
         weight = target * keep
-        found, facts = on_grid(weight, keep, gram, FloatGrid(bits), outliers)
+        most = int(outliers * keep.sum())
+        found, mask, facts = on_grid(weight, keep, gram, FloatGrid(bits), most)
         assert np.array_equal(found != 0, keep)
-        assert facts["outliers"] == int(outliers * keep.sum())
+        assert np.array_equal(mask, keep)
+        assert facts["outliers"] == most
         assert np.count_nonzero(~on(found, bits)) <= facts["outliers"]
-        plain, _ = on_grid(weight, keep, None, FloatGrid(bits), outliers)
+        plain = on_grid(weight, keep, None, FloatGrid(bits), most)[0]
         before, after = error(weight, plain, gram), error(weight, found, gram)
         assert after < before
         if not outliers:  # without inputs others are left out of the rounding

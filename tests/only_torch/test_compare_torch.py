@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 
@@ -222,3 +225,26 @@ def test_a_comparison_is_a_page_of_its_own(rng, tmp_path):
     for part in page.split("<svg")[1:]:
         minidom.parseString("<svg" + part[: part.index("</svg>") + 6])
     assert found.save_html(tmp_path / "again.html").read_text(encoding="utf-8") == page
+
+
+def test_models_that_functions_make_are_in_memory_one_at_a_time(rng):
+    made, beside = [], []
+
+    def maker(seed):
+        def make():
+            beside.append(sum(ref() is not None for ref in made))
+            torch.manual_seed(seed)
+            model = torch.nn.Sequential(torch.nn.Embedding(61, 8), torch.nn.Linear(8, 61))
+            made.append(weakref.ref(model))
+            return model
+
+        return make
+
+    gc.disable()  # so that it is the last reference that goes, and not a chance of the collector
+    try:
+        docs = [rng.integers(0, 61, 32).tolist() for _ in range(3)]
+        compare_models(maker(0), {"one": maker(1), "two": maker(2)}, docs, length=32)
+    finally:
+        gc.enable()
+    assert len(made) > 3
+    assert not any(beside)

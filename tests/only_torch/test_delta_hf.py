@@ -1,5 +1,6 @@
 """Deltas on Hugging Face models, and adapters that travel to and from PEFT with equal outputs and no warning."""
 
+import copy
 import json
 import logging
 import warnings
@@ -433,3 +434,26 @@ def test_the_base_file_still_loads_under_a_delta(tmp_path):
     assert unexpected == []
     assert all("mindpet_delta_lora" in name for name in missing)
     assert np.isfinite(logits(model).numpy()).all()
+
+
+def test_a_fine_tuned_folder_or_state_becomes_the_same_small_delta_as_the_model(tmp_path):
+    """What a model works out itself, the frequencies of rotary embeddings, stands in no file."""
+    config = transformers.LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, vocab_size=64,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    base = transformers.LlamaForCausalLM(config).eval()
+    tuned = copy.deepcopy(base)
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.01)
+    tuned.save_pretrained(tmp_path)
+    ids, found = torch.arange(3, 9)[None], []
+    for source in (tuned, tmp_path, tuned.state_dict()):
+        model = copy.deepcopy(base)
+        slimkit.compress_delta(model, source, bytes_ratio=0.3)
+        found.append(model(input_ids=ids).logits)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+    assert not torch.equal(found[0], base(input_ids=ids).logits)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import slimkit
-from slimkit.core.errors import FileFormatError
+from slimkit.core.errors import FileFormatError, UnsupportedError
 
 import torch
 
@@ -279,3 +279,66 @@ def test_what_reads_its_weights_itself_is_saved_while_merged(where, format, tmp_
     again = build()
     slimkit.load_delta(again, tmp_path / "d")
     torch.testing.assert_close(run(again), wanted, rtol=1e-5, atol=1e-5)
+
+
+def stored(folder):
+    from safetensors.torch import load_file
+
+    config = peft.PeftConfig.from_pretrained(folder).to_dict()
+    return config, load_file(folder / "adapter_model.safetensors")
+
+
+def lora(*more, **options):
+    return peft.LoraConfig(r=2, target_modules=["q_proj", *more], **options)
+
+
+# What PEFT's own file holds of each, and nothing more, comes back; PiSSA, AdaLoRA and token rows change their form.
+RETURNING = {
+    "plain": lambda: lora(use_rslora=True, lora_alpha=7, lora_dropout=0.1),
+    "dora": lambda: lora("v_proj", use_dora=True),
+    "bias of b": lambda: lora(lora_bias=True),
+    "patterns": lambda: lora("v_proj", rank_pattern={"v_proj": 4}, alpha_pattern={"q_proj": 3}),
+    "mica": lambda: lora(init_lora_weights="mica"),
+    "table": lambda: lora("embed_tokens"),
+    "table, dora": lambda: lora("embed_tokens", use_dora=True),
+    "head": lambda: lora("lm_head"),
+    "table and head": lambda: lora("embed_tokens", "lm_head"),
+    "table and head as one": lambda: lora("embed_tokens", "lm_head", ensure_weight_tying=True),
+    "saved table": lambda: lora(modules_to_save=["embed_tokens"]),
+    "saved head": lambda: lora(modules_to_save=["lm_head"]),
+    "saved both as one": lambda: lora(modules_to_save=BOTH, ensure_weight_tying=True),
+    "biases": lambda: lora(bias="lora_only"),
+    "all biases": lambda: lora(bias="all"),
+    "ia3 on the head": lambda: peft.IA3Config(target_modules=["k_proj", "lm_head"], feedforward_modules=[]),
+    "ia3": lambda: peft.IA3Config(
+        target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], modules_to_save=["lm_head"]
+    ),
+    "miss": lambda: peft.MissConfig(r=4, target_modules=["q_proj"], bias="MiSS_only", modules_to_save=["lm_head"]),
+    "miss on the head": lambda: peft.MissConfig(r=4, target_modules=["q_proj", "lm_head"], bias="all"),
+    "shira on the head": lambda: peft.ShiraConfig(r=2, target_modules=["q_proj", "lm_head"]),
+    "prefix": lambda: peft.PrefixTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"),
+    "prompt": lambda: peft.PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM", modules_to_save=["lm_head"]),
+}
+KEPT = ("peft_type", "bias", "lora_dropout", "use_rslora", "use_dora", "lora_bias", "num_virtual_tokens", "mini_r")
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=("tied", "untied"))
+@pytest.mark.parametrize("name", RETURNING)
+def test_a_file_of_pefts_comes_back_with_its_own_tensors_and_no_others(name, tied, tmp_path):
+    theirs = peft.get_peft_model(llama(tied), RETURNING[name]())
+    there_and_back(theirs, lambda: llama(tied), tmp_path)
+    (said, held), (told, ours) = stored(tmp_path / "theirs"), stored(tmp_path / "ours")
+    assert {n: (t.dtype, t.shape) for n, t in ours.items()} == {n: (t.dtype, t.shape) for n, t in held.items()}
+    assert all(torch.equal(ours[n], held[n]) for n in held)
+    assert {k: told[k] for k in KEPT if k in said} == {k: said[k] for k in KEPT if k in said}
+    if tied:  # of an untied model the word means nothing
+        assert told.get("ensure_weight_tying", False) == said.get("ensure_weight_tying", False)
+
+
+def test_token_rows_alone_have_no_place_in_pefts_files_here(tmp_path):
+    theirs = peft.get_peft_model(llama(), peft.TrainableTokensConfig(token_indices=[3, 5]))
+    theirs.save_pretrained(tmp_path / "d")
+    ours = llama()
+    slimkit.load_delta(ours, tmp_path / "d")
+    with pytest.raises(UnsupportedError, match="no delta here"):
+        slimkit.save_delta(ours, tmp_path / "e", format="peft")

@@ -116,15 +116,6 @@ def test_what_a_killed_process_leaves_is_ended_by_one(folder, monkeypatch, who):
         np.testing.assert_allclose(value, before[name], atol=2e-4, err_msg=name)
 
 
-def test_a_recipe_is_for_one_process(monkeypatch, tmp_path, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    recipe = FOLDER.parents[1] / "tools" / "recipes" / "digits.yaml"
-    with pytest.raises(AssertionError, match="ended with"):
-        shared_commands.command("run", str(recipe), "--output", str(tmp_path / "run"))
-    assert "a recipe runs in one process" in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
-
-
 def test_samples_that_cannot_be_shared_out_are_refused(monkeypatch):
     from slimkit.core.errors import ConfigError
     from slimkit.core.jobs import crew

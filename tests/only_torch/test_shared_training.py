@@ -11,6 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import slimkit
+from slimkit import together
+from tests.only_torch.test_sparse_checkpoint_processes import processes
+
 import torch
 
 FOLDER = Path(__file__).parent
@@ -76,3 +80,25 @@ def test_zeros_stay_in_a_parameter_that_took_the_place_of_another():
         optimizer.step()
     assert not model[0].weight[:, ::2].any()
     assert model[0].weight[:, 1::2].all()
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot fork")
+def test_a_trainer_from_before_the_processes_joined_hinders_no_later_one():
+    def trained():
+        torch.manual_seed(0)
+        model, x = torch.nn.Linear(3, 2), torch.arange(12.0).reshape(4, 3)
+        data = torch.utils.data.TensorDataset(x, x[:, :2])
+        trainer = slimkit.Trainer(model, torch.nn.functional.mse_loss, lambda ps: torch.optim.SGD(ps, lr=0.01))
+        trainer.train(data, 1, per_device_batch_size=4 // together.processes())
+        return trainer.accelerator.num_processes, model.weight.detach().numpy()
+
+    alone, expected = trained()  # accelerate remembers one process
+
+    def work():
+        together.join(torch.device("cpu"))
+        seen, weight = trained()
+        np.testing.assert_allclose(weight, expected, rtol=1e-5)
+        os._exit(10 + seen)
+
+    assert (alone, processes(2, work)[0]) == (1, [12, 12])

@@ -377,6 +377,14 @@ def test_a_changed_job_is_refused_by_name(source, data, tmp_path, monkeypatch):
     ):
         with pytest.raises(UnsupportedError, match=word):
             checkpoint.sparsify_checkpoint(change[0], tmp_path / "out", *change[1:])
+    # the same weights under another configuration are another model
+    told = source("llama") / "config.json"
+    kept = told.read_text()
+    told.write_text(kept.replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 0.1'))
+    assert told.read_text() != kept
+    with pytest.raises(UnsupportedError, match="another model"):
+        checkpoint.sparsify_checkpoint(source("llama"), tmp_path / "out", config, data)
+    told.write_text(kept)
     assert checkpoint.sparsify_checkpoint(source("llama"), tmp_path / "out", config, data)["ratio"] == 0.5
 
 

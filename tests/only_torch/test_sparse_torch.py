@@ -122,6 +122,53 @@ def test_a_shared_layer_is_calibrated_on_all_its_calls():
     assert list(report["layers"]) == ["0"]
 
 
+class Shared(torch.nn.Module):
+    """Two layers with one weight and biases of their own, or one without."""
+
+    def __init__(self, biases):
+        super().__init__()
+        self.inner = torch.nn.Linear(16, 16)
+        self.one, self.two = (torch.nn.Linear(16, 16, bias=bias) for bias in biases)
+        self.two.weight = self.one.weight
+
+    def forward(self, x):
+        x = torch.relu(self.inner(x))
+        return self.one(x) - 0.5, self.two(x + 1)
+
+
+@pytest.mark.parametrize("biases", [(True, True), (True, False), (False, True)])
+def test_layers_that_share_a_weight_have_their_biases_shifted_alike(biases):
+    torch.manual_seed(0)
+    model = Shared(biases)
+    dense, before = copy.deepcopy(model), {n: p.clone() for n, p in model.named_parameters()}
+    data = [torch.randn(64, 16) for _ in range(4)]
+    Compressor(model, SparseConfig(method="par", sparse_ratio=0.6)).compress(data)
+    shifts = [
+        layer.bias - before[f"{name}.bias"]
+        for name, layer in (("one", model.one), ("two", model.two))
+        if layer.bias is not None
+    ]
+    if all(biases):
+        torch.testing.assert_close(shifts[0], shifts[1], atol=1e-6, rtol=0)  # float32 sums
+        assert shifts[0].abs().max() > 1e-3
+        # Over both calls, whose rows count alike, the mean of the answers is the dense one's.
+        with torch.no_grad():
+            off = sum((a - b).mean(0) for x in data for a, b in zip(model(x), dense(x)))
+        assert off.abs().max() < 1e-4
+    else:  # no bias could say it for both
+        assert not any(shift.any() for shift in shifts)
+
+
+def test_an_error_brings_back_the_biases_of_all_that_share_a_weight(monkeypatch):
+    torch.manual_seed(0)
+    model = Shared((True, True))
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    monkeypatch.setattr(framework.TorchSparse, "settled", lambda self, name, row: 1 / (name != "one"))
+    with pytest.raises(ZeroDivisionError):
+        Compressor(model, SparseConfig(method="par")).compress([torch.randn(64, 16)])
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_other_dtypes_keep_theirs_and_lose_nothing(dtype):
     torch.manual_seed(0)

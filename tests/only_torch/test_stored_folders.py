@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 
 import pytest
 from safetensors.torch import load_file, save_file
 
 import slimkit
-from slimkit import PruneTorch
+from slimkit import PruneTorch, SparseConfig
+from slimkit.core.checkpoint import stepwise
 from slimkit.core.errors import FileFormatError, UnsupportedError
+from slimkit.core.sparse import folderwalk
+from slimkit.core.weights.blocks import PruneConfig
 from slimkit.stored import StoredModel
 from tests.zoo import language
 
@@ -88,3 +92,70 @@ def test_eight_bit_floats_are_named(tmp_path, folder):
     change(source, lambda held: {**held, name: held[name].to(torch.float8_e4m3fn)})
     with pytest.raises(UnsupportedError, match="F8_E4M3"):
         slimkit.prune_checkpoint(source, tmp_path / "dst", 0.7)
+
+
+JOBS = {
+    "prune": lambda source, out: slimkit.prune_checkpoint(source, out, 0.7),
+    "cut": lambda source, out: slimkit.cut_checkpoint(source, out, {"num_hidden_layers": 2}, FIRST),
+    "sparsify": lambda source, out: slimkit.sparsify_checkpoint(source, out, SparseConfig(method="magnitude"), None),
+}
+FIRST = PruneConfig().set_steps(["prune_blocks"]).add_blocks_params(r"layers.(\d+).", {0: 0, 1: 1})
+
+
+@pytest.mark.parametrize("job", ["prune", "sparsify"])
+def test_a_configuration_of_another_model_is_named(tmp_path, folder, job):
+    source, _, _ = folder
+    told = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**told, "intermediate_size": told["intermediate_size"] // 2}))
+    with pytest.raises(FileFormatError, match=r"mlp\..*and config\.json beside it makes it"):
+        JOBS[job](source, tmp_path / "dst")
+    assert not (tmp_path / "dst").exists()
+
+
+@pytest.mark.parametrize("index", ["[1]", '{"weight_map": 3}', "{"])
+def test_a_damaged_index_is_named(tmp_path, folder, index):
+    source, _, _ = folder
+    (source / "model.safetensors").rename(source / "model-1.safetensors")
+    (source / "model.safetensors.index.json").write_text(index)
+    for job in JOBS.values():
+        with pytest.raises(FileFormatError, match=r"index\.json"):
+            job(source, tmp_path / "dst")
+    assert not (tmp_path / "dst").exists()
+
+
+def test_a_tensor_of_more_bytes_than_its_shape_is_named(tmp_path, folder):
+    source, _, _ = folder
+    file = source / "model.safetensors"
+    raw = file.read_bytes()
+    entries = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+    entries["model.norm.weight"]["shape"] = [entries["model.norm.weight"]["shape"][0] - 1]
+    head = json.dumps(entries).encode()
+    head += b" " * (-len(head) % 8)
+    file.write_bytes(len(head).to_bytes(8, "little") + head + raw[8 + int.from_bytes(raw[:8], "little") :])
+    with pytest.raises(FileFormatError, match=r"'model\.norm\.weight' has"):
+        slimkit.prune_checkpoint(source, tmp_path / "dst", 0.7)
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_files_that_change_while_they_are_read_are_not_mixed(tmp_path, folder, job, monkeypatch):
+    source, _, _ = folder
+    touch = lambda: os.utime(source / "model.safetensors", ns=(1, 1))
+    room, name = (folderwalk, "compress") if job == "sparsify" else (stepwise, "write_index")
+    inner = getattr(room, name)
+    monkeypatch.setattr(room, name, lambda *arguments: (touch(), inner(*arguments))[1])
+    with pytest.raises(FileFormatError, match="was changed while it was read"):
+        JOBS[job](source, tmp_path / "dst")
+    assert not (tmp_path / "dst" / "config.json").exists()
+
+
+def test_an_index_of_files_that_are_not_written_is_not_copied(tmp_path, folder):
+    source, _, _ = folder
+    for name in ("pytorch_model.bin", "model.gguf"):
+        (source / name).write_bytes(b"other weights")
+    (source / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {"x": "pytorch_model.bin"}}))
+    (source / "tokenizer.json").write_text("{}")
+    for name, job in JOBS.items():
+        job(source, tmp_path / name)
+        found = {file.name for file in (tmp_path / name).iterdir() if file.is_file()}
+        assert {"config.json", "tokenizer.json", "model.safetensors"} <= found
+        assert not {"pytorch_model.bin", "model.gguf", "pytorch_model.bin.index.json"} & found, name

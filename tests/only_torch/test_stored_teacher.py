@@ -80,3 +80,12 @@ def test_a_walk_that_was_stopped_goes_on(tmp_path, monkeypatch):
     for batch in batches():
         for place, tensor in done.lookup((), batch)[1].items():
             np.testing.assert_array_equal(tensor, whole.lookup((), batch)[1][place])
+
+
+def test_another_configuration_is_another_teacher(tmp_path):
+    build("llama").save_pretrained(tmp_path / "teacher")
+    TeacherCache.build(tmp_path / "teacher", batches(), config(), tmp_path / "a")
+    told = tmp_path / "teacher" / "config.json"
+    told.write_text(told.read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 0.1'))
+    with pytest.raises(ConfigError, match="another config"):
+        TeacherCache.build(tmp_path / "teacher", batches(), config(), tmp_path / "a")

@@ -39,6 +39,7 @@ CORE_TOP_FILES = {
     "fields.py": {"pydantic", "pydantic_core"},
     "options.py": {"pydantic", "pydantic_core"},
     "training_options.py": {"pydantic", "pydantic_core"},
+    "command_options.py": {"pydantic"},
 }
 
 

@@ -137,7 +137,7 @@ def memory_of(variant):
     model, optimizer = build(variant)
     ids = tokens()
     gc.collect()
-    before = peak.begin_anew()
+    before = peak.begin_anew([*model.parameters(), *model.buffers()])
     for _ in range(2):
         step(model, optimizer, ids)
     highest = peak.memory_mb("VmHWM")

@@ -202,7 +202,8 @@ def sparsified(text: str, batches: Any) -> Callable[[nn.Module], dict[str, float
         layers = [model.get_submodule(name) for name in report["layers"]]
         for layer in layers if "rounded" in switches else ():
             weight = layer.weight.data
-            layer.weight.data = on_grid(weight, weight != 0, None, FloatGrid(2), 0.02)[0]
+            keep = weight != 0
+            layer.weight.data = on_grid(weight, keep, None, FloatGrid(2), int(0.02 * int(keep.sum())))[0]
         halves = np.concatenate([layer.weight.detach().half().numpy().reshape(-1) for layer in layers])
         if "w8a8s" in switches:
             ranges = "percentile" if "percentile" in switches else "minmax"
@@ -240,7 +241,7 @@ def run_calibration(bench: Bench) -> None:
 def run_prune(bench: Bench) -> None:
     batches = bench.calibration()
     ids = torch.cat(list(batches))
-    only = bench.asked.only or ["slimkit", "free", *llm_prune.PEERS]
+    only = bench.asked.only or ["slimkit", "free", "rotated", *llm_prune.PEERS]
     seen = llm_prune.Seen(bench.dense, ids) if set(only) & llm_prune.PEERS.keys() else None
     shape = llm_prune.Shape(bench.dense)
     for keep in bench.asked.keep:
@@ -249,7 +250,8 @@ def run_prune(bench: Bench) -> None:
                 make = lambda model, n=name, k=keep: llm_prune.PEERS[n](model, seen, shape, k, ids)
             else:
                 form = "any" if name == "free" else None
-                make = lambda model, f=form, k=keep: llm_prune.ours(model, ids, k, f)
+                rotated = name == "rotated"
+                make = lambda model, f=form, k=keep, r=rotated: llm_prune.ours(model, ids, k, f, r)
             bench.measure(f"{name} keeps {keep}", make)
 
 

@@ -226,11 +226,12 @@ def slicegpt(model: Any, seen: Seen, shape: Shape, keep: float, ids: torch.Tenso
 PEERS = {"shortgpt": shortgpt, "flap": flap, "2ssp": two_stages, "taylor": taylor, "slicegpt": slicegpt}
 
 
-def ours(model: Any, calib: torch.Tensor, keep: float, form: str | None) -> float:
+def ours(model: Any, calib: torch.Tensor, keep: float, form: str | None, rotated: bool = False) -> float:
     before = sum(p.numel() for p in model.parameters())
     batches = [{"input_ids": rows} for rows in calib.split(1)]  # few logits in memory at a time
     pruner = PruneTorch(model, {"input_ids": calib[:1, :16]})
     if form is not None:
         pruner.set_form(form)
+    pruner.set_rotation(rotated)
     pruner.set_importance_evaluation_function("auto", calibration=batches).prune(keep, [])
     return sum(p.numel() for p in model.parameters()) / before

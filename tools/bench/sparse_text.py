@@ -36,7 +36,10 @@ from transformers.utils import logging
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 from docstring_text import docstrings, model_folder
 
-OURS = ("hessian", "par", "par_v2", "block", "block-v2", "par-plain", "par_v2-plain", "par-free", "block-free")
+OURS = (
+    *("hessian", "par", "par_v2", "block", "block-v2", "par-plain", "par_v2-plain", "par-free", "block-free"),
+    *("wanda", "wanda-swaps", "hessian-swaps", "par-swaps"),
+)
 Peer = Callable[[torch.Tensor, torch.Tensor, float, Any], torch.Tensor]
 
 
@@ -145,7 +148,8 @@ def fresh() -> torch.nn.Module:
 def measure(method: str, text: str, texts: Texts) -> tuple[float, float]:
     """Cosine and CPU seconds of one method at one ratio or n:m pattern."""
     pattern = text if ":" in text else None
-    # "plain": without the residual stream's correction; "free": with measured ratios; "v2": begun by par_v2
+    # "plain": without the residual stream's correction; "free": with measured ratios; "v2": begun by par_v2; "swaps":
+    # with up to a thousand exchanges a row
     base, _, how = method.partition("-")
     config = SparseConfig(
         method="hessian" if method in PEERS else base,
@@ -153,6 +157,7 @@ def measure(method: str, text: str, texts: Texts) -> tuple[float, float]:
         pattern=pattern,
         residual=base in ("par", "par_v2") and how != "plain",
         uniform=how != "free" or pattern is not None,
+        swaps=1_000 if how == "swaps" else 0,
         options={"start": "par_v2"} if how == "v2" else None,
     )
     rows = {"hessian": replace(METHODS["hessian"], solver=as_solver(PEERS[method]))} if method in PEERS else {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -47,11 +48,15 @@ def config_told_by(model: Any, config: Any) -> Any:
     return json.loads(json.dumps(own.to_dict(), default=str))
 
 
-def settings_of(config: Mapping[str, Any] | files.PathLike) -> tuple[dict[str, Any], list[Path]]:
+def settings_of(config: Mapping[str, Any] | files.PathLike, kind: str) -> tuple[dict[str, Any], list[Path]]:
     """What config.json shall say, float16 being the only float, and the files to copy beside it.
+
+    MindIE looks at the description only where "quantize" says of which kind the folder is, and loads it as a folder of
+    floats otherwise; vLLM-Ascend does not ask.
 
     Args:
         config: a dict, or a Hugging Face folder.
+        kind: the folder's own word.
 
     Raises:
         FileFormatError: the folder holds no readable config.json.
@@ -68,6 +73,7 @@ def settings_of(config: Mapping[str, Any] | files.PathLike) -> tuple[dict[str, A
     # float16 is the only float on the 310P; the words differ between releases of transformers.
     settings.update({key: "float16" for key in ("torch_dtype", "dtype") if key in settings})
     settings.setdefault("torch_dtype", "float16")
+    settings["quantize"] = kind.lower()
     return settings, companions
 
 
@@ -92,6 +98,7 @@ def write(
     companions: Iterable[Path],
     kind: str,
     kinds: Mapping[str, str],
+    tied: Mapping[str, str] | None = None,
 ) -> list[str]:
     """Write a folder at once: a reader sees all of its old files or all of the new ones.
 
@@ -103,11 +110,14 @@ def write(
         companions: files to copy beside it.
         kind: the folder's own word.
         kinds: each tensor's word.
+        tied: name of a tensor that is not written -> that of the same one, which is; it has a word all the same, since
+            vLLM-Ascend asks for that of every layer that it builds.
 
     Returns:
         The names of the files that were copied.
     """
     copied = []
+    words = {**kinds, **{name: kinds[first] for name, first in (tied or {}).items()}}
     with files.atomic_directory(folder, keep=True) as new:
         files.write_tensors(new / weights, dict(tensors), {"format": "pt"})
         files.write_json(new / CONFIG, dict(settings))
@@ -116,7 +126,7 @@ def write(
                 with files.atomic_file(new / source.name) as handle, open(source, "rb") as reader:
                     shutil.copyfileobj(reader, handle)
             copied.append(source.name)
-        files.write_json(new / DESCRIPTION, {"model_quant_type": kind, "version": VERSION, **kinds})
+        files.write_json(new / DESCRIPTION, {"model_quant_type": kind, "version": VERSION, **words})
     return copied
 
 
@@ -151,12 +161,15 @@ def read(
     if odd is not None:
         raise FileFormatError(f"{folder / DESCRIPTION}: {odd!r} must be {kind} or {DENSE}. Received: {kinds[odd]!r}")
     tensors, _ = files.read_tensors(folder / weights, weights)
-    if set(tensors) != set(kinds):
-        missing, unknown = sorted(set(kinds) - set(tensors)), sorted(set(tensors) - set(kinds))
-        raise FileFormatError(
-            f"{folder}: described but not there: {missing[:3]}; there but not described: {unknown[:3]}"
-        )
     config = files.read_json(folder / CONFIG, CONFIG)
     if not isinstance(config, dict):
         raise FileFormatError(f"{folder / CONFIG} is not a JSON object.")
+    missing, unknown = sorted(set(kinds) - set(tensors)), sorted(set(tensors) - set(kinds))
+    # An output layer that is the table has a word and no tensor of its own; nothing inside a block is tied so.
+    tied = config.get("tie_word_embeddings") is True
+    if unknown or any(not tied or re.search(r"\.\d+\.", name) for name in missing):
+        raise FileFormatError(
+            f"{folder}: described but not there: {missing[:3]}; there but not described: {unknown[:3]}"
+        )
+    kinds = {name: word for name, word in kinds.items() if name in tensors}
     return folder, {name: tensors[name] for name in kinds}, kinds, config

@@ -111,7 +111,7 @@ def save_arrays(
     check.instance(weights, Mapping, "weights", "a dict of tensor name -> array")
     halves, underflowed = as_halves(weights)
     sparse = _sparse(halves, targets)
-    settings, companions = folders.settings_of(config)
+    settings, companions = folders.settings_of(config, KIND)
     once = dict(tied or {}) if settings.get("tie_word_embeddings") is True else {}
     for name, first in once.items():
         del halves[name]
@@ -119,7 +119,7 @@ def save_arrays(
             share = sparse.pop(name)
             sparse[first] = share
     kinds = {name: KIND if name in sparse else DENSE for name in halves}
-    copied = folders.write(folder, WEIGHTS, halves, settings, companions, KIND, kinds)
+    copied = folders.write(folder, WEIGHTS, halves, settings, companions, KIND, kinds, once)
     total = sum(halves[name].size for name in sparse)
     ratio = sum(share * halves[name].size for name, share in sparse.items()) / total
     return W16A16SReport(

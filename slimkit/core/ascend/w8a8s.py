@@ -26,6 +26,9 @@ KIND = "W8A8S"
 # A layer stays float16 where rounding its inputs changes more of its answers.
 MOST_ERROR = 0.1
 
+# Parameters of nn.MultiheadAttention, which multiplies with them and with its output layer's weight itself.
+_READ = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+
 # Layers that servers join into one, which then has one input step: all of them are int8, or none.
 JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
@@ -116,10 +119,16 @@ def save(
     folder = files.as_path(directory, "directory")
     check.choice(ranges, RANGES, "ranges")
     check.number(most_error, "most_error", minimum=0.0)
-    settings, companions = folders.settings_of(config)
+    settings, companions = folders.settings_of(config, KIND)
     called = dict(named or {})
     known, _ = host.layers(dataset)
-    linear = {n: called.get(n, n) for n, layer in known.items() if layer.kind == "linear"}
+    # An attention that reads its weights itself is no layer that a reader of the folder calls.
+    read = {n.partition("[")[0].rpartition(".")[0] for n in known if n.partition("[")[0].endswith(_READ)}
+    linear = {
+        n: called.get(n, n)
+        for n, layer in known.items()
+        if layer.kind == "linear" and not (n.endswith("out_proj") and n.rpartition(".")[0] in read)
+    }
     linear = {n: name for n, name in linear.items() if f"{name}.weight" in arrays}
     if targets is None:
         chosen = [n for n, name in linear.items() if on_grid(arrays[f"{name}.weight"])]
@@ -162,7 +171,7 @@ def save(
                 tensors[f"{layer}.{own}"], kinds[f"{layer}.{own}"] = getattr(made[layer], own), KIND
         else:
             tensors[name], kinds[name] = value, DENSE
-    copied = folders.write(folder, WEIGHTS, tensors, settings, companions, KIND, kinds)
+    copied = folders.write(folder, WEIGHTS, tensors, settings, companions, KIND, kinds, once)
     sizes = [made[linear[n]].weight.size for n in chosen]
     return W8A8SReport(
         directory=str(folder),
@@ -178,8 +187,12 @@ def save(
     )
 
 
-def _joined(linear: Mapping[str, str]) -> Iterator[list[str]]:
-    """Layers that a server joins into one, together."""
+def joined(linear: Mapping[str, str]) -> Iterator[list[str]]:
+    """Layers that a server joins into one, together.
+
+    Args:
+        linear: layer -> its name in the folder.
+    """
     for name in linear.values():
         head, _, own = name.rpartition(".")
         for group in JOINED:
@@ -189,7 +202,7 @@ def _joined(linear: Mapping[str, str]) -> Iterator[list[str]]:
 
 def _demand_whole_groups(linear: Mapping[str, str], chosen: set[str]) -> None:
     """Layers that a server joins must all be int8 or all be floats."""
-    for beside in _joined(linear):
+    for beside in joined(linear):
         left = [n for n in beside if n not in chosen]
         if left and len(left) < len(beside):
             raise ArgumentError(
@@ -201,7 +214,7 @@ def _demand_whole_groups(linear: Mapping[str, str], chosen: set[str]) -> None:
 def _too_rough(linear: Mapping[str, str], errors: Mapping[str, float], most: float) -> dict[str, float]:
     """The layers that rounding their inputs, or those of one that is served with them, changes too much."""
     rough = {n for n, error in errors.items() if error > most}
-    for beside in _joined({n: linear[n] for n in errors}):
+    for beside in joined({n: linear[n] for n in errors}):
         if rough & set(beside):
             rough |= set(beside)
     return {n: error for n, error in errors.items() if n in rough}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from slimkit.core import files, traffic
-from slimkit.core.checkpoint.openweights import INDEXES, WHOLE
+from slimkit.core.checkpoint.openweights import INDEXES, WHOLE, read_index
 from slimkit.core.checkpoint.weightfile import STORED, Array, Piece, decode, file_chunks
 from slimkit.core.errors import FileFormatError, UnsupportedError
 
@@ -52,6 +53,13 @@ def header(file: Path) -> dict[str, Place]:
             places = {name: _place(file, 8 + length, e) for name, e in entries.items() if name != "__metadata__"}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise FileFormatError(f"{file} is not a readable safetensors file: {error}") from None
+    for name, place in places.items():
+        kind = STORED.get(place.dtype)
+        if kind is not None and place.stop - place.start != kind.itemsize * math.prod(place.shape):
+            raise FileFormatError(
+                f"{file} is not a readable safetensors file: {name!r} has {place.stop - place.start} bytes for "
+                f"{place.dtype} {place.shape}."
+            )
     if any(not 8 + length <= p.start <= p.stop <= size for p in places.values()):
         raise FileFormatError(f"{file} is not a readable safetensors file: it is shorter than its header says.")
     return places
@@ -74,7 +82,7 @@ def locate(directory: Path) -> dict[str, Place]:
     if whole.exists() or whole.is_symlink():
         names = [whole.name]
     elif index.exists():
-        told = files.read_json(index).get("weight_map", {})
+        told = read_index(index)
         names = sorted(set(told.values()))
     else:
         names = [f.name for f in sorted(directory.glob("*.safetensors"))]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 from slimkit.core import check, files, traffic
 from slimkit.core.checkpoint.shards import Place
 from slimkit.core.checkpoint.weightfile import STORED, Entry, stream_safetensors
-from slimkit.core.errors import UnsupportedError
+from slimkit.core.errors import FileFormatError, UnsupportedError
 from slimkit.core.joblog import JobLog
 from slimkit.core.locks import SHARDS, locked, same_job, tidy
 from slimkit.core.log import progress
@@ -77,8 +77,9 @@ def write_folder(
         UnsupportedError: it was begun with other inputs.
         ConfigError: another process is at work there.
     """
-    with traffic.counted(source) as count:
-        report = _written(target, job, begin, report_name, defaults)
+    source = list(source)
+    with traffic.counted(source) as count, unchanged(source) as look:
+        report = _written(target, job, begin, report_name, defaults, look)
     traffic.say(report_name.removesuffix("_report.json"), count.facts())
     return {**report, "bytes": count.facts()}
 
@@ -89,6 +90,7 @@ def _written(
     begin: Callable[[Path], Work],
     report_name: str,
     defaults: Mapping[str, Any] | None,
+    look: Callable[[], None],
 ) -> dict[str, Any]:
     state = target / SHARDS
     # A run killed in its first moments leaves its state folder and nothing else.
@@ -111,7 +113,7 @@ def _written(
                 if {entry.name for entry in state.iterdir()} <= {"job.json", ".lock"}:
                     shutil.rmtree(state)
                 raise
-            return _write(target, state, work, report_name)
+            return _write(target, state, work, report_name, look)
     except BaseException:
         for folder in missing:
             with contextlib.suppress(OSError):  # something is in it
@@ -119,18 +121,23 @@ def _written(
         raise
 
 
-def _write(target: Path, state: Path, work: Work, report_name: str) -> dict[str, Any]:
+def _write(target: Path, state: Path, work: Work, report_name: str, look: Callable[[], None]) -> dict[str, Any]:
     finished = state / "finished"
     finished.mkdir(exist_ok=True)
     log = JobLog(state)
     log.begun(report_name.removesuffix("_report.json"), shards=len(work.shards))
-    for shard in progress(work.shards, "shards"):
-        if not (finished / shard.name).exists():
-            stream_safetensors(finished / shard.name, shard.entries, work.make(shard), {"format": "pt"})
-            log.note("shard", file=shard.name)
-    report = work.rest(finished)
-    write_index(finished, work.shards)
-    files.write_json(finished / report_name, report)
+    try:
+        for shard in progress(work.shards, "shards"):
+            if not (finished / shard.name).exists():
+                stream_safetensors(finished / shard.name, shard.entries, work.make(shard), {"format": "pt"})
+                log.note("shard", file=shard.name)
+        report = work.rest(finished)
+        write_index(finished, work.shards)
+        files.write_json(finished / report_name, report)
+        look()
+    except BaseException as error:
+        log.stopped(error)
+        raise
     files.commit(finished, target)
     tidy(state)
     return report
@@ -165,6 +172,28 @@ def identity(weight_files: Iterable[Path]) -> dict[str, str]:
                 digest.update(handle.read(_PIECE_BYTES))
         found[file.name] = digest.hexdigest()
     return found
+
+
+@contextlib.contextmanager
+def unchanged(source: Iterable[Path]) -> Iterator[Callable[[], None]]:
+    """Gives what refuses to go on, with FileFormatError, where one of these files is no longer as it was."""
+
+    def stamps() -> dict[Path, tuple[int, int]]:
+        return {file: (about.st_size, about.st_mtime_ns) for file in files_read for about in [file.stat()]}
+
+    files_read = sorted(set(source))
+    before = stamps()
+
+    def look() -> None:
+        now = stamps()
+        changed = next((file for file in files_read if now[file] != before[file]), None)
+        if changed is not None:
+            raise FileFormatError(
+                f"{changed} was changed while it was read, and what is finished is made of both: begin again in an "
+                "empty folder"
+            )
+
+    yield look
 
 
 def layout(places: Mapping[str, Place]) -> dict[str, list[str]]:

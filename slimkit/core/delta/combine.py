@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from slimkit.core import check
-from slimkit.core.delta import filling, inject, owned
+from slimkit.core.delta import filling, held_base, inject, owned
 from slimkit.core.delta import spec as rules
 from slimkit.core.delta.drawn import drawing
 from slimkit.core.delta.framework import DeltaStorage
@@ -125,6 +125,7 @@ def _one(
     scales = [specs[n].scaling * w for n, w in weights.items()]
     kept = min(max(ranks.values()) if rank is None else rank, smaller)  # more would be zeros
     a, b = combined(pairs, scales, method, rank=kept, density=density, majority=majority, rng=rng)
-    spec = LoraSpec(rank=len(a), alpha=float(len(a)), keep_zeros=next(iter(specs.values())).keep_zeros)
+    zeros, held = next(iter(specs.values())).keep_zeros, held_base.kind_of(layer)
+    spec = LoraSpec(rank=len(a), alpha=float(len(a)), keep_zeros=zeros, base_dtype=held)
     a, b = a.reshape(len(a), *shapes[0]), b.reshape(*b.shape, *shapes[1])
     return spec, np.ascontiguousarray(a.astype(dtype)), np.ascontiguousarray(b.astype(dtype))

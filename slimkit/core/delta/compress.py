@@ -88,7 +88,10 @@ def compress(
     alone = inject.disabled(access, model) if access.layers(model) else contextlib.nullcontext()
     with alone, _tuned(access, tuned) as (read, shapes):
         sites, every = access.sites(model), {n: t for n, t in access.neutral(model).items() if rules.PREFIX not in n}
-        names = _names(every, shapes)
+        # What is worked out anew is in no file; models say it of each other.
+        made_anew = access.unsaved(model) - set(shapes)
+        every = {n: t for n, t in every.items() if n not in made_anew}
+        names = _names(every, shapes, read)
 
         def after(name: str) -> Array:
             return read(names[name])
@@ -165,11 +168,11 @@ def _tuned(access: DeltaStorage, tuned: Any) -> Iterator[tuple[Values, dict[str,
     )
 
 
-def _names(every: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+def _names(every: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], read: Values) -> dict[str, str]:
     """What the tuned model calls each tensor of the base; a tied one may stand under one of its names there.
 
     Raises:
-        PlanError: it lacks a tensor, or has one of another shape.
+        PlanError: it lacks a tensor, has one more or one of another shape, or two values for what is tied in the base.
     """
     groups = base_values.common(every)
     missing = [group[0] for group in groups if not any(n in shapes for n in group)]
@@ -178,12 +181,24 @@ def _names(every: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> d
             f"tuned lacks {len(missing)} tensors of the base, {missing[0]!r} among them"
             f"{check.near(missing[0], sorted(shapes))}."
         )
+    more = [name for name in shapes if name not in every]
+    if more:
+        raise PlanError(
+            f"tuned has {len(more)} tensors that the base lacks, {more[0]!r} among them"
+            f"{check.near(more[0], list(every))}. A delta has no place for them."
+        )
     found: dict[str, str] = {}
     for group in groups:
-        name = next(n for n in group if n in shapes)
+        name, *others = (n for n in group if n in shapes)
         wanted = tuple(every[name].shape)
-        if shapes[name] != wanted:
-            raise PlanError(f"{name} has shape {wanted} in the base and {shapes[name]} in tuned.")
+        for one in (name, *others):
+            if shapes[one] != wanted:
+                raise PlanError(f"{one} has shape {wanted} in the base and {shapes[one]} in tuned.")
+        for other in others:
+            if not np.array_equal(bits(read(name)), bits(read(other))):
+                raise PlanError(
+                    f"{name} and {other} are one tensor in the base and two in tuned; untie them in the base first."
+                )
         found |= dict.fromkeys(group, name)
     return found
 

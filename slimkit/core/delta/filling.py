@@ -9,7 +9,7 @@ import numpy as np
 
 from slimkit.core import check
 from slimkit.core.delta import base as base_values
-from slimkit.core.delta import inject, owned
+from slimkit.core.delta import held_base, inject, owned
 from slimkit.core.delta.base import HELD, BaseValue, Placement
 from slimkit.core.delta.bundle import compare_keys, compare_shapes
 from slimkit.core.delta.framework import DeltaStorage
@@ -17,6 +17,7 @@ from slimkit.core.delta.layered import SPECS, spec_of_record
 from slimkit.core.delta.spec import KINDS, PREFIX, DeltaReport, LoraSpec, key
 from slimkit.core.errors import ArgumentError
 from slimkit.core.freeze import report_of
+from slimkit.core.log import logger
 
 Array = np.ndarray[Any, Any]
 
@@ -79,6 +80,9 @@ def finish(
 ) -> DeltaReport:
     """Check the base's tensors, put the deltas on, then fill both."""
     places = base_values.place(access.neutral(model), values, where)
+    for line in (held := held_base.told(access, model, deltas)):
+        logger.warning("%s: %s", where, line)
+    notes += held
     described = put_on(access, model, deltas, tensors, freeze, where)
     notes += fill_base(access, model, places, deltas, freeze)
     summary = report_of(access.parameters(model))

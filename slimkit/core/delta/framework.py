@@ -210,3 +210,7 @@ class DeltaStorage(DeltaFramework):
 
         A tensor that several places hold comes under the name of each.
         """
+
+    def unsaved(self, model: Any) -> set[str]:
+        """Those names of `neutral` that no file holds: what the model works out itself when it is made."""
+        return set()

@@ -10,7 +10,8 @@ Source: Dettmers et al. 2023, "QLoRA", section 3 (its place; the grid here is th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -44,6 +45,37 @@ def restored(held: Array, scale: Array) -> Array:
     """The weight that a layer computes with, float32."""
     found: Array = held.astype(np.float32) * scale[:, None]
     return found
+
+
+def kind_of(layer: Any) -> str:
+    """What a layer's own weight is held in, or "" where it is whole."""
+    return str(vars(layer).get("held_kind") or "")
+
+
+def inherited(access: DeltaFramework, model: Any, specs: Mapping[str, LoraSpec]) -> dict[str, LoraSpec]:
+    """The same LoRAs; one on a base that is held in fewer bits already says so, for its file must hold it alike."""
+    standing = access.layers(model)
+    return {
+        path: spec if spec.base_dtype or path not in standing else replace(spec, base_dtype=kind_of(standing[path]))
+        for path, spec in specs.items()
+    }
+
+
+def told(access: DeltaFramework, model: Any, deltas: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """A line about deltas of a file that were made over whole weights where the model holds its own in fewer bits."""
+    standing = access.layers(model)
+    layers = [
+        path
+        for delta in deltas
+        for path, record in delta["layers"].items()
+        if path in standing and kind_of(standing[path]) and not record.get("base_dtype")
+    ]
+    if not layers:
+        return ()
+    return (
+        f"{len(layers)} layers hold their weights in {kind_of(standing[layers[0]])} here, and the delta was made over "
+        f"whole ones: outputs differ by what was rounded ({layers[0]} ...)",
+    )
 
 
 def check(access: DeltaFramework, model: Any, sites: Mapping[str, Site], specs: Mapping[str, LoraSpec]) -> None:

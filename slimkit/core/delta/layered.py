@@ -56,6 +56,7 @@ def loras(
     plain = {name: value for name, value in options.items() if name not in ("calibration", "loss")}
     specs, loss = rules.lora_specs(sites, paths, **plain), options.get("loss")
     batches = starts.check_data(specs[paths[0]].init, options.get("calibration"), loss)
+    specs = held_base.inherited(access, model, specs)
     held_base.check(access, model, sites, specs)
     notes = _told_of_zeros(sites, specs, options.get("keep_zeros"))
     begun, said = starts.work_out(access, model, sites, specs, batches, loss) if batches else ({}, [])

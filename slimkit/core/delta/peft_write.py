@@ -63,7 +63,7 @@ def spell_base(
     below |= {n for n in facts.names if n.rpartition(".out_proj.")[0] in taken}
     trained = {*facts.trained, *(m for n in facts.trained for m in facts.shared.get(n, ()))}
     biases = {n for n in facts.parameters if n.rpartition(".")[2].endswith("bias")}
-    mode, plain = "none", set(facts.held) | {m for n in facts.held for m in facts.shared.get(n, ())}
+    mode, plain = "none", _once(facts, taken)
     if biases & trained and biases <= trained:
         mode, plain = "all", plain | biases
     elif biases & trained & below:
@@ -94,6 +94,30 @@ def spell_base(
     if root == ROOT:
         config |= {"bias": mode, **({"ensure_weight_tying": True} if tied else {})}
     return spelled, config
+
+
+def _once(facts: BaseFacts, taken: Collection[str]) -> set[str]:
+    """Names under which the values that came with a file are written: of a tied tensor the places that carry the delta,
+    as PEFT does, or the first. The base ties the others where the file is read."""
+    found: set[str] = set()
+    for name in facts.held:
+        places = [name, *facts.shared.get(name, ())]
+        found.update([n for n in places if n.rpartition(".")[0] in taken] or [name])
+    return found
+
+
+def _tied_factors(facts: BaseFacts, specs: Mapping[str, LoraSpec], tensors: Mapping[str, Mapping[str, Array]]) -> bool:
+    """Whether the LoRAs on the places of a tied table are one, read the other way: PEFT's `ensure_weight_tying`."""
+    for name in facts.held:
+        places = [n.rpartition(".")[0] for n in (name, *facts.shared.get(name, ()))]
+        parts = [tensors[p] for p in places if p in specs]
+        if len(parts) == 2 and all(
+            {"a", "b"} <= part.keys() and part["a"].ndim == part["b"].ndim == 2 for part in parts
+        ):
+            one, other = parts
+            if np.array_equal(one["a"], other["b"].T) and np.array_equal(one["b"], other["a"].T):
+                return True
+    return False
 
 
 def _ends(path: str, module: str) -> bool:
@@ -174,6 +198,7 @@ def write_lora(
         "rank_pattern": {f"^{re.escape(p)}": r for p, r in ranks.items() if r != next(iter(ranks.values()))},
         "alpha_pattern": {f"^{re.escape(p)}": a for p, a in alphas.items() if a != next(iter(alphas.values()))},
         **of_base,
+        **({"ensure_weight_tying": True} if _tied_factors(facts, specs, tensors) else {}),
     }
     write_files(folder, config, {**spelled, **arrays})
 

@@ -229,6 +229,11 @@ def write(access: DeltaStorage, model: Any, folder: Path, collected: Collected) 
             nothing = BaseFacts(lambda n: access.value(whole[n]), list(whole), ())
             peft_write.write_prompt(folder, rows, nothing, access.about(model), config)
             return
+    if not deltas:
+        raise UnsupportedError(
+            "PEFT's files hold values of the base beside a delta alone, and there is no delta here; save with "
+            "format='slimkit'."
+        )
     if len(deltas) != 1 or deltas[0]["kind"] not in peft.KINDS.values():
         kinds = ", ".join(f"{d['kind']} {d['name']!r}" for d in deltas) or "none"
         raise ArgumentError(

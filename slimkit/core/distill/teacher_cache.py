@@ -150,6 +150,7 @@ class TeacherFiles(Shown, ABC):
             raise ConfigError("a teacher that trains cannot be cached")
         wanted = targets(spec)
         identity = {"teacher": cls._digest(teacher), "targets": wanted, "top_k": top_k, "dtype": dtype}
+        identity |= cls._beside(teacher)
         if sampled is not None:
             heats = temperatures(spec, [target["logits"] for target in wanted])
             identity |= {"sampled": sampled, "seed": seed, "temperatures": heats}
@@ -160,6 +161,8 @@ class TeacherFiles(Shown, ABC):
         if (folder / "cache.json").exists():
             facts = read_facts(folder)
             for name in (*identity, "sampled", "vocabulary"):
+                if name == "config" and name not in facts:  # of an earlier version
+                    facts[name] = identity[name]
                 if facts.get(name) != identity.get(name):
                     raise ConfigError(f"directory holds a cache of another {name}: {folder}")
         done = {key for shard in facts["shards"] for rows in shard["keys"] for key in rows}
@@ -184,6 +187,8 @@ class TeacherFiles(Shown, ABC):
             traffic.counted(cls._files(teacher)) as moved,
             cls._answering(teacher, spec.soft_labels) as answer,
         ):
+            if (folder / "cache.json").exists() and read_facts(folder)["shards"] != facts["shards"]:
+                raise ConfigError(f"directory: another build has just worked in {folder}; call this one again")
 
             def asked() -> Iterator[tuple[Any, Any, tuple[list[str], Any]]]:
                 for batch in progress(dataset, "teacher batches"):
@@ -202,6 +207,9 @@ class TeacherFiles(Shown, ABC):
                 for place, (array, target) in enumerate(zip(answers, facts["targets"])):
                     if len(array) != len(found):
                         raise ConfigError(f"{spec.soft_labels[place].label}: the teacher's tensor has no batch axis")
+                    # Minus infinity is what a model makes of classes that it never gives.
+                    if not (np.isfinite(array) | (target["logits"] & np.isneginf(array))).all():
+                        raise ConfigError(f"{spec.soft_labels[place].label}: the teacher answers with NaN or infinity")
                     kept = _kept(array, target["logits"], facts, place, found)
                     held.update({f"{len(keys)}.{place}.{part}": value for part, value in kept.items()})
                 done.update(found)
@@ -321,6 +329,11 @@ class TeacherFiles(Shown, ABC):
     @abstractmethod
     def _digest(teacher: Any) -> str:
         """A digest of the teacher's weights."""
+
+    @staticmethod
+    def _beside(teacher: Any) -> dict[str, Any]:
+        """What else tells a teacher from others, by its name in the cache's facts."""
+        return {}
 
     @staticmethod
     def _files(teacher: Any) -> list[Path]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -73,10 +73,29 @@ class CrewFramework(Protocol):
         """What the first process does alone; all get its result, a plain value, or its error."""
         return work()
 
+    def each(self, value: Any) -> list[Any]:
+        """A plain value of every process, by its number."""
+        return [value]
+
+    def agree(self, what: str, batches: Sequence[Any]) -> None:
+        """Refuse batches that are not the same in every process; all of them call.
+
+        Args:
+            what: how a message calls them.
+            batches: tensors and plain values, nested as they are.
+        """
+        return
+
+    def in_turn(self, work: Callable[[], Any]) -> Any:
+        """What every process does for itself, the first before the others, who may find what it wrote."""
+        made: list[Any] = []
+        self.once(lambda: made.append(work()))
+        return made[0] if made else work()
+
     def share(self, opened: Any) -> None:
         """Let each process hold a part of an `Opened` model from here on, in place."""
         return
 
     def gather(self, opened: Any) -> None:
-        """Put a shared model together again in the first process, in place; all of them call."""
+        """Put a shared model together again in the first process, in place; all of them call, the others lose it."""
         return

@@ -69,7 +69,7 @@ def fit(
     flat = options.schedule == "constant" and not options.warmup
     how = {
         "num_epochs": options.epochs,
-        "per_device_batch_size": crew.share_of(options.batch_size, spell("batch_size")),
+        "per_device_batch_size": share_of(options, samples, spell("batch_size")),
         "gradient_clip_norm": options.gradient_clip_norm or None,
         "gradient_clip_value": options.gradient_clip_value,
         "create_scheduler_fn": None if flat else _SCHEDULES[options.schedule](options.warmup),
@@ -88,6 +88,16 @@ def fit(
         "loss_by_epoch": losses,
         "loss_by_step": [float(v) for v in values("train_loss_step")],
     }
+
+
+def share_of(options: FitOptions, samples: Any, option: str) -> int:
+    """How many samples of an update this process reads at once; ready batches keep their own size.
+
+    Raises:
+        ConfigError: they cannot be shared out evenly.
+    """
+    ready = isinstance(samples, (list, tuple))
+    return options.batch_size if ready else crew.share_of(options.batch_size, option)
 
 
 def defaults(kind: type[FitOptions]) -> dict[str, Any]:
@@ -162,6 +172,10 @@ def fit_resumably(
     except Diverged:
         if crew.rank() == 0:
             shutil.rmtree(state)  # what it holds leads nowhere
+        raise
+    except BaseException as error:
+        if crew.rank() == 0:
+            JobLog(state).stopped(error)
         raise
     finally:
         stop.restore()

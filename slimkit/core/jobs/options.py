@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import AfterValidator, BeforeValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from pydantic_core import PydanticCustomError
 
 from slimkit.core.jobs.factory import Factory, Reference
-from slimkit.core.jobs.fields import RECIPE_ONLY, Flag, OneOf, Strict, each_block, numbers_of, whole_number
+from slimkit.core.jobs.fields import RECIPE_ONLY, Flag, OneOf, Strict, whole_number
 from slimkit.core.jobs.training_options import (
     AdaptOptions,
     DistillOptions,
@@ -167,38 +167,6 @@ class CutOptions(JobOptions):
         if pattern is not None and layers is not None:
             made.add_blocks_params(pattern, layers)
         return made
-
-
-class StudentOptions(JobOptions):
-    """What the command `distill` alone takes: a student's sizes (``make_student``) and how its teacher is asked."""
-
-    layers: PositiveInt | None = Field(
-        None, description="how many blocks stay: those that the data needs most (block influence)"
-    )
-    layer_map: Annotated[Annotated[str, AfterValidator(each_block)] | None, Flag("--layer-map", metavar="BLOCKS")] = (
-        Field(None, description="the blocks that stay, by number, such as 0-9,12,20-29; unset: by the data")
-    )
-    ffn: PositiveInt | None = Field(None, description="width of the feed-forward")
-    heads: PositiveInt | None = Field(None, description="attention heads")
-    hidden: PositiveInt | None = Field(None, description="hidden width")
-    selection: Annotated[str, OneOf(("importance", "first"))] = Field(
-        "importance", description="which rows and columns stay: importance (by the data's activations) or first"
-    )
-
-    teacher: Annotated[str, OneOf(("auto", "online", "cached"))] = Field(
-        "auto",
-        description="online: the teacher runs at every step; cached: once, and 64 classes of each row are kept, "
-        "drawn without bias; auto: cached where only logits are compared and samples are seen twice or more",
-    )
-
-    def sizes(self) -> dict[str, int]:
-        """The sizes that change."""
-        named = {"layers": self.layers, "ffn": self.ffn, "heads": self.heads, "hidden": self.hidden}
-        return {key: value for key, value in named.items() if value is not None}
-
-    def blocks(self) -> tuple[int, ...] | None:
-        """The blocks of `layer_map`."""
-        return None if self.layer_map is None else numbers_of(self.layer_map)
 
 
 class SparsifyOptions(JobOptions):
@@ -363,7 +331,6 @@ class EvaluateOptions(Strict):
 
 
 __all__ = [
-    "COMMAND_JOBS",
     "JOBS",
     "AdaptOptions",
     "CalibrateOptions",
@@ -377,7 +344,6 @@ __all__ = [
     "JobOptions",
     "PruneOptions",
     "SparsifyOptions",
-    "StudentOptions",
     "TrainOptions",
 ]  # fmt: skip
 
@@ -393,5 +359,3 @@ JOBS: dict[str, type[JobOptions]] = {
     "export": ExportOptions,
     "compare": CompareOptions,
 }
-# What commands alone take: the sizes of a student.
-COMMAND_JOBS: dict[str, type[JobOptions]] = {"student": StudentOptions}

@@ -10,8 +10,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from slimkit.core.jobs.command_options import COMMAND_JOBS
 from slimkit.core.jobs.fields import Strict, flag_of, words_of
-from slimkit.core.jobs.options import COMMAND_JOBS, JOBS, CalibrateOptions, EvaluateOptions, FitOptions
+from slimkit.core.jobs.options import JOBS, CalibrateOptions, EvaluateOptions, FitOptions
 
 # What a recipe says of text, beside its jobs.
 _TEXT: dict[str, type[Strict]] = {"calibrate": CalibrateOptions, "evaluate": EvaluateOptions}

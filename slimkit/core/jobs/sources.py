@@ -48,11 +48,13 @@ class ModelPlace:
         factory: ``package.module:function`` or ``file.py:function`` that makes the network; None for directories that
             say it themselves.
         arguments: keyword arguments of the factory.
+        option: what the user named the model by, for messages.
     """
 
     model: Path | None = None
     factory: str | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    option: str = "--model"
 
     def __post_init__(self) -> None:
         if self.model is None and self.factory is None:
@@ -61,7 +63,7 @@ class ModelPlace:
             raise ConfigError("--arg is for the function of --factory")
         if self.model is not None and not self.model.exists():
             raise FileFormatError(
-                f"--model must be an existing file or directory. Received: {str(self.model)!r}{meant(self.model)}"
+                f"{self.option} must be an existing file or directory. Received: {str(self.model)!r}{meant(self.model)}"
             )
 
     def make(self) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from pathlib import Path
 from typing import Any
@@ -124,9 +125,13 @@ def _training(out: Path) -> dict[str, Any]:
 def _run(out: Path) -> dict[str, Any]:
     told = files.read_json(out / "run.json", "run.json")
     recipe = told.get("recipe", {}) if isinstance(told, dict) else {}
-    found = _found(f"the recipe {recipe.get('name')!r}", out, out / ".lock", [])
-    done, total = len(list((out / "stages").glob("[0-9]*/stage.json"))), len(recipe.get("stages", ()))
+    found = _found(f"the recipe {recipe.get('name')!r}", out, out / ".lock", read_log(out / "stages"))
+    # The first folder holds the model as it was loaded.
+    finished = [file for file in (out / "stages").glob("[0-9]*/stage.json") if not file.parent.name.startswith("00-")]
+    done, total = len(finished), len(recipe.get("stages", ()))
     found["done"] = {"stages": [done, total]}
+    if found["go_on"] is None:  # begun by an earlier version: the record of a run is a recipe as well
+        found["go_on"] = shlex.join(["slimkit", "run", str(out / "run.json"), "--output", str(out)])
     if done == total and found["holder"] is None:
         found["state"] = "finished"
     return found

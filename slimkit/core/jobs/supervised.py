@@ -40,7 +40,7 @@ def supervised(
             "function that returns batches"
         )
     if place.kind == "function":
-        return _made(place, labels, option)
+        return _made(place, framework, labels, option)
     arrays = sources.read_arrays(Path(place.reference))
     columns = dict(arrays) if isinstance(arrays, dict) else {"input": arrays}
     target = columns.pop(label_key, None)
@@ -77,7 +77,7 @@ def supervised(
     )
 
 
-def _made(place: DataPlace, labels: bool, option: str) -> Supervised:
+def _made(place: DataPlace, framework: JobFramework, labels: bool, option: str) -> Supervised:
     made = sources.found(place.reference, option)()
     made = made.get("train") if isinstance(made, Mapping) else made
     if made is None or isinstance(made, (str, bytes)) or not hasattr(made, "__iter__"):
@@ -85,6 +85,7 @@ def _made(place: DataPlace, labels: bool, option: str) -> Supervised:
     batches = [batch for _, batch in zip(range(max(1, place.samples // place.batch_size)), made)]
     if not batches:
         raise ConfigError(f"{option}: {place.reference} returned no batch")
+    framework.agree(f"{option}: what {place.reference} returns", batches)
     pairs = all(isinstance(b, (tuple, list)) and len(b) == 2 for b in batches)
     if labels and not pairs:
         raise ConfigError(f"{option}: {place.reference} must return batches of (inputs, labels)")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from slimkit.core.errors import ConfigError, SlimkitError
-from slimkit.core.jobs import factory
+from slimkit.core.jobs import crew, factory, fitting
 from slimkit.core.jobs.options import CutOptions, DistillOptions, ExportOptions, FitOptions
 from slimkit.core.run.language import model_folder
 from slimkit.core.run.recipe import Recipe
@@ -100,6 +100,24 @@ def check_data(recipe: Recipe, data: Any) -> None:
             source = _source(key, data)
             if isinstance(data[source], list) and data[source]:  # a loader is read by --check alone
                 _refuse_labels(key, options, source, data[source][0], data["example"])
+
+
+def read_alike(recipe: Recipe, data: Mapping[str, Any]) -> list[Any]:
+    """What every process of a run must have been given alike; nothing for one process.
+
+    Raises:
+        ConfigError: what a stage trains on cannot be shared out evenly.
+    """
+    if crew.size() == 1:
+        return []
+    found = [data["example"], *(data.get("calibration") or ())]
+    for key, options in _stages(recipe):
+        if isinstance(options, FitOptions):
+            samples = data[_source(key, data)]
+            fitting.share_of(options, samples, f"{key}.batch_size")
+            # A data set may draw anew whenever it is read.
+            found.append(samples if isinstance(samples, (list, tuple)) else getattr(samples, "__len__", int)())
+    return found
 
 
 def _source(key: str, data: Mapping[str, Any]) -> str:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import os
-import platform
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -15,14 +14,16 @@ from typing import Any, Protocol
 from slimkit.core import check
 from slimkit.core.errors import ConfigError, FileFormatError, SlimkitError
 from slimkit.core.files import atomic_directory, finite, read_json, write_json
-from slimkit.core.jobs import factory
+from slimkit.core.joblog import JobLog
+from slimkit.core.jobs import crew, factory
 from slimkit.core.jobs.framework import JobResult
 from slimkit.core.jobs.measurement import Measurement
 from slimkit.core.locks import locked
 from slimkit.core.log import logger
-from slimkit.core.run.checking import check_data, check_stages
+from slimkit.core.run.checking import check_data, check_stages, read_alike
 from slimkit.core.run.language import Evaluation
-from slimkit.core.run.recipe import RUN_FORMAT, Recipe, parse_recipe
+from slimkit.core.run.recipe import RUN_FORMAT, Recipe
+from slimkit.core.run.records import environment, first_difference, of_today, read_record
 from slimkit.core.run.report import write_report
 
 SHRINKING = ("prune", "cut", "sparsify")
@@ -57,40 +58,7 @@ class StageContext:
     earlier: Mapping[str, Callable[[], Any]] = field(default_factory=dict)
 
 
-@dataclass
-class StageRecord:
-    """What stage.json holds: how a finished stage went.
-
-    Args:
-        name: the stage's folder.
-        kind: its kind in the recipe, "load" for the first.
-        options: its options in the recipe.
-        seed: the seed it began with.
-        seconds: how long it took.
-        facts: what it said about itself.
-        curves: name -> values over the steps or epochs.
-        measurement: what the model weighed afterwards.
-        metrics: the recipe's metrics afterwards.
-        digest: SHA-256 over the model's weights afterwards.
-        files: file -> bytes, in the stage's folder.
-        samples: what the recipe's function of that name gave: prompt -> the model's answer.
-    """
-
-    name: str
-    kind: str
-    options: dict[str, Any]
-    seed: int
-    seconds: float
-    facts: dict[str, Any]
-    curves: dict[str, list[float]]
-    measurement: Measurement
-    metrics: dict[str, float]
-    digest: str
-    files: dict[str, int]
-    samples: dict[str, str] = field(default_factory=dict)
-
-
-class RunFramework(Protocol):
+class RunFramework(crew.CrewFramework, Protocol):
     """What the runner asks of a framework; `core.run.stages` answers by what the jobs of each can do."""
 
     def seed(self, seed: int) -> None: ...
@@ -100,6 +68,10 @@ class RunFramework(Protocol):
     def build(self, recipe: Recipe, folder: Path, edits: list[dict[str, Any]], example: Any) -> Any: ...
 
     def run(self, kind: str, options: Any, model: Any, context: StageContext) -> JobResult: ...
+
+    def spreads(self, kind: str, options: Any, data: Mapping[str, Any]) -> bool:
+        """Whether several processes do this stage together; otherwise the first does it while they wait."""
+        return False
 
     def measure(self, model: Any, example: Any, dense: Any = None) -> Measurement: ...
 
@@ -124,6 +96,9 @@ def run_recipe(
     command: str | None = None,
 ) -> dict[str, Any]:
     """Run a recipe's stages, or what is left of them.
+
+    Under torchrun every process makes the same call. Stages that train, and sparsify on calibration data, are done by
+    all of them; the others by the first, which alone writes.
 
     Args:
         recipe: the checked recipe.
@@ -157,29 +132,68 @@ class _Run:
         self.model: Any = None
         self._dense: Any = None
         self.evaluation: Evaluation | None = None
+        self._log = JobLog(output / "stages")
 
     def go(self) -> dict[str, Any]:
-        with locked(self.output, "output", inside=True):
+        self.face.join()
+        first = crew.rank() == 0
+        with locked(self.output, "output", inside=True) if first else contextlib.nullcontext():
             check_stages(self.recipe, self.folder)
-            self._open()
-            # The same seed before each making, so that resuming meets the model and data the first run met.
-            self.face.seed(self.recipe.seed)
-            self.data = {} if self.recipe.data is None else factory.make(self.recipe.data, self.folder, "data")
-            if self.recipe.data is None or self.recipe.calibrate or self.recipe.evaluate:
-                self.data = self.face.prepare(self.recipe, self.folder, self.data)
-            check_data(self.recipe, self.data)
-            if self.recipe.evaluate:
-                self.evaluation = self.face.evaluation(self.recipe, self.folder, self.data)
-            for at, kind in enumerate(self.kinds):
-                directory = self._directory(at)
-                if (directory / "stage.json").exists():
-                    self.records.append(_read_record(directory / "stage.json"))
-                    self._same_start(at)
-                    logger.info("%s: already done", directory.name)
-                    continue
-                self._stage(at, kind, directory)
-                report = self._report()
-            return report if self.model is not None else self._report()
+            self.environment = environment(self.face.versions())
+            self.face.once(self._open)
+            try:
+                return self._go()
+            except BaseException as error:
+                if first and not self._is_whole():
+                    self._log.stopped(error)
+                raise
+
+    def _go(self) -> dict[str, Any]:
+        self.data = self.face.in_turn(self._read)
+        check_data(self.recipe, self.data)
+        self.face.agree("data", read_alike(self.recipe, self.data))
+        if self.recipe.evaluate:
+            self.evaluation = self.face.evaluation(self.recipe, self.folder, self.data)
+        report = None
+        for at, kind in enumerate(self.kinds):
+            directory = self._directory(at)
+            found = self.face.once(functools.partial(self._found, at))
+            if found is not None:
+                self.records.append(found)
+                logger.info("%s: already done", directory.name)
+                continue
+            if at and crew.size() > 1 and self.face.spreads(kind, self.recipe.steps()[at - 1][1], self.data):
+                record = self._stage(at, kind, directory, True)
+            else:
+                record = self.face.once(functools.partial(self._stage, at, kind, directory))
+                self.model = self.model if crew.rank() == 0 else None  # the others' is not this stage's
+            self.records.append(record)
+            if crew.rank() == 0:
+                self._log.note("stage", stage=directory.name, done=at, total=len(self.kinds) - 1)
+            logger.info("%s: done in %.1f s %s", directory.name, record["seconds"], _short(record["metrics"]))
+            report = self.face.once(self._report)
+        return report if report is not None else self.face.once(self._report)
+
+    def _read(self) -> Mapping[str, Any]:
+        # The same seed before each making, so that resuming meets the model and data the first run met.
+        self.face.seed(self.recipe.seed)
+        data = {} if self.recipe.data is None else factory.make(self.recipe.data, self.folder, "data")
+        if self.recipe.data is None or self.recipe.calibrate or self.recipe.evaluate:
+            data = self.face.prepare(self.recipe, self.folder, data)
+        return data
+
+    def _found(self, at: int) -> dict[str, Any] | None:
+        """The record of a stage that is done."""
+        file = self._directory(at) / "stage.json"
+        if not file.exists():
+            return None
+        record = read_record(file)
+        if at == 0:  # a resumed run must start from the model that the first one started from
+            self._like(self._restore(0), record)
+        return record
+
+    def _is_whole(self) -> bool:
+        return len(self.records) == len(self.kinds)
 
     def _open(self) -> None:
         """Claim the folder: a fresh one, or one that holds an earlier part of this very run."""
@@ -188,27 +202,28 @@ class _Run:
             "version": 1,
             "recipe": self.recipe.model_dump(mode="json"),
             "folder": str(self.folder.absolute()),
-            "environment": environment(self.face.versions()),
+            "environment": self.environment,
         }
-        marker = self.output / "run.json"
+        marker, stages = self.output / "run.json", self.output / "stages"
         if self.restart:
-            shutil.rmtree(self.output / "stages", ignore_errors=True)
+            shutil.rmtree(stages, ignore_errors=True)
             marker.unlink(missing_ok=True)
         if marker.exists():
             earlier = read_json(marker, "run record")
-            if (recipe := _of_today(earlier.get("recipe"))) != identity["recipe"]:
-                changed = _first_difference(recipe, identity["recipe"])
+            if (recipe := of_today(earlier.get("recipe"))) != identity["recipe"]:
+                changed = first_difference(recipe, identity["recipe"])
                 raise ConfigError(
                     f"output: {self.output} holds a run of another recipe (first difference: {changed}). "
                     "Choose another output, or pass --restart to throw that run away."
                 )
-        elif (self.output / "stages").exists():
+        elif stages.exists():
             raise ConfigError(f"output: {self.output} has stages and no run.json; choose another output")
         # What a killed run left half written is hidden from readers, and goes now.
-        for stale in (self.output / "stages").glob(".*.part") if (self.output / "stages").exists() else ():
+        for stale in stages.glob(".*.part") if stages.exists() else ():
             shutil.rmtree(stale, ignore_errors=True)
         write_json(marker, identity)
-        self.environment = identity["environment"]
+        stages.mkdir(exist_ok=True)
+        self._log.begun(f"the recipe {self.recipe.name!r}", processes=crew.size())
 
     def _seed(self, at: int) -> int:
         """Each stage has a seed of its own, so that it does not matter what ran before it in this process."""
@@ -217,25 +232,31 @@ class _Run:
     def _directory(self, at: int) -> Path:
         return self.output / "stages" / f"{at:02d}-{self.kinds[at]}"
 
-    def _same_start(self, at: int) -> None:
-        """A resumed run must start from the model that the first one started from."""
-        if at == 0:
-            found = self.face.digest(self._restore(0))
-            if found != self.records[0]["digest"]:
-                raise ConfigError("model: the factory gives other weights than when this run began; pass --restart")
-
     def _restore(self, at: int) -> Any:
         """The model as it was after stage `at`, from the files."""
-        self.face.seed(self.recipe.seed)
         if at == 0:
-            return self.face.build(self.recipe, self.folder, [], self.data["example"])
+            model = self._built([])
+            if self.records:
+                self._like(model, self.records[0])
+            return model
         directory = self._directory(at)
-        edits = read_json(directory / "structure.json", "structure")
-        model = self.face.build(self.recipe, self.folder, edits, self.data["example"])
-        self.face.load(model, directory / "model.safetensors")
+        model = self._built(read_json(directory / "structure.json", "structure"), directory / "model.safetensors")
         if self.face.digest(model) != self.records[at]["digest"]:
             raise FileFormatError(f"{directory / 'model.safetensors'} holds other weights than when the stage ended")
         return model
+
+    def _built(self, edits: list[dict[str, Any]], weights: Path | None = None) -> Any:
+        """A fresh model with these edits, and the weights of a file."""
+        self.face.seed(self.recipe.seed)
+        model = self.face.build(self.recipe, self.folder, edits, self.data["example"])
+        if weights is not None:
+            self.face.load(model, weights)
+        return model
+
+    def _like(self, model: Any, record: Mapping[str, Any]) -> None:
+        """Refuse a model that is not the one a run began with."""
+        if self.face.digest(model) != record["digest"]:
+            raise ConfigError("model: the factory gives other weights than when this run began; pass --restart")
 
     def dense(self) -> Any:
         """The model before the first stage that shrinks it; made when first asked for."""
@@ -243,12 +264,18 @@ class _Run:
             self._dense = self._restore(self.dense_at)
         return self._dense
 
+    def _lent(self) -> Any:
+        """The dense model for a stage that shares it out among processes, in place."""
+        model, self._dense = self.dense(), None
+        return model
+
     def _earlier(self, at: int) -> dict[str, Callable[[], Any]]:
         """What makes the models between the dense one and stage `at`, for stages that changed it."""
         changed = [i for i in range(self.dense_at + 1, at) if self.kinds[i] not in LOOKING]
         return {self._directory(i).name: functools.partial(self._restore, i) for i in changed}
 
-    def _stage(self, at: int, kind: str, directory: Path) -> None:
+    def _stage(self, at: int, kind: str, directory: Path, together: bool = False) -> dict[str, Any]:
+        """Do a stage and write it; its record. `together`: every process does, and the first writes."""
         key = f"stages[{at - 1}].{kind}" if at else "model"
         logger.info("%s: begins", directory.name)
         if self.model is None:
@@ -256,12 +283,13 @@ class _Run:
         edits = read_json(self._directory(at - 1) / "structure.json", "structure") if at > 0 else []
         began = time.perf_counter()
         self.face.seed(self._seed(at))
-        with atomic_directory(directory) as temporary:
+        once = self.face.once if together else _at_once
+        with crew.result(directory) if together else atomic_directory(directory) as temporary:
             result = JobResult(self.model)
             if at:
                 context = StageContext(
-                    self.recipe, self.folder, self.data, list(edits), temporary, key, self.dense, self._seed(at),
-                    self._earlier(at),
+                    self.recipe, self.folder, self.data, list(edits), temporary, key,
+                    self._lent if together else self.dense, self._seed(at), self._earlier(at),
                 )  # fmt: skip
                 options = self.recipe.steps()[at - 1][1]
                 try:
@@ -270,41 +298,56 @@ class _Run:
                     raise
                 except SlimkitError as error:
                     raise ConfigError(f"{key}: {error}") from error
-                self.face.save(result.model, temporary / "model.safetensors")
-            seconds = time.perf_counter() - began
-            edits = [*edits, result.edit] if result.edit is not None else edits
-            if kind in LOOKING:
-                # The model is the one that the stage before it judged.
-                last = self.records[-1]
-                metrics, samples, measured = last["metrics"], last["samples"], last["measurement"]
-            else:
-                metrics, samples = self._metrics(result.model, at), self._samples(result.model)
-                beside = self.dense() if at > self.dense_at else None
-                measured = self.face.measure(result.model, self.data["example"], beside).to_dict()
-            record = {
-                "name": directory.name,
-                "kind": kind,
-                "options": self.recipe.steps()[at - 1][1].model_dump(mode="json") if at else {},
-                "seed": self._seed(at),
-                "seconds": round(seconds, 3),
-                "facts": result.facts,
-                "curves": result.curves,
-                "measurement": measured,
-                "metrics": metrics,
-                "samples": samples,
-                "digest": self.face.digest(result.model),
-                "files": {
-                    f.relative_to(temporary).as_posix(): f.stat().st_size
-                    for f in sorted(temporary.rglob("*"))
-                    if f.is_file()
-                },
-            }
-            record = finite(record)  # one loss that is NaN does not end the run
-            write_json(temporary / "structure.json", edits)
-            write_json(temporary / "stage.json", record)
+            self.model = None
+
+            def write() -> dict[str, Any]:
+                return self._written(at, kind, result, edits, temporary, began, together)
+
+            record: dict[str, Any] = once(write)
+        once(lambda: None)  # it is in its place, where the others may read it
+        return record
+
+    def _written(
+        self, at: int, kind: str, result: JobResult, edits: list[Any], temporary: Path, began: float, together: bool
+    ) -> dict[str, Any]:
+        """Write what a stage made; its record."""
+        edits = [*edits, result.edit] if result.edit is not None else edits
+        if at:
+            self.face.save(result.model, temporary / "model.safetensors")
+        if together:  # what was put together of parts is judged as it will be restored
+            result.model = self._built(edits, temporary / "model.safetensors")
+        seconds = time.perf_counter() - began
+        if kind in LOOKING:
+            # The model is the one that the stage before it judged.
+            last = self.records[-1]
+            metrics, samples, measured = last["metrics"], last["samples"], last["measurement"]
+        else:
+            metrics, samples = self._metrics(result.model, at), self._samples(result.model)
+            beside = self.dense() if at > self.dense_at else None
+            measured = self.face.measure(result.model, self.data["example"], beside).to_dict()
+        record = {
+            "name": self._directory(at).name,
+            "kind": kind,
+            "options": self.recipe.steps()[at - 1][1].model_dump(mode="json") if at else {},
+            "seed": self._seed(at),
+            "seconds": round(seconds, 3),
+            "facts": result.facts,
+            "curves": result.curves,
+            "measurement": measured,
+            "metrics": metrics,
+            "samples": samples,
+            "digest": self.face.digest(result.model),
+            "files": {
+                f.relative_to(temporary).as_posix(): f.stat().st_size
+                for f in sorted(temporary.rglob("*"))
+                if f.is_file()
+            },
+        }
+        record = finite(record)  # one loss that is NaN does not end the run
+        write_json(temporary / "structure.json", edits)
+        write_json(temporary / "stage.json", record)
         self.model = result.model
-        self.records.append(record)
-        logger.info("%s: done in %.1f s %s", directory.name, seconds, _short(metrics))
+        return record
 
     def _metrics(self, model: Any, at: int) -> dict[str, float]:
         told = {}
@@ -339,57 +382,17 @@ class _Run:
             "command": self.command,
             "seed": self.recipe.seed,
             "dense": min(self.dense_at, len(self.records) - 1),
-            "complete": len(self.records) == len(self.kinds),
+            "complete": self._is_whole(),
             "stages": self.records,
         }
         write_report(report, self.output)
         return report
 
 
-def _read_record(file: Path) -> dict[str, Any]:
-    """A finished stage's record; FileFormatError names what is missing or of another kind."""
-    from pydantic import TypeAdapter, ValidationError
-
-    record = read_json(file, "stage record")
-    try:
-        TypeAdapter(StageRecord).validate_python(record)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise FileFormatError(f"{file} is damaged: {place}: {first['msg']}") from None
-    found: dict[str, Any] = record
-    return found
-
-
-def environment(versions: Mapping[str, str]) -> dict[str, Any]:
-    """Where a run took place: Python, platform, processor count, and the versions of what it used."""
-    return {
-        "python": platform.python_version(),
-        "platform": f"{platform.system()} {platform.machine()}",
-        "cpus": os.cpu_count(),
-        "versions": dict(versions),
-    }
-
-
-def _of_today(recipe: Any) -> Any:
-    """A recipe that an earlier version kept, with the options that came since at their defaults."""
-    try:
-        return parse_recipe(recipe).model_dump(mode="json")
-    except (ConfigError, TypeError, ValueError):  # an option that went, or a file that is no recipe: told below
-        return recipe
-
-
-def _first_difference(old: Any, new: Any, path: str = "") -> str:
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in [*new, *(k for k in old if k not in new)]:
-            if old.get(key) != new.get(key):
-                return _first_difference(old.get(key), new.get(key), f"{path}.{key}" if path else key)
-    if isinstance(old, list) and isinstance(new, list):
-        for at, (a, b) in enumerate(zip(old, new)):
-            if a != b:
-                return _first_difference(a, b, f"{path}[{at}]")
-    return path or "recipe"
-
-
 def _short(metrics: Mapping[str, float]) -> str:
     return ", ".join(f"{k} {v:.4g}" for k, v in metrics.items())
+
+
+def _at_once(work: Callable[[], Any]) -> Any:
+    """What one process does."""
+    return work()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,18 @@ from typing import Any
 import numpy as np
 
 from slimkit.core.errors import ConfigError, FileFormatError
-from slimkit.core.jobs import factory, fitting, pruning, work
+from slimkit.core.jobs import crew, factory, fitting, pruning, work
 from slimkit.core.jobs.framework import ComputeLoss, JobFramework, JobResult, Opened
 from slimkit.core.jobs.measurement import Measurement, show
-from slimkit.core.jobs.options import AdaptOptions, CompareOptions, CutOptions, ExportOptions, FitOptions
+from slimkit.core.jobs.options import (
+    AdaptOptions,
+    CompareOptions,
+    CutOptions,
+    DistillOptions,
+    ExportOptions,
+    FitOptions,
+    TrainOptions,
+)
 from slimkit.core.jobs.sources import ModelPlace
 from slimkit.core.onnxfile import onnx_latency
 from slimkit.core.run import language
@@ -37,6 +45,7 @@ class RecipeContext(work.JobContext):
     def __init__(self, face: JobFramework, stage: StageContext) -> None:
         super().__init__(face, stage.seed, stage.data["example"])
         self.stage = stage
+        self.shares = False  # whether each process gets every n-th calibration batch
 
     def spell(self, key: str) -> str:
         return f"{self.stage.key}.{key}"
@@ -53,7 +62,8 @@ class RecipeContext(work.JobContext):
             raise ConfigError(
                 f"{self.stage.key}: needs calibration batches; the data factory returned no key 'calibration'"
             )
-        return list(batches)[:count]
+        found = list(batches)[:count]
+        return found[crew.rank() :: crew.size()] if self.shares else found
 
     @property
     def has_data(self) -> bool:
@@ -90,7 +100,7 @@ class RecipeContext(work.JobContext):
         return fitting.fit(self.face, model, options, self._training, loss, seed=self.seed, spell=self.spell)
 
 
-class Stages:
+class Stages(crew.CrewFramework):
     """A framework's jobs as the runner of recipes asks for them (`pipeline.RunFramework`).
 
     Args:
@@ -99,6 +109,33 @@ class Stages:
 
     def __init__(self, face: JobFramework) -> None:
         self.face = face
+
+    def join(self) -> None:
+        """Join the other processes of the run."""
+        self.face.join()
+
+    def once(self, work: Callable[[], Any]) -> Any:
+        """What the first process does alone; all get its result, or its error."""
+        return self.face.once(work)
+
+    def each(self, value: Any) -> list[Any]:
+        """A plain value of every process."""
+        return self.face.each(value)
+
+    def agree(self, what: str, batches: Sequence[Any]) -> None:
+        """Refuse batches that are not the same in every process."""
+        self.face.agree(what, batches)
+
+    def spreads(self, kind: str, options: Any, data: Mapping[str, Any]) -> bool:
+        """Whether all processes do a stage: they train together, and each calibrates with its share of the batches.
+
+        Ratios that are measured depend on how the batches are shared out, so the first process finds them alone.
+        """
+        if kind != "sparsify":
+            return isinstance(options, FitOptions)
+        config = options.build()
+        batches = list(data.get("calibration") or ())[: options.calibration_batches]
+        return bool(config.needs_data and config.allocation is None and len(batches) >= crew.size())
 
     def seed(self, seed: int) -> None:
         """Seed Python, NumPy and the framework."""
@@ -152,20 +189,20 @@ class Stages:
     def run(self, kind: str, options: Any, model: Any, stage: StageContext) -> JobResult:
         """Run one stage on the model."""
         context = RecipeContext(self.face, stage)
-        if kind == "distill":
-            return work.distill(stage.dense(), model, options, context)
         if kind == "cut":
             return self._cut(options, model, context)
         if kind == "adapt":
             return self._adapt(options, model, context)
+        if isinstance(options, FitOptions):
+            return self._trained(options, model, context)
         if kind == "export":
             return self._export(options, model, stage)
         if kind == "compare":
             return self._compare(options, model, stage)
-        jobs: dict[str, Callable[..., JobResult]] = {
-            "train": work.train, "finetune": work.train, "prune": pruning.prune, "sparsify": work.sparsify,
-        }  # fmt: skip
-        return jobs[kind](model, options, context)
+        if kind == "prune":
+            return pruning.prune(model, options, context)
+        context.shares = self.spreads(kind, options, stage.data)
+        return work.sparsify(model, options, context)
 
     def prepare(self, recipe: Recipe, folder: Path, data: Mapping[str, Any]) -> Mapping[str, Any]:
         """The data with what the recipe's text adds."""
@@ -189,6 +226,26 @@ class Stages:
         facts = {"headline": found.headline(last), "comparison": found.to_dict()}
         return JobResult(model, facts=facts)
 
+    def _shared(self, model: Any) -> Opened:
+        """A model of which each process holds a part from here on, in place, where there are several."""
+        opened = Opened(model, ModelPlace(factory="the recipe's"))
+        self.face.share(opened)
+        return opened
+
+    def _trained(self, options: FitOptions, model: Any, context: RecipeContext) -> JobResult:
+        """Train, or distil the dense model into this one; the whole of it is in the first process afterwards."""
+        teacher = context.stage.dense() if isinstance(options, DistillOptions) else None
+        opened = self._shared(model)
+        if isinstance(options, DistillOptions):
+            done = work.distill(self._shared(teacher).model, model, options, context)
+        else:
+            assert isinstance(options, TrainOptions)
+            done = work.train(model, options, context)
+        self.face.gather(opened)
+        if crew.size() > 1:
+            done.model = opened.model
+        return done
+
     def _cut(self, options: CutOptions, model: Any, context: RecipeContext) -> JobResult:
         stage = context.stage
         arguments = {**factory.parts(stage.recipe.model)[1], **options.arguments}
@@ -208,14 +265,21 @@ class Stages:
         """The job, and the proof that its file makes the same model again."""
         stage, face = context.stage, self.face
         put_back = face.snapshot(model)
-        done = work.adapt(model, options, context, stage.dense() if options.distill_weight else None)
+        teacher = self._shared(stage.dense()).model if options.distill_weight else None
+        self._shared(model)
+        done = work.adapt(model, options, context, teacher)
         face.slim.save_delta(model, stage.directory / "delta")
+        answers = face.outputs(model, context.example)
+        if crew.rank() > 0:
+            return done
         fresh = self.build(stage.recipe, stage.folder, stage.edits, context.example)
         put_back(fresh)
         # Which modules number the positions stands in no file.
         told = {"positions": options.settings["positions"]} if "positions" in options.settings else {}
         face.slim.load_delta(fresh, stage.directory / "delta", **told)
-        gap = work.largest_gap(*(face.outputs(m, context.example) for m in (model, fresh)))
+        if crew.size() > 1:  # the trained one is in parts
+            done.model = fresh
+        gap = work.largest_gap(answers, face.outputs(fresh, context.example))
         if not gap <= _RELOAD_TOLERANCE:
             raise ConfigError(f"{stage.key}: the reloaded delta answers differently, by {gap:.3g}")
         size = sum(f.stat().st_size for f in (stage.directory / "delta").rglob("*") if f.is_file())

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from slimkit.core import check, files, traffic
-from slimkit.core.checkpoint.stepwise import identity
-from slimkit.core.errors import UnsupportedError
+from slimkit.core.checkpoint.openweights import read_index
+from slimkit.core.checkpoint.stepwise import identity, unchanged
+from slimkit.core.errors import FileFormatError, UnsupportedError
 from slimkit.core.joblog import JobLog
+from slimkit.core.jobs.folders import WEIGHTS
 from slimkit.core.locks import BLOCKS as STATE
 from slimkit.core.locks import locked, same_job, tidy
 from slimkit.core.log import logger
@@ -23,8 +25,6 @@ from slimkit.core.sparse.processes import first
 from slimkit.core.sparse.remaining import Progress
 
 REPORT = "sparse_report.json"
-# Endings of files that hold weights: those that were not read are not copied.
-_WEIGHTS = (".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".safetensors", ".ckpt")
 
 
 class FolderHost(SparseFramework, Protocol):
@@ -77,7 +77,9 @@ def sparsify_folder(
     state, finished = target / STATE, target / STATE / "finished"
 
     def begin() -> Any:
-        same_job(state, job, {"config": SparseConfig().to_dict(), "compute": "None", "device": "cpu"})
+        # A run of an earlier version does not say what its model's configuration was.
+        known = {"model": job["model"]} if "model" in job else {}
+        same_job(state, job, {"config": SparseConfig().to_dict(), "compute": "None", "device": "cpu", **known})
         files.settle(target)
         for part in target.rglob(".*.part"):  # a killed writer cannot clean up after itself
             shutil.rmtree(part) if part.is_dir() else part.unlink()
@@ -93,10 +95,11 @@ def sparsify_folder(
         files.write_json(finished / REPORT, report)
 
     def commit() -> None:
+        look()
         files.commit(finished, target)
         tidy(state)
 
-    with _claimed(host, target), traffic.counted(weights) as count:
+    with _claimed(host, target), traffic.counted(weights) as count, unchanged(weights) as look:
         report = first(host, begin)
         if report is None:
             report = _walk(host, cfg, data, state, on_progress if host.rank() == 0 else _unseen)
@@ -148,7 +151,7 @@ def _walk(
         report, _ = compress(host, cfg, data, on_progress, _logging(host, state, cfg, data))
     except BaseException as error:
         if host.rank() == 0:
-            JobLog(state).note("stopped", why=" ".join(f"{type(error).__name__} {error}".split())[:300])
+            JobLog(state).stopped(error)
         raise
     for row in report["layers"].values():
         row.pop("seconds", None)  # the same job writes the same bytes
@@ -173,8 +176,18 @@ def _logging(
 
 
 def copy_others(source: Path, target: Path, weights: Sequence[Path]) -> None:
-    """Copy what is no weights: configuration, tokenizer, index and the like."""
+    """Copy what is no weights: configuration, tokenizer, the index of what was read, and the like."""
+    read = {file.name for file in weights}
     for file in sorted(source.iterdir()):
-        if file not in weights and file.is_file() and file.suffix not in _WEIGHTS:
+        weighs = file.suffix in WEIGHTS or (file.name.endswith(".index.json") and not _indexes(file, read))
+        if file not in weights and file.is_file() and not weighs:
             with open(file, "rb") as old, files.atomic_file(target / file.name) as new:
                 shutil.copyfileobj(old, new)
+
+
+def _indexes(file: Path, read: Collection[str]) -> bool:
+    """Whether an index names no file but those that were read, which the result has too."""
+    try:
+        return set(read_index(file).values()) <= set(read)
+    except FileFormatError:
+        return False

@@ -111,20 +111,21 @@ def steps_of(weight: Array, bits: int) -> Array:
 
 
 def on_grid(
-    weight: Array, keep: Array, gram: Array | None, grid: Grid, outliers: float = 0.0
-) -> tuple[Array, dict[str, Any]]:
+    weight: Array, keep: Array, gram: Array | None, grid: Grid, outliers: int = 0
+) -> tuple[Array, Array, dict[str, Any]]:
     """Put kept weights on the grid, in a copy.
 
     Args:
         weight: (out, n) the sparse weight.
-        keep: (out, n) its mask, which stays.
+        keep: (out, n) its mask.
         gram: (n, n) mean of x x^T, damped; None: each weight goes to its nearest value.
         grid: the legal values.
-        outliers: share of the kept weights that may have any value: those whose rounding would cost most.
+        outliers: so many kept weights may have any value: those whose rounding would cost most.
 
     Returns:
-        The weight, and facts: the grid's, "outliers", how many, and "rounding_gain", the share of the error of
-        plain rounding that went.
+        The weight; its mask without what the grid has made zero; and facts: the grid's, "outliers", how many,
+        "rounded_to_zero", how many are zero that the mask kept, "rounding_gain", the share of the error of plain
+        rounding that went, and "rounding_error", how large that was.
 
     Example:
         >>> import numpy as np
@@ -137,7 +138,7 @@ def on_grid(
     cost = (weight - rounded) ** 2  # (out, n)
     if gram is not None:
         cost *= xp.linalg.diagonal(gram)
-    n_free = int(outliers * int(xp.count_nonzero(keep)))
+    n_free = min(outliers, int(xp.count_nonzero(keep)))
     free = xp.zeros_like(keep)
     if n_free:
         order = xp.argsort(xp.where(keep, cost, -1.0).reshape(-1))
@@ -146,14 +147,15 @@ def on_grid(
         free = flat.reshape(keep.shape)
     plain = xp.where(free, weight, rounded)  # zero off the mask, as the weight is
     facts = grid.facts() | {"outliers": n_free}
-    if gram is None:
-        return plain, facts
-    found = _descend(weight, keep, free, gram, grid)
-    before, after = (_errors(weight, q, gram) for q in (plain, found))  # (out, 1) each
-    found = xp.where(after <= before, found, plain)
-    least, total = (float(xp.sum(xp.minimum(after, before))), float(xp.sum(before)))
-    facts["rounding_gain"] = round(1 - least / total, 6) if total > 0 else 0.0
-    return found, facts
+    found = plain
+    if gram is not None:
+        found = _descend(weight, keep, free, gram, grid)
+        before, after = (_errors(weight, q, gram) for q in (plain, found))  # (out, 1) each
+        found = xp.where(after <= before, found, plain)
+        least, total = (float(xp.sum(xp.minimum(after, before))), float(xp.sum(before)))
+        facts |= {"rounding_gain": round(1 - least / total, 6) if total > 0 else 0.0, "rounding_error": total}
+    lost = keep & (found == 0) & (weight != 0)
+    return found, keep & ~lost, facts | {"rounded_to_zero": int(xp.count_nonzero(lost))}
 
 
 def _descend(weight: Array, keep: Array, free: Array, gram: Array, grid: Grid) -> Array:

@@ -61,7 +61,7 @@ class Moments:
         # Where dense rows have sums of the same shape, all is made alike: of equal rows the two are equal to the bit.
         self._half = apart and layer.groups == 1 and (not paired or weight is not None)
         self.paired = paired
-        self._bounds = paired and layer.kind == "linear"
+        self._bounds = paired and layer.kind != "conv2d"
         self.count = 0
         self.gram: Array = None
         self.total: Array = None
@@ -140,7 +140,7 @@ class Moments:
     def alike(self) -> Moments:
         """Moments of the same layer without rows."""
         made = Moments(self.layer, self.paired, self._weight, self._apart)
-        made._half = self._half  # whatever has become of the pairs by now
+        made._half, made._bounds = self._half, self._bounds  # whatever has become of the pairs by now
         return made
 
     def flat(self, name: str) -> Array:

@@ -84,7 +84,7 @@ def refine(
 
     Args:
         target: (out, n) float32; its memory is used up.
-        gram: (n, n) mean of x x^T, ones on the diagonal of dead columns; its memory is used up.
+        gram: (n, n) mean of x x^T, no zero on its diagonal; its memory is used up.
         ratios: shares to drop, one after the other; the last is the one asked for.
         nm: the n:m pattern, or None.
         dead: (n,) columns whose input is always zero: they go first.
@@ -111,7 +111,7 @@ def refine(
     correlation = known.matrix()  # (n, n)
     losses = refit(goal, sparse, keep, correlation, schedule.refits)
     if schedule.swaps:
-        losses = _swap(goal, sparse, keep, losses, correlation, nm, schedule)
+        losses = _swap(goal, sparse, keep, losses, correlation, nm, dead, schedule)
     goal -= sparse
     facts["loss"] = known.sample_loss(goal, float(xp.sum(losses)))
     sparse /= scale  # (out, n) / (n,): columns as they were
@@ -203,7 +203,14 @@ def refit(goal: Array, fitted: Array, keep: Array, correlation: Array, steps: in
 
 
 def _swap(
-    goal: Array, sparse: Array, keep: Array, losses: Array, correlation: Array, nm: NM | None, s: Schedule
+    goal: Array,
+    sparse: Array,
+    keep: Array,
+    losses: Array,
+    correlation: Array,
+    nm: NM | None,
+    dead: Array | None,
+    s: Schedule,
 ) -> Array:
     """Exchange, in place, kept weights that are small for others whose gradient is large; returns the new losses.
 
@@ -217,6 +224,8 @@ def _swap(
         fitted *= length  # (out, n) * (out, 1)
         fitted += sparse
         scores = patterns.comparable(xp.abs(fitted))
+        if dead is not None:
+            scores = xp.where(dead, -1.0, scores)
         tried = patterns.keep_nm(scores, nm) if nm else patterns.keep_by_row(scores, n_zeros)
         del scores
         fitted[...] = sparse

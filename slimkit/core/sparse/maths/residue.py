@@ -24,6 +24,9 @@ from slimkit.core.sparse.maths.moments import Moments
 RIDGE_PER_ROW = 4.0
 RIDGE = 0.3
 
+# By bytes of a number: of its mean square a column's variance is more than this share, or it is rounding.
+LEAST_VARIANCE = {4: 1e-5, 8: 1e-12}
+
 
 @dataclass(frozen=True)
 class Means:
@@ -97,23 +100,56 @@ def _missing(matrix: Array, moments: Moments, grams: Array, centred: bool, last:
 
 
 def _centre(grams: Array, means: Array) -> None:
-    """Second moments become central ones; rounding may have left a column that never varies slightly below zero."""
+    """Second moments become central ones.
+
+    Of a column that hardly varies they are rounding, which no factorisation stands: its correlations with others may be
+    any number. Such a column is a constant, which the bias says, and its moments are zero.
+    """
     xp = namespace(grams)
+    least = LEAST_VARIANCE[grams.dtype.itemsize]
     for gram, mean in zip(grams, means):
-        add_product(gram, mean[:, None], mean[None, :], factor=-1)  # (n, n) -= (n, 1) @ (1, n)
         line = gram.reshape(-1)[:: gram.shape[0] + 1]
-        line[...] = xp.clip(line, 0.0, None)
+        before = own_copy(line)
+        add_product(gram, mean[:, None], mean[None, :], factor=-1)  # (n, n) -= (n, 1) @ (1, n)
+        varies = line > least * before
+        if not bool(xp.all(varies)):
+            gram *= varies  # (n, n) * (n,)
+            gram *= varies[:, None]
 
 
-def alive(gram: Array, own: bool) -> tuple[Array, Array | None]:
-    """A gram with ones on the diagonal of dead columns, in memory of its own unless it may be changed, and which."""
+@dataclass(frozen=True)
+class Dead:
+    """Columns whose input is always zero.
+
+    Args:
+        columns: (n,) which.
+        level: what stands on the gram's diagonal there.
+    """
+
+    columns: Array
+    level: float
+
+    def part(self, weight: Array) -> float:
+        """What the gram says of their part of a weight (out, n), though no output has it."""
+        xp = namespace(weight)
+        return self.level * float(xp.sum(xp.where(self.columns, weight * weight, 0.0)))
+
+
+def alive(gram: Array, own: bool) -> tuple[Array, Dead | None]:
+    """A gram without zeros on its diagonal, in memory of its own unless it may be changed, and its dead columns.
+
+    They get the mean of the others, whatever the inputs' scale, so that damping stays the share of it that it is.
+    """
     xp = namespace(gram)
-    dead = xp.linalg.diagonal(gram) <= 0
-    if not bool(xp.any(dead)):
+    line = xp.linalg.diagonal(gram)
+    columns = line <= 0
+    n_dead = int(xp.count_nonzero(columns))
+    if not n_dead:
         return gram, None
+    level = float(xp.sum(xp.where(columns, 0.0, line))) / (gram.shape[0] - n_dead) if n_dead < gram.shape[0] else 1.0
     gram = gram if own else own_copy(gram)
-    gram.reshape(-1)[:: gram.shape[0] + 1] += xp.astype(dead, gram.dtype)
-    return gram, dead
+    gram.reshape(-1)[:: gram.shape[0] + 1] += xp.astype(columns, gram.dtype) * level
+    return gram, Dead(columns, level)
 
 
 def regress(missing: Array, gram: Array, count: int) -> Array:

@@ -58,6 +58,8 @@ def nonlinear(eigenvalues: np.ndarray[Any, Any], count: int) -> np.ndarray[Any, 
         3.0
     """
     n = len(eigenvalues)
+    if count < 2:  # one row shows no direction from another
+        return np.full(n, max(float(np.mean(eigenvalues)), 1e-30))
     floor = 1e-7 * max(float(np.mean(eigenvalues)), 1e-30)
     null = max(0, n - count + 1) if count <= n else 0  # directions that so few rows cannot show
     seen = np.maximum(eigenvalues[null:].astype(np.float64), floor)

@@ -33,6 +33,13 @@ from slimkit.core.sparse.methods import METHODS
 # What a layer whose inputs say nothing is solved by: it needs none.
 FALLBACK = "magnitude"
 
+# Less than this share of what columns without input would make is rounding, and no output.
+NOTHING = 1e-6
+
+# Facts of the groups of a convolution that add up, and shares of an error with the fact that says of how large a one.
+COUNTS = ("swaps", "outliers", "rounded_to_zero")
+SHARES = {"swaps_gain": "swaps_error", "rounding_gain": "rounding_error"}
+
 
 @dataclass(frozen=True)
 class Solved:
@@ -108,11 +115,14 @@ def solve(
             account["fallback"] = reason
     ratio = min(round(ratio * layer.size), layer.size - 1) / layer.size if config.nm is None else ratio
     means = means_of(matrix, moments, config.paired and method.refits, last)
-    polished = config.swaps > 0 or config.rounds
-    weights, keeps = [], []
-    error = power = 0.0
+    # Too few rows to choose by are too few to exchange and to make up for roundings by.
+    polished = (config.swaps > 0 or config.rounds) and "fallback" not in account
+    weights, keeps, said = [], [], []
+    error = power = unheard = 0.0
+    n_kept = n_free = 0
     for g in range(layer.groups):
-        gram, dead = (None, None) if means.grams is None else alive(means.grams[g], means.own)  # (n, n), (n,)
+        gram, lost = (None, None) if means.grams is None else alive(means.grams[g], means.own)  # (n, n)
+        dead = None if lost is None else lost.columns  # (n,)
         start, size = g * layer.n_out * layer.n_in, layer.n_out * layer.n_in
         dense = target = matrix[g]  # (out, n)
         if means.missing is not None:
@@ -138,30 +148,67 @@ def solve(
                 options=config.settings if method is METHODS[config.method] else {},
             )
         )
+        if not all_finite(new):
+            raise ArgumentError(f"method {config.method!r} gave {layer.name!r} weights that are NaN or infinite.")
         loss, own_power = facts.pop("loss", None), facts.pop("power", None)
         damped = None if gram is None or not polished else _damped(gram, dead, config.damping)
         if config.swaps and damped is not None:
             new, keep, more = swap(target, new, keep, damped, config.nm, config.swaps, method.refits)
             facts, loss = facts | more, None
         if (grid := _grid(new, config)) is not None:
-            new, more = on_grid(new, keep, damped, grid, config.outliers)
+            # Groups of few weights take turns in having outliers, too.
+            mine = int(xp.count_nonzero(keep))
+            free = int(config.outliers * (n_kept + mine)) - n_free
+            new, keep, more = on_grid(new, keep, damped, grid, free)
+            n_kept, n_free = n_kept + mine, n_free + more["outliers"]
             facts, loss = facts | more, None
-        account.update(facts)
+        said.append(facts)
         weights.append(new)
         keeps.append(keep)
         if gram is not None:
             error += quadratic((target - new).T, gram) if loss is None else loss
             power += quadratic(target.T, gram) if own_power is None else own_power
+        if lost is not None:  # columns without input make no error and no output; the target is the weight there
+            error -= lost.part(dense - new)
+            unheard += lost.part(dense)
+    account |= merged(said)
     new, keep = _together(weights), _together(keeps)  # (groups, out, n)
     left = int(xp.count_nonzero(keep))
     account |= {"weights": layer.size, "zeros": layer.size - left, "ratio": 1 - left / layer.size}
-    if power > 0:
-        account["output_error"] = (max(error, 0.0) / power) ** 0.5
+    if power - unheard > NOTHING * unheard:
+        account["output_error"] = (max(error, 0.0) / (power - unheard)) ** 0.5
     shift = None
     if means.gain is not None:
         # (groups, out, 1) - (groups, out, n) @ (groups, n, 1): what the bias takes up
         shift = (means.gain[0] - new @ means.gain[1]).reshape(-1)
     return Solved(layer.from_matrix(new), layer.from_matrix(keep), shift, account)
+
+
+def merged(groups: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the groups of a layer say, as the layer's: counts add up, shares of an error weigh as it does.
+
+    Of anything else the largest is said where there are numbers, since that is what a reader is warned by; what is no
+    number is the last group's.
+
+    Example:
+        >>> rows = ((2, 0.5, 3.0), (0, 0.0, 1.0))
+        >>> merged([dict(zip(("swaps", "swaps_gain", "swaps_error"), row)) for row in rows])
+        {'swaps': 2, 'swaps_gain': 0.375}
+    """
+    found: dict[str, Any] = {}
+    for key in dict.fromkeys(key for facts in groups for key in facts):
+        values = [facts[key] for facts in groups if key in facts]
+        if key in SHARES.values():
+            continue
+        if key in COUNTS:
+            found[key] = sum(values)
+        elif key in SHARES:
+            errors = [facts[SHARES[key]] for facts in groups]
+            whole = sum(errors)
+            found[key] = round(sum(v * e for v, e in zip(values, errors)) / whole, 6) if whole > 0 else 0.0
+        else:
+            found[key] = max(values) if all(isinstance(v, (int, float)) for v in values) else values[-1]
+    return found
 
 
 def _grid(weight: Array, config: SparseConfig) -> Grid | None:

@@ -38,7 +38,7 @@ class SparseProblem:
         weight: (out, n) the trained weight.
         target: (out, n) what to come close to; the weight itself unless the dense model's outputs are the aim, and
             in memory of its own, to be used up, then.
-        gram: (n, n) mean of x x^T, with ones on the diagonal of dead columns; None for a method that needs no data.
+        gram: (n, n) mean of x x^T, with no zero on its diagonal (`dead`); None for a method that needs no data.
         spend: whether the gram's memory may be used up.
         dead: (n,) columns whose input is always zero, or None.
         ratios: shares to drop, one after the other; the last is the one asked for, a whole number of weights.

@@ -44,7 +44,8 @@ def swap(
         refits: whether what comes back gets the best value, or its own.
 
     Returns:
-        The weight, its mask and facts: "swaps", how many were made, and "swaps_gain", the share of the error that went.
+        The weight, its mask and facts: "swaps", how many were made, "swaps_gain", the share of the error that went, and
+        "swaps_error", how large it was.
 
     Example:
         >>> import numpy as np
@@ -88,7 +89,7 @@ def swap(
         made += left.shape[0]
     after = xp.sum(missing * (missing @ gram))
     gain = 1 - float(after) / float(before) if float(before) > 0 else 0.0
-    return weight, keep, {"swaps": made, "swaps_gain": round(gain, 6)}
+    return weight, keep, {"swaps": made, "swaps_gain": round(gain, 6), "swaps_error": float(before)}
 
 
 def _pairs(
