@@ -371,3 +371,19 @@ def test_prefix_layer_trains_inside_a_cell(mode):
     losses = [float(step(X)) for _ in range(6)]
     assert losses[-1] < losses[0]
     assert all(np.abs(p.asnumpy() - before[p.name]).max() > 0 for p in net.trainable_params())
+
+
+def test_an_optimizer_of_the_acting_delta_alone_leaves_the_other():
+    net = nn.SequentialCell(nn.Dense(8, 8))
+    for name in ("one", "two"):
+        slimkit_ms.apply_delta(net, "lora", ["0"], rank=2, name=name)
+    slimkit_ms.set_delta(net, "two")
+    x, other = ops.ones((4, 8)), [p for p in net.get_parameters() if "_one" in p.name]
+    for mine, moves in ((net.trainable_params(), True), ([p for p in net.get_parameters() if "_two" in p.name], False)):
+        before = [p.asnumpy().copy() for p in other]
+        optimizer = nn.Adam(mine, 1e-2, weight_decay=0.1)
+        grad = ms.value_and_grad(lambda: (net(x) ** 2).sum(), None, optimizer.parameters)
+        for _ in range(2):
+            optimizer(grad()[1])
+        moved = any(np.abs(p.asnumpy() - held).max() > 0 for p, held in zip(other, before))
+        assert moved == moves  # docs/differences.md: MindSpore's gradients are never absent
