@@ -43,7 +43,7 @@ def slimkit(*arguments, cwd, file_limit=None, wait=True):
 
 
 def stage_folders(run):
-    return sorted(p.name for p in (run / "stages").iterdir()) if (run / "stages").exists() else []
+    return sorted(p.name for p in (run / "stages").iterdir() if p.is_dir()) if (run / "stages").exists() else []
 
 
 RECIPE = """

@@ -45,7 +45,7 @@ class StudentOptions(JobOptions):
 class CompressOptions(JobOptions):
     """What a fully fine-tuned model has learned since its base, as a small delta (``compress_delta``)."""
 
-    kind: Annotated[str, OneOf("slimkit.core.delta.compress:KINDS")] = Field(
+    kind: Annotated[str, OneOf(("bits", "low_rank"))] = Field(
         "bits",
         description="what the delta holds of each weight: bits (a sign of every entry, a scale a row, and a low rank) "
         "or low_rank (a LoRA, which PEFT reads too)",
